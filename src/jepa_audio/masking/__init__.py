@@ -1,0 +1,1 @@
+"""Maskers: grid → context tokens and target groups."""
