@@ -1,0 +1,472 @@
+"""Pictures: masks on a spectrogram, curves of runs, probe results. Arrays in, `Figure` out, no global state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from jepa_audio.grid import Grid, Masks
+from jepa_audio.probing.results import ProbeRow
+
+Curve = tuple[np.ndarray, np.ndarray]
+"""Optimizer steps and the values logged at them."""
+Run = Mapping[str, Curve]
+"""The curves of one run by metric key."""
+
+# The colours of Okabe and Ito, which colour-blind readers tell apart too.
+BLUE, ORANGE, GREEN, PURPLE, RED, SKY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"
+PALETTE = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY)
+INK, GREY, PALE, VEIL = "#222222", "#767676", "#EBEBEB", "#CFCFCF"
+SOLID, DASHED, DOTTED, MIXED = (0, ()), (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5))
+DASHES: tuple[tuple[float, tuple[float, ...]], ...] = (SOLID, DASHED, DOTTED, MIXED)
+SMALL, NORMAL, WIDTH = 8.0, 9.0, 10.5  # points, points, inches
+
+TINT = 0.6  # opacity of a target group on the spectrogram
+STRIPES = 12  # of a token's cell: 2, 3, 4 or 6 groups share it evenly
+MANY_POINTS = 200  # longer series get a running mean
+
+VARIANTS = {
+    "statistics": ("statistics", PURPLE),
+    "random": ("random twin", GREY),
+    "context": ("context encoder", BLUE),
+    "target": ("target encoder", ORANGE),
+}
+"""Label and colour of what is probed, in the order of the pictures."""
+HEADS = {"linear": ("linear", "o", SOLID), "knn": ("k nearest neighbours", "s", DASHED)}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One small picture of `draw_curves`.
+
+    Args:
+        title: what is drawn.
+        series: label by metric key, in drawing order; a key that ends in `*` stands for the first that fits.
+        references: keys drawn in grey, as something to compare with.
+        log_scale: on the y axis.
+        from_zero: the y axis begins at 0.
+        alarms: mark the steps at which `collapse/alarm` was raised.
+    """
+
+    title: str
+    series: dict[str, str]
+    references: tuple[str, ...] = ()
+    log_scale: bool = False
+    from_zero: bool = False
+    alarms: bool = False
+
+
+def standard_panels(runs: Mapping[str, Run]) -> list[Panel]:
+    """The panels of a report, one of them for each task of the online probes."""
+    trivial = {
+        "collapse/loss_mean_target": "mean target",
+        "collapse/loss_nearest_context": "nearest context",
+    }
+    keys = sorted({key for run in runs.values() for key in run})
+    tasks = [key[len("probe/") : -len("/accuracy")] for key in keys if key.startswith("probe/")]
+    probes = [
+        Panel(
+            f"Online probe: {_short(task, 32)}",
+            {f"probe/{task}/accuracy": "accuracy", f"probe/{task}/twin": "random twin"},
+            references=(f"probe/{task}/twin",),
+        )
+        for task in tasks
+        if f"probe/{task}/accuracy" in keys
+    ]
+    return [
+        Panel(
+            "Loss, and of trivial predictors",
+            {"train/loss": "train", "valid/loss": "valid"} | trivial,
+            references=tuple(trivial),
+        ),
+        *probes,
+        Panel("RankMe (effective rank)", _of_latents("rank"), alarms=True),
+        Panel("Standard deviation", _of_latents("std"), alarms=True),
+        Panel("Mean cosine between clips", {"collapse/clip_cosine": ""}, alarms=True),
+        Panel("Distance of target encoder to encoder", {"collapse/ema_distance": ""}),
+        Panel("Gradient norm", {"train/gradient_norm": ""}, log_scale=True),
+        Panel("Learning rate", {"lr-*": ""}),
+        Panel("Momentum of the target encoder", {"train/momentum": ""}),
+        Panel("Seconds of audio per second", {"speed/audio_seconds_per_second": ""}, from_zero=True),
+        Panel("Share of time waiting for data", {"speed/data_wait": ""}, from_zero=True),
+    ]
+
+
+def _of_latents(statistic: str) -> dict[str, str]:
+    return {f"collapse/{name}_{statistic}": name for name in ("context", "target", "prediction")}
+
+
+def draw_masks(
+    log_spectrogram: Float[np.ndarray, "bands frames"],
+    grid: Grid,
+    masks: Sequence[Masks],
+    *,
+    clip: int,
+    seconds: float,
+    title: str,
+    band_hz: Float[np.ndarray, " bands"] | None = None,
+) -> Figure:
+    """Several draws of masks over one clip: context clear, target groups tinted, the rest veiled.
+
+    A token that several groups share is striped in their colours. On a grid with one frequency row every group
+    has a lane of its own instead.
+
+    Args:
+        log_spectrogram: of the stretch of the clip that the grid covers, lowest band first.
+        grid: tokens of the clip.
+        masks: the draws, one picture for each.
+        clip: row of the masks' batch.
+        seconds: duration of the stretch.
+        title: of the figure.
+        band_hz: rising centre frequencies of the bands; bands are numbered if `None`.
+
+    Raises:
+        ValueError: if there is no draw.
+    """
+    if not masks:
+        raise ValueError("`masks` must hold at least one draw, got none")
+    figure, axes = _subplots(len(masks), 1, height=1.75, extra=0.75, share_x=True)
+    extent = (0.0, seconds, 0.0, float(len(log_spectrogram)))
+    low, high = np.percentile(log_spectrogram, (2, 99.8))
+    for number, (ax, draw) in enumerate(zip(axes[:, 0], masks, strict=True), start=1):
+        context, targets = _planes(grid, draw, clip)
+        ax.imshow(log_spectrogram, cmap="Greys", vmin=low, vmax=high, origin="lower", extent=extent)
+        ax.imshow(_paint(context, targets), interpolation="nearest", origin="lower", extent=extent)
+        ax.set_aspect("auto")
+        _draw_cells(ax, grid, extent)
+        shares = f"context {context.mean():.0%} of the tokens, targets {targets.any(0).mean():.0%}"
+        _title(ax, f"draw {number}: {shares}")
+        _label_bands(ax, band_hz)
+    axes[-1, 0].set_xlabel("seconds", fontsize=NORMAL)
+    num_groups = max(draw.targets.index.shape[1] for draw in masks)
+    names = ["target"] if num_groups == 1 else [f"target group {group + 1}" for group in range(num_groups)]
+    tints = [Patch(facecolor=c, alpha=TINT, label=n) for n, c in zip(names, cycle(PALETTE), strict=False)]
+    veiled = Patch(facecolor=VEIL, label="hidden from the context" if grid.num_freq == 1 else "neither")
+    _head(figure, title, [Patch(facecolor="white", edgecolor=GREY, label="context"), *tints, veiled])
+    return figure
+
+
+def _planes(grid: Grid, masks: Masks, clip: int) -> tuple[np.ndarray, np.ndarray]:
+    """Context `[F, T]` and target groups `[M, F, T]` of one clip, bool."""
+    row = masks.rows(slice(clip, clip + 1))
+    context, targets = (part.to_mask(grid.num_tokens).cpu().numpy() for part in (row.context, row.targets))
+    shape = (-1, grid.num_time, grid.num_freq)
+    return context.reshape(shape)[0].T, targets.reshape(shape).swapaxes(1, 2)
+
+
+def _paint(context: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """The overlay, RGBA `[F * stripes, T, 4]`, lowest row first."""
+    colors = np.array([[*to_rgb(color), TINT] for _, color in zip(targets, cycle(PALETTE), strict=False)])
+    veiled = np.where(context[..., None], 0.0, [*to_rgb(VEIL), 0.85])  # [F, T, 4]
+    if len(context) == 1:
+        return np.where(targets[::-1, 0, :, None], colors[::-1, None], veiled)
+    count = targets.sum(axis=0)  # [F, T]
+    rank = np.where(targets, targets.cumsum(axis=0), 0)  # [M, F, T], of a group among those of its token
+    stripe = np.arange(STRIPES)[:, None, None]
+    group = (rank[:, None] == stripe * count // STRIPES + 1).argmax(axis=0)  # [STRIPES, F, T]
+    painted = np.where(count[..., None] > 0, colors[group], veiled)
+    return painted.swapaxes(0, 1).reshape(-1, context.shape[1], 4)
+
+
+def _draw_cells(ax: Axes, grid: Grid, extent: tuple[float, float, float, float]) -> None:
+    ax.grid(visible=False)
+    if grid.num_time <= 128:
+        inner = np.linspace(0, extent[1], grid.num_time + 1)[1:-1]
+        ax.vlines(inner, 0, extent[3], color=GREY, linewidth=0.5, alpha=0.35)
+    if grid.num_freq <= 32:
+        inner = np.linspace(0, extent[3], grid.num_freq + 1)[1:-1]
+        ax.hlines(inner, 0, extent[1], color=GREY, linewidth=0.5, alpha=0.35)
+
+
+def _label_bands(ax: Axes, band_hz: np.ndarray | None) -> None:
+    if band_hz is None:
+        ax.set_ylabel("band", fontsize=NORMAL)
+        return
+    wanted = [hz for hz in (125, 500, 1000, 2000, 4000, 8000, 16000) if band_hz[0] <= hz <= band_hz[-1]]
+    places = np.interp(wanted, band_hz, np.arange(len(band_hz)) + 0.5)
+    ax.set_yticks(places, [f"{hz / 1000:g}" for hz in wanted])
+    ax.set_ylabel("kHz", fontsize=NORMAL)
+
+
+def draw_curves(runs: Mapping[str, Run], panels: Sequence[Panel], title: str = "") -> Figure:
+    """Curves over optimizer steps. One run: a colour for each series; several: a colour for each run.
+
+    Panels without a finite value are left out. Long series are drawn pale, with their running mean on top.
+    """
+    panels = [panel for panel in panels if any(_has_curves(run, panel) for run in runs.values())]
+    if not panels:
+        return _note("nothing was logged", title)
+    columns = min(3, len(panels))
+    figure, axes = _subplots(-(-len(panels) // columns), columns, height=2.2, extra=0.5)
+    for ax, panel in zip(axes.flat, panels, strict=False):
+        _draw_panel(ax, panel, runs)
+    for ax in axes.flat[len(panels) :]:
+        ax.remove()
+    for ax in axes.flat[len(panels) - columns : len(panels)]:
+        ax.set_xlabel("optimizer step", fontsize=NORMAL)
+    handles: list[Artist] = []
+    if len(runs) > 1:
+        handles += [_key(_short(n, 40), c, SOLID) for n, c in zip(runs, cycle(PALETTE), strict=False)]
+    if any(len(_alarms(run)) for run in runs.values()):
+        handles.append(Patch(facecolor=RED, alpha=0.2, label="collapse alarm"))
+    _head(figure, title, handles)
+    return figure
+
+
+def _draw_panel(ax: Axes, panel: Panel, runs: Mapping[str, Run]) -> None:
+    keys: dict[str, Line2D] = {}
+    for run, run_color in zip(runs.values(), cycle(PALETTE), strict=False):
+        own_colors = iter(PALETTE)
+        for (pattern, label), dash in zip(panel.series.items(), cycle(DASHES), strict=False):
+            is_reference = pattern in panel.references
+            color = GREY if is_reference else next(own_colors)
+            if len(runs) > 1:
+                color = run_color
+            elif not is_reference:
+                dash = SOLID  # noqa: PLW2901
+            if (curve := _curve(run, pattern)) is not None:
+                _draw_curve(ax, curve, color, dash)
+                keys[label] = _key(label, INK if len(runs) > 1 else color, dash)
+        if panel.alarms:
+            for step in _alarms(run):
+                ax.axvline(step, color=RED, linewidth=3, alpha=0.15, zorder=0)
+    _title(ax, panel.title, [key for label, key in keys.items() if label])
+    if panel.log_scale:
+        ax.set_yscale("log")
+        for formatter in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+            formatter(lambda value, _: f"{value:g}")
+        ax.tick_params(which="minor", labelsize=SMALL - 1, labelcolor=INK, color=GREY)
+    if panel.from_zero:
+        ax.set_ylim(0, None)
+
+
+def _curve(run: Run, pattern: str) -> Curve | None:
+    """The first series with a finite value that a key or pattern stands for."""
+    prefix = pattern.removesuffix("*")
+    keys = [pattern] if prefix == pattern else sorted(key for key in run if key.startswith(prefix))
+    return next((run[key] for key in keys if key in run and np.isfinite(run[key][1]).any()), None)
+
+
+def _has_curves(run: Run, panel: Panel) -> bool:
+    return any(_curve(run, key) is not None for key in panel.series if key not in panel.references)
+
+
+def _alarms(run: Run) -> np.ndarray:
+    steps, raised = run.get("collapse/alarm", (np.empty(0), np.empty(0)))
+    return steps[raised > 0]
+
+
+def _draw_curve(ax: Axes, curve: Curve, color: str, dash: tuple[float, tuple[float, ...]]) -> None:
+    steps, values = curve
+    finite = np.isfinite(values)
+    if len(values) > MANY_POINTS:
+        ax.plot(steps, values, color=color, linewidth=0.6, alpha=0.3)
+        kernel = np.ones(len(values) // 40)
+        count = np.convolve(finite, kernel, mode="same")
+        total = np.convolve(np.where(finite, values, 0.0), kernel, mode="same")
+        values = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    marker = "o" if finite.sum() == 1 else None
+    ax.plot(steps, values, color=color, linestyle=dash, linewidth=1.4, marker=marker, markersize=4)
+
+
+def draw_probe(rows: Sequence[ProbeRow], title: str = "") -> Figure:
+    """Test scores with their 95 % intervals: a panel for each task, a line for each encoder and variant."""
+    if not rows:
+        return _note("nothing was probed", title)
+    lines = list(_probe_lines(rows))
+    tasks = list(dict.fromkeys(row.task for row in rows))
+    columns = min(3, len(tasks))
+    height = 0.65 + 0.27 * len(lines)
+    figure, axes = _subplots(-(-len(tasks) // columns), columns, height, extra=0.6, share_y=True)
+    places = {line: y for y, (_, line) in enumerate(lines)}
+    for ax, task in zip(axes.flat, tasks, strict=False):
+        of_task = [row for row in rows if row.task == task]
+        for row in of_task:
+            _draw_interval(ax, row, places[row.encoder, row.pooling, row.variant])
+        ax.axvline(of_task[0].chance, color=INK, linewidth=1, linestyle=DOTTED)
+        ax.yaxis.grid(visible=False)
+        _title(ax, _short(task, 40))
+        ax.set_xlabel(f"test {of_task[0].metric}, 95 % interval", fontsize=NORMAL)
+    for ax in axes.flat[len(tasks) :]:
+        ax.remove()
+    for ax in axes[:, 0]:
+        ax.set(yticks=range(len(lines)), yticklabels=[label for label, _ in lines])
+        ax.set_ylim(len(lines) - 0.3, -0.7)
+        for text, (_, line) in zip(ax.get_yticklabels(), lines, strict=True):
+            text.set_fontweight("normal" if line else "bold")
+    _head(figure, title, [*_head_keys(rows), _key("chance", INK, DOTTED)])
+    return figure
+
+
+def _probe_lines(rows: Sequence[ProbeRow]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Labels from top to bottom and (encoder, pooling, variant), which is empty for a heading."""
+    by_encoder: dict[str, set[tuple[str, str]]] = {}
+    for row in rows:
+        by_encoder.setdefault(row.encoder, set()).add((row.pooling, row.variant))
+    for encoder, own in sorted(by_encoder.items(), key=lambda item: len(item[1]) > 1):
+        if len(own) > 1:
+            yield _short(encoder, 36), ()
+        poolings = {pooling for pooling, _ in own}
+        for pooling, variant in sorted(own, key=lambda line: (line[0], _order(line[1]))):
+            label = _look(variant)[0] + (f", {pooling}" if len(poolings) > 1 else "")
+            yield (label if len(own) > 1 else f"{_short(encoder, 30)} {label}"), (encoder, pooling, variant)
+
+
+def _look(variant: str) -> tuple[str, str]:
+    """Label and colour; `random-3` is the twin of another seed."""
+    kind, _, seed = variant.partition("-")
+    label, color = VARIANTS.get(kind, (variant, INK))
+    return (f"{label}, seed {seed}" if seed and kind in VARIANTS else label), color
+
+
+def _order(variant: str) -> int:
+    kind = variant.partition("-")[0]
+    return [*VARIANTS, kind].index(kind)
+
+
+def _draw_interval(ax: Axes, row: ProbeRow, y: float) -> None:
+    y += 0.0 if row.head == "linear" else 0.27
+    ax.plot([row.low, row.high], [y, y], color=_look(row.variant)[1], linewidth=2, alpha=0.6)
+    _draw_mark(ax, row, row.value, y)
+
+
+def _draw_mark(ax: Axes, row: ProbeRow, x: float, y: float) -> None:
+    color, marker = _look(row.variant)[1], HEADS[row.head][1]
+    face = color if row.head == "linear" else "white"
+    ax.plot([x], [y], marker=marker, linestyle="", color=color, markersize=5, markerfacecolor=face, zorder=3)
+
+
+def _head_keys(rows: Iterable[ProbeRow]) -> list[Line2D]:
+    shown = {row.head for row in rows}
+    keys = [_key(label, INK, dash, marker) for head, (label, marker, dash) in HEADS.items() if head in shown]
+    for key in keys[1:]:
+        key.set_markerfacecolor("white")
+    return keys
+
+
+def draw_layers(rows: Sequence[ProbeRow], title: str = "") -> Figure:
+    """Validation scores by layer: a row of panels for each encoder, a column for each task.
+
+    A mark stands at the layer that was chosen; what has one layer only is a line across every panel.
+    """
+    layered = [row for row in rows if len(row.valid_by_layer) > 1]
+    if not layered:
+        return _note("nothing with layers was probed", title)
+    encoders = list(dict.fromkeys((row.encoder, row.pooling) for row in layered))
+    tasks = list(dict.fromkeys(row.task for row in layered))
+    figure, axes = _subplots(len(encoders), len(tasks), height=2.3, extra=0.6)
+    for (line, encoder), (column, task) in ((a, b) for a in enumerate(encoders) for b in enumerate(tasks)):
+        ax = axes[line, column]
+        for row in rows:
+            if row.task == task and (len(row.valid_by_layer) == 1 or (row.encoder, row.pooling) == encoder):
+                _draw_layer_line(ax, row)
+        name = f"{_short(encoder[0], 24)} ({encoder[1]}): " if len(encoders) > 1 else ""
+        _title(ax, name + _short(task, 24))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for ax in axes[-1]:
+        ax.set_xlabel("layer (0: what enters the first block)", fontsize=NORMAL)
+    for ax in axes[:, 0]:
+        ax.set_ylabel(f"validation {layered[0].metric}", fontsize=NORMAL)
+    variants = sorted({row.variant for row in rows}, key=_order)
+    keys: list[Artist] = [Patch(color=_look(variant)[1], label=_look(variant)[0]) for variant in variants]
+    _head(figure, title, [*keys, *_head_keys(rows)])
+    return figure
+
+
+def _draw_layer_line(ax: Axes, row: ProbeRow) -> None:
+    color, dash = _look(row.variant)[1], HEADS[row.head][2]
+    if len(row.valid_by_layer) == 1:
+        ax.axhline(row.valid_value, color=color, linestyle=dash, linewidth=1.4)
+        return
+    values = row.valid_by_layer
+    ax.plot(range(len(values)), values, color=color, linestyle=dash, linewidth=1.4)
+    _draw_mark(ax, row, row.layer, values[row.layer])
+
+
+def _subplots(
+    rows: int,
+    columns: int,
+    height: float,
+    extra: float,
+    *,
+    share_x: bool = False,
+    share_y: bool = False,
+) -> tuple[Figure, np.ndarray]:
+    """Panels `height` inches high, with `extra` inches for heading and axis label."""
+    figure = Figure(figsize=(WIDTH, rows * height + extra), dpi=110, facecolor="white", layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=share_x, sharey=share_y)
+    for ax in axes.flat:
+        ax.set_axisbelow(True)
+        ax.grid(visible=True, color=PALE, linewidth=0.7)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.spines[["left", "bottom"]].set(color=GREY, linewidth=0.7)
+        ax.tick_params(labelsize=SMALL, labelcolor=INK, color=GREY, width=0.7, length=3)
+    return figure, axes
+
+
+def _title(ax: Axes, text: str, keys: Sequence[Line2D] = ()) -> None:
+    """Title with the panel's legend on a line of its own below: nothing covers a curve."""
+    ax.set_title(text, loc="left", fontsize=NORMAL, color=INK, pad=17 if keys else 6)
+    if keys:
+        ax.legend(
+            handles=keys,
+            loc="lower left",
+            bbox_to_anchor=(0, 0.98),
+            ncols=len(keys),
+            fontsize=SMALL - 0.5,
+            frameon=False,
+            borderpad=0.2,
+            borderaxespad=0,
+            handlelength=1.6,
+            handletextpad=0.4,
+            columnspacing=0.9,
+        )
+
+
+def _head(figure: Figure, title: str, handles: Sequence[Artist]) -> None:
+    """Title at the left, the common legend below it."""
+    if not handles:
+        figure.suptitle(title, x=0.008, ha="left", fontsize=NORMAL + 2, color=INK, fontweight="bold")
+        return
+    legend = figure.legend(
+        handles=list(handles),
+        title=title or None,
+        loc="outside upper left",
+        ncols=min(len(handles), 6),
+        frameon=False,
+        fontsize=SMALL + 0.5,
+        title_fontproperties={"size": NORMAL + 2, "weight": "bold"},
+        alignment="left",
+        borderpad=0.1,
+    )
+    legend.get_title().set_color(INK)
+
+
+def _key(label: str, color: str, dash: tuple[float, tuple[float, ...]], marker: str = "") -> Line2D:
+    return Line2D(
+        [], [], color=color, linestyle=dash, linewidth=1.4, marker=marker, markersize=5, label=label
+    )
+
+
+def _note(text: str, title: str) -> Figure:
+    figure = Figure(figsize=(WIDTH, 0.8), dpi=110, facecolor="white")
+    figure.text(0.008, 0.2, text, fontsize=NORMAL, color=GREY)
+    _head(figure, title, [])
+    return figure
+
+
+def _short(name: str, length: int) -> str:
+    """The name with its middle left out if it is too long: both ends tell runs apart."""
+    half = length // 2
+    return name if len(name) <= length else f"{name[:half]}…{name[len(name) - length + half + 1 :]}"

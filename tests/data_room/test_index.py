@@ -1,0 +1,209 @@
+"""Laws of the table of a corpus: every file once, bad ones with their reason, nothing decoded twice."""
+
+import csv
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import soundfile as sf
+
+from jepa_audio.data import index as index_module
+from jepa_audio.data.index import (
+    SCHEMA,
+    CorpusError,
+    default_cache,
+    index_folder,
+    load_index,
+    mark_unusable,
+    usable,
+)
+from jepa_audio.data.read import AudioInfo, inspect
+
+
+def write(path: Path, seconds: float = 0.5, level: float = 0.25, num_channels: int = 1) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sf.write(path, np.full((round(8000 * seconds), num_channels), level), 8000)
+    return path
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write(tmp_path / "corpus" / "b.wav", seconds=1.0)
+    write(tmp_path / "corpus" / "sub" / "deep" / "a.FLAC", num_channels=2)
+    write(tmp_path / "corpus" / "c.wav")
+    (tmp_path / "corpus" / "notes.txt").write_text("no audio")
+    return tmp_path / "corpus"
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that were decoded, in any order."""
+    names: list[str] = []
+
+    def counted(path: Path) -> AudioInfo:
+        names.append(path.name)
+        return inspect(path)
+
+    monkeypatch.setattr(index_module, "inspect", counted)
+    return names
+
+
+def test_every_audio_file_is_listed_once_sorted_by_path_with_what_it_holds(root: Path):
+    table = index_folder(root)
+    assert table.schema.equals(SCHEMA)
+    assert table["path"].to_pylist() == ["b.wav", "c.wav", "sub/deep/a.FLAC"]
+    assert table["num_frames"].to_pylist() == [8000, 4000, 4000]
+    assert table["num_channels"].to_pylist() == [1, 1, 2]
+    assert set(table["sample_rate"].to_pylist()) == {8000}
+    assert set(table["status"].to_pylist()) == {"ok"}
+    for name in ("peak", "rms"):
+        np.testing.assert_allclose(table[name].to_numpy(), 0.25, atol=1e-4)
+    assert load_index(root).equals(table)
+
+
+def test_only_new_and_changed_files_are_decoded_again_and_removed_ones_leave(root: Path, decoded: list[str]):
+    index_folder(root)
+    assert sorted(decoded) == ["a.FLAC", "b.wav", "c.wav"]
+    decoded.clear()
+    index_folder(root)
+    assert decoded == []
+    write(root / "new.wav")
+    write(root / "b.wav", seconds=2.0)
+    (root / "c.wav").unlink()
+    table = index_folder(root)
+    assert sorted(decoded) == ["b.wav", "new.wav"]
+    assert table["path"].to_pylist() == ["b.wav", "new.wav", "sub/deep/a.FLAC"]
+    assert table["num_frames"].to_pylist()[0] == 16_000
+    (root / "new.wav").unlink()
+    index_folder(root)
+    assert load_index(root)["path"].to_pylist() == ["b.wav", "sub/deep/a.FLAC"]
+
+
+def test_an_interrupted_indexing_keeps_what_it_has_decoded(root: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(path: Path) -> AudioInfo:
+        if path.name == "a.FLAC":
+            raise KeyboardInterrupt
+        return inspect(path)
+
+    monkeypatch.setattr(index_module, "_SAVE_EVERY", 1)
+    monkeypatch.setattr(index_module, "inspect", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        index_folder(root)
+    assert load_index(root)["path"].to_pylist() == ["b.wav", "c.wav"]
+
+
+def test_the_number_of_threads_changes_nothing(root: Path, tmp_path: Path):
+    one, four = (
+        index_folder(root, tmp_path / f"{workers}.parquet", num_workers=workers) for workers in (1, 4)
+    )
+    assert one.equals(four)
+
+
+def test_a_broken_cache_is_made_anew(root: Path, decoded: list[str]):
+    table = index_folder(root)
+    default_cache(root).write_bytes(b"half a table")
+    assert index_folder(root).equals(table)
+    assert len(decoded) == 6
+
+
+def test_no_unfinished_file_is_left_beside_the_table(root: Path):
+    index_folder(root)
+    assert sorted(path.name for path in default_cache(root).parent.iterdir()) == [
+        "index.parquet",
+        "skipped.csv",
+    ]
+    assert pq.read_schema(default_cache(root)).names == SCHEMA.names
+
+
+def test_the_table_goes_to_the_home_of_the_user_where_the_corpus_cannot_be_written(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    cache = default_cache(root)
+    assert cache.is_relative_to(tmp_path / "home" / ".cache" / "jepa_audio")
+    assert cache != default_cache(root / "sub")
+    index_folder(root)
+    assert cache.exists()
+    assert not (root / ".jepa_audio").exists()
+
+
+def test_links_are_followed_but_not_in_circles(root: Path, tmp_path: Path):
+    write(tmp_path / "elsewhere" / "linked.wav")
+    (root / "link").symlink_to(tmp_path / "elsewhere")
+    (root / "sub" / "up").symlink_to(root)
+    (root / "gone.wav").symlink_to(tmp_path / "nothing.wav")
+    table = index_folder(root)
+    assert table["path"].to_pylist() == ["b.wav", "c.wav", "gone.wav", "link/linked.wav", "sub/deep/a.FLAC"]
+    assert table["reason"].to_pylist()[2] == "cannot be opened: No such file or directory"
+
+
+def test_bad_files_are_kept_with_the_reason_listed_and_named_once(
+    root: Path, caplog: pytest.LogCaptureFixture
+):
+    (root / "text.wav").write_text("not audio at all " * 9)
+    write(root / "silent.wav", level=0)
+    with caplog.at_level(logging.WARNING):
+        table = index_folder(root)
+    reasons = {row["path"]: row["reason"] for row in table.to_pylist() if row["status"] == "bad"}
+    assert reasons == {
+        "text.wav": "cannot be decoded: Format not recognised.",
+        "silent.wav": "silent: every sample is zero",
+    }
+    with (default_cache(root).parent / "skipped.csv").open() as file:
+        assert {row["path"]: row["reason"] for row in csv.DictReader(file)} == reasons
+    for path, reason in reasons.items():
+        assert [path in message and reason in message for message in caplog.messages].count(True) == 1
+    assert usable(table)["path"].to_pylist() == ["b.wav", "c.wav", "sub/deep/a.FLAC"]
+
+
+def test_files_unfit_for_one_use_are_bad_for_it_and_not_in_the_cache(root: Path):
+    table = index_folder(root, min_seconds=0.75, max_bad_share=1)
+    assert table["status"].to_pylist() == ["ok", "bad", "bad"]
+    assert table["reason"].to_pylist()[1] == "too short: 0.5000 s, at least 0.75 s are needed"
+    assert set(load_index(root)["status"].to_pylist()) == {"ok"}
+    stereo = mark_unusable(load_index(root), num_channels=2)
+    assert stereo["status"].to_pylist() == ["bad", "bad", "ok"]
+    assert stereo["reason"].to_pylist()[0] == "1 channels, 2 are needed"
+
+
+def refusal(root: Path, **arguments: float) -> str:
+    with pytest.raises(CorpusError) as error:
+        index_folder(root, **arguments)
+    return str(error.value)
+
+
+def test_a_folder_that_cannot_be_trained_on_is_refused_in_one_sentence(tmp_path: Path):
+    assert refusal(tmp_path / "nowhere") == f"the audio folder {tmp_path / 'nowhere'} does not exist"
+    (tmp_path / "file").touch()
+    assert "a folder of audio files was expected" in refusal(tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    assert "no audio files" in refusal(tmp_path / "empty")
+    assert ".aif, .aiff, .flac, .mp3, .ogg, .opus, .wav" in refusal(tmp_path / "empty")
+    (tmp_path / "empty" / "song.m4a").touch()
+    assert "1 files in formats that are not read" in refusal(tmp_path / "empty")
+
+
+def test_a_folder_of_bad_files_only_is_refused_with_examples_and_the_place_of_the_list(tmp_path: Path):
+    for number in range(7):
+        (tmp_path / f"{number}.wav").touch()
+    message = refusal(tmp_path)
+    assert message.startswith(
+        f"none of the 7 audio files under {tmp_path} can be used: 0.wav (the file is empty"
+    )
+    assert message.count("0 bytes") == 5
+    assert str(default_cache(tmp_path).parent / "skipped.csv") in message
+
+
+def test_above_the_share_of_bad_files_the_corpus_is_refused(root: Path):
+    (root / "bad.wav").touch()
+    index_folder(root, max_bad_share=0.25)
+    assert "1 of 4 audio files" in refusal(root, max_bad_share=0.24)
+
+
+def test_a_table_that_was_never_made_is_missed_with_the_remedy(root: Path):
+    with pytest.raises(CorpusError, match="jepa-audio data index"):
+        load_index(root)

@@ -1,0 +1,148 @@
+"""Laws of reading one file: what comes out is what was written, and nothing bad passes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+
+from jepa_audio.data.read import AUDIO_SUFFIXES, AudioReadError, inspect, read
+
+RATE = 16_000
+FORMATS = {
+    "8.wav": ("PCM_U8", 0.02),
+    "16.wav": ("PCM_16", 1e-4),
+    "24.wav": ("PCM_24", 1e-6),
+    "float.wav": ("FLOAT", 0),
+    "16.flac": ("PCM_16", 1e-4),
+    "16.aiff": ("PCM_16", 1e-4),
+    "vorbis.ogg": ("VORBIS", 0.05),
+    "opus.opus": ("OPUS", 0.05),
+    "layer3.mp3": ("MPEG_LAYER_III", 0.05),
+}
+
+
+def tones(num_channels: int = 2, seconds: float = 1.0, sample_rate: int = RATE) -> np.ndarray:
+    time = np.arange(round(seconds * sample_rate)) / sample_rate
+    return np.stack([0.3 * np.sin(2 * np.pi * 300 * (c + 1) * time) for c in range(num_channels)]).astype(
+        np.float32
+    )
+
+
+def written(path: Path, samples: np.ndarray, subtype: str = "FLOAT", sample_rate: int = RATE) -> Path:
+    container = {".opus": "OGG"}.get(path.suffix)
+    sf.write(path, samples.T, sample_rate, subtype=subtype, format=container)
+    return path
+
+
+def cut(path: Path, share: float) -> Path:
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    return path
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_back_what_was_written(tmp_path: Path, name: str):
+    subtype, tolerance = FORMATS[name]
+    path = written(tmp_path / name, tones(), subtype)
+    assert path.suffix in AUDIO_SUFFIXES
+    samples, sample_rate = read(path)
+    assert sample_rate == RATE
+    assert samples.dtype == np.float32
+    assert samples.shape == tones().shape
+    np.testing.assert_allclose(samples[:, 2000:-2000], tones()[:, 2000:-2000], atol=tolerance)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_slice_equals_that_part_of_the_whole(tmp_path: Path, name: str):
+    path = written(tmp_path / name, tones(seconds=3), FORMATS[name][0])
+    whole, _ = read(path)
+    for start, num_frames in [(0, 10), (14_321, 3000), (30_000, 70), (3 * RATE - 5, 5)]:
+        part, _ = read(path, start, num_frames)
+        np.testing.assert_allclose(part, whole[:, start : start + num_frames], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_inspection_counts_and_measures_the_decoded_samples(tmp_path: Path, name: str):
+    path = written(tmp_path / name, tones(num_channels=1, seconds=5), FORMATS[name][0])
+    samples, _ = read(path)
+    info = inspect(path)
+    assert (info.num_frames, info.sample_rate, info.num_channels) == (samples.shape[1], RATE, 1)
+    assert info.peak == pytest.approx(np.abs(samples).max(), rel=1e-6)
+    assert info.rms == pytest.approx(np.sqrt(np.mean(samples.astype(np.float64) ** 2)), rel=1e-5)
+
+
+def test_inspection_measures_across_the_borders_of_its_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = written(tmp_path / "a.mp3", tones(seconds=5), "MPEG_LAYER_III")
+    whole = inspect(path)
+    monkeypatch.setattr("jepa_audio.data.read._BLOCK_FRAMES", 20_000)
+    assert vars(inspect(path)) == pytest.approx(vars(whole), rel=1e-5)
+
+
+def test_the_peak_of_a_negative_sample_counts(tmp_path: Path):
+    samples = np.zeros((1, 100), np.float32)
+    samples[0, 7] = -0.75
+    assert inspect(written(tmp_path / "dip.wav", samples)).peak == 0.75
+
+
+def test_a_truncated_mp3_has_the_length_that_decodes_and_not_the_promised_one(tmp_path: Path):
+    path = cut(written(tmp_path / "a.mp3", tones(seconds=4), "MPEG_LAYER_III"), 0.4)
+    assert sf.info(path).frames == 4 * RATE
+    assert inspect(path).num_frames == read(path)[0].shape[1] < 2.5 * RATE
+
+
+@pytest.mark.parametrize(("name", "subtype"), [("a.wav", "PCM_16"), ("a.mp3", "MPEG_LAYER_III")])
+def test_a_slice_beyond_the_damage_is_an_error_and_not_an_empty_array(
+    tmp_path: Path, name: str, subtype: str
+):
+    path = cut(written(tmp_path / name, tones(seconds=4), subtype), 0.4)
+    with pytest.raises(AudioReadError, match="1000|49000"):
+        read(path, 3 * RATE, 1000)
+
+
+def spoilt(value: float) -> np.ndarray:
+    samples = tones()
+    samples[1, 777] = value
+    return samples
+
+
+BAD = {
+    "empty.wav": (lambda path: path.touch(), "empty"),
+    "missing.wav": (lambda path: None, "No such file"),
+    "text.wav": (lambda path: path.write_text("not audio " * 50), "not recognised"),
+    "text.mp3": (lambda path: path.write_text("not audio " * 50), "not recognised"),
+    "cut.flac": (lambda path: cut(written(path, tones(seconds=9), "PCM_16"), 0.5), "decode"),
+    "cut.ogg": (lambda path: cut(written(path, tones(), "VORBIS"), 0.5), "no sample|has 0|decode"),
+    "header.wav": (lambda path: written(path, np.zeros((1, 0), np.float32)), "no sample|has 0"),
+    "nan.wav": (lambda path: written(path, spoilt(np.nan)), "non-finite"),
+    "inf.wav": (lambda path: written(path, spoilt(-np.inf)), "non-finite"),
+    "huge.wav": (lambda path: written(path, spoilt(-1e29)), "absurd samples"),
+    "rate.wav": (lambda path: written(path, tones(), sample_rate=1), "absurd sample rate: 1 Hz"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_is_refused_by_name_and_with_the_reason(tmp_path: Path, name: str):
+    make, reason = BAD[name]
+    path = tmp_path / name
+    make(path)
+    for operation in (read, inspect):
+        with pytest.raises(AudioReadError, match=reason) as refusal:
+            operation(path)
+        assert str(path) in str(refusal.value)
+        assert refusal.value.path == path
+
+
+def test_the_error_survives_the_way_from_a_worker(tmp_path: Path):
+    import pickle
+
+    error = pickle.loads(pickle.dumps(AudioReadError(tmp_path, "worn out")))
+    assert (error.path, error.reason) == (tmp_path, "worn out")
+
+
+def test_a_slice_that_makes_no_sense_is_refused(tmp_path: Path):
+    for start, num_frames in [(-1, 5), (0, 0)]:
+        with pytest.raises(ValueError, match="must be"):
+            read(tmp_path / "a.wav", start, num_frames)
