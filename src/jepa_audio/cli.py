@@ -2,19 +2,157 @@
 
 from __future__ import annotations
 
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from jepa_audio.jepa import JEPA
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import auto_cli
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from rich.console import Console
+from rich.logging import RichHandler
+
+from jepa_audio import losses, masking, positions, schedules  # noqa: F401 (their classes get short names)
+from jepa_audio.checkpointing import AtomicCheckpointIO, RunCheckpoint
+from jepa_audio.commands import index, stats, synth
 from jepa_audio.data.datamodule import AudioDataModule
-import jepa_audio.front_ends, jepa_audio.masking, jepa_audio.losses, jepa_audio.schedules, jepa_audio.positions
+from jepa_audio.data.read import AudioReadError
+from jepa_audio.jepa import JEPA
+from jepa_audio.monitor import CollapseMonitor
+from jepa_audio.probing.online import OnlineProbe  # noqa: F401
+from jepa_audio.probing.run import probe
+from jepa_audio.report import write_report
+
+TRAINER_COMMANDS = ("fit", "validate", "test")
+OTHER_COMMANDS = {"data": {"index": index, "synth": synth}, "probe": probe, "report": write_report}
+
+HELP = """usage: jepa-audio COMMAND ...
+
+  fit         pretrain:  jepa-audio fit --config configs/wavjepa.yaml --data.root DIR
+  validate    the loss on held-out files
+  test        the loss on test files
+  probe       what frozen encoders know, beside their random-init twins and log-mel statistics
+  report      curves, masks and probe results of the runs in a folder, as one HTML page
+  data synth  write a labelled corpus of synthetic notes in NSynth's layout
+  data index  look at every file of a folder once
+  data stats  mean and standard deviation of a spectrogram front end on a corpus
+
+`jepa-audio COMMAND --help` tells more; `jepa-audio fit --print_config` shows every setting."""
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Keeps the exact configuration in the folder of the run; a resumed run writes it again."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing more than the file."""
+
 
 class JEPACLI(LightningCLI):
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.link_arguments("model.encoder.init_args.embed_dim", "model.front_end.init_args.embed_dim")
-        parser.link_arguments("model.encoder.init_args.embed_dim", "model.predictor.init_args.embed_dim")
-        parser.link_arguments("model", "data.sample_rate", compute_fn=lambda m: m.front_end.sample_rate, apply_on="instantiate")
-        parser.link_arguments("model", "data.num_channels", compute_fn=lambda m: m.front_end.num_channels, apply_on="instantiate")
-    def _parse_ckpt_path(self):
-        return
+    """LightningCLI with one folder for all that a run writes, and with callbacks that no configuration can lose."""
 
-def main(args=None):
-    JEPACLI(JEPA, AudioDataModule, auto_configure_optimizers=False, seed_everything_default=0, args=args)
+    def __init__(self, args: Sequence[str], run: bool = True) -> None:
+        super().__init__(
+            JEPA,
+            AudioDataModule,
+            args=list(args),
+            run=run,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_callback=SaveRunConfig,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={
+                "log_every_n_steps": 10,
+                "check_val_every_n_epoch": None,
+                "val_check_interval": 1000,
+                "num_sanity_val_steps": 0,
+                "use_distributed_sampler": False,
+                "max_epochs": -1,
+            },
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, without `predict`."""
+        return {name: skip for name, skip in LightningCLI.subcommands().items() if name in TRAINER_COMMANDS}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """One truth for every width and rate, and the callbacks of every run."""
+        parser.add_argument(
+            "--run_dir", type=str, default="runs/default", help="Folder of the run: checkpoints, metrics, config.yaml."
+        )
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(CollapseMonitor, "monitor")
+        parser.link_arguments("run_dir", "trainer.default_root_dir")
+        parser.link_arguments("run_dir", "checkpoint.dirpath", compute_fn=_checkpoint_folder)
+        for part in ("front_end", "predictor"):
+            parser.link_arguments("model.encoder.init_args.embed_dim", f"model.{part}.init_args.embed_dim")
+        for name, of_model in (("sample_rate", _sample_rate), ("num_channels", _num_channels)):
+            parser.link_arguments("model", f"data.{name}", compute_fn=of_model, apply_on="instantiate")
+
+    def instantiate_trainer(self, **kwargs: object) -> Trainer:
+        """A Trainer that logs to CSV and TensorBoard, unless told otherwise, and writes whole checkpoints."""
+        config = self.config_init[self.subcommand] if self.subcommand else self.config_init
+        folder = config["run_dir"]
+        if config["trainer"]["logger"] in (None, True):
+            kwargs["logger"] = [
+                CSVLogger(folder, name="metrics"),
+                TensorBoardLogger(folder, name="tensorboard", default_hp_metric=False),
+            ]
+        if not config["trainer"]["plugins"]:
+            kwargs["plugins"] = [AtomicCheckpointIO()]
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks += [LearningRateMonitor(logging_interval="step")] if trainer.loggers else []
+        return trainer
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the command line alone: Lightning would silently override it by what the checkpoint was run with."""
+
+
+def _checkpoint_folder(run_dir: str) -> str:
+    return str(Path(run_dir) / "checkpoints")
+
+
+def _sample_rate(model: JEPA) -> int:
+    return model.front_end.sample_rate
+
+
+def _num_channels(model: JEPA) -> int:
+    return model.front_end.num_channels
+
+
+def measure_stats(args: Sequence[str]) -> None:
+    """The command `data stats`: the configuration of a run, and how many crops to measure."""
+    cli = JEPACLI(args, run=False)
+    stats(cli.model.front_end, cli.datamodule, num_clips=2000)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run a command; a user's mistake ends in one sentence, not in a traceback."""
+    args = list(sys.argv[1:] if args is None else args)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    warnings.filterwarnings("ignore", module="lightning|torch")
+    try:
+        if not args or args[0] in ("-h", "--help"):
+            print(HELP)
+        elif args[:2] == ["data", "stats"]:
+            measure_stats(args[2:])
+        elif args[0] in OTHER_COMMANDS:
+            auto_cli(OTHER_COMMANDS, args=args, prog="jepa-audio", as_positional=True)
+        else:
+            JEPACLI(args)
+    except (ValueError, FileNotFoundError, AudioReadError) as error:
+        if not _is_our_own(error):
+            raise
+        Console(stderr=True).print(f"jepa-audio: {error}", style="red", highlight=False, markup=False)
+        raise SystemExit(1) from None
+
+
+def _is_our_own(error: Exception) -> bool:
+    """Whether one of our own checks raised it: then its sentence says all."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(last.filename).is_relative_to(Path(__file__).parent)

@@ -1,10 +1,11 @@
-"""Pictures: masks on a spectrogram, curves of runs, probe results. Arrays in, `Figure` out, no global state."""
+"""Pictures: masks on a spectrogram, curves of runs, probe results; arrays in, `Figure` out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from fnmatch import fnmatchcase
+from itertools import cycle, product
 
 import numpy as np
 from jaxtyping import Float
@@ -14,15 +15,13 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
 from jepa_audio.grid import Grid, Masks
 from jepa_audio.probing.results import ProbeRow
 
-Curve = tuple[np.ndarray, np.ndarray]
-"""Optimizer steps and the values logged at them."""
-Run = Mapping[str, Curve]
-"""The curves of one run by metric key."""
+Curve = tuple[np.ndarray, np.ndarray]  # optimizer steps, values
+Run = Mapping[str, Curve]  # by metric key
 
 # The colours of Okabe and Ito, which colour-blind readers tell apart too.
 BLUE, ORANGE, GREEN, PURPLE, RED, SKY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"
@@ -37,7 +36,7 @@ STRIPES = 12  # of a token's cell: 2, 3, 4 or 6 groups share it evenly
 MANY_POINTS = 200  # longer series get a running mean
 
 VARIANTS = {
-    "statistics": ("statistics", PURPLE),
+    "statistics": ("log-mel statistics", PURPLE),
     "random": ("random twin", GREY),
     "context": ("context encoder", BLUE),
     "target": ("target encoder", ORANGE),
@@ -51,11 +50,8 @@ class Panel:
     """One small picture of `draw_curves`.
 
     Args:
-        title: what is drawn.
-        series: label by metric key, in drawing order; a key that ends in `*` stands for the first that fits.
-        references: keys drawn in grey, as something to compare with.
-        log_scale: on the y axis.
-        from_zero: the y axis begins at 0.
+        series: label by metric key, in drawing order; `*` in a key stands for anything.
+        references: labels drawn in grey, as something to compare with.
         alarms: mark the steps at which `collapse/alarm` was raised.
     """
 
@@ -69,28 +65,14 @@ class Panel:
 
 def standard_panels(runs: Mapping[str, Run]) -> list[Panel]:
     """The panels of a report, one of them for each task of the online probes."""
-    trivial = {
-        "collapse/loss_mean_target": "mean target",
-        "collapse/loss_nearest_context": "nearest context",
-    }
-    keys = sorted({key for run in runs.values() for key in run})
-    tasks = [key[len("probe/") : -len("/accuracy")] for key in keys if key.startswith("probe/")]
-    probes = [
-        Panel(
-            f"Online probe: {_short(task, 32)}",
-            {f"probe/{task}/accuracy": "accuracy", f"probe/{task}/twin": "random twin"},
-            references=(f"probe/{task}/twin",),
-        )
-        for task in tasks
-        if f"probe/{task}/accuracy" in keys
-    ]
+    keys = {key for run in runs.values() for key in run}
+    tasks = sorted(key.split("/")[1] for key in keys if fnmatchcase(key, "probe/*/accuracy"))
+    probes = {t: {f"probe/{t}/accuracy": "accuracy", f"probe/{t}/twin": "random twin"} for t in tasks}
+    loss = {"train/loss": "train", "valid/loss": "valid"}
+    loss |= {"collapse/loss_mean_target": "mean target", "collapse/loss_nearest_context": "nearest context"}
     return [
-        Panel(
-            "Loss, and of trivial predictors",
-            {"train/loss": "train", "valid/loss": "valid"} | trivial,
-            references=tuple(trivial),
-        ),
-        *probes,
+        Panel("Loss, beside two trivial predictors", loss, ("mean target", "nearest context")),
+        *(Panel(f"Online probe: {_short(t, 28)}", two, ("random twin",)) for t, two in probes.items()),
         Panel("RankMe (effective rank)", _of_latents("rank"), alarms=True),
         Panel("Standard deviation", _of_latents("std"), alarms=True),
         Panel("Mean cosine between clips", {"collapse/clip_cosine": ""}, alarms=True),
@@ -117,29 +99,21 @@ def draw_masks(
     title: str,
     band_hz: Float[np.ndarray, " bands"] | None = None,
 ) -> Figure:
-    """Several draws of masks over one clip: context clear, target groups tinted, the rest veiled.
+    """Draws of masks over one clip: context clear, target groups tinted, the rest veiled.
 
     A token that several groups share is striped in their colours. On a grid with one frequency row every group
     has a lane of its own instead.
 
     Args:
         log_spectrogram: of the stretch of the clip that the grid covers, lowest band first.
-        grid: tokens of the clip.
-        masks: the draws, one picture for each.
         clip: row of the masks' batch.
         seconds: duration of the stretch.
-        title: of the figure.
         band_hz: rising centre frequencies of the bands; bands are numbered if `None`.
-
-    Raises:
-        ValueError: if there is no draw.
     """
-    if not masks:
-        raise ValueError("`masks` must hold at least one draw, got none")
-    figure, axes = _subplots(len(masks), 1, height=1.75, extra=0.75, share_x=True)
+    figure, axes = _subplots(len(masks), 1, height=1.75, extra=0.75, share="x")
     extent = (0.0, seconds, 0.0, float(len(log_spectrogram)))
     low, high = np.percentile(log_spectrogram, (2, 99.8))
-    for number, (ax, draw) in enumerate(zip(axes[:, 0], masks, strict=True), start=1):
+    for number, (ax, draw) in enumerate(zip(axes, masks, strict=True), start=1):
         context, targets = _planes(grid, draw, clip)
         ax.imshow(log_spectrogram, cmap="Greys", vmin=low, vmax=high, origin="lower", extent=extent)
         ax.imshow(_paint(context, targets), interpolation="nearest", origin="lower", extent=extent)
@@ -148,7 +122,7 @@ def draw_masks(
         shares = f"context {context.mean():.0%} of the tokens, targets {targets.any(0).mean():.0%}"
         _title(ax, f"draw {number}: {shares}")
         _label_bands(ax, band_hz)
-    axes[-1, 0].set_xlabel("seconds", fontsize=NORMAL)
+    axes[-1].set_xlabel("seconds", fontsize=NORMAL)
     num_groups = max(draw.targets.index.shape[1] for draw in masks)
     names = ["target"] if num_groups == 1 else [f"target group {group + 1}" for group in range(num_groups)]
     tints = [Patch(facecolor=c, alpha=TINT, label=n) for n, c in zip(names, cycle(PALETTE), strict=False)]
@@ -180,23 +154,22 @@ def _paint(context: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def _draw_cells(ax: Axes, grid: Grid, extent: tuple[float, float, float, float]) -> None:
-    ax.grid(visible=False)
     if grid.num_time <= 128:
-        inner = np.linspace(0, extent[1], grid.num_time + 1)[1:-1]
-        ax.vlines(inner, 0, extent[3], color=GREY, linewidth=0.5, alpha=0.35)
+        ax.xaxis.set_minor_locator(FixedLocator(np.linspace(0, extent[1], grid.num_time + 1).tolist()))
     if grid.num_freq <= 32:
-        inner = np.linspace(0, extent[3], grid.num_freq + 1)[1:-1]
-        ax.hlines(inner, 0, extent[1], color=GREY, linewidth=0.5, alpha=0.35)
+        ax.yaxis.set_minor_locator(FixedLocator(np.linspace(0, extent[3], grid.num_freq + 1).tolist()))
+    ax.grid(visible=False)
+    ax.grid(which="minor", color=GREY, linewidth=0.5, alpha=0.35)
+    ax.tick_params(which="minor", length=0)
+    ax.set_axisbelow(False)
 
 
 def _label_bands(ax: Axes, band_hz: np.ndarray | None) -> None:
-    if band_hz is None:
-        ax.set_ylabel("band", fontsize=NORMAL)
-        return
-    wanted = [hz for hz in (125, 500, 1000, 2000, 4000, 8000, 16000) if band_hz[0] <= hz <= band_hz[-1]]
-    places = np.interp(wanted, band_hz, np.arange(len(band_hz)) + 0.5)
-    ax.set_yticks(places, [f"{hz / 1000:g}" for hz in wanted])
-    ax.set_ylabel("kHz", fontsize=NORMAL)
+    ax.set_ylabel("band" if band_hz is None else "kHz", fontsize=NORMAL)
+    if band_hz is not None:
+        wanted = [hz for hz in (125, 500, 1000, 2000, 4000, 8000, 16000) if band_hz[0] <= hz <= band_hz[-1]]
+        places = np.interp(wanted, band_hz, np.arange(len(band_hz)) + 0.5)
+        ax.set_yticks(places, [f"{hz / 1000:g}" for hz in wanted])
 
 
 def draw_curves(runs: Mapping[str, Run], panels: Sequence[Panel], title: str = "") -> Figure:
@@ -207,59 +180,49 @@ def draw_curves(runs: Mapping[str, Run], panels: Sequence[Panel], title: str = "
     panels = [panel for panel in panels if any(_has_curves(run, panel) for run in runs.values())]
     if not panels:
         return _note("nothing was logged", title)
-    columns = min(3, len(panels))
-    figure, axes = _subplots(-(-len(panels) // columns), columns, height=2.2, extra=0.5)
-    for ax, panel in zip(axes.flat, panels, strict=False):
+    figure, axes = _subplots(len(panels), 3, height=2.2, extra=0.5)
+    for ax, panel in zip(axes, panels, strict=True):
         _draw_panel(ax, panel, runs)
-    for ax in axes.flat[len(panels) :]:
-        ax.remove()
-    for ax in axes.flat[len(panels) - columns : len(panels)]:
+    for ax in axes[-3:]:
         ax.set_xlabel("optimizer step", fontsize=NORMAL)
-    handles: list[Artist] = []
-    if len(runs) > 1:
-        handles += [_key(_short(n, 40), c, SOLID) for n, c in zip(runs, cycle(PALETTE), strict=False)]
+    colors = zip(runs, cycle(PALETTE), strict=False)
+    keys: list[Artist] = [_key(_short(name, 40), color, SOLID) for name, color in colors if len(runs) > 1]
     if any(len(_alarms(run)) for run in runs.values()):
-        handles.append(Patch(facecolor=RED, alpha=0.2, label="collapse alarm"))
-    _head(figure, title, handles)
+        keys.append(Patch(facecolor=RED, alpha=0.2, label="collapse alarm"))
+    _head(figure, title, keys)
     return figure
 
 
 def _draw_panel(ax: Axes, panel: Panel, runs: Mapping[str, Run]) -> None:
     keys: dict[str, Line2D] = {}
+    several = len(runs) > 1
     for run, run_color in zip(runs.values(), cycle(PALETTE), strict=False):
-        own_colors = iter(PALETTE)
-        for (pattern, label), dash in zip(panel.series.items(), cycle(DASHES), strict=False):
-            is_reference = pattern in panel.references
-            color = GREY if is_reference else next(own_colors)
-            if len(runs) > 1:
-                color = run_color
-            elif not is_reference:
-                dash = SOLID  # noqa: PLW2901
+        for place, (pattern, label) in enumerate(panel.series.items()):
+            is_reference = label in panel.references
+            color = run_color if several else GREY if is_reference else PALETTE[place]
+            dash = DASHES[place] if several or is_reference else SOLID
             if (curve := _curve(run, pattern)) is not None:
                 _draw_curve(ax, curve, color, dash)
-                keys[label] = _key(label, INK if len(runs) > 1 else color, dash)
-        if panel.alarms:
-            for step in _alarms(run):
-                ax.axvline(step, color=RED, linewidth=3, alpha=0.15, zorder=0)
+                keys[label] = _key(label, INK if several else color, dash)
+        for step in _alarms(run) if panel.alarms else ():
+            ax.axvline(step, color=RED, linewidth=3, alpha=0.15, zorder=0)
     _title(ax, panel.title, [key for label, key in keys.items() if label])
     if panel.log_scale:
         ax.set_yscale("log")
-        for formatter in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
-            formatter(lambda value, _: f"{value:g}")
-        ax.tick_params(which="minor", labelsize=SMALL - 1, labelcolor=INK, color=GREY)
+        ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     if panel.from_zero:
         ax.set_ylim(0, None)
 
 
 def _curve(run: Run, pattern: str) -> Curve | None:
     """The first series with a finite value that a key or pattern stands for."""
-    prefix = pattern.removesuffix("*")
-    keys = [pattern] if prefix == pattern else sorted(key for key in run if key.startswith(prefix))
-    return next((run[key] for key in keys if key in run and np.isfinite(run[key][1]).any()), None)
+    keys = sorted(key for key in run if fnmatchcase(key, pattern))
+    return next((run[key] for key in keys if np.isfinite(run[key][1]).any()), None)
 
 
 def _has_curves(run: Run, panel: Panel) -> bool:
-    return any(_curve(run, key) is not None for key in panel.series if key not in panel.references)
+    return any(_curve(run, key) for key, label in panel.series.items() if label not in panel.references)
 
 
 def _alarms(run: Run) -> np.ndarray:
@@ -285,22 +248,18 @@ def draw_probe(rows: Sequence[ProbeRow], title: str = "") -> Figure:
     if not rows:
         return _note("nothing was probed", title)
     lines = list(_probe_lines(rows))
-    tasks = list(dict.fromkeys(row.task for row in rows))
-    columns = min(3, len(tasks))
-    height = 0.65 + 0.27 * len(lines)
-    figure, axes = _subplots(-(-len(tasks) // columns), columns, height, extra=0.6, share_y=True)
     places = {line: y for y, (_, line) in enumerate(lines)}
-    for ax, task in zip(axes.flat, tasks, strict=False):
+    tasks = list(dict.fromkeys(row.task for row in rows))
+    figure, axes = _subplots(len(tasks), 3, height=0.65 + 0.27 * len(lines), extra=0.6, share="y")
+    for ax, task in zip(axes, tasks, strict=True):
         of_task = [row for row in rows if row.task == task]
         for row in of_task:
             _draw_interval(ax, row, places[row.encoder, row.pooling, row.variant])
         ax.axvline(of_task[0].chance, color=INK, linewidth=1, linestyle=DOTTED)
-        ax.yaxis.grid(visible=False)
+        ax.tick_params(axis="y", length=0, grid_alpha=0)
         _title(ax, _short(task, 40))
         ax.set_xlabel(f"test {of_task[0].metric}, 95 % interval", fontsize=NORMAL)
-    for ax in axes.flat[len(tasks) :]:
-        ax.remove()
-    for ax in axes[:, 0]:
+    for ax in axes[::3]:
         ax.set(yticks=range(len(lines)), yticklabels=[label for label, _ in lines])
         ax.set_ylim(len(lines) - 0.3, -0.7)
         for text, (_, line) in zip(ax.get_yticklabels(), lines, strict=True):
@@ -310,29 +269,31 @@ def draw_probe(rows: Sequence[ProbeRow], title: str = "") -> Figure:
 
 
 def _probe_lines(rows: Sequence[ProbeRow]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Labels from top to bottom and (encoder, pooling, variant), which is empty for a heading."""
-    by_encoder: dict[str, set[tuple[str, str]]] = {}
-    for row in rows:
-        by_encoder.setdefault(row.encoder, set()).add((row.pooling, row.variant))
-    for encoder, own in sorted(by_encoder.items(), key=lambda item: len(item[1]) > 1):
-        if len(own) > 1:
+    """Labels from top to bottom and (encoder, pooling, variant), which is empty for the heading of a run."""
+    encoders = list(dict.fromkeys(row.encoder for row in sorted(rows, key=lambda row: not _is_baseline(row))))
+    several = len({row.pooling for row in rows if not _is_baseline(row)}) > 1
+    for encoder in encoders:
+        own = [row for row in rows if row.encoder == encoder]
+        if not all(map(_is_baseline, own)):
             yield _short(encoder, 36), ()
-        poolings = {pooling for pooling, _ in own}
-        for pooling, variant in sorted(own, key=lambda line: (line[0], _order(line[1]))):
-            label = _look(variant)[0] + (f", {pooling}" if len(poolings) > 1 else "")
-            yield (label if len(own) > 1 else f"{_short(encoder, 30)} {label}"), (encoder, pooling, variant)
+        for pooling, _, variant in sorted({(row.pooling, _order(row.variant), row.variant) for row in own}):
+            label = _look(variant)[0] + (f", {pooling}" if several else "")
+            yield label, (encoder, pooling, variant)
+
+
+def _is_baseline(row: ProbeRow) -> bool:
+    return len(row.valid_by_layer) == 1
 
 
 def _look(variant: str) -> tuple[str, str]:
     """Label and colour; `random-3` is the twin of another seed."""
     kind, _, seed = variant.partition("-")
-    label, color = VARIANTS.get(kind, (variant, INK))
-    return (f"{label}, seed {seed}" if seed and kind in VARIANTS else label), color
+    label, color = VARIANTS[kind]
+    return (f"{label}, seed {seed}" if seed else label), color
 
 
 def _order(variant: str) -> int:
-    kind = variant.partition("-")[0]
-    return [*VARIANTS, kind].index(kind)
+    return list(VARIANTS).index(variant.partition("-")[0])
 
 
 def _draw_interval(ax: Axes, row: ProbeRow, y: float) -> None:
@@ -343,16 +304,13 @@ def _draw_interval(ax: Axes, row: ProbeRow, y: float) -> None:
 
 def _draw_mark(ax: Axes, row: ProbeRow, x: float, y: float) -> None:
     color, marker = _look(row.variant)[1], HEADS[row.head][1]
-    face = color if row.head == "linear" else "white"
+    face = "white" if marker == "s" else color
     ax.plot([x], [y], marker=marker, linestyle="", color=color, markersize=5, markerfacecolor=face, zorder=3)
 
 
 def _head_keys(rows: Iterable[ProbeRow]) -> list[Line2D]:
     shown = {row.head for row in rows}
-    keys = [_key(label, INK, dash, marker) for head, (label, marker, dash) in HEADS.items() if head in shown]
-    for key in keys[1:]:
-        key.set_markerfacecolor("white")
-    return keys
+    return [_key(label, INK, dash, marker) for head, (label, marker, dash) in HEADS.items() if head in shown]
 
 
 def draw_layers(rows: Sequence[ProbeRow], title: str = "") -> Figure:
@@ -360,24 +318,23 @@ def draw_layers(rows: Sequence[ProbeRow], title: str = "") -> Figure:
 
     A mark stands at the layer that was chosen; what has one layer only is a line across every panel.
     """
-    layered = [row for row in rows if len(row.valid_by_layer) > 1]
+    layered = [row for row in rows if not _is_baseline(row)]
     if not layered:
         return _note("nothing with layers was probed", title)
     encoders = list(dict.fromkeys((row.encoder, row.pooling) for row in layered))
     tasks = list(dict.fromkeys(row.task for row in layered))
-    figure, axes = _subplots(len(encoders), len(tasks), height=2.3, extra=0.6)
-    for (line, encoder), (column, task) in ((a, b) for a in enumerate(encoders) for b in enumerate(tasks)):
-        ax = axes[line, column]
+    figure, axes = _subplots(len(encoders) * len(tasks), len(tasks), height=2.3, extra=0.6)
+    for ax, (encoder, task) in zip(axes, product(encoders, tasks), strict=True):
         for row in rows:
-            if row.task == task and (len(row.valid_by_layer) == 1 or (row.encoder, row.pooling) == encoder):
+            if row.task == task and (_is_baseline(row) or (row.encoder, row.pooling) == encoder):
                 _draw_layer_line(ax, row)
-        name = f"{_short(encoder[0], 24)} ({encoder[1]}): " if len(encoders) > 1 else ""
-        _title(ax, name + _short(task, 24))
+        _title(ax, _short(task, 40))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for ax in axes[-1]:
+        if task == tasks[0]:
+            name = f"{_short(encoder[0], 24)} ({encoder[1]})\n" if len(encoders) > 1 else ""
+            ax.set_ylabel(f"{name}validation {layered[0].metric}", fontsize=NORMAL)
+    for ax in axes[-len(tasks) :]:
         ax.set_xlabel("layer (0: what enters the first block)", fontsize=NORMAL)
-    for ax in axes[:, 0]:
-        ax.set_ylabel(f"validation {layered[0].metric}", fontsize=NORMAL)
     variants = sorted({row.variant for row in rows}, key=_order)
     keys: list[Artist] = [Patch(color=_look(variant)[1], label=_look(variant)[0]) for variant in variants]
     _head(figure, title, [*keys, *_head_keys(rows)])
@@ -386,7 +343,7 @@ def draw_layers(rows: Sequence[ProbeRow], title: str = "") -> Figure:
 
 def _draw_layer_line(ax: Axes, row: ProbeRow) -> None:
     color, dash = _look(row.variant)[1], HEADS[row.head][2]
-    if len(row.valid_by_layer) == 1:
+    if _is_baseline(row):
         ax.axhline(row.valid_value, color=color, linestyle=dash, linewidth=1.4)
         return
     values = row.valid_by_layer
@@ -395,68 +352,44 @@ def _draw_layer_line(ax: Axes, row: ProbeRow) -> None:
 
 
 def _subplots(
-    rows: int,
-    columns: int,
-    height: float,
-    extra: float,
-    *,
-    share_x: bool = False,
-    share_y: bool = False,
-) -> tuple[Figure, np.ndarray]:
-    """Panels `height` inches high, with `extra` inches for heading and axis label."""
+    count: int, columns: int, height: float, extra: float, share: str = ""
+) -> tuple[Figure, list[Axes]]:
+    """Panels `height` inches high, `extra` inches for heading and axis label; `share` is an axis."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
     figure = Figure(figsize=(WIDTH, rows * height + extra), dpi=110, facecolor="white", layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=share_x, sharey=share_y)
-    for ax in axes.flat:
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharex=share == "x", sharey=share == "y").flat)
+    for ax in axes[count:]:
+        ax.remove()
+    for ax in axes[:count]:
         ax.set_axisbelow(True)
         ax.grid(visible=True, color=PALE, linewidth=0.7)
         ax.spines[["top", "right"]].set_visible(False)
         ax.spines[["left", "bottom"]].set(color=GREY, linewidth=0.7)
         ax.tick_params(labelsize=SMALL, labelcolor=INK, color=GREY, width=0.7, length=3)
-    return figure, axes
+    return figure, axes[:count]
 
 
 def _title(ax: Axes, text: str, keys: Sequence[Line2D] = ()) -> None:
     """Title with the panel's legend on a line of its own below: nothing covers a curve."""
     ax.set_title(text, loc="left", fontsize=NORMAL, color=INK, pad=17 if keys else 6)
     if keys:
-        ax.legend(
-            handles=keys,
-            loc="lower left",
-            bbox_to_anchor=(0, 0.98),
-            ncols=len(keys),
-            fontsize=SMALL - 0.5,
-            frameon=False,
-            borderpad=0.2,
-            borderaxespad=0,
-            handlelength=1.6,
-            handletextpad=0.4,
-            columnspacing=0.9,
-        )
+        style = {"handlelength": 1.6, "handletextpad": 0.4, "columnspacing": 0.9, "borderaxespad": 0}
+        style |= {"bbox_to_anchor": (0, 1), "fontsize": SMALL - 0.5, "borderpad": 0.2, "frameon": False}
+        ax.legend(handles=keys, loc="lower left", ncols=len(keys), **style)
 
 
-def _head(figure: Figure, title: str, handles: Sequence[Artist]) -> None:
+def _head(figure: Figure, title: str, keys: Sequence[Artist]) -> None:
     """Title at the left, the common legend below it."""
-    if not handles:
-        figure.suptitle(title, x=0.008, ha="left", fontsize=NORMAL + 2, color=INK, fontweight="bold")
-        return
-    legend = figure.legend(
-        handles=list(handles),
-        title=title or None,
-        loc="outside upper left",
-        ncols=min(len(handles), 6),
-        frameon=False,
-        fontsize=SMALL + 0.5,
-        title_fontproperties={"size": NORMAL + 2, "weight": "bold"},
-        alignment="left",
-        borderpad=0.1,
-    )
-    legend.get_title().set_color(INK)
+    font = {"size": NORMAL + 2, "weight": "bold"}
+    style = {"title": title or None, "title_fontproperties": font, "fontsize": SMALL + 0.5, "borderpad": 0.1}
+    style |= {"ncols": max(1, min(len(keys), 6)), "alignment": "left", "frameon": False}
+    figure.legend(handles=list(keys), loc="outside upper left", **style)
 
 
 def _key(label: str, color: str, dash: tuple[float, tuple[float, ...]], marker: str = "") -> Line2D:
-    return Line2D(
-        [], [], color=color, linestyle=dash, linewidth=1.4, marker=marker, markersize=5, label=label
-    )
+    face = "white" if marker == "s" else color
+    return Line2D([], [], 1.4, dash, color, marker, 5, markerfacecolor=face, label=label)
 
 
 def _note(text: str, title: str) -> Figure:
@@ -469,4 +402,4 @@ def _note(text: str, title: str) -> Figure:
 def _short(name: str, length: int) -> str:
     """The name with its middle left out if it is too long: both ends tell runs apart."""
     half = length // 2
-    return name if len(name) <= length else f"{name[:half]}…{name[len(name) - length + half + 1 :]}"
+    return name if len(name) <= length else f"{name[:half]}…{name[half + 1 - length :]}"

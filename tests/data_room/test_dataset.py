@@ -145,19 +145,14 @@ def broken_corpus(root: Path) -> pa.Table:
     return table
 
 
-def test_a_file_turned_bad_is_replaced_by_the_same_one_everywhere_and_named_once(
-    root: Path, caplog: pytest.LogCaptureFixture
-):
+def test_a_file_turned_bad_is_replaced_by_the_same_one_everywhere(root: Path):
     table = broken_corpus(root)
     first, second = (CropDataset(root, table, RATE, 100) for _ in range(2))
-    with caplog.at_level(logging.WARNING):
-        heard = [first[position, position % 5][0] for position in range(40)]
+    heard = [first[position, position % 5][0] for position in range(40)]
     assert {round(float(crop.mean()) * 10) for crop in heard} == {1, 4, 5}
     assert all(
         torch.equal(second[position, position % 5][0], heard[position]) for position in range(39, -1, -1)
     )
-    caplog.clear()
-    assert [message for message in caplog.messages if "1.wav" in message] == []
 
 
 def test_a_bad_file_is_named_once_with_its_reason(root: Path, caplog: pytest.LogCaptureFixture):
@@ -203,7 +198,6 @@ def test_a_batch_numbers_its_rows_by_position_and_crop():
     ("arguments", "message"),
     [
         ({"num_samples": 0}, "num_samples"),
-        ({"mono": "left"}, "mono"),
         ({"num_channels": 2}, "keep"),
         ({"num_channels": 2, "mono": "keep"}, r"the table has \[1\]"),
         ({"clip_seconds": 0.01}, "clip_seconds"),

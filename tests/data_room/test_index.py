@@ -145,7 +145,7 @@ def test_bad_files_are_kept_with_the_reason_listed_and_named_once(
     root: Path, caplog: pytest.LogCaptureFixture
 ):
     (root / "text.wav").write_text("not audio at all " * 9)
-    write(root / "silent.wav", level=0)
+    write(root / "silent.wav", level=0.0)
     with caplog.at_level(logging.WARNING):
         table = index_folder(root)
     reasons = {row["path"]: row["reason"] for row in table.to_pylist() if row["status"] == "bad"}
@@ -161,7 +161,7 @@ def test_bad_files_are_kept_with_the_reason_listed_and_named_once(
 
 
 def test_files_unfit_for_one_use_are_bad_for_it_and_not_in_the_cache(root: Path):
-    table = index_folder(root, min_seconds=0.75, max_bad_share=1)
+    table = index_folder(root, min_seconds=0.75, max_bad_share=1.0)
     assert table["status"].to_pylist() == ["ok", "bad", "bad"]
     assert table["reason"].to_pylist()[1] == "too short: 0.5000 s, at least 0.75 s are needed"
     assert set(load_index(root)["status"].to_pylist()) == {"ok"}

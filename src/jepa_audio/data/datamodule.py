@@ -104,7 +104,7 @@ class AudioDataModule(LightningDataModule):
         for root in dict.fromkeys(root for root in (self.root, self.valid_root, self.test_root) if root):
             index_folder(
                 root,
-                num_workers=self._worker_count(),
+                num_workers=_num_cores(),
                 min_seconds=self.min_seconds,
                 num_channels=self._needed_channels(),
                 max_bad_share=self.max_bad_share,
@@ -206,7 +206,7 @@ class AudioDataModule(LightningDataModule):
             num_workers=num_workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
-            persistent_workers=num_workers > 0,
+            persistent_workers=num_workers > 0 and sampler is not None,  # training has but one iterator
             multiprocessing_context=_worker_context() if num_workers > 0 else None,
             # Else the workers' seeds are drawn from the global generator, and disturb the model's numbers.
             generator=torch.Generator(),
@@ -225,7 +225,7 @@ class AudioDataModule(LightningDataModule):
         if self.num_workers is not None:
             return self.num_workers
         processes = self.trainer.num_devices if self.trainer else 1
-        return min(8, max(1, len(os.sched_getaffinity(0)) // processes))
+        return min(8, max(1, _num_cores() // processes))
 
     @property
     def _rank(self) -> int:
@@ -257,6 +257,11 @@ def _by_hash(table: pa.Table) -> pa.Table:
 
 def _hash(path: str) -> float:
     return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=8).digest()) / 2**64
+
+
+def _num_cores() -> int:
+    # A container or a batch system may give this process less than the machine; macOS cannot tell.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _worker_context() -> BaseContext:

@@ -93,6 +93,8 @@ def index_folder(
     Raises:
         CorpusError: no such folder, no audio in it, nothing usable in it, or too much of it bad.
     """
+    if num_workers < 1:
+        raise ValueError(f"`num_workers` ({num_workers}) must be >= 1")
     cache = cache or default_cache(root)
     found = _scan(root)
     known: dict[str, Row] = {row["path"]: row for row in _load(cache).to_pylist()} if cache.exists() else {}

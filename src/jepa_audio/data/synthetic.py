@@ -182,7 +182,7 @@ def _reed(s: Score) -> Signal:
     """A waveshaped sine: odd harmonics, and a few even ones by a bias."""
     drive = s.timbre.uniform(1, 5) * (0.2 + s.brightness) * (0.3 + s.envelope)
     reed = np.tanh(np.minimum(drive, 0.3 * s.harmonics.size) * np.sin(s.phase) + s.timbre.uniform(0, 0.6))
-    return s.envelope * (reed + s.timbre.uniform(0, 0.1) * s.noise)
+    return s.envelope * reed * (1 + s.timbre.uniform(0, 0.2) * s.noise)
 
 
 def _string(s: Score) -> Signal:
@@ -279,9 +279,10 @@ def _record(dry: Signal, play: dict[str, float], sample_rate: int, rng: np.rando
     echoes = rng.standard_normal(tail.size) * np.exp(-6.9 * tail / play["room_seconds"])
     room = np.concatenate([[1], play["room_level"] * echoes / np.linalg.norm(echoes)])
     size = next_fast_len(dry.size + room.size, real=True)
-    octaves = np.log2(np.maximum(np.arange(size // 2 + 1) * sample_rate / size, 50) / 1000)
+    hz = np.arange(size // 2 + 1) * sample_rate / size
+    octaves = np.log2(np.maximum(hz, 50) / 1000)
     ripple = play["ripple_db"] * np.sin(octaves * rng.uniform(1, 4) + rng.uniform(0, 2 * np.pi))
-    gain = 10 ** ((play["tilt_db"] * octaves + ripple) / 20)
+    gain = 10 ** ((play["tilt_db"] * octaves + ripple) / 20) * (hz > 25)  # a bias in the wave is not heard
     wet = irfft(rfft(dry, size) * rfft(room, size) * gain, size)[: dry.size]
     colour = 2 ** (-0.5 * play["noise_slope"] * octaves)
     noise = irfft(rfft(rng.standard_normal(size)) * colour, size)[: dry.size]
@@ -347,9 +348,7 @@ def _claim(directory: Path, settings: Settings) -> bool:
     for name in ("corpus.json", "corpus.partial.json"):
         if (directory / name).exists():
             if (found := json.loads((directory / name).read_text())) != wanted:
-                raise ValueError(
-                    f"`directory` ({directory}) holds the corpus {found}: delete it or name another one"
-                )
+                raise ValueError(f"`directory` ({directory}) holds {found}: delete it or name another one")
             return name != "corpus.json"
     if strange := [path.name for path in directory.glob("nsynth-*")]:
         raise ValueError(f"`directory` ({directory}) holds {strange} of another origin: name another one")

@@ -125,15 +125,9 @@ class _FilterBank(Spectrogram):
 
     def log_magnitude(self, waveform: Float[Tensor, "R S"]) -> Float[Tensor, "R F T"]:
         """Logarithm of the bank's sums, `floor` at least."""
-        spectrum = torch.stft(
-            F.pad(waveform, (self.padding, self.padding), mode="reflect"),
-            self.window_length,
-            self.hop_length,
-            self.win_length,
-            self.window,
-            center=False,
-            return_complex=True,
-        )
+        padded = F.pad(waveform, (self.padding, self.padding), mode="reflect")
+        sizes = (self.window_length, self.hop_length, self.win_length)
+        spectrum = torch.stft(padded, *sizes, self.window, center=False, return_complex=True)
         energy = spectrum.real.square() + spectrum.imag.square() + self.magnitude_eps
         return (self.bank @ energy.pow(self.power / 2)).clamp(min=self.floor).log()
 
@@ -342,8 +336,7 @@ class VQT(_ConstantQ):
             earlydownsample=False,
             verbose=False,
         )
-        kernels = [transform.get_buffer(f"cqt_kernels_real_{octave}") for octave in range(octaves)]
-        kernel_widths = [kernel.shape[-1] for kernel in kernels]
+        kernel_widths = [transform.get_buffer(f"cqt_kernels_real_{i}").shape[-1] for i in range(octaves)]
         super().__init__(transform, kernel_widths, sample_rate, hop_length, n_bins, floor)
 
 

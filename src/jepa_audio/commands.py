@@ -1,0 +1,74 @@
+"""The commands that need no Trainer; their docstrings are their `--help`."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+from rich.progress import track
+
+from jepa_audio.data.datamodule import AudioDataModule
+from jepa_audio.data.index import default_cache, index_folder
+from jepa_audio.data.synthetic import synthesize_corpus
+from jepa_audio.front_ends import FrontEnd, SpectrogramFrontEnd
+from jepa_audio.front_ends.spectrogram import measure_statistics
+
+
+def index(root: Path, num_workers: int = 2, max_bad_share: float = 0.5) -> None:
+    """Look at every audio file of a folder once; later runs look only at what has changed.
+
+    Args:
+        root: folder of audio files, searched with its subfolders.
+        num_workers: files decoded at the same time.
+        max_bad_share: above this share of unusable files the command fails.
+    """
+    table = index_folder(root, num_workers=num_workers, max_bad_share=max_bad_share)
+    bad = sum(status == "bad" for status in table["status"].to_pylist())
+    print(f"{root}: {len(table)} files, {bad} of them unusable; the table is {default_cache(root)}")
+
+
+def synth(
+    directory: Path,
+    num_train: int = 4000,
+    num_valid: int = 500,
+    num_test: int = 1000,
+    seconds: float = 2.0,
+    sample_rate: int = 16_000,
+    seed: int = 0,
+    num_workers: int = 2,
+) -> None:
+    """Write a labelled corpus of synthetic notes in NSynth's layout.
+
+    Args:
+        directory: folder to write; the same settings again change nothing.
+        num_train: notes of the training split.
+        num_valid: notes of the validation split.
+        num_test: notes of the test split; its instruments are not those of the training split.
+        seconds: length of a note.
+        sample_rate: in Hz.
+        seed: another seed, other notes.
+        num_workers: processes that synthesise; their number does not change the notes.
+    """
+    synthesize_corpus(directory, num_train, num_valid, num_test, seconds, sample_rate, seed, num_workers)
+
+
+def stats(front_end: FrontEnd, data: AudioDataModule, num_clips: int) -> None:
+    """Print the mean and standard deviation that a `SpectrogramFrontEnd` should normalise with.
+
+    Args:
+        front_end: of the run; its own `mean` and `std` are not used.
+        data: of the run; its training crops are measured.
+        num_clips: crops to measure.
+
+    Raises:
+        ValueError: if the front end normalises nothing.
+    """
+    if not isinstance(front_end, SpectrogramFrontEnd):
+        raise ValueError(f"a {type(front_end).__name__} has no statistics to measure, only a SpectrogramFrontEnd has")
+    data.batch_size = 1
+    data.prepare_data()
+    data.setup("fit")
+    loader = islice(data.train_dataloader(), num_clips)
+    waveforms = (batch.waveform for batch in track(loader, "measuring", total=num_clips))
+    mean, std = measure_statistics(front_end.spectrogram, waveforms)
+    print(f"model:\n  front_end:\n    init_args:\n      mean: {mean:.6f}\n      std: {std:.6f}")

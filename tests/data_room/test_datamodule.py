@@ -1,0 +1,291 @@
+"""Laws of a folder as batches: any mixture in, one shape out; and a run that can be stopped and resumed."""
+
+import logging
+from itertools import islice
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+import pyarrow as pa
+import pytest
+import soundfile as sf
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from jepa_audio.data.datamodule import AudioDataModule, split
+from jepa_audio.data.index import CorpusError, default_cache
+from jepa_audio.grid import AudioBatch
+
+RATE = 16_000
+
+GOOD = {
+    "8bit.wav": ("PCM_U8", 1, 8_000),
+    "16bit.wav": ("PCM_16", 2, 44_100),
+    "24bit.wav": ("PCM_24", 6, 96_000),
+    "float.wav": ("FLOAT", 3, 16_000),
+    "folder/a.flac": ("PCM_16", 2, 48_000),
+    "folder/b.flac": ("PCM_24", 1, 22_050),
+    "vorbis.ogg": ("VORBIS", 2, 32_000),
+    "opus.opus": ("OPUS", 1, 48_000),
+    "layer3.mp3": ("MPEG_LAYER_III", 2, 44_100),
+    "apple.aiff": ("PCM_16", 4, 11_025),
+    "LOUD.WAV": ("PCM_16", 5, 44_101),
+}
+BAD = {
+    "zero.wav": "empty",
+    "cut.flac": "cannot be decoded",
+    "text.wav": "not recognised",
+    "nan.wav": "non-finite",
+    "short.wav": "too short",
+    "silent.wav": "silent",
+}
+
+
+def write(path: Path, samples: np.ndarray, sample_rate: int = RATE, subtype: str = "FLOAT") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    container = "OGG" if path.suffix == ".opus" else None
+    sf.write(path, samples.T, sample_rate, subtype=subtype, format=container)
+
+
+def noise(num_channels: int, num_frames: int) -> np.ndarray:
+    return np.random.default_rng(0).uniform(-0.5, 0.5, (num_channels, num_frames))
+
+
+@pytest.fixture
+def mixture(tmp_path: Path) -> Path:
+    for name, (subtype, num_channels, sample_rate) in GOOD.items():
+        write(tmp_path / name, noise(num_channels, sample_rate), sample_rate, subtype)
+    (tmp_path / "zero.wav").touch()
+    (tmp_path / "text.wav").write_text("this is no audio " * 20)
+    write(tmp_path / "cut.flac", noise(1, 40_000), RATE, "PCM_16")
+    (tmp_path / "cut.flac").write_bytes((tmp_path / "cut.flac").read_bytes()[:20_000])
+    write(tmp_path / "nan.wav", np.full((1, RATE), np.nan))
+    write(tmp_path / "short.wav", noise(1, 10))
+    write(tmp_path / "silent.wav", np.zeros((1, RATE)))
+    return tmp_path
+
+
+@pytest.fixture
+def levels(tmp_path: Path) -> Path:
+    """Twelve files, each known by its level."""
+    for file in range(12):
+        write(tmp_path / f"{file:02}.wav", np.full((1, 2000), (file + 1) / 100))
+    return tmp_path
+
+
+def module(
+    root: Path, crop_seconds: float = 0.5, sample_rate: int = RATE, **arguments: object
+) -> AudioDataModule:
+    data = AudioDataModule(
+        root, sample_rate, crop_seconds, **{"num_workers": 0, "batch_size": 4, **arguments}
+    )
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def test_a_folder_of_everything_gives_finite_batches_of_one_shape_and_names_what_is_bad(
+    mixture: Path, caplog: pytest.LogCaptureFixture
+):
+    with caplog.at_level(logging.INFO):
+        data = module(mixture, crops_per_clip=2, clip_seconds=0.9, loudness_dbfs=-14.0)
+    for name, reason in BAD.items():
+        named = [message for message in caplog.messages if name in message]
+        assert len(named) == 1
+        assert reason in named[0]
+    assert not any(name in message for message in caplog.messages for name in GOOD)
+    assert (
+        sum("10 files to train on" in message and "6 files skipped" in message for message in caplog.messages)
+        == 1
+    )
+    batches = [*islice(data.train_dataloader(), 3), *data.train_dataloader(), *data.val_dataloader()[0]]
+    for batch in batches:
+        assert batch.waveform.shape[1:] == (1, RATE // 2)
+        assert batch.waveform.dtype == torch.float32
+        assert batch.waveform.isfinite().all()
+        assert (batch.waveform.square().mean(-1).sqrt() > 0.05).all()
+    assert batches[0].row.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("mono", ["mean", "first", "random"])
+def test_every_way_to_one_channel_takes_the_mixture(mixture: Path, mono: str):
+    batch = next(iter(module(mixture, mono=mono, batch_size=16).train_dataloader()))
+    assert batch.waveform.shape == (16, 1, RATE // 2)
+    assert batch.waveform.isfinite().all()
+
+
+def test_kept_channels_leave_only_files_of_just_that_many(mixture: Path, caplog: pytest.LogCaptureFixture):
+    data = module(mixture, mono="keep", num_channels=2, max_bad_share=1.0)
+    assert next(iter(data.train_dataloader())).waveform.shape == (4, 2, RATE // 2)
+    assert any("LOUD.WAV: 5 channels, 2 are needed" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: None, "does not exist"),
+        (lambda root: root.mkdir(), "no audio files under"),
+        (lambda root: (root.mkdir(), (root / "a.wav").touch()), "none of the 1 audio files"),
+        (lambda root: write(root / "a.wav", noise(1, 10)), "too short: 0.0006 s"),
+    ],
+)
+def test_a_useless_folder_is_refused_in_one_sentence(tmp_path: Path, make, message: str):  # noqa: ANN001
+    make(tmp_path / "root")
+    with pytest.raises(CorpusError, match=message) as refusal:
+        module(tmp_path / "root")
+    assert str(tmp_path / "root") in str(refusal.value)
+
+
+def table(num_files: int) -> pa.Table:
+    return pa.table({"path": [f"{file}.wav" for file in range(num_files)]})
+
+
+def test_the_split_covers_every_file_once_and_has_about_the_share_asked_for():
+    train, valid = split(table(1000), 0.1)
+    assert sorted(train["path"].to_pylist() + valid["path"].to_pylist()) == sorted(
+        table(1000)["path"].to_pylist()
+    )
+    assert 70 < len(valid) < 130
+
+
+def test_a_file_stays_on_its_side_when_others_are_added():
+    train, valid = split(table(500), 0.1)
+    train_later, valid_later = split(table(1000), 0.1)
+    assert set(train["path"].to_pylist()) <= set(train_later["path"].to_pylist())
+    assert set(valid["path"].to_pylist()) <= set(valid_later["path"].to_pylist())
+
+
+@pytest.mark.parametrize("share", [1e-9, 0.999999])
+@pytest.mark.parametrize("num_files", [2, 5])
+def test_no_side_is_empty(num_files: int, share: float):
+    train, valid = split(table(num_files), share)
+    assert len(train) >= 1
+    assert len(valid) >= 1
+    assert len(train) + len(valid) == num_files
+
+
+def test_a_single_file_is_on_both_sides_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    write(tmp_path / "only.wav", noise(1, RATE))
+    data = module(tmp_path)
+    assert any("trained on and validated on" in message for message in caplog.messages)
+    assert len(next(iter(data.train_dataloader())).row) == 4
+    assert next(iter(data.val_dataloader()[0])).row.tolist() == [0]
+
+
+def test_a_share_of_zero_holds_out_nothing(levels: Path):
+    data = module(levels, crop_seconds=0.01, valid_share=0.0)
+    assert data.val_dataloader() == []
+    assert data.describe().startswith(f"{levels}: 12 files to train on")
+
+
+def test_files_of_other_folders_are_validated_and_tested_on(
+    levels: Path, tmp_path_factory: pytest.TempPathFactory
+):
+    valid_root, test_root = tmp_path_factory.mktemp("valid"), tmp_path_factory.mktemp("test")
+    for file in range(5):
+        write(valid_root / f"{file}.wav", np.full((1, 2000), 0.5))
+        write(test_root / f"{file}.wav", np.full((1, 2000), 0.7))
+    data = module(levels, 0.01, valid_root=valid_root, test_root=test_root, num_valid_clips=3)
+    (valid,), (test,) = data.val_dataloader(), data.test_dataloader()
+    assert torch.cat([batch.waveform for batch in valid]).unique().tolist() == [0.5]
+    assert [batch.row.tolist() for batch in valid] == [[0, 1, 2]]
+    assert [batch.row.tolist() for batch in test] == [[0, 1, 2, 3], [4]]
+    assert "12 files to train on" in data.describe()
+    assert "3 files to validate on" in data.describe()
+
+
+def test_without_a_test_folder_the_held_out_files_are_tested_on(levels: Path):
+    data = module(levels, 0.01, valid_share=0.4)
+    (valid,), (test,) = data.val_dataloader(), data.test_dataloader()
+    for a, b in zip(valid, test, strict=True):
+        assert torch.equal(a.waveform, b.waveform)
+
+
+def test_the_table_is_read_from_the_cache_by_processes_that_did_not_make_it(levels: Path):
+    module(levels, 0.01)
+    other = AudioDataModule(levels, RATE, 0.01)
+    other.setup("fit")
+    assert default_cache(levels).exists()
+    assert len(other.train_dataloader()) == 1
+
+
+@pytest.mark.parametrize("arguments", [{"valid_share": 1.0}, {"batch_size": 0}, {"crop_seconds": 1e-9}])
+def test_an_impossible_setting_is_refused(tmp_path: Path, arguments: dict[str, float]):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        AudioDataModule(**{"root": tmp_path, "sample_rate": RATE, "crop_seconds": 1.0, **arguments})
+
+
+class Listener(pl.LightningModule):
+    """Keeps in its checkpoint which rows and files it has heard."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.register_buffer("heard", torch.zeros(0, 2, dtype=torch.long))
+
+    def training_step(self, batch: AudioBatch, batch_idx: int) -> torch.Tensor:
+        file = (batch.waveform[:, 0, 0] * 100).round().long()
+        self.heard = torch.cat([self.heard, torch.stack([batch.row, file], dim=1)])
+        return self.weight.sum()
+
+    def validation_step(self, batch: AudioBatch, batch_idx: int) -> None:
+        self.log("valid/rows", float(len(batch.row)))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):  # noqa: ANN001, ANN201
+        self.heard = torch.zeros_like(state_dict["heard"])
+        return super().load_state_dict(state_dict, strict, assign)
+
+
+def listen(
+    root: Path, folder: Path, max_steps: int, num_workers: int, ckpt_path: Path | None = None
+) -> list[list[int]]:
+    listener = Listener()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=2,
+        val_check_interval=2,
+        callbacks=[ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    data = AudioDataModule(root, RATE, 0.01, batch_size=2, num_workers=num_workers, valid_share=0.2)
+    trainer.fit(listener, datamodule=data, ckpt_path=ckpt_path)
+    return listener.heard.tolist()
+
+
+def test_a_run_resumed_by_the_trainer_hears_what_an_uninterrupted_run_hears(levels: Path, tmp_path: Path):
+    whole = listen(levels, tmp_path / "whole", max_steps=8, num_workers=0)
+    assert [row for row, _ in whole] == list(range(32))
+    for step in (1, 4, 6):
+        checkpoint = tmp_path / "whole" / f"step={step}.ckpt"
+        assert listen(levels, tmp_path / f"from {step}", 8, num_workers=0, ckpt_path=checkpoint) == whole
+
+
+def test_workers_that_fetch_ahead_change_nothing(levels: Path, tmp_path: Path):
+    whole = listen(levels, tmp_path / "whole", max_steps=8, num_workers=0)
+    checkpoint = tmp_path / "workers" / "step=3.ckpt"
+    assert listen(levels, tmp_path / "workers", 5, num_workers=2) == whole[:20]
+    assert listen(levels, tmp_path / "resumed", 8, num_workers=2, ckpt_path=checkpoint) == whole
+
+
+def test_an_epoch_is_a_whole_number_of_optimizer_steps(levels: Path):
+    data = module(levels, 0.01, batch_size=2, valid_share=0.0)
+    assert len(data.train_dataloader()) == 6
+    data.trainer = pl.Trainer(
+        accelerator="cpu", accumulate_grad_batches=4, logger=False, enable_progress_bar=False
+    )
+    assert len(data.train_dataloader()) == 8
+
+
+def test_the_loaders_leave_the_global_generator_alone(levels: Path):
+    data = module(levels, 0.01)
+    state = torch.get_rng_state()
+    next(iter(data.train_dataloader()))
+    next(iter(data.val_dataloader()[0]))
+    assert torch.equal(torch.get_rng_state(), state)
