@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -29,7 +30,12 @@ from jepa_audio.probing.run import probe
 from jepa_audio.report import write_report
 
 TRAINER_COMMANDS = ("fit", "validate", "test")
-OTHER_COMMANDS = {"data": {"index": index, "synth": synth}, "probe": probe, "report": write_report}
+FUNCTIONS: dict[tuple[str, ...], Callable[..., object]] = {
+    ("data", "index"): index,
+    ("data", "synth"): synth,
+    ("probe",): probe,
+    ("report",): write_report,
+}
 
 HELP = """usage: jepa-audio COMMAND ...
 
@@ -131,6 +137,14 @@ def measure_stats(args: Sequence[str]) -> None:
     stats(cli.model.front_end, cli.datamodule, num_clips=2000)
 
 
+def run_function(words: tuple[str, ...], args: Sequence[str]) -> None:
+    """A command that is a function: its required arguments by place or by name, the others by name."""
+    function = FUNCTIONS[words]
+    parser = ArgumentParser(prog=" ".join(("jepa-audio", *words)), description=inspect.getdoc(function))
+    parser.add_function_arguments(function, as_positional=words[0] != "probe")
+    function(**parser.parse_args(list(args)).as_dict())
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command; a user's mistake ends in one sentence, not in a traceback."""
     args = list(sys.argv[1:] if args is None else args)
@@ -141,8 +155,10 @@ def main(args: Sequence[str] | None = None) -> None:
             print(HELP)
         elif args[:2] == ["data", "stats"]:
             measure_stats(args[2:])
-        elif args[0] in OTHER_COMMANDS:
-            auto_cli(OTHER_COMMANDS, args=args, prog="jepa-audio", as_positional=True)
+        elif words := next((words for words in FUNCTIONS if tuple(args[: len(words)]) == words), None):
+            run_function(words, args[len(words) :])
+        elif args[0] == "data":
+            raise SystemExit("jepa-audio: `data` takes one of index, stats, synth")
         else:
             JEPACLI(args)
     except (ValueError, FileNotFoundError, AudioReadError) as error:

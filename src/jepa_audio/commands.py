@@ -49,7 +49,16 @@ def synth(
         seed: another seed, other notes.
         num_workers: processes that synthesise; their number does not change the notes.
     """
-    synthesize_corpus(directory, num_train, num_valid, num_test, seconds, sample_rate, seed, num_workers)
+    synthesize_corpus(
+        directory,
+        num_train=num_train,
+        num_valid=num_valid,
+        num_test=num_test,
+        seconds=seconds,
+        sample_rate=sample_rate,
+        seed=seed,
+        num_workers=num_workers,
+    )
 
 
 def stats(front_end: FrontEnd, data: AudioDataModule, num_clips: int) -> None:

@@ -24,8 +24,8 @@ Curve = tuple[np.ndarray, np.ndarray]  # optimizer steps, values
 Run = Mapping[str, Curve]  # by metric key
 
 # The colours of Okabe and Ito, which colour-blind readers tell apart too.
-BLUE, ORANGE, GREEN, PURPLE, RED, SKY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"
-PALETTE = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY)
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+BLUE, ORANGE, GREEN, PURPLE, RED, SKY = PALETTE
 INK, GREY, PALE, VEIL = "#222222", "#767676", "#EBEBEB", "#CFCFCF"
 SOLID, DASHED, DOTTED, MIXED = (0, ()), (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5))
 DASHES: tuple[tuple[float, tuple[float, ...]], ...] = (SOLID, DASHED, DOTTED, MIXED)
@@ -70,11 +70,13 @@ def standard_panels(runs: Mapping[str, Run]) -> list[Panel]:
     probes = {t: {f"probe/{t}/accuracy": "accuracy", f"probe/{t}/twin": "random twin"} for t in tasks}
     loss = {"train/loss": "train", "valid/loss": "valid"}
     loss |= {"collapse/loss_mean_target": "mean target", "collapse/loss_nearest_context": "nearest context"}
+    latents = ("context", "target", "prediction")
+    rank, std = ({f"collapse/{name}_{what}": name for name in latents} for what in ("rank", "std"))
     return [
         Panel("Loss, beside two trivial predictors", loss, ("mean target", "nearest context")),
         *(Panel(f"Online probe: {_short(t, 28)}", two, ("random twin",)) for t, two in probes.items()),
-        Panel("RankMe (effective rank)", _of_latents("rank"), alarms=True),
-        Panel("Standard deviation", _of_latents("std"), alarms=True),
+        Panel("RankMe (effective rank)", rank, alarms=True),
+        Panel("Standard deviation", std, alarms=True),
         Panel("Mean cosine between clips", {"collapse/clip_cosine": ""}, alarms=True),
         Panel("Distance of target encoder to encoder", {"collapse/ema_distance": ""}),
         Panel("Gradient norm", {"train/gradient_norm": ""}, log_scale=True),
@@ -83,10 +85,6 @@ def standard_panels(runs: Mapping[str, Run]) -> list[Panel]:
         Panel("Seconds of audio per second", {"speed/audio_seconds_per_second": ""}, from_zero=True),
         Panel("Share of time waiting for data", {"speed/data_wait": ""}, from_zero=True),
     ]
-
-
-def _of_latents(statistic: str) -> dict[str, str]:
-    return {f"collapse/{name}_{statistic}": name for name in ("context", "target", "prediction")}
 
 
 def draw_masks(
@@ -101,13 +99,16 @@ def draw_masks(
 ) -> Figure:
     """Draws of masks over one clip: context clear, target groups tinted, the rest veiled.
 
-    A token that several groups share is striped in their colours. On a grid with one frequency row every group
-    has a lane of its own instead.
+    A token that several groups share is striped in their colours. On a grid with one frequency row every
+    group has a lane of its own instead.
 
     Args:
         log_spectrogram: of the stretch of the clip that the grid covers, lowest band first.
+        grid: of the tokens.
+        masks: the draws.
         clip: row of the masks' batch.
         seconds: duration of the stretch.
+        title: of the figure.
         band_hz: rising centre frequencies of the bands; bands are numbered if `None`.
     """
     figure, axes = _subplots(len(masks), 1, height=1.75, extra=0.75, share="x")
@@ -276,34 +277,31 @@ def _probe_lines(rows: Sequence[ProbeRow]) -> Iterator[tuple[str, tuple[str, ...
         own = [row for row in rows if row.encoder == encoder]
         if not all(map(_is_baseline, own)):
             yield _short(encoder, 36), ()
-        for pooling, _, variant in sorted({(row.pooling, _order(row.variant), row.variant) for row in own}):
-            label = _look(variant)[0] + (f", {pooling}" if several else "")
-            yield label, (encoder, pooling, variant)
+        for pooling, (_, label, _), variant in sorted(
+            {(r.pooling, _look(r.variant), r.variant) for r in own}
+        ):
+            yield label + (f", {pooling}" if several else ""), (encoder, pooling, variant)
 
 
 def _is_baseline(row: ProbeRow) -> bool:
     return len(row.valid_by_layer) == 1
 
 
-def _look(variant: str) -> tuple[str, str]:
-    """Label and colour; `random-3` is the twin of another seed."""
+def _look(variant: str) -> tuple[int, str, str]:
+    """Place in the order, label and colour; `random-3` is the twin of another seed."""
     kind, _, seed = variant.partition("-")
     label, color = VARIANTS[kind]
-    return (f"{label}, seed {seed}" if seed else label), color
-
-
-def _order(variant: str) -> int:
-    return list(VARIANTS).index(variant.partition("-")[0])
+    return list(VARIANTS).index(kind), label + (f", seed {seed}" if seed else ""), color
 
 
 def _draw_interval(ax: Axes, row: ProbeRow, y: float) -> None:
     y += 0.0 if row.head == "linear" else 0.27
-    ax.plot([row.low, row.high], [y, y], color=_look(row.variant)[1], linewidth=2, alpha=0.6)
+    ax.plot([row.low, row.high], [y, y], color=_look(row.variant)[2], linewidth=2, alpha=0.6)
     _draw_mark(ax, row, row.value, y)
 
 
 def _draw_mark(ax: Axes, row: ProbeRow, x: float, y: float) -> None:
-    color, marker = _look(row.variant)[1], HEADS[row.head][1]
+    color, marker = _look(row.variant)[2], HEADS[row.head][1]
     face = "white" if marker == "s" else color
     ax.plot([x], [y], marker=marker, linestyle="", color=color, markersize=5, markerfacecolor=face, zorder=3)
 
@@ -335,14 +333,14 @@ def draw_layers(rows: Sequence[ProbeRow], title: str = "") -> Figure:
             ax.set_ylabel(f"{name}validation {layered[0].metric}", fontsize=NORMAL)
     for ax in axes[-len(tasks) :]:
         ax.set_xlabel("layer (0: what enters the first block)", fontsize=NORMAL)
-    variants = sorted({row.variant for row in rows}, key=_order)
-    keys: list[Artist] = [Patch(color=_look(variant)[1], label=_look(variant)[0]) for variant in variants]
+    looks = sorted({_look(row.variant) for row in rows})
+    keys: list[Artist] = [Patch(color=color, label=label) for _, label, color in looks]
     _head(figure, title, [*keys, *_head_keys(rows)])
     return figure
 
 
 def _draw_layer_line(ax: Axes, row: ProbeRow) -> None:
-    color, dash = _look(row.variant)[1], HEADS[row.head][2]
+    color, dash = _look(row.variant)[2], HEADS[row.head][2]
     if _is_baseline(row):
         ax.axhline(row.valid_value, color=color, linestyle=dash, linewidth=1.4)
         return
@@ -374,9 +372,9 @@ def _title(ax: Axes, text: str, keys: Sequence[Line2D] = ()) -> None:
     """Title with the panel's legend on a line of its own below: nothing covers a curve."""
     ax.set_title(text, loc="left", fontsize=NORMAL, color=INK, pad=17 if keys else 6)
     if keys:
-        style = {"handlelength": 1.6, "handletextpad": 0.4, "columnspacing": 0.9, "borderaxespad": 0}
+        style: dict[str, object] = {"handlelength": 1.6, "handletextpad": 0.4, "columnspacing": 0.9}
         style |= {"bbox_to_anchor": (0, 1), "fontsize": SMALL - 0.5, "borderpad": 0.2, "frameon": False}
-        ax.legend(handles=keys, loc="lower left", ncols=len(keys), **style)
+        ax.legend(handles=keys, loc="lower left", ncols=len(keys), borderaxespad=0, **style)
 
 
 def _head(figure: Figure, title: str, keys: Sequence[Artist]) -> None:
@@ -388,8 +386,9 @@ def _head(figure: Figure, title: str, keys: Sequence[Artist]) -> None:
 
 
 def _key(label: str, color: str, dash: tuple[float, tuple[float, ...]], marker: str = "") -> Line2D:
-    face = "white" if marker == "s" else color
-    return Line2D([], [], 1.4, dash, color, marker, 5, markerfacecolor=face, label=label)
+    key = Line2D([], [], color=color, linestyle=dash, linewidth=1.4, marker=marker, label=label)
+    key.set(markersize=5, markerfacecolor="white" if marker == "s" else color)
+    return key
 
 
 def _note(text: str, title: str) -> Figure:

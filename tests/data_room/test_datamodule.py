@@ -129,7 +129,7 @@ def test_kept_channels_leave_only_files_of_just_that_many(mixture: Path, caplog:
         (lambda root: write(root / "a.wav", noise(1, 10)), "too short: 0.0006 s"),
     ],
 )
-def test_a_useless_folder_is_refused_in_one_sentence(tmp_path: Path, make, message: str):  # noqa: ANN001
+def test_a_useless_folder_is_refused_in_one_sentence(tmp_path: Path, make, message: str):
     make(tmp_path / "root")
     with pytest.raises(CorpusError, match=message) as refusal:
         module(tmp_path / "root")
@@ -234,7 +234,7 @@ class Listener(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    def load_state_dict(self, state_dict, strict=True, assign=False):  # noqa: ANN001, ANN201
+    def load_state_dict(self, state_dict, strict=True, assign=False):
         self.heard = torch.zeros_like(state_dict["heard"])
         return super().load_state_dict(state_dict, strict, assign)
 

@@ -98,7 +98,7 @@ def test_a_slice_beyond_the_damage_is_an_error_and_not_an_empty_array(
     tmp_path: Path, name: str, subtype: str
 ):
     path = cut(written(tmp_path / name, tones(seconds=4), subtype), 0.4)
-    with pytest.raises(AudioReadError, match="1000|49000"):
+    with pytest.raises(AudioReadError, match=r"1000|49000"):
         read(path, 3 * RATE, 1000)
 
 

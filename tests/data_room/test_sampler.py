@@ -177,12 +177,12 @@ class Recorder(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    def load_state_dict(self, state_dict, strict=True, assign=False):  # noqa: ANN001, ANN201
+    def load_state_dict(self, state_dict, strict=True, assign=False):
         self.shown = torch.zeros_like(state_dict["shown"])
         return super().load_state_dict(state_dict, strict, assign)
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -192,7 +192,7 @@ class KillAfter(Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
         if trainer.global_step == self.step:
-            raise Killed
+            raise KilledError
 
 
 EVERY_STEP = {"every_n_train_steps": 1, "save_on_train_epoch_end": False}
@@ -236,7 +236,7 @@ def fit(
 def test_a_run_killed_at_any_step_and_resumed_sees_what_an_uninterrupted_run_sees(
     tmp_path: Path, step: int, validate_every: int | None
 ):
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         fit(tmp_path, kill_after=step, validate_every=validate_every)
     checkpoint = tmp_path / f"step={step}.ckpt"
     resumed = fit(tmp_path / "resumed", ckpt_path=checkpoint, validate_every=validate_every)
@@ -246,7 +246,7 @@ def test_a_run_killed_at_any_step_and_resumed_sees_what_an_uninterrupted_run_see
 
 @pytest.mark.parametrize(("step", "validate_every"), [(3, 6), (6, 6), (2, 4), (5, 4)])
 def test_a_checkpoint_written_by_a_validation_resumes_as_well(tmp_path: Path, step: int, validate_every: int):
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         fit(tmp_path, kill_after=7, validate_every=validate_every, when="validation")
     resumed = fit(
         tmp_path / "resumed", ckpt_path=tmp_path / f"step={step}.ckpt", validate_every=validate_every
@@ -257,7 +257,7 @@ def test_a_checkpoint_written_by_a_validation_resumes_as_well(tmp_path: Path, st
 
 def test_a_checkpoint_of_the_end_of_an_epoch_loses_no_sample_and_repeats_none(tmp_path: Path):
     # Lightning itself makes an optimizer step of the first micro-batch alone after such a checkpoint.
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         fit(tmp_path, kill_after=7, when="epoch")
     shown = fit(tmp_path / "resumed", ckpt_path=tmp_path / "step=6.ckpt").shown.tolist()
     assert len(shown) > 24
@@ -265,9 +265,9 @@ def test_a_checkpoint_of_the_end_of_an_epoch_loses_no_sample_and_repeats_none(tm
 
 
 def test_a_run_killed_and_resumed_twice_loses_nothing(tmp_path: Path):
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         fit(tmp_path, kill_after=2)
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         fit(tmp_path / "again", kill_after=6, ckpt_path=tmp_path / "step=2.ckpt")
     resumed = fit(tmp_path / "last", ckpt_path=tmp_path / "again" / "step=6.ckpt")
     assert resumed.shown.tolist() == list(range(8 * 2 * 2))

@@ -50,7 +50,7 @@ class CorpusError(ValueError):
     """A folder of audio that cannot be trained on, said in one sentence."""
 
 
-Row = dict[str, object]
+_Row = dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def index_folder(
         raise ValueError(f"`num_workers` ({num_workers}) must be >= 1")
     cache = cache or default_cache(root)
     found = _scan(root)
-    known: dict[str, Row] = {row["path"]: row for row in _load(cache).to_pylist()} if cache.exists() else {}
+    known: dict[str, _Row] = {row["path"]: row for row in _load(cache).to_pylist()} if cache.exists() else {}
     rows = {file.path: known[file.path] for file in found if _is_current(known.get(file.path), file)}
     todo = iter([file for file in found if file.path not in rows])
     missing = len(found) - len(rows)
@@ -189,11 +189,11 @@ def _stat(root: Path, path: Path) -> _Found:
     return _Found(relative, stat.st_size, stat.st_mtime_ns)
 
 
-def _is_current(row: Row | None, file: _Found) -> bool:
+def _is_current(row: _Row | None, file: _Found) -> bool:
     return row is not None and (row["size"], row["mtime_ns"]) == (file.size, file.mtime_ns)
 
 
-def _decoded(root: Path, todo: Iterator[_Found], total: int, num_workers: int) -> Iterator[Row]:
+def _decoded(root: Path, todo: Iterator[_Found], total: int, num_workers: int) -> Iterator[_Row]:
     if total == 0:
         return
     # Threads suffice: libsndfile decodes and numpy measures without holding the interpreter's lock.
@@ -205,7 +205,7 @@ def _decoded(root: Path, todo: Iterator[_Found], total: int, num_workers: int) -
         )
 
 
-def _row(root: Path, file: _Found) -> Row:
+def _row(root: Path, file: _Found) -> _Row:
     info, reason = AudioInfo(0, 0, 0, 0.0, 0.0), ""
     try:
         info = inspect(root / file.path)
@@ -215,7 +215,7 @@ def _row(root: Path, file: _Found) -> Row:
     return {**vars(file), **vars(info), "status": "bad" if reason else "ok", "reason": reason}
 
 
-def _table(rows: dict[str, Row]) -> pa.Table:
+def _table(rows: dict[str, _Row]) -> pa.Table:
     return pa.Table.from_pylist([rows[path] for path in sorted(rows)], schema=SCHEMA)
 
 

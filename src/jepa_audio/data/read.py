@@ -20,8 +20,8 @@ _LONGEST_SECONDS = 24 * 3600
 _LOUDEST = 1e3
 _BLOCK_FRAMES = 1 << 20
 
-# A frame of an mp3 needs bits of up to 23 frames before it, which a decoder that has just jumped does not have: it
-# gives silence or noise in their place. So decoding starts that much earlier.
+# A frame of an mp3 needs bits of up to 23 frames before it, which a decoder that has just jumped does not
+# have: it gives silence or noise in their place. So decoding starts that much earlier.
 _MP3_WARM_UP = 16 * 1152
 
 

@@ -1,4 +1,4 @@
-"""The order of a run: one endless shuffle for all processes, and a loader that can stop anywhere and go on."""
+"""The order of a run: one endless shuffle for all processes, and a loader that can stop and go on."""
 
 from __future__ import annotations
 

@@ -1,0 +1,67 @@
+# `make help` lists the targets. Needs python3 (3.11 or newer, with venv) and make, nothing else.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO ?= demo
+AUDIO ?= $(DEMO)/corpus/nsynth-train
+SEED ?= 0
+STAMP := .venv/.installed
+
+.PHONY: help
+help: ## This list.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+
+.PHONY: install
+install: $(STAMP) ## A virtual environment in .venv with the locked versions.
+
+$(STAMP): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit("python3 is %d.%d, 3.11 or newer is needed: make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.lock -e .
+	@touch $@
+
+.PHONY: demo
+demo: $(STAMP) ## Pretrain two small JEPAs, probe them, write demo/report.html; AUDIO=DIR pretrains on your own files.
+	$(BIN)/jepa-audio data synth $(DEMO)/corpus
+	$(BIN)/jepa-audio fit --config configs/demo/wavjepa.yaml --data.root $(AUDIO) --run_dir $(DEMO)/wavjepa --model.seed $(SEED)
+	$(BIN)/jepa-audio fit --config configs/demo/pupujepa.yaml --data.root $(AUDIO) --run_dir $(DEMO)/pupujepa --model.seed $(SEED)
+	$(BIN)/jepa-audio probe --checkpoints "[$(DEMO)/wavjepa/checkpoints/last.ckpt, $(DEMO)/pupujepa/checkpoints/last.ckpt]" \
+	  --corpus $(DEMO)/corpus --output $(DEMO)/probe --max_train 2000
+	$(BIN)/jepa-audio report $(DEMO)
+
+.PHONY: test
+test: $(STAMP) ## The fast tests: CPU, no network, a few minutes.
+	$(BIN)/pytest
+
+.PHONY: test-slow
+test-slow: $(STAMP) ## All tests, those that train for minutes too.
+	$(BIN)/pytest --runslow
+
+.PHONY: lint
+lint: $(STAMP) ## Ruff: rules and format.
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+
+.PHONY: type
+type: $(STAMP) ## Mypy.
+	$(BIN)/mypy
+
+.PHONY: check
+check: lint type ## Lint and types.
+
+.PHONY: bench
+bench: $(STAMP) ## Measure the training step; benchmarks/RESULTS.md says what was seen where.
+	$(BIN)/python benchmarks/train_step.py
+
+.PHONY: docs
+docs: $(STAMP) ## Check that the documents' commands, files and settings exist.
+	$(BIN)/pytest tests/test_docs.py
+
+.PHONY: lock
+lock: $(STAMP) ## Resolve requirements.lock anew.
+	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --quiet --upgrade -o requirements.lock
+
+.PHONY: clean
+clean: ## Remove the virtual environment and the demo.
+	rm -rf .venv $(DEMO)
