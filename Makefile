@@ -52,7 +52,7 @@ check: lint type ## Lint and types.
 
 .PHONY: bench
 bench: $(STAMP) ## Measure the training step; benchmarks/RESULTS.md says what was seen where.
-	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python -m benchmarks.train_step
 
 .PHONY: docs
 docs: $(STAMP) ## Check that the documents' commands, files and settings exist.

@@ -271,16 +271,13 @@ def draw_probe(rows: Sequence[ProbeRow], title: str = "") -> Figure:
 
 def _probe_lines(rows: Sequence[ProbeRow]) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Labels from top to bottom and (encoder, pooling, variant), which is empty for the heading of a run."""
-    encoders = list(dict.fromkeys(row.encoder for row in sorted(rows, key=lambda row: not _is_baseline(row))))
     several = len({row.pooling for row in rows if not _is_baseline(row)}) > 1
-    for encoder in encoders:
+    for encoder in dict.fromkeys(row.encoder for row in sorted(rows, key=lambda row: not _is_baseline(row))):
         own = [row for row in rows if row.encoder == encoder]
         if not all(map(_is_baseline, own)):
             yield _short(encoder, 36), ()
-        for pooling, (_, label, _), variant in sorted(
-            {(r.pooling, _look(r.variant), r.variant) for r in own}
-        ):
-            yield label + (f", {pooling}" if several else ""), (encoder, pooling, variant)
+        for pooling, look, variant in sorted({(r.pooling, _look(r.variant), r.variant) for r in own}):
+            yield look[1] + (f", {pooling}" if several else ""), (encoder, pooling, variant)
 
 
 def _is_baseline(row: ProbeRow) -> bool:
@@ -386,9 +383,8 @@ def _head(figure: Figure, title: str, keys: Sequence[Artist]) -> None:
 
 
 def _key(label: str, color: str, dash: tuple[float, tuple[float, ...]], marker: str = "") -> Line2D:
-    key = Line2D([], [], color=color, linestyle=dash, linewidth=1.4, marker=marker, label=label)
-    key.set(markersize=5, markerfacecolor="white" if marker == "s" else color)
-    return key
+    face = "white" if marker == "s" else color
+    return Line2D([], [], color=color, ls=dash, lw=1.4, marker=marker, ms=5, mfc=face, label=label)
 
 
 def _note(text: str, title: str) -> Figure:

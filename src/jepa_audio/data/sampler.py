@@ -121,7 +121,6 @@ class ResumableLoader:
         sampler = loader.batch_sampler
         if not isinstance(sampler, GlobalOrderSampler):
             raise TypeError(f"`loader` must have a GlobalOrderSampler as batch_sampler, got {sampler!r}")
-        self.batch_size = sampler.batch_size
         self._loader = loader
         self._sampler = sampler
         self._batches_per_epoch = sampler.batches_per_pass if batches_per_epoch is None else batches_per_epoch

@@ -1,0 +1,131 @@
+"""How fast is a training step, and what does computing only the tokens asked for save?
+
+Prints, in one run, for both recipes: clips per second, and the model's floating-point operations as a share of the
+matrix-multiplication peak measured on this machine. For WavJEPA also the literal, key-masked step of `tests/oracles`
+with the same weights, masks and loss.
+
+    python -m benchmarks.train_step [--size base|small] [--batch 8] [--repeats 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from jepa_audio.cli import JEPACLI
+from jepa_audio.grid import AudioBatch, Masks
+from jepa_audio.jepa import JEPA
+from tests.oracles.wavjepa_literal import LiteralWavJEPA
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+WIDTHS = {"base": (768, 384, 512), "small": (384, 192, 256)}
+
+
+def build(recipe: str, size: str) -> tuple[JEPA, float]:
+    """The model of a recipe and its crop length in seconds."""
+    width, wave_trunk, mel_trunk = WIDTHS[size]
+    trunk = wave_trunk if recipe == "wavjepa" else mel_trunk
+    cli = JEPACLI(
+        [
+            f"--config={CONFIGS / recipe}.yaml",
+            "--data.root=unused",
+            "--trainer.logger=false",
+            f"--model.encoder.embed_dim={width}",
+            f"--model.encoder.num_heads={width // 64}",
+            f"--model.predictor.init_args.trunk.init_args.embed_dim={trunk}",
+        ],
+        run=False,
+    )
+    return cli.model, cli.datamodule.num_samples / cli.model.front_end.sample_rate
+
+
+def peak_flops(size: int = 2048, repeats: int = 7) -> float:
+    """Best float32 matrix multiplication in operations per second."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+def step_of(module: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], float]:
+    """Forward and backward; gives the loss."""
+
+    def step() -> float:
+        module.zero_grad()
+        value = loss()
+        value.backward()
+        return float(value.detach())
+
+    return step
+
+
+def median_seconds(steps: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
+    """Median time of each, taking turns, so that a slow minute of the machine hits all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+    for _ in range(repeats):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def count_flops(step: Callable[[], float]) -> int:
+    """Operations of one step, forward and backward, attention included."""
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        step()
+    return counter.get_total_flops()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=list(WIDTHS), default="base")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    peak = peak_flops()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, matmul peak {peak / 1e9:.0f} GFLOP/s")
+    for recipe in ("wavjepa", "pupujepa"):
+        torch.manual_seed(0)
+        jepa, clip_seconds = build(recipe, args.size)
+        waveform = torch.randn(args.batch, 1, round(clip_seconds * jepa.front_end.sample_rate))
+        masks = jepa.draw_masks(AudioBatch(waveform, torch.arange(args.batch)), args.batch)
+        steps = {recipe: step_of(jepa, lambda: jepa.loss(waveform, masks))}  # noqa: B023
+        if recipe == "wavjepa":
+            steps["literal key-masked"] = literal_step(jepa, waveform, masks)
+        losses = {name: step() for name, step in steps.items()}
+        flops = count_flops(steps[recipe])
+        seconds = median_seconds(steps, args.repeats)
+        for name, value in seconds.items():
+            print(
+                f"{name:>20} {args.size}, batch {args.batch} x {clip_seconds:.2f} s: {value:.2f} s a step, "
+                f"{args.batch / value:.2f} clips/s, {flops / value / peak:.0%} of the peak "
+                f"({flops / 1e9:.0f} GFLOP of the fast path), loss {losses[name]:.7f}"
+            )
+        if len(seconds) == 2:
+            ratio, gap = seconds["literal key-masked"] / seconds[recipe], abs(losses["literal key-masked"] / losses[recipe] - 1)
+            print(f"{'':>20} literal / fast: {ratio:.2f} times the time, losses differ by {gap:.1e} (relative)")
+
+
+def literal_step(jepa: JEPA, waveform: torch.Tensor, masks: Masks) -> Callable[[], float]:
+    """The literal step with the same weights and masks."""
+    literal = LiteralWavJEPA(jepa)
+    num_tokens = jepa.front_end.grid(waveform.shape[-1]).num_tokens
+    context, targets = masks.context.to_mask(num_tokens), masks.targets.to_mask(num_tokens)
+    return step_of(literal, lambda: literal(waveform, context, targets))
+
+
+if __name__ == "__main__":
+    main()
