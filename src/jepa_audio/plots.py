@@ -397,4 +397,5 @@ def _note(text: str, title: str) -> Figure:
 def _short(name: str, length: int) -> str:
     """The name with its middle left out if it is too long: both ends tell runs apart."""
     half = length // 2
-    return name if len(name) <= length else f"{name[:half]}…{name[half + 1 - length :]}"
+    shown = name if len(name) <= length else f"{name[:half]}…{name[half + 1 - length :]}"
+    return shown.replace("$", r"\$")

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader, Dataset
 
-from jepa_audio.data.sampler import EveryNth, GlobalOrderSampler, ResumableLoader
+from jepa_audio.data.sampler import EveryNthBatch, GlobalOrderSampler, ResumableLoader
 from jepa_audio.grid import AudioBatch
 
 
@@ -60,14 +60,16 @@ def test_the_global_generator_has_no_influence_and_is_left_alone():
 
 
 @pytest.mark.parametrize(("num_files", "world_size"), [(7, 3), (6, 2), (5, 1)])
-def test_evaluation_gives_every_file_to_one_rank(num_files: int, world_size: int):
-    shares = [list(EveryNth(num_files, rank, world_size)) for rank in range(world_size)]
+def test_evaluation_gives_every_batch_whole_to_one_rank(num_files: int, world_size: int):
+    shares = [list(EveryNthBatch(num_files, 2, rank, world_size)) for rank in range(world_size)]
     assert Counter(file for share in shares for _, file in share) == Counter(range(num_files))
-    assert [len(EveryNth(num_files, rank, world_size)) for rank in range(world_size)] == [*map(len, shares)]
+    assert [len(EveryNthBatch(num_files, 2, rank, world_size)) for rank in range(world_size)] == [*map(len, shares)]
+    batches = {tuple(share[i : i + 2]) for share in shares for i in range(0, len(share), 2)}
+    assert batches == {tuple((f, f) for f in range(i, min(i + 2, num_files))) for i in range(0, num_files, 2)}
 
 
-def test_no_rank_is_left_without_an_evaluation_file():
-    assert [list(EveryNth(2, rank, 3)) for rank in range(3)] == [[(0, 0)], [(1, 1)], [(0, 0)]]
+def test_no_rank_is_left_without_an_evaluation_batch():
+    assert [list(EveryNthBatch(2, 1, rank, 3)) for rank in range(3)] == [[(0, 0)], [(1, 1)], [(0, 0)]]
 
 
 @pytest.mark.parametrize(
@@ -226,7 +228,7 @@ def fit(
         num_sanity_val_steps=0,
     )
     # 12 files in batches of 2: an epoch of 6 micro-batches or 3 steps.
-    valid = DataLoader(Places(4), sampler=EveryNth(4), batch_size=2, collate_fn=as_batch)
+    valid = DataLoader(Places(4), sampler=EveryNthBatch(4, 2), batch_size=2, collate_fn=as_batch)
     trainer.fit(module, loader(12), valid if validate_every else None, ckpt_path=ckpt_path)
     return module
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from jepa_audio.data.dataset import CropDataset, Mono, collate
 from jepa_audio.data.index import CorpusError, index_folder, load_index, usable
-from jepa_audio.data.sampler import EveryNth, GlobalOrderSampler, ResumableLoader
+from jepa_audio.data.sampler import EveryNthBatch, GlobalOrderSampler, ResumableLoader
 from jepa_audio.grid import AudioBatch
 
 log = logging.getLogger(__name__)
@@ -70,6 +70,9 @@ class AudioDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters()
+        for name in ("root", "valid_root", "test_root"):  # a checkpoint holds plain data only
+            self.hparams[name] = None if self.hparams[name] is None else str(self.hparams[name])
         if not 0 <= valid_share < 1:
             raise ValueError(f"`valid_share` ({valid_share}) must be in [0, 1)")
         if batch_size < 1 or num_valid_clips < 1:
@@ -170,7 +173,7 @@ class AudioDataModule(LightningDataModule):
         if len(self._tables[part][1]) == 0:
             return []
         dataset = self._dataset(part, random_crops=False)
-        sampler = EveryNth(len(dataset), self._rank, self._world_size)
+        sampler = EveryNthBatch(len(dataset), self.batch_size, self._rank, self._world_size)
         return [self._loader(dataset, sampler=sampler, batch_size=self.batch_size)]
 
     def _dataset(self, part: str, random_crops: bool) -> CropDataset:
@@ -193,7 +196,7 @@ class AudioDataModule(LightningDataModule):
     def _loader(
         self,
         dataset: CropDataset,
-        sampler: EveryNth | None = None,
+        sampler: EveryNthBatch | None = None,
         batch_sampler: GlobalOrderSampler | None = None,
         batch_size: int = 1,
     ) -> DataLoader[AudioBatch]:

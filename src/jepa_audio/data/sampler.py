@@ -78,17 +78,20 @@ def _permutation(seed: int, epoch: int, num_files: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(num_files)
 
 
-class EveryNth(DistributedSampler[Place]):
-    """Files rank, rank + world_size, ... in the order of the table: every file once, on one rank.
+class EveryNthBatch(DistributedSampler[Place]):
+    """The files of batches rank, rank + world_size, ... of the table: every batch whole, on one rank.
 
+    Whole, because validation masks are drawn for a batch at once: the loss does not depend on the number of processes.
     The base class serves only to be recognised: over any other sampler Lightning puts its own, which repeats
-    files to make the ranks even. With fewer files than ranks one file is repeated, for a rank without a batch
+    files to make the ranks even. With fewer batches than ranks one is repeated, for a rank without a batch
     would leave the others waiting.
     """
 
-    def __init__(self, num_files: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, num_files: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         super().__init__(range(num_files), num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]
-        self._files = range(rank, num_files, world_size) or range(rank % num_files, rank % num_files + 1)
+        batches = [range(i, min(i + batch_size, num_files)) for i in range(0, num_files, batch_size)]
+        own = batches[rank::world_size] or [batches[rank % len(batches)]]
+        self._files = [index for batch in own for index in batch]
 
     def __iter__(self) -> Iterator[Place]:
         return ((index, index) for index in self._files)
