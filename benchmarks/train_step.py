@@ -16,13 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tests.oracles.wavjepa_literal import LiteralWavJEPA
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from jepa_audio.cli import JEPACLI
 from jepa_audio.grid import AudioBatch, Masks
 from jepa_audio.jepa import JEPA
-from tests.oracles.wavjepa_literal import LiteralWavJEPA
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 WIDTHS = {"base": (768, 384, 512), "small": (384, 192, 256)}
@@ -84,19 +84,26 @@ def median_seconds(steps: dict[str, Callable[[], float]], repeats: int) -> dict[
 
 def count_flops(step: Callable[[], float]) -> int:
     """Operations of one step, forward and backward, attention included."""
-    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
         step()
     return counter.get_total_flops()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=list(WIDTHS), default="base")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     peak = peak_flops()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, matmul peak {peak / 1e9:.0f} GFLOP/s")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, matmul peak {peak / 1e9:.0f} GFLOP/s"
+    )
     for recipe in ("wavjepa", "pupujepa"):
         torch.manual_seed(0)
         jepa, clip_seconds = build(recipe, args.size)
@@ -115,8 +122,13 @@ def main() -> None:
                 f"({flops / 1e9:.0f} GFLOP of the fast path), loss {losses[name]:.7f}"
             )
         if len(seconds) == 2:
-            ratio, gap = seconds["literal key-masked"] / seconds[recipe], abs(losses["literal key-masked"] / losses[recipe] - 1)
-            print(f"{'':>20} literal / fast: {ratio:.2f} times the time, losses differ by {gap:.1e} (relative)")
+            ratio, gap = (
+                seconds["literal key-masked"] / seconds[recipe],
+                abs(losses["literal key-masked"] / losses[recipe] - 1),
+            )
+            print(
+                f"{'':>20} literal / fast: {ratio:.2f} times the time, losses differ by {gap:.1e} (relative)"
+            )
 
 
 def literal_step(jepa: JEPA, waveform: torch.Tensor, masks: Masks) -> Callable[[], float]:

@@ -14,7 +14,9 @@ import soundfile as sf
 import torch
 from lightning.pytorch import Callback
 
-if TYPE_CHECKING:  # imported for good only inside fixtures: the hook that checks shapes is not yet in place here
+if (
+    TYPE_CHECKING
+):  # imported for good only inside fixtures: the hook that checks shapes is not yet in place here
     from jepa_audio.cli import JEPACLI
     from jepa_audio.grid import AudioBatch, Grid, Masks
     from jepa_audio.jepa import JEPA

@@ -55,7 +55,9 @@ def literal(clip: Tensor, normalization: str) -> Tensor:
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("is_ragged", [False, True])
-def test_a_normalisation_is_that_of_a_literal_loop_over_valid_tokens(normalization: str, is_ragged: bool, rng: torch.Generator):
+def test_a_normalisation_is_that_of_a_literal_loop_over_valid_tokens(
+    normalization: str, is_ragged: bool, rng: torch.Generator
+):
     latents = 3 + 2 * torch.randn(3, 9, 5, generator=rng)
     counts = [9, 4, 2] if is_ragged else [9, 9, 9]
     valid = torch.arange(9) < torch.tensor(counts)[:, None] if is_ragged else None
@@ -123,7 +125,9 @@ def test_top_k_is_the_mean_of_the_last_blocks_each_normalised_on_its_own(
     torch.testing.assert_close(targets, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_without_top_k_the_last_block_is_taken_after_the_final_norm(encoder: Encoder, tokens: Tensor, masks: Masks):
+def test_without_top_k_the_last_block_is_taken_after_the_final_norm(
+    encoder: Encoder, tokens: Tensor, masks: Masks
+):
     where = masks.targets.rows(slice(None))
     last = encoder.layers(tokens, GRID)[-1]
     top_1 = Targets(top_k=1)(encoder, tokens, GRID, where)

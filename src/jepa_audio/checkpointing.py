@@ -28,7 +28,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     is a copy, which a kill or a full disk cuts short.
     """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
         """See `TorchCheckpointIO`; remote paths are left to it."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -58,7 +60,9 @@ class RunCheckpoint(ModelCheckpoint):
         keep_all: also keep a checkpoint of every save, as `step=00001000.ckpt`.
     """
 
-    def __init__(self, dirpath: str | None = None, every_n_train_steps: int = 1000, keep_all: bool = False) -> None:
+    def __init__(
+        self, dirpath: str | None = None, every_n_train_steps: int = 1000, keep_all: bool = False
+    ) -> None:
         super().__init__(
             dirpath=dirpath,
             filename="{step:08d}",
@@ -91,7 +95,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what has not been saved, and hand the signals back."""
-        if self._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run:
+        if self._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         self._stop_listening()
         if self._told_to_stop:

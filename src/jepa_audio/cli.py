@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
@@ -55,7 +55,28 @@ class SaveRunConfig(SaveConfigCallback):
     """Keeps the exact configuration in the folder of the run; a resumed run writes it again."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Nothing more than the file."""
+        """Write `config.yaml` into `run_dir`, of a training run only."""
+        if stage == "fit":
+            folder = Path(trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            self.parser.save(
+                self.config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False
+            )
+
+
+class RunProgressBar(RichProgressBar):
+    """One bar for the whole run: an epoch is the run, see `AudioDataModule.train_dataloader`."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "training"
+
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """Without the version of the logs."""
+        return {
+            name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"
+        }
 
 
 class JEPACLI(LightningCLI):
@@ -70,7 +91,7 @@ class JEPACLI(LightningCLI):
             auto_configure_optimizers=False,
             seed_everything_default=0,
             save_config_callback=SaveRunConfig,
-            save_config_kwargs={"overwrite": True},
+            save_config_kwargs={"save_to_log_dir": False, "overwrite": True},
             trainer_defaults={
                 "log_every_n_steps": 10,
                 "check_val_every_n_epoch": None,
@@ -89,10 +110,14 @@ class JEPACLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """One truth for every width and rate, and the callbacks of every run."""
         parser.add_argument(
-            "--run_dir", type=str, default="runs/default", help="Folder of the run: checkpoints, metrics, config.yaml."
+            "--run_dir",
+            type=str,
+            default="runs/default",
+            help="Folder of the run: checkpoints, metrics, config.yaml.",
         )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(CollapseMonitor, "monitor")
+        parser.add_lightning_class_args(RunProgressBar, "progress")
         parser.link_arguments("run_dir", "trainer.default_root_dir")
         parser.link_arguments("run_dir", "checkpoint.dirpath", compute_fn=_checkpoint_folder)
         for part in ("front_end", "predictor"):
@@ -112,7 +137,8 @@ class JEPACLI(LightningCLI):
         if not config["trainer"]["plugins"]:
             kwargs["plugins"] = [AtomicCheckpointIO()]
         trainer = super().instantiate_trainer(**kwargs)
-        trainer.callbacks += [LearningRateMonitor(logging_interval="step")] if trainer.loggers else []
+        if trainer.loggers:
+            trainer.callbacks.append(LearningRateMonitor(logging_interval="step"))  # type: ignore[attr-defined]
         return trainer
 
     def _parse_ckpt_path(self) -> None:
@@ -150,6 +176,9 @@ def main(args: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if args is None else args)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
     warnings.filterwarnings("ignore", module="lightning|torch")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "💡" not in record.getMessage()
+    )
     try:
         if not args or args[0] in ("-h", "--help"):
             print(HELP)

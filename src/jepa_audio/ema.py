@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,8 +15,13 @@ from jepa_audio.schedules import Schedule
 class HasMomentumCopies(Protocol):
     """What the callback needs of the module it works on."""
 
-    online_modules: Mapping[str, nn.Module]
-    target_modules: Mapping[str, nn.Module]
+    @property
+    def online_modules(self) -> Mapping[str, nn.Module]:
+        """The modules that learn, by name."""
+
+    @property
+    def target_modules(self) -> Mapping[str, nn.Module]:
+        """Their momentum copies, by the same names."""
 
 
 class TargetEncoderEMA(Callback):
@@ -46,12 +51,12 @@ class TargetEncoderEMA(Callback):
             return
         self._updated_at = trainer.global_step
         momentum = self.momentum(trainer.global_step - 1, trainer.max_steps)
-        self.update(pl_module, momentum)
+        self.update(cast(HasMomentumCopies, pl_module), momentum)
         pl_module.log("train/momentum", momentum)
 
     @staticmethod
     @torch.no_grad()
-    def update(module: HasMomentumCopies | LightningModule, momentum: float) -> None:
+    def update(module: HasMomentumCopies, momentum: float) -> None:
         """One update with the given momentum."""
         targets: list[Tensor] = []
         onlines: list[Tensor] = []
@@ -64,9 +69,9 @@ class TargetEncoderEMA(Callback):
         torch._foreach_lerp_(targets, onlines, 1.0 - momentum)
 
 
-def tensor_pairs(module: HasMomentumCopies | LightningModule) -> Iterator[tuple[Tensor, Tensor]]:
+def tensor_pairs(module: HasMomentumCopies) -> Iterator[tuple[Tensor, Tensor]]:
     """(target, online) for every parameter and every buffer that the momentum update moves."""
-    for name, target in module.target_modules.items():  # type: ignore[union-attr, operator]
-        online = module.online_modules[name]  # type: ignore[index]
+    for name, target in module.target_modules.items():
+        online = module.online_modules[name]
         yield from zip(target.parameters(), online.parameters(), strict=True)
         yield from zip(target.buffers(), online.buffers(), strict=True)

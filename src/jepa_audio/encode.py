@@ -28,7 +28,7 @@ class LayerFeatures:
     """
 
     layers: tuple[Float[Tensor, "B T F D"], ...]
-    times: Float[Tensor, "T"]  # noqa: F821
+    times: Float[Tensor, " T"]
     valid: Bool[Tensor, "B T"]
 
     def pool(self, frequency: Literal["mean", "concat"] = "mean") -> list[Float[Tensor, "B E"]]:
@@ -64,7 +64,9 @@ class FrozenEncoder(nn.Module):
         return self.front_end.num_channels
 
     @staticmethod
-    def from_jepa(jepa: JEPA, window_samples: int, which: Literal["context", "target"] = "context") -> FrozenEncoder:
+    def from_jepa(
+        jepa: JEPA, window_samples: int, which: Literal["context", "target"] = "context"
+    ) -> FrozenEncoder:
         """The context encoder, or the target encoder, of a model in memory; weights are shared, not copied."""
         if which == "context":
             return FrozenEncoder(jepa.front_end, jepa.encoder, window_samples)
@@ -72,7 +74,9 @@ class FrozenEncoder(nn.Module):
 
     @torch.inference_mode()
     def encode(
-        self, waveform: Float[Tensor, "B C S"], lengths: Int[Tensor, "B"] | None = None  # noqa: F821
+        self,
+        waveform: Float[Tensor, "B C S"],
+        lengths: Int[Tensor, " B"] | None = None,
     ) -> LayerFeatures:
         """Features of clips of `lengths` samples (all of S, if `None`); samples beyond a clip's length change nothing.
 
@@ -81,7 +85,9 @@ class FrozenEncoder(nn.Module):
         """
         if lengths is None or bool((lengths == waveform.shape[-1]).all()):
             layers, times = self._encode_equal(waveform)
-            return LayerFeatures(layers, times, torch.ones(layers[0].shape[:2], dtype=torch.bool, device=waveform.device))
+            return LayerFeatures(
+                layers, times, torch.ones(layers[0].shape[:2], dtype=torch.bool, device=waveform.device)
+            )
         return self._encode_ragged(waveform, lengths)
 
     def _encode_ragged(self, waveform: Tensor, lengths: Tensor) -> LayerFeatures:
@@ -89,9 +95,7 @@ class FrozenEncoder(nn.Module):
         groups = [(lengths == length).nonzero()[:, 0] for length in lengths.unique()]
         parts = [self._encode_equal(waveform[rows, :, : int(lengths[rows[0]])]) for rows in groups]
         times = max((times for _, times in parts), key=len)
-        layers = tuple(
-            layer.new_zeros(len(waveform), len(times), *layer.shape[2:]) for layer in parts[0][0]
-        )
+        layers = tuple(layer.new_zeros(len(waveform), len(times), *layer.shape[2:]) for layer in parts[0][0])
         valid = torch.zeros(len(waveform), len(times), dtype=torch.bool, device=waveform.device)
         for rows, (part, own_times) in zip(groups, parts, strict=True):
             valid[rows, : len(own_times)] = True
@@ -117,7 +121,9 @@ class FrozenEncoder(nn.Module):
 
 
 def load_frozen(
-    checkpoint: Path, which: Literal["context", "target", "random"] = "context", random_seed: int | None = None
+    checkpoint: Path,
+    which: Literal["context", "target", "random"] = "context",
+    random_seed: int | None = None,
 ) -> FrozenEncoder:
     """The frozen encoder of a checkpoint, or its random-init twin.
 
@@ -133,7 +139,9 @@ def load_frozen(
     if not checkpoint.is_file():
         raise FileNotFoundError(f"no checkpoint at {checkpoint}")
     jepa = JEPA.load_from_checkpoint(checkpoint, map_location="cpu")
-    data = torch.load(checkpoint, map_location="cpu", weights_only=True).get("datamodule_hyper_parameters", {})
+    data = torch.load(checkpoint, map_location="cpu", weights_only=True).get(
+        "datamodule_hyper_parameters", {}
+    )
     if "crop_seconds" not in data:
         raise ValueError(f"{checkpoint} does not tell `crop_seconds`, the clip length it was trained on")
     window_samples = round(data["crop_seconds"] * jepa.front_end.sample_rate)

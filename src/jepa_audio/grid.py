@@ -65,7 +65,11 @@ class TokenSet:
     def to_mask(self, num_tokens: int) -> Bool[Tensor, "*rows N"]:
         """True at the tokens of the set."""
         mask = torch.zeros(*self.index.shape[:-1], num_tokens, dtype=torch.bool, device=self.index.device)
-        return mask.scatter(-1, self.index, torch.ones_like(self.index, dtype=torch.bool) if self.valid is None else self.valid)
+        return mask.scatter(
+            -1,
+            self.index,
+            torch.ones_like(self.index, dtype=torch.bool) if self.valid is None else self.valid,
+        )
 
     @property
     def counts(self) -> Int[Tensor, "*rows"]:
@@ -132,4 +136,4 @@ class AudioBatch(NamedTuple):
     """
 
     waveform: Float[Tensor, "B C S"]
-    row: Int[Tensor, "B"]  # noqa: F821
+    row: Int[Tensor, " B"]

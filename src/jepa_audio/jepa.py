@@ -97,13 +97,13 @@ class JEPA(LightningModule):
     @property
     def online_modules(self) -> dict[str, nn.Module]:
         """The modules that have a momentum copy."""
-        return {"encoder": self.encoder} | ({} if self.target_front_end is None else {"front_end": self.front_end})
+        return {name: getattr(self, name) for name in self.target_modules}
 
     @property
     def target_modules(self) -> dict[str, nn.Module]:
-        """The momentum copies."""
-        front_end = {} if self.target_front_end is None else {"front_end": self.target_front_end}
-        return {"encoder": self.target_encoder} | front_end
+        """The momentum copies, by the names of what they copy."""
+        copies: dict[str, nn.Module] = {"encoder": self.target_encoder}
+        return copies if self.target_front_end is None else copies | {"front_end": self.target_front_end}
 
     def reset_parameters(self, seed: int) -> None:
         """Draw the online weights from `seed` alone: those of step 0 can be had again, as a twin for the probes."""
@@ -199,7 +199,9 @@ class JEPA(LightningModule):
             ValueError: for any algorithm but "norm".
         """
         if gradient_clip_algorithm not in (None, "norm"):
-            raise ValueError(f"`trainer.gradient_clip_algorithm` must be 'norm', got '{gradient_clip_algorithm}'")
+            raise ValueError(
+                f"`trainer.gradient_clip_algorithm` must be 'norm', got '{gradient_clip_algorithm}'"
+            )
         parameters = [p for p in self.parameters() if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
         self.log("train/gradient_norm", norm)

@@ -88,7 +88,11 @@ class CollapseMonitor(Callback):
         if every_n_steps < 1:
             raise ValueError(f"`every_n_steps` ({every_n_steps}) must be at least 1")
         self.every_n_steps = every_n_steps
-        self.min_std_share, self.min_rank_share, self.max_clip_cosine = min_std_share, min_rank_share, max_clip_cosine
+        self.min_std_share, self.min_rank_share, self.max_clip_cosine = (
+            min_std_share,
+            min_rank_share,
+            max_clip_cosine,
+        )
         self.stop_after = stop_after
         self.first_look: dict[str, float] = {}
         self.alarms_in_a_row = 0
@@ -166,7 +170,11 @@ class CollapseMonitor(Callback):
             log.warning("step %d: the encoder looks collapsed: %s", trainer.global_step, "; ".join(reasons))
         stop = bool(self.stop_after) and self.alarms_in_a_row >= self.stop_after
         if trainer.strategy.reduce_boolean_decision(stop, all=False):
-            log.error("stopped at step %d after %d looks at a collapsed encoder", trainer.global_step, self.stop_after)
+            log.error(
+                "stopped at step %d after %d looks at a collapsed encoder",
+                trainer.global_step,
+                self.stop_after,
+            )
             trainer.should_stop = True
 
 
@@ -205,14 +213,20 @@ def _losses(jepa: JEPA, batch: AudioBatch, masks: Masks, output: JEPAOutput) -> 
     if valid is None:
         valid = torch.ones_like(masks.targets.index, dtype=torch.bool)
     mean = output.target[valid].mean(dim=0)
-    seen = TokenSet(masks.context.index[:, None], None if masks.context.valid is None else masks.context.valid[:, None])
+    seen = TokenSet(
+        masks.context.index[:, None], None if masks.context.valid is None else masks.context.valid[:, None]
+    )
     tokens = jepa.front_end(batch.waveform)
     seen_latents = jepa.target_latents(batch.waveform, tokens, grid, seen)[:, 0]  # [B, K, D]
     plane = seen_latents.new_zeros(len(seen_latents), grid.num_tokens, seen_latents.shape[-1])
     plane.scatter_(1, masks.context.index[..., None].expand_as(seen_latents), seen_latents)
-    copied = nearest_context(masks, grid).gather(plane[:, None].expand(-1, masks.targets.index.shape[1], -1, -1))
+    copied = nearest_context(masks, grid).gather(
+        plane[:, None].expand(-1, masks.targets.index.shape[1], -1, -1)
+    )
     return {
         "collapse/loss": float(output.loss),
-        "collapse/loss_mean_target": float(jepa.distance(mean.expand_as(output.target), output.target)[valid].mean()),
+        "collapse/loss_mean_target": float(
+            jepa.distance(mean.expand_as(output.target), output.target)[valid].mean()
+        ),
         "collapse/loss_nearest_context": float(jepa.distance(copied, output.target)[valid].mean()),
     }

@@ -31,7 +31,7 @@ SOLID, DASHED, DOTTED, MIXED = (0, ()), (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (6, 
 DASHES: tuple[tuple[float, tuple[float, ...]], ...] = (SOLID, DASHED, DOTTED, MIXED)
 SMALL, NORMAL, WIDTH = 8.0, 9.0, 10.5  # points, points, inches
 
-TINT = 0.6  # opacity of a target group on the spectrogram
+TINT, VEILED = 0.6, 0.85  # opacity of a target group on the spectrogram, of the veil
 STRIPES = 12  # of a token's cell: 2, 3, 4 or 6 groups share it evenly
 MANY_POINTS = 200  # longer series get a running mean
 
@@ -114,21 +114,22 @@ def draw_masks(
     figure, axes = _subplots(len(masks), 1, height=1.75, extra=0.75, share="x")
     extent = (0.0, seconds, 0.0, float(len(log_spectrogram)))
     low, high = np.percentile(log_spectrogram, (2, 99.8))
-    for number, (ax, draw) in enumerate(zip(axes, masks, strict=True), start=1):
-        context, targets = _planes(grid, draw, clip)
+    planes = [_planes(grid, draw, clip) for draw in masks]
+    overlays = [_paint(*plane) for plane in planes]
+    for ax, (context, targets), overlay in zip(axes, planes, overlays, strict=True):
         ax.imshow(log_spectrogram, cmap="Greys", vmin=low, vmax=high, origin="lower", extent=extent)
-        ax.imshow(_paint(context, targets), interpolation="nearest", origin="lower", extent=extent)
+        ax.imshow(overlay, interpolation="nearest", origin="lower", extent=extent)
         ax.set_aspect("auto")
         _draw_cells(ax, grid, extent)
-        shares = f"context {context.mean():.0%} of the tokens, targets {targets.any(0).mean():.0%}"
-        _title(ax, f"draw {number}: {shares}")
+        _title(ax, f"context {context.mean():.0%} of the tokens, targets {targets.any(0).mean():.0%}")
         _label_bands(ax, band_hz)
     axes[-1].set_xlabel("seconds", fontsize=NORMAL)
-    num_groups = max(draw.targets.index.shape[1] for draw in masks)
-    names = ["target"] if num_groups == 1 else [f"target group {group + 1}" for group in range(num_groups)]
-    tints = [Patch(facecolor=c, alpha=TINT, label=n) for n, c in zip(names, cycle(PALETTE), strict=False)]
-    veiled = Patch(facecolor=VEIL, label="hidden from the context" if grid.num_freq == 1 else "neither")
-    _head(figure, title, [Patch(facecolor="white", edgecolor=GREY, label="context"), *tints, veiled])
+    keys = [Patch(facecolor="white", edgecolor=GREY, label="context")]
+    for group, color in zip(range(max(len(targets) for _, targets in planes)), cycle(PALETTE), strict=False):
+        keys.append(Patch(facecolor=color, alpha=TINT, label=f"target group {group + 1}"))
+    if any((overlay[..., 3] == VEILED).any() for overlay in overlays):
+        keys.append(Patch(facecolor=VEIL, label="hidden from the context"))
+    _head(figure, title, keys)
     return figure
 
 
@@ -143,7 +144,7 @@ def _planes(grid: Grid, masks: Masks, clip: int) -> tuple[np.ndarray, np.ndarray
 def _paint(context: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """The overlay, RGBA `[F * stripes, T, 4]`, lowest row first."""
     colors = np.array([[*to_rgb(color), TINT] for _, color in zip(targets, cycle(PALETTE), strict=False)])
-    veiled = np.where(context[..., None], 0.0, [*to_rgb(VEIL), 0.85])  # [F, T, 4]
+    veiled = np.where(context[..., None], 0.0, [*to_rgb(VEIL), VEILED])  # [F, T, 4]
     if len(context) == 1:
         return np.where(targets[::-1, 0, :, None], colors[::-1, None], veiled)
     count = targets.sum(axis=0)  # [F, T]
@@ -212,8 +213,7 @@ def _draw_panel(ax: Axes, panel: Panel, runs: Mapping[str, Run]) -> None:
         ax.set_yscale("log")
         ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    if panel.from_zero:
-        ax.set_ylim(0, None)
+    ax.set_ylim(bottom=0 if panel.from_zero else None)
 
 
 def _curve(run: Run, pattern: str) -> Curve | None:
@@ -396,6 +396,5 @@ def _note(text: str, title: str) -> Figure:
 
 def _short(name: str, length: int) -> str:
     """The name with its middle left out if it is too long: both ends tell runs apart."""
-    half = length // 2
-    shown = name if len(name) <= length else f"{name[:half]}…{name[half + 1 - length :]}"
+    shown = name if len(name) <= length else f"{name[: length // 2]}…{name[length // 2 + 1 - length :]}"
     return shown.replace("$", r"\$")

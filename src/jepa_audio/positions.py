@@ -49,7 +49,7 @@ class SinCosPositions(Positions):
         axes = [coordinates[:, 0]] if grid.num_freq == 1 else [coordinates[:, 0], coordinates[:, 1]]
         width = dim // len(axes)
         exponent = torch.arange(width // 2, device=device, dtype=torch.float64) / (width // 2)
-        frequency = self.temperature ** -exponent
+        frequency = self.temperature**-exponent
         angles = [axis.double()[:, None] * frequency for axis in axes]  # [N, width / 2]
         return torch.cat([table for angle in angles for table in (angle.sin(), angle.cos())], dim=-1).float()
 

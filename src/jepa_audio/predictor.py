@@ -44,7 +44,7 @@ class Predictor(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, context: Float[Tensor, "B K D"], masks: Masks, grid: Grid) -> Float[Tensor, "B M T D"]:
-        """Predictions at `masks.targets`, from the latents at `masks.context`; filling of short rows is computed too."""
+        """Predictions at `masks.targets` from the latents at `masks.context`; filling of short rows is computed too."""
         batch, groups, num_targets = masks.targets.index.shape
         seen = self.proj_in(context)
         seen = seen[:, None].expand(-1, groups, -1, -1).flatten(0, 1)  # [B * M, K, D']
@@ -62,6 +62,8 @@ def _context_then_targets(masks: Masks) -> TokenSet:
     if context.valid is None and targets.valid is None:
         return TokenSet(index)
     full = torch.ones_like(index, dtype=torch.bool).unflatten(0, (batch, groups))
-    seen_valid = full[..., :-num_targets] if context.valid is None else context.valid[:, None].expand(-1, groups, -1)
+    seen_valid = (
+        full[..., :-num_targets] if context.valid is None else context.valid[:, None].expand(-1, groups, -1)
+    )
     asked_valid = full[..., -num_targets:] if targets.valid is None else targets.valid
     return TokenSet(index, torch.cat([seen_valid, asked_valid], dim=-1).flatten(0, 1))

@@ -9,9 +9,10 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime
+from fnmatch import fnmatchcase
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
@@ -29,19 +30,34 @@ from jepa_audio.data.resample import resample
 from jepa_audio.front_ends import FrontEnd, SpectrogramFrontEnd
 from jepa_audio.front_ends.transforms import LogMel
 from jepa_audio.jepa import JEPA
-from jepa_audio.plots import Curve, draw_curves, draw_layers, draw_masks, draw_probe, standard_panels
+from jepa_audio.plots import (
+    VARIANTS,
+    Curve,
+    draw_curves,
+    draw_layers,
+    draw_masks,
+    draw_probe,
+    standard_panels,
+)
 from jepa_audio.probing.results import ProbeRow, read_jsonl
 
 log = logging.getLogger(__name__)
 
 NUM_DRAWS = 3
-VARIANT_NAMES = {"context": "context encoder", "target": "target encoder", "random": "random twin"}
 VERDICTS = {
     "ahead": "Ahead of its random-init twin",
     "behind": "Behind its random-init twin",
     "not told apart": "Not told apart from its random-init twin",
 }
-
+LIMITS = (
+    "The intervals hold the noise of the test clips, not that of training seeds: another seed can give"
+    " another verdict. Repeat with three or more before claiming anything.",
+    "{compared} differences were tested at 95 % each, uncorrected: by chance one in twenty excludes zero.",
+    "Being ahead of an untrained twin is not being ahead of log-mel statistics; look at both.",
+    "A low loss is no evidence of learning, nor is a high rank: the targets move with the encoder.",
+    "The losses of the trivial predictors, and the loss compared with them, are of batches just trained on.",
+    "Speed is that of the machine that trained, which may not be the one below.",
+)
 PAGE = Template("""<!doctype html>
 <html lang="en">
 <head>
@@ -49,24 +65,21 @@ PAGE = Template("""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title</title>
 <style>
-body { font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #222; max-width: 1010px; margin: 2.5rem auto;
-  padding: 0 1rem; }
+body { font: 15px/1.5 sans-serif; color: #222; max-width: 1010px; margin: 2rem auto; padding: 0 1em; }
 h1 { font-size: 1.6rem; margin: 0 0 .2rem; }
 h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem; padding-top: .6rem; border-top: 1px solid #ddd; }
-h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; overflow-wrap: anywhere; }
+h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; } h2, h3, code, pre { overflow-wrap: anywhere; }
 p, ul { max-width: 75ch; margin: .4rem 0; }
-.quiet { color: #6a6a6a; font-size: .87rem; }
-.badge { font-size: .8rem; font-weight: 600; margin-left: .5rem; padding: .1rem .5rem; border-radius: 1rem;
-  background: #eee; color: #555; white-space: nowrap; }
+.quiet { color: #6a6a6a; font-size: .87rem; } .scroll { overflow-x: auto; }
+.badge { font-size: .8rem; margin-left: .5rem; padding: .1rem .5rem; border-radius: 1rem; background: #eee; }
 .ahead { color: #00507d; font-weight: 600; } .badge.ahead { background: #dcedf7; }
 .behind { color: #9a4300; font-weight: 600; } .badge.behind { background: #fbe6d8; }
-.scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; margin: .8rem 0; }
-th, td { text-align: left; padding: .25rem 1.1rem .25rem 0; border-bottom: 1px solid #e6e6e6; vertical-align: top; }
-th { font-weight: 600; } tr.first td { border-top: 1px solid #999; }
+th, td { text-align: left; padding: .25rem 1rem .25rem 0; border-bottom: 1px solid #eee; }
+td { vertical-align: top; white-space: nowrap; }
 img { max-width: 100%; height: auto; display: block; margin: .8rem 0 1.6rem; }
-code, pre { font: .85rem/1.45 ui-monospace, "DejaVu Sans Mono", monospace; }
-pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; } summary { cursor: pointer; }
+code, pre { font: .85rem/1.45 ui-monospace, monospace; } summary { cursor: pointer; }
+pre { background: #f6f6f6; padding: .8rem; white-space: pre-wrap; }
 </style>
 </head>
 <body>
@@ -86,23 +99,21 @@ class RunRecord:
     folder: Path
     curves: Mapping[str, Curve]
 
-    @property
-    def checkpoint(self) -> Path:
-        """The last one."""
-        return self.folder / "checkpoints" / "last.ckpt"
+    def curve(self, key: str) -> Curve:
+        """Steps and values, empty if nothing was logged."""
+        return self.curves.get(key, (np.empty(0), np.empty(0)))
 
     def last(self, key: str) -> float:
-        """The last finite value logged, NaN if there is none."""
-        _, values = self.curves.get(key, (np.empty(0), np.empty(0)))
-        finite = values[np.isfinite(values)]
-        return float(finite[-1]) if len(finite) else math.nan
+        """The last finite value, NaN if there is none."""
+        values = self.curve(key)[1]
+        return next((float(value) for value in values[::-1] if math.isfinite(value)), math.nan)
 
 
 def write_report(directory: Path) -> Path:
     """Write `report.html` about the runs in a folder, and its pictures to `figures/`.
 
     Args:
-        directory: folder whose sub-folders are runs, with `probe/results.jsonl` if they were probed; or one run.
+        directory: one run, or a folder of runs with `probe/results.jsonl` if they were probed.
 
     Returns:
         The page; it holds its pictures and needs no other file.
@@ -113,9 +124,8 @@ def write_report(directory: Path) -> Path:
     """
     if not directory.is_dir():
         raise FileNotFoundError(f"no folder at {directory}: give the folder that holds the runs")
-    runs = [
-        _read_run(folder) for folder in (directory, *sorted(directory.iterdir())) if _metric_files(folder)
-    ]
+    folders = [directory, *sorted(path for path in directory.iterdir() if path.is_dir())]
+    runs = [_read_run(folder) for folder in folders if _metric_files(folder)]
     results = directory / "probe" / "results.jsonl"
     rows = _latest(read_jsonl(results)) if results.is_file() else []
     if not runs and not rows:
@@ -126,212 +136,177 @@ def write_report(directory: Path) -> Path:
     figures = directory / "figures"
     figures.mkdir(exist_ok=True)
     page = directory / "report.html"
-    page.write_text(_page(directory, runs, rows, figures), encoding="utf-8")
+    page.write_text(_page(directory.resolve().name, runs, rows, figures), encoding="utf-8")
     log.info("the report is %s", page)
     return page
 
 
-def _page(directory: Path, runs: Sequence[RunRecord], rows: Sequence[ProbeRow], figures: Path) -> str:
-    sections = ["<h2>Verdict</h2>", *(_verdict(run, rows) for run in runs)]
-    sections += ["<h2>Probes</h2>", _probe_section(rows, figures)]
+def _page(name: str, runs: Sequence[RunRecord], rows: Sequence[ProbeRow], figures: Path) -> str:
+    parts = ["<h2>Verdict</h2>", *(_verdict(run, rows) for run in runs)]
+    parts += ["<h2>Probes</h2>", _probe_section(rows, figures)]
     for run in runs:
-        sections.append(f"<h2>Run: {escape(run.name)}</h2>")
-        curves = {run.name: run.curves}
-        title = f"{run.name}: while training"
-        sections.append(
-            _image(draw_curves(curves, standard_panels(curves), title), figures, f"{run.name}-curves")
+        curves = draw_curves(
+            {run.name: run.curves}, standard_panels({run.name: run.curves}), "While training"
         )
-        sections += [_masks_section(run, figures), _how_it_was_run(run)]
-    sections += [
-        "<h2>What this does not show</h2>",
-        _limits(rows),
-        "<h2>Where it was written</h2>",
-        _environment(),
-    ]
+        parts += [f"<h2>Run: {escape(run.name)}</h2>", _image(curves, figures, f"{run.name}-curves")]
+        parts += [_masks_section(run, figures), _how_it_was_run(run)]
+    compared = sum(row.against_random is not None for row in rows)
+    limits = "".join(f"<li>{limit.format(compared=compared)}</li>" for limit in LIMITS)
+    parts += ["<h2>What this does not show</h2>", f"<ul>{limits}</ul>"]
+    parts += ["<h2>Where this page was written</h2>", _environment()]
+    subtitle = f"{len(runs)} {'run' if len(runs) == 1 else 'runs'}, {datetime.now():%Y-%m-%d %H:%M}"
     return PAGE.substitute(
-        title=escape(f"Runs in {directory.resolve().name}"),
-        subtitle=escape(
-            f"{len(runs)} {'run' if len(runs) == 1 else 'runs'}, {datetime.now():%Y-%m-%d %H:%M}"
-        ),
-        body="\n".join(sections),
+        title=escape(f"jepa-audio report: {name}"), subtitle=subtitle, body="\n".join(parts)
     )
 
 
 def _metric_files(folder: Path) -> list[Path]:
     """One for each time that the run was started, in that order."""
-    if not folder.is_dir():
-        return []
-    versions = sorted(
-        folder.glob("metrics/version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1])
-    )
-    return [path for path in (folder / "metrics.csv", *versions) if path.is_file()]
+    starts = sorted(folder.glob("metrics/version_*/metrics.csv"), key=lambda file: int(file.parent.name[8:]))
+    return [file for file in (folder / "metrics.csv", *starts) if file.is_file()]
 
 
 def _read_run(folder: Path) -> RunRecord:
     logged: dict[str, dict[int, float]] = {}
     for path in _metric_files(folder):
         with path.open(newline="") as file:
-            lines = [line for line in csv.DictReader(file) if line.get("step")]
-        first = min((int(float(line["step"])) for line in lines), default=0)
+            lines = [
+                (int(float(line.pop("step"))), line) for line in csv.DictReader(file) if line.get("step")
+            ]
         # A resumed run goes back to its checkpoint: what was logged beyond that never happened.
+        first = min((step for step, _ in lines), default=0)
         logged = {key: {step: v for step, v in at.items() if step < first} for key, at in logged.items()}
-        for line in lines:
-            for key in line.keys() - {"step", "epoch", None}:
-                if line[key]:
-                    logged.setdefault(key, {})[int(float(line["step"]))] = float(line[key])
-    curves = {key: sorted(at.items()) for key, at in logged.items() if at}
-    arrays = {key: (np.array(at)[:, 0], np.array(at)[:, 1]) for key, at in curves.items()}
-    return RunRecord(folder.resolve().name, folder, arrays)
+        for step, line in lines:
+            for key, value in line.items():
+                if value and key != "epoch":
+                    logged.setdefault(key, {})[step] = float(value)
+    points = {key: np.array(sorted(at.items())) for key, at in logged.items() if at}
+    return RunRecord(folder.resolve().name, folder, {key: (at[:, 0], at[:, 1]) for key, at in points.items()})
 
 
 def _latest(rows: Iterable[ProbeRow]) -> list[ProbeRow]:
     """The last answer to every question: a file of results grows with each call of `probe`."""
-    latest = {}
+    latest: dict[tuple[str, ...], ProbeRow] = {}
     for row in rows:
-        sample_rate = row.encoder_hash if row.variant == "statistics" else ""
-        latest[row.encoder, row.variant, sample_rate, row.pooling, row.head, row.task] = row
+        baseline = row.encoder_hash if row.variant == "statistics" else ""  # one for each sample rate
+        latest[row.encoder, row.variant, baseline, row.pooling, row.head, row.task] = row
     return list(latest.values())
 
 
 def _verdict(run: RunRecord, rows: Sequence[ProbeRow]) -> str:
-    """One plain paragraph: learned or not, collapsed or not, better than no learning or not."""
+    """One plain paragraph: learned or not, collapsed or not, better than a trivial predictor or not."""
+    found: dict[str, list[str]] = {}
     own = [row for row in rows if row.encoder == run.name and row.against_random is not None]
-    own = [row for row in own if row.head == "linear"] or own
-    by_word = {word: [row for row in own if _word(row) == word] for word in VERDICTS}
-    badge, mark = _badge({word for word, found in by_word.items() if found})
-    sentences = [
-        f"{VERDICTS[word]}: {'; '.join(map(_difference, found))}." for word, found in by_word.items() if found
-    ]
-    if not own:
-        sentences = ["It was not probed, and nothing else tells whether it learned anything."]
-        sentences += _online_probes(run)
-    sentences += [_collapse(run), _losses(run)]
-    heading = f'<h3>{escape(run.name)} <span class="badge {mark}">{badge}</span></h3>'
-    return f"{heading}\n<p>{escape(' '.join(filter(None, sentences)))}</p>"
+    for row in [row for row in own if row.head == "linear"] or own:
+        gap = row.against_random
+        assert gap is not None
+        said = f"{_name(row)} on {row.task} ({gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}])"
+        found.setdefault(gap.verdict, []).append(said)
+    sentences = [f"{VERDICTS[word]}: {'; '.join(found[word])}." for word in VERDICTS if word in found]
+    if not found:
+        sentences = ["It was not probed, and nothing else tells whether it learned.", *_online_probes(run)]
+    text = " ".join([*sentences, _collapse(run), *_losses(run)])
+    badge, color = _badge(found.keys())
+    heading = f'<h3>{escape(run.name)} <span class="badge {color}">{badge}</span></h3>'
+    return f"{heading}\n<p>{escape(text)}</p>"
 
 
-def _word(row: ProbeRow) -> str:
-    return "" if row.against_random is None else row.against_random.verdict
-
-
-def _badge(words: set[str]) -> tuple[str, str]:
-    if {"ahead", "behind"} <= words:
-        return "learned something, lost something", ""
+def _badge(words: Set[str]) -> tuple[str, str]:
     if "ahead" in words:
-        return "learned", "ahead"
+        return ("ahead and behind", "") if "behind" in words else ("learned", "ahead")
     if "behind" in words:
         return "worse than untrained", "behind"
-    return ("no learning shown" if words else "not probed"), ""
-
-
-def _difference(row: ProbeRow) -> str:
-    gap = row.against_random
-    assert gap is not None
-    return f"{_name(row)} on {row.task} by {gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
+    return ("not told apart from untrained" if words else "not probed"), ""
 
 
 def _name(row: ProbeRow) -> str:
-    return VARIANT_NAMES.get(row.variant, row.variant)
+    return VARIANTS.get(row.variant, (row.variant,))[0]
 
 
 def _online_probes(run: RunRecord) -> Iterator[str]:
     for key in sorted(run.curves):
-        if key.startswith("probe/") and key.endswith("/accuracy"):
+        if fnmatchcase(key, "probe/*/accuracy"):
+            twin = run.last(key.replace("accuracy", "twin"))
             task = key.split("/")[1]
-            now, twin = run.last(key), run.last(f"probe/{task}/twin")
-            yield f"While training, the online probe of {task} last read {now:.3f}, of the random twin {twin:.3f}."
+            yield f"While training, {task} was last at {run.last(key):.3f}, its twin at {twin:.3f}."
 
 
 def _collapse(run: RunRecord) -> str:
-    steps, raised = run.curves.get("collapse/alarm", (np.empty(0), np.empty(0)))
+    steps, raised = run.curve("collapse/alarm")
     if not len(steps):
         return "Collapse was not watched."
-    alarms = steps[raised > 0]
-    if len(alarms):
-        end = (
-            "and it still stood at the last one: collapsed"
-            if raised[-1] > 0
-            else "and it was over at the last one"
+    said = f"Not collapsed: no alarm at any of {len(steps)} looks"
+    if (raised > 0).any():
+        first = steps[raised > 0][0]
+        end = "and still at the last" if raised[-1] > 0 else "but no longer at the last"
+        said = (
+            f"Collapse alarm at {(raised > 0).sum()} of {len(steps)} looks, first at step {first:.0f}, {end}"
         )
-        said = f"The collapse alarm was raised at {len(alarms)} of {len(steps)} looks, first at step {alarms[0]:.0f}, {end}."
-    else:
-        said = f"Not collapsed: no alarm at any of {len(steps)} looks."
-    _, ranks = run.curves.get("collapse/context_rank", (np.empty(0), np.empty(0)))
-    return (
-        f"{said} RankMe of the context went from {ranks[0]:.1f} to {ranks[-1]:.1f}." if len(ranks) else said
-    )
+    ranks = [f"{rank:.1f}" for rank in run.curve("collapse/context_rank")[1]] or ["unknown"]
+    return f"{said}; RankMe of the context went from {ranks[0]} to {ranks[-1]}."
 
 
-def _losses(run: RunRecord) -> str:
-    _, losses = run.curves.get("train/loss", (np.empty(0), np.empty(0)))
+def _losses(run: RunRecord) -> Iterator[str]:
+    _, losses = run.curve("train/loss")
     if len(losses) and not math.isfinite(losses[-1]):
-        return "The last training loss is not a finite number."
-    loss = run.last("collapse/loss")
-    trivial = {
-        "predicting the mean target": run.last("collapse/loss_mean_target"),
-        "copying the nearest context token": run.last("collapse/loss_nearest_context"),
-    }
-    compared = [
-        f"{'below' if loss < other else 'not below'} that of {what} ({other:.3g})"
-        for what, other in trivial.items()
-        if math.isfinite(loss) and math.isfinite(other)
-    ]
-    said = [f"The last loss is {loss:.3g}, {' and '.join(compared)}."] if compared else []
+        yield "The last training loss is not a finite number."
+    loss, mean = run.last("collapse/loss"), run.last("collapse/loss_mean_target")
+    copied = run.last("collapse/loss_nearest_context")
+    if all(map(math.isfinite, (loss, mean, copied))):
+        by_mean, by_copy = ("below" if loss < other else "not below" for other in (mean, copied))
+        yield f"The last loss, {loss:.3g}, is {by_mean} that of predicting the mean target ({mean:.3g})"
+        yield f"and {by_copy} that of copying the nearest context token ({copied:.3g})."
     if math.isfinite(valid := run.last("valid/loss")):
-        said.append(f"The last validation loss is {valid:.3g}.")
-    return " ".join(said)
+        yield f"The last validation loss is {valid:.3g}."
 
 
 def _probe_section(rows: Sequence[ProbeRow], figures: Path) -> str:
     if not rows:
         return "<p>No run was probed: <code>jepa-audio probe</code> tells whether they learned anything.</p>"
     note = (
-        "Test scores with 95 % intervals; below each, the difference to the random-init twin of the same run on the "
-        "same clips, in colour where its interval excludes zero. Layer and setting were chosen on validation clips."
+        "Test scores with 95 % intervals, and the layer; below each, the difference to the random-init twin"
+        " on the same clips, in colour only where its interval excludes zero. Layers and settings were chosen"
+        " on validation clips."
     )
-    pictures = [_image(draw_probe(rows, "What the heads read off"), figures, "probe")]
-    pictures.append(_image(draw_layers(rows, "Where in the network"), figures, "layers"))
-    return f'<p class="quiet">{note}</p>\n{_probe_table(rows)}\n' + "\n".join(pictures)
+    scores = _image(draw_probe(rows, "What the heads read off"), figures, "probe")
+    layers = _image(draw_layers(rows, "Where in the network"), figures, "layers")
+    return f'<p class="quiet">{note}</p>\n{_probe_table(rows)}\n{scores}\n{layers}'
 
 
 def _probe_table(rows: Sequence[ProbeRow]) -> str:
-    tasks = {row.task: row for row in rows}
+    tasks = {row.task: f"{row.task}: chance {row.chance:.3f}, {row.num_test} clips" for row in rows}
     lines: dict[tuple[str, ...], dict[str, ProbeRow]] = {}
     for row in rows:
-        lines.setdefault((row.encoder, _name(row), row.pooling, row.head, row.encoder_hash), {})[row.task] = (
-            row
-        )
-    head = ["encoder", "which", "frequency", "head"]
-    head += [f"{task}, chance {row.chance:.3f}, {row.num_test} clips" for task, row in tasks.items()]
-    body, former = [], ""
+        line_of_row = (row.encoder, _name(row), row.pooling, row.head, row.encoder_hash)
+        lines.setdefault(line_of_row, {})[row.task] = row
+    header = ("encoder", "", "frequency", "head", *tasks.values())
+    names = "".join(f"<th>{escape(name)}</th>" for name in header)
+    body, former = "", ""
     for line, cells in sorted(lines.items(), key=lambda item: item[0][0]):
-        shown = [escape(word) for word in line[:4]] + [_cell(cells.get(task)) for task in tasks]
-        opening = "<tr>" if line[0] == former else '<tr class="first">'
-        body.append(opening + "".join(f"<td>{cell}</td>" for cell in shown) + "</tr>")
+        encoder = "" if line[0] == former else f"<b>{escape(line[0])}</b>"
+        shown = [encoder, *map(escape, line[1:4]), *(_cell(cells.get(task)) for task in tasks)]
+        body += "<tr>" + "".join(f"<td>{cell}</td>" for cell in shown) + "</tr>\n"
         former = line[0]
-    names = "".join(f"<th>{escape(name)}</th>" for name in head)
-    return f'<div class="scroll"><table><tr>{names}</tr>\n' + "\n".join(body) + "\n</table></div>"
+    return f'<div class="scroll"><table><tr>{names}</tr>\n{body}</table></div>'
 
 
 def _cell(row: ProbeRow | None) -> str:
     if row is None:
         return '<span class="quiet">not asked</span>'
-    score = f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]"
-    score += f' <span class="quiet">{escape(row.layer_name)}</span>'
-    gap = row.against_random
-    if gap is None:
+    layer = f'<span class="quiet">{escape(row.layer_name)}</span>'
+    score = f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}] {layer}"
+    if (gap := row.against_random) is None:
         return score
-    mark = gap.verdict if gap.verdict in {"ahead", "behind"} else "quiet"
-    text = f"{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}] {gap.verdict}"
-    return f'{score}<br><span class="{mark}">{text}</span>'
+    color = "quiet" if gap.verdict == "not told apart" else gap.verdict
+    said = f"{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}] {gap.verdict}"
+    return f'{score}<br><span class="{color}">{said}</span>'
 
 
 def _masks_section(run: RunRecord, figures: Path) -> str:
     try:
-        figure = _draw_run_masks(run)
+        return _image(_draw_run_masks(run), figures, f"{run.name}-masks")
     except (FileNotFoundError, ValueError, AudioReadError) as error:
         return f'<p class="quiet">No picture of the masks: {escape(str(error))}.</p>'
-    return _image(figure, figures, f"{run.name}-masks")
 
 
 def _draw_run_masks(run: RunRecord) -> Figure:
@@ -341,18 +316,16 @@ def _draw_run_masks(run: RunRecord) -> Figure:
         FileNotFoundError: if the checkpoint is gone.
         ValueError: if the corpus is gone, or the checkpoint does not tell where it was.
     """
-    if not run.checkpoint.is_file():
-        raise FileNotFoundError(f"there is no checkpoint at {run.checkpoint}")
-    checkpoint = torch.load(run.checkpoint, map_location="cpu", weights_only=True)
-    data = checkpoint.get("datamodule_hyper_parameters", {})
+    path = run.folder / "checkpoints" / "last.ckpt"
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint at {path}")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    data, step = checkpoint.get("datamodule_hyper_parameters", {}), checkpoint["global_step"]
     if not {"root", "crop_seconds"} <= data.keys():
-        raise ValueError("the checkpoint does not tell `root` and `crop_seconds` of the corpus")
-    jepa = JEPA.load_from_checkpoint(run.checkpoint, map_location="cpu")
+        raise ValueError(f"{path} does not tell `root` and `crop_seconds` of the corpus")
+    jepa = JEPA.load_from_checkpoint(path, map_location="cpu")
     waveform = _clip(Path(data["root"]), data["crop_seconds"], jepa.front_end.sample_rate)
-    step = checkpoint["global_step"]
-    return draw_masks_of(
-        jepa, waveform, step, f"{run.name}: what is seen and what is predicted, at step {step}"
-    )
+    return draw_masks_of(jepa, waveform, step, f"What is seen, and what is predicted from it, at step {step}")
 
 
 def draw_masks_of(jepa: JEPA, waveform: Float[Tensor, "1 S"], step: int, title: str) -> Figure:
@@ -366,15 +339,12 @@ def draw_masks_of(jepa: JEPA, waveform: Float[Tensor, "1 S"], step: int, title: 
 
 @torch.no_grad()
 def _spectrogram(front_end: FrontEnd, waveform: Tensor) -> tuple[np.ndarray, float, np.ndarray | None]:
-    """The front end's own spectrogram as far as its tokens reach, a log-mel one for waveforms; seconds; bands in Hz."""
+    """The front end's own spectrogram as far as tokens reach, else a log-mel one; seconds; bands in Hz."""
     num_samples, sample_rate = waveform.shape[-1], front_end.sample_rate
     if isinstance(front_end, SpectrogramFrontEnd):
         transform = front_end.spectrogram
-        num_columns = front_end.grid(num_samples).num_time
-        num_frames, seconds = (
-            num_columns * front_end.patch_frames,
-            num_columns * front_end.stride / sample_rate,
-        )
+        num_frames = front_end.grid(num_samples).num_time * front_end.patch_frames
+        seconds = num_frames * transform.hop_length / sample_rate
     else:
         transform = LogMel(sample_rate, n_fft=1024, hop_length=sample_rate // 100, n_mels=64)
         num_frames, seconds = transform.num_frames(num_samples), num_samples / sample_rate
@@ -398,34 +368,16 @@ def _clip(root: Path, seconds: float, sample_rate: int) -> Float[Tensor, "1 S"]:
 
 
 def _how_it_was_run(run: RunRecord) -> str:
-    config = run.folder / "config.yaml"
-    steps = max((curve[0][-1] for curve in run.curves.values()), default=0)
-    written = datetime.fromtimestamp(_metric_files(run.folder)[-1].stat().st_mtime)
-    said = [f"<p>{steps:.0f} optimizer steps logged, the last on {written:%Y-%m-%d at %H:%M}.</p>"]
-    if config.is_file():
-        command = f"jepa-audio fit --config {config}"
-        said.append(f"<p>The same again: <code>{escape(command)}</code></p>")
+    metrics = _metric_files(run.folder)[-1]
+    steps = max((steps[-1] for steps, _ in run.curves.values()), default=0)
+    written = datetime.fromtimestamp(metrics.stat().st_mtime)
+    said = f"<p>{steps:.0f} optimizer steps logged, the last on {written:%Y-%m-%d at %H:%M}.</p>"
+    configs = (run.folder / "config.yaml", metrics.with_name("config.yaml"))
+    if config := next((path for path in configs if path.is_file()), None):
+        said += f"\n<p>The same again: <code>jepa-audio fit --config {escape(str(config))}</code></p>"
         text = escape(config.read_text(encoding="utf-8"))
-        said.append(f"<details><summary>The whole configuration</summary><pre>{text}</pre></details>")
-    return "\n".join(said)
-
-
-def _limits(rows: Sequence[ProbeRow]) -> str:
-    compared = sum(row.against_random is not None for row in rows)
-    limits = [
-        "The intervals hold the noise of the test clips, not that of training seeds: another seed can give another "
-        "verdict. Repeat with three or more before claiming anything.",
-        f"{compared} differences were tested at 95 % each, uncorrected: about one in twenty excludes zero by chance.",
-        "Being ahead of an untrained twin is not being ahead of log-mel statistics; look at both.",
-        "A low loss is no evidence of learning, nor is a high rank: the targets move with the encoder.",
-        "The losses of the trivial predictors belong to batches just trained on.",
-        "Speed is that of the machine that trained, which may not be the one below.",
-    ]
-    return (
-        "<ul>"
-        + "".join(f"<li>{escape(limit)}</li>" for limit in limits if compared or "tested" not in limit)
-        + "</ul>"
-    )
+        said += f"\n<details><summary>The whole configuration</summary><pre>{text}</pre></details>"
+    return said
 
 
 def _environment() -> str:

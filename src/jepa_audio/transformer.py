@@ -51,13 +51,19 @@ class Block(nn.Module):
         self.pre_norm = norm == "pre"
         self.norm1 = norm_layer(dim)
         self.attn = AttentionRope(
-            dim, num_heads, num_prefix_tokens=num_prefix, qk_norm=qk_norm, norm_layer=norm_layer if qk_norm else None
+            dim,
+            num_heads,
+            num_prefix_tokens=num_prefix,
+            qk_norm=qk_norm,
+            norm_layer=norm_layer if qk_norm else None,  # type: ignore[arg-type]
         )
         self.norm2 = norm_layer(dim)
         self.mlp: nn.Module = (
             Mlp(dim, hidden)
             if mlp == "gelu"
-            else GluMlp(dim, 2 * hidden, act_layer=nn.SiLU, gate_last=False)  # the gate comes first, as in timm's EVA
+            else GluMlp(
+                dim, 2 * hidden, act_layer=nn.SiLU, gate_last=False
+            )  # the gate comes first, as in timm's EVA
         )
         self.scale1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.scale2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
@@ -197,8 +203,12 @@ class Encoder(nn.Module):
         x = self.embed(tokens, grid, where)
         rotary = self.positions.rotary(grid, self.head_dim, x.device)
         if rotary is not None:
-            rotary = (rotary[None] if where is None else rotary[where.index])[:, None]  # [B or 1, 1, K, 2 * head_dim]
-        key_mask = None if where is None or where.valid is None else where.valid[:, None, None]  # [B, 1, 1, K]
+            rotary = (rotary[None] if where is None else rotary[where.index])[
+                :, None
+            ]  # [B or 1, 1, K, 2 * head_dim]
+        key_mask = (
+            None if where is None or where.valid is None else where.valid[:, None, None]
+        )  # [B, 1, 1, K]
         num_prefix = 0
         if self.registers is not None:
             num_prefix = len(self.registers)

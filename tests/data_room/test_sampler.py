@@ -63,7 +63,9 @@ def test_the_global_generator_has_no_influence_and_is_left_alone():
 def test_evaluation_gives_every_batch_whole_to_one_rank(num_files: int, world_size: int):
     shares = [list(EveryNthBatch(num_files, 2, rank, world_size)) for rank in range(world_size)]
     assert Counter(file for share in shares for _, file in share) == Counter(range(num_files))
-    assert [len(EveryNthBatch(num_files, 2, rank, world_size)) for rank in range(world_size)] == [*map(len, shares)]
+    assert [len(EveryNthBatch(num_files, 2, rank, world_size)) for rank in range(world_size)] == [
+        *map(len, shares)
+    ]
     batches = {tuple(share[i : i + 2]) for share in shares for i in range(0, len(share), 2)}
     assert batches == {tuple((f, f) for f in range(i, min(i + 2, num_files))) for i in range(0, num_files, 2)}
 

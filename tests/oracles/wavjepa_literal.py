@@ -65,15 +65,19 @@ class LiteralWavJEPA(nn.Module):
         """Mean squared error over all targets; `context` `[B, N]` and `targets` `[B, M, N]` are boolean planes."""
         jepa, predictor = self.jepa, self.jepa.predictor
         grid = jepa.front_end.grid(waveform.shape[-1])
-        batch, groups, num_tokens = targets.shape
-        features = jepa.front_end(waveform) + jepa.encoder.positions.additive(grid, jepa.encoder.embed_dim, waveform.device)
+        batch, groups, _ = targets.shape
+        features = jepa.front_end(waveform) + jepa.encoder.positions.additive(
+            grid, jepa.encoder.embed_dim, waveform.device
+        )
 
         seen = predictor.proj_in(self.encoder(features, src_key_padding_mask=~context))  # [B, N, D']
         plane = torch.where(context[..., None], seen, predictor.mask_token)
         plane = plane + predictor.trunk.positions.additive(grid, predictor.trunk.embed_dim, waveform.device)
         plane = plane[:, None].expand(-1, groups, -1, -1).flatten(0, 1)  # [B * M, N, D']
         allowed = (context[:, None] | targets).flatten(0, 1)
-        prediction = predictor.proj_out(self.trunk(plane, src_key_padding_mask=~allowed)).unflatten(0, (batch, groups))
+        prediction = predictor.proj_out(self.trunk(plane, src_key_padding_mask=~allowed)).unflatten(
+            0, (batch, groups)
+        )
 
         target = self.target(features.detach())[:, None].expand_as(prediction)
         return F.mse_loss(prediction[targets], target[targets])

@@ -146,13 +146,16 @@ class AudioDataModule(LightningDataModule):
         )
 
     def train_dataloader(self) -> ResumableLoader:
-        """Endless random crops, in epochs of about one pass and a whole number of optimizer steps."""
+        """Endless random crops; an epoch is the whole run of `max_steps`, or else about one pass."""
         dataset = self._dataset("train", random_crops=True)
         sampler = GlobalOrderSampler(
             len(dataset), self.batch_size, rank=self._rank, world_size=self._world_size, seed=self.seed
         )
         accumulated = self.trainer.accumulate_grad_batches if self.trainer else 1
-        batches_per_epoch = math.ceil(sampler.batches_per_pass / accumulated) * accumulated
+        num_steps = math.ceil(sampler.batches_per_pass / accumulated)
+        if self.trainer and self.trainer.max_steps > 0:
+            num_steps = self.trainer.max_steps
+        batches_per_epoch = num_steps * accumulated
         self._train_loader = ResumableLoader(self._loader(dataset, batch_sampler=sampler), batches_per_epoch)
         return self._train_loader
 

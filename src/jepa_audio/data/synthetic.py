@@ -59,10 +59,10 @@ _RANGES = {
     "vibrato_cents": (-30, 30),  # none below 0
     "tremolo": (-0.4, 0.4),  # none below 0
     "brightness": (-0.1, 0.1),  # added to what the velocity says
-    "tilt_db": (-3, 3),  # per octave
-    "ripple_db": (0, 4),
+    "tilt_db": (-2.5, 2.5),  # per octave
+    "ripple_db": (0, 3),
     "room_seconds": (0.02, 0.4),
-    "room_level": (0, 1),
+    "room_level": (0, 0.8),
     "snr_db": (12, 40),
     "noise_slope": (0, 2),  # noise power falls as this power of the frequency
     "level_db": (-15, -1),  # of the peak at full velocity
@@ -180,8 +180,8 @@ def _organ(s: Score) -> Signal:
 
 def _reed(s: Score) -> Signal:
     """A waveshaped sine: odd harmonics, and a few even ones by a bias."""
-    drive = s.timbre.uniform(1, 5) * (0.2 + s.brightness) * (0.3 + s.envelope)
-    reed = np.tanh(np.minimum(drive, 0.3 * s.harmonics.size) * np.sin(s.phase) + s.timbre.uniform(0, 0.6))
+    drive, bias = s.timbre.uniform(1, 5) * (0.2 + s.brightness) * (0.3 + s.envelope), s.timbre.uniform(0, 0.6)
+    reed = np.tanh(np.minimum(drive, 0.3 * s.harmonics.size) * np.sin(s.phase) + bias) - np.tanh(bias)
     return s.envelope * reed * (1 + s.timbre.uniform(0, 0.2) * s.noise)
 
 
@@ -297,8 +297,8 @@ def render(note: Note, settings: Settings) -> tuple[NDArray[np.int16], dict[str,
     wave = _record(synthesise(_score(note, play, settings, rng)), play, settings.sample_rate, rng)
     peak = 10 ** (play["level_db"] / 20) * (note.velocity / 127) ** 0.5
     qualities = {
-        "bright": play["tilt_db"] > 2,
-        "dark": play["tilt_db"] < -2,
+        "bright": play["tilt_db"] > 1.5,
+        "dark": play["tilt_db"] < -1.5,
         "distortion": False,
         "fast_decay": play["sustain"] < 0.3,
         "long_release": play["release"] > play["hold"],

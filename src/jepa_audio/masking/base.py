@@ -32,7 +32,7 @@ class Masker(ABC):
             ValueError: if no clip of this grid can be masked in this way.
         """
 
-    def for_rows(self, grid: Grid, row: Int[Tensor, "B"], rows_per_draw: int, seed: tuple[int, ...]) -> Masks:  # noqa: F821
+    def for_rows(self, grid: Grid, row: Int[Tensor, " B"], rows_per_draw: int, seed: tuple[int, ...]) -> Masks:
         """The masks that belong to some rows of the run, whatever process asks for them.
 
         Masks are drawn for `rows_per_draw` rows at once, from (`seed`, number of the draw), and each process takes

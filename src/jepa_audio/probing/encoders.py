@@ -1,4 +1,4 @@
-"""What can be probed: an encoder of a checkpoint, its random-init twin, statistics of a log-mel spectrogram."""
+"""What can be probed: an encoder of a checkpoint, its random-init twin, log-mel statistics."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,7 @@ Variant = Literal["context", "target", "random"]
 Frequency = Literal["mean", "concat"]
 
 
+@runtime_checkable
 class ProbeEncoder(Protocol):
     """Waveforms → one vector for each layer.
 
@@ -103,7 +104,7 @@ class PooledEncoder:
 
 
 class LogMelStatistics:
-    """The baseline that needs no network: mean, deviation and mean absolute difference of 64 log-mel bands over time.
+    """The baseline without a network: mean, deviation and mean absolute change over time of 64 log-mel bands.
 
     Args:
         sample_rate: in Hz.
@@ -128,7 +129,7 @@ class LogMelStatistics:
 
 
 def run_name(checkpoint: Path) -> str:
-    """The folder of the run, `runs/NAME/checkpoints/last.ckpt`; other files than the last one add their own name."""
+    """NAME for `runs/NAME/checkpoints/last.ckpt`; other files than the last one add their own name."""
     path = checkpoint.resolve()
     if path.parent.name != "checkpoints":
         return path.stem

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float32
 from rich.progress import track
 from torch import Tensor
 
@@ -51,7 +51,7 @@ def features_of(encoder: ProbeEncoder, waveforms: Sequence[Tensor]) -> list[Floa
     lengths = np.array([waveform.shape[-1] for waveform in waveforms])
     groups = [np.flatnonzero(lengths == length) for length in np.unique(lengths)]
     order = np.argsort(np.concatenate(groups))
-    parts = [encoder.features(torch.stack([waveforms[row] for row in rows])) for rows in groups]
+    parts = [encoder.features(torch.stack([waveforms[row] for row in rows.tolist()])) for rows in groups]
     return [torch.cat(layer).float().cpu().numpy()[order] for layer in zip(*parts, strict=True)]
 
 
@@ -83,9 +83,10 @@ def cached_features(
             return [stored[str(layer)] for layer in range(len(stored.files))]
     layers = extract(encoder, paths, batch_size, description)
     folder.mkdir(parents=True, exist_ok=True)
+    arrays = {str(i): layer for i, layer in enumerate(layers)}
     unfinished = file.with_suffix(".partial")
     with unfinished.open("wb") as stream:
-        np.savez(stream, **{str(i): layer for i, layer in enumerate(layers)})
+        np.savez(stream, **arrays)  # type: ignore[arg-type]
     unfinished.rename(file)
     return layers
 
@@ -100,8 +101,8 @@ def data_hash(paths: Sequence[Path]) -> str:
 
 
 def _function_hash(encoder: ProbeEncoder, path: Path) -> str:
-    # Weights do not tell the function: the random-init twins of a pre-norm and a post-norm encoder have the same
-    # weights, as have two that differ in window or positions. What the encoder says of one clip tells them apart.
+    # Weights do not tell the function: the random-init twins of a pre-norm and a post-norm encoder have the
+    # same weights, as have two that differ in window or positions; what they say of a clip tells them apart.
     digest = hashlib.sha256(encoder.encoder_hash.encode())
     for layer in features_of(encoder, [load_waveform(path, encoder.sample_rate, encoder.num_channels)]):
         digest.update(layer.tobytes())

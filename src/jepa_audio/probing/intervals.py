@@ -32,7 +32,7 @@ class Difference:
 
 
 def bootstrap_interval(
-    correct: Bool[np.ndarray, "n"],  # noqa: F821
+    correct: Bool[np.ndarray, " n"],
     draws: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
@@ -41,8 +41,8 @@ def bootstrap_interval(
 
 
 def paired_difference(
-    correct: Bool[np.ndarray, "n"],  # noqa: F821
-    other: Bool[np.ndarray, "n"],  # noqa: F821
+    correct: Bool[np.ndarray, " n"],
+    other: Bool[np.ndarray, " n"],
     draws: int = 2000,
     seed: int = 0,
 ) -> Difference:
@@ -51,13 +51,13 @@ def paired_difference(
     return Difference(float(difference.mean()), *_interval(_bootstrap_means(difference, draws, seed)))
 
 
-def _bootstrap_means(values: Shaped[np.ndarray, "n"], draws: int, seed: int) -> Float[np.ndarray, "draws"]:  # noqa: F821
-    # How often each distinct value occurs in n draws with replacement is multinomial: no clip has to be drawn.
+def _bootstrap_means(values: Shaped[np.ndarray, " n"], draws: int, seed: int) -> Float[np.ndarray, " draws"]:
+    # How often each distinct value occurs in n draws with replacement is multinomial: no clip is drawn.
     distinct, counts = np.unique(values, return_counts=True)
     resampled = np.random.default_rng(seed).multinomial(len(values), counts / len(values), size=draws)
     return resampled @ distinct / len(values)
 
 
-def _interval(means: Float[np.ndarray, "draws"]) -> tuple[float, float]:  # noqa: F821
+def _interval(means: Float[np.ndarray, " draws"]) -> tuple[float, float]:
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)

@@ -26,14 +26,15 @@ _RIDGE = tuple(10.0**exponent for exponent in range(5))
 
 
 class OnlineProbe(Callback):
-    """Scores the encoder on a few labelled clips every few optimizer steps, and says whether it beats its twin.
+    """Scores the encoder on a few labelled clips while training: does it beat its random-init twin?
 
-    The twin is the same network with weights drawn anew from the run's seed: what the encoder was before step 0. The
-    head is a ridge classifier on the standardised mean over time and frequency of one layer; layer and ridge are
-    those of the least leave-one-out error on the `num_train` training clips, so the `num_valid` validation clips that
-    are reported choose nothing. Clips of NSynth's test split are never heard.
+    The twin is the same network with weights drawn anew from the run's seed: what the encoder was before
+    step 0. The head is a ridge classifier on the standardised mean over time and frequency of one layer.
+    Layer and ridge are those of the least leave-one-out error on the `num_train` training clips, so nothing
+    is chosen on the `num_valid` validation clips that are reported. Clips of the test split are never
+    heard.
 
-    Copies of the weights are probed, on the process of rank zero alone: training goes on as if nobody had looked.
+    Copies of the weights are probed, by the process of rank zero alone: training goes on as if nobody looked.
 
     Args:
         corpus: folder of the labelled corpus; see the command `probe`.
@@ -42,14 +43,15 @@ class OnlineProbe(Callback):
         num_train: clips on which the head is fitted.
         num_valid: clips on which it is scored.
         seed: of the choice of clips and of the intervals.
-        which: "context" or "target" encoder. In runs of a few minutes the target encoder lags behind; it is seen
-            before the momentum update of the step.
+        which: "context" or "target" encoder. In runs of a few minutes the target encoder lags behind; it is
+            seen before the momentum update of the step.
         batch_size: clips encoded at once.
     """
 
     def __init__(
         self,
         corpus: str,
+        *,
         task: str = "nsynth_instrument",
         every_n_steps: int = 200,
         num_train: int = 400,
@@ -60,8 +62,8 @@ class OnlineProbe(Callback):
     ) -> None:
         if min(every_n_steps, num_train, num_valid, batch_size) < 1:
             raise ValueError(
-                f"`every_n_steps` ({every_n_steps}), `num_train` ({num_train}), `num_valid` ({num_valid}) and "
-                f"`batch_size` ({batch_size}) must be at least 1"
+                f"`every_n_steps` ({every_n_steps}), `num_train` ({num_train}), `num_valid` ({num_valid}) "
+                f"and `batch_size` ({batch_size}) must be at least 1"
             )
         if task not in TASKS:
             raise ValueError(f"`task` is {task!r}, must be one of {', '.join(TASKS)}")
@@ -71,7 +73,7 @@ class OnlineProbe(Callback):
         self.differences: dict[int, Difference] = {}
         self._waveforms: list[Tensor] = []
         self._labels = np.empty(0, dtype=np.int64)
-        self._twin: Bool[np.ndarray, "n"] | None = None  # noqa: F821
+        self._twin: Bool[np.ndarray, " n"] | None = None
         self._twin_hash = ""
         self._looked_at = 0
 
@@ -132,7 +134,7 @@ class OnlineProbe(Callback):
             f"random-init twin {self._twin.mean():.3f}: {difference}"
         )
 
-    def _correct(self, frozen: FrozenEncoder) -> Bool[np.ndarray, "n"]:  # noqa: F821
+    def _correct(self, frozen: FrozenEncoder) -> Bool[np.ndarray, " n"]:
         """Which of the validation clips the head names rightly."""
         encoder = PooledEncoder(frozen, self.task, self.which)
         starts = range(0, len(self._waveforms), self.batch_size)

@@ -108,8 +108,8 @@ def markdown(rows: Iterable[ProbeRow]) -> str:
     cells = [header, ["---"] * len(header), *lines]
     text = "\n".join(f"| {' | '.join(line)} |" for line in cells)
     return (
-        f"{text}\n\nAccuracy on the test clips with a 95 % bootstrap interval, and against the run's random-init twin "
-        f"(paired; noise of the test clips only, not of training seeds). {chance}\n"
+        f"{text}\n\nAccuracy on the test clips with a 95 % bootstrap interval, and against the run's "
+        f"random-init twin (paired; noise of the test clips only, not of training seeds). {chance}\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""The command `probe`: checkpoints → frozen features → heads → rows and a table, beside the random-init twin."""
+"""The command `probe`: checkpoints → frozen features → heads → rows and a table."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ def probe(
     checkpoints: list[Path],
     corpus: Path,
     output: Path,
+    *,
     tasks: Sequence[str] = ("nsynth_pitch", "nsynth_instrument"),
     variants: Sequence[Literal["context", "target"]] = ("context", "target"),
     heads: Sequence[Head] = ("linear", "knn"),
@@ -52,15 +53,15 @@ def probe(
 ) -> list[ProbeRow]:
     """Ask frozen encoders for labels, and the same networks as they were before step 0.
 
-    For every checkpoint the random-init twin is probed first, then its encoders; log-mel statistics once for each
-    sample rate. Layer and hyper-parameter of a head are chosen on the validation split, the test split is read once.
-    Rows are appended to `results.jsonl`, this call's table is written to `table.md`, features are kept in
-    `features/`.
+    For every checkpoint the random-init twin is probed first, then its encoders; log-mel statistics once for
+    each sample rate. Layer and hyper-parameter of a head are chosen on the validation split, the chosen head
+    is reported on the test split. Rows are appended to `results.jsonl`, this call's table is written to
+    `table.md`, features are kept in `features/`.
 
     Args:
         checkpoints: of runs, as `runs/NAME/checkpoints/last.ckpt`.
-        corpus: folder of the labelled corpus; for the NSynth tasks the one that holds `nsynth-train`, `nsynth-valid`
-            and `nsynth-test`.
+        corpus: folder of the labelled corpus; for the NSynth tasks the one that holds `nsynth-train`,
+            `nsynth-valid` and `nsynth-test`.
         output: folder of the results.
         tasks: names of the tasks.
         variants: which encoders of a run, besides its random-init twin.
@@ -85,8 +86,22 @@ def probe(
     baselines: set[int] = set()
     for checkpoint in checkpoints:
         twin: dict[tuple[str, Head], np.ndarray] = {}
-        for encoder in _encoders(checkpoint, variants, frequency, random_seeds, device, baselines):
-            answers = _ask(encoder, loaded, heads, output / "features", batch_size, device)
+        for encoder in _encoders(
+            checkpoint,
+            variants=variants,
+            frequency=frequency,
+            random_seeds=random_seeds,
+            device=device,
+            baselines=baselines,
+        ):
+            answers = _ask(
+                encoder,
+                loaded,
+                heads=heads,
+                folder=output / "features",
+                batch_size=batch_size,
+                device=device,
+            )
             compared = twin if encoder.variant in variants else {}
             new = [
                 _row(encoder, answer, compared.get((answer.task.name, answer.head)), seed)
@@ -102,6 +117,7 @@ def probe(
 
 def _encoders(
     checkpoint: Path,
+    *,
     variants: Sequence[Literal["context", "target"]],
     frequency: Frequency,
     random_seeds: Sequence[int],
@@ -125,6 +141,7 @@ def _encoders(
 def _ask(
     encoder: ProbeEncoder,
     tasks: Sequence[ProbeTask],
+    *,
     heads: Sequence[Head],
     folder: Path,
     batch_size: int,

@@ -23,12 +23,13 @@ class LabelledClips:
     """
 
     paths: tuple[Path, ...]
-    labels: Int64[np.ndarray, "n"]  # noqa: F821
+    labels: Int64[np.ndarray, " n"]
 
     def __post_init__(self) -> None:
         if not self.paths or len(self.paths) != len(self.labels):
             raise ValueError(
-                f"a split needs clips and one label each, got {len(self.paths)} files, {len(self.labels)} labels"
+                f"a split needs clips and one label for each, got {len(self.paths)} files and "
+                f"{len(self.labels)} labels"
             )
 
     def __len__(self) -> int:
@@ -37,7 +38,7 @@ class LabelledClips:
     def subset(self, size: int | None, seed: int) -> LabelledClips:
         """`size` random clips in their own order (all, if `None` or too few).
 
-        The choice depends on the number of clips and the seed alone: tasks on the same audio choose the same clips.
+        The choice depends on the number of clips and the seed alone: tasks on the same audio choose the same.
         """
         if size is None or size >= len(self):
             return self

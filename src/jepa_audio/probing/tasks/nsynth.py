@@ -12,8 +12,8 @@ import numpy as np
 from jepa_audio.probing.tasks.base import UNKNOWN, LabelledClips, ProbeTask, Task
 
 _DOWNLOAD = (
-    "give as corpus the folder that holds nsynth-train, nsynth-valid and nsynth-test, each unpacked from NSynth's "
-    "json/wav archives with its examples.json and audio/"
+    "give as corpus the folder that holds nsynth-train, nsynth-valid and nsynth-test, each unpacked from "
+    "NSynth's json/wav archives with its examples.json and audio/"
 )
 
 

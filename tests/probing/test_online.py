@@ -1,0 +1,112 @@
+"""Laws of the online probe: training does not notice it, and it compares with what the run began with."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+from jepa_audio.probing import OnlineProbe
+
+RATE = 1000
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Basses are low, flutes are high; there is no test split to look at."""
+    root, noise = tmp_path_factory.mktemp("notes"), np.random.default_rng(0)
+    for split, size in {"train": 24, "valid": 16, "test": 1}.items():
+        audio = root / f"nsynth-{split}" / "audio"
+        audio.mkdir(parents=True)
+        notes = {}
+        for i in range(size):
+            family = ("bass", "flute")[i % 2]
+            wave = np.sin(2 * np.pi * (60 if family == "bass" else 200) * np.arange(700) / RATE)
+            sf.write(audio / f"{i:03}.wav", 0.3 * wave + 0.2 * noise.standard_normal(700), RATE)
+            notes[f"{i:03}"] = {"pitch": 60, "instrument_family_str": family}
+        (audio.parent / "examples.json").write_text(json.dumps(notes))
+    (root / "nsynth-test" / "audio" / "000.wav").write_bytes(b"never read")
+    return root
+
+
+def online(corpus: Path, **settings: int | str) -> OnlineProbe:
+    return OnlineProbe(str(corpus), every_n_steps=2, num_train=16, num_valid=12, batch_size=5, **settings)
+
+
+@pytest.mark.parametrize("flavour", ["wave", "mel"])
+@pytest.mark.parametrize("which", ["context", "target"])
+def test_training_goes_on_as_if_nobody_looked(
+    flavour: str, which: str, tiny_cli: Callable, fit: Callable, corpus: Path
+):
+    settings = ("--model.encoder.drop_path=0.2", "--trainer.accumulate_grad_batches=2")
+    alone, watched = (tiny_cli(flavour, *settings) for _ in range(2))
+    torch.manual_seed(5)
+    losses = fit(alone)
+    state = torch.get_rng_state()
+    torch.manual_seed(5)
+    probe = online(corpus, which=which)
+    assert fit(watched, None, probe) == losses
+    assert torch.equal(torch.get_rng_state(), state)
+    assert watched.model.training == alone.model.training
+    for name, value in alone.model.state_dict().items():
+        assert torch.equal(watched.model.state_dict()[name], value), name
+    flags = [[p.requires_grad for p in cli.model.parameters()] for cli in (alone, watched)]
+    assert flags[0] == flags[1]
+    assert sorted(probe.differences) == [0, 2, 4, 6]
+
+
+def test_before_the_first_step_encoder_and_twin_are_one(tiny_cli: Callable, fit: Callable, corpus: Path):
+    probe = online(corpus)
+    fit(tiny_cli("mel"), None, probe)
+    first = probe.differences[0]
+    assert (first.value, first.low, first.high) == (0, 0, 0)
+    assert first.verdict == "not told apart"
+
+
+def printed_twins(text: str) -> list[str]:
+    return re.findall(r"nsynth_instrument (?:[01]\.\d{3}), random-init twin ([01]\.\d{3})", text)
+
+
+def test_the_twin_is_drawn_from_the_seed_whatever_was_loaded(
+    tiny_cli: Callable, fit: Callable, corpus: Path, capsys: pytest.CaptureFixture[str]
+):
+    fit(tiny_cli("mel"), None, online(corpus))
+    twins = printed_twins(capsys.readouterr().out)
+    assert len(twins) == 4
+    loaded = tiny_cli("mel")
+    with torch.no_grad():
+        for parameter in loaded.model.encoder.parameters():
+            parameter.zero_()
+    probe = online(corpus)
+    fit(loaded, None, probe)
+    assert printed_twins(capsys.readouterr().out) == twins
+    assert probe.differences[0].verdict == "behind"
+
+
+def test_what_is_printed_is_logged(tiny_cli: Callable, fit: Callable, corpus: Path, tmp_path: Path):
+    cli = tiny_cli("wave")
+    cli.trainer.loggers = [CSVLogger(tmp_path, name="", version="")]
+    probe = online(corpus)
+    fit(cli, None, probe)
+    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    columns = lines[0].split(",")
+    place = {
+        name: columns.index(f"probe/nsynth_instrument/{name}") for name in ("accuracy", "twin", "difference")
+    }
+    logged = [line.split(",") for line in lines[1:] if line.split(",")[place["twin"]]]
+    assert [int(line[columns.index("step")]) for line in logged] == [0, 2, 4, 6]
+    for line, difference in zip(logged, probe.differences.values(), strict=True):
+        accuracy, twin, stated = (float(line[place[name]]) for name in ("accuracy", "twin", "difference"))
+        assert stated == pytest.approx(accuracy - twin) == pytest.approx(difference.value)
+
+
+def test_wrong_settings_are_refused_by_name(corpus: Path):
+    with pytest.raises(ValueError, match=r"`task` is 'mood', must be one of nsynth_pitch"):
+        OnlineProbe(str(corpus), task="mood")
+    with pytest.raises(ValueError, match=r"`num_valid` \(0\)"):
+        OnlineProbe(str(corpus), num_valid=0)

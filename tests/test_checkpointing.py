@@ -1,0 +1,164 @@
+"""Laws of the checkpoints: always whole, never between two optimizer steps, and a stop that loses nothing."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from jepa_audio.checkpointing import AtomicCheckpointIO
+
+OLD = {"weights": torch.arange(1000.0)}
+
+
+class Fatal:
+    """Something that ends its own pickling, by an error or by the death of the process."""
+
+    def __init__(self, deadly: bool) -> None:
+        self.deadly = deadly
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        if self.deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError("no space left on device")
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    AtomicCheckpointIO().save_checkpoint(OLD, tmp_path / "new" / "last.ckpt")
+    return tmp_path / "new" / "last.ckpt"
+
+
+def assert_whole(path: Path) -> None:
+    assert torch.equal(AtomicCheckpointIO().load_checkpoint(path)["weights"], OLD["weights"])
+
+
+def test_what_is_saved_can_be_loaded_and_nothing_lies_beside_it(saved: Path):
+    assert_whole(saved)
+    assert [path.name for path in saved.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_a_failing_write_leaves_the_former_file_whole_and_no_rubbish(saved: Path):
+    with pytest.raises(OSError, match="no space left"):
+        AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(9), "x": Fatal(False)}, saved)
+    assert_whole(saved)
+    assert [path.name for path in saved.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_a_process_killed_while_it_writes_leaves_the_former_file_whole(saved: Path):
+    writer = multiprocessing.get_context("fork").Process(
+        target=AtomicCheckpointIO().save_checkpoint,
+        args=({"weights": torch.zeros(10**6), "x": Fatal(True)}, saved),
+    )
+    writer.start()
+    writer.join(30)
+    assert writer.exitcode == -signal.SIGKILL
+    assert_whole(saved)
+    AtomicCheckpointIO().save_checkpoint(OLD, saved)
+    assert_whole(saved)
+
+
+class Interrupt(Callback):
+    """Sends this process a signal in the middle of a micro-batch."""
+
+    def __init__(self, at_batch: int, number: signal.Signals = signal.SIGINT, times: int = 1) -> None:
+        self.at_batch, self.number, self.times = at_batch, number, times
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if batch.row[0] == self.at_batch * len(batch.row):
+            for _ in range(self.times):
+                signal.raise_signal(self.number)
+
+
+def folder_of(cli: object) -> Path:
+    return Path(cli.trainer.checkpoint_callback.dirpath)
+
+
+def step_of(path: Path) -> int:
+    return torch.load(path, weights_only=True)["global_step"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_lets_the_optimizer_step_end_and_saves_exactly_it(
+    tiny_cli: Callable, fit: Callable, number: signal.Signals
+):
+    accumulated = "--trainer.accumulate_grad_batches=2", "--data.batch_size=2"
+    handler = signal.getsignal(number)
+    cli = tiny_cli("wave", *accumulated)
+    before = fit(cli, None, Interrupt(at_batch=4, number=number))
+    assert list(before) == [0, 2, 4, 6, 8, 10]
+    assert cli.trainer.global_step == step_of(folder_of(cli) / "last.ckpt") == 3
+    assert signal.getsignal(number) is handler
+    whole = fit(tiny_cli("wave", *accumulated))
+    after = fit(tiny_cli("wave", *accumulated), folder_of(cli) / "last.ckpt")
+    assert before | after == whole
+    assert not before.keys() & after.keys()
+
+
+def test_the_second_signal_stops_at_once_and_leaves_the_last_checkpoint_as_it_was(
+    tiny_cli: Callable, fit: Callable
+):
+    handler = signal.getsignal(signal.SIGINT)
+    cli = tiny_cli("wave", "--checkpoint.every_n_train_steps=2")
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(cli, None, Interrupt(at_batch=3, times=2))
+    assert step_of(folder_of(cli) / "last.ckpt") == 2
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_the_last_step_is_always_saved(tiny_cli: Callable, fit: Callable):
+    cli = tiny_cli("wave", "--checkpoint.every_n_train_steps=1000", "--trainer.max_steps=3")
+    fit(cli)
+    assert [path.name for path in folder_of(cli).iterdir()] == ["last.ckpt"]
+    assert step_of(folder_of(cli) / "last.ckpt") == 3
+
+
+def test_every_save_is_kept_only_if_it_is_asked_for(tiny_cli: Callable, fit: Callable):
+    saving = "--checkpoint.every_n_train_steps=2", "--trainer.max_steps=5"
+    for keep_all, names in (
+        ("false", {"last.ckpt"}),
+        ("true", {"last.ckpt", "step=00000002.ckpt", "step=00000004.ckpt"}),
+    ):
+        cli = tiny_cli("wave", *saving, f"--checkpoint.keep_all={keep_all}")
+        fit(cli)
+        assert {path.name for path in folder_of(cli).iterdir()} == names
+        assert step_of(folder_of(cli) / "last.ckpt") == 5
+
+
+def test_no_checkpoint_is_written_between_two_optimizer_steps(
+    tiny_cli: Callable, fit: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    """Also not right after a resume, where the count of steps is full although no step has been made."""
+    settings = (
+        "--trainer.accumulate_grad_batches=3",
+        "--data.batch_size=2",
+        "--checkpoint.every_n_train_steps=2",
+        "--checkpoint.keep_all=true",
+    )
+    cli = tiny_cli("wave", *settings)
+    fit(cli)
+    saved: list[tuple[int, int]] = []
+    save = AtomicCheckpointIO.save_checkpoint
+
+    def record(self, checkpoint, path, storage_options=None) -> None:
+        consumed = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["samples_consumed"]
+        saved.append((checkpoint["global_step"], consumed))
+        save(self, checkpoint, path, storage_options)
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", record)
+    fit(tiny_cli("wave", *settings), folder_of(cli) / "step=00000002.ckpt")
+    assert {step for step, _ in saved} >= {4, 6}
+    assert all(samples == 6 * step for step, samples in saved), saved
+
+
+def test_a_run_outside_the_main_thread_leaves_the_signals_alone(tiny_cli: Callable, fit: Callable):
+    cli = tiny_cli("wave", "--trainer.max_steps=2")
+    thread = threading.Thread(target=fit, args=(cli,))
+    thread.start()
+    thread.join(60)
+    assert step_of(folder_of(cli) / "last.ckpt") == 2
