@@ -21,7 +21,7 @@ from scipy.signal import iirpeak, lfilter, sosfilt
 
 PITCHES = range(36, 85)
 VELOCITIES = (25, 50, 75, 100, 127)
-INSTRUMENTS = {"train": range(12), "valid": range(12, 16), "test": range(16, 24)}  # of every family
+INSTRUMENTS = {"train": range(64), "valid": range(64, 80), "test": range(80, 112)}  # of every family
 
 _RECIPE = 1  # has to grow with every change of the sound, so that corpora of two recipes are never mixed
 _INSTRUMENT_STREAM, _PLAN_STREAM = 3, 4  # of random numbers, after the three of the splits
@@ -375,7 +375,7 @@ def synthesize_corpus(
 
     Args:
         directory: gets `nsynth-train`, `nsynth-valid` and `nsynth-test`, and at the very end `corpus.json`.
-        num_train: notes of 12 instruments a family.
+        num_train: notes of 64 instruments a family.
         num_valid: notes of 4 others.
         num_test: notes of 8 others again.
         seed: another seed is another corpus, instruments included.
