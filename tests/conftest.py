@@ -14,9 +14,8 @@ import soundfile as sf
 import torch
 from lightning.pytorch import Callback
 
-if (
-    TYPE_CHECKING
-):  # imported for good only inside fixtures: the hook that checks shapes is not yet in place here
+# The package itself is imported inside fixtures only: the hook that checks shapes is not yet in place here.
+if TYPE_CHECKING:
     from jepa_audio.cli import JEPACLI
     from jepa_audio.grid import AudioBatch, Grid, Masks
     from jepa_audio.jepa import JEPA
@@ -154,7 +153,7 @@ class Losses(Callback):
     def __init__(self) -> None:
         self.values: dict[int, float] = {}
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # noqa: ANN001
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self.values[int(batch.row[0])] = float(outputs["loss"])
 
 

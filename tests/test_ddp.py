@@ -8,9 +8,7 @@ import torch
 SGD = ("--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.3", "--model.lr_schedule=Constant")
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available(), reason="CUDA does not survive a fork"
-)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork")
 @pytest.mark.parametrize("flavour", ["wave", "mel"])
 def test_two_processes_learn_what_one_learns_from_the_same_rows(tiny_cli: Callable, flavour: str):
     steps = "--trainer.max_steps=3", "--trainer.accumulate_grad_batches=2", "--data.valid_share=0.3"

@@ -26,7 +26,7 @@ DISTANCES = [(MSE(), literal_mse), (SmoothL1(0.5), literal_smooth_l1), (Normaliz
 
 
 @pytest.mark.parametrize(("distance", "literal"), DISTANCES, ids=lambda value: type(value).__name__)
-def test_each_token_has_the_distance_of_the_formula(distance: Distance, literal, rng: torch.Generator):  # noqa: ANN001
+def test_each_token_has_the_distance_of_the_formula(distance: Distance, literal, rng: torch.Generator):
     prediction, target = torch.randn(2, 2, 3, 4, 5, generator=rng)
     measured = distance(prediction, target)
     assert measured.shape == (2, 3, 4)
@@ -37,7 +37,7 @@ def test_each_token_has_the_distance_of_the_formula(distance: Distance, literal,
 
 
 @pytest.mark.parametrize(("distance", "literal"), DISTANCES, ids=lambda value: type(value).__name__)
-def test_a_hit_costs_nothing_and_half_precision_is_measured_in_float32(distance: Distance, literal, rng):  # noqa: ANN001
+def test_a_hit_costs_nothing_and_half_precision_is_measured_in_float32(distance: Distance, literal, rng):
     target = torch.randn(3, 8, generator=rng)
     assert distance(target, target).abs().max() < 1e-6
     half = distance(target.bfloat16(), 1.1 * target)

@@ -10,14 +10,24 @@ from lightning.pytorch import Callback
 from jepa_audio.ema import TargetEncoderEMA
 from jepa_audio.grid import AudioBatch, Grid, Masks
 from jepa_audio.jepa import JEPA
-from jepa_audio.monitor import MAX_TOKENS, CollapseMonitor, clip_cosine, mean_std, measure, nearest_context, rank_me
+from jepa_audio.monitor import (
+    MAX_TOKENS,
+    CollapseMonitor,
+    clip_cosine,
+    mean_std,
+    measure,
+    nearest_context,
+    rank_me,
+)
 
 FLAVOURS = ["wave", "mel"]
 HEALTHY = {"wave": 3e-4, "mel": 3e-3}
 
 
 def test_the_rank_of_a_line_is_one(rng: torch.Generator):
-    assert rank_me(torch.randn(50, 1, generator=rng) * torch.randn(8, generator=rng)) == pytest.approx(1, abs=1e-3)
+    assert rank_me(torch.randn(50, 1, generator=rng) * torch.randn(8, generator=rng)) == pytest.approx(
+        1, abs=1e-3
+    )
 
 
 @pytest.mark.parametrize("dim", [1, 4, 16])
@@ -69,7 +79,9 @@ def test_the_nearest_context_is_the_one_of_a_brute_force_search(ragged: Callable
     for clip, group in itertools.product(range(3), range(2)):
         context = seen[clip].nonzero()[:, 0].tolist()
         for target, chosen in zip(masks.targets.index[clip, group], nearest.index[clip, group], strict=True):
-            distance = {c: sum((a - b) ** 2 for a, b in zip(place[c], place[target], strict=True)) for c in context}
+            distance = {
+                c: sum((a - b) ** 2 for a, b in zip(place[c], place[target], strict=True)) for c in context
+            }
             assert distance[chosen.item()] == min(distance.values())
 
 
@@ -99,7 +111,10 @@ def test_the_second_look_sees_what_the_first_saw_and_the_masks_are_not_those_of_
 ):
     jepa = tiny_jepa("wave", "--model.encoder.drop_path=0.5")
     assert measure(jepa, batch) == measure(jepa, batch)
-    assert measure(jepa, batch)["collapse/loss"] != jepa.eval().loss(batch.waveform, jepa.draw_masks(batch, 4)).item()
+    assert (
+        measure(jepa, batch)["collapse/loss"]
+        != jepa.eval().loss(batch.waveform, jepa.draw_masks(batch, 4)).item()
+    )
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
@@ -127,10 +142,14 @@ def test_the_trivial_predictors_are_the_mean_target_and_a_copy_of_the_nearest_co
             copied = seen[where[nearest[group, column].item()]]
             errors.append((copied - target[clip, group, column]).square().mean())
         assert len(row) == len(nearest)
-    assert metrics["collapse/loss_nearest_context"] == pytest.approx(torch.stack(errors).mean().item(), rel=1e-4)
+    assert metrics["collapse/loss_nearest_context"] == pytest.approx(
+        torch.stack(errors).mean().item(), rel=1e-4
+    )
 
 
-def test_the_distance_of_the_copies_is_relative_to_the_weights(tiny_jepa: Callable[..., JEPA], batch: AudioBatch):
+def test_the_distance_of_the_copies_is_relative_to_the_weights(
+    tiny_jepa: Callable[..., JEPA], batch: AudioBatch
+):
     jepa = tiny_jepa("wave")
     assert measure(jepa, batch)["collapse/ema_distance"] == 0
     with torch.no_grad():
@@ -204,11 +223,16 @@ def test_looks_are_taken_at_the_first_step_and_then_every_so_many_steps(
 ):
     looks: list[int] = []
     cli = tiny_cli(
-        "wave", "--monitor.every_n_steps=2", f"--trainer.accumulate_grad_batches={accumulate}", "--data.batch_size=2"
+        "wave",
+        "--monitor.every_n_steps=2",
+        f"--trainer.accumulate_grad_batches={accumulate}",
+        "--data.batch_size=2",
     )
     judge = CollapseMonitor._judge
     monkeypatch.setattr(
-        CollapseMonitor, "_judge", lambda self, metrics, trainer: (looks.append(trainer.global_step), judge(self, metrics, trainer))
+        CollapseMonitor,
+        "_judge",
+        lambda self, metrics, trainer: (looks.append(trainer.global_step), judge(self, metrics, trainer)),
     )
     fit(cli)
     assert looks == [1, 2, 4, 6]

@@ -41,9 +41,8 @@ def make(**settings: object) -> Encoder:
     encoder = Encoder(
         **{"embed_dim": DIM, "depth": 3, "num_heads": 2, "positions": SinCosPositions(), **settings}
     )
-    with (
-        torch.no_grad()
-    ):  # fresh biases are zero, fresh norms do nothing, and fresh attention is all but uniform
+    # Fresh biases are zero, fresh norms do nothing, and fresh attention is all but uniform.
+    with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return encoder

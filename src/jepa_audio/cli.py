@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
@@ -28,6 +29,7 @@ from jepa_audio.monitor import CollapseMonitor
 from jepa_audio.probing.online import OnlineProbe  # noqa: F401
 from jepa_audio.probing.run import probe
 from jepa_audio.report import write_report
+from jepa_audio.suggest import HelpfulParser
 
 TRAINER_COMMANDS = ("fit", "validate", "test")
 FUNCTIONS: dict[tuple[str, ...], Callable[..., object]] = {
@@ -88,6 +90,7 @@ class JEPACLI(LightningCLI):
             AudioDataModule,
             args=list(args),
             run=run,
+            parser_class=HelpfulParser,
             auto_configure_optimizers=False,
             seed_everything_default=0,
             save_config_callback=SaveRunConfig,
@@ -117,7 +120,6 @@ class JEPACLI(LightningCLI):
         )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(CollapseMonitor, "monitor")
-        parser.add_lightning_class_args(RunProgressBar, "progress")
         parser.link_arguments("run_dir", "trainer.default_root_dir")
         parser.link_arguments("run_dir", "checkpoint.dirpath", compute_fn=_checkpoint_folder)
         for part in ("front_end", "predictor"):
@@ -125,21 +127,23 @@ class JEPACLI(LightningCLI):
         for name, of_model in (("sample_rate", _sample_rate), ("num_channels", _num_channels)):
             parser.link_arguments("model", f"data.{name}", compute_fn=of_model, apply_on="instantiate")
 
-    def instantiate_trainer(self, **kwargs: object) -> Trainer:
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A Trainer that logs to CSV and TensorBoard, unless told otherwise, and writes whole checkpoints."""
         config = self.config_init[self.subcommand] if self.subcommand else self.config_init
-        folder = config["run_dir"]
-        if config["trainer"]["logger"] in (None, True):
+        folder, settings = config["run_dir"], config["trainer"]
+        callbacks = list(settings["callbacks"] or [])
+        if settings["logger"] in (None, True):
             kwargs["logger"] = [
                 CSVLogger(folder, name="metrics"),
                 TensorBoardLogger(folder, name="tensorboard", default_hp_metric=False),
             ]
-        if not config["trainer"]["plugins"]:
+        if settings["logger"] is not False:
+            callbacks.append(LearningRateMonitor(logging_interval="step"))
+        if settings["enable_progress_bar"] is not False:
+            callbacks.append(RunProgressBar())
+        if not settings["plugins"]:
             kwargs["plugins"] = [AtomicCheckpointIO()]
-        trainer = super().instantiate_trainer(**kwargs)
-        if trainer.loggers:
-            trainer.callbacks.append(LearningRateMonitor(logging_interval="step"))  # type: ignore[attr-defined]
-        return trainer
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def _parse_ckpt_path(self) -> None:
         """Leave the command line alone: Lightning would silently override it by what the checkpoint was run with."""

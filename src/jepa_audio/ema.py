@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from jepa_audio.schedules import Schedule
 
 
+@runtime_checkable
 class HasMomentumCopies(Protocol):
     """What the callback needs of the module it works on."""
 

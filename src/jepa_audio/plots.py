@@ -27,10 +27,10 @@ Run = Mapping[str, Curve]  # by metric key
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 BLUE, ORANGE, GREEN, PURPLE, RED, SKY = PALETTE
 INK, GREY, PALE, VEIL = "#222222", "#767676", "#EBEBEB", "#CFCFCF"
-SOLID, DASHED, DOTTED, MIXED = (0, ()), (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5))
-DASHES: tuple[tuple[float, tuple[float, ...]], ...] = (SOLID, DASHED, DOTTED, MIXED)
+Dash = tuple[float, tuple[float, ...]]
+SOLID, DASHED, DOTTED, MIXED = (0.0, ()), (0.0, (4.0, 1.5)), (0.0, (1.2, 1.2)), (0.0, (6.0, 1.5, 1.2, 1.5))
+DASHES: tuple[Dash, ...] = (SOLID, DASHED, DOTTED, MIXED)
 SMALL, NORMAL, WIDTH = 8.0, 9.0, 10.5  # points, points, inches
-
 TINT, VEILED = 0.6, 0.85  # opacity of a target group on the spectrogram, of the veil
 STRIPES = 12  # of a token's cell: 2, 3, 4 or 6 groups share it evenly
 MANY_POINTS = 200  # longer series get a running mean
@@ -231,7 +231,7 @@ def _alarms(run: Run) -> np.ndarray:
     return steps[raised > 0]
 
 
-def _draw_curve(ax: Axes, curve: Curve, color: str, dash: tuple[float, tuple[float, ...]]) -> None:
+def _draw_curve(ax: Axes, curve: Curve, color: str, dash: Dash) -> None:
     steps, values = curve
     finite = np.isfinite(values)
     if len(values) > MANY_POINTS:
@@ -249,7 +249,7 @@ def draw_probe(rows: Sequence[ProbeRow], title: str = "") -> Figure:
     if not rows:
         return _note("nothing was probed", title)
     lines = list(_probe_lines(rows))
-    places = {line: y for y, (_, line) in enumerate(lines)}
+    places = {line: float(y) for y, (_, line) in enumerate(lines)}
     tasks = list(dict.fromkeys(row.task for row in rows))
     figure, axes = _subplots(len(tasks), 3, height=0.65 + 0.27 * len(lines), extra=0.6, share="y")
     for ax, task in zip(axes, tasks, strict=True):
@@ -343,7 +343,7 @@ def _draw_layer_line(ax: Axes, row: ProbeRow) -> None:
         return
     values = row.valid_by_layer
     ax.plot(range(len(values)), values, color=color, linestyle=dash, linewidth=1.4)
-    _draw_mark(ax, row, row.layer, values[row.layer])
+    _draw_mark(ax, row, float(row.layer), values[row.layer])
 
 
 def _subplots(
@@ -382,7 +382,7 @@ def _head(figure: Figure, title: str, keys: Sequence[Artist]) -> None:
     figure.legend(handles=list(keys), loc="outside upper left", **style)
 
 
-def _key(label: str, color: str, dash: tuple[float, tuple[float, ...]], marker: str = "") -> Line2D:
+def _key(label: str, color: str, dash: Dash, marker: str = "") -> Line2D:
     face = "white" if marker == "s" else color
     return Line2D([], [], color=color, ls=dash, lw=1.4, marker=marker, ms=5, mfc=face, label=label)
 

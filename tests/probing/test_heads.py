@@ -109,7 +109,7 @@ def test_layers_and_settings_fitted_together_are_those_fitted_alone(fit, rng: np
         for k, setting in enumerate(together.settings):
             single = (setting,) if fit is fit_linear else (int(setting),)
             alone = fit(layer, labels[0], NUM_CLASSES, single)
-            assert (alone.test[0, 0] == together.test[number, k]).mean() >= 0.99
+            assert (alone.test[0, 0] == together.test[number, k]).mean() >= (0.98 if fit is fit_linear else 1)
 
 
 def test_choosing_looks_at_validation_labels_alone(rng: np.random.Generator):

@@ -38,12 +38,15 @@ def online(corpus: Path, **settings: int | str) -> OnlineProbe:
     return OnlineProbe(str(corpus), every_n_steps=2, num_train=16, num_valid=12, batch_size=5, **settings)
 
 
-@pytest.mark.parametrize("flavour", ["wave", "mel"])
-@pytest.mark.parametrize("which", ["context", "target"])
+@pytest.mark.parametrize(("flavour", "which"), [("wave", "context"), ("mel", "target")])
 def test_training_goes_on_as_if_nobody_looked(
     flavour: str, which: str, tiny_cli: Callable, fit: Callable, corpus: Path
 ):
-    settings = ("--model.encoder.drop_path=0.2", "--trainer.accumulate_grad_batches=2")
+    settings = (
+        "--model.encoder.drop_path=0.2",
+        "--trainer.accumulate_grad_batches=2",
+        "--trainer.max_steps=4",
+    )
     alone, watched = (tiny_cli(flavour, *settings) for _ in range(2))
     torch.manual_seed(5)
     losses = fit(alone)
@@ -57,12 +60,12 @@ def test_training_goes_on_as_if_nobody_looked(
         assert torch.equal(watched.model.state_dict()[name], value), name
     flags = [[p.requires_grad for p in cli.model.parameters()] for cli in (alone, watched)]
     assert flags[0] == flags[1]
-    assert sorted(probe.differences) == [0, 2, 4, 6]
+    assert sorted(probe.differences) == [0, 2, 4]
 
 
 def test_before_the_first_step_encoder_and_twin_are_one(tiny_cli: Callable, fit: Callable, corpus: Path):
     probe = online(corpus)
-    fit(tiny_cli("mel"), None, probe)
+    fit(tiny_cli("mel", "--trainer.max_steps=2"), None, probe)
     first = probe.differences[0]
     assert (first.value, first.low, first.high) == (0, 0, 0)
     assert first.verdict == "not told apart"
@@ -75,12 +78,12 @@ def printed_twins(text: str) -> list[str]:
 def test_the_twin_is_drawn_from_the_seed_whatever_was_loaded(
     tiny_cli: Callable, fit: Callable, corpus: Path, capsys: pytest.CaptureFixture[str]
 ):
-    fit(tiny_cli("mel"), None, online(corpus))
+    fit(tiny_cli("mel", "--trainer.max_steps=2"), None, online(corpus))
     twins = printed_twins(capsys.readouterr().out)
-    assert len(twins) == 4
-    loaded = tiny_cli("mel")
+    assert len(twins) == 2
+    loaded = tiny_cli("mel", "--trainer.max_steps=2")
     with torch.no_grad():
-        for parameter in loaded.model.encoder.parameters():
+        for parameter in [*loaded.model.front_end.parameters(), *loaded.model.encoder.parameters()]:
             parameter.zero_()
     probe = online(corpus)
     fit(loaded, None, probe)
@@ -89,7 +92,7 @@ def test_the_twin_is_drawn_from_the_seed_whatever_was_loaded(
 
 
 def test_what_is_printed_is_logged(tiny_cli: Callable, fit: Callable, corpus: Path, tmp_path: Path):
-    cli = tiny_cli("wave")
+    cli = tiny_cli("wave", "--trainer.max_steps=4")
     cli.trainer.loggers = [CSVLogger(tmp_path, name="", version="")]
     probe = online(corpus)
     fit(cli, None, probe)
@@ -99,7 +102,7 @@ def test_what_is_printed_is_logged(tiny_cli: Callable, fit: Callable, corpus: Pa
         name: columns.index(f"probe/nsynth_instrument/{name}") for name in ("accuracy", "twin", "difference")
     }
     logged = [line.split(",") for line in lines[1:] if line.split(",")[place["twin"]]]
-    assert [int(line[columns.index("step")]) for line in logged] == [0, 2, 4, 6]
+    assert [int(line[columns.index("step")]) for line in logged] == [0, 2, 4]
     for line, difference in zip(logged, probe.differences.values(), strict=True):
         accuracy, twin, stated = (float(line[place[name]]) for name in ("accuracy", "twin", "difference"))
         assert stated == pytest.approx(accuracy - twin) == pytest.approx(difference.value)

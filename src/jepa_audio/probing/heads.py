@@ -19,7 +19,7 @@ NEIGHBOURS = (1, 5, 20)
 
 _MAX_ITERATIONS = 500
 _REFRESH = 20  # iterations between two looks at the curvature
-_TOLERANCE = 1e-6  # of the Newton decrement, about twice what the mean loss can still fall
+_TOLERANCE = 1e-5  # of the Newton decrement, about twice what the mean loss can still fall
 _MAX_LOGITS = 2**26  # at once; eight such tensors are alive, 2 GiB
 
 
@@ -116,7 +116,7 @@ def fit_knn(
     neighbours: Sequence[int] = NEIGHBOURS,
     device: torch.device | str = "cpu",
 ) -> Predictions:
-    """Majority of the k nearest training clips by cosine of standardised features; the nearest breaks ties."""
+    """Majority of the k nearest training clips by cosine of standardised features; the nearest wins a tie."""
     votes = F.one_hot(torch.from_numpy(labels).to(device), num_classes).double()
     neighbours = tuple(k for k in neighbours if k <= len(labels)) or (1,)
     valid, test = [], []

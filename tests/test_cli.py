@@ -1,0 +1,131 @@
+"""The command line: misspelt words, users' mistakes in one sentence, a run from start to resumed end."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+
+DEMO = Path(__file__).parent.parent / "configs" / "demo" / "wavjepa.yaml"
+TINY = (
+    "--model.encoder.embed_dim=16",
+    "--model.encoder.num_heads=2",
+    "--model.encoder.depth=1",
+    "--model.targets.top_k=1",
+    "--model.predictor.trunk.embed_dim=8",
+    "--model.predictor.trunk.num_heads=2",
+    "--model.predictor.trunk.depth=1",
+    "--model.front_end.init_args.conv_layers=[[8,20,10],[8,8,4],[8,8,8]]",
+    "--model.lr_schedule.init_args.warmup_steps=1",
+    "--data.batch_size=2",
+    "--data.num_workers=0",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--checkpoint.every_n_train_steps=2",
+    "--monitor.every_n_steps=2",
+    "--trainer.val_check_interval=2",
+    "--trainer.log_every_n_steps=1",
+)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("--trainer.max_stps=5", "trainer.max_steps"),
+        ("--model.masker.context_lenght=5", "context_length"),
+        ("--model.distance=SmoothL2", "SmoothL1"),
+        ("--model.masker=SpanMaskr", "SpanMasker"),
+    ],
+)
+def test_a_misspelt_option_is_refused_with_the_right_word(wrong: str, right: str, capsys: pytest.CaptureFixture[str]):
+    from jepa_audio.cli import main
+
+    with pytest.raises(SystemExit):
+        main(["fit", f"--config={DEMO}", "--data.root=unused", wrong])
+    assert f"did you mean '{right}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("model: {encoder: {embd_dim: 192}}", "embed_dim"),
+        ("modle: {seed: 1}", "model.seed"),
+        ("data: {batchsize: 3}", "data.batch_size"),
+        ("model: {targets: {topk: 3}}", "model.targets.top_k"),
+    ],
+)
+def test_a_misspelt_key_is_refused_with_the_right_word(
+    text: str, right: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    from jepa_audio.cli import main
+
+    (tmp_path / "typo.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        main(["fit", f"--config={DEMO}", f"--config={tmp_path / 'typo.yaml'}", "--data.root=unused"])
+    assert f"did you mean '{right}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda folder: None, "does not exist"),
+        (lambda folder: folder.mkdir(), "no audio files"),
+        (lambda folder: (folder.mkdir(), (folder / "a.wav").write_text("not audio")), "a.wav"),
+    ],
+    ids=["missing", "empty", "junk"],
+)
+def test_a_useless_folder_ends_in_one_sentence(make, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from jepa_audio.cli import main
+
+    make(tmp_path / "sounds")
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", f"--config={DEMO}", f"--data.root={tmp_path / 'sounds'}", f"--run_dir={tmp_path / 'run'}", *TINY])
+    told = " ".join(capsys.readouterr().err.split())
+    assert ended.value.code == 1
+    assert sentence in told
+    assert "Traceback" not in told
+
+
+def test_unknown_commands_and_no_command(capsys: pytest.CaptureFixture[str]):
+    from jepa_audio.cli import main
+
+    main([])
+    assert "pretrain" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["data", "indx"])
+
+
+def test_a_run_leaves_its_config_metrics_and_last_checkpoint_and_goes_on(tmp_path: Path):
+    from jepa_audio.cli import main
+
+    (tmp_path / "sounds").mkdir()
+    for i in range(8):
+        noise = np.random.default_rng(i).standard_normal(20_000) / 10
+        sf.write(tmp_path / "sounds" / f"{i}.wav", noise, 16_000)
+    run = ["--run_dir", str(tmp_path / "run"), "--data.root", str(tmp_path / "sounds"), "--data.valid_share=0.3"]
+    main(["fit", f"--config={DEMO}", *run, *TINY, "--trainer.max_steps=4"])
+    files = {path.relative_to(tmp_path / "run").as_posix() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert {"config.yaml", "checkpoints/last.ckpt", "metrics/version_0/metrics.csv"} <= files
+    with (tmp_path / "run" / "metrics" / "version_0" / "metrics.csv").open() as file:
+        columns = set(next(csv.reader(file)))
+    assert {"valid/loss", "collapse/context_rank", "collapse/loss_mean_target", "train/loss"} <= columns
+
+    main(["fit", "--config", str(tmp_path / "run" / "config.yaml"), "--ckpt_path", "last", "--trainer.max_steps=6"])
+    with (tmp_path / "run" / "metrics" / "version_1" / "metrics.csv").open() as file:
+        assert {int(row["step"]) for row in csv.DictReader(file)} & {4, 5, 6}
+
+
+def test_statistics_are_measured_with_the_configuration_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from jepa_audio.cli import main
+
+    for i in range(4):
+        sf.write(tmp_path / f"{i}.wav", np.random.default_rng(i).standard_normal(40_000) / 10, 16_000)
+    main(["data", "stats", f"--config={DEMO.with_name('pupujepa.yaml')}", f"--data.root={tmp_path}", "--data.num_workers=0"])
+    out = capsys.readouterr().out
+    mean, std = (float(out.split(f"{name}: ")[1].split()[0]) for name in ("mean", "std"))
+    assert -6 < mean < 2
+    assert 0.1 < std < 3

@@ -1,0 +1,77 @@
+"""Every file under configs/ trains two steps, at reduced width; misspelt words are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+RECIPES = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("demo/*.yaml")])
+SIZES = sorted(CONFIGS.glob("pupujepa/*.yaml"))
+FRONT_ENDS = sorted(CONFIGS.glob("front_ends/*.yaml"))
+SMALL = (
+    "--model.encoder.embed_dim=24",
+    "--model.encoder.num_heads=2",
+    "--model.encoder.depth=1",
+    "--model.predictor.trunk.embed_dim=16",
+    "--model.predictor.trunk.num_heads=2",
+    "--model.predictor.trunk.depth=1",
+    "--model.lr_schedule.init_args.warmup_steps=1",
+    "--data.batch_size=2",
+    "--data.num_workers=0",
+    "--trainer.accelerator=cpu",
+    "--trainer.precision=32-true",
+    "--trainer.max_steps=2",
+    "--trainer.logger=false",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+)
+
+
+def train_two_steps(wavs: Path, run_dir: Path, *settings: str) -> None:
+    from jepa_audio.cli import JEPACLI
+
+    top_k = () if any("pupujepa.yaml" in word and "demo" not in word for word in settings) else ("--model.targets.top_k=1",)
+    cli = JEPACLI([*settings, f"--data.root={wavs}", f"--run_dir={run_dir}", *top_k, *SMALL], run=False)
+    before = cli.model.encoder.blocks[0].attn.qkv.weight.detach().clone()
+    cli.trainer.fit(cli.model, cli.datamodule)
+    assert cli.trainer.global_step == 2
+    assert not torch.equal(cli.model.encoder.blocks[0].attn.qkv.weight, before)
+    assert torch.isfinite(cli.trainer.callback_metrics["train/loss"])
+
+
+@pytest.mark.parametrize("config", RECIPES, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_a_recipe_trains(config: Path, wavs: Path, tmp_path: Path):
+    narrow = ("--model.front_end.init_args.conv_layers=[[8,10,5],[8,8,4],[8,4,4],[8,4,4]]",)
+    is_wave = "WaveformFrontEnd" in config.read_text()
+    train_two_steps(wavs, tmp_path, f"--config={config}", *(narrow if is_wave else ()))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda path: path.stem)
+def test_a_size_is_what_it_says_and_trains(size: Path, wavs: Path, tmp_path: Path):
+    import yaml
+
+    sizes = {"tiny": (192, 12, 3), "small": (384, 12, 6), "large": (1024, 24, 16), "huge": (1280, 32, 16)}
+    encoder = yaml.safe_load(size.read_text())["model"]["encoder"]
+    assert (encoder["embed_dim"], encoder["depth"], encoder["num_heads"]) == sizes[size.stem]
+    train_two_steps(wavs, tmp_path, f"--config={CONFIGS / 'pupujepa.yaml'}", f"--config={size}", "--data.crop_seconds=2.56")
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS, ids=lambda path: path.stem)
+def test_a_front_end_swaps_by_one_flag(front_end: Path, wavs: Path, tmp_path: Path):
+    base = "wavjepa.yaml" if front_end.stem == "waveform" else "pupujepa.yaml"
+    narrow = ("--model.front_end.init_args.conv_layers=[[8,10,5],[8,8,4],[8,4,4]]",) if front_end.stem == "waveform" else ()
+    train_two_steps(wavs, tmp_path, f"--config={CONFIGS / 'demo' / base}", f"--model.front_end={front_end}", *narrow)
+
+
+def test_a_spectrogram_replaces_the_waveform_by_one_flag(wavs: Path, tmp_path: Path):
+    mel = f"--model.front_end={CONFIGS / 'front_ends' / 'log_mel.yaml'}"
+    train_two_steps(wavs, tmp_path, f"--config={CONFIGS / 'demo' / 'wavjepa.yaml'}", mel)
+
+
+def test_experiments_stay_small():
+    for path in [*RECIPES, *SIZES, *FRONT_ENDS]:
+        lines = [line for line in path.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
+        assert len(lines) <= 50, path
