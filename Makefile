@@ -6,6 +6,8 @@ DEMO ?= demo
 AUDIO ?= $(DEMO)/corpus/nsynth-train
 SEED ?= 0
 STAMP := .venv/.installed
+DEMO_SETTINGS = --data.root "$(AUDIO)" --model.seed $(SEED) --data.seed $(SEED) \
+  --trainer.callbacks+ OnlineProbe --trainer.callbacks.corpus $(DEMO)/corpus --trainer.callbacks.every_n_steps 200
 
 .PHONY: help
 help: ## This list.
@@ -24,8 +26,8 @@ $(STAMP): pyproject.toml requirements.lock
 .PHONY: demo
 demo: $(STAMP) ## Pretrain two small JEPAs, probe them, write demo/report.html; AUDIO=DIR pretrains on your own files.
 	$(BIN)/jepa-audio data synth $(DEMO)/corpus
-	$(BIN)/jepa-audio fit --config configs/demo/wavjepa.yaml --data.root $(AUDIO) --run_dir $(DEMO)/wavjepa --model.seed $(SEED)
-	$(BIN)/jepa-audio fit --config configs/demo/pupujepa.yaml --data.root $(AUDIO) --run_dir $(DEMO)/pupujepa --model.seed $(SEED)
+	$(BIN)/jepa-audio fit --config configs/demo/wavjepa.yaml --run_dir $(DEMO)/wavjepa $(DEMO_SETTINGS)
+	$(BIN)/jepa-audio fit --config configs/demo/pupujepa.yaml --run_dir $(DEMO)/pupujepa $(DEMO_SETTINGS)
 	$(BIN)/jepa-audio probe --checkpoints "[$(DEMO)/wavjepa/checkpoints/last.ckpt, $(DEMO)/pupujepa/checkpoints/last.ckpt]" \
 	  --corpus $(DEMO)/corpus --output $(DEMO)/probe --max_train 2000
 	$(BIN)/jepa-audio report $(DEMO)

@@ -93,9 +93,7 @@ def count_flops(step: Callable[[], float]) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(WIDTHS), default="base")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
@@ -126,9 +124,7 @@ def main() -> None:
                 seconds["literal key-masked"] / seconds[recipe],
                 abs(losses["literal key-masked"] / losses[recipe] - 1),
             )
-            print(
-                f"{'':>20} literal / fast: {ratio:.2f} times the time, losses differ by {gap:.1e} (relative)"
-            )
+            print(f"{'':>20} literal / fast: {ratio:.2f} times the time, losses differ by {gap:.1e} (relative)")
 
 
 def literal_step(jepa: JEPA, waveform: torch.Tensor, masks: Masks) -> Callable[[], float]:

@@ -83,26 +83,29 @@ def step_of(path: Path) -> int:
     return torch.load(path, weights_only=True)["global_step"]
 
 
+ACCUMULATED = "--trainer.accumulate_grad_batches=2", "--data.batch_size=2"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_lets_the_optimizer_step_end_and_saves_exactly_it(
     tiny_cli: Callable, fit: Callable, number: signal.Signals
 ):
-    accumulated = "--trainer.accumulate_grad_batches=2", "--data.batch_size=2"
     handler = signal.getsignal(number)
-    cli = tiny_cli("wave", *accumulated)
-    before = fit(cli, None, Interrupt(at_batch=4, number=number))
-    assert list(before) == [0, 2, 4, 6, 8, 10]
+    cli = tiny_cli("wave", *ACCUMULATED)
+    assert list(fit(cli, None, Interrupt(at_batch=4, number=number))) == [0, 2, 4, 6, 8, 10]
     assert cli.trainer.global_step == step_of(folder_of(cli) / "last.ckpt") == 3
     assert signal.getsignal(number) is handler
-    whole = fit(tiny_cli("wave", *accumulated))
-    after = fit(tiny_cli("wave", *accumulated), folder_of(cli) / "last.ckpt")
-    assert before | after == whole
+
+
+def test_a_stopped_and_resumed_run_is_the_run_that_was_never_stopped(tiny_cli: Callable, fit: Callable):
+    cli = tiny_cli("wave", *ACCUMULATED)
+    before = fit(cli, None, Interrupt(at_batch=5))
+    after = fit(tiny_cli("wave", *ACCUMULATED), folder_of(cli) / "last.ckpt")
     assert not before.keys() & after.keys()
+    assert before | after == fit(tiny_cli("wave", *ACCUMULATED))
 
 
-def test_the_second_signal_stops_at_once_and_leaves_the_last_checkpoint_as_it_was(
-    tiny_cli: Callable, fit: Callable
-):
+def test_the_second_signal_stops_at_once_and_leaves_the_last_checkpoint_as_it_was(tiny_cli: Callable, fit: Callable):
     handler = signal.getsignal(signal.SIGINT)
     cli = tiny_cli("wave", "--checkpoint.every_n_train_steps=2")
     with pytest.raises((KeyboardInterrupt, SystemExit)):
@@ -111,23 +114,24 @@ def test_the_second_signal_stops_at_once_and_leaves_the_last_checkpoint_as_it_wa
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_the_last_step_is_always_saved(tiny_cli: Callable, fit: Callable):
-    cli = tiny_cli("wave", "--checkpoint.every_n_train_steps=1000", "--trainer.max_steps=3")
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        (["--checkpoint.every_n_train_steps=1000"], {"last.ckpt"}),
+        (
+            ["--checkpoint.every_n_train_steps=2", "--checkpoint.keep_all=true"],
+            {"last.ckpt", "step=00000002.ckpt", "step=00000004.ckpt"},
+        ),
+    ],
+)
+def test_the_last_step_is_always_saved_and_the_others_are_kept_if_asked_for(
+    tiny_cli: Callable, fit: Callable, settings: list[str], names: set[str]
+):
+    cli = tiny_cli("wave", *settings, "--trainer.max_steps=5")
     fit(cli)
-    assert [path.name for path in folder_of(cli).iterdir()] == ["last.ckpt"]
-    assert step_of(folder_of(cli) / "last.ckpt") == 3
-
-
-def test_every_save_is_kept_only_if_it_is_asked_for(tiny_cli: Callable, fit: Callable):
-    saving = "--checkpoint.every_n_train_steps=2", "--trainer.max_steps=5"
-    for keep_all, names in (
-        ("false", {"last.ckpt"}),
-        ("true", {"last.ckpt", "step=00000002.ckpt", "step=00000004.ckpt"}),
-    ):
-        cli = tiny_cli("wave", *saving, f"--checkpoint.keep_all={keep_all}")
-        fit(cli)
-        assert {path.name for path in folder_of(cli).iterdir()} == names
-        assert step_of(folder_of(cli) / "last.ckpt") == 5
+    assert {path.name for path in folder_of(cli).iterdir()} == names
+    assert all(step_of(folder_of(cli) / name) == int(name[5:13]) for name in names - {"last.ckpt"})
+    assert step_of(folder_of(cli) / "last.ckpt") == 5
 
 
 def test_no_checkpoint_is_written_between_two_optimizer_steps(

@@ -124,7 +124,8 @@ def test_statistics_are_measured_with_the_configuration_of_a_run(tmp_path: Path,
 
     for i in range(4):
         sf.write(tmp_path / f"{i}.wav", np.random.default_rng(i).standard_normal(40_000) / 10, 16_000)
-    main(["data", "stats", f"--config={DEMO.with_name('pupujepa.yaml')}", f"--data.root={tmp_path}", "--data.num_workers=0"])
+    config = DEMO.with_name("pupujepa.yaml")
+    main(["data", "stats", f"--config={config}", f"--data.root={tmp_path}", "--data.num_workers=0"])
     out = capsys.readouterr().out
     mean, std = (float(out.split(f"{name}: ")[1].split()[0]) for name in ("mean", "std"))
     assert -6 < mean < 2

@@ -33,7 +33,8 @@ SMALL = (
 def train_two_steps(wavs: Path, run_dir: Path, *settings: str) -> None:
     from jepa_audio.cli import JEPACLI
 
-    top_k = () if any("pupujepa.yaml" in word and "demo" not in word for word in settings) else ("--model.targets.top_k=1",)
+    has_top_k = not any("pupujepa.yaml" in word and "demo" not in word for word in settings)
+    top_k = ("--model.targets.top_k=1",) if has_top_k else ()
     cli = JEPACLI([*settings, f"--data.root={wavs}", f"--run_dir={run_dir}", *top_k, *SMALL], run=False)
     before = cli.model.encoder.blocks[0].attn.qkv.weight.detach().clone()
     cli.trainer.fit(cli.model, cli.datamodule)
@@ -56,13 +57,15 @@ def test_a_size_is_what_it_says_and_trains(size: Path, wavs: Path, tmp_path: Pat
     sizes = {"tiny": (192, 12, 3), "small": (384, 12, 6), "large": (1024, 24, 16), "huge": (1280, 32, 16)}
     encoder = yaml.safe_load(size.read_text())["model"]["encoder"]
     assert (encoder["embed_dim"], encoder["depth"], encoder["num_heads"]) == sizes[size.stem]
-    train_two_steps(wavs, tmp_path, f"--config={CONFIGS / 'pupujepa.yaml'}", f"--config={size}", "--data.crop_seconds=2.56")
+    base = f"--config={CONFIGS / 'pupujepa.yaml'}"
+    train_two_steps(wavs, tmp_path, base, f"--config={size}", "--data.crop_seconds=2.56")
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS, ids=lambda path: path.stem)
 def test_a_front_end_swaps_by_one_flag(front_end: Path, wavs: Path, tmp_path: Path):
-    base = "wavjepa.yaml" if front_end.stem == "waveform" else "pupujepa.yaml"
-    narrow = ("--model.front_end.init_args.conv_layers=[[8,10,5],[8,8,4],[8,4,4]]",) if front_end.stem == "waveform" else ()
+    is_wave = front_end.stem == "waveform"
+    base = "wavjepa.yaml" if is_wave else "pupujepa.yaml"
+    narrow = ("--model.front_end.init_args.conv_layers=[[8,10,5],[8,8,4],[8,4,4]]",) if is_wave else ()
     train_two_steps(wavs, tmp_path, f"--config={CONFIGS / 'demo' / base}", f"--model.front_end={front_end}", *narrow)
 
 

@@ -37,9 +37,7 @@ class Published(NamedTuple):
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The weights under a prefix."""
-        return {
-            name.removeprefix(prefix): value for name, value in self.state.items() if name.startswith(prefix)
-        }
+        return {name.removeprefix(prefix): value for name, value in self.state.items() if name.startswith(prefix)}
 
 
 def load(name: str) -> Published:
@@ -125,9 +123,7 @@ def wave(wave_numbers: Published) -> WavJEPA:
 
 
 def wave_targets(wave: WavJEPA, tokens: Tensor, top_k: int) -> Tensor:
-    return Targets("clip", top_k, "joint_instance")(
-        wave.target_encoder, tokens.detach(), wave.grid, wave.masks.targets
-    )
+    return Targets("clip", top_k, "joint_instance")(wave.target_encoder, tokens.detach(), wave.grid, wave.masks.targets)
 
 
 def test_wavjepa_front_end(wave: WavJEPA, wave_numbers: Published):

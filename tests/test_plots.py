@@ -100,18 +100,14 @@ def test_nothing_hidden_nothing_in_the_legend():
 def test_bands_are_labelled_by_frequency():
     grid = Grid(2, 3)
     image, band_hz = np.zeros((8, 6)), np.linspace(100.0, 4100.0, 8)
-    figure = draw_masks(
-        image, grid, [random_masks(grid, 1, 1)], clip=0, seconds=1.0, title="", band_hz=band_hz
-    )
+    figure = draw_masks(image, grid, [random_masks(grid, 1, 1)], clip=0, seconds=1.0, title="", band_hz=band_hz)
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["0.125", "0.5", "1", "2", "4"]
 
 
 def a_run(num_steps: int = 20) -> dict:
     steps = np.arange(num_steps)
     keys = ["train/loss", "valid/loss", "collapse/loss_mean_target", "collapse/loss_nearest_context"]
-    keys += [
-        f"collapse/{name}_{what}" for name in ("context", "target", "prediction") for what in ("std", "rank")
-    ]
+    keys += [f"collapse/{name}_{what}" for name in ("context", "target", "prediction") for what in ("std", "rank")]
     keys += ["collapse/clip_cosine", "collapse/ema_distance", "train/gradient_norm", "train/momentum"]
     keys += ["lr-AdamW/pg1", "lr-AdamW/pg2", "speed/audio_seconds_per_second", "speed/data_wait"]
     keys += ["probe/pitch/accuracy", "probe/pitch/twin", "probe/family/accuracy", "probe/family/twin"]
@@ -167,14 +163,12 @@ def test_alarms_are_marked_where_they_were_raised():
 
 
 def test_long_series_show_their_running_mean_and_skip_what_is_not_a_number():
-    values = np.tile([0.0, 2.0], 200)
-    values[100] = np.nan
+    values = np.full(400, 5.0)
+    values[[0, 100, 101]] = np.nan
     run = {"train/loss": (np.arange(400), values)}
     raw, mean = draw_curves({"run": run}, standard_panels({"run": run})).axes[0].lines
     np.testing.assert_array_equal(raw.get_ydata(), values)
-    smooth = np.asarray(mean.get_ydata())
-    assert np.isfinite(smooth).all()
-    assert np.abs(smooth[20:-20] - 1).max() < 0.2
+    np.testing.assert_allclose(mean.get_ydata(), 5.0)
 
 
 def test_nothing_logged_gives_a_note_not_an_error():
@@ -183,9 +177,7 @@ def test_nothing_logged_gives_a_note_not_an_error():
     assert [text.get_text() for text in figure.texts] == ["nothing was logged"]
 
 
-def a_row(
-    variant: str, task: str, head: str = "linear", encoder: str = "mel", pooling: str = "mean"
-) -> ProbeRow:
+def a_row(variant: str, task: str, head: str = "linear", encoder: str = "mel", pooling: str = "mean") -> ProbeRow:
     is_baseline = variant == "statistics"
     valid = (0.3,) if is_baseline else (0.2, 0.4, 0.3)
     return ProbeRow(
@@ -221,9 +213,7 @@ VARIANTS = ("random", "context", "target", "statistics")
 
 
 def test_probe_picture_has_a_panel_a_task_and_a_line_a_variant():
-    rows = [
-        a_row(v, task, head) for v in VARIANTS for task in ("pitch", "family") for head in ("linear", "knn")
-    ]
+    rows = [a_row(v, task, head) for v in VARIANTS for task in ("pitch", "family") for head in ("linear", "knn")]
     figure = draw_probe(rows, "probe")
     assert titles(figure) == ["pitch", "family"]
     labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
@@ -234,9 +224,7 @@ def test_probe_picture_has_a_panel_a_task_and_a_line_a_variant():
 
 
 def test_runs_poolings_and_twins_of_other_seeds_are_told_apart():
-    rows = [
-        a_row(v, "pitch", encoder=e, pooling=p) for v in VARIANTS for e in "ab" for p in ("mean", "concat")
-    ]
+    rows = [a_row(v, "pitch", encoder=e, pooling=p) for v in VARIANTS for e in "ab" for p in ("mean", "concat")]
     rows.append(a_row("random-3", "pitch", encoder="a"))
     labels = [text.get_text() for text in draw_probe(rows).axes[0].get_yticklabels()]
     assert labels.count("random twin, mean") == 2
@@ -253,9 +241,7 @@ def test_layers_are_drawn_with_the_chosen_one_marked_and_baselines_across():
     marks = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
     assert [list(line.get_ydata()) for line in curves] == [[0.2, 0.4, 0.3]] * 3
     assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in marks] == [(1, 0.4)] * 3
-    assert [list(line.get_ydata()) for line in figure.axes[0].lines if line not in curves + marks] == [
-        [0.3, 0.3]
-    ]
+    assert [list(line.get_ydata()) for line in figure.axes[0].lines if line not in curves + marks] == [[0.3, 0.3]]
     handles = [handle for handle in figure.legends[0].legend_handles if isinstance(handle, Patch)]
     assert len(handles) == len(VARIANTS)
 

@@ -30,8 +30,7 @@ def test_one_row_of_tokens_tells_the_time_with_its_whole_width():
 def test_a_plane_tells_time_with_one_half_and_frequency_with_the_other():
     table = SinCosPositions().additive(Grid(num_freq=3, num_time=5), 16, CPU)
     expected = [
-        literal_sin_cos(time, 8, 1e4) + literal_sin_cos(freq, 8, 1e4)
-        for time, freq in product(range(5), range(3))
+        literal_sin_cos(time, 8, 1e4) + literal_sin_cos(freq, 8, 1e4) for time, freq in product(range(5), range(3))
     ]
     torch.testing.assert_close(table, torch.tensor(expected), rtol=0, atol=1e-6)
 
@@ -40,9 +39,7 @@ def test_a_plane_tells_time_with_one_half_and_frequency_with_the_other():
 def test_the_table_is_that_of_the_published_wavjepa(name: str, dim: int):
     with safe_open(PARITY, "pt") as file:
         published = file.get_tensor(f"state/pos_encoding_{name}")[0]
-    torch.testing.assert_close(
-        SinCosPositions().additive(Grid(1, 40), dim, CPU), published, rtol=0, atol=1e-6
-    )
+    torch.testing.assert_close(SinCosPositions().additive(Grid(1, 40), dim, CPU), published, rtol=0, atol=1e-6)
 
 
 def scores(positions: RotaryPositions, grid: Grid, rng: torch.Generator) -> torch.Tensor:
@@ -61,9 +58,7 @@ def test_attention_depends_on_relative_places_only(axes: str, normalized: bool, 
     seen: dict[tuple[int, int], float] = {}
     for i, j in product(range(grid.num_tokens), repeat=2):
         offset = tuple((where[i] - where[j]).tolist())
-        assert attention[i, j].item() == pytest.approx(
-            seen.setdefault(offset, attention[i, j].item()), abs=1e-3
-        )
+        assert attention[i, j].item() == pytest.approx(seen.setdefault(offset, attention[i, j].item()), abs=1e-3)
     across_time = [seen[time, 0] for time in range(-6, 7)]
     assert len({round(value, 4) for value in across_time}) == len(across_time)
 
@@ -98,8 +93,6 @@ def test_additive_and_rotary_positions_do_not_mix():
         (RotaryPositions("time_freq"), 12, r"12 / 2 = 6\) must be a multiple of 4"),
     ],
 )
-def test_a_width_that_cannot_be_told_is_refused(
-    positions: SinCosPositions | RotaryPositions, dim: int, message: str
-):
+def test_a_width_that_cannot_be_told_is_refused(positions: SinCosPositions | RotaryPositions, dim: int, message: str):
     with pytest.raises(ValueError, match=message):
         positions.check(dim, 2)

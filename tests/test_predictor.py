@@ -50,17 +50,13 @@ def literal(predictor: Predictor, context: Tensor, masks: Masks, clip: int, grou
     return predictor.proj_out(latents)[0, asked]
 
 
-def test_the_fast_way_equals_the_whole_grid_under_a_key_mask(
-    predictor: Predictor, context: Tensor, masks: Masks
-):
+def test_the_fast_way_equals_the_whole_grid_under_a_key_mask(predictor: Predictor, context: Tensor, masks: Masks):
     prediction = predictor(context, masks, GRID)
     assert prediction.shape == (*masks.targets.index.shape, 16)
     for clip in range(3):
         for group in range(2):
             expected = literal(predictor, context, masks, clip, group)
-            torch.testing.assert_close(
-                prediction[clip, group, : len(expected)], expected, rtol=1e-5, atol=1e-5
-            )
+            torch.testing.assert_close(prediction[clip, group, : len(expected)], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_groups_do_not_see_each_other(predictor: Predictor, context: Tensor, masks: Masks):
@@ -98,9 +94,7 @@ def test_only_valid_context_gets_a_gradient(predictor: Predictor, context: Tenso
     assert all(parameter.grad.abs().sum() > 0 for parameter in predictor.parameters())
 
 
-def test_two_targets_at_other_places_are_predicted_differently(
-    predictor: Predictor, context: Tensor, masks: Masks
-):
+def test_two_targets_at_other_places_are_predicted_differently(predictor: Predictor, context: Tensor, masks: Masks):
     prediction = predictor(context, masks, GRID)
     assert (prediction[:, :, 0] - prediction[:, :, 1]).abs().amax(-1).min() > 1e-3
 

@@ -41,9 +41,7 @@ def monitored(step: int, alarm: float = 0.0, loss: float = 0.5) -> dict[str, flo
 
 
 def a_run(folder: Path, **last_look: float) -> None:
-    lines: list[dict[str, float]] = [
-        {"step": step, "epoch": 0, "train/loss": 1 / (step + 1)} for step in range(10)
-    ]
+    lines: list[dict[str, float]] = [{"step": step, "epoch": 0, "train/loss": 1 / (step + 1)} for step in range(10)]
     lines += [{"step": 4, "valid/loss": 0.7}, monitored(1), monitored(9, **last_look)]
     write_metrics(folder, lines)
 

@@ -125,9 +125,7 @@ def test_top_k_is_the_mean_of_the_last_blocks_each_normalised_on_its_own(
     torch.testing.assert_close(targets, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_without_top_k_the_last_block_is_taken_after_the_final_norm(
-    encoder: Encoder, tokens: Tensor, masks: Masks
-):
+def test_without_top_k_the_last_block_is_taken_after_the_final_norm(encoder: Encoder, tokens: Tensor, masks: Masks):
     where = masks.targets.rows(slice(None))
     last = encoder.layers(tokens, GRID)[-1]
     top_1 = Targets(top_k=1)(encoder, tokens, GRID, where)

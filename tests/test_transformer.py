@@ -38,9 +38,7 @@ class Nowhere(Positions):
 
 def make(**settings: object) -> Encoder:
     torch.manual_seed(0)
-    encoder = Encoder(
-        **{"embed_dim": DIM, "depth": 3, "num_heads": 2, "positions": SinCosPositions(), **settings}
-    )
+    encoder = Encoder(**{"embed_dim": DIM, "depth": 3, "num_heads": 2, "positions": SinCosPositions(), **settings})
     # Fresh biases are zero, fresh norms do nothing, and fresh attention is all but uniform.
     with torch.no_grad():
         for parameter in encoder.parameters():
@@ -79,9 +77,7 @@ def test_forward_and_backward_are_finite_and_every_parameter_gets_a_gradient(
         assert parameter.grad.abs().sum() > 0, name
 
 
-def test_tokens_not_asked_for_change_nothing(
-    encoder: Encoder, tokens: Tensor, keep: TokenSet, rng: torch.Generator
-):
+def test_tokens_not_asked_for_change_nothing(encoder: Encoder, tokens: Tensor, keep: TokenSet, rng: torch.Generator):
     encoder.eval()
     others = torch.randn(tokens.shape, generator=rng)
     changed = torch.where(keep.to_mask(GRID.num_tokens)[..., None], tokens, others)
@@ -229,9 +225,7 @@ def test_drop_path_skips_whole_branches_only_while_training_and_more_of_them_dee
     assert torch.equal(first, plain.layers(tokens, GRID)[0])
     assert torch.equal(last, entered[0])
     assert torch.equal(dropping.eval()(tokens, GRID), plain.eval()(tokens, GRID))
-    assert [block.drop_path.drop_prob for block in make(drop_path=0.2).blocks] == pytest.approx(
-        [0.0, 0.1, 0.2]
-    )
+    assert [block.drop_path.drop_prob for block in make(drop_path=0.2).blocks] == pytest.approx([0.0, 0.1, 0.2])
 
 
 def test_drawing_the_weights_anew_is_a_function_of_the_seed_and_reaches_all_of_them():

@@ -28,9 +28,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     is a copy, which a kill or a full disk cuts short.
     """
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """See `TorchCheckpointIO`; remote paths are left to it."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -60,9 +58,7 @@ class RunCheckpoint(ModelCheckpoint):
         keep_all: also keep a checkpoint of every save, as `step=00001000.ckpt`.
     """
 
-    def __init__(
-        self, dirpath: str | None = None, every_n_train_steps: int = 1000, keep_all: bool = False
-    ) -> None:
+    def __init__(self, dirpath: str | None = None, every_n_train_steps: int = 1000, keep_all: bool = False) -> None:
         super().__init__(
             dirpath=dirpath,
             filename="{step:08d}",

@@ -61,9 +61,7 @@ class SaveRunConfig(SaveConfigCallback):
         if stage == "fit":
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(
-                self.config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False
-            )
+            self.parser.save(self.config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
 
 
 class RunProgressBar(RichProgressBar):
@@ -76,9 +74,7 @@ class RunProgressBar(RichProgressBar):
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
         """Without the version of the logs."""
-        return {
-            name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"
-        }
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
 
 
 class JEPACLI(LightningCLI):
@@ -180,9 +176,7 @@ def main(args: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if args is None else args)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
     warnings.filterwarnings("ignore", module="lightning|torch")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "💡" not in record.getMessage()
-    )
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "💡" not in record.getMessage())
     try:
         if not args or args[0] in ("-h", "--help"):
             print(HELP)

@@ -73,9 +73,7 @@ def stats(front_end: FrontEnd, data: AudioDataModule, num_clips: int) -> None:
         ValueError: if the front end normalises nothing.
     """
     if not isinstance(front_end, SpectrogramFrontEnd):
-        raise ValueError(
-            f"a {type(front_end).__name__} has no statistics to measure, only a SpectrogramFrontEnd has"
-        )
+        raise ValueError(f"a {type(front_end).__name__} has no statistics to measure, only a SpectrogramFrontEnd has")
     data.batch_size = 1
     data.prepare_data()
     data.setup("fit")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -64,13 +65,21 @@ class FrozenEncoder(nn.Module):
         return self.front_end.num_channels
 
     @staticmethod
-    def from_jepa(
-        jepa: JEPA, window_samples: int, which: Literal["context", "target"] = "context"
-    ) -> FrozenEncoder:
-        """The context encoder, or the target encoder, of a model in memory; weights are shared, not copied."""
-        if which == "context":
-            return FrozenEncoder(jepa.front_end, jepa.encoder, window_samples)
-        return FrozenEncoder(jepa.target_front_end or jepa.front_end, jepa.target_encoder, window_samples)
+    def from_jepa(jepa: JEPA, window_samples: int, which: Literal["context", "target"] = "context") -> FrozenEncoder:
+        """A copy of the context encoder, or of the target encoder, of a model in memory."""
+        parts = (jepa.front_end, jepa.encoder)
+        if which == "target":
+            parts = (jepa.target_front_end or jepa.front_end, jepa.target_encoder)
+        return FrozenEncoder(*copy.deepcopy(parts), window_samples)
+
+    def random_twin(self, seed: int) -> FrozenEncoder:
+        """The same network with the weights that `JEPA.reset_parameters(seed)` gives."""
+        twin = copy.deepcopy(self).cpu()
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            twin.front_end.reset_parameters()  # in the module's order
+            twin.encoder.reset_parameters()
+        return twin
 
     @torch.inference_mode()
     def encode(
@@ -139,13 +148,9 @@ def load_frozen(
     if not checkpoint.is_file():
         raise FileNotFoundError(f"no checkpoint at {checkpoint}")
     jepa = JEPA.load_from_checkpoint(checkpoint, map_location="cpu")
-    data = torch.load(checkpoint, map_location="cpu", weights_only=True).get(
-        "datamodule_hyper_parameters", {}
-    )
+    data = torch.load(checkpoint, map_location="cpu", weights_only=True).get("datamodule_hyper_parameters", {})
     if "crop_seconds" not in data:
         raise ValueError(f"{checkpoint} does not tell `crop_seconds`, the clip length it was trained on")
     window_samples = round(data["crop_seconds"] * jepa.front_end.sample_rate)
-    if which == "random":
-        jepa.reset_parameters(jepa.seed if random_seed is None else random_seed)
-        which = "context"
-    return FrozenEncoder.from_jepa(jepa, window_samples, which)
+    frozen = FrozenEncoder.from_jepa(jepa, window_samples, "target" if which == "target" else "context")
+    return frozen.random_twin(jepa.seed if random_seed is None else random_seed) if which == "random" else frozen

@@ -112,9 +112,7 @@ class Masks:
     @staticmethod
     def from_bool(context: Bool[Tensor, "B N"], targets: Bool[Tensor, "B M N"]) -> Masks:
         """Masks from boolean planes, True where a token is context or target."""
-        return Masks(
-            TokenSet.from_mask(context), TokenSet.from_mask(targets), float(targets.sum()) / targets.shape[0]
-        )
+        return Masks(TokenSet.from_mask(context), TokenSet.from_mask(targets), float(targets.sum()) / targets.shape[0])
 
     def rows(self, rows: Tensor | slice) -> Masks:
         """The same masks for some rows of the batch."""

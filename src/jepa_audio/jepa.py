@@ -108,7 +108,7 @@ class JEPA(LightningModule):
     def reset_parameters(self, seed: int) -> None:
         """Draw the online weights from `seed` alone: those of step 0 can be had again, as a twin for the probes."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # the CPU's alone: no other random state moves
             for part in (self.front_end, self.encoder, self.predictor):
                 part.reset_parameters()
 
@@ -193,15 +193,8 @@ class JEPA(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the total norm and log that norm; also with a fused optimizer under bf16, which Lightning refuses.
-
-        Raises:
-            ValueError: for any algorithm but "norm".
-        """
+        """Clip by the total norm and log it; also with a fused optimizer under bf16, which Lightning refuses."""
         if gradient_clip_algorithm not in (None, "norm"):
-            raise ValueError(
-                f"`trainer.gradient_clip_algorithm` must be 'norm', got '{gradient_clip_algorithm}'"
-            )
-        parameters = [p for p in self.parameters() if p.grad is not None]
-        norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
+            raise ValueError(f"`trainer.gradient_clip_algorithm` must be 'norm', got '{gradient_clip_algorithm}'")
+        norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or float("inf"))
         self.log("train/gradient_norm", norm)

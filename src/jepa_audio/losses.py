@@ -49,9 +49,7 @@ class SmoothL1(Distance):
         self, prediction: Float[Tensor, "*tokens D"], target: Float[Tensor, "*tokens D"]
     ) -> Float[Tensor, "*tokens"]:
         """See `Distance`."""
-        return F.smooth_l1_loss(prediction.float(), target.float(), beta=self.beta, reduction="none").mean(
-            dim=-1
-        )
+        return F.smooth_l1_loss(prediction.float(), target.float(), beta=self.beta, reduction="none").mean(dim=-1)
 
 
 @dataclass(frozen=True)

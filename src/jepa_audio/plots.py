@@ -346,9 +346,7 @@ def _draw_layer_line(ax: Axes, row: ProbeRow) -> None:
     _draw_mark(ax, row, float(row.layer), values[row.layer])
 
 
-def _subplots(
-    count: int, columns: int, height: float, extra: float, share: str = ""
-) -> tuple[Figure, list[Axes]]:
+def _subplots(count: int, columns: int, height: float, extra: float, share: str = "") -> tuple[Figure, list[Axes]]:
     """Panels `height` inches high, `extra` inches for heading and axis label; `share` is an axis."""
     columns = min(columns, count)
     rows = -(-count // columns)

@@ -62,8 +62,6 @@ def _context_then_targets(masks: Masks) -> TokenSet:
     if context.valid is None and targets.valid is None:
         return TokenSet(index)
     full = torch.ones_like(index, dtype=torch.bool).unflatten(0, (batch, groups))
-    seen_valid = (
-        full[..., :-num_targets] if context.valid is None else context.valid[:, None].expand(-1, groups, -1)
-    )
+    seen_valid = full[..., :-num_targets] if context.valid is None else context.valid[:, None].expand(-1, groups, -1)
     asked_valid = full[..., -num_targets:] if targets.valid is None else targets.valid
     return TokenSet(index, torch.cat([seen_valid, asked_valid], dim=-1).flatten(0, 1))

@@ -145,9 +145,7 @@ def _page(name: str, runs: Sequence[RunRecord], rows: Sequence[ProbeRow], figure
     parts = ["<h2>Verdict</h2>", *(_verdict(run, rows) for run in runs)]
     parts += ["<h2>Probes</h2>", _probe_section(rows, figures)]
     for run in runs:
-        curves = draw_curves(
-            {run.name: run.curves}, standard_panels({run.name: run.curves}), "While training"
-        )
+        curves = draw_curves({run.name: run.curves}, standard_panels({run.name: run.curves}), "While training")
         parts += [f"<h2>Run: {escape(run.name)}</h2>", _image(curves, figures, f"{run.name}-curves")]
         parts += [_masks_section(run, figures), _how_it_was_run(run)]
     compared = sum(row.against_random is not None for row in rows)
@@ -155,9 +153,7 @@ def _page(name: str, runs: Sequence[RunRecord], rows: Sequence[ProbeRow], figure
     parts += ["<h2>What this does not show</h2>", f"<ul>{limits}</ul>"]
     parts += ["<h2>Where this page was written</h2>", _environment()]
     subtitle = f"{len(runs)} {'run' if len(runs) == 1 else 'runs'}, {datetime.now():%Y-%m-%d %H:%M}"
-    return PAGE.substitute(
-        title=escape(f"jepa-audio report: {name}"), subtitle=subtitle, body="\n".join(parts)
-    )
+    return PAGE.substitute(title=escape(f"jepa-audio report: {name}"), subtitle=subtitle, body="\n".join(parts))
 
 
 def _metric_files(folder: Path) -> list[Path]:
@@ -170,9 +166,7 @@ def _read_run(folder: Path) -> RunRecord:
     logged: dict[str, dict[int, float]] = {}
     for path in _metric_files(folder):
         with path.open(newline="") as file:
-            lines = [
-                (int(float(line.pop("step"))), line) for line in csv.DictReader(file) if line.get("step")
-            ]
+            lines = [(int(float(line.pop("step"))), line) for line in csv.DictReader(file) if line.get("step")]
         # A resumed run goes back to its checkpoint: what was logged beyond that never happened.
         first = min((step for step, _ in lines), default=0)
         logged = {key: {step: v for step, v in at.items() if step < first} for key, at in logged.items()}
@@ -239,9 +233,7 @@ def _collapse(run: RunRecord) -> str:
     if (raised > 0).any():
         first = steps[raised > 0][0]
         end = "and still at the last" if raised[-1] > 0 else "but no longer at the last"
-        said = (
-            f"Collapse alarm at {(raised > 0).sum()} of {len(steps)} looks, first at step {first:.0f}, {end}"
-        )
+        said = f"Collapse alarm at {(raised > 0).sum()} of {len(steps)} looks, first at step {first:.0f}, {end}"
     ranks = [f"{rank:.1f}" for rank in run.curve("collapse/context_rank")[1]] or ["unknown"]
     return f"{said}; RankMe of the context went from {ranks[0]} to {ranks[-1]}."
 

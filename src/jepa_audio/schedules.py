@@ -89,9 +89,7 @@ class WarmupCosine(Schedule):
     def __call__(self, step: int, max_steps: int) -> float:
         """See `Schedule`; `ValueError` if the warm-up does not end before the run does."""
         if self.warmup_steps >= max_steps:
-            raise ValueError(
-                f"`warmup_steps` ({self.warmup_steps}) must be below `trainer.max_steps` ({max_steps})"
-            )
+            raise ValueError(f"`warmup_steps` ({self.warmup_steps}) must be below `trainer.max_steps` ({max_steps})")
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         progress = _progress(step - self.warmup_steps, max_steps - self.warmup_steps)

@@ -34,9 +34,7 @@ class Targets:
 
     def __post_init__(self) -> None:
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(
-                f"`top_k` ({self.top_k}) must be at least 1, or null for the last layer after the norm"
-            )
+            raise ValueError(f"`top_k` ({self.top_k}) must be at least 1, or null for the last layer after the norm")
 
     def __call__(
         self, encoder: Encoder, tokens: Float[Tensor, "B N D"], grid: Grid, where: TokenSet
@@ -50,9 +48,7 @@ class Targets:
         if self.view == "clip":
             latents = self._latents(encoder, tokens, grid, None)[:, None].expand(-1, groups, -1, -1)
             return where.gather(latents)
-        alone = TokenSet(
-            where.index.flatten(0, 1), None if where.valid is None else where.valid.flatten(0, 1)
-        )
+        alone = TokenSet(where.index.flatten(0, 1), None if where.valid is None else where.valid.flatten(0, 1))
         repeated = tokens[:, None].expand(-1, groups, -1, -1).flatten(0, 1)
         return self._latents(encoder, repeated, grid, alone).unflatten(0, (batch, groups))
 
@@ -63,9 +59,9 @@ class Targets:
         if self.top_k > encoder.depth:
             raise ValueError(f"`top_k` ({self.top_k}) exceeds the encoder's `depth` ({encoder.depth})")
         layers = encoder.layers(tokens, grid, keep)[-self.top_k :]
-        return sum(
-            (self.normalize(layer, valid) for layer in layers[1:]), self.normalize(layers[0], valid)
-        ) / len(layers)
+        return sum((self.normalize(layer, valid) for layer in layers[1:]), self.normalize(layers[0], valid)) / len(
+            layers
+        )
 
     def normalize(self, latents: Float[Tensor, "B K D"], valid: Tensor | None) -> Float[Tensor, "B K D"]:
         """One layer's latents, normalised in float32 over valid tokens."""

@@ -61,9 +61,7 @@ class Block(nn.Module):
         self.mlp: nn.Module = (
             Mlp(dim, hidden)
             if mlp == "gelu"
-            else GluMlp(
-                dim, 2 * hidden, act_layer=nn.SiLU, gate_last=False
-            )  # the gate comes first, as in timm's EVA
+            else GluMlp(dim, 2 * hidden, act_layer=nn.SiLU, gate_last=False)  # the gate comes first, as in timm's EVA
         )
         self.scale1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.scale2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
@@ -175,9 +173,7 @@ class Encoder(nn.Module):
         """Latents after the last block and the final norm, of the tokens in `keep` (all, if `None`)."""
         return self.at(tokens if keep is None else keep.gather(tokens), grid, keep)
 
-    def at(
-        self, tokens: Float[Tensor, "B K D"], grid: Grid, where: TokenSet | None
-    ) -> Float[Tensor, "B K D"]:
+    def at(self, tokens: Float[Tensor, "B K D"], grid: Grid, where: TokenSet | None) -> Float[Tensor, "B K D"]:
         """As `forward`, for tokens already picked: `tokens[:, k]` lies at `where.index[:, k]`."""
         x = tokens
         for x in self._blocks(tokens, grid, where):  # noqa: B007 (the last one is wanted)
@@ -203,12 +199,8 @@ class Encoder(nn.Module):
         x = self.embed(tokens, grid, where)
         rotary = self.positions.rotary(grid, self.head_dim, x.device)
         if rotary is not None:
-            rotary = (rotary[None] if where is None else rotary[where.index])[
-                :, None
-            ]  # [B or 1, 1, K, 2 * head_dim]
-        key_mask = (
-            None if where is None or where.valid is None else where.valid[:, None, None]
-        )  # [B, 1, 1, K]
+            rotary = (rotary[None] if where is None else rotary[where.index])[:, None]  # [B or 1, 1, K, 2 * head_dim]
+        key_mask = None if where is None or where.valid is None else where.valid[:, None, None]  # [B, 1, 1, K]
         num_prefix = 0
         if self.registers is not None:
             num_prefix = len(self.registers)

@@ -73,12 +73,8 @@ def levels(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def module(
-    root: Path, crop_seconds: float = 0.5, sample_rate: int = RATE, **arguments: object
-) -> AudioDataModule:
-    data = AudioDataModule(
-        root, sample_rate, crop_seconds, **{"num_workers": 0, "batch_size": 4, **arguments}
-    )
+def module(root: Path, crop_seconds: float = 0.5, sample_rate: int = RATE, **arguments: object) -> AudioDataModule:
+    data = AudioDataModule(root, sample_rate, crop_seconds, **{"num_workers": 0, "batch_size": 4, **arguments})
     data.prepare_data()
     data.setup("fit")
     return data
@@ -94,10 +90,7 @@ def test_a_folder_of_everything_gives_finite_batches_of_one_shape_and_names_what
         assert len(named) == 1
         assert reason in named[0]
     assert not any(name in message for message in caplog.messages for name in GOOD)
-    assert (
-        sum("10 files to train on" in message and "6 files skipped" in message for message in caplog.messages)
-        == 1
-    )
+    assert sum("10 files to train on" in message and "6 files skipped" in message for message in caplog.messages) == 1
     batches = [*islice(data.train_dataloader(), 3), *data.train_dataloader(), *data.val_dataloader()[0]]
     for batch in batches:
         assert batch.waveform.shape[1:] == (1, RATE // 2)
@@ -142,9 +135,7 @@ def table(num_files: int) -> pa.Table:
 
 def test_the_split_covers_every_file_once_and_has_about_the_share_asked_for():
     train, valid = split(table(1000), 0.1)
-    assert sorted(train["path"].to_pylist() + valid["path"].to_pylist()) == sorted(
-        table(1000)["path"].to_pylist()
-    )
+    assert sorted(train["path"].to_pylist() + valid["path"].to_pylist()) == sorted(table(1000)["path"].to_pylist())
     assert 70 < len(valid) < 130
 
 
@@ -178,9 +169,7 @@ def test_a_share_of_zero_holds_out_nothing(levels: Path):
     assert data.describe().startswith(f"{levels}: 12 files to train on")
 
 
-def test_files_of_other_folders_are_validated_and_tested_on(
-    levels: Path, tmp_path_factory: pytest.TempPathFactory
-):
+def test_files_of_other_folders_are_validated_and_tested_on(levels: Path, tmp_path_factory: pytest.TempPathFactory):
     valid_root, test_root = tmp_path_factory.mktemp("valid"), tmp_path_factory.mktemp("test")
     for file in range(5):
         write(valid_root / f"{file}.wav", np.full((1, 2000), 0.5))
@@ -277,9 +266,7 @@ def test_workers_that_fetch_ahead_change_nothing(levels: Path, tmp_path: Path):
 def test_an_epoch_is_a_whole_number_of_optimizer_steps(levels: Path):
     data = module(levels, 0.01, batch_size=2, valid_share=0.0)
     assert len(data.train_dataloader()) == 6
-    data.trainer = pl.Trainer(
-        accelerator="cpu", accumulate_grad_batches=4, logger=False, enable_progress_bar=False
-    )
+    data.trainer = pl.Trainer(accelerator="cpu", accumulate_grad_batches=4, logger=False, enable_progress_bar=False)
     assert len(data.train_dataloader()) == 8
 
 

@@ -150,9 +150,7 @@ def test_a_file_turned_bad_is_replaced_by_the_same_one_everywhere(root: Path):
     first, second = (CropDataset(root, table, RATE, 100) for _ in range(2))
     heard = [first[position, position % 5][0] for position in range(40)]
     assert {round(float(crop.mean()) * 10) for crop in heard} == {1, 4, 5}
-    assert all(
-        torch.equal(second[position, position % 5][0], heard[position]) for position in range(39, -1, -1)
-    )
+    assert all(torch.equal(second[position, position % 5][0], heard[position]) for position in range(39, -1, -1))
 
 
 def test_a_bad_file_is_named_once_with_its_reason(root: Path, caplog: pytest.LogCaptureFixture):
@@ -163,10 +161,7 @@ def test_a_bad_file_is_named_once_with_its_reason(root: Path, caplog: pytest.Log
     assert [message for message in caplog.messages if "1.wav" in message] == [
         f"replaced {root / '1.wav'} by another file: the file is empty (0 bytes)"
     ]
-    assert (
-        sum("2.wav" in message and "changed since it was indexed" in message for message in caplog.messages)
-        == 1
-    )
+    assert sum("2.wav" in message and "changed since it was indexed" in message for message in caplog.messages) == 1
 
 
 def test_above_the_share_of_bad_reads_the_run_stops_with_the_list(root: Path):
@@ -204,9 +199,7 @@ def test_a_batch_numbers_its_rows_by_position_and_crop():
         ({"seed": -1}, "seed"),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(
-    root: Path, arguments: dict[str, object], message: str
-):
+def test_settings_that_contradict_each_other_are_refused(root: Path, arguments: dict[str, object], message: str):
     write(root / "a.wav", ramp(100))
     with pytest.raises(ValueError, match=message):
         dataset(root, **arguments)

@@ -96,9 +96,7 @@ def test_an_interrupted_indexing_keeps_what_it_has_decoded(root: Path, monkeypat
 
 
 def test_the_number_of_threads_changes_nothing(root: Path, tmp_path: Path):
-    one, four = (
-        index_folder(root, tmp_path / f"{workers}.parquet", num_workers=workers) for workers in (1, 4)
-    )
+    one, four = (index_folder(root, tmp_path / f"{workers}.parquet", num_workers=workers) for workers in (1, 4))
     assert one.equals(four)
 
 
@@ -141,9 +139,7 @@ def test_links_are_followed_but_not_in_circles(root: Path, tmp_path: Path):
     assert table["reason"].to_pylist()[2] == "cannot be opened: No such file or directory"
 
 
-def test_bad_files_are_kept_with_the_reason_listed_and_named_once(
-    root: Path, caplog: pytest.LogCaptureFixture
-):
+def test_bad_files_are_kept_with_the_reason_listed_and_named_once(root: Path, caplog: pytest.LogCaptureFixture):
     (root / "text.wav").write_text("not audio at all " * 9)
     write(root / "silent.wav", level=0.0)
     with caplog.at_level(logging.WARNING):
@@ -191,9 +187,7 @@ def test_a_folder_of_bad_files_only_is_refused_with_examples_and_the_place_of_th
     for number in range(7):
         (tmp_path / f"{number}.wav").touch()
     message = refusal(tmp_path)
-    assert message.startswith(
-        f"none of the 7 audio files under {tmp_path} can be used: 0.wav (the file is empty"
-    )
+    assert message.startswith(f"none of the 7 audio files under {tmp_path} can be used: 0.wav (the file is empty")
     assert message.count("0 bytes") == 5
     assert str(default_cache(tmp_path).parent / "skipped.csv") in message
 

@@ -24,9 +24,7 @@ FORMATS = {
 
 def tones(num_channels: int = 2, seconds: float = 1.0, sample_rate: int = RATE) -> np.ndarray:
     time = np.arange(round(seconds * sample_rate)) / sample_rate
-    return np.stack([0.3 * np.sin(2 * np.pi * 300 * (c + 1) * time) for c in range(num_channels)]).astype(
-        np.float32
-    )
+    return np.stack([0.3 * np.sin(2 * np.pi * 300 * (c + 1) * time) for c in range(num_channels)]).astype(np.float32)
 
 
 def written(path: Path, samples: np.ndarray, subtype: str = "FLOAT", sample_rate: int = RATE) -> Path:
@@ -72,9 +70,7 @@ def test_inspection_counts_and_measures_the_decoded_samples(tmp_path: Path, name
     assert info.rms == pytest.approx(np.sqrt(np.mean(samples.astype(np.float64) ** 2)), rel=1e-5)
 
 
-def test_inspection_measures_across_the_borders_of_its_blocks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_inspection_measures_across_the_borders_of_its_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = written(tmp_path / "a.mp3", tones(seconds=5), "MPEG_LAYER_III")
     whole = inspect(path)
     monkeypatch.setattr("jepa_audio.data.read._BLOCK_FRAMES", 20_000)
@@ -94,9 +90,7 @@ def test_a_truncated_mp3_has_the_length_that_decodes_and_not_the_promised_one(tm
 
 
 @pytest.mark.parametrize(("name", "subtype"), [("a.wav", "PCM_16"), ("a.mp3", "MPEG_LAYER_III")])
-def test_a_slice_beyond_the_damage_is_an_error_and_not_an_empty_array(
-    tmp_path: Path, name: str, subtype: str
-):
+def test_a_slice_beyond_the_damage_is_an_error_and_not_an_empty_array(tmp_path: Path, name: str, subtype: str):
     path = cut(written(tmp_path / name, tones(seconds=4), subtype), 0.4)
     with pytest.raises(AudioReadError, match=r"1000|49000"):
         read(path, 3 * RATE, 1000)

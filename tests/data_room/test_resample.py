@@ -26,9 +26,7 @@ def noise(num_frames: int, num_channels: int = 1) -> torch.Tensor:
 @pytest.mark.parametrize(("from_rate", "to_rate"), PAIRS)
 def test_a_sine_keeps_its_frequency_and_level(from_rate: int, to_rate: int):
     sine = torch.sin(2 * math.pi * 1000 * torch.arange(from_rate) / from_rate)[None].float()
-    spectrum = torch.fft.rfft(
-        resample(sine, from_rate, to_rate)[0, : to_rate - 100] * torch.hann_window(to_rate - 100)
-    )
+    spectrum = torch.fft.rfft(resample(sine, from_rate, to_rate)[0, : to_rate - 100] * torch.hann_window(to_rate - 100))
     found = spectrum.abs().argmax() * to_rate / (to_rate - 100)
     assert 1200 * abs(math.log2(found / 1000)) < 2.5  # cents, of which one bin is 1.7
     assert resample(sine, from_rate, to_rate)[0, 200:-200].abs().max() == pytest.approx(1, abs=0.02)
@@ -47,9 +45,7 @@ def test_a_rate_is_not_touched_if_it_is_the_right_one():
     assert resample(waveform, 8000, 8000) is waveform
 
 
-@pytest.mark.parametrize(
-    ("from_rate", "to_rate"), [*PAIRS, (44_056, 16_000), (47_999, 48_000), (16_001, 44_100)]
-)
+@pytest.mark.parametrize(("from_rate", "to_rate"), [*PAIRS, (44_056, 16_000), (47_999, 48_000), (16_001, 44_100)])
 def test_the_ratio_is_within_a_cent_and_the_kernel_small(from_rate: int, to_rate: int):
     ratio = rate_ratio(from_rate, to_rate)
     assert 1200 * abs(math.log2(ratio * to_rate / from_rate)) < 1
@@ -59,9 +55,7 @@ def test_the_ratio_is_within_a_cent_and_the_kernel_small(from_rate: int, to_rate
 @pytest.mark.parametrize(("from_rate", "to_rate"), PAIRS)
 @pytest.mark.parametrize("num_frames", [1, 2000, 2003])
 def test_the_length_is_known_beforehand(from_rate: int, to_rate: int, num_frames: int):
-    assert resample(noise(num_frames), from_rate, to_rate).shape[1] == resampled_length(
-        num_frames, from_rate, to_rate
-    )
+    assert resample(noise(num_frames), from_rate, to_rate).shape[1] == resampled_length(num_frames, from_rate, to_rate)
 
 
 @pytest.mark.parametrize(("from_rate", "to_rate"), [*PAIRS, (16_000, 16_000)])

@@ -43,8 +43,7 @@ def test_without_shuffling_the_files_come_in_the_order_of_the_table():
 def test_ranks_divide_the_order_of_one_process_among_themselves(world_size: int):
     whole = order(5, num_files=7, batch_size=2 * world_size, seed=3)
     ranks = [
-        order(5, num_files=7, batch_size=2, seed=3, rank=rank, world_size=world_size)
-        for rank in range(world_size)
+        order(5, num_files=7, batch_size=2, seed=3, rank=rank, world_size=world_size) for rank in range(world_size)
     ]
     for step in range(5):
         assert [place for rank in ranks for place in rank[step]] == whole[step]
@@ -63,9 +62,7 @@ def test_the_global_generator_has_no_influence_and_is_left_alone():
 def test_evaluation_gives_every_batch_whole_to_one_rank(num_files: int, world_size: int):
     shares = [list(EveryNthBatch(num_files, 2, rank, world_size)) for rank in range(world_size)]
     assert Counter(file for share in shares for _, file in share) == Counter(range(num_files))
-    assert [len(EveryNthBatch(num_files, 2, rank, world_size)) for rank in range(world_size)] == [
-        *map(len, shares)
-    ]
+    assert [len(EveryNthBatch(num_files, 2, rank, world_size)) for rank in range(world_size)] == [*map(len, shares)]
     batches = {tuple(share[i : i + 2]) for share in shares for i in range(0, len(share), 2)}
     assert batches == {tuple((f, f) for f in range(i, min(i + 2, num_files))) for i in range(0, num_files, 2)}
 
@@ -111,11 +108,7 @@ def loader(num_files: int = 10, batch_size: int = 2, **sampler: int) -> Resumabl
 
 
 def rows(batches: list[AudioBatch]) -> list[tuple[int, int]]:
-    return [
-        (int(row), int(file))
-        for batch in batches
-        for row, file in zip(batch.row, batch.waveform, strict=True)
-    ]
+    return [(int(row), int(file)) for batch in batches for row, file in zip(batch.row, batch.waveform, strict=True)]
 
 
 def expected(num_places: int) -> list[tuple[int, int]]:
@@ -252,9 +245,7 @@ def test_a_run_killed_at_any_step_and_resumed_sees_what_an_uninterrupted_run_see
 def test_a_checkpoint_written_by_a_validation_resumes_as_well(tmp_path: Path, step: int, validate_every: int):
     with pytest.raises(KilledError):
         fit(tmp_path, kill_after=7, validate_every=validate_every, when="validation")
-    resumed = fit(
-        tmp_path / "resumed", ckpt_path=tmp_path / f"step={step}.ckpt", validate_every=validate_every
-    )
+    resumed = fit(tmp_path / "resumed", ckpt_path=tmp_path / f"step={step}.ckpt", validate_every=validate_every)
     assert resumed.shown.tolist() == list(range(8 * 2 * 2))
     assert resumed.stepped == list(range(4 * (step + 1), 33, 4))
 

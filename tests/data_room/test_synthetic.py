@@ -18,9 +18,7 @@ SECOND = Settings({"train": 0, "valid": 0, "test": 0}, 1.0, 16000, 5)
 
 
 def synthesize_tiny(directory: Path, seed: int = 3, num_workers: int = 0) -> dict[str, bytes]:
-    synthesize_corpus(
-        directory, num_train=20, num_valid=4, num_test=6, seconds=0.5, seed=seed, num_workers=num_workers
-    )
+    synthesize_corpus(directory, num_train=20, num_valid=4, num_test=6, seconds=0.5, seed=seed, num_workers=num_workers)
     return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
@@ -102,9 +100,7 @@ def cents_of_the_strongest_period(samples: np.ndarray, pitch: int) -> float:
     return float((cents + 600) % 1200 - 600)
 
 
-@pytest.mark.parametrize(
-    "family", ["bass", "brass", "guitar", "keyboard", "organ", "reed", "string", "vocal"]
-)
+@pytest.mark.parametrize("family", ["bass", "brass", "guitar", "keyboard", "organ", "reed", "string", "vocal"])
 def test_label_says_the_pitch_modulo_octave(family: str):
     index = list(FAMILIES).index(family)
     pitches = range(45, 69, 2)
@@ -136,9 +132,7 @@ def test_families_differ_in_the_spectrum_of_one_pitch():
 def test_velocity_makes_every_family_brighter_and_louder(family: int):
     def sound(velocity: int) -> tuple[float, float]:
         centroids, levels = [], []
-        for number in range(
-            12
-        ):  # equal numbers share all chance, so that the velocity is the only difference
+        for number in range(12):  # equal numbers share all chance, so that the velocity is the only difference
             samples = render(Note(0, number, family, 0, 50, velocity), HALF)[0].astype(float)
             magnitude = np.abs(np.fft.rfft(samples))
             centroids.append(np.average(np.arange(magnitude.size), weights=magnitude**2))
@@ -206,9 +200,7 @@ def test_impossible_corpora_are_refused(counts: dict[str, int], seconds: float, 
         Settings({"train": 1, "valid": 1, "test": 1} | counts, seconds, sample_rate, 0)
 
 
-def test_progress_away_from_a_terminal_is_a_line_every_tenth(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-):
+def test_progress_away_from_a_terminal_is_a_line_every_tenth(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     synthesize_tiny(tmp_path)
     lines = capfd.readouterr().err.splitlines()
     assert [int(line.split()[1]) for line in lines] == list(range(3, 31, 3))

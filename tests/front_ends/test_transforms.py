@@ -48,9 +48,7 @@ def test_as_many_frames_as_the_formula_says(make: Callable[[], Spectrogram]) -> 
 
 
 @every_transform
-@pytest.mark.filterwarnings(
-    "error::UserWarning"
-)  # the library pads with zeros, and warns, where it cannot reflect
+@pytest.mark.filterwarnings("error::UserWarning")  # the library pads with zeros, and warns, where it cannot reflect
 def test_the_shortest_clip_is_the_shortest_that_can_be_reflected(make: Callable[[], Spectrogram]) -> None:
     spectrogram = make()
     spectrogram.log_magnitude(noise(1, spectrogram.min_samples))
@@ -125,18 +123,14 @@ def test_a_tone_is_loudest_in_its_own_band_and_in_its_own_frames(band: int) -> N
 def test_log_mel_equals_the_published_pupujepa() -> None:
     with safe_open(DATA / "pupujepa.safetensors", "pt") as file:
         sizes = json.loads(file.metadata()["mel"])
-        audio, log_mel, normalised = (
-            file.get_tensor(f"mel/{name}") for name in ("audio", "log_mel", "normalised")
-        )
+        audio, log_mel, normalised = (file.get_tensor(f"mel/{name}") for name in ("audio", "log_mel", "normalised"))
     spectrogram = LogMel()
     assert spectrogram.sample_rate == sizes["sample_rate"]
     assert (spectrogram.window_length, spectrogram.hop_length) == (sizes["n_fft"], sizes["hop"])
     assert (spectrogram.num_bands, spectrogram.padding) == (sizes["n_mels"], sizes["pad"])
     ours = spectrogram(audio[:, None])[:, 0]
     torch.testing.assert_close(ours, log_mel, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(
-        (ours - sizes["mean"]) / (sizes["std"] + 1e-8), normalised, rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close((ours - sizes["mean"]) / (sizes["std"] + 1e-8), normalised, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("power", [1.0, 2.0])
@@ -206,9 +200,7 @@ def test_gamma_shortens_the_low_bands_far_more_than_the_high_ones() -> None:
         return (magnitude > magnitude.amax(dim=1, keepdim=True) / 2).sum(dim=1)
 
     constant, variable = (spread(VQT(RATE, 4, 110.0, 36, gamma=gamma)) for gamma in (0.0, 20.0))
-    alpha = (
-        2 ** (1 / 12) - 1
-    )  # bandwidth alpha * f + gamma: the window shrinks by alpha * f / (alpha * f + gamma)
+    alpha = 2 ** (1 / 12) - 1  # bandwidth alpha * f + gamma: the window shrinks by alpha * f / (alpha * f + gamma)
     for band, f in ((0, 110.0), (35, 110.0 * 2 ** (35 / 12))):
         assert variable[band] / constant[band] == pytest.approx(alpha * f / (alpha * f + 20), rel=0.1)
 

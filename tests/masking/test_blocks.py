@@ -54,9 +54,7 @@ def slow_grow(draw_size, grid, count, uniform):
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize(
-    ("masker", "slow_size"), [(BlockMasker(), slow_block), (StripeMasker(), slow_stripe)]
-)
+@pytest.mark.parametrize(("masker", "slow_size"), [(BlockMasker(), slow_block), (StripeMasker(), slow_stripe)])
 def test_growing_a_batch_equals_growing_each_clip_to_the_letter(masker, slow_size, grid):
     uniform = torch.rand(150, 5, 6, generator=generator(), dtype=torch.float64)
     count = int(0.8 * grid.num_tokens)

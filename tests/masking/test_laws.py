@@ -139,9 +139,7 @@ def test_one_context_token_is_always_left():
     assert draw(RandomMasker(target_share=0.99), SHORT).context.index.shape[-1] == 1
 
 
-@pytest.mark.parametrize(
-    ("share", "num_tokens", "count"), [(1 - 0.8, 50, 10), (0.57, 100, 57), (0.8, 2048, 1638)]
-)
+@pytest.mark.parametrize(("share", "num_tokens", "count"), [(1 - 0.8, 50, 10), (0.57, 100, 57), (0.8, 2048, 1638)])
 def test_shares_are_rounded_down_but_not_by_float_dust(share, num_tokens, count):
     assert floor_share(share, num_tokens) == count
 

@@ -113,9 +113,7 @@ def test_a_configuration_builds_a_mixture(parser):
 
 
 def test_short_names_and_misspelt_settings(parser):
-    built = parser.instantiate_classes(
-        parser.parse_args(["--masker=RandomMasker", "--masker.target_share=0.7"])
-    )
+    built = parser.instantiate_classes(parser.parse_args(["--masker=RandomMasker", "--masker.target_share=0.7"]))
     assert built.masker == RandomMasker(target_share=0.7)
     with pytest.raises(Exception, match="target_shaer"):
         parser.parse_args(["--masker=RandomMasker", "--masker.target_shaer=0.7"])

@@ -75,9 +75,7 @@ class LiteralWavJEPA(nn.Module):
         plane = plane + predictor.trunk.positions.additive(grid, predictor.trunk.embed_dim, waveform.device)
         plane = plane[:, None].expand(-1, groups, -1, -1).flatten(0, 1)  # [B * M, N, D']
         allowed = (context[:, None] | targets).flatten(0, 1)
-        prediction = predictor.proj_out(self.trunk(plane, src_key_padding_mask=~allowed)).unflatten(
-            0, (batch, groups)
-        )
+        prediction = predictor.proj_out(self.trunk(plane, src_key_padding_mask=~allowed)).unflatten(0, (batch, groups))
 
         target = self.target(features.detach())[:, None].expand_as(prediction)
         return F.mse_loss(prediction[targets], target[targets])

@@ -64,9 +64,7 @@ def test_shuffled_labels_score_chance(fit, rng: np.random.Generator):
 
 
 @pytest.mark.parametrize("width", [12, 150])
-def test_the_linear_head_is_logistic_regression_also_with_more_columns_than_clips(
-    width: int, rng: np.random.Generator
-):
+def test_the_linear_head_is_logistic_regression_also_with_more_columns_than_clips(width: int, rng: np.random.Generator):
     labels = clips(rng, 120, 50, 400)
     features = clouds(rng, labels, width, noise=2.0)
     ours = fit_linear(features, labels[0], NUM_CLASSES)

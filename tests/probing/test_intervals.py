@@ -86,9 +86,7 @@ def rows() -> list[ProbeRow]:
         split_checksum="abc",
         versions={"torch": "2"},
     )
-    lost = dataclasses.replace(
-        row, variant="context", value=0.4, against_random=Difference(-0.1, -0.15, -0.05)
-    )
+    lost = dataclasses.replace(row, variant="context", value=0.4, against_random=Difference(-0.1, -0.15, -0.05))
     won = dataclasses.replace(lost, task="nsynth_instrument", against_random=Difference(0.1, 0.05, 0.15))
     unclear = dataclasses.replace(won, head="knn", against_random=Difference(0.01, -0.05, 0.15))
     return [row, lost, won, unclear]

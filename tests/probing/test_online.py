@@ -98,9 +98,7 @@ def test_what_is_printed_is_logged(tiny_cli: Callable, fit: Callable, corpus: Pa
     fit(cli, None, probe)
     lines = (tmp_path / "metrics.csv").read_text().splitlines()
     columns = lines[0].split(",")
-    place = {
-        name: columns.index(f"probe/nsynth_instrument/{name}") for name in ("accuracy", "twin", "difference")
-    }
+    place = {name: columns.index(f"probe/nsynth_instrument/{name}") for name in ("accuracy", "twin", "difference")}
     logged = [line.split(",") for line in lines[1:] if line.split(",")[place["twin"]]]
     assert [int(line[columns.index("step")]) for line in logged] == [0, 2, 4]
     for line, difference in zip(logged, probe.differences.values(), strict=True):

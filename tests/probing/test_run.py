@@ -149,9 +149,7 @@ def test_a_file_fills_the_channels_of_the_encoder(tmp_path: Path):
         load_waveform(tmp_path / "stereo.wav", RATE, 3)
 
 
-def test_features_are_extracted_once_and_anew_when_the_function_or_a_file_changes(
-    corpus: Path, tmp_path: Path
-):
+def test_features_are_extracted_once_and_anew_when_the_function_or_a_file_changes(corpus: Path, tmp_path: Path):
     folder, paths = tmp_path / "features", TASKS["nsynth_pitch"].load(corpus).valid.paths
     first = cached_features(Strongest(), paths, folder, 4)
     (file,) = folder.iterdir()
@@ -188,9 +186,7 @@ def test_a_probe_compares_every_encoder_with_what_the_run_began_with(
     fit(cli)
     checkpoint = tmp_path / "runs" / "mel" / "checkpoints" / "last.ckpt"
     cli.trainer.save_checkpoint(checkpoint)
-    rows = probe(
-        [checkpoint], corpus, tmp_path / "probe", random_seeds=(7,), frequency="concat", max_train=30
-    )
+    rows = probe([checkpoint], corpus, tmp_path / "probe", random_seeds=(7,), frequency="concat", max_train=30)
     assert read_jsonl(tmp_path / "probe" / "results.jsonl") == rows
     assert [(row.encoder, row.variant) for row in rows[::4]] == [
         ("mel", "random"),

@@ -76,9 +76,7 @@ class AudioDataModule(LightningDataModule):
         if not 0 <= valid_share < 1:
             raise ValueError(f"`valid_share` ({valid_share}) must be in [0, 1)")
         if batch_size < 1 or num_valid_clips < 1:
-            raise ValueError(
-                f"`batch_size` ({batch_size}) and `num_valid_clips` ({num_valid_clips}) must be >= 1"
-            )
+            raise ValueError(f"`batch_size` ({batch_size}) and `num_valid_clips` ({num_valid_clips}) must be >= 1")
         if round(crop_seconds * sample_rate) < 1:
             raise ValueError(f"`crop_seconds` ({crop_seconds}) must be at least a sample at {sample_rate} Hz")
         self.root = Path(root)
@@ -136,9 +134,7 @@ class AudioDataModule(LightningDataModule):
         """What there is to train on, in one line."""
         table = self._tables["train"][1]
         hours = float(np.sum(table["num_frames"].to_numpy() / table["sample_rate"].to_numpy())) / 3600
-        rates = sorted(
-            (count["values"], count["counts"]) for count in table["sample_rate"].value_counts().to_pylist()
-        )
+        rates = sorted((count["values"], count["counts"]) for count in table["sample_rate"].value_counts().to_pylist())
         return (
             f"{self.root}: {len(table)} files to train on, {hours:.2f} hours, "
             + ", ".join(f"{count} at {rate} Hz" for rate, count in rates)

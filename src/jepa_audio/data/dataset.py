@@ -152,9 +152,7 @@ class CropDataset(Dataset[tuple[Tensor, int]]):
         clip = self._read(file, start, min(self.clip_samples, length), channel)
         clip = clip * self._gain(float(clip.square().mean().sqrt()))
         starts = self._starts(clip.shape[-1], self.num_samples, self.crops_per_clip, rng)
-        return torch.stack(
-            [_padded(clip[:, start : start + self.num_samples], self.num_samples) for start in starts]
-        )
+        return torch.stack([_padded(clip[:, start : start + self.num_samples], self.num_samples) for start in starts])
 
     def _starts(self, length: int, window: int, count: int, rng: np.random.Generator) -> list[int]:
         room = max(length - window, 0)
@@ -167,9 +165,7 @@ class CropDataset(Dataset[tuple[Tensor, int]]):
         samples, sample_rate = read(file.path, source.start, source.num_frames)
         if (sample_rate, len(samples)) != (file.sample_rate, file.num_channels):
             raise AudioReadError(file.path, "changed since it was indexed: other sample rate or channels")
-        waveform = resample(
-            self._mixed(torch.from_numpy(samples), channel), file.sample_rate, self.sample_rate
-        )
+        waveform = resample(self._mixed(torch.from_numpy(samples), channel), file.sample_rate, self.sample_rate)
         return _padded(waveform[:, source.skip : source.skip + length], length)
 
     def _mixed(self, waveform: Float32[Tensor, "C S"], channel: int) -> Float32[Tensor, "K S"]:

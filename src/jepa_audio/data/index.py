@@ -157,8 +157,7 @@ def _scan(root: Path) -> list[_Found]:
     if not found:
         looked_for = ", ".join(sorted(AUDIO_SUFFIXES))
         raise CorpusError(
-            f"no audio files under {root} (looked for {looked_for})"
-            + (f"; there are {ignored}" if foreign else "")
+            f"no audio files under {root} (looked for {looked_for})" + (f"; there are {ignored}" if foreign else "")
         )
     if foreign:
         log.warning("%s: ignored %s", root, ignored)

@@ -85,9 +85,7 @@ def read(path: Path, start: int = 0, num_frames: int | None = None) -> tuple[Flo
         # The frame count in an mp3 header is an estimate, so only a slice of known length is held to it.
         exact = num_frames is not None or file.format != "MP3"
         if len(samples) < (expected if exact else 1):
-            raise AudioReadError(
-                path, f"truncated: {expected} frames from {start} expected, {len(samples)} decoded"
-            )
+            raise AudioReadError(path, f"truncated: {expected} frames from {start} expected, {len(samples)} decoded")
         _check_peak(path, _peak(samples))
         return np.ascontiguousarray(samples.T), file.samplerate
 
@@ -107,13 +105,9 @@ def inspect(path: Path) -> AudioInfo:
             if len(block) < _BLOCK_FRAMES:
                 break
         if count == 0:
-            raise AudioReadError(
-                path, f"no sample could be decoded, the header promises {file.frames} frames"
-            )
+            raise AudioReadError(path, f"no sample could be decoded, the header promises {file.frames} frames")
         if count < file.frames and file.format != "MP3":
-            raise AudioReadError(
-                path, f"truncated: the header promises {file.frames} frames, {count} decoded"
-            )
+            raise AudioReadError(path, f"truncated: the header promises {file.frames} frames, {count} decoded")
         rms = math.sqrt(energy / (count * file.channels))
         return AudioInfo(count, file.samplerate, file.channels, peak, rms)
 
@@ -125,9 +119,7 @@ def _opened(path: Path) -> Iterator[sf.SoundFile]:
             raise AudioReadError(path, "the file is empty (0 bytes)")
         with sf.SoundFile(path) as file:
             if file.samplerate not in _SAMPLE_RATES:
-                raise AudioReadError(
-                    path, f"absurd sample rate: {file.samplerate} Hz, expected 1 kHz to 1 MHz"
-                )
+                raise AudioReadError(path, f"absurd sample rate: {file.samplerate} Hz, expected 1 kHz to 1 MHz")
             if file.frames > _LONGEST_SECONDS * file.samplerate:
                 raise AudioReadError(path, f"the header promises {file.frames} frames, more than 24 hours")
             yield file
@@ -137,9 +129,7 @@ def _opened(path: Path) -> Iterator[sf.SoundFile]:
         cause = "Format not recognised." if unknown else error.error_string.strip()
         raise AudioReadError(path, f"cannot be decoded: {cause}") from error
     except (sf.SoundFileError, OSError) as error:
-        raise AudioReadError(
-            path, f"cannot be opened: {getattr(error, 'strerror', None) or error}"
-        ) from error
+        raise AudioReadError(path, f"cannot be opened: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _decoded(file: sf.SoundFile, start: int, num_frames: int) -> Float32[np.ndarray, "S C"]:

@@ -43,9 +43,7 @@ class SpectrogramFrontEnd(FrontEnd):
     ) -> None:
         super().__init__()
         if patch_frames < 1 or patch_bands < 1:
-            raise ValueError(
-                f"`patch_frames` ({patch_frames}) and `patch_bands` ({patch_bands}) must be positive"
-            )
+            raise ValueError(f"`patch_frames` ({patch_frames}) and `patch_bands` ({patch_bands}) must be positive")
         if spectrogram.num_bands % patch_bands:
             raise ValueError(
                 f"`patch_bands` ({patch_bands}) must divide the number of bands ({spectrogram.num_bands}): "
@@ -114,9 +112,7 @@ def measure_statistics(spectrogram: Spectrogram, waveforms: Iterable[Tensor]) ->
     for waveform in waveforms:
         values = spectrogram(waveform).double()
         total, difference = count + values.numel(), float(values.mean()) - mean
-        squares += (
-            float(values.var(correction=0)) * values.numel() + difference**2 * count * values.numel() / total
-        )
+        squares += float(values.var(correction=0)) * values.numel() + difference**2 * count * values.numel() / total
         mean += difference * values.numel() / total
         count = total
     if count == 0:

@@ -216,9 +216,7 @@ class Gammatone(_FilterBank):
     ) -> None:
         f_max_hz = _checked_f_max(sample_rate, f_min_hz, f_max_hz)
         bank = torch.from_numpy(get_gammatone(sample_rate, n_fft, n_bins, f_min_hz, f_max_hz)).float()
-        super().__init__(
-            bank, sample_rate, n_fft, win_length, hop_length, power, floor, magnitude_eps, center
-        )
+        super().__init__(bank, sample_rate, n_fft, win_length, hop_length, power, floor, magnitude_eps, center)
 
 
 class _ConstantQ(Spectrogram):

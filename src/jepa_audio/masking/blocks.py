@@ -40,23 +40,17 @@ class MultiBlockMasker(Masker):
 
     def __post_init__(self) -> None:
         if self.num_targets < 1:
-            raise ValueError(
-                f"`num_targets` must be at least 1, got {self.num_targets}: nothing would be predicted"
-            )
+            raise ValueError(f"`num_targets` must be at least 1, got {self.num_targets}: nothing would be predicted")
         _check_range("target_scale", self.target_scale, 1.0)
         _check_range("target_aspect", self.target_aspect, math.inf)
         _check_range("context_scale", self.context_scale, 1.0)
         if not 0 <= self.min_context < 1:
-            raise ValueError(
-                f"`min_context` must lie in [0, 1), got {self.min_context}: it is a share of the tokens"
-            )
+            raise ValueError(f"`min_context` must lie in [0, 1), got {self.min_context}: it is a share of the tokens")
 
     def __call__(self, grid: Grid, batch_size: int, generator: torch.Generator, step: int) -> Masks:
         """See `Masker`."""
         uniform = torch.rand(3, generator=generator, dtype=torch.float64)
-        ranges = torch.tensor(
-            [self.target_scale, self.target_aspect, self.context_scale], dtype=torch.float64
-        )
+        ranges = torch.tensor([self.target_scale, self.target_aspect, self.context_scale], dtype=torch.float64)
         target_scale, target_aspect, context_scale = torch.lerp(ranges[:, 0], ranges[:, 1], uniform).tolist()
         target_size = _block_size(grid, target_scale, target_aspect)
         context_size = _block_size(grid, context_scale, 1.0)
@@ -106,9 +100,7 @@ class BlockMasker(Masker):
     def _size(self, grid: Grid, uniform: Float[Tensor, "3 B"], free: Int[Tensor, " B"]) -> Int[Tensor, "B 2"]:
         area = (grid.num_tokens * _between(self.scale, uniform[0])).minimum(free)
         is_long = uniform[1] < 0.5
-        aspect = torch.where(
-            is_long, _between(self.long_aspect, uniform[2]), _between(self.tall_aspect, uniform[2])
-        )
+        aspect = torch.where(is_long, _between(self.long_aspect, uniform[2]), _between(self.tall_aspect, uniform[2]))
         return torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], dim=-1).long()
 
 
@@ -232,9 +224,7 @@ def _between(bounds: tuple[float, float], uniform: Float[Tensor, " B"]) -> Float
 def _target_count(grid: Grid, target_share: float) -> int:
     count = floor_share(target_share, grid.num_tokens)
     if count < 1:
-        raise ValueError(
-            f"`target_share` ({target_share}) leaves no target on {grid}: raise it or give longer clips"
-        )
+        raise ValueError(f"`target_share` ({target_share}) leaves no target on {grid}: raise it or give longer clips")
     return count
 
 
@@ -245,6 +235,4 @@ def _check_range(name: str, bounds: tuple[float, float], limit: float) -> None:
 
 def _check_attempts(max_attempts: int) -> None:
     if max_attempts < 1:
-        raise ValueError(
-            f"`max_attempts` must be at least 1, got {max_attempts}: 0 is what RandomMasker does"
-        )
+        raise ValueError(f"`max_attempts` must be at least 1, got {max_attempts}: 0 is what RandomMasker does")

@@ -34,12 +34,8 @@ class MixtureMasker(Masker):
                 f"`weights` ({len(self.weights)}) must be as many as `maskers` ({len(self.maskers)}), at "
                 f"least one: give each masker its weight"
             )
-        if not all(weight >= 0 for weight in self.weights) or not math.isclose(
-            sum(self.weights), 1, abs_tol=1e-6
-        ):
-            raise ValueError(
-                f"`weights` must be at least 0 and add up to 1, got {self.weights}: divide by their sum"
-            )
+        if not all(weight >= 0 for weight in self.weights) or not math.isclose(sum(self.weights), 1, abs_tol=1e-6):
+            raise ValueError(f"`weights` must be at least 0 and add up to 1, got {self.weights}: divide by their sum")
         if not 0 <= self.warmup_start <= self.warmup_end:
             raise ValueError(
                 f"`warmup_end` ({self.warmup_end}) must not come before `warmup_start` "

@@ -36,11 +36,7 @@ class RandomMasker(Masker):
 
     @property
     def _range(self) -> tuple[float, float]:
-        return (
-            self.target_share
-            if isinstance(self.target_share, tuple)
-            else (self.target_share, self.target_share)
-        )
+        return self.target_share if isinstance(self.target_share, tuple) else (self.target_share, self.target_share)
 
     def __call__(self, grid: Grid, batch_size: int, generator: torch.Generator, step: int) -> Masks:
         """See `Masker`: `floor(N * (1 - target_share))` context tokens, at least one; the rest is targets."""
@@ -101,6 +97,4 @@ def floor_share(share: float, num_tokens: int) -> int:
 def check_share(name: str, value: float) -> None:
     """`ValueError` unless something and not everything is meant."""
     if not 0 < value < 1:
-        raise ValueError(
-            f"`{name}` must lie between 0 and 1, both excluded, got {value}: it is a share of the tokens"
-        )
+        raise ValueError(f"`{name}` must lie between 0 and 1, both excluded, got {value}: it is a share of the tokens")

@@ -56,9 +56,7 @@ class SpanMasker(Masker):
                 self.target_length,
                 generator,
             ).unflatten(0, (num_rows, self.num_groups))
-            hidden = sample_spans(
-                num_rows, grid.num_time, self.context_probability, self.context_length, generator
-            )
+            hidden = sample_spans(num_rows, grid.num_time, self.context_probability, self.context_length, generator)
             return ~(hidden | targets.any(1)), targets
 
         return _over_frequency(grid, *draw_accepted(draw, batch_size, self.min_context, self))
@@ -118,9 +116,7 @@ def sample_spans(
     from all places where a span fits. Spans may overlap, so a row may hold less than `probability`.
     """
     num_starts = num_time - length + 1
-    count = probability * num_time / length + torch.rand(
-        num_rows, 1, generator=generator, dtype=torch.float64
-    )
+    count = probability * num_time / length + torch.rand(num_rows, 1, generator=generator, dtype=torch.float64)
     count = count.long().clamp(max=num_starts)
     score = torch.rand(num_rows, num_starts, generator=generator, dtype=torch.float32)
     chosen = score.topk(int(count.max()), dim=-1).indices
@@ -152,9 +148,7 @@ def _check_spans(what: str, probability: float, length: int) -> None:
 
 def _check_groups(num_groups: int, min_context: float) -> None:
     if num_groups < 1:
-        raise ValueError(
-            f"`num_groups` must be at least 1, got {num_groups}: without targets nothing is predicted"
-        )
+        raise ValueError(f"`num_groups` must be at least 1, got {num_groups}: without targets nothing is predicted")
     if not 0 <= min_context < 1:
         raise ValueError(f"`min_context` must lie in [0, 1), got {min_context}: it is a share of the tokens")
 

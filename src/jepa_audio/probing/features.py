@@ -31,15 +31,11 @@ def load_waveform(path: Path, sample_rate: int, num_channels: int) -> Float32[Te
     if num_channels == 1:
         waveform = waveform.mean(dim=0, keepdim=True)
     elif len(waveform) not in (1, num_channels):
-        raise ValueError(
-            f"{path} has {len(waveform)} channels, the encoder takes {num_channels}: give 1 or as many"
-        )
+        raise ValueError(f"{path} has {len(waveform)} channels, the encoder takes {num_channels}: give 1 or as many")
     return resample(waveform, rate, sample_rate).expand(num_channels, -1)
 
 
-def load_waveforms(
-    paths: Sequence[Path], sample_rate: int, num_channels: int
-) -> list[Float32[Tensor, "C _"]]:
+def load_waveforms(paths: Sequence[Path], sample_rate: int, num_channels: int) -> list[Float32[Tensor, "C _"]]:
     """Files in the order given."""
     with ThreadPoolExecutor(_READERS) as pool:
         return list(pool.map(lambda path: load_waveform(path, sample_rate, num_channels), paths))
@@ -62,9 +58,7 @@ def extract(
     layers: list[np.ndarray] = []
     starts = range(0, len(paths), batch_size)
     for start in track(starts, description, transient=True):
-        waveforms = load_waveforms(
-            paths[start : start + batch_size], encoder.sample_rate, encoder.num_channels
-        )
+        waveforms = load_waveforms(paths[start : start + batch_size], encoder.sample_rate, encoder.num_channels)
         batch = features_of(encoder, waveforms)
         if not layers:
             layers = [np.empty((len(paths), layer.shape[1]), dtype=np.float32) for layer in batch]

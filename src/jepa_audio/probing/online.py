@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from jaxtyping import Bool
 from lightning.pytorch import Callback, LightningModule, Trainer
 from sklearn.linear_model import RidgeClassifierCV
@@ -90,9 +88,7 @@ class OnlineProbe(Callback):
             task.valid.subset(self.num_valid, self.seed),
         )
         front_end = pl_module.front_end
-        self._waveforms = load_waveforms(
-            train.paths + valid.paths, front_end.sample_rate, front_end.num_channels
-        )
+        self._waveforms = load_waveforms(train.paths + valid.paths, front_end.sample_rate, front_end.num_channels)
         self._labels = np.concatenate([train.labels, valid.labels])
         self.num_train = len(train)
 
@@ -102,11 +98,8 @@ class OnlineProbe(Callback):
         """Score the twin before the first step, and the encoder too if the run begins here."""
         if trainer.is_global_zero and self._twin is None:
             assert isinstance(pl_module, JEPA)
-            twin = _frozen_copy(pl_module, batch.waveform.shape[-1], "context").cpu()
-            with torch.random.fork_rng(devices=[]):  # as `JEPA.reset_parameters`
-                torch.manual_seed(pl_module.seed)
-                twin.front_end.reset_parameters()
-                twin.encoder.reset_parameters()
+            frozen = FrozenEncoder.from_jepa(pl_module, batch.waveform.shape[-1])
+            twin = frozen.random_twin(pl_module.seed)
             self._twin, self._twin_hash = self._correct(twin.to(pl_module.device)), state_hash(twin)
             if trainer.global_step == 0:
                 self._look(trainer, pl_module, batch)
@@ -123,7 +116,7 @@ class OnlineProbe(Callback):
     def _look(self, trainer: Trainer, pl_module: LightningModule, batch: AudioBatch) -> None:
         assert isinstance(pl_module, JEPA)
         assert self._twin is not None
-        frozen = _frozen_copy(pl_module, batch.waveform.shape[-1], self.which)
+        frozen = FrozenEncoder.from_jepa(pl_module, batch.waveform.shape[-1], self.which)
         correct = self._twin if state_hash(frozen) == self._twin_hash else self._correct(frozen)
         difference = paired_difference(correct, self._twin, seed=self.seed)
         self.differences[trainer.global_step] = difference
@@ -149,11 +142,3 @@ class OnlineProbe(Callback):
         ]
         best = max(range(len(heads)), key=lambda layer: heads[layer][-1].best_score_)
         return heads[best].predict(layers[best][self.num_train :]) == labels[self.num_train :]
-
-
-def _frozen_copy(jepa: JEPA, window_samples: int, which: Literal["context", "target"]) -> FrozenEncoder:
-    # Freezing the model's own parts would end their training, and compiled blocks would be compiled anew.
-    front_end, encoder = jepa.front_end, jepa.encoder
-    if which == "target":
-        front_end, encoder = jepa.target_front_end or front_end, jepa.target_encoder
-    return FrozenEncoder(copy.deepcopy(front_end), copy.deepcopy(encoder), window_samples)

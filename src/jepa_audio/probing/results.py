@@ -86,17 +86,13 @@ def read_jsonl(path: Path) -> list[ProbeRow]:
 def _from_json(row: dict) -> ProbeRow:
     against = row.pop("against_random")
     by_layer = tuple(row.pop("valid_by_layer"))
-    return ProbeRow(
-        **row, valid_by_layer=by_layer, against_random=None if against is None else Difference(**against)
-    )
+    return ProbeRow(**row, valid_by_layer=by_layer, against_random=None if against is None else Difference(**against))
 
 
 def table(rows: Iterable[ProbeRow]) -> Table:
     """One line for each encoder and head, one column for each task: won, lost and undecided ones alike."""
     header, lines, chance = _cells(list(rows), lambda row: f"{_value(row)}\n{_against(row)}".rstrip())
-    shown = Table(
-        *header, title="accuracy on the test clips [95 %], against the random-init twin", caption=chance
-    )
+    shown = Table(*header, title="accuracy on the test clips [95 %], against the random-init twin", caption=chance)
     for line in lines:
         shown.add_row(*line)
     return shown
@@ -129,6 +125,4 @@ def _value(row: ProbeRow) -> str:
 
 
 def _against(row: ProbeRow) -> str:
-    return (
-        "" if row.against_random is None else f"{row.against_random.verdict} {row.against_random.value:+.3f}"
-    )
+    return "" if row.against_random is None else f"{row.against_random.verdict} {row.against_random.value:+.3f}"

@@ -103,10 +103,7 @@ def probe(
                 device=device,
             )
             compared = twin if encoder.variant in variants else {}
-            new = [
-                _row(encoder, answer, compared.get((answer.task.name, answer.head)), seed)
-                for answer in answers
-            ]
+            new = [_row(encoder, answer, compared.get((answer.task.name, answer.head)), seed) for answer in answers]
             if encoder.variant == "random":
                 twin = {(answer.task.name, answer.head): answer.correct for answer in answers}
             append_jsonl(output / "results.jsonl", new)

@@ -28,8 +28,7 @@ class LabelledClips:
     def __post_init__(self) -> None:
         if not self.paths or len(self.paths) != len(self.labels):
             raise ValueError(
-                f"a split needs clips and one label for each, got {len(self.paths)} files and "
-                f"{len(self.labels)} labels"
+                f"a split needs clips and one label for each, got {len(self.paths)} files and {len(self.labels)} labels"
             )
 
     def __len__(self) -> int:

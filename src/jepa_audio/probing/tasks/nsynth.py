@@ -32,9 +32,7 @@ class NSynth(Task):
     def load(self, root: Path) -> ProbeTask:
         """See `Task`."""
         notes = {split: _read_examples(root / f"nsynth-{split}") for split in ("train", "valid", "test")}
-        labels = {
-            split: [self._label(root, split, *note) for note in notes[split].items()] for split in notes
-        }
+        labels = {split: [self._label(root, split, *note) for note in notes[split].items()] for split in notes}
         classes = sorted(set(labels["train"]))
         number = {label: i for i, label in enumerate(classes)}
         splits = {
