@@ -27,6 +27,7 @@ from jepa_audio.data.read import AudioReadError
 from jepa_audio.jepa import JEPA
 from jepa_audio.monitor import CollapseMonitor
 from jepa_audio.probing.online import OnlineProbe  # noqa: F401
+from jepa_audio.probing.results import table
 from jepa_audio.probing.run import probe
 from jepa_audio.report import write_report
 from jepa_audio.suggest import HelpfulParser
@@ -168,7 +169,11 @@ def run_function(words: tuple[str, ...], args: Sequence[str]) -> None:
     function = FUNCTIONS[words]
     parser = ArgumentParser(prog=" ".join(("jepa-audio", *words)), description=inspect.getdoc(function))
     parser.add_function_arguments(function, as_positional=words[0] != "probe")
-    function(**parser.parse_args(list(args)).as_dict())
+    result = function(**parser.parse_args(list(args)).as_dict())
+    if isinstance(result, list):
+        Console().print(table(result))
+    elif result is not None:
+        print(result)
 
 
 def main(args: Sequence[str] | None = None) -> None:

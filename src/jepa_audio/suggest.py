@@ -32,7 +32,7 @@ def suggestion(message: str, options: set[str]) -> str:
     if found := re.search(r"unrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message):
         wrong, words = found[1] or found[2], options
     elif found := re.search(r"Option '(\w+)' is not accepted", message):
-        wrong, words = found[1], {name for cls in _classes() for name in getattr(cls.__init__, "__annotations__", ())}
+        wrong, words = found[1], {name for cls in _classes() for name in _parameters(cls)}
     elif found := re.search(r"import path string: (\w+)", message):
         wrong, words = found[1], {cls.__name__ for cls in _classes()}
     else:
@@ -54,3 +54,7 @@ def _classes() -> Iterator[type]:
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "jepa_audio":
             yield from (cls for _, cls in inspect.getmembers(module, inspect.isclass) if cls.__module__ == name)
+
+
+def _parameters(cls: type) -> Iterator[str]:
+    yield from getattr(vars(cls).get("__init__"), "__annotations__", ())

@@ -105,11 +105,11 @@ def test_the_table_shows_lost_won_and_undecided_tasks_in_a_line_for_each_encoder
     lines = [line for line in markdown(rows).splitlines() if line.startswith("|")]
     assert len(lines) == 2 + 3
     assert "0.500 [0.450, 0.550] |" in lines[2]
-    assert "behind -0.100" in lines[3]
-    assert "ahead +0.100" in lines[3]
-    assert "not told apart +0.010" in lines[4]
+    assert "behind (-0.100 [" in lines[3]
+    assert "ahead (+0.100 [+0.050, +0.150])" in lines[3]
+    assert "not told apart (+0.010 [" in lines[4]
     text = io.StringIO()
     Console(width=200, file=text).print(table(rows))
-    assert {"behind -0.100", "ahead +0.100"} <= {
+    assert "ahead (+0.100 [+0.050, +0.150])" in {
         cell.strip() for line in text.getvalue().splitlines() for cell in line.split("│")
     }

@@ -376,8 +376,8 @@ def synthesize_corpus(
     Args:
         directory: gets `nsynth-train`, `nsynth-valid` and `nsynth-test`, and at the very end `corpus.json`.
         num_train: notes of 64 instruments a family.
-        num_valid: notes of 4 others.
-        num_test: notes of 8 others again.
+        num_valid: notes of 16 others.
+        num_test: notes of 32 others again.
         seed: another seed is another corpus, instruments included.
         seconds: length of every clip.
         sample_rate: in Hz.

@@ -125,4 +125,4 @@ def _value(row: ProbeRow) -> str:
 
 
 def _against(row: ProbeRow) -> str:
-    return "" if row.against_random is None else f"{row.against_random.verdict} {row.against_random.value:+.3f}"
+    return "" if row.against_random is None else str(row.against_random)

@@ -1,0 +1,60 @@
+"""What the documents name is there: files, commands, options, make targets."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "architecture.md"]
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    return "\n".join(path.read_text() for path in DOCUMENTS)
+
+
+def test_files_exist(text: str):
+    named = set(re.findall(r"(?<![\w/.])((?:configs|docs|benchmarks|tests|src)/[\w./*-]*\w)", text))
+    assert len(named) > 8
+    assert [name for name in named if not list(ROOT.glob(name))] == []
+
+
+def test_rooms_of_the_architecture_exist():
+    drawn = (ROOT / "docs" / "architecture.md").read_text().partition("src/jepa_audio/")[2].partition("```")[0]
+    rooms = set(re.findall(r"[\w/]+\.py\b", drawn.partition("configs/")[0]))
+    have = {path.name for path in (ROOT / "src" / "jepa_audio").rglob("*.py")}
+    assert rooms - have == set()
+    top = {path.name for path in (ROOT / "src" / "jepa_audio").glob("*.py")} - {"__init__.py", "__main__.py"}
+    assert top - rooms == set()
+
+
+def test_commands_exist(text: str):
+    from jepa_audio.cli import FUNCTIONS, TRAINER_COMMANDS
+
+    first = {words[0] for words in FUNCTIONS} | set(TRAINER_COMMANDS)
+    named = set(re.findall(r"jepa-audio ([a-z]+)", text))
+    assert len(named) > 3
+    assert named - first == set()
+
+
+def test_options_exist(text: str, capsys: pytest.CaptureFixture[str]):
+    from lightning.pytorch.callbacks import Callback  # noqa: F401 (its subclasses get short names)
+
+    from jepa_audio.cli import JEPACLI
+
+    with pytest.raises(SystemExit):
+        JEPACLI(["fit", "--help"])
+    accepted = set(re.findall(r"--([\w.]+)", capsys.readouterr().out))
+    named = {option for option in re.findall(r"--([a-z_]+(?:\.[a-z_]+)*)", text) if "." in option}
+    classes = ("model.distance.", "model.encoder.", "trainer.callbacks", "model.front_end.", "model.lr_schedule.")
+    assert len(named) > 6
+    assert {option for option in named if not option.startswith(classes)} - accepted == set()
+
+
+def test_make_targets_are_helped():
+    makefile = (ROOT / "Makefile").read_text()
+    wanted = {"help", "install", "demo", "test", "test-slow", "lint", "type", "check", "bench", "docs"}
+    assert wanted <= set(re.findall(r"^([a-z-]+):.*## ", makefile, re.MULTILINE))
