@@ -39,7 +39,9 @@ def test_every_clip_of_a_padded_batch_equals_the_clip_alone(frozen: FrozenEncode
         alone = frozen.encode(clips[row : row + 1, :, :length])
         num_columns = alone.layers[0].shape[1]
         assert alone.valid.all()
-        assert together.valid[row].tolist() == [column < num_columns for column in range(together.valid.shape[1])]
+        assert together.valid[row].tolist() == [
+            column < num_columns for column in range(together.valid.shape[1])
+        ]
         for whole, own in zip(together.layers, alone.layers, strict=True):
             torch.testing.assert_close(whole[row, :num_columns], own[0], rtol=1e-5, atol=1e-5)
             assert torch.equal(whole[row, num_columns:], torch.zeros_like(whole[row, num_columns:]))
@@ -78,7 +80,9 @@ def test_a_long_clip_is_encoded_in_windows_that_each_equal_a_short_clip(frozen: 
 
 
 @pytest.mark.parametrize("num_samples", [301, 450, 640])
-def test_the_windows_cover_the_clip_and_are_as_few_as_can_be(frozen: FrozenEncoder, clips: Tensor, num_samples: int):
+def test_the_windows_cover_the_clip_and_are_as_few_as_can_be(
+    frozen: FrozenEncoder, clips: Tensor, num_samples: int
+):
     clip = clips[:1, :, :num_samples]
     before = frozen.encode(clip)
     num_windows = -(-num_samples // WINDOW)
@@ -130,13 +134,25 @@ def test_encoding_draws_nothing_keeps_no_graph_and_is_always_in_evaluation_mode(
         assert not a.requires_grad
 
 
-def test_the_target_encoder_comes_with_its_own_front_end(tiny_jepa: Callable[..., JEPA]):
-    jepa = tiny_jepa("wave", "--model.target_front_end=momentum")
+@pytest.mark.parametrize("target_front_end", ["shared", "momentum"])
+def test_the_target_encoder_comes_with_the_front_end_that_it_reads(
+    tiny_jepa: Callable[..., JEPA], target_front_end: str
+):
+    jepa = tiny_jepa("wave", f"--model.target_front_end={target_front_end}")
+    for i, part in enumerate((jepa.front_end, jepa.encoder, *jepa.target_modules.values())):
+        torch.nn.init.constant_(part.norm.bias, i)
     own = FrozenEncoder.from_jepa(jepa, WINDOW, "target")
-    assert own.front_end is jepa.target_front_end
-    assert own.encoder is jepa.target_encoder
-    shared = tiny_jepa("wave")
-    assert FrozenEncoder.from_jepa(shared, WINDOW, "target").front_end is shared.front_end
+    assert torch.equal(own.encoder.norm.bias, jepa.target_encoder.norm.bias)
+    assert torch.equal(own.front_end.norm.bias, (jepa.target_front_end or jepa.front_end).norm.bias)
+
+
+def test_a_frozen_copy_leaves_the_model_free_to_learn(tiny_jepa: Callable[..., JEPA]):
+    jepa = tiny_jepa("wave").train()
+    frozen = FrozenEncoder.from_jepa(jepa, WINDOW)
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    assert all(parameter.requires_grad for parameter in jepa.encoder.parameters())
+    assert jepa.encoder.training
+    assert not frozen.encoder.training
 
 
 def test_a_clip_shorter_than_a_token_is_refused(frozen: FrozenEncoder):
