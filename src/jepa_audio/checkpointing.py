@@ -76,6 +76,7 @@ class RunCheckpoint(ModelCheckpoint):
         """Listen for signals."""
         super().on_train_start(trainer, pl_module)
         self._told_to_stop, self._stepped_at = False, trainer.global_step
+        self._last_global_step_saved = trainer.global_step  # else a resumed run saves in the middle of its first step
         if threading.current_thread() is threading.main_thread():
             self._former = {number: signal.signal(number, self._tell_to_stop) for number in STOP_SIGNALS}
 

@@ -24,12 +24,12 @@ class LayerFeatures:
     Attributes:
         layers: one tensor `[B, T, F, D]` for each layer: 0 is what enters the first block, then the output of every
             block; the last one is taken after the final norm.
-        times: centre of every time column in seconds, `[T]`.
-        valid: True where a column belongs to the clip, `[B, T]`; columns beyond a shorter clip's end are zeros.
+        times: centre of every time column in seconds, `[B, T]`, rising along a clip.
+        valid: True where a column belongs to the clip, `[B, T]`; the columns that fill up a shorter clip are zeros.
     """
 
     layers: tuple[Float[Tensor, "B T F D"], ...]
-    times: Float[Tensor, " T"]
+    times: Float[Tensor, "B T"]
     valid: Bool[Tensor, "B T"]
 
     def pool(self, frequency: Literal["mean", "concat"] = "mean") -> list[Float[Tensor, "B E"]]:
@@ -46,7 +46,8 @@ class FrozenEncoder(nn.Module):
         front_end: waveform → tokens.
         encoder: tokens → latents.
         window_samples: longest stretch encoded at once, the crop length of the training: positions mean what they
-            meant then. Longer clips are cut into equally long windows that overlap as little as they can.
+            meant then. Longer clips are cut into windows of that length, one after the other; the last one ends with
+            the clip, and of its columns those are dropped whose time the window before it has told already.
     """
 
     def __init__(self, front_end: FrontEnd, encoder: Encoder, window_samples: int) -> None:
@@ -94,39 +95,40 @@ class FrozenEncoder(nn.Module):
         """
         if lengths is None or bool((lengths == waveform.shape[-1]).all()):
             layers, times = self._encode_equal(waveform)
-            return LayerFeatures(
-                layers, times, torch.ones(layers[0].shape[:2], dtype=torch.bool, device=waveform.device)
-            )
+            times = times.expand(len(waveform), -1).to(waveform.device)
+            return LayerFeatures(layers, times, torch.ones_like(times, dtype=torch.bool))
         return self._encode_ragged(waveform, lengths)
 
     def _encode_ragged(self, waveform: Tensor, lengths: Tensor) -> LayerFeatures:
         """Clips of one length at a time: no front end ever sees padding."""
         groups = [(lengths == length).nonzero()[:, 0] for length in lengths.unique()]
         parts = [self._encode_equal(waveform[rows, :, : int(lengths[rows[0]])]) for rows in groups]
-        times = max((times for _, times in parts), key=len)
-        layers = tuple(layer.new_zeros(len(waveform), len(times), *layer.shape[2:]) for layer in parts[0][0])
-        valid = torch.zeros(len(waveform), len(times), dtype=torch.bool, device=waveform.device)
+        shape = (len(waveform), max(len(times) for _, times in parts))
+        layers = tuple(layer.new_zeros(*shape, *layer.shape[2:]) for layer in parts[0][0])
+        times = torch.zeros(shape, device=waveform.device)
+        valid = torch.zeros(shape, dtype=torch.bool, device=waveform.device)
         for rows, (part, own_times) in zip(groups, parts, strict=True):
-            valid[rows, : len(own_times)] = True
+            columns = len(own_times)
+            times[rows, :columns], valid[rows, :columns] = own_times.to(times), True
             for whole, layer in zip(layers, part, strict=True):
-                whole[rows, : len(own_times)] = layer
+                whole[rows, :columns] = layer
         return LayerFeatures(layers, times, valid)
 
     def _encode_equal(self, waveform: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         num_samples = waveform.shape[-1]
         window = min(self.window_samples, num_samples)
-        num_windows = -(-num_samples // window)
-        starts = torch.linspace(0, num_samples - window, num_windows).round().long().tolist()
+        starts = [*range(0, num_samples - window, window), num_samples - window]
         grid = self.front_end.grid(window)
         windows = rearrange([waveform[..., s : s + window] for s in starts], "w b c s -> (b w) c s")
         tokens = self.front_end(windows)
         blocks = self.encoder.layers(tokens, grid)
         layers = (self.encoder.embed(tokens, grid), *blocks[:-1], self.encoder.norm(blocks[-1]))
-        seconds_per_column = window / self.sample_rate / grid.num_time
-        centres = (torch.arange(grid.num_time) + 0.5) * seconds_per_column
+        centres = (torch.arange(grid.num_time) + 0.5) * (window / self.sample_rate / grid.num_time)
         times = torch.cat([centres + start / self.sample_rate for start in starts])
-        shape = {"w": num_windows, "t": grid.num_time}
-        return tuple(rearrange(x, "(b w) (t f) d -> b (w t) f d", **shape) for x in layers), times
+        new = torch.ones_like(times, dtype=torch.bool)
+        new[-grid.num_time :] = times[-grid.num_time :] > times[: -grid.num_time].max() if len(starts) > 1 else True
+        shape = {"w": len(starts), "t": grid.num_time}
+        return tuple(rearrange(x, "(b w) (t f) d -> b (w t) f d", **shape)[:, new] for x in layers), times[new]
 
 
 def load_frozen(

@@ -135,3 +135,7 @@ class AudioBatch(NamedTuple):
 
     waveform: Float[Tensor, "B C S"]
     row: Int[Tensor, " B"]
+
+    def to(self, device: torch.device) -> AudioBatch:
+        """The waveform on another device; the rows are read on the CPU, without waiting for the device."""
+        return self._replace(waveform=self.waveform.to(device, non_blocking=True))

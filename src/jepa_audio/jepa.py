@@ -90,9 +90,8 @@ class JEPA(LightningModule):
             copy.deepcopy(front_end).requires_grad_(False) if target_front_end == "momentum" else None
         )
         if compile:  # block by block: whatever calls the blocks gets compiled ones, and the token counts vary
-            for module in self.modules():
-                if isinstance(module, Block):
-                    module.compile(dynamic=True)
+            for block in (module for module in self.modules() if isinstance(module, Block)):
+                block.compile(dynamic=True)
 
     @property
     def online_modules(self) -> dict[str, nn.Module]:
@@ -142,11 +141,12 @@ class JEPA(LightningModule):
     def draw_masks(self, batch: AudioBatch, rows_per_draw: int, stream: int = 0) -> Masks:
         """The masks that belong to the rows of a batch; see `Masker.for_rows`."""
         grid = self.front_end.grid(batch.waveform.shape[-1])
-        masks = self.masker.for_rows(grid, batch.row.cpu(), rows_per_draw, (self.seed, stream))
+        masks = self.masker.for_rows(grid, batch.row, rows_per_draw, (self.seed, stream))
         return masks.to(batch.waveform.device)
 
     def training_step(self, batch: AudioBatch, batch_idx: int) -> Tensor:
-        """Draw masks, compute the loss, log it."""
+        """Draw masks, compute the loss, log it; what the network draws (drop path) belongs to the rows too."""
+        torch.manual_seed(hash((self.seed, int(batch.row[0]))))
         rows_per_step = len(batch.waveform) * self.trainer.world_size * self.trainer.accumulate_grad_batches
         loss = self.loss(batch.waveform, self.draw_masks(batch, rows_per_step))
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.waveform))
