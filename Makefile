@@ -5,9 +5,12 @@ BIN := .venv/bin
 DEMO ?= demo
 AUDIO ?= $(DEMO)/corpus/nsynth-train
 SEED ?= 0
+# More settings for the demo's commands, for instance of a smaller one: see tests/smoke.sh.
+NOTES ?=
+FIT ?=
 STAMP := .venv/.installed
 DEMO_SETTINGS = --data.root "$(AUDIO)" --model.seed $(SEED) --data.seed $(SEED) \
-  --trainer.callbacks+ OnlineProbe --trainer.callbacks.corpus $(DEMO)/corpus --trainer.callbacks.every_n_steps 200
+  --trainer.callbacks+ OnlineProbe --trainer.callbacks.corpus $(DEMO)/corpus --trainer.callbacks.every_n_steps 200 $(FIT)
 
 .PHONY: help
 help: ## This list.
@@ -25,7 +28,7 @@ $(STAMP): pyproject.toml requirements.lock
 
 .PHONY: demo
 demo: $(STAMP) ## Pretrain two small JEPAs, probe them, write demo/report.html; AUDIO=DIR pretrains on your own files.
-	$(BIN)/jepa-audio data synth $(DEMO)/corpus
+	$(BIN)/jepa-audio data synth $(DEMO)/corpus $(NOTES)
 	$(BIN)/jepa-audio fit --config configs/demo/wavjepa.yaml --run_dir $(DEMO)/wavjepa $(DEMO_SETTINGS)
 	$(BIN)/jepa-audio fit --config configs/demo/pupujepa.yaml --run_dir $(DEMO)/pupujepa $(DEMO_SETTINGS)
 	$(BIN)/jepa-audio probe --checkpoints "[$(DEMO)/wavjepa/checkpoints/last.ckpt, $(DEMO)/pupujepa/checkpoints/last.ckpt]" \
