@@ -113,3 +113,8 @@ def test_the_target_gets_no_gradient_and_no_place_in_the_optimizer(tiny_cli: Cal
     for target, online in copies(cli.model):
         assert all(p.grad is None and not p.requires_grad and id(p) not in stepped for p in target.parameters())
         assert all(id(p) in stepped for p in online.parameters())
+
+
+def test_a_momentum_outside_of_0_and_1_is_refused(tiny_cli: Callable):
+    with pytest.raises(ValueError, match=r"momentum \(1.5\) must be within"):
+        TargetEncoderEMA.update(tiny_cli("wave").model, 1.5)

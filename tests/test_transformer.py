@@ -247,6 +247,8 @@ def test_drawing_the_weights_anew_is_a_function_of_the_seed_and_reaches_all_of_t
     [
         ({"num_heads": 3}, r"`num_heads` \(3\) must divide `embed_dim` \(16\)"),
         ({"depth": 0}, r"`depth` \(0\)"),
+        ({"drop_path": 1.0}, r"`drop_path` \(1.0\)"),
+        ({"checkpoint_every": -1}, r"`checkpoint_every` \(-1\)"),
         ({"embed_dim": 18}, r"`embed_dim` \(18\)"),
         ({"num_heads": 8, "positions": RotaryPositions()}, r"`embed_dim` / `num_heads` \(16 / 8 = 2\)"),
     ],

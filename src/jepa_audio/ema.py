@@ -58,7 +58,9 @@ class TargetEncoderEMA(Callback):
     @staticmethod
     @torch.no_grad()
     def update(module: HasMomentumCopies, momentum: float) -> None:
-        """One update with the given momentum."""
+        """One update with the given momentum; `ValueError` if that is not within [0, 1]."""
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"the momentum ({momentum}) must be within [0, 1]: look at the schedule `ema.momentum`")
         targets: list[Tensor] = []
         onlines: list[Tensor] = []
         for target, online in tensor_pairs(module):

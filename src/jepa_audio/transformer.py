@@ -119,10 +119,16 @@ class Encoder(nn.Module):
         init: Literal["trunc_normal", "xavier"] = "trunc_normal",
     ) -> None:
         super().__init__()
-        if embed_dim % num_heads:
+        for name, value, allowed in (("mlp", mlp, ("gelu", "swiglu")), ("norm", norm, ("pre", "post"))):
+            if value not in allowed:
+                raise ValueError(f"`{name}` ({value!r}) must be one of {allowed}")
+        if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"`num_heads` ({num_heads}) must divide `embed_dim` ({embed_dim})")
-        if depth < 1:
-            raise ValueError(f"`depth` ({depth}) must be at least 1")
+        if depth < 1 or checkpoint_every < 0 or not 0 <= drop_path < 1:
+            raise ValueError(
+                f"`depth` ({depth}) must be at least 1, `checkpoint_every` ({checkpoint_every}) at least 0 and "
+                f"`drop_path` ({drop_path}) in [0, 1)"
+            )
         positions.check(embed_dim, num_heads)
         self.embed_dim = embed_dim
         self.head_dim = embed_dim // num_heads

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from scipy.fft import irfft, next_fast_len, rfft
 from scipy.signal import iirpeak, lfilter, sosfilt
+from threadpoolctl import threadpool_limits
 
 PITCHES = range(36, 85)
 VELOCITIES = (25, 50, 75, 100, 127)
@@ -370,8 +371,8 @@ def synthesize_corpus(
 ) -> None:
     """Write labelled notes as 16-bit wav files and `examples.json`, in NSynth's layout.
 
-    Every note has random numbers of its own, so the files do not depend on the number of workers. A complete
-    corpus of the same settings is left as it is, an unfinished one is written anew, any other is refused.
+    Every note has random numbers of its own: the workers' number changes nothing. A complete corpus of the same settings
+    is left as it is, an unfinished one is written anew, any other is refused.
 
     Args:
         directory: gets `nsynth-train`, `nsynth-valid` and `nsynth-test`, and at the very end `corpus.json`.
@@ -383,18 +384,17 @@ def synthesize_corpus(
         sample_rate: in Hz.
         num_workers: processes, 0 for none. They are spawned, so a script needs its `__main__` guard.
     """
-    counts = dict(zip(INSTRUMENTS, (num_train, num_valid, num_test), strict=True))
-    settings = Settings(counts, seconds, sample_rate, seed)
+    settings = Settings({"train": num_train, "valid": num_valid, "test": num_test}, seconds, sample_rate, seed)
     if not _claim(directory, settings):
         return
     for split in INSTRUMENTS:
         (directory / f"nsynth-{split}" / "audio").mkdir(parents=True, exist_ok=True)
     notes = [note for split in INSTRUMENTS for note in settings.notes(split)]
     write = partial(_write, directory=directory, settings=settings)
-    with ProcessPoolExecutor(max(num_workers, 1), get_context("spawn")) as pool:  # starts nothing when built
+    with ProcessPoolExecutor(max(num_workers, 1), get_context("spawn"), threadpool_limits, (1,)) as pool:
         written = pool.map(write, notes, chunksize=16) if num_workers > 0 else map(write, notes)
         examples = list(_watch(written, len(notes)))
-    for number, split in enumerate(INSTRUMENTS):
-        of_split = {e["note_str"]: e for note, e in zip(notes, examples, strict=True) if note.split == number}
+    for i, split in enumerate(INSTRUMENTS):
+        of_split = {e["note_str"]: e for note, e in zip(notes, examples, strict=True) if note.split == i}
         (directory / f"nsynth-{split}" / "examples.json").write_text(json.dumps(of_split, indent=2))
     (directory / "corpus.partial.json").rename(directory / "corpus.json")
