@@ -371,8 +371,8 @@ def synthesize_corpus(
 ) -> None:
     """Write labelled notes as 16-bit wav files and `examples.json`, in NSynth's layout.
 
-    Every note has random numbers of its own: the workers' number changes nothing. A complete corpus of the same settings
-    is left as it is, an unfinished one is written anew, any other is refused.
+    Every note has random numbers of its own, so the files do not depend on the number of workers. A complete
+    corpus of the same settings is left as it is, an unfinished one is written anew, any other is refused.
 
     Args:
         directory: gets `nsynth-train`, `nsynth-valid` and `nsynth-test`, and at the very end `corpus.json`.
