@@ -4,13 +4,14 @@ Prints, in one run, for both recipes: clips per second, and the model's floating
 matrix-multiplication peak measured on this machine. For WavJEPA also the literal, key-masked step of `tests/oracles`
 with the same weights, masks and loss.
 
-    python -m benchmarks.train_step [--size base|small] [--batch 8] [--repeats 5]
+    python -m benchmarks.train_step [--size base|small] [--recipes wavjepa pupujepa] [--batch 8] [--repeats 5]
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 from tests.oracles.wavjepa_literal import LiteralWavJEPA
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from jepa_audio.cli import JEPACLI
 from jepa_audio.grid import AudioBatch, Masks
@@ -82,12 +83,24 @@ def median_seconds(steps: dict[str, Callable[[], float]], repeats: int) -> dict[
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
+    """Operations of the CPU's fused attention, which torch does not count by itself."""
+    return sdpa_flop_count(query, key, value)
+
+
+def attention_backward_flops(
+    gradient: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object
+) -> int:
+    """The same of its backward pass."""
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
 def count_flops(step: Callable[[], float]) -> int:
     """Operations of one step, forward and backward, attention included."""
-    with (
-        FlopCounterMode(display=False) as counter,
-        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-    ):
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    mapping = {fused: attention_flops, backward: attention_backward_flops}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         step()
     return counter.get_total_flops()
 
@@ -95,14 +108,16 @@ def count_flops(step: Callable[[], float]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(WIDTHS), default="base")
+    parser.add_argument("--recipes", nargs="+", choices=["wavjepa", "pupujepa"], default=["wavjepa", "pupujepa"])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
+    sys.argv[1:] = []  # they are not those of the command line that builds the models
     peak = peak_flops()
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, matmul peak {peak / 1e9:.0f} GFLOP/s"
     )
-    for recipe in ("wavjepa", "pupujepa"):
+    for recipe in args.recipes:
         torch.manual_seed(0)
         jepa, clip_seconds = build(recipe, args.size)
         waveform = torch.randn(args.batch, 1, round(clip_seconds * jepa.front_end.sample_rate))
