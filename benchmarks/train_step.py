@@ -17,13 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tests.oracles.wavjepa_literal import LiteralWavJEPA
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from jepa_audio.cli import JEPACLI
 from jepa_audio.grid import AudioBatch, Masks
 from jepa_audio.jepa import JEPA
+from tests.oracles.wavjepa_literal import LiteralWavJEPA
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 WIDTHS = {"base": (768, 384, 512), "small": (384, 192, 256)}

@@ -19,7 +19,7 @@ def test_computing_only_the_tokens_asked_for_changes_neither_loss_nor_gradients(
     jepa = tiny_jepa("wave", f"--model.targets.normalization={normalization}")
     with torch.no_grad():  # a target encoder of its own, or its place in the loss would not be seen
         for parameter in jepa.target_encoder.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
     masks = jepa.draw_masks(batch, len(batch.waveform))
     assert masks.context.valid is not None, "rows of one length would not show what filling does"
     num_tokens = jepa.front_end.grid(batch.waveform.shape[-1]).num_tokens
