@@ -10,7 +10,7 @@ NOTES ?=
 FIT ?=
 STAMP := .venv/.installed
 DEMO_SETTINGS = --data.root "$(AUDIO)" --model.seed $(SEED) --data.seed $(SEED) \
-  --trainer.callbacks+ OnlineProbe --trainer.callbacks.corpus $(DEMO)/corpus --trainer.callbacks.every_n_steps 225 $(FIT)
+  --trainer.callbacks+ OnlineProbe --trainer.callbacks.corpus $(DEMO)/corpus --trainer.callbacks.every_n_steps 275 $(FIT)
 
 .PHONY: help
 help: ## This list.
