@@ -73,12 +73,7 @@ def probe(
         device: "auto" is the GPU if there is one.
         seed: of the training subset and of the intervals.
     """
-    unknown = sorted(set(tasks) - TASKS.keys())
-    if unknown:
-        raise ValueError(f"`tasks` holds {', '.join(unknown)}; there are {', '.join(TASKS)}")
-    names = [run_name(checkpoint) for checkpoint in checkpoints]
-    if len(set(names)) < len(names):
-        raise ValueError(f"`checkpoints` must have different names in the results, these are called {names}")
+    _check_names(tasks, checkpoints)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = [TASKS[name].load(corpus).with_train(max_train, seed) for name in tasks]
@@ -86,22 +81,10 @@ def probe(
     baselines: set[int] = set()
     for checkpoint in checkpoints:
         twin: dict[tuple[str, Head], np.ndarray] = {}
-        for encoder in _encoders(
-            checkpoint,
-            variants=variants,
-            frequency=frequency,
-            random_seeds=random_seeds,
-            device=device,
-            baselines=baselines,
-        ):
-            answers = _ask(
-                encoder,
-                loaded,
-                heads=heads,
-                folder=output / "features",
-                batch_size=batch_size,
-                device=device,
-            )
+        encoders = _encoders(checkpoint, variants, frequency, random_seeds, device, baselines)
+        for encoder in encoders:
+            folder = output / "features"
+            answers = _ask(encoder, loaded, heads=heads, folder=folder, batch_size=batch_size, device=device)
             compared = twin if encoder.variant in variants else {}
             new = [_row(encoder, answer, compared.get((answer.task.name, answer.head)), seed) for answer in answers]
             if encoder.variant == "random":
@@ -112,9 +95,17 @@ def probe(
     return rows
 
 
+def _check_names(tasks: Sequence[str], checkpoints: Sequence[Path]) -> None:
+    unknown = sorted(set(tasks) - TASKS.keys())
+    if unknown:
+        raise ValueError(f"`tasks` holds {', '.join(unknown)}; there are {', '.join(TASKS)}")
+    names = [run_name(checkpoint) for checkpoint in checkpoints]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`checkpoints` must have different names in the results, these are called {names}")
+
+
 def _encoders(
     checkpoint: Path,
-    *,
     variants: Sequence[Literal["context", "target"]],
     frequency: Frequency,
     random_seeds: Sequence[int],
