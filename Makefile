@@ -10,7 +10,7 @@ NOTES ?=
 FIT ?=
 STAMP := .venv/.installed
 DEMO_SETTINGS = --data.root "$(AUDIO)" --model.seed $(SEED) --data.seed $(SEED) \
-  --trainer.callbacks+ OnlineProbe --trainer.callbacks.corpus $(DEMO)/corpus --trainer.callbacks.every_n_steps 275 $(FIT)
+  --trainer.callbacks+ OnlineProbe --trainer.callbacks.corpus $(DEMO)/corpus --trainer.callbacks.every_n_steps 300 $(FIT)
 
 .PHONY: help
 help: ## This list.
@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml requirements.lock
 
 .PHONY: demo
 demo: $(STAMP) ## Pretrain two small JEPAs, probe them, write demo/report.html; AUDIO=DIR pretrains on your own files.
-	$(BIN)/jepa-audio data synth $(DEMO)/corpus $(NOTES)
+	$(BIN)/jepa-audio data synth $(DEMO)/corpus --seed $(SEED) $(NOTES)
 	$(BIN)/jepa-audio fit --config configs/demo/wavjepa.yaml --run_dir $(DEMO)/wavjepa $(DEMO_SETTINGS)
 	$(BIN)/jepa-audio fit --config configs/demo/pupujepa.yaml --run_dir $(DEMO)/pupujepa $(DEMO_SETTINGS)
 	$(BIN)/jepa-audio probe --checkpoints "[$(DEMO)/wavjepa/checkpoints/last.ckpt, $(DEMO)/pupujepa/checkpoints/last.ckpt]" \
