@@ -19,6 +19,7 @@ RANKS = {
     "positions": 1,
     "losses": 1,
     "ema": 1,
+    "optimizer": 1,
     "data": 1,
     "transformer": 2,
     "predictor": 3,

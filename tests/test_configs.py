@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ SMALL = (
 def train_two_steps(wavs: Path, run_dir: Path, *settings: str) -> None:
     from jepa_audio.cli import JEPACLI
 
-    has_top_k = not any("pupujepa.yaml" in word and "demo" not in word for word in settings)
+    has_top_k = any("top_k: " in Path(word.partition("=")[2]).read_text() for word in settings if "--config" in word)
     top_k = ("--model.targets.top_k=1",) if has_top_k else ()
     cli = JEPACLI([*settings, f"--data.root={wavs}", f"--run_dir={run_dir}", *top_k, *SMALL], run=False)
     before = cli.model.encoder.blocks[0].attn.qkv.weight.detach().clone()
@@ -44,7 +45,11 @@ def train_two_steps(wavs: Path, run_dir: Path, *settings: str) -> None:
 
 
 @pytest.mark.parametrize("config", RECIPES, ids=lambda path: str(path.relative_to(CONFIGS)))
-def test_a_recipe_trains(config: Path, wavs: Path, tmp_path: Path):
+def test_a_recipe_trains(config: Path, wavs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from jepa_audio.data.rooms import write_rooms
+
+    monkeypatch.setattr("jepa_audio.data.scenes.write_rooms", partial(write_rooms, num_rooms=1))
+    monkeypatch.setenv("HOME", str(tmp_path))
     narrow = ("--model.front_end.init_args.conv_layers=[[8,10,5],[8,8,4],[8,4,4],[8,4,4]]",)
     is_wave = "WaveformFrontEnd" in config.read_text()
     train_two_steps(wavs, tmp_path, f"--config={config}", *(narrow if is_wave else ()))
@@ -54,7 +59,13 @@ def test_a_recipe_trains(config: Path, wavs: Path, tmp_path: Path):
 def test_a_size_is_what_it_says_and_trains(size: Path, wavs: Path, tmp_path: Path):
     import yaml
 
-    sizes = {"tiny": (192, 12, 3), "small": (384, 12, 6), "large": (1024, 24, 16), "huge": (1280, 32, 16)}
+    sizes = {
+        "tiny": (192, 12, 3),
+        "small": (384, 12, 6),
+        "large": (1024, 24, 16),
+        "huge": (1280, 32, 16),
+        "giant": (1408, 40, 16),
+    }
     encoder = yaml.safe_load(size.read_text())["model"]["encoder"]
     assert (encoder["embed_dim"], encoder["depth"], encoder["num_heads"]) == sizes[size.stem]
     base = f"--config={CONFIGS / 'pupujepa.yaml'}"
@@ -78,3 +89,53 @@ def test_experiments_stay_small():
     for path in [*RECIPES, *SIZES, *FRONT_ENDS]:
         lines = [line for line in path.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
         assert len(lines) <= 50, path
+
+
+def millions(module: torch.nn.Module) -> float:
+    return round(sum(parameter.numel() for parameter in module.parameters()) / 1e6, 1)
+
+
+def on_the_meta_device(*configs: str):
+    from jepa_audio.cli import JEPACLI
+
+    files = [f"--config={CONFIGS / name}" for name in configs]
+    with torch.device("meta"):
+        return JEPACLI([*files, "--data.root=nowhere", "--trainer.logger=false"], run=False).model
+
+
+def test_wavjepa_has_the_published_numbers_of_parameters_and_tokens():
+    jepa = on_the_meta_device("wavjepa.yaml")
+    assert next(jepa.parameters()).is_meta
+    assert millions(jepa.encoder) == millions(jepa.target_encoder) == 85.1
+    assert millions(jepa.predictor.trunk) == 21.3
+    assert millions(jepa.front_end.stacks) == 3.7
+    assert jepa.front_end.grid(32_160).num_tokens == 200
+
+
+@pytest.mark.parametrize(
+    ("size", "published"), [("tiny", 7.1), ("small", 28.4), ("base", 113.4), ("large", 403.1), ("huge", 839.6)]
+)
+def test_pupujepa_has_the_published_numbers_of_parameters_and_tokens(size: str, published: float):
+    own = [] if size == "base" else [f"pupujepa/{size}.yaml"]
+    jepa = on_the_meta_device("pupujepa.yaml", *own)
+    assert millions(jepa.encoder) == published
+    assert jepa.front_end.spectrogram.num_frames(245_760) == 1024
+    grid = jepa.front_end.grid(245_760)
+    assert (grid.num_freq, grid.num_time) == (8, 256)
+
+
+def test_wavjepa_nat_has_a_stack_and_tokens_for_each_ear():
+    jepa = on_the_meta_device("wavjepa_nat.yaml")
+    assert millions(jepa.front_end.stacks) == 7.4
+    assert jepa.front_end.grid(32_160).num_tokens == 400
+
+
+def test_speech_jepa_speaks_at_50_hz():
+    front_end = on_the_meta_device("speech_jepa.yaml").front_end
+    assert front_end.sample_rate / front_end.stride == 50
+    assert front_end.receptive_field == 400  # of wav2vec 2.0: 25 ms
+
+
+def test_audio_jepa_has_16_by_16_patches_of_ten_seconds():
+    grid = on_the_meta_device("audio_jepa.yaml").front_end.grid(320_000)
+    assert (grid.num_freq, grid.num_time) == (6, 32)

@@ -99,13 +99,13 @@ def test_times_increase_and_lie_within_the_clip(frozen: FrozenEncoder, clips: Te
 
 
 @pytest.mark.parametrize("num_samples", [4000, 32160])
-def test_a_time_is_the_middle_of_what_the_token_hears_to_within_a_column(num_samples: int):
+def test_a_time_is_the_middle_of_what_the_token_hears(num_samples: int):
     layers = [(2, 10, 5), *[(2, 3, 2)] * 4, (2, 2, 2)]  # wav2vec 2.0's geometry, as WavJEPA has it
     front_end = WaveformFrontEnd(layers, 8)
     frozen = FrozenEncoder(front_end, Encoder(8, 1, 2, SinCosPositions()), num_samples)
     times = frozen.encode(torch.zeros(1, 1, num_samples)).times[0]
     middles = torch.arange(len(times)) * front_end.stride + front_end.receptive_field / 2
-    assert ((times * 16000 - middles).abs() < front_end.stride).all()
+    torch.testing.assert_close(times * 16000, middles)
 
 
 def test_pooling_is_the_literal_mean_over_the_columns_of_each_clip(rng: torch.Generator):
@@ -191,3 +191,116 @@ def test_the_random_twin_has_the_weights_before_the_first_step_or_of_another_see
 def test_no_checkpoint_is_said_in_one_sentence(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*none\.ckpt"):
         load_frozen(tmp_path / "none.ckpt")
+
+
+@pytest.mark.parametrize("overlap", [0.25, 0.5, 0.75])
+def test_overlapping_windows_give_every_column_to_the_window_that_hears_most_around_it(
+    tiny_jepa: Callable[..., JEPA], clips: Tensor, overlap: float
+):
+    frozen = FrozenEncoder.from_jepa(tiny_jepa("wave"), WINDOW)
+    frozen.overlap = overlap
+    features = frozen.encode(clips[:1])
+    times = features.times[0]
+    hop = round(WINDOW * (1 - overlap))
+    starts = [*range(0, 640 - WINDOW, hop), 640 - WINDOW]
+    own_times = frozen.front_end.times(WINDOW)
+    for column, time in enumerate(times.tolist()):
+        heard = [start for start in starts if (abs(own_times + start / 1000 - time) < 1e-6).any()]
+        best = min(heard, key=lambda start: abs(start + WINDOW / 2 - 1000 * time))
+        alone = frozen.encode(clips[:1, :, best : best + WINDOW])
+        place = int((alone.times[0] + best / 1000 - time).abs().argmin())
+        torch.testing.assert_close(features.layers[-1][0, column], alone.layers[-1][0, place], rtol=1e-5, atol=1e-5)
+    assert (times.diff() > 0).all()
+
+
+def test_the_number_of_windows_at_a_time_changes_nothing(frozen: FrozenEncoder, clips: Tensor):
+    together = frozen.encode(clips)
+    frozen.max_windows = 1
+    for whole, one_by_one in zip(together.layers, frozen.encode(clips).layers, strict=True):
+        torch.testing.assert_close(one_by_one, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_only_the_layers_asked_for_are_kept(frozen: FrozenEncoder, clips: Tensor):
+    every = frozen.encode(clips).layers
+    last, first = frozen.encode(clips, layers=[-1, 0]).layers
+    assert torch.equal(last, every[-1])
+    assert torch.equal(first, every[0])
+
+
+@pytest.mark.parametrize(("overlap", "max_windows"), [(1.0, 1), (-0.1, 1), (0.0, 0)])
+def test_impossible_windows_are_refused(tiny_jepa: Callable[..., JEPA], overlap: float, max_windows: int):
+    jepa = tiny_jepa("wave")
+    with pytest.raises(ValueError, match=r"`overlap` .* `max_windows`"):
+        FrozenEncoder(jepa.front_end, jepa.encoder, WINDOW, overlap=overlap, max_windows=max_windows)
+
+
+def wavjepa_geometry(windowing: str = "wavjepa") -> FrozenEncoder:
+    """WavJEPA's convolutions and windows at a width that a test can afford."""
+    layers = [(4, 10, 5), *[(4, 3, 2)] * 4, (4, 2, 2)]
+    encoder = Encoder(8, 2, 2, SinCosPositions(), norm="post")
+    return FrozenEncoder(WaveformFrontEnd(layers, 8), encoder, 32_160, windowing=windowing)
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "num_tokens"),
+    [(160_000, 996), (32_160, 202), (32_159, 200), (64_320, 402), (16_000, 101)],
+)
+def test_the_published_windowing_gives_the_published_number_of_tokens(num_samples: int, num_tokens: int):
+    features = wavjepa_geometry().encode(torch.randn(1, 1, num_samples))
+    assert features.layers[-1].shape[1] == num_tokens
+    step = num_samples / 16000 / num_tokens
+    torch.testing.assert_close(features.times[0], torch.arange(num_tokens) * step)
+
+
+def test_the_published_windowing_hears_its_padding(rng: torch.Generator):
+    """A literal second version, window by window, against ours."""
+    frozen = wavjepa_geometry()
+    clip = torch.randn(1, 1, 40_000, generator=rng) * torch.linspace(0.1, 2, 40_000)
+    ours = frozen.encode(clip).layers[-1][0, :, 0]
+    padded = torch.zeros(1, 1, 64_320)
+    padded[..., :40_000] = clip * 10 ** (-14 / 20) / clip.square().mean().sqrt()
+    surplus = int(24_320 / 16000 * 99)
+    assert len(ours) == 400 - surplus
+    for window in range(2):
+        sound = padded[..., 32_160 * window : 32_160 * (window + 1)]
+        sound = (sound - sound.mean()) / (sound.std() + 1e-5)
+        frozen.front_end.standardize = False
+        tokens = frozen.front_end(sound) + SinCosPositions().additive(frozen.front_end.grid(32_160), 8, clip.device)
+        frozen.front_end.standardize = True
+        heard = 200 if window == 0 else 200 - surplus
+        for block in frozen.encoder.blocks:
+            tokens = block(tokens, None, (torch.arange(200) < heard)[None, None, None])
+        expected = frozen.encoder.norm(tokens)[0, :heard]
+        torch.testing.assert_close(ours[200 * window : 200 * window + heard], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_exact_windowing_differs_from_the_published_one_only_where_that_pads(rng: torch.Generator):
+    ours, published = wavjepa_geometry("exact"), wavjepa_geometry()
+    published.load_state_dict(ours.state_dict())
+    clip = torch.randn(1, 1, 40_000, generator=rng)
+    exact, literal = ours.encode(clip).layers[-1], published.encode(clip).layers[-1]
+    assert exact.shape[1] in (248, 249)
+    torch.testing.assert_close(exact[:, :120], literal[:, :120], rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(exact[:, 220:245], literal[:, 220:245], atol=1e-2)
+
+
+@pytest.mark.parametrize(("freq_chunks", "time_chunks"), [(1, 1), (3, 1), (1, 2), (2, 2)])
+def test_region_pooling_is_adaptive_average_pooling_of_every_clip(
+    rng: torch.Generator, freq_chunks: int, time_chunks: int
+):
+    layer = torch.randn(2, 5, 3, 4, generator=rng)
+    valid = torch.tensor([[True] * 5, [True, True, True, False, False]])
+    features = LayerFeatures((layer,), torch.arange(5.0).expand(2, -1), valid)
+    (pooled,) = features.pool_regions(freq_chunks, time_chunks)
+    for clip, num_columns in ((0, 5), (1, 3)):
+        plane = layer[clip, :num_columns].permute(2, 1, 0)  # [D, F, T]
+        expected = torch.nn.functional.adaptive_avg_pool2d(plane, (freq_chunks, time_chunks))
+        torch.testing.assert_close(pooled[clip], expected.permute(1, 2, 0).flatten())
+
+
+@pytest.mark.parametrize("chunks", [(4, 1), (0, 1), (1, 4)])
+def test_more_regions_than_there_are_are_refused(rng: torch.Generator, chunks: tuple[int, int]):
+    layer = torch.randn(2, 5, 3, 4, generator=rng)
+    valid = torch.tensor([[True] * 5, [True, True, True, False, False]])
+    with pytest.raises(ValueError, match=r"`freq_chunks` .* `time_chunks`"):
+        LayerFeatures((layer,), torch.arange(5.0).expand(2, -1), valid).pool_regions(*chunks)

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from timm.layers import apply_rot_embed_cat
 
 from jepa_audio.grid import Grid
-from jepa_audio.positions import RotaryPositions, SinCosPositions
+from jepa_audio.positions import BinauralPositions, RotaryPositions, SinCosPositions
 
 CPU = torch.device("cpu")
 PARITY = Path(__file__).parent / "data" / "wavjepa.safetensors"
@@ -40,6 +40,17 @@ def test_the_table_is_that_of_the_published_wavjepa(name: str, dim: int):
     with safe_open(PARITY, "pt") as file:
         published = file.get_tensor(f"state/pos_encoding_{name}")[0]
     torch.testing.assert_close(SinCosPositions().additive(Grid(1, 40), dim, CPU), published, rtol=0, atol=1e-6)
+
+
+def test_two_ears_share_the_time_and_differ_in_the_other_half():
+    table = BinauralPositions().additive(Grid(num_freq=2, num_time=5), 16, CPU)
+    for time, ear in product(range(5), range(2)):
+        expected = literal_sin_cos(time, 8, 1e4) + [0.0] * 4 + [float(ear)] * 4
+        torch.testing.assert_close(table[2 * time + ear], torch.tensor(expected), rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="two rows, one for each ear"):
+        BinauralPositions().additive(Grid(1, 5), 16, CPU)
+    with pytest.raises(ValueError, match="multiple of 4"):
+        BinauralPositions().check(18, 2)
 
 
 def scores(positions: RotaryPositions, grid: Grid, rng: torch.Generator) -> torch.Tensor:

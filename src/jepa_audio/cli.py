@@ -21,9 +21,10 @@ from rich.logging import RichHandler
 
 from jepa_audio import losses, masking, positions, schedules  # noqa: F401 (their classes get short names)
 from jepa_audio.checkpointing import AtomicCheckpointIO, RunCheckpoint
-from jepa_audio.commands import index, stats, synth
+from jepa_audio.commands import export_published, import_published, index, stats, synth
 from jepa_audio.data.datamodule import AudioDataModule
 from jepa_audio.data.read import AudioReadError
+from jepa_audio.interop.convert import load_weights
 from jepa_audio.jepa import JEPA
 from jepa_audio.monitor import CollapseMonitor
 from jepa_audio.probing.online import OnlineProbe  # noqa: F401
@@ -36,6 +37,8 @@ TRAINER_COMMANDS = ("fit", "validate", "test")
 FUNCTIONS: dict[tuple[str, ...], Callable[..., object]] = {
     ("data", "index"): index,
     ("data", "synth"): synth,
+    ("import",): import_published,
+    ("export",): export_published,
     ("probe",): probe,
     ("report",): write_report,
 }
@@ -46,6 +49,8 @@ HELP = """usage: jepa-audio COMMAND ...
   validate    the loss on held-out files
   test        the loss on test files
   probe       what frozen encoders know, beside their random-init twins and log-mel statistics
+  import      a checkpoint of published weights of WavJEPA or PupuJEPA
+  export      a checkpoint in their published layout
   report      curves, masks and probe results of the runs in a folder, as one HTML page
   data synth  write a labelled corpus of synthetic notes in NSynth's layout
   data index  look at every file of a folder once
@@ -115,6 +120,12 @@ class JEPACLI(LightningCLI):
             default="runs/default",
             help="Folder of the run: checkpoints, metrics, config.yaml.",
         )
+        parser.add_argument(
+            "--weights",
+            type=str | None,
+            default=None,
+            help="Checkpoint whose weights a new run starts from; a resumed run has its own.",
+        )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(CollapseMonitor, "monitor")
         parser.link_arguments("run_dir", "trainer.default_root_dir")
@@ -141,6 +152,14 @@ class JEPACLI(LightningCLI):
         if not settings["plugins"]:
             kwargs["plugins"] = [AtomicCheckpointIO()]
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def before_fit(self) -> None:
+        """Take the weights asked for, unless a checkpoint brings its own."""
+        weights = self._get(self.config, "weights")
+        if weights is not None and self._get(self.config, "ckpt_path") is None:
+            load_weights(self.model, Path(weights))
+
+    before_validate = before_test = before_fit
 
     def _parse_ckpt_path(self) -> None:
         """Leave the command line alone: Lightning would silently override it by what the checkpoint was run with."""
@@ -169,7 +188,8 @@ def run_function(words: tuple[str, ...], args: Sequence[str]) -> None:
     function = FUNCTIONS[words]
     parser = ArgumentParser(prog=" ".join(("jepa-audio", *words)), description=inspect.getdoc(function))
     parser.add_function_arguments(function, as_positional=words[0] != "probe")
-    result = function(**parser.parse_args(list(args)).as_dict())
+    args = ["--output" if arg == "-o" else arg for arg in args]
+    result = function(**parser.parse_args(args).as_dict())
     if isinstance(result, list):
         Console().print(table(result))
     elif result is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 from rich.progress import track
 
@@ -12,6 +13,8 @@ from jepa_audio.data.index import default_cache, index_folder
 from jepa_audio.data.synthetic import synthesize_corpus
 from jepa_audio.front_ends import FrontEnd, SpectrogramFrontEnd
 from jepa_audio.front_ends.spectrogram import measure_statistics
+from jepa_audio.interop import export_weights, import_weights
+from jepa_audio.interop.layout import Given
 
 
 def index(root: Path, num_workers: int = 2, max_bad_share: float = 0.5) -> None:
@@ -59,6 +62,47 @@ def synth(
         seed=seed,
         num_workers=num_workers,
     )
+
+
+def import_published(
+    layout: Literal["wavjepa", "pupujepa"],
+    source: Path,
+    output: Path | None = None,
+    recipe: Path | None = None,
+    num_heads: int | None = None,
+    predictor_num_heads: int | None = None,
+    conv_strides: list[int] | None = None,
+) -> None:
+    """Make a checkpoint of published weights, to probe, to encode with and to train further.
+
+    Args:
+        layout: whose files: "wavjepa" (WavJEPA-Nat's too) or "pupujepa".
+        source: `.safetensors`, `.ckpt`, `.pt` or `.bin` file, or a folder with one and its `config.json`.
+        output: folder to write (-o); `runs/NAME` if not given.
+        recipe: YAML of all that is no weight; the paper's own in `configs/` if not given.
+        num_heads: attention heads of the encoder, where the file does not tell.
+        predictor_num_heads: the same of the predictor.
+        conv_strides: of the convolutions, where the file does not tell.
+    """
+    output = output or Path("runs") / source.stem
+    given = Given(num_heads, predictor_num_heads, None if conv_strides is None else tuple(conv_strides))
+    checkpoint = import_weights(layout, source, output, recipe=recipe, given=given)
+    print(
+        f"{checkpoint}\n"
+        f"  probe:         jepa-audio probe --checkpoints [{checkpoint}] --corpus CORPUS\n"
+        f"  train further: jepa-audio fit --config {output / 'config.yaml'} --data.root DIR --run_dir runs/further"
+    )
+
+
+def export_published(layout: Literal["wavjepa", "pupujepa"], checkpoint: Path, output: Path | None = None) -> None:
+    """Write a checkpoint as the published model of that layout: `model.safetensors` and `config.json`.
+
+    Args:
+        layout: "wavjepa" (WavJEPA-Nat's too) or "pupujepa".
+        checkpoint: `.ckpt` of a run or of an import.
+        output: folder to write (-o); `exported/` in the folder of the run if not given.
+    """
+    print(export_weights(layout, checkpoint, output or checkpoint.parent.parent / "exported"))
 
 
 def stats(front_end: FrontEnd, data: AudioDataModule, num_clips: int) -> None:

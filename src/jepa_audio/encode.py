@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -11,8 +13,10 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from jepa_audio.front_ends import FrontEnd
+from jepa_audio.grid import Grid, TokenSet
 from jepa_audio.jepa import JEPA
 from jepa_audio.transformer import Encoder
 
@@ -34,25 +38,72 @@ class LayerFeatures:
 
     def pool(self, frequency: Literal["mean", "concat"] = "mean") -> list[Float[Tensor, "B E"]]:
         """The mean over time of every layer; frequency rows are averaged, or kept side by side (E = F * D)."""
-        weight = self.valid / self.valid.sum(dim=1, keepdim=True)  # [B, T]
-        pooled = [torch.einsum("btfd,bt->bfd", layer, weight.to(layer.dtype)) for layer in self.layers]
-        return [rows.mean(dim=1) if frequency == "mean" else rows.flatten(1) for rows in pooled]
+        return self.pool_regions(1 if frequency == "mean" else self.layers[0].shape[2], 1)
+
+    def pool_regions(self, freq_chunks: int, time_chunks: int) -> list[Float[Tensor, "B E"]]:
+        """Partitioned region pooling, as PupuJEPA is used (Gu et al., 2026, arXiv:2606.25713).
+
+        The plane of a clip's tokens is cut into `freq_chunks` times `time_chunks` regions (of sizes as equal as can be,
+        as of `torch.nn.AdaptiveAvgPool2d`); the means of the regions stand side by side, E = chunks * D: all times of
+        the lowest frequencies first. (1, 1) is the plain mean, (F, 1) keeps every frequency row.
+
+        Raises:
+            ValueError: if there are fewer rows than `freq_chunks`, or a clip has fewer columns than `time_chunks`.
+        """
+        num_columns, num_freq = self.valid.sum(dim=1), self.layers[0].shape[2]
+        if not 1 <= freq_chunks <= num_freq or not 1 <= time_chunks <= int(num_columns.min()):
+            raise ValueError(
+                f"`freq_chunks` ({freq_chunks}) must be in [1, {num_freq}], the frequency rows, and `time_chunks` "
+                f"({time_chunks}) in [1, {int(num_columns.min())}], the columns of the shortest clip"
+            )
+        over_time = _chunk_means(num_columns, time_chunks, self.valid.shape[1])  # [B, chunks, T]
+        over_freq = _chunk_means(num_columns.new_tensor([num_freq]), freq_chunks, num_freq)[0]  # [chunks, F]
+        dtype = self.layers[0].dtype
+        weights = over_freq.to(dtype), over_time.to(dtype)
+        return [torch.einsum("btfd,gf,bct->bgcd", layer, *weights).flatten(1) for layer in self.layers]
+
+
+def _chunk_means(length: Int[Tensor, " B"], chunks: int, longest: int) -> Float[Tensor, "B chunks L"]:
+    number, place = torch.arange(chunks, device=length.device), torch.arange(longest, device=length.device)
+    first = number * length[:, None] // chunks
+    last = -(-(number + 1) * length[:, None] // chunks)  # rounded up: neighbours may share a column
+    within = (place >= first[..., None]) & (place < last[..., None])
+    return within / (last - first)[..., None]
 
 
 class FrozenEncoder(nn.Module):
     """Front end and encoder, ready for use: no gradient, evaluation mode.
 
+    Clips longer than the crops of the training are cut into windows of that length, in which positions mean what they
+    meant then.
+
     Args:
         front_end: waveform → tokens.
         encoder: tokens → latents.
-        window_samples: longest stretch encoded at once, the crop length of the training: positions mean what they
-            meant then. Longer clips are cut into windows of that length, one after the other; the last one ends with
-            the clip, and of its columns those are dropped whose time the window before it has told already.
+        window_samples: longest stretch encoded at once, the crop length of the training.
+        overlap: share of a window that the next one hears again, in [0, 1).
+        windowing: "exact": the last window ends with the clip, where windows overlap a column is taken from the one in
+            which it lies farther from the border, and padding never changes a value. "wavjepa": as the published
+            WavJEPA is used: level -14 dBFS, the last window filled up with zeros that its normalisation sees (a whole
+            window of them where the clip ends with one), their tokens attended by nobody, and cut.
+        max_windows: windows encoded at the same time, which bounds the memory.
     """
 
-    def __init__(self, front_end: FrontEnd, encoder: Encoder, window_samples: int) -> None:
+    def __init__(
+        self,
+        front_end: FrontEnd,
+        encoder: Encoder,
+        window_samples: int,
+        *,
+        overlap: float = 0.0,
+        windowing: Literal["exact", "wavjepa"] = "exact",
+        max_windows: int = 64,
+    ) -> None:
         super().__init__()
+        if not 0 <= overlap < 1 or max_windows < 1:
+            raise ValueError(f"`overlap` ({overlap}) must be in [0, 1) and `max_windows` ({max_windows}) at least 1")
         self.front_end, self.encoder, self.window_samples = front_end, encoder, window_samples
+        self.overlap, self.windowing, self.max_windows = overlap, windowing, max_windows
         self.requires_grad_(False).eval()
 
     @property
@@ -87,54 +138,120 @@ class FrozenEncoder(nn.Module):
         self,
         waveform: Float[Tensor, "B C S"],
         lengths: Int[Tensor, " B"] | None = None,
+        layers: Sequence[int] | None = None,
     ) -> LayerFeatures:
         """Features of clips of `lengths` samples (all of S, if `None`); samples beyond a clip's length change nothing.
+
+        Args:
+            waveform: at `sample_rate`.
+            lengths: samples of each clip.
+            layers: places of the layers to keep, such as `[-1]` for the last one; all if `None`.
 
         Raises:
             ValueError: if a clip is shorter than one token.
         """
-        if lengths is None or bool((lengths == waveform.shape[-1]).all()):
-            layers, times = self._encode_equal(waveform)
-            times = times.expand(len(waveform), -1).to(waveform.device)
-            return LayerFeatures(layers, times, torch.ones_like(times, dtype=torch.bool))
-        return self._encode_ragged(waveform, lengths)
-
-    def _encode_ragged(self, waveform: Tensor, lengths: Tensor) -> LayerFeatures:
-        """Clips of one length at a time: no front end ever sees padding."""
+        if lengths is None:
+            lengths = torch.full((len(waveform),), waveform.shape[-1])
         groups = [(lengths == length).nonzero()[:, 0] for length in lengths.unique()]
-        parts = [self._encode_equal(waveform[rows, :, : int(lengths[rows[0]])]) for rows in groups]
-        shape = (len(waveform), max(len(times) for _, times in parts))
-        layers = tuple(layer.new_zeros(*shape, *layer.shape[2:]) for layer in parts[0][0])
-        times = torch.zeros(shape, device=waveform.device)
-        valid = torch.zeros(shape, dtype=torch.bool, device=waveform.device)
-        for rows, (part, own_times) in zip(groups, parts, strict=True):
-            columns = len(own_times)
-            times[rows, :columns], valid[rows, :columns] = own_times.to(times), True
-            for whole, layer in zip(layers, part, strict=True):
-                whole[rows, :columns] = layer
-        return LayerFeatures(layers, times, valid)
+        parts = [self._encode_equal(waveform[rows, :, : int(lengths[rows[0]])], layers) for rows in groups]
+        if len(groups) == 1:
+            ((whole, times),) = parts
+            times = times.to(waveform.device).expand(len(waveform), -1)
+            return LayerFeatures(whole, times, torch.ones_like(times, dtype=torch.bool))
+        return _filled_up(groups, parts)
 
-    def _encode_equal(self, waveform: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def _encode_equal(self, waveform: Tensor, layers: Sequence[int] | None) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Clips of one length: no front end sees padding, unless it is asked to."""
+        if self.windowing == "wavjepa":
+            return self._encode_as_wavjepa(waveform, layers)
         num_samples = waveform.shape[-1]
         window = min(self.window_samples, num_samples)
-        starts = [*range(0, num_samples - window, window), num_samples - window]
-        grid = self.front_end.grid(window)
-        windows = rearrange([waveform[..., s : s + window] for s in starts], "w b c s -> (b w) c s")
-        tokens = self.front_end(windows)
-        blocks = self.encoder.layers(tokens, grid)
-        layers = (self.encoder.embed(tokens, grid), *blocks[:-1], self.encoder.norm(blocks[-1]))
-        centres = (torch.arange(grid.num_time) + 0.5) * (window / self.sample_rate / grid.num_time)
-        times = torch.cat([centres + start / self.sample_rate for start in starts])
-        new = torch.ones_like(times, dtype=torch.bool)
-        new[-grid.num_time :] = times[-grid.num_time :] > times[: -grid.num_time].max() if len(starts) > 1 else True
-        shape = {"w": len(starts), "t": grid.num_time}
-        return tuple(rearrange(x, "(b w) (t f) d -> b (w t) f d", **shape)[:, new] for x in layers), times[new]
+        hop = max(1, round(window * (1 - self.overlap)))
+        starts = [*range(0, num_samples - window, hop), num_samples - window]
+        start = torch.tensor(starts)[:, None] / self.sample_rate
+        times = start + self.front_end.times(window)  # [windows, T]
+        border = (start[1:] + start[:-1] + window / self.sample_rate) / 2  # the middle of what two windows both hear
+        own = torch.ones_like(times, dtype=torch.bool)
+        own[1:] &= times[1:] >= border
+        own[:-1] &= times[:-1] < border
+        windows = (waveform[..., first : first + window] for first in starts)
+        kept = self._encode_windows(windows, len(waveform), layers, own)
+        return kept, times[own]
+
+    def _encode_windows(
+        self,
+        windows: Iterable[Float[Tensor, "B C S"]],
+        batch: int,
+        layers: Sequence[int] | None,
+        own: Bool[Tensor, "W T"],
+        attended: Bool[Tensor, "W T"] | None = None,
+    ) -> tuple[Float[Tensor, "B _ F D"], ...]:
+        """The columns of every window that are its own, one window after the other."""
+        parts: list[list[Tensor]] = []
+        windows, done = iter(windows), 0
+        while chunk := list(islice(windows, max(1, self.max_windows // batch))):
+            some = slice(done, done + len(chunk))
+            done += len(chunk)
+            stacked = torch.stack(chunk).flatten(0, 1)  # [windows * B, C, S]
+            grid = self.front_end.grid(stacked.shape[-1])
+            keep = None if attended is None else _with_valid(attended[some], grid, batch, stacked.device)
+            outputs = self._layers(self.front_end(stacked), grid, keep)
+            chosen = outputs if layers is None else [outputs[layer] for layer in layers]
+            shape = {"w": len(chunk), "t": grid.num_time}
+            columns = own[some].flatten().to(stacked.device)
+            parts.append([rearrange(x, "(w b) (t f) d -> b (w t) f d", **shape)[:, columns] for x in chosen])
+        return tuple(torch.cat(layer, dim=1) for layer in zip(*parts, strict=True))
+
+    def _layers(self, tokens: Tensor, grid: Grid, keep: TokenSet | None) -> list[Tensor]:
+        blocks = self.encoder.layers(tokens, grid, keep)
+        return [self.encoder.embed(tokens, grid), *blocks[:-1], self.encoder.norm(blocks[-1])]
+
+    def _encode_as_wavjepa(
+        self, waveform: Tensor, layers: Sequence[int] | None
+    ) -> tuple[tuple[Tensor, ...], Float[Tensor, " T"]]:
+        num_samples, window = waveform.shape[-1], self.window_samples
+        rms = waveform.square().mean(dim=(1, 2), keepdim=True).sqrt()
+        padding = window - num_samples % window  # never 0
+        padded = F.pad(waveform * (10 ** (-14 / 20) / rms.clamp(min=1e-8)), (0, padding))
+        windows = padded.unfold(-1, window, window).unbind(2)
+        seconds, per_window = window / self.sample_rate, self.front_end.grid(window).num_time
+        surplus = int(padding / self.sample_rate * int(per_window / seconds))
+        num_columns = len(windows) * per_window - surplus
+        own = (torch.arange(len(windows) * per_window) < num_columns).unflatten(0, (len(windows), per_window))
+        kept = self._encode_windows(windows, len(waveform), layers, own, attended=own)
+        return kept, torch.arange(num_columns) * (num_samples / self.sample_rate / num_columns)
+
+
+def _filled_up(groups: list[Tensor], parts: list[tuple[tuple[Tensor, ...], Tensor]]) -> LayerFeatures:
+    """Clips of different lengths in one batch, the shorter ones filled up with zeros."""
+    first = parts[0][0]
+    shape = (sum(map(len, groups)), max(len(times) for _, times in parts))
+    layers = tuple(layer.new_zeros(*shape, *layer.shape[2:]) for layer in first)
+    times = torch.zeros(shape, device=first[0].device)
+    valid = torch.zeros(shape, dtype=torch.bool, device=first[0].device)
+    for rows, (part, own_times) in zip(groups, parts, strict=True):
+        columns = len(own_times)
+        times[rows, :columns], valid[rows, :columns] = own_times.to(times), True
+        for whole, layer in zip(layers, part, strict=True):
+            whole[rows, :columns] = layer
+    return LayerFeatures(layers, times, valid)
+
+
+def _with_valid(columns: Bool[Tensor, "W T"], grid: Grid, batch: int, device: torch.device) -> TokenSet:
+    """All tokens of some windows of a batch of clips, those in other columns as filling."""
+    valid = columns.repeat_interleave(grid.num_freq, dim=1).repeat_interleave(batch, dim=0)
+    index = torch.arange(grid.num_tokens).expand(len(valid), -1)
+    return TokenSet(index.to(device), valid.to(device))
 
 
 def load_frozen(
     checkpoint: Path,
     which: Literal["context", "target", "random"] = "context",
     random_seed: int | None = None,
+    *,
+    overlap: float = 0.0,
+    windowing: Literal["exact", "wavjepa"] = "exact",
+    max_windows: int = 64,
 ) -> FrozenEncoder:
     """The frozen encoder of a checkpoint, or its random-init twin.
 
@@ -142,6 +259,9 @@ def load_frozen(
         checkpoint: a `.ckpt` written by `jepa-audio fit`.
         which: "context" or "target" encoder, or "random": the same network with the weights it had before step 0.
         random_seed: seed of the twin's weights; `None` for the seed of the run itself.
+        overlap: see `FrozenEncoder`.
+        windowing: see `FrozenEncoder`.
+        max_windows: see `FrozenEncoder`.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -155,4 +275,12 @@ def load_frozen(
         raise ValueError(f"{checkpoint} does not tell `crop_seconds`, the clip length it was trained on")
     window_samples = round(data["crop_seconds"] * jepa.front_end.sample_rate)
     frozen = FrozenEncoder.from_jepa(jepa, window_samples, "target" if which == "target" else "context")
+    frozen = FrozenEncoder(
+        frozen.front_end,
+        frozen.encoder,
+        window_samples,
+        overlap=overlap,
+        windowing=windowing,
+        max_windows=max_windows,
+    )
     return frozen.random_twin(jepa.seed if random_seed is None else random_seed) if which == "random" else frozen

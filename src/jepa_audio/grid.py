@@ -16,7 +16,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Grid:
-    """The plane on which the tokens of one clip lie; a raw waveform is a grid with one frequency row.
+    """The plane on which the tokens of one clip lie.
+
+    Its rows are the frequency bands of a spectrogram. A raw waveform is a grid with one row, or with one for each
+    channel, where the channels have tokens of their own.
 
     Tokens are counted time-major: token `i` lies at time column `i // num_freq`, frequency row `i % num_freq`.
     """
@@ -103,11 +106,14 @@ class Masks:
         targets: the tokens to predict, in M groups that the predictor handles each on its own, `[B, M, K']`.
         targets_per_clip: mean number of target tokens of a clip in the draw that these rows come from. The loss
             of some rows of a draw divides by it, so that micro-batches and ranks add up to the whole draw's mean.
+        present: all tokens of the grid, those in the padding of a shorter clip as filling, `[B, N]`; `None` if the
+            clips fill the grid.
     """
 
     context: TokenSet
     targets: TokenSet
     targets_per_clip: float
+    present: TokenSet | None = None
 
     @staticmethod
     def from_bool(context: Bool[Tensor, "B N"], targets: Bool[Tensor, "B M N"]) -> Masks:
@@ -116,11 +122,13 @@ class Masks:
 
     def rows(self, rows: Tensor | slice) -> Masks:
         """The same masks for some rows of the batch."""
-        return Masks(self.context.rows(rows), self.targets.rows(rows), self.targets_per_clip)
+        present = None if self.present is None else self.present.rows(rows)
+        return Masks(self.context.rows(rows), self.targets.rows(rows), self.targets_per_clip, present)
 
     def to(self, device: torch.device) -> Masks:
         """The same masks on another device."""
-        return Masks(self.context.to(device), self.targets.to(device), self.targets_per_clip)
+        present = None if self.present is None else self.present.to(device)
+        return Masks(self.context.to(device), self.targets.to(device), self.targets_per_clip, present)
 
 
 class AudioBatch(NamedTuple):
@@ -131,10 +139,13 @@ class AudioBatch(NamedTuple):
         row: the place of every row in the order of the whole run, counted over all ranks and all micro-batches:
             clip position times crops per clip, plus the crop's number. Masks are drawn by it, so that they belong
             to the sample and not to the process that happens to train on it.
+        num_samples: of every row, what follows is padding that the model must not hear; `None` if all of it is sound,
+            or padding that counts as silence.
     """
 
     waveform: Float[Tensor, "B C S"]
     row: Int[Tensor, " B"]
+    num_samples: Int[Tensor, " B"] | None = None
 
     def to(self, device: torch.device) -> AudioBatch:
         """The waveform on another device; the rows are read on the CPU, without waiting for the device."""

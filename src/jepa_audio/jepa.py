@@ -11,7 +11,6 @@ from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -20,6 +19,7 @@ from jepa_audio.front_ends import FrontEnd
 from jepa_audio.grid import AudioBatch, Grid, Masks, TokenSet
 from jepa_audio.losses import Distance
 from jepa_audio.masking.base import Masker
+from jepa_audio.optimizer import parameter_groups
 from jepa_audio.predictor import Predictor
 from jepa_audio.schedules import Schedule
 from jepa_audio.targets import Targets
@@ -117,7 +117,7 @@ class JEPA(LightningModule):
         tokens = self.front_end(waveform)
         context = self.encoder(tokens, grid, masks.context)
         prediction = self.predictor(context, masks, grid)
-        target = self.target_latents(waveform, tokens, grid, masks.targets)
+        target = self.target_latents(waveform, tokens, grid, masks.targets, masks.present)
         distance = self.distance(prediction, target)  # [B, M, T]
         if masks.targets.valid is not None:
             distance = distance * masks.targets.valid
@@ -126,13 +126,18 @@ class JEPA(LightningModule):
 
     @torch.no_grad()
     def target_latents(
-        self, waveform: Float[Tensor, "B C S"], tokens: Float[Tensor, "B N D"], grid: Grid, where: TokenSet
+        self,
+        waveform: Float[Tensor, "B C S"],
+        tokens: Float[Tensor, "B N D"],
+        grid: Grid,
+        where: TokenSet,
+        present: TokenSet | None = None,
     ) -> Float[Tensor, "B M T D"]:
-        """What the target encoder says at `where`; `tokens` are the online front end's."""
+        """What the target encoder says at `where`; `tokens` are the online front end's, `present` the clips'."""
         self.target_encoder.eval()
         if self.target_front_end is not None:
             tokens = self.target_front_end.eval()(waveform)
-        return self.targets(self.target_encoder, tokens.detach(), grid, where)
+        return self.targets(self.target_encoder, tokens.detach(), grid, where, present)
 
     def loss(self, waveform: Float[Tensor, "B C S"], masks: Masks) -> Float[Tensor, ""]:
         """The loss for given masks."""
@@ -141,7 +146,8 @@ class JEPA(LightningModule):
     def draw_masks(self, batch: AudioBatch, rows_per_draw: int, stream: int = 0) -> Masks:
         """The masks that belong to the rows of a batch; see `Masker.for_rows`."""
         grid = self.front_end.grid(batch.waveform.shape[-1])
-        masks = self.masker.for_rows(grid, batch.row, rows_per_draw, (self.seed, stream))
+        num_time = None if batch.num_samples is None else self.front_end.num_time(batch.num_samples)
+        masks = self.masker.for_rows(grid, batch.row, rows_per_draw, (self.seed, stream), num_time)
         return masks.to(batch.waveform.device)
 
     def training_step(self, batch: AudioBatch, batch_idx: int) -> Tensor:
@@ -177,13 +183,7 @@ class JEPA(LightningModule):
         max_steps = self.trainer.max_steps
         if max_steps < 1:
             raise ValueError(f"set `trainer.max_steps` (now {max_steps}): schedules are functions of it")
-        if self.decay_all:
-            groups = [{"params": [p for p in self.parameters() if p.requires_grad]}]
-        else:
-            learned_tokens = [name for name, _ in self.named_parameters() if name.endswith("registers")]
-            groups = param_groups_weight_decay(self, no_weight_decay_list=learned_tokens)
-            del groups[1]["weight_decay"]  # the optimizer's own
-        optimizer = self.optimizer(groups)
+        optimizer = self.optimizer(parameter_groups(self, self.decay_all))
         scheduler = LambdaLR(optimizer, lambda step: self.lr_schedule(min(step, max_steps - 1), max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -215,7 +215,7 @@ def _losses(jepa: JEPA, batch: AudioBatch, masks: Masks, output: JEPAOutput) -> 
     mean = output.target[valid].mean(dim=0)
     seen = TokenSet(masks.context.index[:, None], None if masks.context.valid is None else masks.context.valid[:, None])
     tokens = jepa.front_end(batch.waveform)
-    seen_latents = jepa.target_latents(batch.waveform, tokens, grid, seen)[:, 0]  # [B, K, D]
+    seen_latents = jepa.target_latents(batch.waveform, tokens, grid, seen, masks.present)[:, 0]  # [B, K, D]
     plane = seen_latents.new_zeros(len(seen_latents), grid.num_tokens, seen_latents.shape[-1])
     plane.scatter_(1, masks.context.index[..., None].expand_as(seen_latents), seen_latents)
     copied = nearest_context(masks, grid).gather(plane[:, None].expand(-1, masks.targets.index.shape[1], -1, -1))

@@ -37,16 +37,23 @@ class Targets:
             raise ValueError(f"`top_k` ({self.top_k}) must be at least 1, or null for the last layer after the norm")
 
     def __call__(
-        self, encoder: Encoder, tokens: Float[Tensor, "B N D"], grid: Grid, where: TokenSet
+        self,
+        encoder: Encoder,
+        tokens: Float[Tensor, "B N D"],
+        grid: Grid,
+        where: TokenSet,
+        present: TokenSet | None = None,
     ) -> Float[Tensor, "B M K D"]:
         """Targets at `where` (`[B, M, K]`); with the view "targets" each group is encoded on its own.
+
+        The view "clip" is of the `present` tokens, see `Masks`.
 
         Raises:
             ValueError: if the encoder has fewer than `top_k` blocks.
         """
         batch, groups, _ = where.index.shape
         if self.view == "clip":
-            latents = self._latents(encoder, tokens, grid, None)[:, None].expand(-1, groups, -1, -1)
+            latents = self._latents(encoder, tokens, grid, present)[:, None].expand(-1, groups, -1, -1)
             return where.gather(latents)
         alone = TokenSet(where.index.flatten(0, 1), None if where.valid is None else where.valid.flatten(0, 1))
         repeated = tokens[:, None].expand(-1, groups, -1, -1).flatten(0, 1)

@@ -92,7 +92,8 @@ class Encoder(nn.Module):
         mlp_ratio: hidden width of the MLP over `embed_dim`.
         mlp: "gelu" or "swiglu".
         norm: "pre" or "post".
-        norm_eps: epsilon of the layer norms.
+        norm_eps: epsilon of the blocks' layer norms.
+        final_norm_eps: epsilon of the norm after the last block; `None` for `norm_eps`.
         qk_norm: normalise queries and keys.
         layer_scale: start value of the learned branch scales, `None` for none.
         drop_path: chance of skipping a branch at the last block; rises linearly from 0 at the first.
@@ -111,6 +112,7 @@ class Encoder(nn.Module):
         mlp: Literal["gelu", "swiglu"] = "gelu",
         norm: Literal["pre", "post"] = "pre",
         norm_eps: float = 1e-6,
+        final_norm_eps: float | None = None,
         qk_norm: bool = False,
         layer_scale: float | None = None,
         drop_path: float = 0.0,
@@ -131,6 +133,7 @@ class Encoder(nn.Module):
             )
         positions.check(embed_dim, num_heads)
         self.embed_dim = embed_dim
+        self.num_heads = num_heads
         self.head_dim = embed_dim // num_heads
         self.positions = positions
         self.checkpoint_every = checkpoint_every
@@ -151,7 +154,7 @@ class Encoder(nn.Module):
             )
             for i in range(depth)
         )
-        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps if final_norm_eps is None else final_norm_eps)
         self.reset_parameters()
 
     @property

@@ -9,7 +9,7 @@ import pytest
 import soundfile as sf
 import torch
 
-from jepa_audio.data.dataset import CropDataset, collate
+from jepa_audio.data.dataset import CropDataset, Crops, collate
 from jepa_audio.data.index import CorpusError, index_folder, usable
 
 RATE = 8000
@@ -35,9 +35,9 @@ def dataset(root: Path, num_samples: int = 100, sample_rate: int = RATE, **argum
 
 def test_a_crop_is_a_slice_of_the_file(root: Path):
     write(root / "a.wav", ramp(4000))
-    crops, position = dataset(root)[7, 0]
+    crops, position, num_samples = dataset(root)[7, 0]
     start = round(float(crops[0, 0, 0]) * 2**15)
-    assert position == 7
+    assert (position, num_samples) == (7, 100)
     assert crops.shape == (1, 1, 100)
     assert crops.dtype == torch.float32
     np.testing.assert_array_equal(crops[0].numpy(), ramp(4000)[:, start : start + 100])
@@ -181,8 +181,10 @@ def test_a_corpus_that_went_away_stops_the_run(root: Path):
 
 
 def test_a_batch_numbers_its_rows_by_position_and_crop():
-    items = [(torch.full((3, 2, 5), float(position)), position) for position in (40, 41)]
+    items = [Crops(torch.full((3, 2, 5), float(position)), position, position - 36) for position in (40, 41)]
     batch = collate(items)
+    assert batch.num_samples is None
+    assert collate(items, mask_padding=True).num_samples.tolist() == [4, 4, 4, 5, 5, 5]
     assert batch.waveform.shape == (6, 2, 5)
     assert batch.row.tolist() == [120, 121, 122, 123, 124, 125]
     assert batch.row.dtype == torch.int64

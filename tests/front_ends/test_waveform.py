@@ -63,9 +63,9 @@ def test_equals_the_published_wavjepa() -> None:
     front_end = WaveformFrontEnd(
         [tuple(layer) for layer in sizes["conv_layers"]], sizes["encoder"]["width"], standardize=False
     )
-    names = {f"layers.{i}.0.weight": f"extract_audio.cnn.{i}.0.weight" for i in range(len(front_end.layers))}
+    names = {f"stacks.0.{i}.0.weight": f"extract_audio.cnn.{i}.0.weight" for i in range(len(front_end.stacks[0]))}
     for kind in ("weight", "bias"):
-        names[f"layers.0.1.{kind}"] = f"extract_audio.cnn.0.2.{kind}"
+        names[f"stacks.0.0.1.{kind}"] = f"extract_audio.cnn.0.2.{kind}"
         names[f"norm.{kind}"] = f"feature_norms.{kind}"
         names[f"projection.{kind}"] = f"post_extraction_mapper.{kind}"
     front_end.load_state_dict({ours: saved[f"state/{theirs}"] for ours, theirs in names.items()})
@@ -105,7 +105,7 @@ def test_gradient_reaches_every_parameter(norm: str, bias: bool) -> None:
     front_end = WaveformFrontEnd(TINY, 8, num_channels=2, norm=norm, bias=bias)
     (front_end(noise(2, 2, 300)) * noise(8, seed=1)).square().sum().backward()
     # A bias before the group norm is taken out again by its mean, so its gradient is 0 by construction.
-    silent = {"layers.0.0.bias"} if norm == "group" else set()
+    silent = {"stacks.0.0.0.bias"} if norm == "group" else set()
     for name, parameter in front_end.named_parameters():
         assert parameter.grad is not None, name
         assert name in silent or parameter.grad.abs().max() > 0, name
@@ -151,3 +151,28 @@ def test_reset_parameters_draws_the_constructor_s_weights() -> None:
 def test_impossible_layers_are_refused(layers: list[tuple[int, int, int]]) -> None:
     with pytest.raises(ValueError, match="`conv_layers`"):
         WaveformFrontEnd(layers, 8)
+
+
+def test_separate_channels_have_a_stack_and_a_row_each(rng: torch.Generator) -> None:
+    layers = [(8, 10, 5), (8, 8, 4)]
+    both = WaveformFrontEnd(layers, 12, num_channels=2, separate_channels=True, standardize=False)
+    clip = torch.randn(3, 2, 400, generator=rng)
+    tokens = both(clip)
+    grid = both.grid(400)
+    assert (grid.num_freq, tokens.shape[1]) == (2, grid.num_tokens)
+    for ear in (0, 1):
+        one = WaveformFrontEnd(layers, 12, standardize=False)
+        one.stacks[0].load_state_dict(both.stacks[ear].state_dict())
+        one.norm.load_state_dict(both.norm.state_dict())
+        one.projection.load_state_dict(both.projection.state_dict())
+        torch.testing.assert_close(tokens[:, ear::2], one(clip[:, ear : ear + 1]), rtol=1e-5, atol=1e-6)
+
+
+def test_level_and_delay_between_the_ears_survive_standardisation(rng: torch.Generator) -> None:
+    front_end = WaveformFrontEnd([(8, 10, 5)], 12, num_channels=2, separate_channels=True)
+    heard: list[Tensor] = []
+    for stack in front_end.stacks:
+        stack.register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0]))
+    left = torch.randn(1, 1, 400, generator=rng)
+    front_end(torch.cat([left, 0.25 * left.roll(3, -1)], dim=1))
+    assert float(heard[1].std() / heard[0].std()) == pytest.approx(0.25, rel=1e-4)

@@ -7,8 +7,11 @@ import logging
 import math
 import multiprocessing
 import os
+from collections.abc import Callable
+from functools import partial
 from multiprocessing.context import BaseContext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +22,7 @@ from torch.utils.data import DataLoader
 from jepa_audio.data.dataset import CropDataset, Mono, collate
 from jepa_audio.data.index import CorpusError, index_folder, load_index, usable
 from jepa_audio.data.sampler import EveryNthBatch, GlobalOrderSampler, ResumableLoader
+from jepa_audio.data.scenes import SceneBatch, SceneDataset, Scenes, collate_scenes, prepare_scenes
 from jepa_audio.grid import AudioBatch
 
 log = logging.getLogger(__name__)
@@ -36,6 +40,9 @@ class AudioDataModule(LightningDataModule):
         crops_per_clip: crops of one file that go into a batch together.
         clip_seconds: window of a file that its crops come from; `None` for the whole file.
         loudness_dbfs: RMS level given to every clip; `None` leaves the level.
+        mask_padding: a file shorter than a crop is filled up with zeros; True keeps them from the model, False lets it
+            hear them as silence.
+        scenes: rooms and noise that the clips are put into; `None` leaves them as they are.
         batch_size: clips of one process's micro-batch; it has `batch_size * crops_per_clip` rows.
         num_workers: reading processes of each training process; `None` for its share of the cores, up to 8.
         valid_share: share of the files held out, chosen by a hash of the path, so that a file stays where it
@@ -59,6 +66,8 @@ class AudioDataModule(LightningDataModule):
         crops_per_clip: int = 1,
         clip_seconds: float | None = None,
         loudness_dbfs: float | None = None,
+        mask_padding: bool = False,
+        scenes: Scenes | None = None,
         batch_size: int = 32,
         num_workers: int | None = None,
         valid_share: float = 0.05,
@@ -89,6 +98,8 @@ class AudioDataModule(LightningDataModule):
         self.crops_per_clip = crops_per_clip
         self.clip_seconds = clip_seconds
         self.loudness_dbfs = loudness_dbfs
+        self.mask_padding = mask_padding
+        self.scenes = scenes
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.valid_share = valid_share
@@ -110,6 +121,8 @@ class AudioDataModule(LightningDataModule):
                 num_channels=self._needed_channels(),
                 max_bad_share=self.max_bad_share,
             )
+        if self.scenes is not None:
+            prepare_scenes(self.scenes, self.num_channels, self.sample_rate, _num_cores())
 
     def setup(self, stage: str) -> None:
         """Read the tables and divide them; every process comes to the same division."""
@@ -177,7 +190,8 @@ class AudioDataModule(LightningDataModule):
 
     def _dataset(self, part: str, random_crops: bool) -> CropDataset:
         root, table = self._tables[part]
-        return CropDataset(
+        make = CropDataset if self.scenes is None else partial(SceneDataset, self.scenes)
+        return make(
             root=root,
             table=table,
             sample_rate=self.sample_rate,
@@ -191,6 +205,16 @@ class AudioDataModule(LightningDataModule):
             random_crops=random_crops,
             max_bad_share=self.max_bad_share,
         )
+
+    @property
+    def _collate(self) -> Callable[[list[Any]], AudioBatch | SceneBatch]:
+        if self.scenes is not None:
+            return partial(collate_scenes, num_samples=self.num_samples)
+        return partial(collate, mask_padding=self.mask_padding)
+
+    def on_after_batch_transfer(self, batch: AudioBatch | SceneBatch, dataloader_idx: int) -> AudioBatch:
+        """Scenes are rendered where the model is."""
+        return batch.render() if isinstance(batch, SceneBatch) else batch
 
     def _loader(
         self,
@@ -206,7 +230,7 @@ class AudioDataModule(LightningDataModule):
             sampler=sampler,
             batch_sampler=batch_sampler,
             num_workers=num_workers,
-            collate_fn=collate,
+            collate_fn=self._collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=num_workers > 0 and sampler is not None,  # training has but one iterator
             multiprocessing_context=_worker_context() if num_workers > 0 else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,9 @@ _REPLACEMENTS = 20
 _SILENCE_RMS = 1e-5  # -100 dBFS: below lies dither, not sound to be made louder
 
 
-class _File(NamedTuple):
+class File(NamedTuple):
+    """A row of the table."""
+
     path: Path
     num_frames: int
     sample_rate: int
@@ -35,7 +37,21 @@ class _File(NamedTuple):
     rms: float
 
 
-class CropDataset(Dataset[tuple[Tensor, int]]):
+class Crops(NamedTuple):
+    """The crops of one place in the order of the run.
+
+    Attributes:
+        waveform: of all crops, `[crops, C, S]`.
+        position: the place.
+        num_samples: of every crop; what follows is padding.
+    """
+
+    waveform: Float32[Tensor, "crops C S"]
+    position: int
+    num_samples: int
+
+
+class CropDataset(Dataset[Crops]):
     """Crops of files, drawn from (seed, position) alone: the same on any rank, in any worker, in any run.
 
     A file that cannot be read when its turn comes is replaced by another one, drawn from the same numbers.
@@ -117,8 +133,11 @@ class CropDataset(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self._paths)
 
-    def __getitem__(self, place: tuple[int, int]) -> tuple[Float32[Tensor, "crops C S"], int]:
-        """The crops at (position in the order of the run, file), and that position."""
+    def __getitem__(self, place: tuple[int, int]) -> Crops:
+        """The crops at (position in the order of the run, file)."""
+        return self._load(place)
+
+    def _load(self, place: tuple[int, int]) -> Any:
         position, index = place
         for attempt in range(_REPLACEMENTS):
             # A generator for each attempt: where in a file reading failed has no influence on what follows.
@@ -127,13 +146,13 @@ class CropDataset(Dataset[tuple[Tensor, int]]):
                 index = int(rng.integers(len(self)))
             try:
                 self._reads += 1
-                return self._crops(self._file(index), rng), position
+                return self._crops(self._file(index), position, rng)
             except AudioReadError as error:
                 self._note_bad(error)
         raise CorpusError(f"{_REPLACEMENTS} files in a row cannot be read: {self._bad_list()}")
 
-    def _file(self, index: int) -> _File:
-        return _File(
+    def _file(self, index: int) -> File:
+        return File(
             self._root / self._paths[index].as_py(),
             int(self._num_frames[index]),
             int(self._sample_rates[index]),
@@ -141,18 +160,29 @@ class CropDataset(Dataset[tuple[Tensor, int]]):
             float(self._rms[index]),
         )
 
-    def _crops(self, file: _File, rng: np.random.Generator) -> Float32[Tensor, "crops C S"]:
-        channel = int(rng.integers(file.num_channels)) if self.mono == "random" else 0
-        length = resampled_length(file.num_frames, file.sample_rate, self.sample_rate)
-        if self.clip_samples is None:
-            starts = self._starts(length, self.num_samples, self.crops_per_clip, rng)
-            crops = torch.stack([self._read(file, start, self.num_samples, channel) for start in starts])
-            return crops * self._gain(file.rms)
-        (start,) = self._starts(length, self.clip_samples, 1, rng)
-        clip = self._read(file, start, min(self.clip_samples, length), channel)
-        clip = clip * self._gain(float(clip.square().mean().sqrt()))
-        starts = self._starts(clip.shape[-1], self.num_samples, self.crops_per_clip, rng)
-        return torch.stack([_padded(clip[:, start : start + self.num_samples], self.num_samples) for start in starts])
+    def _crops(self, file: File, position: int, rng: np.random.Generator) -> Crops:
+        if self.clip_samples is not None:
+            clip = self._clip(file, self.clip_samples, rng)
+            starts = self._starts(clip.shape[-1], self.num_samples, self.crops_per_clip, rng)
+            crops = torch.stack([cut(clip[:, start:], self.num_samples) for start in starts])
+            return Crops(crops, position, min(clip.shape[-1], self.num_samples))
+        channel, length = self._channel(file, rng), self._length(file)
+        starts = self._starts(length, self.num_samples, self.crops_per_clip, rng)
+        crops = torch.stack([self._read(file, start, self.num_samples, channel) for start in starts])
+        return Crops(crops * self._gain(file.rms), position, min(length, self.num_samples))
+
+    def _clip(self, file: File, clip_samples: int, rng: np.random.Generator) -> Float32[Tensor, "C S"]:
+        """A window of the file, shorter than asked for if the file is."""
+        channel, length = self._channel(file, rng), self._length(file)
+        (start,) = self._starts(length, clip_samples, 1, rng)
+        clip = self._read(file, start, min(clip_samples, length), channel)
+        return clip * self._gain(float(clip.square().mean().sqrt()))
+
+    def _channel(self, file: File, rng: np.random.Generator) -> int:
+        return int(rng.integers(file.num_channels)) if self.mono == "random" else 0
+
+    def _length(self, file: File) -> int:
+        return resampled_length(file.num_frames, file.sample_rate, self.sample_rate)
 
     def _starts(self, length: int, window: int, count: int, rng: np.random.Generator) -> list[int]:
         room = max(length - window, 0)
@@ -160,13 +190,13 @@ class CropDataset(Dataset[tuple[Tensor, int]]):
             return rng.integers(room, size=count, endpoint=True).tolist()
         return [(2 * crop + 1) * room // (2 * count) for crop in range(count)]
 
-    def _read(self, file: _File, start: int, length: int, channel: int) -> Float32[Tensor, "C S"]:
+    def _read(self, file: File, start: int, length: int, channel: int) -> Float32[Tensor, "C S"]:
         source = source_slice(start, length, file.num_frames, file.sample_rate, self.sample_rate)
         samples, sample_rate = read(file.path, source.start, source.num_frames)
         if (sample_rate, len(samples)) != (file.sample_rate, file.num_channels):
             raise AudioReadError(file.path, "changed since it was indexed: other sample rate or channels")
         waveform = resample(self._mixed(torch.from_numpy(samples), channel), file.sample_rate, self.sample_rate)
-        return _padded(waveform[:, source.skip : source.skip + length], length)
+        return cut(waveform[:, source.skip :], length)
 
     def _mixed(self, waveform: Float32[Tensor, "C S"], channel: int) -> Float32[Tensor, "K S"]:
         if self.mono == "keep":
@@ -193,13 +223,15 @@ class CropDataset(Dataset[tuple[Tensor, int]]):
         return "; ".join(f"{path} ({reason})" for path, reason in self._bad_files.items())
 
 
-def collate(items: list[tuple[Tensor, int]]) -> AudioBatch:
-    """A batch of all crops, numbered by their place in the order of the run."""
-    waveform = torch.stack([crops for crops, _ in items])  # [B, crops, C, S]
-    position = torch.tensor([position for _, position in items])
+def collate(items: list[Crops], mask_padding: bool = False) -> AudioBatch:
+    """A batch of all crops, numbered by their place in the order of the run; `mask_padding` tells what is padding."""
+    waveform = torch.stack([item.waveform for item in items])  # [B, crops, C, S]
+    position = torch.tensor([item.position for item in items])
     row = position[:, None] * waveform.shape[1] + torch.arange(waveform.shape[1])
-    return AudioBatch(waveform.flatten(0, 1), row.flatten())
+    num_samples = torch.tensor([item.num_samples for item in items]).repeat_interleave(waveform.shape[1])
+    return AudioBatch(waveform.flatten(0, 1), row.flatten(), num_samples if mask_padding else None)
 
 
-def _padded(waveform: Float32[Tensor, "C S"], length: int) -> Float32[Tensor, "C R"]:
-    return torch.nn.functional.pad(waveform, (0, length - waveform.shape[-1]))
+def cut(waveform: Float32[Tensor, "C S"], length: int) -> Float32[Tensor, "C R"]:
+    """The first `length` samples, filled up with zeros where there are fewer."""
+    return torch.nn.functional.pad(waveform[:, :length], (0, max(0, length - waveform.shape[-1])))

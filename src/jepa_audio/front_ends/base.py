@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from jepa_audio.grid import Grid
@@ -30,6 +31,14 @@ class FrontEnd(nn.Module, ABC):
         Raises:
             ValueError: if the clip is shorter than one token.
         """
+
+    def num_time(self, num_samples: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
+        """Time columns of clips of different lengths; `ValueError` as `grid`."""
+        return torch.tensor([self.grid(length).num_time for length in num_samples.tolist()])
+
+    @abstractmethod
+    def times(self, num_samples: int) -> Float[Tensor, " T"]:
+        """Middle of what the tokens of every time column hear, in seconds from the clip's first sample."""
 
     @abstractmethod
     def forward(self, waveform: Float[Tensor, "B C S"]) -> Float[Tensor, "B N D"]:

@@ -87,6 +87,12 @@ class SpectrogramFrontEnd(FrontEnd):
             )
         return Grid(self.spectrogram.num_bands // self.patch_bands, num_frames // self.patch_frames)
 
+    def times(self, num_samples: int) -> Float[Tensor, " T"]:
+        """See `FrontEnd`; the middles of the patches' frames."""
+        frame = (torch.arange(self.grid(num_samples).num_time) + 0.5) * self.patch_frames - 0.5
+        first = self.spectrogram.window_length / 2 - self.spectrogram.padding
+        return (frame * self.spectrogram.hop_length + first) / self.sample_rate
+
     def image(self, waveform: Float[Tensor, "B C S"]) -> Float[Tensor, "B C T F"]:
         """The normalised log spectrogram, time first."""
         return (self.spectrogram(waveform).transpose(-1, -2) - self.mean) / (self.std + 1e-8)

@@ -169,7 +169,8 @@ class LogMel(_FilterBank):
         center: bool = False,
     ) -> None:
         f_max_hz = _checked_f_max(sample_rate, f_min_hz, f_max_hz)
-        bank = melscale_fbanks(n_fft // 2 + 1, f_min_hz, f_max_hz, n_mels, sample_rate, norm, mel_scale)
+        with torch.device("cpu"):  # the library looks at its values, which a meta tensor has not
+            bank = melscale_fbanks(n_fft // 2 + 1, f_min_hz, f_max_hz, n_mels, sample_rate, norm, mel_scale)
         super().__init__(
             bank.T.contiguous(),
             sample_rate,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from math import prod
 from typing import Literal
 
+import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -31,7 +33,9 @@ class WaveformFrontEnd(FrontEnd):
         conv_layers: (channels, kernel, stride) of every layer.
         embed_dim: width of the tokens.
         sample_rate: in Hz.
-        num_channels: audio channels, mixed by the first layer.
+        num_channels: audio channels.
+        separate_channels: False mixes the channels in the first layer; True gives every channel a stack of its own
+            and tokens of its own, a row of the grid each (WavJEPA-Nat's two ears).
         norm: `group` normalises every channel over time, after the first layer alone (wav2vec 2.0 base,
             WavJEPA); `layer` every time step over the channels, after each layer (wav2vec 2.0 large).
         bias: of the convolutions.
@@ -45,6 +49,7 @@ class WaveformFrontEnd(FrontEnd):
         embed_dim: int,
         sample_rate: int = 16000,
         num_channels: int = 1,
+        separate_channels: bool = False,
         norm: Literal["group", "layer", "none"] = "group",
         bias: bool = False,
         standardize: bool = True,
@@ -63,11 +68,15 @@ class WaveformFrontEnd(FrontEnd):
         self.num_channels = num_channels
         self.standardize = standardize
 
-        widths = [num_channels, *(channels for channels, _, _ in conv_layers)]
-        self.layers = nn.Sequential()
-        for i, (channels, kernel, stride) in enumerate(conv_layers):
-            conv = nn.Conv1d(widths[i], channels, kernel, stride, bias=bias)
-            self.layers.append(nn.Sequential(conv, _norm(norm, i, channels), nn.GELU()))
+        num_stacks = num_channels if separate_channels else 1
+        widths = [num_channels // num_stacks, *(channels for channels, _, _ in conv_layers)]
+        self.stacks = nn.ModuleList()
+        for _ in range(num_stacks):
+            stack = nn.Sequential()
+            for i, (channels, kernel, stride) in enumerate(conv_layers):
+                conv = nn.Conv1d(widths[i], channels, kernel, stride, bias=bias)
+                stack.append(nn.Sequential(conv, _norm(norm, i, channels), nn.GELU()))
+            self.stacks.append(stack)
         self.norm = nn.LayerNorm(widths[-1])
         self.projection = nn.Linear(widths[-1], embed_dim)
         self.reset_parameters()
@@ -94,13 +103,18 @@ class WaveformFrontEnd(FrontEnd):
         return samples
 
     def grid(self, num_samples: int) -> Grid:
-        """One frequency row; samples that do not fill another token are dropped."""
+        """One row, or one for each separate channel; samples that do not fill another token are dropped."""
         if num_samples < self.receptive_field:
             raise ValueError(
                 f"a clip of {num_samples} samples is too short: one token takes {self.receptive_field} "
                 f"({1e3 * self.receptive_field / self.sample_rate:g} ms at {self.sample_rate} Hz)"
             )
-        return Grid(num_freq=1, num_time=1 + (num_samples - self.receptive_field) // self.stride)
+        return Grid(num_freq=len(self.stacks), num_time=1 + (num_samples - self.receptive_field) // self.stride)
+
+    def times(self, num_samples: int) -> Float[Tensor, " T"]:
+        """See `FrontEnd`; the middles of the receptive fields."""
+        first = torch.arange(self.grid(num_samples).num_time) * self.stride
+        return (first + self.receptive_field / 2) / self.sample_rate
 
     def forward(self, waveform: Float[Tensor, "B C S"]) -> Float[Tensor, "B N D"]:
         """Tokens in the order of `Grid`, float32 also under autocast."""
@@ -109,7 +123,9 @@ class WaveformFrontEnd(FrontEnd):
         if self.standardize:
             deviation = features.std(dim=(1, 2), keepdim=True)
             features = (features - features.mean(dim=(1, 2), keepdim=True)) / (deviation + 1e-5)
-        features = self.layers(features).transpose(1, 2)  # [B, N, channels]
+        heard = features.chunk(len(self.stacks), dim=1)  # each stack its channel, or one stack all of them
+        rows = [stack(channels) for stack, channels in zip(self.stacks, heard, strict=True)]
+        features = rearrange(rows, "f b d t -> b (t f) d")
         return self.projection(self.norm(features)).float()
 
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from jepa_audio.grid import Grid, Masks
+from jepa_audio.grid import Grid, Masks, TokenSet
 
 
 class Masker(ABC):
@@ -32,7 +32,14 @@ class Masker(ABC):
             ValueError: if no clip of this grid can be masked in this way.
         """
 
-    def for_rows(self, grid: Grid, row: Int[Tensor, " B"], rows_per_draw: int, seed: tuple[int, ...]) -> Masks:
+    def for_rows(
+        self,
+        grid: Grid,
+        row: Int[Tensor, " B"],
+        rows_per_draw: int,
+        seed: tuple[int, ...],
+        num_time: Int[Tensor, " B"] | None = None,
+    ) -> Masks:
         """The masks that belong to some rows of the run, whatever process asks for them.
 
         Masks are drawn for `rows_per_draw` rows at once, from (`seed`, number of the draw), and each process takes
@@ -44,8 +51,26 @@ class Masker(ABC):
             row: places in the order of the run, as `AudioBatch.row`; they are taken modulo `rows_per_draw`.
             rows_per_draw: rows that are drawn together.
             seed: what else the draw depends on.
+            num_time: time columns of each clip that are no padding: tokens beyond are neither context nor target. A
+                clip that loses all its context or all its targets so gets masks of its own, drawn for its own grid.
         """
         draw = int(row[0]) // rows_per_draw
-        entropy = np.random.SeedSequence([*seed, draw]).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(entropy))
-        return self(grid, rows_per_draw, generator, draw).rows(row % rows_per_draw)
+        masks = self(grid, rows_per_draw, _generator(*seed, draw), draw).rows(row % rows_per_draw)
+        if num_time is None or bool((num_time == grid.num_time).all()):
+            return masks
+        present = torch.arange(grid.num_tokens) // grid.num_freq < num_time[:, None]  # [B, N]
+        context = masks.context.to_mask(grid.num_tokens) & present
+        targets = masks.targets.to_mask(grid.num_tokens) & present[:, None]
+        lost = ~(context.any(-1) & targets.flatten(1).any(-1))
+        for clip in lost.nonzero()[:, 0].tolist():
+            own = Grid(grid.num_freq, int(num_time[clip]))
+            alone = self(own, 1, _generator(*seed, draw, int(row[clip])), draw)
+            context[clip, : own.num_tokens] = alone.context.to_mask(own.num_tokens)[0]
+            targets[clip, :, : own.num_tokens] = alone.targets.to_mask(own.num_tokens)[0]
+        everywhere = torch.arange(grid.num_tokens).expand(len(present), -1)
+        sets = TokenSet.from_mask(context), TokenSet.from_mask(targets)
+        return Masks(*sets, masks.targets_per_clip, TokenSet(everywhere, present))
+
+
+def _generator(*entropy: int) -> torch.Generator:
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))

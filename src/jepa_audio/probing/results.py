@@ -91,10 +91,11 @@ def _from_json(row: dict) -> ProbeRow:
 
 def table(rows: Iterable[ProbeRow]) -> Table:
     """One line for each encoder and head, one column for each task: won, lost and undecided ones alike."""
-    header, lines, chance = _cells(list(rows), lambda row: f"{_value(row)}\n{_against(row)}".rstrip())
-    shown = Table(*header, title="accuracy on the test clips [95 %], against the random-init twin", caption=chance)
-    for line in lines:
-        shown.add_row(*line)
+    header, lines, chance = _cells(list(rows), lambda row: f"{_value(row)}\n{_against(row)}".replace(" (", "\n("))
+    title = "accuracy on the test clips [95 %]\nagainst the random-init twin"
+    shown = Table("encoder", *header[3:], title=title, caption=chance, show_lines=True)
+    for encoder, variant, pooling, *cells in lines:
+        shown.add_row(f"{encoder}\n{variant}\n{pooling}", *(cell.rstrip() for cell in cells))
     return shown
 
 

@@ -1,0 +1,249 @@
+"""Clips put into rooms with noise: dry mono in, reverberant and noisy out, one or several channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32, Int
+from torch import Tensor
+from torchaudio.functional import fftconvolve
+
+from jepa_audio.data.dataset import CropDataset, File, cut
+from jepa_audio.data.index import CorpusError, index_folder, load_index, usable
+from jepa_audio.data.read import AudioReadError, read
+from jepa_audio.data.resample import resample
+from jepa_audio.data.rooms import default_rooms, write_rooms
+from jepa_audio.grid import AudioBatch
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """How clips are put into scenes, as WavJEPA-Nat is trained (Yuksel et al., 2025, arXiv:2509.23238).
+
+    A clip is convolved with an impulse response of a room; noise, convolved with others of the same room, is added at a
+    drawn ratio. Localised noise comes from one place; diffuse noise from several, each with another stretch of it.
+
+    Args:
+        rirs: folder of impulse responses with as many channels as the model takes; the files of one folder are places
+            in one room. `None` for simulated shoebox rooms, see `jepa_audio.data.rooms`.
+        noise: folder of noise recordings; `None` for none.
+        snr_db: bounds of the drawn ratio of the clip's energy to the noise's, over all channels, in decibels.
+        diffuse_share: share of the scenes whose noise is diffuse.
+        diffuse_sources: fewest and most places of diffuse noise.
+        fade_seconds: of the noise, in and out.
+        rir_seconds: longer impulse responses are cut.
+        clean_share: share of the clips that stay dry and clean, the same on every channel.
+    """
+
+    rirs: str | None = None
+    noise: str | None = None
+    snr_db: tuple[float, float] = (5.0, 40.0)
+    diffuse_share: float = 0.5
+    diffuse_sources: tuple[int, int] = (3, 5)
+    fade_seconds: float = 0.2
+    rir_seconds: float = 1.0
+    clean_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        fewest, most = self.diffuse_sources
+        if not 1 <= fewest <= most:
+            raise ValueError(f"`diffuse_sources` {self.diffuse_sources} must be [fewest, most], both at least 1")
+        if self.snr_db[0] > self.snr_db[1]:
+            raise ValueError(f"`snr_db` {self.snr_db} must be [lowest, highest]")
+        for name in ("diffuse_share", "clean_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` ({getattr(self, name)}) must be in [0, 1]")
+        if self.fade_seconds <= 0 or self.rir_seconds <= 0:
+            raise ValueError(
+                f"`fade_seconds` ({self.fade_seconds}) must be >= 0, `rir_seconds` ({self.rir_seconds}) > 0"
+            )
+
+
+class Scene(NamedTuple):
+    """What clips are put into; places that no noise comes from have an impulse response of zeros.
+
+    Attributes:
+        source_rir: from the clip's place to the ears.
+        noise_rirs: the same for each of P places of noise.
+        noise: faded, as long as the clip.
+        shift: samples by which each place hears the noise shifted around.
+        snr_db: energy of the clip over that of the noise, both at the ears.
+        clean: True where the clip stays as it is.
+    """
+
+    source_rir: Float32[Tensor, "*B C L"]
+    noise_rirs: Float32[Tensor, "*B P C L"]
+    noise: Float32[Tensor, "*B S"]
+    shift: Int[Tensor, "*B P"]
+    snr_db: Float[Tensor, "*B"]
+    clean: Bool[Tensor, "*B"]
+
+
+class PlacedClip(NamedTuple):
+    """One clip of a `SceneBatch`."""
+
+    clip: Float32[Tensor, "1 S"]
+    scene: Scene
+    starts: list[int]
+    position: int
+
+
+class SceneBatch(NamedTuple):
+    """Clips, their scenes, and where in them the crops begin; `render` makes the training batch, on any device."""
+
+    clip: Float32[Tensor, "B 1 S"]
+    scene: Scene
+    starts: Int[Tensor, "B crops"]
+    position: Int[Tensor, " B"]
+    num_samples: int
+
+    def to(self, device: torch.device) -> SceneBatch:
+        """The sounds on another device; positions are read on the CPU."""
+        clip, starts = (tensor.to(device, non_blocking=True) for tensor in (self.clip, self.starts))
+        scene = Scene(*(tensor.to(device, non_blocking=True) for tensor in self.scene))
+        return SceneBatch(clip, scene, starts, self.position, self.num_samples)
+
+    def render(self) -> AudioBatch:
+        """The crops of the scenes, numbered by their place in the order of the run."""
+        sound = render(self.clip, self.scene)
+        within = self.starts[..., None] + torch.arange(self.num_samples, device=sound.device)  # [B, crops, S']
+        index = within[:, :, None].expand(-1, -1, sound.shape[1], -1)
+        crops = sound[:, None].expand(-1, within.shape[1], -1, -1).gather(-1, index)
+        row = self.position[:, None] * within.shape[1] + torch.arange(within.shape[1])
+        return AudioBatch(crops.flatten(0, 1), row.flatten())
+
+
+def prepare_scenes(scenes: Scenes, num_channels: int, sample_rate: int, num_workers: int) -> None:
+    """Look at every impulse response and noise file once; simulate rooms where no folder is given.
+
+    Raises:
+        CorpusError: if one of the folders holds nothing usable.
+    """
+    if scenes.rirs is None:
+        write_rooms(default_rooms(num_channels, sample_rate), num_channels=num_channels, sample_rate=sample_rate)
+    for folder in _folders(scenes, num_channels, sample_rate):
+        index_folder(folder, num_workers=num_workers)
+
+
+def _folders(scenes: Scenes, num_channels: int, sample_rate: int) -> list[Path]:
+    rirs = default_rooms(num_channels, sample_rate) if scenes.rirs is None else Path(scenes.rirs)
+    return [rirs] if scenes.noise is None else [rirs, Path(scenes.noise)]
+
+
+def render(clip: Float[Tensor, "B 1 S"], scene: Scene) -> Float[Tensor, "B C S"]:
+    """Clips in their scenes, no longer than they are; a whole batch at once."""
+    num_samples, num_channels = clip.shape[-1], scene.source_rir.shape[1]
+    dry = clip.expand(-1, num_channels, -1)
+    source = fftconvolve(dry, scene.source_rir)[..., :num_samples]
+    place = (torch.arange(num_samples, device=clip.device) + scene.shift[..., None]) % num_samples  # [B, P, S]
+    heard = scene.noise[:, None].expand(-1, place.shape[1], -1).gather(-1, place)
+    noise = fftconvolve(heard[:, :, None].expand(-1, -1, num_channels, -1), scene.noise_rirs)[..., :num_samples].sum(1)
+    energy, noise_energy = (sound.square().sum(dim=(1, 2)) for sound in (source, noise))
+    gain = (energy / noise_energy.clamp(min=1e-20) * 10 ** (-scene.snr_db / 10)).sqrt()
+    gain = torch.where(noise_energy > 0, gain, 0.0)
+    return torch.where(scene.clean[:, None, None], dry, source + gain[:, None, None] * noise)
+
+
+class SceneDataset(CropDataset):
+    """Clips with all that their scenes are made of; the scenes are rendered for a whole batch, see `SceneBatch`.
+
+    Args:
+        scenes: what to draw.
+        num_channels: of the impulse responses.
+        crops: all other arguments of `CropDataset`.
+    """
+
+    def __init__(
+        self,
+        scenes: Scenes,
+        num_channels: int,
+        **crops: Any,
+    ) -> None:
+        super().__init__(num_channels=1, **crops)
+        if self.clip_samples is None:
+            raise ValueError("`scenes` need `clip_seconds`: a scene is rendered for a clip, the crops are cut from it")
+        if self.mono == "keep":
+            raise ValueError("`scenes` are made of one channel: set `mono` to 'mean', 'first' or 'random'")
+        self._scenes = scenes
+        self._num_ears = num_channels
+        rirs, *noise = _folders(scenes, num_channels, self.sample_rate)
+        self._rooms = _rooms(rirs, num_channels)
+        self._noise = None
+        if noise:
+            table = usable(load_index(noise[0]))
+            size = (self.sample_rate, self.clip_samples)
+            self._noise = CropDataset(noise[0], table, *size, mono="random", seed=self.seed)
+
+    def __getitem__(self, place: tuple[int, int]) -> PlacedClip:  # type: ignore[override]
+        """The clip at (position in the order of the run, file), and what it is put into."""
+        return self._load(place)
+
+    def _crops(self, file: File, position: int, rng: np.random.Generator) -> PlacedClip:  # type: ignore[override]
+        assert self.clip_samples is not None
+        clip = self._clip(file, self.clip_samples, rng)
+        starts = self._starts(clip.shape[-1], self.num_samples, self.crops_per_clip, rng)
+        return PlacedClip(cut(clip, self.clip_samples), self._scene(rng), starts, position)
+
+    def _scene(self, rng: np.random.Generator) -> Scene:
+        fewest, most = self._scenes.diffuse_sources
+        room = self._rooms[int(rng.integers(len(self._rooms)))]
+        diffuse = rng.random() < self._scenes.diffuse_share
+        num_places = int(rng.integers(fewest, most, endpoint=True)) if diffuse else 1
+        chosen = rng.choice(len(room), 1 + num_places, replace=len(room) < 1 + num_places)
+        responses = [self._response(room[place]) for place in chosen]
+        nowhere = torch.zeros_like(responses[0])
+        noise = self._noise_clip(rng)
+        return Scene(
+            responses[0],
+            torch.stack([*responses[1:], *[nowhere] * (most - num_places)]),
+            noise,
+            torch.from_numpy(rng.integers(len(noise), size=most)),
+            torch.tensor(rng.uniform(*self._scenes.snr_db)),
+            torch.tensor(rng.random() < self._scenes.clean_share),
+        )
+
+    def _response(self, path: Path) -> Float32[Tensor, "C L"]:
+        samples, rate = read(path)
+        response = resample(torch.from_numpy(samples), rate, self.sample_rate)
+        if len(response) != self._num_ears:
+            raise AudioReadError(path, f"{len(response)} channels, the model takes {self._num_ears}")
+        length = round(self._scenes.rir_seconds * self.sample_rate)
+        return cut(response, length)
+
+    def _noise_clip(self, rng: np.random.Generator) -> Float32[Tensor, " S"]:
+        assert self.clip_samples is not None
+        if self._noise is None:
+            return torch.zeros(self.clip_samples)
+        index = int(rng.integers(len(self._noise)))
+        crops = self._noise[int(rng.integers(2**62)), index]
+        num_samples = crops.num_samples
+        fade = max(1, round(self._scenes.fade_seconds * self.sample_rate))
+        place = torch.arange(1, self.clip_samples + 1)
+        envelope = (torch.minimum(place, num_samples + 1 - place) / fade).clamp(0, 1)
+        room = self.clip_samples - num_samples
+        return (crops.waveform[0, 0] * envelope).roll(int(rng.integers(room, endpoint=True)) if room > 0 else 0)
+
+
+def collate_scenes(items: Sequence[PlacedClip], num_samples: int) -> SceneBatch:
+    """A batch of clips with their scenes; crops of them will have `num_samples`."""
+    return SceneBatch(
+        torch.stack([item.clip for item in items]),
+        Scene(*map(torch.stack, zip(*(item.scene for item in items), strict=True))),
+        torch.tensor([item.starts for item in items]),
+        torch.tensor([item.position for item in items]),
+        num_samples,
+    )
+
+
+def _rooms(folder: Path, num_channels: int) -> list[list[Path]]:
+    rooms: dict[Path, list[Path]] = {}
+    for name in usable(load_index(folder), num_channels=num_channels)["path"].to_pylist():
+        rooms.setdefault((folder / name).parent, []).append(folder / name)
+    if not rooms:
+        raise CorpusError(f"no usable impulse response of {num_channels} channels under {folder}")
+    return list(rooms.values())

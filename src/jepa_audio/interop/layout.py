@@ -1,0 +1,146 @@
+"""What a published layout is: names for our weights, and sizes to be read from its files."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from jepa_audio.interop.published import Published, WeightsError
+from jepa_audio.jepa import JEPA
+from jepa_audio.positions import Positions
+from jepa_audio.transformer import Block, Encoder
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the user says because a file of weights cannot.
+
+    Attributes:
+        num_heads: attention heads of the encoder.
+        predictor_num_heads: of the predictor.
+        conv_strides: of the layers of a convolution stack.
+    """
+
+    num_heads: int | None = None
+    predictor_num_heads: int | None = None
+    conv_strides: tuple[int, ...] | None = None
+
+
+class Layout(ABC):
+    """A published layout of weights.
+
+    Attributes:
+        recipe: file in `configs/` with all settings that are no sizes.
+        names: (pattern, replacement) pairs that turn our name of a weight into the published one; the first one that
+            fits is taken.
+        ignored: pattern of published tensors that are no weights.
+        formula_names: published tensors that are computed here.
+        prefix: of all names in a written file.
+    """
+
+    recipe: ClassVar[str]
+    names: ClassVar[tuple[tuple[str, str], ...]]
+    ignored: ClassVar[str] = r"$."
+    formula_names: ClassVar[tuple[str, ...]] = ()
+    prefix: ClassVar[str] = ""
+
+    def variant_of_file(self, published: Published) -> Layout:
+        """The layout of this family that the file is in."""
+        return self
+
+    def variant_of_model(self, jepa: JEPA) -> Layout:
+        """The layout of this family that holds the model."""
+        return self
+
+    def published_name(self, name: str) -> str:
+        """The published name of one of our weights."""
+        for pattern, replacement in self.names:
+            renamed, count = re.subn(pattern, replacement, name)
+            if count:
+                return renamed
+        raise WeightsError(f"{type(self).__name__} has no place for the weight `{name}` of this model")
+
+    @abstractmethod
+    def sizes(self, published: Published, given: Given, recipe: Settings) -> Settings:
+        """What the file tells, to be laid over the settings of the recipe.
+
+        Raises:
+            WeightsError: if neither file nor user tells one of them.
+        """
+
+    def formulas(self, jepa: JEPA, num_samples: int) -> Mapping[str, Tensor]:
+        """The tensors of `formula_names`, for clips of `num_samples`."""
+        return {}
+
+    def check_formulas(self, published: Published) -> None:  # noqa: B027 (a layout without formulas has none to check)
+        """Raise `WeightsError` if a published tensor is not what is computed here."""
+
+    @abstractmethod
+    def config(self, jepa: JEPA) -> Settings:
+        """What is written beside the weights, so that all sizes can be read back.
+
+        Raises:
+            WeightsError: if the layout has no way to say what this model does.
+        """
+
+
+def arguments(settings: Settings) -> Settings:
+    """The arguments of a part, whether or not its class is named beside them."""
+    return settings["init_args"] if "class_path" in settings else settings
+
+
+def merged(settings: Settings, changes: Settings) -> Settings:
+    """Settings with some changed, at any depth."""
+    if "class_path" in settings and "init_args" not in changes and "class_path" not in changes:
+        return {**settings, "init_args": merged(settings.get("init_args", {}), changes)}
+    deeper = {
+        name: merged(settings[name], change)
+        for name, change in changes.items()
+        if isinstance(change, dict) and isinstance(settings.get(name), dict)
+    }
+    return {**settings, **changes, **deeper}
+
+
+def number_of_heads(published: Published, given: int | None, flag: str, places: tuple[str, ...], width: int) -> int:
+    """Attention heads, which no shape tells: the user's word, or the file's."""
+    heads = given if given is not None else published.told(*places)
+    if heads is None:
+        raise WeightsError(
+            f"{published.path} does not tell how many attention heads its {width} dimensions are divided into "
+            f"(looked for {', '.join(places)} in its configuration): give `{flag} N`"
+        )
+    if int(heads) < 1 or width % int(heads):
+        raise WeightsError(f"{heads} attention heads do not divide the width {width} of {published.path}")
+    return int(heads)
+
+
+def first_block(encoder: Encoder) -> Block:
+    """All blocks have the sizes of the first."""
+    block = encoder.blocks[0]
+    assert isinstance(block, Block)
+    return block
+
+
+def check_blocks(
+    part: str, encoder: Encoder, pre_norm: bool, gated: bool, positions: tuple[type[Positions], ...]
+) -> None:
+    """Raise `WeightsError` if an encoder has weights or computes things that a layout has no place for."""
+    block = first_block(encoder)
+    wrong = {
+        "norm": block.pre_norm != pre_norm,
+        "mlp": hasattr(block.mlp, "gate_last") != gated,
+        "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
+        "layer_scale": not isinstance(block.scale1, nn.Identity),
+        "num_registers": encoder.registers is not None,
+        "positions": not isinstance(encoder.positions, positions),
+    }
+    if any(wrong.values()):
+        settings = ", ".join(f"`{setting}`" for setting, is_wrong in wrong.items() if is_wrong)
+        raise WeightsError(f"the layout has no place for these settings of the {part}: {settings}")

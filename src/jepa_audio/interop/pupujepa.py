@@ -1,0 +1,80 @@
+"""PupuJEPA's published layout (later renamed PupuM2D): timm's EVA blocks on 2-D patches of a log-mel spectrogram."""
+
+from __future__ import annotations
+
+from jepa_audio.front_ends import SpectrogramFrontEnd
+from jepa_audio.front_ends.transforms import LogMel
+from jepa_audio.interop.layout import Given, Layout, Settings, check_blocks, number_of_heads
+from jepa_audio.interop.published import Published, WeightsError
+from jepa_audio.jepa import JEPA
+from jepa_audio.positions import RotaryPositions
+
+
+class PupuJEPALayout(Layout):
+    """`sizigi/PupuJEPA`: `patch_embed`, `student`, `teacher` and `predictor`."""
+
+    recipe = "pupujepa.yaml"
+    names = (
+        (r"^front_end\.proj\.", "patch_embed.proj."),
+        (r"^front_end\.norm\.", "patch_embed.norm_layer."),
+        (r"^encoder\.", "student."),
+        (r"^target_encoder\.", "teacher."),
+        (r"^predictor\.trunk\.", "predictor."),
+        (r"^predictor\.(proj_in|proj_out|mask_token)", r"predictor.\1"),
+    )
+
+    def sizes(self, published: Published, given: Given, recipe: Settings) -> Settings:
+        """See `Layout`."""
+        encoder = _encoder(
+            published,
+            "student" if "student.norm.weight" in published.tensors else "teacher",
+            given.num_heads,
+            "--num_heads",
+            ("num_heads", "encoder_num_heads", "model.num_heads", "encoder.heads"),
+        )
+        width, channels, patch_frames, patch_bands = published.shape("patch_embed.proj.weight")
+        patches = {
+            "embed_dim": width,
+            "num_channels": channels,
+            "patch_frames": patch_frames,
+            "patch_bands": patch_bands,
+        }
+        changes = {"front_end": patches, "encoder": encoder, "predictor": {"embed_dim": width}}
+        if "predictor.norm.weight" in published.tensors:
+            places = ("decoder_num_heads", "model.decoder_num_heads", "predictor.heads")
+            trunk = _encoder(published, "predictor", given.predictor_num_heads, "--predictor_num_heads", places)
+            changes["predictor"] = {"embed_dim": width, "trunk": trunk}
+        return {"model": changes}
+
+    def config(self, jepa: JEPA) -> Settings:
+        """See `Layout`; as `args.json` names them."""
+        front_end = jepa.front_end
+        if not isinstance(front_end, SpectrogramFrontEnd) or not isinstance(front_end.spectrogram, LogMel):
+            raise WeightsError(
+                "PupuJEPA's layout holds a SpectrogramFrontEnd over LogMel, this model has another front end"
+            )
+        for name, encoder in (("encoder", jepa.encoder), ("predictor", jepa.predictor.trunk)):
+            check_blocks(name, encoder, pre_norm=True, gated=True, positions=(RotaryPositions,))
+        return {
+            "embed_dim": jepa.encoder.embed_dim,
+            "depth": jepa.encoder.depth,
+            "num_heads": jepa.encoder.num_heads,
+            "decoder_embed_dim": jepa.predictor.trunk.embed_dim,
+            "decoder_depth": jepa.predictor.trunk.depth,
+            "decoder_num_heads": jepa.predictor.trunk.num_heads,
+            "patch_size": [front_end.patch_frames, front_end.patch_bands],
+            "mel_mean": front_end.mean,
+            "mel_std": front_end.std,
+            "qk_norm": False,
+        }
+
+
+def _encoder(published: Published, part: str, heads: int | None, flag: str, places: tuple[str, ...]) -> Settings:
+    (width,) = published.shape(f"{part}.norm.weight")
+    _, hidden = published.shape(f"{part}.blocks.0.mlp.fc2.weight")
+    return {
+        "embed_dim": width,
+        "depth": published.layers(rf"{part}\.blocks\.(\d+)\."),
+        "num_heads": number_of_heads(published, heads, flag, places, width),
+        "mlp_ratio": hidden / width,
+    }

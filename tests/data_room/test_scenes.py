@@ -1,0 +1,239 @@
+"""Laws of scenes: the drawn ratio is met, places are heard where they are, and every scene belongs to its sample."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+from scipy.signal import fftconvolve
+
+from jepa_audio.data.datamodule import AudioDataModule
+from jepa_audio.data.index import CorpusError
+from jepa_audio.data.rooms import write_rooms
+from jepa_audio.data.scenes import SceneDataset, Scenes, collate_scenes, prepare_scenes, render
+
+RATE = 8000
+SECONDS = 0.5
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, Path]:
+    """Three rooms of four places each, two noises (one shorter than a clip), and four sounds."""
+    noise = np.random.default_rng(0)
+    paths = {name: tmp_path / name for name in ("rirs", "noise", "sounds")}
+    for room in range(3):
+        (paths["rirs"] / f"room{room}").mkdir(parents=True)
+        for place in range(4):
+            response = np.zeros((200, 2), np.float32)
+            response[5 + 3 * place, 0] = response[8 + 3 * place, 1] = 1.0
+            response[50:, :] = 0.02 * noise.standard_normal((150, 2))
+            sf.write(paths["rirs"] / f"room{room}" / f"{place}.wav", response, RATE, subtype="FLOAT")
+    for name, seconds in (("noise", (2.0, 0.2)), ("sounds", (1.0, 0.8, 0.6, 0.2))):
+        paths[name].mkdir()
+        for number, length in enumerate(seconds):
+            sound = 0.1 * noise.standard_normal(round(length * RATE))
+            sf.write(paths[name] / f"{number}.wav", sound, RATE, subtype="FLOAT")
+    return paths
+
+
+def data_of(folders: dict[str, Path], scenes: Scenes, **settings: object) -> AudioDataModule:
+    own = {"crops_per_clip": 3, "clip_seconds": SECONDS, "batch_size": 4, "num_workers": 0, "valid_share": 0.0}
+    data = AudioDataModule(folders["sounds"], RATE, 0.1, num_channels=2, scenes=scenes, **{**own, **settings})
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def scenes_of(folders: dict[str, Path], **settings: object) -> Scenes:
+    return Scenes(rirs=str(folders["rirs"]), noise=str(folders["noise"]), **settings)
+
+
+def dataset_of(folders: dict[str, Path], **settings: object) -> SceneDataset:
+    return data_of(folders, scenes_of(folders, **settings))._dataset("train", random_crops=True)
+
+
+def test_a_scene_is_the_literal_sum_of_convolutions(folders: dict[str, Path]):
+    dataset = dataset_of(folders)
+    items = [dataset[position, position % 4] for position in range(6)]
+    batch = collate_scenes(items, 800)
+    sound = render(batch.clip, batch.scene)
+    assert sound.shape == (6, 2, 4000)
+    for row, item in enumerate(items):
+        scene, clip = item.scene, item.clip[0].numpy()
+        for_ears = [fftconvolve(clip, ear)[:4000] for ear in scene.source_rir.numpy()]
+        noise = np.zeros((2, 4000))
+        for rir, shift in zip(scene.noise_rirs.numpy(), scene.shift.tolist(), strict=True):
+            heard = np.roll(scene.noise.numpy(), -shift)
+            noise += [fftconvolve(heard, ear)[:4000] for ear in rir]
+        gain = np.sqrt(np.square(for_ears).sum() / np.square(noise).sum() * 10 ** (-float(scene.snr_db) / 10))
+        np.testing.assert_allclose(sound[row].numpy(), for_ears + gain * noise, rtol=1e-3, atol=1e-5)
+
+
+def test_the_ratio_of_source_and_noise_is_the_drawn_one(folders: dict[str, Path]):
+    dataset = dataset_of(folders, snr_db=(7.0, 7.0))
+    batch = collate_scenes([dataset[position, position % 4] for position in range(8)], 800)
+    silent = batch.scene._replace(noise=torch.zeros_like(batch.scene.noise))
+    source, both = render(batch.clip, silent), render(batch.clip, batch.scene)
+    ratio = 10 * torch.log10(source.square().sum((1, 2)) / (both - source).square().sum((1, 2)))
+    torch.testing.assert_close(ratio, torch.full((8,), 7.0), rtol=0, atol=0.01)
+
+
+def test_what_is_drawn_stays_within_its_bounds_and_reaches_them(folders: dict[str, Path]):
+    dataset = dataset_of(folders, snr_db=(5.0, 40.0), diffuse_sources=(2, 3), clean_share=0.3)
+    scenes = [dataset[position, 0].scene for position in range(200)]
+    snr = torch.stack([scene.snr_db for scene in scenes])
+    assert 5 <= snr.min() < 8
+    assert 37 < snr.max() <= 40
+    places = torch.tensor([int(scene.noise_rirs.flatten(1).any(1).sum()) for scene in scenes])
+    assert set(places.tolist()) == {1, 2, 3}
+    assert 0.4 < float((places > 1).float().mean()) < 0.6
+    assert 0.2 < float(torch.stack([scene.clean for scene in scenes]).float().mean()) < 0.4
+
+
+def test_source_and_noise_are_places_of_one_room_and_no_place_twice(folders: dict[str, Path]):
+    responses = {}
+    for file in folders["rirs"].rglob("*.wav"):
+        responses[sf.read(file, dtype="float32")[0].T.tobytes()] = (file.parent.name, file.name)
+    dataset = dataset_of(folders, diffuse_share=1.0, diffuse_sources=(3, 3), rir_seconds=200 / RATE)
+    rooms = set()
+    for position in range(30):
+        scene = dataset[position, 0].scene
+        heard = [responses[rir.numpy().tobytes()] for rir in (scene.source_rir, *scene.noise_rirs)]
+        assert len({room for room, _ in heard}) == 1
+        assert len(set(heard)) == 4
+        rooms.add(heard[0][0])
+    assert rooms == {"room0", "room1", "room2"}
+
+
+def test_noise_fades_in_and_out_and_short_noise_is_placed_within(folders: dict[str, Path]):
+    dataset = dataset_of(folders, fade_seconds=0.05)
+    fade = round(0.05 * RATE)
+    for position in range(20):
+        noise = dataset[position, 0].scene.noise
+        assert len(noise) == 4000
+        (loud,) = noise.nonzero(as_tuple=True)
+        first, last = int(loud[0]), int(loud[-1]) + 1
+        assert last - first in (4000, 1600)
+        middle = noise[first + fade : last - fade].square().mean()
+        assert noise[first : first + fade // 4].square().mean() < 0.1 * middle
+        assert noise[last - fade // 4 : last].square().mean() < 0.1 * middle
+
+
+def test_a_clean_clip_is_the_dry_one_on_every_channel(folders: dict[str, Path]):
+    dataset = dataset_of(folders, clean_share=1.0)
+    batch = collate_scenes([dataset[position, 0] for position in range(3)], 800)
+    sound = render(batch.clip, batch.scene)
+    assert torch.equal(sound, batch.clip.expand(-1, 2, -1))
+
+
+def test_crops_are_cut_from_the_scene_and_rows_are_numbered(folders: dict[str, Path]):
+    dataset = dataset_of(folders)
+    items = [dataset[position, position % 4] for position in (5, 2)]
+    batch = collate_scenes(items, 800)
+    sound, rendered = render(batch.clip, batch.scene), batch.render()
+    assert rendered.row.tolist() == [15, 16, 17, 6, 7, 8]
+    for clip, item in enumerate(items):
+        for crop, start in enumerate(item.starts):
+            torch.testing.assert_close(rendered.waveform[3 * clip + crop], sound[clip, :, start : start + 800])
+
+
+def test_a_scene_belongs_to_its_position_and_to_the_seed(folders: dict[str, Path]):
+    one, same = dataset_of(folders), dataset_of(folders)
+    for position in (7, 0):
+        left, right = one[position, 1], same[position, 1]
+        assert torch.equal(left.clip, right.clip)
+        assert left.starts == right.starts
+        assert all(torch.equal(a, b) for a, b in zip(left.scene, right.scene, strict=True))
+    other = data_of(folders, scenes_of(folders), seed=1)._dataset("train", random_crops=True)[7, 1]
+    assert float(other.scene.snr_db) != float(one[7, 1].scene.snr_db)
+
+
+def test_the_data_module_renders_scenes_after_the_transfer(folders: dict[str, Path]):
+    data = data_of(folders, scenes_of(folders))
+    raw = next(iter(data.train_dataloader()))
+    batch = data.on_after_batch_transfer(raw.to(torch.device("cpu")), 0)
+    assert batch.waveform.shape == (12, 2, 800)
+    assert batch.row.tolist() == list(range(12))
+    assert not torch.equal(batch.waveform[:, 0], batch.waveform[:, 1]), "the ears hear different things"
+    assert data.on_after_batch_transfer(batch, 0) is batch
+
+
+def test_without_noise_there_is_only_the_room(folders: dict[str, Path]):
+    scenes = Scenes(rirs=str(folders["rirs"]))
+    dataset = data_of(folders, scenes)._dataset("train", random_crops=True)
+    batch = collate_scenes([dataset[0, 0]], 800)
+    expected = [fftconvolve(batch.clip[0, 0], ear)[:4000] for ear in batch.scene.source_rir[0].numpy()]
+    np.testing.assert_allclose(render(batch.clip, batch.scene)[0].numpy(), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"snr_db": (10.0, 5.0)}, "`snr_db`"),
+        ({"diffuse_sources": (0, 3)}, "`diffuse_sources`"),
+        ({"diffuse_sources": (4, 3)}, "`diffuse_sources`"),
+        ({"diffuse_share": 1.5}, "`diffuse_share`"),
+        ({"clean_share": -0.1}, "`clean_share`"),
+        ({"fade_seconds": 0.0}, "`fade_seconds`"),
+        ({"rir_seconds": 0.0}, "`rir_seconds`"),
+    ],
+)
+def test_impossible_scenes_are_refused(settings: dict[str, object], said: str):
+    with pytest.raises(ValueError, match=said):
+        Scenes(**settings)
+
+
+def test_scenes_need_a_clip_and_one_channel_of_it(folders: dict[str, Path]):
+    with pytest.raises(ValueError, match="`scenes` need `clip_seconds`"):
+        data_of(folders, scenes_of(folders), clip_seconds=None)._dataset("train", random_crops=True)
+    with pytest.raises(ValueError, match="`mono`"):
+        SceneDataset(
+            scenes_of(folders), 2, root=folders["rirs"], table=None, sample_rate=RATE, num_samples=8, mono="keep"
+        )
+
+
+def test_a_folder_of_other_channels_is_refused(folders: dict[str, Path]):
+    scenes = Scenes(rirs=str(folders["noise"]))
+    with pytest.raises(CorpusError, match="no usable impulse response of 2 channels"):
+        data_of(folders, scenes)._dataset("train", random_crops=True)
+
+
+def test_simulated_rooms_come_from_the_library_and_differ_between_the_ears(tmp_path: Path):
+    pytest.importorskip("pyroomacoustics")
+    write_rooms(tmp_path / "rooms", num_rooms=2, num_places=2, sample_rate=RATE)
+    files = sorted((tmp_path / "rooms").rglob("*.wav"))
+    assert [file.relative_to(tmp_path / "rooms").as_posix() for file in files] == [
+        f"room-000{room}/place-{place}.wav" for room in (0, 1) for place in (0, 1)
+    ]
+    before = [file.read_bytes() for file in files]
+    for file in files:
+        response, rate = sf.read(file)
+        assert rate == RATE
+        assert response.shape[1] == 2
+        assert np.abs(response[:, 0] - response[:, 1]).max() > 0.1 * np.abs(response).max()
+        energy = np.square(response).sum(1)[::-1].cumsum()[::-1]
+        decay = 10 * np.log10(energy / energy[0])
+        thirty = np.flatnonzero(decay < -30)[0] / RATE
+        assert 0.05 < thirty < 0.5, "a reverberation time of 0.2 to 0.5 s"
+    files[0].unlink()
+    write_rooms(tmp_path / "rooms", num_rooms=2, num_places=2, sample_rate=RATE)
+    assert [file.read_bytes() for file in files] == before, "what is missing is made again, the same"
+
+
+def test_rooms_are_simulated_where_no_folder_is_given(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    made = []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(
+        "jepa_audio.data.scenes.write_rooms",
+        lambda directory, **settings: (
+            made.append(settings),
+            folders["rirs"].rename(directory.parent.mkdir(parents=True) or directory),
+        ),
+    )
+    prepare_scenes(Scenes(), num_channels=2, sample_rate=RATE, num_workers=1)
+    assert made == [{"num_channels": 2, "sample_rate": RATE}]
+    with pytest.raises(ValueError, match="must be 1 or 2"):
+        write_rooms(tmp_path / "many", num_channels=3)

@@ -1,0 +1,341 @@
+"""Published files in and out: to the last bit, strictly, without running code, and with a remedy where it fails."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from jepa_audio.cli import JEPACLI, main
+from jepa_audio.grid import AudioBatch
+from jepa_audio.interop import WeightsError, export_weights, import_weights
+from jepa_audio.interop.convert import load_weights
+from jepa_audio.interop.layout import Given
+from jepa_audio.interop.published import conv_layers_of, open_published
+from jepa_audio.jepa import JEPA
+
+DATA = Path(__file__).parent.parent / "data"
+LAYOUTS = ("wavjepa", "pupujepa")
+
+
+def state_of(layout: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The published weights of a parity file and its metadata."""
+    with safe_open(DATA / f"{layout}.safetensors", "pt") as file:
+        names = [name for name in file.keys() if name.startswith("state/")]  # noqa: SIM118 (a handle is no mapping)
+        return {name.removeprefix("state/"): file.get_tensor(name) for name in names}, file.metadata()
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def published(layout: str, tmp_path: Path) -> Path:
+    state, metadata = state_of(layout)
+    save_file(state, tmp_path / "published.safetensors", metadata)
+    return tmp_path / "published.safetensors"
+
+
+def weights_of(checkpoint: Path) -> dict[str, Tensor]:
+    return torch.load(checkpoint, weights_only=True)["state_dict"]
+
+
+def assert_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_import_of_export_is_the_same_bit_for_bit(layout: str, published: Path, tmp_path: Path):
+    checkpoint = import_weights(layout, published, tmp_path / "ours")
+    file = export_weights(layout, checkpoint, tmp_path / "theirs")
+    again = import_weights(layout, tmp_path / "theirs", tmp_path / "again")
+    assert_equal(weights_of(again), weights_of(checkpoint))
+    ours, theirs = open_published(file).tensors, state_of(layout)[0]
+    assert ours.keys() == theirs.keys(), "every published name is written, no other"
+    for name, value in theirs.items():
+        assert ours[name].shape == value.shape, name
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-6 if "pos_encoding" in name else 0)
+
+
+def test_a_run_of_ours_is_exported_and_comes_back(tmp_path: Path, tiny_cli: Callable[..., JEPACLI], fit):
+    cli = tiny_cli("wave", "--model.encoder.final_norm_eps=1e-5", "--model.predictor.trunk.init_args.depth=2")
+    fit(cli)
+    checkpoint = Path(cli.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+    export_weights("wavjepa", checkpoint, tmp_path / "theirs")
+    recipe = Path(cli.trainer.default_root_dir) / "recipe.yaml"
+    configuration = torch.load(checkpoint, weights_only=True)
+    model = {k: v for k, v in configuration["hyper_parameters"].items() if not k.startswith("_")}
+    recipe.write_text(yaml.safe_dump({"model": model, "data": {"crop_seconds": 0.5}}))
+    again = import_weights("wavjepa", tmp_path / "theirs", tmp_path / "again", recipe=recipe)
+    assert_equal(weights_of(again), configuration["state_dict"])
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module."])
+def test_wrappers_and_the_lightning_way_to_pack_are_seen_through(
+    layout: str, published: Path, tmp_path: Path, wrapper: str
+):
+    state, metadata = state_of(layout)
+    packed = {name.replace(".", f".{wrapper}", 1): value for name, value in state.items()}
+    if layout == "wavjepa":
+        packed["resampler_48k.kernel"] = torch.zeros(3, 1, 5)
+    sizes = {name: json.loads(value) for name, value in metadata.items()}
+    torch.save({"state_dict": packed, "hyper_parameters": sizes, "epoch": 3}, tmp_path / "lightning.ckpt")
+    direct = import_weights(layout, published, tmp_path / "direct")
+    assert_equal(weights_of(import_weights(layout, tmp_path / "lightning.ckpt", tmp_path / "b")), weights_of(direct))
+
+
+def test_sizes_are_read_from_the_hugging_face_configuration(tmp_path: Path):
+    state, _ = state_of("wavjepa")
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    save_file({f"model.{name}": value for name, value in state.items()}, folder / "model.safetensors")
+    config = {
+        "extractor_config": {"conv_layers_spec": "[(16,10,5)] + [(16,3,2)]*4 + [(16,2,2)]"},
+        "encoder_layers_cfg": {"nhead": 4},
+        "decoder_layers_cfg": {"nhead": 4},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    jepa = JEPA.load_from_checkpoint(import_weights("wavjepa", folder, tmp_path / "ours"))
+    assert (jepa.encoder.num_heads, jepa.predictor.trunk.num_heads) == (4, 4)
+    assert [layer[2] for layer in jepa.front_end.conv_layers] == [5, 2, 2, 2, 2, 2]
+
+
+def test_what_no_shape_tells_is_asked_for(layout: str, published: Path, tmp_path: Path):
+    state, _ = state_of(layout)
+    save_file(state, published)
+    with pytest.raises(WeightsError, match=r"how many attention heads.*--num_heads N"):
+        import_weights(layout, published, tmp_path / "ours")
+    given = Given(num_heads=2, predictor_num_heads=2, conv_strides=(5, 2, 2, 2, 2, 2))
+    jepa = JEPA.load_from_checkpoint(import_weights(layout, published, tmp_path / "ours", given=given))
+    assert jepa.encoder.num_heads == 2
+    with pytest.raises(WeightsError, match="do not divide the width"):
+        import_weights(layout, published, tmp_path / "ours", given=Given(num_heads=5, predictor_num_heads=2))
+
+
+def test_strides_that_nobody_tells_are_asked_for(tmp_path: Path):
+    state, metadata = state_of("wavjepa")
+    metadata.pop("conv_layers")
+    save_file(state, tmp_path / "published.safetensors", metadata)
+    with pytest.raises(WeightsError, match="--conv_strides"):
+        import_weights("wavjepa", tmp_path / "published.safetensors", tmp_path / "ours")
+    with pytest.raises(WeightsError, match="2 strides for the 6 convolutions"):
+        given = Given(conv_strides=(5, 2))
+        import_weights("wavjepa", tmp_path / "published.safetensors", tmp_path / "ours", given=given)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda state, name: state.pop(name), r"missing \(1\): {name}"),
+        (lambda state, name: state.update({"stranger": torch.zeros(2)}), r"not known here \(1\): stranger"),
+        (lambda state, name: state.update({name: state[name][:-1]}), r"of another shape \(1\): {name} \["),
+    ],
+    ids=["missing", "extra", "misshapen"],
+)
+def test_differences_are_refused_and_listed(layout: str, published: Path, tmp_path: Path, damage, said: str):
+    state, metadata = state_of(layout)
+    name = "encoder.layers.1.linear2.bias" if layout == "wavjepa" else "student.blocks.1.norm2.bias"
+    damage(state, name)
+    save_file({name: value.contiguous() for name, value in state.items()}, published, metadata)
+    with pytest.raises(WeightsError, match=said.format(name=name)):
+        import_weights(layout, published, tmp_path / "ours")
+
+
+def test_other_positions_are_refused(tmp_path: Path):
+    state, metadata = state_of("wavjepa")
+    state["pos_encoding_decoder"] = state["pos_encoding_decoder"] + 0.1
+    save_file(state, tmp_path / "published.safetensors", metadata)
+    with pytest.raises(WeightsError, match=r"`pos_encoding_decoder`.*SinCosPositions: off by"):
+        import_weights("wavjepa", tmp_path / "published.safetensors", tmp_path / "ours")
+
+
+class Runs:
+    """Something a pickle would have to call."""
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+        return print, ("the file ran its code",)
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "callbacks": Runs()}, tmp_path / "pickle.ckpt")
+    with pytest.raises(WeightsError, match=r"would run code of its own.*It is refused"):
+        open_published(tmp_path / "pickle.ckpt")
+    assert "ran its code" not in capsys.readouterr().out
+
+
+def test_files_that_are_none_are_named(tmp_path: Path):
+    for name in ("short.safetensors", "short.ckpt"):
+        (tmp_path / name).write_bytes(b"nothing of the kind")
+        with pytest.raises(WeightsError, match=rf"{name} is no whole"):
+            open_published(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="no file of weights at"):
+        open_published(tmp_path / "nowhere.ckpt")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(WeightsError, match="holds no file of weights"):
+        open_published(tmp_path / "empty")
+    torch.save({"state_dict": {"a": "text"}}, tmp_path / "words.pt")
+    with pytest.raises(WeightsError, match="holds no tensors"):
+        open_published(tmp_path / "words.pt")
+
+
+@pytest.mark.parametrize(
+    ("spec", "layers"),
+    [
+        ("[(512,10,5)] + [(512, 3, 2)] * 2", [(512, 10, 5), (512, 3, 2), (512, 3, 2)]),
+        ([[8, 4, 2]], [(8, 4, 2)]),
+    ],
+)
+def test_fairseq_layers(spec: str | list, layers: list):
+    assert conv_layers_of(spec) == layers
+
+
+@pytest.mark.parametrize("spec", ["__import__('os').getcwd()", "[(1, 2)]", "(", "[x for x in ()]"])
+def test_fairseq_layers_are_never_evaluated(spec: str):
+    with pytest.raises(WeightsError, match=r"no list of \(channels, kernel, stride\)"):
+        conv_layers_of(spec)
+
+
+@pytest.mark.parametrize("held", ["student", "teacher"])
+def test_a_subset_is_completed_and_said(tmp_path: Path, held: str, caplog: pytest.LogCaptureFixture):
+    state, metadata = state_of("pupujepa")
+    subset = {name: value for name, value in state.items() if name.startswith((f"{held}.", "patch_embed."))}
+    save_file(subset, tmp_path / "subset.safetensors", metadata)
+    weights = weights_of(import_weights("pupujepa", tmp_path / "subset.safetensors", tmp_path / "ours"))
+    for part in ("encoder", "target_encoder"):
+        assert torch.equal(weights[f"{part}.blocks.1.mlp.fc1.weight"], state[f"{held}.blocks.1.mlp.fc1.weight"])
+    assert "starts as a copy" in caplog.text
+    assert "holds no predictor: it is drawn" in caplog.text
+    JEPA.load_from_checkpoint(tmp_path / "ours" / "checkpoints" / "last.ckpt")
+
+
+def test_a_file_without_an_encoder_is_refused(tmp_path: Path):
+    state, metadata = state_of("pupujepa")
+    save_file({"patch_embed.proj.weight": state["patch_embed.proj.weight"]}, tmp_path / "part.safetensors", metadata)
+    with pytest.raises(WeightsError, match=r"holds no `teacher.norm.weight`"):
+        import_weights("pupujepa", tmp_path / "part.safetensors", tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    ("flavour", "layout_name", "setting", "said"),
+    [
+        ("wave", "wavjepa", "--model.encoder.mlp=swiglu", "`mlp`"),
+        ("wave", "wavjepa", "--model.encoder.norm=pre", "`norm`"),
+        ("wave", "wavjepa", "--model.encoder.num_registers=2", "`num_registers`"),
+        ("wave", "wavjepa", "--model.target_front_end=momentum", "target_front_end: momentum"),
+        ("mel", "wavjepa", "--model.seed=0", "a WaveformFrontEnd"),
+        ("wave", "pupujepa", "--model.seed=0", "a SpectrogramFrontEnd"),
+        ("mel", "pupujepa", "--model.encoder.qk_norm=true", "`qk_norm`"),
+    ],
+)
+def test_a_model_that_the_layout_cannot_hold_is_refused(
+    flavour: str, layout_name: str, setting: str, said: str, tmp_path: Path, tiny_cli: Callable[..., JEPACLI]
+):
+    cli = tiny_cli(flavour, setting, "--trainer.max_steps=1")
+    cli.trainer.fit(cli.model, cli.datamodule)
+    with pytest.raises(WeightsError, match=said):
+        export_weights(layout_name, Path(cli.trainer.default_root_dir) / "checkpoints" / "last.ckpt", tmp_path)
+
+
+def test_a_run_that_starts_from_weights_begins_at_their_loss(tmp_path: Path, tiny_cli: Callable[..., JEPACLI], fit):
+    trained = tiny_cli("wave", "--trainer.max_steps=20")
+    fit(trained)
+    checkpoint = Path(trained.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+    further = tiny_cli("wave", "--data.seed=5")
+    load_weights(further.model, checkpoint)
+    reference = JEPA.load_from_checkpoint(checkpoint)
+    first: list[AudioBatch] = []
+    hook = further.model.register_forward_pre_hook(lambda _, inputs: first.append(inputs))
+    losses = fit(further)
+    hook.remove()
+    reference.train()
+    assert losses[0] == pytest.approx(float(reference.loss(*first[0]).detach()), rel=1e-6)
+    fresh = tiny_cli("wave", "--data.seed=5")
+    assert losses[0] < fit(fresh)[0]
+
+
+def test_the_command_line_imports_trains_further_and_exports(
+    wavs: Path, tmp_path: Path, tiny_cli: Callable[..., JEPACLI], monkeypatch: pytest.MonkeyPatch, capsys
+):
+    state, metadata = state_of("wavjepa")
+    save_file(state, tmp_path / "published.safetensors", metadata)
+    monkeypatch.chdir(tmp_path)
+    main(["import", "wavjepa", "published.safetensors", "-o", "imported"])
+    assert "jepa-audio fit --config imported/config.yaml" in capsys.readouterr().out
+    small = ["--data.root", str(wavs), "--data.batch_size=2", "--data.num_workers=0", "--trainer.max_steps=1"]
+    small += ["--model.targets.top_k=2", "--trainer.logger=false", "--trainer.precision=32-true", "--run_dir=further"]
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
+    main(["fit", "--config", "imported/config.yaml", *small, *quiet, "--data.crops_per_clip=1"])
+    before, after = (
+        weights_of(Path("imported/checkpoints/last.ckpt")),
+        weights_of(Path("further/checkpoints/last.ckpt")),
+    )
+    gap = max(float((after[name] - before[name]).abs().max()) for name in before)
+    assert 0 < gap < 1e-3, "one warm-up step away from the imported weights"
+    main(["export", "wavjepa", "further/checkpoints/last.ckpt", "-o", "published"])
+    assert load_file("published/model.safetensors").keys() == {f"model.{name}" for name in state}
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path, tiny_cli: Callable[..., JEPACLI], fit):
+    cli = tiny_cli("wave", "--trainer.max_steps=1")
+    fit(cli)
+    other = tiny_cli("wave", "--model.encoder.depth=3")
+    with pytest.raises(WeightsError, match=r"missing \(\d+\): encoder.blocks.2"):
+        load_weights(other.model, Path(cli.trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at nowhere.ckpt"):
+        load_weights(other.model, Path("nowhere.ckpt"))
+
+
+@pytest.fixture
+def nat(tmp_path: Path) -> dict[str, Tensor]:
+    """The mono parity model with a stack of convolutions for each ear, in WavJEPA-Nat's names."""
+    state, _ = state_of("wavjepa")
+    ears = {name: value for name, value in state.items() if name.startswith("extract_audio.cnn.")}
+    both = {name: value for name, value in state.items() if name not in ears and "pos_encoding" not in name}
+    for ear in (0, 1):
+        for name, value in ears.items():
+            both[name.replace("cnn.", f"cnns.{ear}.")] = value + 0.01 * ear
+    return both
+
+
+def test_wavjepa_nat_comes_in_and_goes_out(nat: dict[str, Tensor], tmp_path: Path):
+    save_file(nat, tmp_path / "nat.safetensors", state_of("wavjepa")[1])
+    checkpoint = import_weights("wavjepa", tmp_path / "nat.safetensors", tmp_path / "ours")
+    jepa = JEPA.load_from_checkpoint(checkpoint)
+    assert jepa.front_end.num_channels == 2
+    assert torch.equal(jepa.front_end.stacks[1][2][0].weight, nat["extract_audio.cnns.1.2.0.weight"])
+    export_weights("wavjepa", checkpoint, tmp_path / "theirs")
+    written = open_published(tmp_path / "theirs").tensors
+    assert written.keys() - nat.keys() == {"pos_encoding_encoder", "pos_encoding_decoder"}
+    assert all(torch.equal(written[name], value) for name, value in nat.items())
+    left, right = written["pos_encoding_encoder"][0].chunk(2)
+    width = left.shape[1]
+    assert torch.equal(left[:, : width // 2], right[:, : width // 2])
+    assert not left[:, width // 2 :].any()
+    assert right[:, -width // 4 :].eq(1).all()
+    assert_equal(weights_of(import_weights("wavjepa", tmp_path / "theirs", tmp_path / "again")), weights_of(checkpoint))
+
+
+def test_every_weight_of_the_published_transformer_has_its_place():
+    """Torch's own encoder, filled by the names of the layout, computes what ours computes."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 32, dropout=0.0, activation="gelu", layer_norm_eps=1e-6, batch_first=True)
+    theirs = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(8), enable_nested_tensor=False).eval()
+    from jepa_audio.grid import Grid
+    from jepa_audio.interop.wavjepa import WavJEPALayout
+    from jepa_audio.positions import RotaryPositions
+    from jepa_audio.transformer import Encoder
+
+    nowhere = RotaryPositions("time", normalized=False, temperature=1.0)
+    ours = Encoder(8, 2, 2, nowhere, norm="post", norm_eps=1e-6, final_norm_eps=1e-5).eval()
+    ours.positions = type("Nowhere", (), {"additive": lambda *_: None, "rotary": lambda *_: None})()
+    names = {name: WavJEPALayout().published_name(f"encoder.{name}") for name in ours.state_dict()}
+    state = theirs.state_dict()
+    ours.load_state_dict({name: state[published.removeprefix("encoder.")] for name, published in names.items()})
+    tokens = torch.randn(2, 5, 8)
+    torch.testing.assert_close(ours(tokens, Grid(1, 5)), theirs(tokens), rtol=1e-5, atol=1e-6)

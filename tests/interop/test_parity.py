@@ -1,0 +1,169 @@
+"""The published numbers: what WavJEPA's and PupuJEPA's own code computes with small weights, through our importer.
+
+Every size is read from the files' metadata: another file of the same kind can be put in their place.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from jepa_audio.front_ends import SpectrogramFrontEnd
+from jepa_audio.front_ends.transforms import LogMel
+from jepa_audio.grid import Grid, Masks, TokenSet
+from jepa_audio.interop import import_weights
+from jepa_audio.jepa import JEPA
+from jepa_audio.targets import Targets
+
+
+class Published(NamedTuple):
+    """What one of the files holds, and the model made of it."""
+
+    values: dict[str, Tensor]
+    sizes: dict[str, object]
+    jepa: JEPA
+
+
+def publish(name: str, folder: Path) -> Published:
+    """The weights of a parity file as a published file, imported; and its numbers."""
+    with safe_open(Path(__file__).parent.parent / "data" / f"{name}.safetensors", "pt") as file:
+        values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (a handle is no mapping)
+        metadata = file.metadata()
+    state = {key.removeprefix("state/"): value for key, value in values.items() if key.startswith("state/")}
+    save_file(state, folder / f"{name}.safetensors", metadata)
+    checkpoint = import_weights(name, folder / f"{name}.safetensors", folder / name)
+    sizes = {key: json.loads(value) for key, value in metadata.items()}
+    return Published(values, sizes, JEPA.load_from_checkpoint(checkpoint))
+
+
+def assert_same(ours: Tensor, published: Tensor, tolerance: float = 1e-5) -> None:
+    """Within `tolerance` of the largest published value."""
+    error = (ours.detach() - published).abs().max() / published.abs().max()
+    assert error <= tolerance, f"off by {error:.2e} of the largest value"
+
+
+@pytest.fixture(scope="module")
+def wave(tmp_path_factory: pytest.TempPathFactory) -> Published:
+    published = publish("wavjepa", tmp_path_factory.mktemp("wavjepa"))
+    published.jepa.front_end.standardize = False  # the published input is normalised already
+    published.jepa.targets = dataclasses.replace(published.jepa.targets, top_k=published.sizes["top_k"])
+    return published
+
+
+@pytest.fixture(scope="module")
+def wave_masks(wave: Published) -> Masks:
+    return Masks.from_bool(~wave.values["context_hidden"], wave.values["targets"])
+
+
+def valid(tokens: TokenSet) -> Tensor:
+    """True at what is no filling."""
+    return torch.arange(tokens.index.shape[-1]) < tokens.counts[..., None]
+
+
+def test_wavjepa_front_end(wave: Published):
+    grid = wave.jepa.front_end.grid(wave.values["audio"].shape[-1])
+    assert grid == Grid(1, wave.sizes["tokens"])
+    tokens = wave.jepa.encoder.embed(wave.jepa.front_end(wave.values["audio"]), grid)
+    assert_same(tokens, wave.values["local_features"])
+
+
+def test_wavjepa_context_predictions_targets_and_loss(wave: Published, wave_masks: Masks):
+    output = wave.jepa(wave.values["audio"], wave_masks)
+    seen, asked = valid(wave_masks.context), valid(wave_masks.targets)
+    assert_same(wave.jepa.predictor.proj_in(output.context)[seen], wave.values["contextual_features"])
+    planes = wave.values["preds"].unflatten(0, asked.shape[:2])
+    assert_same(output.prediction[asked], wave_masks.targets.gather(planes)[asked])
+    targets = wave.values["teacher_targets"][:, None].expand(-1, asked.shape[1], -1, -1)
+    assert_same(output.target[asked], wave_masks.targets.gather(targets)[asked])
+    assert_same(output.loss, wave.values["loss"])
+
+
+def test_wavjepa_targets_of_the_whole_clip(wave: Published):
+    tokens = wave.jepa.front_end(wave.values["audio"])
+    grid = Grid(1, wave.sizes["tokens"])
+    everywhere = TokenSet(torch.arange(grid.num_tokens).expand(len(tokens), 1, -1))
+    ours = wave.jepa.targets(wave.jepa.target_encoder, tokens, grid, everywhere)[:, 0]
+    assert_same(ours, wave.values["teacher_targets"])
+
+
+def test_wavjepa_representation(wave: Published):
+    grid = Grid(1, wave.sizes["tokens"])
+    assert_same(wave.jepa.encoder(wave.jepa.front_end(wave.values["audio"]), grid), wave.values["representation"])
+
+
+def test_wavjepa_gradients(wave: Published, wave_masks: Masks):
+    jepa = wave.jepa
+    jepa.zero_grad()
+    jepa.loss(wave.values["audio"], wave_masks).backward()
+    gradients = {
+        "decoder_to_encoder_mapper.bias": jepa.predictor.proj_out.bias,
+        "encoder.layers.0.self_attn.in_proj_weight": jepa.encoder.blocks[0].attn.qkv.weight,
+        "extract_audio.cnn.0.0.weight": jepa.front_end.stacks[0][0][0].weight,
+        "mask_token": jepa.predictor.mask_token,
+    }
+    for name, parameter in gradients.items():
+        published = wave.values[f"grad/{name}"]
+        assert_same(parameter.grad.view_as(published), published, tolerance=1e-4)
+    assert all(parameter.grad is None for parameter in jepa.target_encoder.parameters())
+
+
+@pytest.fixture(scope="module")
+def mel(tmp_path_factory: pytest.TempPathFactory) -> Published:
+    return publish("pupujepa", tmp_path_factory.mktemp("pupujepa"))
+
+
+@pytest.fixture(scope="module")
+def mel_masks(mel: Published) -> Masks:
+    targets = mel.values["target_index"]
+    return Masks(TokenSet(mel.values["context_index"]), TokenSet(targets[:, None]), float(targets.shape[1]))
+
+
+def mel_grid(mel: Published) -> Grid:
+    num_time, num_freq = mel.sizes["grid"]
+    return Grid(num_freq, num_time)
+
+
+def test_pupujepa_patches(mel: Published):
+    assert_same(mel.jepa.front_end.embed_patches(mel.values["image"]), mel.values["patch_tokens"])
+
+
+def test_pupujepa_context_encoder_and_predictor(mel: Published, mel_masks: Masks):
+    context = mel.jepa.encoder(mel.values["patch_tokens"], mel_grid(mel), mel_masks.context)
+    assert_same(context, mel.values["context_features"])
+    assert_same(mel.jepa.predictor(context, mel_masks, mel_grid(mel))[:, 0], mel.values["preds"])
+
+
+def test_pupujepa_targets(mel: Published, mel_masks: Masks):
+    assert mel.jepa.targets == Targets("targets"), "what the recipe says of the targets"
+    ours = mel.jepa.targets(mel.jepa.target_encoder, mel.values["patch_tokens"], mel_grid(mel), mel_masks.targets)
+    assert_same(ours[:, 0], mel.values["teacher_targets"])
+
+
+def test_pupujepa_every_block_of_the_target_encoder(mel: Published):
+    tokens, encoder = mel.values["patch_tokens"], mel.jepa.target_encoder
+    for i, layer in enumerate(encoder.layers(tokens, mel_grid(mel))):
+        assert_same(layer, mel.values[f"teacher_full_block/{i}"])
+    assert_same(encoder(tokens, mel_grid(mel)), mel.values["teacher_full"])
+
+
+def test_pupujepa_log_mel_of_the_recipe(mel: Published):
+    front_end, audio = mel.jepa.front_end, mel.values["mel/audio"][:, None]
+    assert_same(front_end.spectrogram(audio)[:, 0], mel.values["mel/log_mel"], tolerance=1e-4)
+    normalized = mel.values["mel/normalised"].transpose(-1, -2)
+    assert_same(front_end.image(audio)[:, 0], normalized, tolerance=1e-4)
+
+
+def test_pupujepa_log_mel_of_the_metadata(mel: Published):
+    told = mel.sizes["mel"]
+    band = float(told["f_min"]), float(told["f_max"])
+    log_mel = LogMel(told["sample_rate"], told["n_fft"], None, told["hop"], told["n_mels"], *band)
+    front_end = SpectrogramFrontEnd(log_mel, 32, mean=told["mean"], std=told["std"])
+    audio = mel.values["mel/audio"][:, None]
+    assert_same(log_mel(audio)[:, 0], mel.values["mel/log_mel"], tolerance=1e-4)
+    assert_same(front_end.image(audio)[:, 0], mel.values["mel/normalised"].transpose(-1, -2), tolerance=1e-4)

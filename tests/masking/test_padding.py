@@ -1,0 +1,95 @@
+"""Clips shorter than the grid: nothing beyond their end is seen, predicted or normalised with."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from jepa_audio.grid import AudioBatch, Grid
+from jepa_audio.jepa import JEPA
+from jepa_audio.masking import BlockMasker, RandomMasker, SpanMasker, TargetSpanMasker
+
+MASKERS = [
+    (SpanMasker(), Grid(1, 100)),
+    (TargetSpanMasker(min_context=0.3), Grid(1, 100)),
+    (RandomMasker(), Grid(4, 20)),
+    (BlockMasker(), Grid(4, 20)),
+]
+
+
+@pytest.mark.parametrize(("masker", "grid"), MASKERS, ids=lambda value: type(value).__name__)
+def test_masks_stay_within_the_clip_and_are_those_of_the_whole_grid(masker, grid: Grid):
+    num_time = torch.tensor([grid.num_time, grid.num_time * 3 // 4, grid.num_time // 2, grid.num_time])
+    row = torch.arange(4)
+    whole = masker.for_rows(grid, row, 4, (0,))
+    cut = masker.for_rows(grid, row, 4, (0,), num_time)
+    present = torch.arange(grid.num_tokens) // grid.num_freq < num_time[:, None]
+    assert torch.equal(cut.present.to_mask(grid.num_tokens), present)
+    for ours, full in ((cut.context, whole.context), (cut.targets, whole.targets)):
+        plane, full_plane = ours.to_mask(grid.num_tokens), full.to_mask(grid.num_tokens)
+        shown = present if plane.ndim == 2 else present[:, None]
+        assert torch.equal(plane, full_plane & shown)
+    assert cut.targets_per_clip == whole.targets_per_clip
+
+
+def test_a_clip_that_loses_everything_gets_masks_of_its_own_whatever_process_asks():
+    grid, masker = Grid(1, 100), SpanMasker(context_length=5, target_length=5)
+    num_time = torch.full((64,), 12)
+    masks = masker.for_rows(grid, torch.arange(64), 64, (0,), num_time)
+    assert (masks.context.counts > 0).all()
+    assert (masks.targets.counts.sum(1) > 0).all()
+    assert masks.context.to_mask(100)[:, 12:].sum() == 0
+    for rows in (torch.arange(32, 64), torch.tensor([7])):
+        part = masker.for_rows(grid, rows, 64, (0,), num_time[rows])
+        assert torch.equal(part.context.to_mask(100), masks.context.to_mask(100)[rows])
+        assert torch.equal(part.targets.to_mask(100), masks.targets.to_mask(100)[rows])
+
+
+def test_full_clips_need_no_validity():
+    grid = Grid(1, 100)
+    masks = SpanMasker().for_rows(grid, torch.arange(4), 4, (0,), torch.full((4,), 100))
+    assert masks.present is None
+
+
+@pytest.mark.parametrize("view", ["clip", "targets"])
+@pytest.mark.parametrize("normalization", ["instance", "joint_instance"])
+def test_what_lies_in_the_padding_changes_neither_loss_nor_gradient(
+    tiny_jepa: Callable[..., JEPA], view: str, normalization: str, rng: torch.Generator
+):
+    settings = (f"--model.targets.view={view}", f"--model.targets.normalization={normalization}")
+    front_end = ("--model.front_end.init_args.norm=layer", "--model.front_end.init_args.standardize=false")
+    waveform = torch.randn(4, 1, 500, generator=rng)
+    num_samples = torch.tensor([500, 400, 333, 250])
+    losses, gradients = [], []
+    for filling in (0.0, 5.0):
+        jepa = tiny_jepa("wave", *settings, *front_end).train()
+        padded = waveform.clone()
+        for clip, length in enumerate(num_samples.tolist()):
+            padded[clip, :, length:] = filling
+        batch = AudioBatch(padded, torch.arange(4), num_samples)
+        loss = jepa.loss(padded, jepa.draw_masks(batch, 4))
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append(jepa.encoder.blocks[0].attn.qkv.weight.grad.clone())
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-8)
+
+
+def test_a_padded_clip_is_targeted_as_it_is_alone(tiny_jepa: Callable[..., JEPA], rng: torch.Generator):
+    """Targets of a short clip beside a long one are those of the short clip in a batch of its own."""
+    front_end = ("--model.front_end.init_args.norm=layer", "--model.front_end.init_args.standardize=false")
+    jepa = tiny_jepa("wave", *front_end).eval()
+    waveform = torch.randn(2, 1, 500, generator=rng)
+    waveform[1, :, 300:] = 0
+    masks = jepa.draw_masks(AudioBatch(waveform, torch.arange(2), torch.tensor([500, 300])), 2)
+    together = jepa(waveform, masks)
+    own = masks.rows(slice(1, 2))
+    columns = jepa.front_end.grid(300).num_time
+    valid = own.targets.valid
+    alone = jepa.target_latents(
+        waveform[1:, :, :300],
+        jepa.front_end(waveform[1:, :, :300]),
+        Grid(1, columns),
+        type(own.targets)(own.targets.index.clamp(max=columns - 1), valid),
+    )
+    torch.testing.assert_close(together.target[1:][valid], alone[valid], rtol=1e-5, atol=1e-5)
