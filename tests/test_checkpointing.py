@@ -3,7 +3,10 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,6 +98,45 @@ def test_the_first_signal_lets_the_optimizer_step_end_and_saves_exactly_it(
     assert list(fit(cli, None, Interrupt(at_batch=4, number=number))) == [0, 2, 4, 6, 8, 10]
     assert cli.trainer.global_step == step_of(folder_of(cli) / "last.ckpt") == 3
     assert signal.getsignal(number) is handler
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_of_a_run_with_workers_stops_it_without_a_validation(
+    wavs: Path, tmp_path: Path, number: signal.Signals
+):
+    """As Ctrl-C in a terminal and as a scheduler do it."""
+    from tests.conftest import FLAVOURS
+
+    (tmp_path / "run.yaml").write_text(FLAVOURS["wave"].replace("num_workers: 0", "num_workers: 2"))
+    settings = ["--trainer.max_steps=100000", "--data.valid_share=0.3", "--trainer.val_check_interval=100000"]
+    command = [sys.executable, "-m", "jepa_audio", "fit", f"--config={tmp_path}/run.yaml", f"--data.root={wavs}"]
+    command += [*settings, f"--run_dir={tmp_path}", "--checkpoint.every_n_train_steps=5"]
+    with (tmp_path / "log.txt").open("w") as log:
+        run = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        last = tmp_path / "checkpoints" / "last.ckpt"
+        wait_for(lambda: last.exists() or run.poll() is not None, 120)
+        os.killpg(run.pid, number)
+        code = run.wait(120)
+    said = (tmp_path / "log.txt").read_text()
+    assert code == 0, said
+    assert "stopping after this step" in said
+    assert f"stopped at step {step_of(last)}" in " ".join(said.split())
+    assert "exited unexpectedly" not in said
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def test_stopping_leaves_the_trainer_able_to_validate(tiny_cli: Callable, fit: Callable):
+    cli = tiny_cli("wave", "--data.valid_share=0.3", "--trainer.val_check_interval=1000")
+    fit(cli, None, Interrupt(at_batch=2))
+    assert "valid/loss" not in cli.trainer.callback_metrics, "no validation when it is told to stop"
+    cli.trainer.validate(cli.model, cli.datamodule)
+    assert "valid/loss" in cli.trainer.callback_metrics
 
 
 def test_a_stopped_and_resumed_run_is_the_run_that_was_never_stopped(tiny_cli: Callable, fit: Callable):

@@ -70,12 +70,14 @@ class RunCheckpoint(ModelCheckpoint):
         )
         self._told_to_stop = False
         self._stepped_at = 0
+        self._limit_val_batches: int | float = 1.0
         self._former: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen for signals."""
         super().on_train_start(trainer, pl_module)
         self._told_to_stop, self._stepped_at = False, trainer.global_step
+        self._limit_val_batches = trainer.limit_val_batches
         self._last_global_step_saved = trainer.global_step  # else a resumed run saves in the middle of its first step
         if threading.current_thread() is threading.main_thread():
             self._former = {number: signal.signal(number, self._tell_to_stop) for number in STOP_SIGNALS}
@@ -89,12 +91,14 @@ class RunCheckpoint(ModelCheckpoint):
             self._stepped_at = trainer.global_step
             if trainer.strategy.reduce_boolean_decision(self._told_to_stop, all=False):
                 trainer.should_stop = True
+                trainer.limit_val_batches = 0  # Lightning validates before it stops, for which there may be no time
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what has not been saved, and hand the signals back."""
         if self._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         self._stop_listening()
+        trainer.limit_val_batches = self._limit_val_batches
         if self._told_to_stop:
             log.warning("stopped at step %d; go on with `--ckpt_path last`", trainer.global_step)
 

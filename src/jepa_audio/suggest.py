@@ -30,7 +30,7 @@ def suggestion(message: str, options: set[str]) -> str:
         options: the command's options, dotted.
     """
     if found := re.search(r"unrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message):
-        wrong, words = found[1] or found[2], options
+        wrong, words = found[1] or found[2], {option for option in options if not option.endswith(".help")}
     elif found := re.search(r"Option '(\w+)' is not accepted", message):
         wrong, words = found[1], {name for cls in _classes() for name in _parameters(cls)}
     elif found := re.search(r"import path string: (\w+)", message):

@@ -9,7 +9,7 @@ import torch
 from scipy.signal import fftconvolve
 
 from jepa_audio.data.datamodule import AudioDataModule
-from jepa_audio.data.index import CorpusError
+from jepa_audio.data.index import CorpusError, index_folder, usable
 from jepa_audio.data.rooms import write_rooms
 from jepa_audio.data.scenes import SceneDataset, Scenes, collate_scenes, prepare_scenes, render
 
@@ -188,9 +188,9 @@ def test_scenes_need_a_clip_and_one_channel_of_it(folders: dict[str, Path]):
     with pytest.raises(ValueError, match="`scenes` need `clip_seconds`"):
         data_of(folders, scenes_of(folders), clip_seconds=None)._dataset("train", random_crops=True)
     with pytest.raises(ValueError, match="`mono`"):
-        SceneDataset(
-            scenes_of(folders), 2, root=folders["rirs"], table=None, sample_rate=RATE, num_samples=8, mono="keep"
-        )
+        mono = folders["noise"], usable(index_folder(folders["noise"])), RATE, 8
+        names = ("root", "table", "sample_rate", "num_samples")
+        SceneDataset(scenes_of(folders), 2, **dict(zip(names, mono, strict=True)), mono="keep", clip_seconds=0.1)
 
 
 def test_a_folder_of_other_channels_is_refused(folders: dict[str, Path]):

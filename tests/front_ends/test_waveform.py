@@ -113,7 +113,7 @@ def test_gradient_reaches_every_parameter(norm: str, bias: bool) -> None:
 
 def test_group_norm_follows_the_first_layer_alone() -> None:
     kinds = {
-        norm: [type(layer[1]).__name__ for layer in WaveformFrontEnd(TINY, 4, norm=norm).layers]
+        norm: [type(layer[1]).__name__ for layer in WaveformFrontEnd(TINY, 4, norm=norm).stacks[0]]
         for norm in ("group", "layer", "none")
     }
     assert kinds == {

@@ -25,10 +25,12 @@ def test_masks_stay_within_the_clip_and_are_those_of_the_whole_grid(masker, grid
     cut = masker.for_rows(grid, row, 4, (0,), num_time)
     present = torch.arange(grid.num_tokens) // grid.num_freq < num_time[:, None]
     assert torch.equal(cut.present.to_mask(grid.num_tokens), present)
-    for ours, full in ((cut.context, whole.context), (cut.targets, whole.targets)):
-        plane, full_plane = ours.to_mask(grid.num_tokens), full.to_mask(grid.num_tokens)
-        shown = present if plane.ndim == 2 else present[:, None]
-        assert torch.equal(plane, full_plane & shown)
+    context = whole.context.to_mask(grid.num_tokens) & present
+    targets = whole.targets.to_mask(grid.num_tokens) & present[:, None]
+    kept = context.any(-1) & targets.any(-1).all(-1)
+    assert kept.sum() >= 3, "few clips lose a group"
+    assert torch.equal(cut.context.to_mask(grid.num_tokens)[kept], context[kept])
+    assert torch.equal(cut.targets.to_mask(grid.num_tokens)[kept], targets[kept])
     assert cut.targets_per_clip == whole.targets_per_clip
 
 
@@ -37,7 +39,7 @@ def test_a_clip_that_loses_everything_gets_masks_of_its_own_whatever_process_ask
     num_time = torch.full((64,), 12)
     masks = masker.for_rows(grid, torch.arange(64), 64, (0,), num_time)
     assert (masks.context.counts > 0).all()
-    assert (masks.targets.counts.sum(1) > 0).all()
+    assert (masks.targets.counts > 0).all()
     assert masks.context.to_mask(100)[:, 12:].sum() == 0
     for rows in (torch.arange(32, 64), torch.tensor([7])):
         part = masker.for_rows(grid, rows, 64, (0,), num_time[rows])

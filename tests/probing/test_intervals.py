@@ -109,7 +109,8 @@ def test_the_table_shows_lost_won_and_undecided_tasks_in_a_line_for_each_encoder
     assert "ahead (+0.100 [+0.050, +0.150])" in lines[3]
     assert "not told apart (+0.010 [" in lines[4]
     text = io.StringIO()
-    Console(width=200, file=text).print(table(rows))
-    assert "ahead (+0.100 [+0.050, +0.150])" in {
-        cell.strip() for line in text.getvalue().splitlines() for cell in line.split("│")
-    }
+    Console(width=80, file=text).print(table(rows))
+    cells = [[cell.strip() for cell in line.split("│")] for line in text.getvalue().splitlines()]
+    verdict = next(number for number, line in enumerate(cells) if "ahead" in line)
+    column = cells[verdict].index("ahead")
+    assert cells[verdict + 1][column] == "(+0.100 [+0.050, +0.150])", "in full, on a narrow terminal"

@@ -7,6 +7,7 @@ import logging
 import math
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.context import BaseContext
@@ -233,6 +234,7 @@ class AudioDataModule(LightningDataModule):
             collate_fn=self._collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=num_workers > 0 and sampler is not None,  # training has but one iterator
+            worker_init_fn=_leave_signals_to_the_trainer,
             multiprocessing_context=_worker_context() if num_workers > 0 else None,
             # Else the workers' seeds are drawn from the global generator, and disturb the model's numbers.
             generator=torch.Generator(),
@@ -288,6 +290,12 @@ def _hash(path: str) -> float:
 def _num_cores() -> int:
     # A container or a batch system may give this process less than the machine; macOS cannot tell.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    # A Ctrl-C or a scheduler reaches every process; the run stops when its step is done, and needs them till then.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _worker_context() -> BaseContext:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from jepa_audio import losses, masking, positions, schedules  # noqa: F401 (recipes name their classes shortly)
+from jepa_audio.checkpointing import AtomicCheckpointIO
 from jepa_audio.interop.layout import Given, Layout, Settings, merged
 from jepa_audio.interop.published import Published, WeightsError, open_published
 from jepa_audio.interop.pupujepa import PupuJEPALayout
@@ -60,17 +61,13 @@ def import_weights(
     model = settings["model"]
     state = _state(rules, published, model)
     checkpoint = output / "checkpoints" / "last.ckpt"
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    hyper_parameters = {**model, "_instantiator": "lightning.pytorch.cli.instantiate_module"}
-    torch.save(
-        {
-            "pytorch-lightning_version": lightning.__version__,
-            "state_dict": state,
-            "hyper_parameters": hyper_parameters,
-            "datamodule_hyper_parameters": {"crop_seconds": settings["data"]["crop_seconds"]},
-        },
-        checkpoint,
-    )
+    content = {
+        "pytorch-lightning_version": lightning.__version__,
+        "state_dict": state,
+        "hyper_parameters": {**model, "_instantiator": "lightning.pytorch.cli.instantiate_module"},
+        "datamodule_hyper_parameters": {"crop_seconds": settings["data"]["crop_seconds"]},
+    }
+    AtomicCheckpointIO().save_checkpoint(content, checkpoint)
     further = {**settings, "model": _without_links(model), "weights": str(checkpoint)}
     (output / "config.yaml").write_text(yaml.safe_dump(further, sort_keys=False))
     return checkpoint

@@ -108,6 +108,36 @@ def merged(settings: Settings, changes: Settings) -> Settings:
     return {**settings, **changes, **deeper}
 
 
+def encoder_sizes(
+    published: Published,
+    part: str,
+    blocks: str,
+    hidden_by_width: str,
+    heads: int | None,
+    flag: str,
+    told: tuple[str, ...],
+) -> Settings:
+    """Sizes of a transformer.
+
+    Args:
+        published: the file.
+        part: prefix of the transformer's names.
+        blocks: name of its list of blocks.
+        hidden_by_width: in a block, the weight whose input is as wide as the MLP's hidden layer.
+        heads: see `number_of_heads`.
+        flag: see `number_of_heads`.
+        told: see `number_of_heads`.
+    """
+    (width,) = published.shape(f"{part}.norm.weight")
+    _, hidden = published.shape(f"{part}.{blocks}.0.{hidden_by_width}")
+    return {
+        "embed_dim": width,
+        "depth": published.layers(rf"{part}\.{blocks}\.(\d+)\."),
+        "num_heads": number_of_heads(published, heads, flag, told, width),
+        "mlp_ratio": hidden / width,
+    }
+
+
 def number_of_heads(published: Published, given: int | None, flag: str, places: tuple[str, ...], width: int) -> int:
     """Attention heads, which no shape tells: the user's word, or the file's."""
     heads = given if given is not None else published.told(*places)

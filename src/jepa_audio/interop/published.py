@@ -125,11 +125,12 @@ def _read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL (\S+)|Unsupported (?:global|class|operand)\W+(\S+)", str(error))
-        needs = f": it needs {wanted[1] or wanted[2]}" if wanted else ""
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        if wanted is None:
+            raise WeightsError(f"{file} is no whole torch file, or is packed in a way that needs more") from error
         raise WeightsError(
-            f"{file} holds more than weights and would run code of its own when it is opened{needs}. It is refused; "
-            "where you trust it, keep its tensors alone: "
+            f"{file} holds more than weights and would run code of its own ({wanted[1]}) when it is opened. It is "
+            "refused; where you trust it, keep its tensors alone: "
             "`torch.save({'state_dict': torch.load(FILE, weights_only=False)['state_dict']}, OTHER)`"
         ) from error
     except (RuntimeError, EOFError, KeyError) as error:

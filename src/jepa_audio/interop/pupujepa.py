@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from jepa_audio.front_ends import SpectrogramFrontEnd
 from jepa_audio.front_ends.transforms import LogMel
-from jepa_audio.interop.layout import Given, Layout, Settings, check_blocks, number_of_heads
+from jepa_audio.interop.layout import Given, Layout, Settings, check_blocks, encoder_sizes
 from jepa_audio.interop.published import Published, WeightsError
 from jepa_audio.jepa import JEPA
 from jepa_audio.positions import RotaryPositions
+
+_BLOCKS = ("blocks", "mlp.fc2.weight")
 
 
 class PupuJEPALayout(Layout):
@@ -25,9 +27,10 @@ class PupuJEPALayout(Layout):
 
     def sizes(self, published: Published, given: Given, recipe: Settings) -> Settings:
         """See `Layout`."""
-        encoder = _encoder(
+        encoder = encoder_sizes(
             published,
             "student" if "student.norm.weight" in published.tensors else "teacher",
+            *_BLOCKS,
             given.num_heads,
             "--num_heads",
             ("num_heads", "encoder_num_heads", "model.num_heads", "encoder.heads"),
@@ -42,7 +45,9 @@ class PupuJEPALayout(Layout):
         changes = {"front_end": patches, "encoder": encoder, "predictor": {"embed_dim": width}}
         if "predictor.norm.weight" in published.tensors:
             places = ("decoder_num_heads", "model.decoder_num_heads", "predictor.heads")
-            trunk = _encoder(published, "predictor", given.predictor_num_heads, "--predictor_num_heads", places)
+            trunk = encoder_sizes(
+                published, "predictor", *_BLOCKS, given.predictor_num_heads, "--predictor_num_heads", places
+            )
             changes["predictor"] = {"embed_dim": width, "trunk": trunk}
         return {"model": changes}
 
@@ -67,14 +72,3 @@ class PupuJEPALayout(Layout):
             "mel_std": front_end.std,
             "qk_norm": False,
         }
-
-
-def _encoder(published: Published, part: str, heads: int | None, flag: str, places: tuple[str, ...]) -> Settings:
-    (width,) = published.shape(f"{part}.norm.weight")
-    _, hidden = published.shape(f"{part}.blocks.0.mlp.fc2.weight")
-    return {
-        "embed_dim": width,
-        "depth": published.layers(rf"{part}\.blocks\.(\d+)\."),
-        "num_heads": number_of_heads(published, heads, flag, places, width),
-        "mlp_ratio": hidden / width,
-    }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from jepa_audio.front_ends import WaveformFrontEnd
 from jepa_audio.grid import Grid
-from jepa_audio.interop.layout import Given, Layout, Settings, arguments, check_blocks, first_block, number_of_heads
+from jepa_audio.interop.layout import Given, Layout, Settings, arguments, check_blocks, encoder_sizes, first_block
 from jepa_audio.interop.published import Published, WeightsError, conv_layers_of
 from jepa_audio.jepa import JEPA
 from jepa_audio.positions import BinauralPositions, SinCosPositions
@@ -26,6 +26,7 @@ _BLOCK = (
     ("norm2.", "norm2."),
 )
 _ENCODERS = (("encoder", "encoder"), ("target_encoder", "teacher_encoder"), ("predictor.trunk", "decoder"))
+_LAYERS = ("layers", "linear2.weight")
 _TABLES = {"pos_encoding_encoder": "encoder", "pos_encoding_decoder": "predictor.trunk"}
 
 
@@ -65,9 +66,10 @@ class WavJEPALayout(Layout):
 
     def sizes(self, published: Published, given: Given, recipe: Settings) -> Settings:
         """See `Layout`."""
-        encoder = self._encoder(
+        encoder = encoder_sizes(
             published,
             "encoder" if "encoder.norm.weight" in published.tensors else "teacher_encoder",
+            *_LAYERS,
             given.num_heads,
             "--num_heads",
             ("encoder_layers_cfg.nhead", "encoder_nhead", "encoder.heads"),
@@ -83,21 +85,11 @@ class WavJEPALayout(Layout):
         }
         if "decoder.norm.weight" in published.tensors:
             places = ("decoder_layers_cfg.nhead", "decoder_nhead", "predictor.heads")
-            trunk = self._encoder(published, "decoder", given.predictor_num_heads, "--predictor_num_heads", places)
+            trunk = encoder_sizes(
+                published, "decoder", *_LAYERS, given.predictor_num_heads, "--predictor_num_heads", places
+            )
             changes["predictor"]["trunk"] = trunk
         return {"model": changes, "data": _clip_length(published, changes["front_end"], recipe)}
-
-    def _encoder(
-        self, published: Published, part: str, heads: int | None, flag: str, places: tuple[str, ...]
-    ) -> Settings:
-        (width,) = published.shape(f"{part}.norm.weight")
-        hidden, _ = published.shape(f"{part}.layers.0.linear1.weight")
-        return {
-            "embed_dim": width,
-            "depth": published.layers(rf"{part}\.layers\.(\d+)\."),
-            "num_heads": number_of_heads(published, heads, flag, places, width),
-            "mlp_ratio": hidden / width,
-        }
 
     def _front_end(self, published: Published, given: Given, recipe: Settings) -> Settings:
         stack = f"extract_audio.{self.stack}"

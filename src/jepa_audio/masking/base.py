@@ -52,7 +52,7 @@ class Masker(ABC):
             rows_per_draw: rows that are drawn together.
             seed: what else the draw depends on.
             num_time: time columns of each clip that are no padding: tokens beyond are neither context nor target. A
-                clip that loses all its context or all its targets so gets masks of its own, drawn for its own grid.
+                clip that so loses all its context or a whole target group gets masks of its own, drawn for its grid.
         """
         draw = int(row[0]) // rows_per_draw
         masks = self(grid, rows_per_draw, _generator(*seed, draw), draw).rows(row % rows_per_draw)
@@ -61,7 +61,7 @@ class Masker(ABC):
         present = torch.arange(grid.num_tokens) // grid.num_freq < num_time[:, None]  # [B, N]
         context = masks.context.to_mask(grid.num_tokens) & present
         targets = masks.targets.to_mask(grid.num_tokens) & present[:, None]
-        lost = ~(context.any(-1) & targets.flatten(1).any(-1))
+        lost = ~(context.any(-1) & targets.any(-1).all(-1))
         for clip in lost.nonzero()[:, 0].tolist():
             own = Grid(grid.num_freq, int(num_time[clip]))
             alone = self(own, 1, _generator(*seed, draw, int(row[clip])), draw)

@@ -93,9 +93,7 @@ class BlockMasker(Masker):
     def __call__(self, grid: Grid, batch_size: int, generator: torch.Generator, step: int) -> Masks:
         """See `Masker`."""
         count = _target_count(grid, self.target_share)
-        uniform = torch.rand(self.max_attempts, 5, batch_size, generator=generator, dtype=torch.float64)
-        covered, _ = _grow(self._size, grid, count, uniform)
-        return single_group(fill_up(covered, count, generator))
+        return _covered(self._size, self.max_attempts, grid, count, batch_size, generator)
 
     def _size(self, grid: Grid, uniform: Float[Tensor, "3 B"], free: Int[Tensor, " B"]) -> Int[Tensor, "B 2"]:
         area = (grid.num_tokens * _between(self.scale, uniform[0])).minimum(free)
@@ -135,9 +133,7 @@ class StripeMasker(Masker):
     def __call__(self, grid: Grid, batch_size: int, generator: torch.Generator, step: int) -> Masks:
         """See `Masker`."""
         count = _target_count(grid, self.target_share)
-        uniform = torch.rand(self.max_attempts, 5, batch_size, generator=generator, dtype=torch.float64)
-        covered, _ = _grow(self._size, grid, count, uniform)
-        return single_group(fill_up(covered, count, generator))
+        return _covered(self._size, self.max_attempts, grid, count, batch_size, generator)
 
     def _size(self, grid: Grid, uniform: Float[Tensor, "3 B"], free: Int[Tensor, " B"]) -> Int[Tensor, "B 2"]:
         shape = torch.tensor([grid.num_time, grid.num_freq])
@@ -147,6 +143,20 @@ class StripeMasker(Masker):
         is_time = uniform[0] * (grid.num_time + grid.num_freq) < grid.num_time
         is_across = torch.stack([is_time, ~is_time], dim=-1)
         return torch.where(is_across, width, shape)
+
+
+def _covered(
+    draw_size: Callable[[Grid, Tensor, Tensor], Tensor],
+    max_attempts: int,
+    grid: Grid,
+    count: int,
+    batch_size: int,
+    generator: torch.Generator,
+) -> Masks:
+    """Blocks, then single tokens up to exactly `count` targets; the rest is context."""
+    uniform = torch.rand(max_attempts, 5, batch_size, generator=generator, dtype=torch.float64)
+    covered, _ = _grow(draw_size, grid, count, uniform)
+    return single_group(fill_up(covered, count, generator))
 
 
 def _grow(

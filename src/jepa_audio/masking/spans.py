@@ -49,13 +49,7 @@ class SpanMasker(Masker):
         _check_fits("target_length", self.target_length, grid)
 
         def draw(num_rows: int) -> tuple[Tensor, Tensor]:
-            targets = sample_spans(
-                num_rows * self.num_groups,
-                grid.num_time,
-                self.target_probability,
-                self.target_length,
-                generator,
-            ).unflatten(0, (num_rows, self.num_groups))
+            targets = _target_groups(self, num_rows, grid.num_time, generator)
             hidden = sample_spans(num_rows, grid.num_time, self.context_probability, self.context_length, generator)
             return ~(hidden | targets.any(1)), targets
 
@@ -94,17 +88,19 @@ class TargetSpanMasker(Masker):
         _check_fits("min_run", self.min_run, grid)
 
         def draw(num_rows: int) -> tuple[Tensor, Tensor]:
-            targets = sample_spans(
-                num_rows * self.num_groups,
-                grid.num_time,
-                self.target_probability,
-                self.target_length,
-                generator,
-            ).unflatten(0, (num_rows, self.num_groups))
+            targets = _target_groups(self, num_rows, grid.num_time, generator)
             run_starts = (~targets.any(1)).unfold(-1, self.min_run, 1).all(-1)
             return _stretch(run_starts, self.min_run), targets
 
         return _over_frequency(grid, *draw_accepted(draw, batch_size, self.min_context, self))
+
+
+def _target_groups(
+    masker: SpanMasker | TargetSpanMasker, num_rows: int, num_time: int, generator: torch.Generator
+) -> Bool[Tensor, "R M T"]:
+    spans = (masker.target_probability, masker.target_length)
+    drawn = sample_spans(num_rows * masker.num_groups, num_time, *spans, generator)
+    return drawn.unflatten(0, (num_rows, masker.num_groups))
 
 
 def sample_spans(

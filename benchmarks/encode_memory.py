@@ -1,0 +1,63 @@
+"""Does the memory of encoding a long file grow with the file, beyond the features themselves?
+
+Encodes noise of several lengths with a base-size encoder, each in a process of its own, and prints the peak of the
+resident memory above what the process holds before it encodes, and the size of the features that are kept.
+
+    python -m benchmarks.encode_memory [--recipe wavjepa|pupujepa] [--minutes 1 5 20]
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def resident_mib() -> float:
+    """Peak resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure(recipe: str, minutes: float) -> None:
+    from jepa_audio.cli import JEPACLI  # noqa: PLC0415 (only the processes that measure need it)
+    from jepa_audio.encode import FrozenEncoder  # noqa: PLC0415
+
+    sys.argv[1:] = []
+    cli = JEPACLI([f"--config={CONFIGS / recipe}.yaml", "--data.root=unused", "--trainer.logger=false"], run=False)
+    jepa, num_samples = cli.model, cli.datamodule.num_samples
+    frozen = FrozenEncoder(jepa.front_end, jepa.encoder, num_samples, max_windows=8)
+    waveform = torch.randn(1, 1, round(60 * minutes * frozen.sample_rate))
+    before, start = resident_mib(), time.perf_counter()
+    features = frozen.encode(waveform, layers=[-1])
+    seconds = time.perf_counter() - start
+    (layer,) = features.layers
+    print(
+        f"{recipe}, {minutes:g} min: {layer.shape[1] * layer.shape[2]} tokens of {layer.shape[-1]}, kept "
+        f"{layer.nbytes / 2**20:.0f} MiB, peak {resident_mib() - before:.0f} MiB above {before:.0f} MiB, "
+        f"{60 * minutes / seconds:.1f} times real time"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", choices=["wavjepa", "pupujepa"], default="wavjepa")
+    parser.add_argument("--minutes", type=float, nargs="+", default=[1, 5, 20])
+    parser.add_argument("--here", action="store_true", help="measure in this process, one length only")
+    args = parser.parse_args()
+    if args.here:
+        measure(args.recipe, args.minutes[0])
+        return
+    for minutes in args.minutes:
+        own = ["--recipe", args.recipe, "--minutes", str(minutes), "--here"]
+        subprocess.run([sys.executable, "-m", "benchmarks.encode_memory", *own], check=True)
+
+
+if __name__ == "__main__":
+    main()
