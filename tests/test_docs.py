@@ -49,7 +49,14 @@ def test_options_exist(text: str, capsys: pytest.CaptureFixture[str]):
         JEPACLI(["fit", "--help"])
     accepted = set(re.findall(r"--([\w.]+)", capsys.readouterr().out))
     named = {option for option in re.findall(r"--([a-z_]+(?:\.[a-z_]+)*)", text) if "." in option}
-    classes = ("model.distance.", "model.encoder.", "trainer.callbacks", "model.front_end.", "model.lr_schedule.", "data.scenes.")
+    classes = (
+        "model.distance.",
+        "model.encoder.",
+        "trainer.callbacks",
+        "model.front_end.",
+        "model.lr_schedule.",
+        "data.scenes.",
+    )
     assert len(named) > 6
     assert {option for option in named if not option.startswith(classes)} - accepted == set()
 
