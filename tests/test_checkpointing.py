@@ -101,14 +101,14 @@ def test_the_first_signal_lets_the_optimizer_step_end_and_saves_exactly_it(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_all_processes_of_a_run_with_workers_stops_it_without_a_validation(
+def test_a_signal_to_all_processes_of_a_run_with_workers_stops_it_and_them(
     wavs: Path, tmp_path: Path, number: signal.Signals
 ):
     """As Ctrl-C in a terminal and as a scheduler do it."""
     from tests.conftest import FLAVOURS
 
     (tmp_path / "run.yaml").write_text(FLAVOURS["wave"].replace("num_workers: 0", "num_workers: 2"))
-    settings = ["--trainer.max_steps=100000", "--data.valid_share=0.3", "--trainer.val_check_interval=100000"]
+    settings = ["--trainer.max_steps=100000", "--data.valid_share=0.3", "--trainer.val_check_interval=5"]
     command = [sys.executable, "-m", "jepa_audio", "fit", f"--config={tmp_path}/run.yaml", f"--data.root={wavs}"]
     command += [*settings, f"--run_dir={tmp_path}", "--checkpoint.every_n_train_steps=5"]
     with (tmp_path / "log.txt").open("w") as log:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import logging
 import math
@@ -9,8 +10,10 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,8 @@ from jepa_audio.data.scenes import SceneBatch, SceneDataset, Scenes, collate_sce
 from jepa_audio.grid import AudioBatch
 
 log = logging.getLogger(__name__)
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class AudioDataModule(LightningDataModule):
@@ -234,11 +239,18 @@ class AudioDataModule(LightningDataModule):
             collate_fn=self._collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=num_workers > 0 and sampler is not None,  # training has but one iterator
-            worker_init_fn=_leave_signals_to_the_trainer,
+            worker_init_fn=None if num_workers == 0 else partial(_leave_signals_to_the_trainer, self._closing),
             multiprocessing_context=_worker_context() if num_workers > 0 else None,
             # Else the workers' seeds are drawn from the global generator, and disturb the model's numbers.
             generator=torch.Generator(),
         )
+
+    @cached_property
+    def _closing(self) -> Event:
+        """Set when this process ends; multiprocessing ends the workers after that."""
+        closing = _worker_context().Event()
+        atexit.register(closing.set)
+        return closing
 
     def _usable(self, root: Path, index: pa.Table) -> pa.Table:
         table = usable(index, self.min_seconds, self._needed_channels())
@@ -292,10 +304,12 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
+def _leave_signals_to_the_trainer(closing: Event, worker: int) -> None:
     # A Ctrl-C or a scheduler reaches every process; the run stops when its step is done, and needs them till then.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    # At its end it ends them by SIGTERM itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.is_set() else None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
 
 
 def _worker_context() -> BaseContext:
@@ -305,4 +319,9 @@ def _worker_context() -> BaseContext:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["jepa_audio.data.dataset"])
+    # The server and all its workers are born with the signals blocked: none finds a worker half made.
+    resource_tracker.ensure_running()  # it would unblock them when it is started by the server's start
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    forkserver.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, former)
     return context
