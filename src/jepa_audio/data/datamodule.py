@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import logging
 import math
-import multiprocessing
-import os
-import signal
 from collections.abc import Callable
-from functools import cached_property, partial
-from multiprocessing import forkserver, resource_tracker
-from multiprocessing.context import BaseContext
-from multiprocessing.synchronize import Event
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +20,10 @@ from jepa_audio.data.dataset import CropDataset, Mono, collate
 from jepa_audio.data.index import CorpusError, index_folder, load_index, usable
 from jepa_audio.data.sampler import EveryNthBatch, GlobalOrderSampler, ResumableLoader
 from jepa_audio.data.scenes import SceneBatch, SceneDataset, Scenes, collate_scenes, prepare_scenes
+from jepa_audio.data.workers import num_cores, worker_arguments
 from jepa_audio.grid import AudioBatch
 
 log = logging.getLogger(__name__)
-
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class AudioDataModule(LightningDataModule):
@@ -122,13 +114,13 @@ class AudioDataModule(LightningDataModule):
         for root in dict.fromkeys(root for root in (self.root, self.valid_root, self.test_root) if root):
             index_folder(
                 root,
-                num_workers=_num_cores(),
+                num_workers=num_cores(),
                 min_seconds=self.min_seconds,
                 num_channels=self._needed_channels(),
                 max_bad_share=self.max_bad_share,
             )
         if self.scenes is not None:
-            prepare_scenes(self.scenes, self.num_channels, self.sample_rate, _num_cores())
+            prepare_scenes(self.scenes, self.num_channels, self.sample_rate, num_cores())
 
     def setup(self, stage: str) -> None:
         """Read the tables and divide them; every process comes to the same division."""
@@ -239,18 +231,10 @@ class AudioDataModule(LightningDataModule):
             collate_fn=self._collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=num_workers > 0 and sampler is not None,  # training has but one iterator
-            worker_init_fn=None if num_workers == 0 else partial(_leave_signals_to_the_trainer, self._closing),
-            multiprocessing_context=_worker_context() if num_workers > 0 else None,
             # Else the workers' seeds are drawn from the global generator, and disturb the model's numbers.
             generator=torch.Generator(),
+            **worker_arguments(num_workers),
         )
-
-    @cached_property
-    def _closing(self) -> Event:
-        """Set when this process ends; multiprocessing ends the workers after that."""
-        closing = _worker_context().Event()
-        atexit.register(closing.set)
-        return closing
 
     def _usable(self, root: Path, index: pa.Table) -> pa.Table:
         table = usable(index, self.min_seconds, self._needed_channels())
@@ -265,7 +249,7 @@ class AudioDataModule(LightningDataModule):
         if self.num_workers is not None:
             return self.num_workers
         processes = self.trainer.num_devices if self.trainer else 1
-        return min(8, max(1, _num_cores() // processes))
+        return min(8, max(1, num_cores() // processes))
 
     @property
     def _rank(self) -> int:
@@ -297,31 +281,3 @@ def _by_hash(table: pa.Table) -> pa.Table:
 
 def _hash(path: str) -> float:
     return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=8).digest()) / 2**64
-
-
-def _num_cores() -> int:
-    # A container or a batch system may give this process less than the machine; macOS cannot tell.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _leave_signals_to_the_trainer(closing: Event, worker: int) -> None:
-    # A Ctrl-C or a scheduler reaches every process; the run stops when its step is done, and needs them till then.
-    # At its end it ends them by SIGTERM itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.is_set() else None)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
-
-
-def _worker_context() -> BaseContext:
-    # Workers forked from a training process inherit locks that its other threads hold (loggers, progress
-    # bars) and hang on them; a fork server is clean, and imports torch once for all of them.
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["jepa_audio.data.dataset"])
-    # The server and all its workers are born with the signals blocked: none finds a worker half made.
-    resource_tracker.ensure_running()  # it would unblock them when it is started by the server's start
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-    forkserver.ensure_running()
-    signal.pthread_sigmask(signal.SIG_SETMASK, former)
-    return context

@@ -1,0 +1,62 @@
+"""The processes that read: how many, started how, and what signals mean to them."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import signal
+from functools import lru_cache, partial
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import BaseContext
+from multiprocessing.synchronize import Event
+from typing import Any
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def num_cores() -> int:
+    """Cores that this process may use; a container or a batch system may give it less than the machine."""
+    # macOS cannot tell.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def worker_arguments(num_workers: int) -> dict[str, Any]:
+    """What a `DataLoader` has to be told, so that its workers neither hang nor die of a signal meant for the run."""
+    if num_workers == 0:
+        return {}
+    context = _context()
+    start = partial(_leave_signals_to_the_trainer, _closing())
+    return {"multiprocessing_context": context, "worker_init_fn": start}
+
+
+@lru_cache(maxsize=1)
+def _context() -> BaseContext:
+    # Workers forked from a training process inherit locks that its other threads hold (loggers, progress
+    # bars) and hang on them; a fork server is clean, and imports torch once for all of them.
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["jepa_audio.data.dataset"])
+    # The server and all its workers are born with the signals blocked: none finds a worker half made.
+    resource_tracker.ensure_running()  # it would unblock them when it is started by the server's start
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    forkserver.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, former)
+    return context
+
+
+@lru_cache(maxsize=1)
+def _closing() -> Event:
+    """Set when this process ends; multiprocessing ends the workers after that."""
+    closing = _context().Event()
+    atexit.register(closing.set)
+    return closing
+
+
+def _leave_signals_to_the_trainer(closing: Event, worker: int) -> None:
+    # A Ctrl-C or a scheduler reaches every process; the run stops when its step is done, and needs them till then.
+    # At its end it ends them by SIGTERM itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.is_set() else None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
