@@ -220,6 +220,21 @@ def test_the_number_of_windows_at_a_time_changes_nothing(frozen: FrozenEncoder, 
         torch.testing.assert_close(one_by_one, whole, rtol=1e-5, atol=1e-5)
 
 
+def test_no_more_windows_than_allowed_are_encoded_at_once(frozen: FrozenEncoder, clips: Tensor):
+    frozen.max_windows = 3
+    sizes: list[int] = []
+    frozen.encoder.blocks[0].register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    frozen.encode(clips)
+    frozen.encode(clips[:1])
+    assert max(sizes) <= 3
+
+
+def test_unknown_words_are_refused(tiny_jepa: Callable[..., JEPA], tmp_path: Path):
+    jepa = tiny_jepa("wave")
+    with pytest.raises(ValueError, match="`windowing`"):
+        FrozenEncoder(jepa.front_end, jepa.encoder, WINDOW, windowing="wavjepa", overlap=0.5)
+
+
 def test_only_the_layers_asked_for_are_kept(frozen: FrozenEncoder, clips: Tensor):
     every = frozen.encode(clips).layers
     last, first = frozen.encode(clips, layers=[-1, 0]).layers

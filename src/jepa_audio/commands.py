@@ -122,6 +122,8 @@ def stats(front_end: FrontEnd, data: AudioDataModule, num_clips: int) -> None:
     data.prepare_data()
     data.setup("fit")
     loader = islice(data.train_dataloader(), num_clips)
-    waveforms = (batch.waveform for batch in track(loader, "measuring", total=num_clips))
+    waveforms = (
+        data.on_after_batch_transfer(batch, 0).waveform for batch in track(loader, "measuring", total=num_clips)
+    )
     mean, std = measure_statistics(front_end.spectrogram, waveforms)
     print(f"model:\n  front_end:\n    init_args:\n      mean: {mean:.6f}\n      std: {std:.6f}")

@@ -102,6 +102,8 @@ class FrozenEncoder(nn.Module):
         super().__init__()
         if not 0 <= overlap < 1 or max_windows < 1:
             raise ValueError(f"`overlap` ({overlap}) must be in [0, 1) and `max_windows` ({max_windows}) at least 1")
+        if windowing not in ("exact", "wavjepa") or (windowing == "wavjepa" and overlap):
+            raise ValueError(f"`windowing` ({windowing!r}) must be 'exact' or 'wavjepa', the latter with `overlap` 0")
         self.front_end, self.encoder, self.window_samples = front_end, encoder, window_samples
         self.overlap, self.windowing, self.max_windows = overlap, windowing, max_windows
         self.requires_grad_(False).eval()
@@ -162,6 +164,9 @@ class FrozenEncoder(nn.Module):
 
     def _encode_equal(self, waveform: Tensor, layers: Sequence[int] | None) -> tuple[tuple[Tensor, ...], Tensor]:
         """Clips of one length: no front end sees padding, unless it is asked to."""
+        if len(waveform) > self.max_windows:
+            parts = [self._encode_equal(clips, layers) for clips in waveform.split(self.max_windows)]
+            return tuple(map(torch.cat, zip(*(part for part, _ in parts), strict=True))), parts[0][1]
         if self.windowing == "wavjepa":
             return self._encode_as_wavjepa(waveform, layers)
         num_samples = waveform.shape[-1]
@@ -187,8 +192,8 @@ class FrozenEncoder(nn.Module):
         attended: Bool[Tensor, "W T"] | None = None,
     ) -> tuple[Float[Tensor, "B _ F D"], ...]:
         """The columns of every window that are its own, one window after the other."""
-        parts: list[list[Tensor]] = []
-        windows, done = iter(windows), 0
+        whole: list[Tensor] = []
+        windows, done, filled = iter(windows), 0, 0
         while chunk := list(islice(windows, max(1, self.max_windows // batch))):
             some = slice(done, done + len(chunk))
             done += len(chunk)
@@ -196,11 +201,16 @@ class FrozenEncoder(nn.Module):
             grid = self.front_end.grid(stacked.shape[-1])
             keep = None if attended is None else _with_valid(attended[some], grid, batch, stacked.device)
             outputs = self._layers(self.front_end(stacked), grid, keep)
-            chosen = outputs if layers is None else [outputs[layer] for layer in layers]
-            shape = {"w": len(chunk), "t": grid.num_time}
             columns = own[some].flatten().to(stacked.device)
-            parts.append([rearrange(x, "(w b) (t f) d -> b (w t) f d", **shape)[:, columns] for x in chosen])
-        return tuple(torch.cat(layer, dim=1) for layer in zip(*parts, strict=True))
+            shape = {"w": len(chunk), "t": grid.num_time}
+            chosen = outputs if layers is None else [outputs[layer] for layer in layers]
+            parts = [rearrange(x, "(w b) (t f) d -> b (w t) f d", **shape)[:, columns] for x in chosen]
+            if not whole:  # all of it at once: to put parts together at the end would take the room twice
+                whole = [part.new_empty(batch, int(own.sum()), *part.shape[2:]) for part in parts]
+            for layer, part in zip(whole, parts, strict=True):
+                layer[:, filled : filled + part.shape[1]] = part
+            filled += int(own[some].sum())
+        return tuple(whole)
 
     def _layers(self, tokens: Tensor, grid: Grid, keep: TokenSet | None) -> list[Tensor]:
         blocks = self.encoder.layers(tokens, grid, keep)
@@ -267,6 +277,8 @@ def load_frozen(
         FileNotFoundError: if there is no such file.
         ValueError: if the file holds no training crop length.
     """
+    if which not in ("context", "target", "random"):
+        raise ValueError(f"`which` ({which!r}) must be 'context', 'target' or 'random'")
     if not checkpoint.is_file():
         raise FileNotFoundError(f"no checkpoint at {checkpoint}")
     jepa = JEPA.load_from_checkpoint(checkpoint, map_location="cpu")

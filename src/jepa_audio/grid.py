@@ -106,6 +106,7 @@ class Masks:
         targets: the tokens to predict, in M groups that the predictor handles each on its own, `[B, M, K']`.
         targets_per_clip: mean number of target tokens of a clip in the draw that these rows come from. The loss
             of some rows of a draw divides by it, so that micro-batches and ranks add up to the whole draw's mean.
+            Of clips with padding it is the mean of these rows alone: what others lose to theirs is not known here.
         present: all tokens of the grid, those in the padding of a shorter clip as filling, `[B, N]`; `None` if the
             clips fill the grid.
     """

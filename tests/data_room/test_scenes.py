@@ -1,5 +1,6 @@
 """Laws of scenes: the drawn ratio is met, places are heard where they are, and every scene belongs to its sample."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,13 @@ import soundfile as sf
 import torch
 from scipy.signal import fftconvolve
 
+from jepa_audio.commands import stats
 from jepa_audio.data.datamodule import AudioDataModule
 from jepa_audio.data.index import CorpusError, index_folder, usable
 from jepa_audio.data.rooms import write_rooms
 from jepa_audio.data.scenes import SceneDataset, Scenes, collate_scenes, prepare_scenes, render
+from jepa_audio.front_ends import SpectrogramFrontEnd
+from jepa_audio.front_ends.transforms import LogMel
 
 RATE = 8000
 SECONDS = 0.5
@@ -64,7 +68,7 @@ def test_a_scene_is_the_literal_sum_of_convolutions(folders: dict[str, Path]):
         for_ears = [fftconvolve(clip, ear)[:4000] for ear in scene.source_rir.numpy()]
         noise = np.zeros((2, 4000))
         for rir, shift in zip(scene.noise_rirs.numpy(), scene.shift.tolist(), strict=True):
-            heard = np.roll(scene.noise.numpy(), -shift)
+            heard = np.roll(scene.noise.numpy(), -shift) * scene.envelope.numpy()
             noise += [fftconvolve(heard, ear)[:4000] for ear in rir]
         gain = np.sqrt(np.square(for_ears).sum() / np.square(noise).sum() * 10 ** (-float(scene.snr_db) / 10))
         np.testing.assert_allclose(sound[row].numpy(), for_ears + gain * noise, rtol=1e-3, atol=1e-5)
@@ -106,18 +110,26 @@ def test_source_and_noise_are_places_of_one_room_and_no_place_twice(folders: dic
     assert rooms == {"room0", "room1", "room2"}
 
 
-def test_noise_fades_in_and_out_and_short_noise_is_placed_within(folders: dict[str, Path]):
-    dataset = dataset_of(folders, fade_seconds=0.05)
+def test_noise_fades_in_and_out_as_it_is_heard_and_short_noise_lies_within(folders: dict[str, Path]):
+    dataset = dataset_of(folders, fade_seconds=0.05, diffuse_share=0.5)
     fade = round(0.05 * RATE)
-    for position in range(20):
-        noise = dataset[position, 0].scene.noise
-        assert len(noise) == 4000
-        (loud,) = noise.nonzero(as_tuple=True)
-        first, last = int(loud[0]), int(loud[-1]) + 1
-        assert last - first in (4000, 1600)
-        middle = noise[first + fade : last - fade].square().mean()
-        assert noise[first : first + fade // 4].square().mean() < 0.1 * middle
-        assert noise[last - fade // 4 : last].square().mean() < 0.1 * middle
+    items = [dataset[position, 0] for position in range(24)]
+    batch = collate_scenes(items, 800)
+    direct = torch.zeros_like(batch.scene.noise_rirs)
+    direct[..., 0] = batch.scene.noise_rirs.abs().sum(-1) > 0
+    scene = batch.scene._replace(noise_rirs=direct, source_rir=torch.zeros_like(batch.scene.source_rir))
+    louder = scene._replace(source_rir=torch.zeros_like(scene.source_rir).index_fill_(-1, torch.tensor([0]), 1e-3))
+    noise = render(batch.clip, louder)[:, 0] - 1e-3 * batch.clip[:, 0]
+    lengths = set()
+    for row, heard in enumerate(noise):
+        (inside,) = batch.scene.envelope[row].nonzero(as_tuple=True)
+        first, last = int(inside[0]), int(inside[-1]) + 1
+        lengths.add(last - first)
+        middle = heard[first + fade : last - fade].square().mean()
+        for edge in (heard[first : first + fade // 4], heard[last - fade // 4 : last]):
+            assert edge.square().mean() < 0.1 * middle
+        assert not heard[:first].abs().gt(1e-6).any()
+    assert lengths == {4000, 1600}
 
 
 def test_a_clean_clip_is_the_dry_one_on_every_channel(folders: dict[str, Path]):
@@ -184,6 +196,34 @@ def test_impossible_scenes_are_refused(settings: dict[str, object], said: str):
         Scenes(**settings)
 
 
+def test_a_bad_response_costs_a_room_and_not_the_clip(folders: dict[str, Path], caplog: pytest.LogCaptureFixture):
+    dataset = dataset_of(folders)
+    expected = dataset[3, 1].clip
+    for file in (folders["rirs"] / "room0").iterdir():
+        file.write_bytes(b"")
+    for position in range(20):
+        dataset[position, 0]
+    assert "another room is taken" in caplog.text
+    assert torch.equal(dataset[3, 1].clip, expected)
+
+
+def test_a_checkpoint_holds_scenes_as_plain_data(folders: dict[str, Path], tmp_path: Path):
+    torch.save(dict(data_of(folders, scenes_of(folders)).hparams), tmp_path / "hparams.pt")
+    stored = torch.load(tmp_path / "hparams.pt", weights_only=True)
+    assert Scenes(**stored["scenes"]) == scenes_of(folders)
+
+
+def test_scenes_leave_no_padding_to_mask(folders: dict[str, Path]):
+    with pytest.raises(ValueError, match="leave `mask_padding` false"):
+        data_of(folders, scenes_of(folders), mask_padding=True)
+
+
+def test_statistics_are_measured_on_the_scenes(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]):
+    mel = LogMel(RATE, n_fft=128, hop_length=64, n_mels=16)
+    stats(SpectrogramFrontEnd(mel, 8, num_channels=2), data_of(folders, scenes_of(folders)), num_clips=3)
+    assert "mean: " in capsys.readouterr().out
+
+
 def test_scenes_need_a_clip_and_one_channel_of_it(folders: dict[str, Path]):
     with pytest.raises(ValueError, match="`scenes` need `clip_seconds`"):
         data_of(folders, scenes_of(folders), clip_seconds=None)._dataset("train", random_crops=True)
@@ -216,7 +256,7 @@ def test_simulated_rooms_come_from_the_library_and_differ_between_the_ears(tmp_p
         decay = 10 * np.log10(energy / energy[0])
         thirty = np.flatnonzero(decay < -30)[0] / RATE
         assert 0.05 < thirty < 0.5, "a reverberation time of 0.2 to 0.5 s"
-    files[0].unlink()
+    shutil.rmtree(files[0].parent)
     write_rooms(tmp_path / "rooms", num_rooms=2, num_places=2, sample_rate=RATE)
     assert [file.read_bytes() for file in files] == before, "what is missing is made again, the same"
 

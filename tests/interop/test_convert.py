@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from jepa_audio.cli import JEPACLI, main
+from jepa_audio.encode import load_frozen
 from jepa_audio.grid import Masks
 from jepa_audio.interop import WeightsError, export_weights, import_weights
 from jepa_audio.interop.convert import load_weights
@@ -64,16 +65,49 @@ def test_import_of_export_is_the_same_bit_for_bit(layout: str, published: Path, 
 
 
 def test_a_run_of_ours_is_exported_and_comes_back(tmp_path: Path, tiny_cli: Callable[..., JEPACLI], fit):
-    cli = tiny_cli("wave", "--model.encoder.final_norm_eps=1e-5", "--model.predictor.trunk.init_args.depth=2")
+    final = ("--model.encoder.final_norm_eps=1e-5", "--model.predictor.trunk.init_args.final_norm_eps=1e-5")
+    cli = tiny_cli("wave", *final, "--model.encoder.norm_eps=1e-3", "--model.predictor.trunk.init_args.depth=2")
     fit(cli)
     checkpoint = Path(cli.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
     export_weights("wavjepa", checkpoint, tmp_path / "theirs")
     recipe = Path(cli.trainer.default_root_dir) / "recipe.yaml"
     configuration = torch.load(checkpoint, weights_only=True)
     model = {k: v for k, v in configuration["hyper_parameters"].items() if not k.startswith("_")}
+    model["encoder"]["init_args"]["norm_eps"] = 1e-6  # the file knows better
     recipe.write_text(yaml.safe_dump({"model": model, "data": {"crop_seconds": 0.5}}))
     again = import_weights("wavjepa", tmp_path / "theirs", tmp_path / "again", recipe=recipe)
     assert_equal(weights_of(again), configuration["state_dict"])
+    clip = torch.randn(1, 1, 500)
+    ours, back = (load_frozen(path).encode(clip).layers[-1] for path in (checkpoint, again))
+    assert torch.equal(ours, back)
+
+
+def test_the_statistics_of_the_log_mel_come_back(tmp_path: Path):
+    state, metadata = state_of("pupujepa")
+    save_file(state, tmp_path / "published.safetensors", metadata)
+    recipe = yaml.safe_load((Path(__file__).parents[2] / "configs" / "pupujepa.yaml").read_text())
+    recipe["model"]["front_end"]["init_args"]["mean"] = -9.0
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    own = import_weights(
+        "pupujepa", tmp_path / "published.safetensors", tmp_path / "ours", recipe=tmp_path / "recipe.yaml"
+    )
+    export_weights("pupujepa", own, tmp_path / "theirs")
+    again = JEPA.load_from_checkpoint(import_weights("pupujepa", tmp_path / "theirs", tmp_path / "again"))
+    assert again.front_end.mean == -9.0
+
+
+def test_a_run_is_not_overwritten(layout: str, published: Path, tmp_path: Path):
+    import_weights(layout, published, tmp_path / "ours")
+    with pytest.raises(WeightsError, match=r"last.ckpt exists and is not overwritten: give another folder with `-o`"):
+        import_weights(layout, published, tmp_path / "ours")
+
+
+def test_a_broken_configuration_and_a_missing_recipe_are_named(layout: str, published: Path, tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"no recipe at .*nowhere.yaml"):
+        import_weights(layout, published, tmp_path / "ours", recipe=tmp_path / "nowhere.yaml")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(WeightsError, match=r"config.json is no JSON object"):
+        import_weights(layout, published, tmp_path / "ours")
 
 
 @pytest.mark.parametrize("wrapper", ["_orig_mod.", "module."])
@@ -115,7 +149,7 @@ def test_what_no_shape_tells_is_asked_for(layout: str, published: Path, tmp_path
     jepa = JEPA.load_from_checkpoint(import_weights(layout, published, tmp_path / "ours", given=given))
     assert jepa.encoder.num_heads == 2
     with pytest.raises(WeightsError, match="do not divide the width"):
-        import_weights(layout, published, tmp_path / "ours", given=Given(num_heads=5, predictor_num_heads=2))
+        import_weights(layout, published, tmp_path / "odd", given=Given(num_heads=5, predictor_num_heads=2))
 
 
 def test_strides_that_nobody_tells_are_asked_for(tmp_path: Path):
@@ -234,6 +268,9 @@ def test_a_file_without_an_encoder_is_refused(tmp_path: Path):
         ("mel", "wavjepa", "--model.seed=0", "a WaveformFrontEnd"),
         ("wave", "pupujepa", "--model.seed=0", "a SpectrogramFrontEnd"),
         ("mel", "pupujepa", "--model.encoder.qk_norm=true", "`qk_norm`"),
+        ("mel", "pupujepa", "--model.encoder.positions.normalized=false", "`positions`"),
+        ("wave", "wavjepa", "--model.encoder.positions.temperature=100", "`positions`"),
+        ("wave", "wavjepa", "--model.encoder.final_norm_eps=1e-3", "`final_norm_eps`"),
     ],
 )
 def test_a_model_that_the_layout_cannot_hold_is_refused(

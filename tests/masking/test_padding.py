@@ -31,7 +31,7 @@ def test_masks_stay_within_the_clip_and_are_those_of_the_whole_grid(masker, grid
     assert kept.sum() >= 3, "few clips lose a group"
     assert torch.equal(cut.context.to_mask(grid.num_tokens)[kept], context[kept])
     assert torch.equal(cut.targets.to_mask(grid.num_tokens)[kept], targets[kept])
-    assert cut.targets_per_clip == whole.targets_per_clip
+    assert cut.targets_per_clip == float(cut.targets.counts.sum()) / 4, "the loss is the mean over what is left"
 
 
 def test_a_clip_that_loses_everything_gets_masks_of_its_own_whatever_process_asks():
@@ -95,3 +95,30 @@ def test_a_padded_clip_is_targeted_as_it_is_alone(tiny_jepa: Callable[..., JEPA]
         type(own.targets)(own.targets.index.clamp(max=columns - 1), valid),
     )
     torch.testing.assert_close(together.target[1:][valid], alone[valid], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["--model.front_end.init_args.norm=group", "--model.front_end.init_args.norm=layer"])
+def test_a_front_end_whose_statistics_hear_the_padding_is_refused(tiny_jepa: Callable[..., JEPA], norm: str):
+    jepa = tiny_jepa("wave", norm)
+    batch = AudioBatch(torch.randn(2, 1, 500), torch.arange(2), torch.tensor([500, 300]))
+    with pytest.raises(ValueError, match=r"`data.mask_padding`.*`norm` to 'layer' and `standardize` to false"):
+        jepa.draw_masks(batch, 2)
+
+
+def test_no_column_of_a_spectrogram_that_is_counted_hears_the_padding(tiny_jepa: Callable[..., JEPA]):
+    front_end = tiny_jepa("mel").front_end
+    for length in range(200, 500, 7):
+        columns = int(front_end.num_time(torch.tensor([length])))
+        waveform = torch.randn(2, 1, 500)
+        waveform[1, :, :length] = waveform[0, :, :length]
+        one, other = front_end(waveform).unflatten(1, (-1, front_end.grid(500).num_freq))
+        torch.testing.assert_close(one[:columns], other[:columns])
+    with pytest.raises(ValueError, match="raise `min_seconds`"):
+        front_end.num_time(torch.tensor([40]))
+
+
+def test_a_clip_too_short_for_the_masker_says_what_to_raise():
+    with pytest.raises(
+        ValueError, match=r"a clip of 4 time columns is too short to be masked, raise `data.min_seconds`"
+    ):
+        SpanMasker().for_rows(Grid(1, 100), torch.arange(2), 2, (0,), torch.tensor([100, 4]))

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,10 @@ class AudioDataModule(LightningDataModule):
         self.save_hyperparameters()
         for name in ("root", "valid_root", "test_root"):  # a checkpoint holds plain data only
             self.hparams[name] = None if self.hparams[name] is None else str(self.hparams[name])
+        if isinstance(scenes, Scenes):
+            self.hparams["scenes"] = asdict(scenes)
+        if scenes is not None and mask_padding:
+            raise ValueError("`scenes` fill every clip with sound: leave `mask_padding` false")
         if not 0 <= valid_share < 1:
             raise ValueError(f"`valid_share` ({valid_share}) must be in [0, 1)")
         if batch_size < 1 or num_valid_clips < 1:

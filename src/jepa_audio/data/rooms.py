@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -53,13 +55,18 @@ def write_rooms(
         )
     for room in track(range(num_rooms), "simulating rooms", transient=True):
         folder = directory / f"room-{room:04}"
-        if len(list(folder.glob("*.wav"))) == num_places:
+        if folder.exists():
             continue
-        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = directory / f".{folder.name}.{os.getpid()}"
+        unfinished.mkdir(parents=True, exist_ok=True)
         rng = np.random.default_rng([seed, room])
         responses = _simulate(rng, num_places, num_channels, sample_rate, rt60_seconds, distance_m)
         for place, response in enumerate(responses):
-            sf.write(folder / f"place-{place}.wav", response.T, sample_rate, subtype="FLOAT")
+            sf.write(unfinished / f"place-{place}.wav", response.T, sample_rate, subtype="FLOAT")
+        try:
+            unfinished.rename(folder)
+        except OSError:  # another process has been faster
+            shutil.rmtree(unfinished)
 
 
 def _simulate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int
+from scipy.fft import next_fast_len
 from torch import Tensor
-from torchaudio.functional import fftconvolve
 
 from jepa_audio.data.dataset import CropDataset, File, cut
 from jepa_audio.data.index import CorpusError, index_folder, load_index, usable
@@ -20,13 +21,18 @@ from jepa_audio.data.resample import resample
 from jepa_audio.data.rooms import default_rooms, write_rooms
 from jepa_audio.grid import AudioBatch
 
+log = logging.getLogger(__name__)
+
+_ROOMS_TRIED = 20
+
 
 @dataclass(frozen=True)
 class Scenes:
     """How clips are put into scenes, as WavJEPA-Nat is trained (Yuksel et al., 2025, arXiv:2509.23238).
 
     A clip is convolved with an impulse response of a room; noise, convolved with others of the same room, is added at a
-    drawn ratio. Localised noise comes from one place; diffuse noise from several, each with another stretch of it.
+    drawn ratio. Localised noise comes from one place; diffuse noise from several, each with another stretch of it. In
+    WavJEPA-Nat all places give the same noise, the ratio is of each ear by itself, and all is mixed at 32 kHz.
 
     Args:
         rirs: folder of impulse responses with as many channels as the model takes; the files of one folder are places
@@ -70,8 +76,9 @@ class Scene(NamedTuple):
     Attributes:
         source_rir: from the clip's place to the ears.
         noise_rirs: the same for each of P places of noise.
-        noise: faded, as long as the clip.
-        shift: samples by which each place hears the noise shifted around.
+        noise: as long as the clip, a shorter recording again and again.
+        envelope: how loud the noise is, faded in and out.
+        shift: samples by which the noise of each place is shifted around.
         snr_db: energy of the clip over that of the noise, both at the ears.
         clean: True where the clip stays as it is.
     """
@@ -79,6 +86,7 @@ class Scene(NamedTuple):
     source_rir: Float32[Tensor, "*B C L"]
     noise_rirs: Float32[Tensor, "*B P C L"]
     noise: Float32[Tensor, "*B S"]
+    envelope: Float32[Tensor, "*B S"]
     shift: Int[Tensor, "*B P"]
     snr_db: Float[Tensor, "*B"]
     clean: Bool[Tensor, "*B"]
@@ -124,6 +132,8 @@ def prepare_scenes(scenes: Scenes, num_channels: int, sample_rate: int, num_work
     Raises:
         CorpusError: if one of the folders holds nothing usable.
     """
+    if scenes.noise is None:
+        log.warning("scenes without noise: set `data.scenes.noise` to a folder of recordings")
     if scenes.rirs is None:
         write_rooms(default_rooms(num_channels, sample_rate), num_channels=num_channels, sample_rate=sample_rate)
     for folder in _folders(scenes, num_channels, sample_rate):
@@ -138,14 +148,16 @@ def _folders(scenes: Scenes, num_channels: int, sample_rate: int) -> list[Path]:
 def render(clip: Float[Tensor, "B 1 S"], scene: Scene) -> Float[Tensor, "B C S"]:
     """Clips in their scenes, no longer than they are; a whole batch at once."""
     num_samples, num_channels = clip.shape[-1], scene.source_rir.shape[1]
-    dry = clip.expand(-1, num_channels, -1)
-    source = fftconvolve(dry, scene.source_rir)[..., :num_samples]
+    size = next_fast_len(num_samples + scene.source_rir.shape[-1] - 1, real=True)
     place = (torch.arange(num_samples, device=clip.device) + scene.shift[..., None]) % num_samples  # [B, P, S]
-    heard = scene.noise[:, None].expand(-1, place.shape[1], -1).gather(-1, place)
-    noise = fftconvolve(heard[:, :, None].expand(-1, -1, num_channels, -1), scene.noise_rirs)[..., :num_samples].sum(1)
+    heard = scene.noise[:, None].expand(-1, place.shape[1], -1).gather(-1, place) * scene.envelope[:, None]
+    source = torch.fft.rfft(clip, size) * torch.fft.rfft(scene.source_rir, size)
+    noise = (torch.fft.rfft(heard, size)[:, :, None] * torch.fft.rfft(scene.noise_rirs, size)).sum(dim=1)
+    source, noise = (torch.fft.irfft(spectrum, size)[..., :num_samples] for spectrum in (source, noise))
     energy, noise_energy = (sound.square().sum(dim=(1, 2)) for sound in (source, noise))
     gain = (energy / noise_energy.clamp(min=1e-20) * 10 ** (-scene.snr_db / 10)).sqrt()
     gain = torch.where(noise_energy > 0, gain, 0.0)
+    dry = clip.expand(-1, num_channels, -1)
     return torch.where(scene.clean[:, None, None], dry, source + gain[:, None, None] * noise)
 
 
@@ -191,42 +203,51 @@ class SceneDataset(CropDataset):
 
     def _scene(self, rng: np.random.Generator) -> Scene:
         fewest, most = self._scenes.diffuse_sources
-        room = self._rooms[int(rng.integers(len(self._rooms)))]
         diffuse = rng.random() < self._scenes.diffuse_share
         num_places = int(rng.integers(fewest, most, endpoint=True)) if diffuse else 1
-        chosen = rng.choice(len(room), 1 + num_places, replace=len(room) < 1 + num_places)
-        responses = [self._response(room[place]) for place in chosen]
-        nowhere = torch.zeros_like(responses[0])
-        noise = self._noise_clip(rng)
+        source, *places = self._responses(1 + num_places, rng)
+        noise, envelope = self._noise_clip(rng)
         return Scene(
-            responses[0],
-            torch.stack([*responses[1:], *[nowhere] * (most - num_places)]),
+            source,
+            torch.stack([*places, *[torch.zeros_like(source)] * (most - num_places)]),
             noise,
+            envelope,
             torch.from_numpy(rng.integers(len(noise), size=most)),
             torch.tensor(rng.uniform(*self._scenes.snr_db)),
             torch.tensor(rng.random() < self._scenes.clean_share),
         )
+
+    def _responses(self, count: int, rng: np.random.Generator) -> list[Float32[Tensor, "C L"]]:
+        """Impulse responses of places in one room; where one cannot be read, of another room."""
+        for _ in range(_ROOMS_TRIED):
+            room = self._rooms[int(rng.integers(len(self._rooms)))]
+            chosen = rng.choice(len(room), count, replace=len(room) < count)
+            try:
+                return [self._response(room[place]) for place in chosen]
+            except AudioReadError as error:
+                log.warning("another room is taken: %s", error)
+        raise CorpusError(f"impulse responses of {_ROOMS_TRIED} rooms in a row cannot be read")
 
     def _response(self, path: Path) -> Float32[Tensor, "C L"]:
         samples, rate = read(path)
         response = resample(torch.from_numpy(samples), rate, self.sample_rate)
         if len(response) != self._num_ears:
             raise AudioReadError(path, f"{len(response)} channels, the model takes {self._num_ears}")
-        length = round(self._scenes.rir_seconds * self.sample_rate)
-        return cut(response, length)
+        return cut(response, round(self._scenes.rir_seconds * self.sample_rate))
 
-    def _noise_clip(self, rng: np.random.Generator) -> Float32[Tensor, " S"]:
+    def _noise_clip(self, rng: np.random.Generator) -> tuple[Float32[Tensor, " S"], Float32[Tensor, " S"]]:
         assert self.clip_samples is not None
         if self._noise is None:
-            return torch.zeros(self.clip_samples)
-        index = int(rng.integers(len(self._noise)))
-        crops = self._noise[int(rng.integers(2**62)), index]
+            silence = torch.zeros(self.clip_samples)
+            return silence, silence
+        crops = self._noise[int(rng.integers(2**62)), int(rng.integers(len(self._noise)))]
         num_samples = crops.num_samples
-        fade = max(1, round(self._scenes.fade_seconds * self.sample_rate))
-        place = torch.arange(1, self.clip_samples + 1)
-        envelope = (torch.minimum(place, num_samples + 1 - place) / fade).clamp(0, 1)
-        room = self.clip_samples - num_samples
-        return (crops.waveform[0, 0] * envelope).roll(int(rng.integers(room, endpoint=True)) if room > 0 else 0)
+        again = crops.waveform[0, 0, :num_samples].repeat(-(-self.clip_samples // num_samples))[: self.clip_samples]
+        fade = round(self._scenes.fade_seconds * self.sample_rate)
+        start = int(rng.integers(self.clip_samples - num_samples, endpoint=True))
+        place = torch.arange(self.clip_samples) - start  # from the noise's first sample
+        envelope = (torch.minimum(place + 1, num_samples - place) / max(fade, 1)).clamp(0, 1)
+        return again, envelope
 
 
 def collate_scenes(items: Sequence[PlacedClip], num_samples: int) -> SceneBatch:

@@ -33,7 +33,11 @@ class FrontEnd(nn.Module, ABC):
         """
 
     def num_time(self, num_samples: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
-        """Time columns of clips of different lengths; `ValueError` as `grid`."""
+        """Time columns of clips padded to one length that hear nothing of the padding.
+
+        Raises:
+            ValueError: as `grid`, or if no column is free of it.
+        """
         return torch.tensor([self.grid(length).num_time for length in num_samples.tolist()])
 
     @abstractmethod

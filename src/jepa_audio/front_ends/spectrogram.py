@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from math import log, sqrt
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from jepa_audio.front_ends.base import FrontEnd
@@ -86,6 +86,17 @@ class SpectrogramFrontEnd(FrontEnd):
                 f"({self.patch_frames}) frames of {self.spectrogram.hop_length} samples, it has {num_frames}"
             )
         return Grid(self.spectrogram.num_bands // self.patch_bands, num_frames // self.patch_frames)
+
+    def num_time(self, num_samples: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
+        """See `FrontEnd`; frames that reach beyond the end of a clip are not counted."""
+        own = self.spectrogram
+        num_frames = 1 + (num_samples + own.padding - own.window_length) // own.hop_length
+        columns = num_frames // self.patch_frames
+        if int(columns.min()) < 1:
+            raise ValueError(
+                f"a clip of {int(num_samples.min())} samples is shorter than one token: raise `min_seconds`"
+            )
+        return columns
 
     def times(self, num_samples: int) -> Float[Tensor, " T"]:
         """See `FrontEnd`; the middles of the patches' frames."""

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from jepa_audio.front_ends.base import FrontEnd
@@ -110,6 +110,15 @@ class WaveformFrontEnd(FrontEnd):
                 f"({1e3 * self.receptive_field / self.sample_rate:g} ms at {self.sample_rate} Hz)"
             )
         return Grid(num_freq=len(self.stacks), num_time=1 + (num_samples - self.receptive_field) // self.stride)
+
+    def num_time(self, num_samples: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
+        """See `FrontEnd`; `ValueError` if statistics over the whole clip would hear the padding."""
+        if self.standardize or any(isinstance(module, nn.GroupNorm) for module in self.modules()):
+            raise ValueError(
+                "`data.mask_padding` needs a front end that hears one token at a time: set its `norm` to 'layer' and "
+                "`standardize` to false; `data.loudness_dbfs` sets the level instead"
+            )
+        return super().num_time(num_samples)
 
     def times(self, num_samples: int) -> Float[Tensor, " T"]:
         """See `FrontEnd`; the middles of the receptive fields."""

@@ -54,13 +54,15 @@ def import_weights(
     Raises:
         WeightsError: if the file is damaged, does not tell a size, or holds other weights than the model has.
     """
+    checkpoint = output / "checkpoints" / "last.ckpt"
+    if checkpoint.exists():
+        raise WeightsError(f"{checkpoint} exists and is not overwritten: give another folder with `-o`")
     published = open_published(source)
     rules = _layout(layout).variant_of_file(published)
-    recipe_settings = yaml.safe_load((recipe or _recipe(rules)).read_text())
+    recipe_settings = _read_recipe(recipe or _recipe(rules))
     settings = merged(recipe_settings, rules.sizes(published, given or Given(), recipe_settings))
     model = settings["model"]
     state = _state(rules, published, model)
-    checkpoint = output / "checkpoints" / "last.ckpt"
     content = {
         "pytorch-lightning_version": lightning.__version__,
         "state_dict": state,
@@ -135,6 +137,15 @@ def _recipe(layout: Layout) -> Path:
         if (folder / layout.recipe).is_file():
             return folder / layout.recipe
     raise WeightsError(f"no recipe {layout.recipe} in {folders[0]} or {folders[1]}: give `--recipe FILE`")
+
+
+def _read_recipe(recipe: Path) -> Settings:
+    if not recipe.is_file():
+        raise FileNotFoundError(f"no recipe at {recipe}")
+    settings = yaml.safe_load(recipe.read_text())
+    if not isinstance(settings, dict) or not {"model", "data"} <= settings.keys():
+        raise WeightsError(f"{recipe} is no recipe: it needs `model` and `data`")
+    return settings
 
 
 def _state(rules: Layout, published: Published, model: Settings) -> dict[str, Tensor]:

@@ -128,8 +128,8 @@ def encoder_sizes(
         flag: see `number_of_heads`.
         told: see `number_of_heads`.
     """
-    (width,) = published.shape(f"{part}.norm.weight")
-    _, hidden = published.shape(f"{part}.{blocks}.0.{hidden_by_width}")
+    (width,) = published.shape(f"{part}.norm.weight", 1)
+    _, hidden = published.shape(f"{part}.{blocks}.0.{hidden_by_width}", 2)
     return {
         "embed_dim": width,
         "depth": published.layers(rf"{part}\.{blocks}\.(\d+)\."),
@@ -159,9 +159,26 @@ def first_block(encoder: Encoder) -> Block:
 
 
 def check_blocks(
-    part: str, encoder: Encoder, pre_norm: bool, gated: bool, positions: tuple[type[Positions], ...]
+    part: str,
+    encoder: Encoder,
+    *,
+    pre_norm: bool,
+    gated: bool,
+    positions: tuple[Positions, ...],
+    final_norm_eps: float,
+    norm_eps: float | None = None,
 ) -> None:
-    """Raise `WeightsError` if an encoder has weights or computes things that a layout has no place for."""
+    """Raise `WeightsError` if an encoder computes anything that a layout has no place for.
+
+    Args:
+        part: for the message.
+        encoder: of the model.
+        pre_norm: where the layout has the norms.
+        gated: whether its MLPs are SwiGLUs.
+        positions: those it knows.
+        final_norm_eps: of the norm after the last block.
+        norm_eps: of the others; `None` if the layout can say it.
+    """
     block = first_block(encoder)
     wrong = {
         "norm": block.pre_norm != pre_norm,
@@ -169,7 +186,9 @@ def check_blocks(
         "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
         "layer_scale": not isinstance(block.scale1, nn.Identity),
         "num_registers": encoder.registers is not None,
-        "positions": not isinstance(encoder.positions, positions),
+        "positions": encoder.positions not in positions,
+        "norm_eps": norm_eps is not None and block.norm1.eps != norm_eps,
+        "final_norm_eps": encoder.norm.eps != final_norm_eps,
     }
     if any(wrong.values()):
         settings = ", ".join(f"`{setting}`" for setting, is_wrong in wrong.items() if is_wrong)

@@ -44,11 +44,14 @@ class Published:
         found = (re.match(pattern, name) for name in self.tensors)
         return len({match[1] for match in found if match})
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor; `WeightsError` if there is none of that name."""
+    def shape(self, name: str, num_axes: int) -> tuple[int, ...]:
+        """Of a tensor; `WeightsError` if there is none of that name, or if it has other than `num_axes` axes."""
         if name not in self.tensors:
             raise WeightsError(f"{self.path} holds no `{name}`, which tells a size; it holds {_some(self.tensors)}")
-        return tuple(self.tensors[name].shape)
+        shape = tuple(self.tensors[name].shape)
+        if len(shape) != num_axes:
+            raise WeightsError(f"`{name}` of {self.path} has the shape {list(shape)}, {num_axes} axes were expected")
+        return shape
 
     def told(self, *places: str) -> Any | None:
         """The first of some dotted places at which the configuration says something, or `None`."""
@@ -75,7 +78,10 @@ def open_published(path: Path) -> Published:
     for name in CONFIG_NAMES:
         beside = file.with_name(name)
         if beside.is_file():
-            config = {**config, **json.loads(beside.read_text())}
+            try:
+                config = {**config, **json.loads(beside.read_text())}
+            except (TypeError, ValueError) as error:
+                raise WeightsError(f"{beside} is no JSON object: {error}") from error
     return Published(file, _plain_names(tensors), config)
 
 

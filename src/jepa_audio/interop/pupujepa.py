@@ -35,13 +35,16 @@ class PupuJEPALayout(Layout):
             "--num_heads",
             ("num_heads", "encoder_num_heads", "model.num_heads", "encoder.heads"),
         )
-        width, channels, patch_frames, patch_bands = published.shape("patch_embed.proj.weight")
-        patches = {
+        width, channels, patch_frames, patch_bands = published.shape("patch_embed.proj.weight", 4)
+        patches: Settings = {
             "embed_dim": width,
             "num_channels": channels,
             "patch_frames": patch_frames,
             "patch_bands": patch_bands,
         }
+        for name, told in (("mean", published.told("mel_mean")), ("std", published.told("mel_std"))):
+            if told is not None:
+                patches[name] = float(told)
         changes = {"front_end": patches, "encoder": encoder, "predictor": {"embed_dim": width}}
         if "predictor.norm.weight" in published.tensors:
             places = ("decoder_num_heads", "model.decoder_num_heads", "predictor.heads")
@@ -55,11 +58,19 @@ class PupuJEPALayout(Layout):
         """See `Layout`; as `args.json` names them."""
         front_end = jepa.front_end
         if not isinstance(front_end, SpectrogramFrontEnd) or not isinstance(front_end.spectrogram, LogMel):
-            raise WeightsError(
-                "PupuJEPA's layout holds a SpectrogramFrontEnd over LogMel, this model has another front end"
-            )
+            raise WeightsError("PupuJEPA's layout holds a SpectrogramFrontEnd over LogMel, no other front end")
         for name, encoder in (("encoder", jepa.encoder), ("predictor", jepa.predictor.trunk)):
-            check_blocks(name, encoder, pre_norm=True, gated=True, positions=(RotaryPositions,))
+            check_blocks(
+                name,
+                encoder,
+                pre_norm=True,
+                gated=True,
+                positions=(RotaryPositions(),),
+                final_norm_eps=1e-5,
+                norm_eps=1e-5,
+            )
+        if _sizes_of(front_end.spectrogram) != _sizes_of(LogMel()):
+            raise WeightsError("PupuJEPA's layout has no place for `front_end.spectrogram` other than `LogMel()`")
         return {
             "embed_dim": jepa.encoder.embed_dim,
             "depth": jepa.encoder.depth,
@@ -72,3 +83,8 @@ class PupuJEPALayout(Layout):
             "mel_std": front_end.std,
             "qk_norm": False,
         }
+
+
+def _sizes_of(spectrogram: LogMel) -> tuple[object, ...]:
+    plain = {name: value for name, value in vars(spectrogram).items() if isinstance(value, int | float)}
+    return (*sorted(plain.items()), tuple(spectrogram.bank.sum(dim=1).tolist()))

@@ -26,6 +26,7 @@ _BLOCK = (
     ("norm2.", "norm2."),
 )
 _ENCODERS = (("encoder", "encoder"), ("target_encoder", "teacher_encoder"), ("predictor.trunk", "decoder"))
+_FINAL_NORM_EPS = 1e-5  # torch's default, which the published code leaves
 _LAYERS = ("layers", "linear2.weight")
 _TABLES = {"pos_encoding_encoder": "encoder", "pos_encoding_decoder": "predictor.trunk"}
 
@@ -35,6 +36,7 @@ class WavJEPALayout(Layout):
 
     recipe = "wavjepa.yaml"
     stack = "cnn"
+    positions: SinCosPositions | BinauralPositions = SinCosPositions()
     names = (
         (r"^front_end\.stacks\.0\.(\d+)\.0\.", r"extract_audio.cnn.\1.0."),
         (r"^front_end\.stacks\.0\.(\d+)\.1\.", r"extract_audio.cnn.\1.2."),
@@ -89,12 +91,17 @@ class WavJEPALayout(Layout):
                 published, "decoder", *_LAYERS, given.predictor_num_heads, "--predictor_num_heads", places
             )
             changes["predictor"]["trunk"] = trunk
+        for part, name in (("encoder", "encoder"), ("decoder", "predictor")):
+            eps = published.told(f"{part}_layers_cfg.layer_norm_eps")
+            sizes = changes[name] if part == "encoder" else changes[name].get("trunk")
+            if eps is not None and sizes is not None:
+                sizes["norm_eps"] = float(eps)
         return {"model": changes, "data": _clip_length(published, changes["front_end"], recipe)}
 
     def _front_end(self, published: Published, given: Given, recipe: Settings) -> Settings:
         stack = f"extract_audio.{self.stack}"
         count = published.layers(rf"{re.escape(stack)}\.(\d+)\.0\.weight")
-        shapes = [published.shape(f"{stack}.{i}.0.weight") for i in range(max(count, 1))]
+        shapes = [published.shape(f"{stack}.{i}.0.weight", 3) for i in range(max(count, 1))]
         told = published.told("extractor_config.conv_layers_spec", "conv_layers_spec", "conv_layers")
         spec = conv_layers_of(told) if told is not None else [tuple(layer) for layer in recipe["conv_layers"]]
         kernels = [(channels, kernel) for channels, _, kernel in shapes]
@@ -127,15 +134,13 @@ class WavJEPALayout(Layout):
     def check_formulas(self, published: Published) -> None:
         """See `Layout`."""
         for name in _TABLES.keys() & published.tensors.keys():
-            _, num_tokens, width = published.shape(name)
+            _, num_tokens, width = published.shape(name, 3)
             grid = Grid(2, num_tokens // 2) if self.stack.startswith("cnns") else Grid(1, num_tokens)
-            positions = BinauralPositions() if grid.num_freq == 2 else SinCosPositions()
-            ours = positions.additive(grid, width, torch.device("cpu"))
+            ours = self.positions.additive(grid, width, torch.device("cpu"))
             gap = float((_channel_major(ours, grid) - published.tensors[name]).abs().max())
             if gap > 1e-5:
-                raise WeightsError(
-                    f"`{name}` of {published.path} is not the table of {type(positions).__name__}: off by {gap:.1e}"
-                )
+                own = type(self.positions).__name__
+                raise WeightsError(f"`{name}` of {published.path} is not the table of {own}: off by {gap:.1e}")
 
     def config(self, jepa: JEPA) -> Settings:
         """See `Layout`; the groups of the Hugging Face file."""
@@ -157,7 +162,9 @@ class WavJEPALayout(Layout):
             }
         }
         for name, encoder in (("encoder", jepa.encoder), ("decoder", jepa.predictor.trunk)):
-            check_blocks(name, encoder, pre_norm=False, gated=False, positions=(SinCosPositions, BinauralPositions))
+            check_blocks(
+                name, encoder, pre_norm=False, gated=False, positions=(self.positions,), final_norm_eps=_FINAL_NORM_EPS
+            )
             layers = {
                 "d_model": encoder.embed_dim,
                 "nhead": encoder.num_heads,
@@ -177,6 +184,7 @@ class WavJEPANatLayout(WavJEPALayout):
 
     recipe = "wavjepa_nat.yaml"
     stack = "cnns.0"
+    positions = BinauralPositions()
     names = (
         (r"^front_end\.stacks\.(\d+)\.(\d+)\.0\.", r"extract_audio.cnns.\1.\2.0."),
         (r"^front_end\.stacks\.(\d+)\.(\d+)\.1\.", r"extract_audio.cnns.\1.\2.2."),
@@ -198,7 +206,7 @@ def _clip_length(published: Published, sizes: Settings, recipe: Settings) -> Set
             num_channels=sizes["num_channels"],
             separate_channels="separate_channels" in sizes,
         )
-    _, num_tokens, _ = published.shape("pos_encoding_encoder")
+    _, num_tokens, _ = published.shape("pos_encoding_encoder", 3)
     if front_end.grid(round(seconds * sample_rate)).num_tokens == num_tokens:
         return {}
     num_time = num_tokens // len(front_end.stacks)

@@ -64,12 +64,16 @@ class Masker(ABC):
         lost = ~(context.any(-1) & targets.any(-1).all(-1))
         for clip in lost.nonzero()[:, 0].tolist():
             own = Grid(grid.num_freq, int(num_time[clip]))
-            alone = self(own, 1, _generator(*seed, draw, int(row[clip])), draw)
+            try:
+                alone = self(own, 1, _generator(*seed, draw, int(row[clip])), draw)
+            except ValueError as error:
+                too_short = f"a clip of {own.num_time} time columns is too short to be masked, raise `data.min_seconds`"
+                raise ValueError(f"{too_short}: {error}") from error
             context[clip, : own.num_tokens] = alone.context.to_mask(own.num_tokens)[0]
             targets[clip, :, : own.num_tokens] = alone.targets.to_mask(own.num_tokens)[0]
         everywhere = torch.arange(grid.num_tokens).expand(len(present), -1)
         sets = TokenSet.from_mask(context), TokenSet.from_mask(targets)
-        return Masks(*sets, masks.targets_per_clip, TokenSet(everywhere, present))
+        return Masks(*sets, float(targets.sum()) / len(targets), TokenSet(everywhere, present))
 
 
 def _generator(*entropy: int) -> torch.Generator:
