@@ -29,6 +29,7 @@ from jepa_audio.data.read import AudioReadError, read
 from jepa_audio.data.resample import resample
 from jepa_audio.front_ends import FrontEnd, SpectrogramFrontEnd
 from jepa_audio.front_ends.transforms import LogMel
+from jepa_audio.grid import Grid, Masks
 from jepa_audio.jepa import JEPA
 from jepa_audio.plots import (
     VARIANTS,
@@ -325,6 +326,10 @@ def draw_masks_of(jepa: JEPA, waveform: Float[Tensor, "1 S"], step: int, title: 
     grid = jepa.front_end.grid(waveform.shape[-1])
     generator = torch.Generator().manual_seed(0)
     masks = [jepa.masker(grid, 1, generator, step) for _ in range(NUM_DRAWS)]
+    if not isinstance(jepa.front_end, SpectrogramFrontEnd):  # rows are channels, no frequencies: the first one is drawn
+        planes = [(each.context.to_mask(grid.num_tokens), each.targets.to_mask(grid.num_tokens)) for each in masks]
+        masks = [Masks.from_bool(*(plane[..., :: grid.num_freq] for plane in both)) for both in planes]
+        grid = Grid(1, grid.num_time)
     image, seconds, band_hz = _spectrogram(jepa.front_end, waveform)
     return draw_masks(image, grid, masks, clip=0, seconds=seconds, title=title, band_hz=band_hz)
 
