@@ -21,6 +21,7 @@ SMALL = (
     "--model.predictor.trunk.depth=1",
     "--model.lr_schedule.init_args.warmup_steps=1",
     "--data.batch_size=2",
+    "--data.min_seconds=0.1",
     "--data.num_workers=0",
     "--trainer.accelerator=cpu",
     "--trainer.precision=32-true",

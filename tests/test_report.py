@@ -268,6 +268,6 @@ def test_masks_of_two_ears_are_drawn_once_over_all_frequencies(tiny_jepa):
     ears = ("--model.front_end.init_args.num_channels=2", "--model.front_end.init_args.separate_channels=true")
     places = [f"--model.{part}.positions=BinauralPositions" for part in ("encoder", "predictor.trunk.init_args")]
     model = tiny_jepa("wave", *ears, *places)
-    drawn = draw_masks_of(model, torch.randn(1, 500), step=0, title="ears")
-    mono = draw_masks_of(tiny_jepa("wave"), torch.randn(1, 500), step=0, title="one")
+    drawn = draw_masks_of(model, torch.randn(1, 1000), step=0, title="ears")
+    mono = draw_masks_of(tiny_jepa("wave"), torch.randn(1, 1000), step=0, title="one")
     assert [ax.get_title(loc="left") for ax in drawn.axes] == [ax.get_title(loc="left") for ax in mono.axes]
