@@ -56,6 +56,7 @@ def test_a_misspelt_option_is_refused_with_the_right_word(wrong: str, right: str
         ("modle: {seed: 1}", "model.seed"),
         ("data: {batchsize: 3}", "data.batch_size"),
         ("model: {targets: {topk: 3}}", "model.targets.top_k"),
+        ("model: {encodr: {depth: 3}}", "model.encoder"),
     ],
 )
 def test_a_misspelt_key_is_refused_with_the_right_word(

@@ -229,7 +229,7 @@ def test_no_more_windows_than_allowed_are_encoded_at_once(frozen: FrozenEncoder,
     assert max(sizes) <= 3
 
 
-def test_unknown_words_are_refused(tiny_jepa: Callable[..., JEPA], tmp_path: Path):
+def test_the_published_windowing_takes_no_overlap(tiny_jepa: Callable[..., JEPA]):
     jepa = tiny_jepa("wave")
     with pytest.raises(ValueError, match="`windowing`"):
         FrozenEncoder(jepa.front_end, jepa.encoder, WINDOW, windowing="wavjepa", overlap=0.5)

@@ -121,10 +121,7 @@ class FrozenEncoder(nn.Module):
     @staticmethod
     def from_jepa(jepa: JEPA, window_samples: int, which: Literal["context", "target"] = "context") -> FrozenEncoder:
         """A copy of the context encoder, or of the target encoder, of a model in memory."""
-        parts = (jepa.front_end, jepa.encoder)
-        if which == "target":
-            parts = (jepa.target_front_end or jepa.front_end, jepa.target_encoder)
-        return FrozenEncoder(*copy.deepcopy(parts), window_samples)
+        return FrozenEncoder(*copy.deepcopy(_parts(jepa, which)), window_samples)
 
     def random_twin(self, seed: int) -> FrozenEncoder:
         """The same network with the weights that `JEPA.reset_parameters(seed)` gives."""
@@ -254,6 +251,21 @@ def _with_valid(columns: Bool[Tensor, "W T"], grid: Grid, batch: int, device: to
     return TokenSet(index.to(device), valid.to(device))
 
 
+def _parts(jepa: JEPA, which: Literal["context", "target"]) -> tuple[FrontEnd, Encoder]:
+    if which == "target":
+        return jepa.target_front_end or jepa.front_end, jepa.target_encoder
+    return jepa.front_end, jepa.encoder
+
+
+def window_of(checkpoint: Path, jepa: JEPA) -> int:
+    """Samples of a crop of the run that a checkpoint is of; `ValueError` if it does not tell."""
+    stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)  # no weight is read
+    seconds = stored.get("datamodule_hyper_parameters", {}).get("crop_seconds")
+    if seconds is None:
+        raise ValueError(f"{checkpoint} does not tell `crop_seconds`, the clip length it was trained on")
+    return round(seconds * jepa.front_end.sample_rate)
+
+
 def load_frozen(
     checkpoint: Path,
     which: Literal["context", "target", "random"] = "context",
@@ -282,15 +294,9 @@ def load_frozen(
     if not checkpoint.is_file():
         raise FileNotFoundError(f"no checkpoint at {checkpoint}")
     jepa = JEPA.load_from_checkpoint(checkpoint, map_location="cpu")
-    data = torch.load(checkpoint, map_location="cpu", weights_only=True).get("datamodule_hyper_parameters", {})
-    if "crop_seconds" not in data:
-        raise ValueError(f"{checkpoint} does not tell `crop_seconds`, the clip length it was trained on")
-    window_samples = round(data["crop_seconds"] * jepa.front_end.sample_rate)
-    frozen = FrozenEncoder.from_jepa(jepa, window_samples, "target" if which == "target" else "context")
     frozen = FrozenEncoder(
-        frozen.front_end,
-        frozen.encoder,
-        window_samples,
+        *_parts(jepa, "target" if which == "target" else "context"),
+        window_of(checkpoint, jepa),
         overlap=overlap,
         windowing=windowing,
         max_windows=max_windows,

@@ -56,35 +56,25 @@ class SinCosPositions(Positions):
     def check(self, dim: int, num_heads: int) -> None:
         """See `Positions`."""
         if dim % 4:
-            raise ValueError(f"`embed_dim` ({dim}) must be a multiple of 4 for SinCosPositions")
+            raise ValueError(f"`embed_dim` ({dim}) must be a multiple of 4 for {type(self).__name__}")
 
 
 @dataclass(frozen=True)
-class BinauralPositions(Positions):
+class BinauralPositions(SinCosPositions):
     """Additive positions of two ears (WavJEPA-Nat): half of the width tells the time, the other half the ear.
 
     The time's half is that of `SinCosPositions`; the ear's half is all zeros for the first row of the grid, and zeros,
     then ones for the second, as the published code has it.
-
-    Args:
-        temperature: as in `SinCosPositions`.
     """
-
-    temperature: float = 10_000.0
 
     def additive(self, grid: Grid, dim: int, device: torch.device) -> Float[Tensor, "N D"]:
         """See `Positions`; `ValueError` for a grid of other than two rows."""
         if grid.num_freq != 2:
             raise ValueError(f"BinauralPositions need a grid of two rows, one for each ear, got {grid}")
-        time = SinCosPositions(self.temperature).additive(Grid(1, grid.num_time), dim // 2, device)
+        time = super().additive(Grid(1, grid.num_time), dim // 2, device)
         ear = torch.zeros(2, dim // 2, device=device)
         ear[1, dim // 4 :] = 1
         return torch.cat([time.repeat_interleave(2, dim=0), ear.repeat(grid.num_time, 1)], dim=-1)
-
-    def check(self, dim: int, num_heads: int) -> None:
-        """See `Positions`."""
-        if dim % 4:
-            raise ValueError(f"`embed_dim` ({dim}) must be a multiple of 4 for BinauralPositions")
 
 
 @dataclass(frozen=True)

@@ -369,14 +369,12 @@ def test_every_weight_of_the_published_transformer_has_its_place():
     theirs = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(8), enable_nested_tensor=False).eval()
     from jepa_audio.grid import Grid
     from jepa_audio.interop.wavjepa import WavJEPALayout
-    from jepa_audio.positions import RotaryPositions
+    from jepa_audio.positions import SinCosPositions
     from jepa_audio.transformer import Encoder
 
-    nowhere = RotaryPositions("time", normalized=False, temperature=1.0)
-    ours = Encoder(8, 2, 2, nowhere, norm="post", norm_eps=1e-6, final_norm_eps=1e-5).eval()
-    ours.positions = type("Nowhere", (), {"additive": lambda *_: None, "rotary": lambda *_: None})()
+    ours = Encoder(8, 2, 2, SinCosPositions(), norm="post", norm_eps=1e-6, final_norm_eps=1e-5).eval()
     names = {name: WavJEPALayout().published_name(f"encoder.{name}") for name in ours.state_dict()}
     state = theirs.state_dict()
     ours.load_state_dict({name: state[published.removeprefix("encoder.")] for name, published in names.items()})
-    tokens = torch.randn(2, 5, 8)
-    torch.testing.assert_close(ours(tokens, Grid(1, 5)), theirs(tokens), rtol=1e-5, atol=1e-6)
+    tokens, grid = torch.randn(2, 5, 8), Grid(1, 5)
+    torch.testing.assert_close(ours(tokens, grid), theirs(ours.embed(tokens, grid)), rtol=1e-5, atol=1e-6)

@@ -37,7 +37,7 @@ def write_rooms(
     microphone that hears all directions alike.
 
     Args:
-        directory: folder to write; the same settings give the same files.
+        directory: folder to write; the same settings give the same responses.
         num_rooms: shoebox rooms of drawn sizes and reverberation times.
         num_places: sources in every room, at drawn distances and directions.
         num_channels: 1 or 2.

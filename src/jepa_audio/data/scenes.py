@@ -65,9 +65,7 @@ class Scenes:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` ({getattr(self, name)}) must be in [0, 1]")
         if self.fade_seconds <= 0 or self.rir_seconds <= 0:
-            raise ValueError(
-                f"`fade_seconds` ({self.fade_seconds}) must be >= 0, `rir_seconds` ({self.rir_seconds}) > 0"
-            )
+            raise ValueError(f"`fade_seconds` ({self.fade_seconds}) and `rir_seconds` ({self.rir_seconds}) must be > 0")
 
 
 class Scene(NamedTuple):

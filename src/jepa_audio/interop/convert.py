@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from jepa_audio import losses, masking, positions, schedules  # noqa: F401 (recipes name their classes shortly)
 from jepa_audio.checkpointing import AtomicCheckpointIO
+from jepa_audio.encode import window_of
 from jepa_audio.interop.layout import Given, Layout, Settings, merged
 from jepa_audio.interop.published import Published, WeightsError, open_published
 from jepa_audio.interop.pupujepa import PupuJEPALayout
@@ -88,18 +89,15 @@ def export_weights(layout: str, checkpoint: Path, output: Path) -> Path:
 
     Raises:
         WeightsError: if the layout cannot say what the model is.
+        ValueError: if the checkpoint does not tell the length of its crops.
     """
     jepa = JEPA.load_from_checkpoint(checkpoint, map_location="cpu")
     rules = _layout(layout).variant_of_model(jepa)
     if jepa.target_front_end is not None:
         raise WeightsError(f"{layout}'s layout has no place for `target_front_end: momentum`")
     config = rules.config(jepa)
-    stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    seconds = stored.get("datamodule_hyper_parameters", {}).get("crop_seconds")
-    if seconds is None:
-        raise WeightsError(f"{checkpoint} does not tell `crop_seconds`, the clip length it was trained on")
     tensors = {rules.published_name(name): value.contiguous() for name, value in jepa.state_dict().items()}
-    tensors |= rules.formulas(jepa, round(seconds * jepa.front_end.sample_rate))
+    tensors |= rules.formulas(jepa, window_of(checkpoint, jepa))
     tensors = {
         name: value.reshape(1, 1, -1) if name.endswith("mask_token") else value for name, value in tensors.items()
     }
@@ -159,9 +157,8 @@ def _state(rules: Layout, published: Published, model: Settings) -> dict[str, Te
         )
     wanted = {name: theirs for name, theirs in names.items() if name.partition(".")[0] in held}
     rules.check_formulas(published)
-    known = set(wanted.values()) | set(rules.formula_names)
     tensors = {name: value for name, value in published.tensors.items() if not re.match(rules.ignored, name)}
-    _refuse_differences(published.path, wanted, own, tensors, known - set(wanted.values()))
+    _refuse_differences(published.path, wanted, own, tensors, rules.formula_names)
     state = {name: tensors[theirs].reshape(own[name].shape) for name, theirs in wanted.items()}
     return state | _made_up(published.path, own, state, held, model)
 
@@ -175,10 +172,10 @@ def _refuse_differences(
     names: Mapping[str, str],
     own: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor],
-    formulas: set[str] = frozenset(),  # type: ignore[assignment]
+    formulas: Collection[str] = (),
 ) -> None:
     missing = [theirs for theirs in names.values() if theirs not in tensors]
-    extra = sorted(tensors.keys() - set(names.values()) - formulas)
+    extra = sorted(tensors.keys() - set(names.values()) - set(formulas))
     misshapen = [
         f"{theirs} {list(tensors[theirs].shape)}, not {list(own[name].shape)}"
         for name, theirs in names.items()

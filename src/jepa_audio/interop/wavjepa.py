@@ -29,28 +29,32 @@ _ENCODERS = (("encoder", "encoder"), ("target_encoder", "teacher_encoder"), ("pr
 _FINAL_NORM_EPS = 1e-5  # torch's default, which the published code leaves
 _LAYERS = ("layers", "linear2.weight")
 _TABLES = {"pos_encoding_encoder": "encoder", "pos_encoding_decoder": "predictor.trunk"}
+_NAMES = (
+    (r"^front_end\.norm\.", "feature_norms."),
+    (r"^front_end\.projection\.", "post_extraction_mapper."),
+    *(
+        (rf"^{re.escape(ours)}\.blocks\.(\d+)\.{re.escape(part)}", rf"{theirs}.layers.\1.{published}")
+        for ours, theirs in _ENCODERS
+        for part, published in _BLOCK
+    ),
+    *((rf"^{re.escape(ours)}\.norm\.", f"{theirs}.norm.") for ours, theirs in _ENCODERS),
+    (r"^predictor\.proj_in\.", "encoder_to_decoder_mapper."),
+    (r"^predictor\.proj_out\.", "decoder_to_encoder_mapper."),
+    (r"^predictor\.mask_token$", "mask_token"),
+)
 
 
 class WavJEPALayout(Layout):
     """`labhamlet/wavjepa`: torch's own transformer, layers of convolution, dropout, norm, GELU, tables of positions."""
 
     recipe = "wavjepa.yaml"
+    ears = 1
     stack = "cnn"
-    positions: SinCosPositions | BinauralPositions = SinCosPositions()
+    positions = SinCosPositions()
     names = (
         (r"^front_end\.stacks\.0\.(\d+)\.0\.", r"extract_audio.cnn.\1.0."),
         (r"^front_end\.stacks\.0\.(\d+)\.1\.", r"extract_audio.cnn.\1.2."),
-        (r"^front_end\.norm\.", "feature_norms."),
-        (r"^front_end\.projection\.", "post_extraction_mapper."),
-        *(
-            (rf"^{re.escape(ours)}\.blocks\.(\d+)\.{re.escape(part)}", rf"{theirs}.layers.\1.{published}")
-            for ours, theirs in _ENCODERS
-            for part, published in _BLOCK
-        ),
-        *((rf"^{re.escape(ours)}\.norm\.", f"{theirs}.norm.") for ours, theirs in _ENCODERS),
-        (r"^predictor\.proj_in\.", "encoder_to_decoder_mapper."),
-        (r"^predictor\.proj_out\.", "decoder_to_encoder_mapper."),
-        (r"^predictor\.mask_token$", "mask_token"),
+        *_NAMES,
     )
     formula_names = tuple(_TABLES)
     prefix = "model."  # of the Hugging Face files
@@ -68,35 +72,18 @@ class WavJEPALayout(Layout):
 
     def sizes(self, published: Published, given: Given, recipe: Settings) -> Settings:
         """See `Layout`."""
-        encoder = encoder_sizes(
-            published,
-            "encoder" if "encoder.norm.weight" in published.tensors else "teacher_encoder",
-            *_LAYERS,
-            given.num_heads,
-            "--num_heads",
-            ("encoder_layers_cfg.nhead", "encoder_nhead", "encoder.heads"),
-        )
+        part = "encoder" if "encoder.norm.weight" in published.tensors else "teacher_encoder"
+        encoder = _transformer(published, part, "encoder", given.num_heads, "--num_heads")
         width = encoder["embed_dim"]
-        changes = {
-            "front_end": {
-                **self._front_end(published, given, arguments(recipe["model"]["front_end"])),
-                "embed_dim": width,
-            },
-            "encoder": encoder,
-            "predictor": {"embed_dim": width},
-        }
+        predictor: Settings = {"embed_dim": width}
         if "decoder.norm.weight" in published.tensors:
-            places = ("decoder_layers_cfg.nhead", "decoder_nhead", "predictor.heads")
-            trunk = encoder_sizes(
-                published, "decoder", *_LAYERS, given.predictor_num_heads, "--predictor_num_heads", places
-            )
-            changes["predictor"]["trunk"] = trunk
-        for part, name in (("encoder", "encoder"), ("decoder", "predictor")):
-            eps = published.told(f"{part}_layers_cfg.layer_norm_eps")
-            sizes = changes[name] if part == "encoder" else changes[name].get("trunk")
-            if eps is not None and sizes is not None:
-                sizes["norm_eps"] = float(eps)
-        return {"model": changes, "data": _clip_length(published, changes["front_end"], recipe)}
+            heads = given.predictor_num_heads
+            predictor["trunk"] = _transformer(published, "decoder", "decoder", heads, "--predictor_num_heads")
+        front_end = self._front_end(published, given, arguments(recipe["model"]["front_end"]))
+        return {
+            "model": {"front_end": {**front_end, "embed_dim": width}, "encoder": encoder, "predictor": predictor},
+            "data": _clip_length(published, front_end, recipe),
+        }
 
     def _front_end(self, published: Published, given: Given, recipe: Settings) -> Settings:
         stack = f"extract_audio.{self.stack}"
@@ -118,12 +105,11 @@ class WavJEPALayout(Layout):
             raise WeightsError(
                 f"{len(strides)} strides were given for the {len(kernels)} convolutions of {published.path}"
             )
-        separate = {"separate_channels": True} if isinstance(self, WavJEPANatLayout) else {}
         return {
-            **separate,
             "conv_layers": [[*kernel, stride] for kernel, stride in zip(kernels, strides, strict=True)],
             "bias": f"{stack}.0.0.bias" in published.tensors,
-            "num_channels": shapes[0][1] * (2 if separate else 1),
+            "num_channels": shapes[0][1] * self.ears,
+            "separate_channels": self.ears > 1,
         }
 
     def formulas(self, jepa: JEPA, num_samples: int) -> Mapping[str, Tensor]:
@@ -135,7 +121,7 @@ class WavJEPALayout(Layout):
         """See `Layout`."""
         for name in _TABLES.keys() & published.tensors.keys():
             _, num_tokens, width = published.shape(name, 3)
-            grid = Grid(2, num_tokens // 2) if self.stack.startswith("cnns") else Grid(1, num_tokens)
+            grid = Grid(self.ears, num_tokens // self.ears)
             ours = self.positions.additive(grid, width, torch.device("cpu"))
             gap = float((_channel_major(ours, grid) - published.tensors[name]).abs().max())
             if gap > 1e-5:
@@ -183,13 +169,23 @@ class WavJEPANatLayout(WavJEPALayout):
     """WavJEPA-Nat: a stack of convolutions for each ear, tokens of the left one before those of the right one."""
 
     recipe = "wavjepa_nat.yaml"
+    ears = 2
     stack = "cnns.0"
     positions = BinauralPositions()
     names = (
         (r"^front_end\.stacks\.(\d+)\.(\d+)\.0\.", r"extract_audio.cnns.\1.\2.0."),
         (r"^front_end\.stacks\.(\d+)\.(\d+)\.1\.", r"extract_audio.cnns.\1.\2.2."),
-        *WavJEPALayout.names[2:],
+        *_NAMES,
     )
+
+
+def _transformer(published: Published, part: str, told: str, heads: int | None, flag: str) -> Settings:
+    """Sizes of the transformer `part`, of which the configuration speaks as of the `told`."""
+    ours = "encoder" if told == "encoder" else "predictor"
+    places = (f"{told}_layers_cfg.nhead", f"{told}_nhead", f"{ours}.heads")
+    sizes = encoder_sizes(published, part, *_LAYERS, heads, flag, places)
+    eps = published.told(f"{told}_layers_cfg.layer_norm_eps")
+    return sizes if eps is None else {**sizes, "norm_eps": float(eps)}
 
 
 def _clip_length(published: Published, sizes: Settings, recipe: Settings) -> Settings:
@@ -204,7 +200,7 @@ def _clip_length(published: Published, sizes: Settings, recipe: Settings) -> Set
             embed_dim=1,
             sample_rate=sample_rate,
             num_channels=sizes["num_channels"],
-            separate_channels="separate_channels" in sizes,
+            separate_channels=sizes["separate_channels"],
         )
     _, num_tokens, _ = published.shape("pos_encoding_encoder", 3)
     if front_end.grid(round(seconds * sample_rate)).num_tokens == num_tokens:
