@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import csv
+import multiprocessing
+import resource
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile as sf
+import torch
 
 DEMO = Path(__file__).parent.parent / "configs" / "demo" / "wavjepa.yaml"
 TINY = (
@@ -118,6 +122,48 @@ def test_a_run_leaves_its_config_metrics_and_last_checkpoint_and_goes_on(tmp_pat
     main(["fit", "--config", str(tmp_path / "run" / "config.yaml"), "--ckpt_path", "last", "--trainer.max_steps=6"])
     with (tmp_path / "run" / "metrics" / "version_1" / "metrics.csv").open() as file:
         assert {int(row["step"]) for row in csv.DictReader(file)} & {4, 5, 6}
+
+
+def main_with_a_limit(args: list[str], num_bytes: int, stderr: Path) -> None:
+    from jepa_audio.cli import main
+
+    sys.stderr = stderr.open("w")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+    main(args)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork")
+@pytest.mark.parametrize("loggers_fail", [False, True], ids=["checkpoint fails", "loggers fail after it"])
+def test_a_full_disk_ends_the_run_in_one_sentence_and_the_former_checkpoint_goes_on(
+    tmp_path: Path, loggers_fail: bool, monkeypatch: pytest.MonkeyPatch
+):
+    from lightning.pytorch.loggers import CSVLogger
+
+    from jepa_audio.cli import main
+
+    for i in range(4):
+        sf.write(tmp_path / f"{i}.wav", np.random.default_rng(i).standard_normal(20_000) / 10, 16_000)
+    run = ["fit", f"--config={DEMO}", *TINY, f"--data.root={tmp_path}", f"--run_dir={tmp_path / 'run'}"]
+    main([*run, "--trainer.max_steps=2"])
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    if loggers_fail:
+        monkeypatch.setattr(CSVLogger, "finalize", lambda *_: (tmp_path / "run").read_bytes())
+    more = [*run, "--trainer.max_steps=6", "--ckpt_path=last"]
+    limited = multiprocessing.get_context("fork").Process(
+        target=main_with_a_limit, args=(more, last.stat().st_size - 100, tmp_path / "stderr")
+    )
+    limited.start()
+    limited.join(60)
+    told = " ".join((tmp_path / "stderr").read_text().split())
+    assert limited.exitcode == 1, told
+    assert "Traceback" not in told
+    sentence = told.partition("jepa-audio: ")[2]
+    for word in ("last.ckpt could not be written", "File too large", "the one of before is whole", "--ckpt_path last"):
+        assert word in sentence
+    assert torch.load(last, weights_only=True)["global_step"] == 2
+    monkeypatch.undo()
+    main(more)
+    assert torch.load(last, weights_only=True)["global_step"] == 6
 
 
 def test_statistics_are_measured_with_the_configuration_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -1,6 +1,13 @@
-"""`python -m jepa_audio` is the command `jepa-audio`."""
+"""The command `jepa-audio`, also as `python -m jepa_audio`."""
 
-from jepa_audio.cli import main
+
+def main() -> None:
+    """Run a command; see `jepa_audio.cli.main`."""
+    # Not at the top: a reading process runs the script that started the run again, and needs nothing of this.
+    from jepa_audio.cli import main as run  # noqa: PLC0415
+
+    run()
+
 
 if __name__ == "__main__":
     main()

@@ -12,18 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.logging import RichHandler
 
 from jepa_audio import losses, masking, positions, schedules  # noqa: F401 (their classes get short names)
-from jepa_audio.checkpointing import AtomicCheckpointIO, RunCheckpoint
-from jepa_audio.commands import export_published, import_published, index, stats, synth
+from jepa_audio.checkpointing import AtomicCheckpointIO, CheckpointWriteError, RunCheckpoint
+from jepa_audio.commands import export_published, import_published, stats
+from jepa_audio.data.commands import describe, index, pack, split, synth, verify
+from jepa_audio.data.corpus import CorpusError
 from jepa_audio.data.datamodule import AudioDataModule
 from jepa_audio.data.read import AudioReadError
+from jepa_audio.data.workers import death_of_a_reader
+from jepa_audio.finite import FiniteGuard, NonFiniteError
 from jepa_audio.interop.convert import load_weights
 from jepa_audio.jepa import JEPA
 from jepa_audio.monitor import CollapseMonitor
@@ -33,9 +39,14 @@ from jepa_audio.probing.run import probe
 from jepa_audio.report import write_report
 from jepa_audio.suggest import HelpfulParser
 
+USERS_MISTAKES = (ValueError, FileNotFoundError, AudioReadError)
 TRAINER_COMMANDS = ("fit", "validate", "test")
 FUNCTIONS: dict[tuple[str, ...], Callable[..., object]] = {
     ("data", "index"): index,
+    ("data", "describe"): describe,
+    ("data", "verify"): verify,
+    ("data", "split"): split,
+    ("data", "pack"): pack,
     ("data", "synth"): synth,
     ("import",): import_published,
     ("export",): export_published,
@@ -52,9 +63,14 @@ HELP = """usage: jepa-audio COMMAND ...
   import      a checkpoint of published weights of WavJEPA or PupuJEPA
   export      a checkpoint in their published layout
   report      curves, masks and probe results of the runs in a folder, as one HTML page
-  data synth  write a labelled corpus of synthetic notes in NSynth's layout
-  data index  look at every file of a folder once
-  data stats  mean and standard deviation of a spectrogram front end on a corpus
+
+  data index     look at every file of a corpus once: folders, tars, manifests
+  data describe  hours, rates, lengths, levels, and the worst files of a corpus
+  data verify    read every file of a corpus anew, and check its shards' checksums
+  data split     divide a corpus into train, valid and test, never a group
+  data pack      write a corpus as tars in WebDataset's layout, resampled once
+  data stats     mean and standard deviation of a spectrogram front end on a corpus
+  data synth     write a labelled corpus of synthetic notes in NSynth's layout
 
 `jepa-audio COMMAND --help` tells more; `jepa-audio fit --print_config` shows every setting."""
 
@@ -139,7 +155,7 @@ class JEPACLI(LightningCLI):
         """A Trainer that logs to CSV and TensorBoard, unless told otherwise, and writes whole checkpoints."""
         config = self.config_init[self.subcommand] if self.subcommand else self.config_init
         folder, settings = config["run_dir"], config["trainer"]
-        callbacks = list(settings["callbacks"] or [])
+        callbacks = [FiniteGuard(), *(settings["callbacks"] or [])]
         if settings["logger"] in (None, True):
             kwargs["logger"] = [
                 CSVLogger(folder, name="metrics"),
@@ -149,17 +165,32 @@ class JEPACLI(LightningCLI):
             callbacks.append(LearningRateMonitor(logging_interval="step"))
         if settings["enable_progress_bar"] is not False:
             callbacks.append(RunProgressBar())
-        if not settings["plugins"]:
-            kwargs["plugins"] = [AtomicCheckpointIO()]
+        plugins = settings["plugins"] if isinstance(settings["plugins"], list) else [settings["plugins"]]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [AtomicCheckpointIO(), *filter(None, plugins)]
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def before_fit(self) -> None:
         """Take the weights asked for, unless a checkpoint brings its own."""
-        weights = self._get(self.config, "weights")
-        if weights is not None and self._get(self.config, "ckpt_path") is None:
+        weights, resumed_from = self._get(self.config, "weights"), self._get(self.config, "ckpt_path")
+        folder = Path(self._get(self.config_init, "checkpoint").dirpath)
+        if resumed_from == "last" and not list(
+            folder.glob("last*.ckpt")
+        ):  # the first start of a job that may be requeued
+            resumed_from = None
+        if weights is not None and resumed_from is None:
             load_weights(self.model, Path(weights))
 
     before_validate = before_test = before_fit
+
+    def after_fit(self) -> None:
+        """Leave as a signal that stopped the run would have made it leave: 128 and its number.
+
+        Of the process of rank zero alone: a process that leaves otherwise than with 0 has Lightning kill the others.
+        """
+        stopped_by = self._get(self.config_init, "checkpoint").stopped_by
+        if stopped_by is not None and self.trainer.is_global_zero:
+            raise SystemExit(128 + stopped_by)
 
     def _parse_ckpt_path(self) -> None:
         """Leave the command line alone: Lightning would silently override it by what the checkpoint was run with."""
@@ -186,8 +217,12 @@ def measure_stats(args: Sequence[str]) -> None:
 def run_function(words: tuple[str, ...], args: Sequence[str]) -> None:
     """A command that is a function: its required arguments by place or by name, the others by name."""
     function = FUNCTIONS[words]
-    parser = ArgumentParser(prog=" ".join(("jepa-audio", *words)), description=inspect.getdoc(function))
-    parser.add_function_arguments(function, as_positional=words[0] != "probe")
+    about = str(inspect.getdoc(function)).partition("\n\nArgs:")[0]
+    parser = ArgumentParser(prog=" ".join(("jepa-audio", *words)), description=about)
+    several = "sources" in inspect.signature(function).parameters
+    if several:
+        parser.add_argument("sources", nargs="+", type=str, help="what to look at")
+    parser.add_function_arguments(function, as_positional=words[0] != "probe", skip={"sources"} if several else None)
     args = ["--output" if arg == "-o" else arg for arg in args]
     result = function(**parser.parse_args(args).as_dict())
     if isinstance(result, list):
@@ -210,17 +245,37 @@ def main(args: Sequence[str] | None = None) -> None:
         elif words := next((words for words in FUNCTIONS if tuple(args[: len(words)]) == words), None):
             run_function(words, args[len(words) :])
         elif args[0] == "data":
-            raise SystemExit("jepa-audio: `data` takes one of index, stats, synth")
+            raise ValueError("`data` takes one of describe, index, pack, split, stats, synth, verify")  # noqa: TRY301
         else:
             JEPACLI(args)
-    except (ValueError, FileNotFoundError, AudioReadError) as error:
-        if not _is_our_own(error):
+    except Exception as error:
+        sentence, everywhere = _said(error)
+        if sentence is None:
             raise
-        Console(stderr=True).print(f"jepa-audio: {error}", style="red", highlight=False, markup=False)
+        if everywhere and getattr(rank_zero_only, "rank", None):  # it came to all processes at once; one tells it
+            return
+        Console(stderr=True).print(
+            f"jepa-audio: {sentence}", style="red", highlight=False, markup=False, soft_wrap=True
+        )
         raise SystemExit(1) from None
 
 
-def _is_our_own(error: Exception) -> bool:
+def _said(error: BaseException) -> tuple[str | None, bool]:
+    """A sentence for what a user can mend, and whether all processes of the run say it; `None` for a fault of ours."""
+    chain = [error]  # an error may hide behind that of a logger which could not close its files after it
+    while (behind := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(behind)
+    for one in chain:
+        if isinstance(one, NonFiniteError | CheckpointWriteError):
+            return str(one), True
+        if isinstance(one, CorpusError):  # out of a reading process it comes with a traceback before it
+            return str(one).rpartition("CorpusError: ")[2], False
+        if (death := death_of_a_reader(one)) is not None:
+            return death, False
+    return str(error) if isinstance(error, USERS_MISTAKES) and _is_our_own(error) else None, False
+
+
+def _is_our_own(error: BaseException) -> bool:
     """Whether one of our own checks raised it: then its sentence says all."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return Path(last.filename).is_relative_to(Path(__file__).parent)

@@ -1,4 +1,4 @@
-"""The commands that need no Trainer; their docstrings are their `--help`."""
+"""The commands on models that need no Trainer; their docstrings are their `--help`."""
 
 from __future__ import annotations
 
@@ -9,59 +9,10 @@ from typing import Literal
 from rich.progress import track
 
 from jepa_audio.data.datamodule import AudioDataModule
-from jepa_audio.data.index import default_cache, index_folder
-from jepa_audio.data.synthetic import synthesize_corpus
 from jepa_audio.front_ends import FrontEnd, SpectrogramFrontEnd
 from jepa_audio.front_ends.spectrogram import measure_statistics
 from jepa_audio.interop import export_weights, import_weights
 from jepa_audio.interop.layout import Given
-
-
-def index(root: Path, num_workers: int = 2, max_bad_share: float = 0.5) -> None:
-    """Look at every audio file of a folder once; later runs look only at what has changed.
-
-    Args:
-        root: folder of audio files, searched with its subfolders.
-        num_workers: files decoded at the same time.
-        max_bad_share: above this share of unusable files the command fails.
-    """
-    table = index_folder(root, num_workers=num_workers, max_bad_share=max_bad_share)
-    bad = sum(status == "bad" for status in table["status"].to_pylist())
-    print(f"{root}: {len(table)} files, {bad} of them unusable; the table is {default_cache(root)}")
-
-
-def synth(
-    directory: Path,
-    num_train: int = 4000,
-    num_valid: int = 500,
-    num_test: int = 1000,
-    seconds: float = 2.0,
-    sample_rate: int = 16_000,
-    seed: int = 0,
-    num_workers: int = 2,
-) -> None:
-    """Write a labelled corpus of synthetic notes in NSynth's layout.
-
-    Args:
-        directory: folder to write; the same settings again change nothing.
-        num_train: notes of the training split.
-        num_valid: notes of the validation split.
-        num_test: notes of the test split; its instruments are not those of the training split.
-        seconds: length of a note.
-        sample_rate: in Hz.
-        seed: another seed, other notes.
-        num_workers: processes that synthesise; their number does not change the notes.
-    """
-    synthesize_corpus(
-        directory,
-        num_train=num_train,
-        num_valid=num_valid,
-        num_test=num_test,
-        seconds=seconds,
-        sample_rate=sample_rate,
-        seed=seed,
-        num_workers=num_workers,
-    )
 
 
 def import_published(

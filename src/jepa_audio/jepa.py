@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from jepa_audio.ema import TargetEncoderEMA
@@ -19,9 +20,10 @@ from jepa_audio.front_ends import FrontEnd
 from jepa_audio.grid import AudioBatch, Grid, Masks, TokenSet
 from jepa_audio.losses import Distance
 from jepa_audio.masking.base import Masker
-from jepa_audio.optimizer import parameter_groups
+from jepa_audio.optimizer import clip_gradients, parameter_groups
 from jepa_audio.predictor import Predictor
 from jepa_audio.schedules import Schedule
+from jepa_audio.sharding import shard
 from jepa_audio.targets import Targets
 from jepa_audio.transformer import Block, Encoder
 
@@ -86,12 +88,16 @@ class JEPA(LightningModule):
         self.decay_all, self.seed = decay_all, seed
         self.reset_parameters(seed)
         self.target_encoder = copy.deepcopy(encoder).requires_grad_(False)
-        self.target_front_end = (
-            copy.deepcopy(front_end).requires_grad_(False) if target_front_end == "momentum" else None
-        )
+        own = target_front_end == "momentum"
+        self.target_front_end = copy.deepcopy(front_end).requires_grad_(False) if own else None
         if compile:  # block by block: whatever calls the blocks gets compiled ones, and the token counts vary
             for block in (module for module in self.modules() if isinstance(module, Block)):
                 block.compile(dynamic=True)
+
+    def configure_model(self) -> None:
+        """Shard what has parameters, if the strategy has a mesh for it."""
+        if self.device_mesh is not None:
+            shard(self, self.device_mesh)
 
     @property
     def online_modules(self) -> dict[str, nn.Module]:
@@ -188,13 +194,7 @@ class JEPA(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clip by the total norm and log it; also with a fused optimizer under bf16, which Lightning refuses."""
-        if gradient_clip_algorithm not in (None, "norm"):
-            raise ValueError(f"`trainer.gradient_clip_algorithm` must be 'norm', got '{gradient_clip_algorithm}'")
-        norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or float("inf"))
-        self.log("train/gradient_norm", norm)
+        self.log("train/gradient_norm", clip_gradients(self, gradient_clip_val, gradient_clip_algorithm))

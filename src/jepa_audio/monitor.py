@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from jepa_audio.ema import tensor_pairs
 from jepa_audio.grid import AudioBatch, Grid, Masks, TokenSet
 from jepa_audio.jepa import JEPA, JEPAOutput
+from jepa_audio.sharding import whole
 
 log = logging.getLogger(__name__)
 
@@ -24,9 +25,13 @@ def rank_me(latents: Float[Tensor, "n D"]) -> float:
     """Effective rank: the exponential of the entropy of the singular values (Garrido et al., 2023, arXiv:2210.02885).
 
     Between 1 (all latents lie on one line) and min(n, D); at most `MAX_TOKENS` latents, evenly taken, are looked at.
+    Not a number if one of them is not finite.
     """
     stride = -(-len(latents) // MAX_TOKENS)
-    singular = torch.linalg.svdvals(latents[::stride].float())
+    latents = latents[::stride].float()
+    if not latents.isfinite().all():
+        return float("nan")
+    singular = torch.linalg.svdvals(latents)
     share = singular / singular.sum().clamp_min(torch.finfo(torch.float32).tiny)
     return float(torch.special.entr(share).sum().exp())
 
@@ -189,8 +194,8 @@ def measure(jepa: JEPA, batch: AudioBatch) -> dict[str, float]:
         metrics = _spread(output, masks) | _losses(jepa, batch, masks, output)
     jepa.train(training)
     pairs = list(tensor_pairs(jepa))
-    moved = sum(float((t.float() - o.float()).square().sum()) for t, o in pairs)
-    size = sum(float(o.float().square().sum()) for _, o in pairs)
+    moved = sum(float(whole((t.float() - o.float()).square().sum())) for t, o in pairs)
+    size = sum(float(whole(o.float().square().sum())) for _, o in pairs)
     return metrics | {"collapse/ema_distance": (moved / max(size, 1e-30)) ** 0.5}
 
 

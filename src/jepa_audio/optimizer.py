@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from timm.optim import param_groups_weight_decay
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def parameter_groups(module: nn.Module, decay_all: bool) -> list[dict[str, Any]]:
@@ -21,3 +22,15 @@ def parameter_groups(module: nn.Module, decay_all: bool) -> list[dict[str, Any]]
     groups = param_groups_weight_decay(module, no_weight_decay_list=learned_tokens)
     del groups[1]["weight_decay"]  # the optimizer's own
     return groups
+
+
+def clip_gradients(module: nn.Module, max_norm: float | None, algorithm: str | None) -> Tensor:
+    """Scale the gradients down to a total norm of at most `max_norm` (`None`: leave them); the norm they had.
+
+    Raises:
+        ValueError: if `algorithm` is another than "norm".
+    """
+    if algorithm not in (None, "norm"):
+        raise ValueError(f"`trainer.gradient_clip_algorithm` must be 'norm', got '{algorithm}'")
+    norm = nn.utils.clip_grad_norm_(module.parameters(), max_norm or float("inf"))
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -24,7 +24,8 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from jepa_audio.data.index import load_index, usable
+from jepa_audio.data.corpus import load_corpus
+from jepa_audio.data.files import Files
 from jepa_audio.data.read import AudioReadError, read
 from jepa_audio.data.resample import resample
 from jepa_audio.front_ends import FrontEnd, SpectrogramFrontEnd
@@ -317,7 +318,9 @@ def _draw_run_masks(run: RunRecord) -> Figure:
     if not {"root", "crop_seconds"} <= data.keys():
         raise ValueError(f"{path} does not tell `root` and `crop_seconds` of the corpus")
     jepa = JEPA.load_from_checkpoint(path, map_location="cpu")
-    waveform = _clip(Path(data["root"]), data["crop_seconds"], jepa.front_end.sample_rate)
+    root = data["root"]
+    source = root if isinstance(root, str) else next(iter(root))  # of a list or a mixture, the first
+    waveform = _clip(source, data["crop_seconds"], jepa.front_end.sample_rate)
     return draw_masks_of(jepa, waveform, step, f"What is seen, and what is predicted from it, at step {step}")
 
 
@@ -352,14 +355,14 @@ def _spectrogram(front_end: FrontEnd, waveform: Tensor) -> tuple[np.ndarray, flo
     return image, seconds, (transform.bank @ bins_hz / transform.bank.sum(dim=1)).numpy()
 
 
-def _clip(root: Path, seconds: float, sample_rate: int) -> Float[Tensor, "1 S"]:
+def _clip(source: str, seconds: float, sample_rate: int) -> Float[Tensor, "1 S"]:
     """The middle of the file of median level among those that are long enough."""
-    files = usable(load_index(root), min_seconds=seconds).sort_by("rms").to_pylist()
-    if not files:
-        raise ValueError(f"no file under {root} is {seconds:g} s long")
-    file = files[len(files) // 2]
-    num_frames = min(math.ceil(seconds * file["sample_rate"]) + 1, file["num_frames"])
-    samples, rate = read(root / file["path"], (file["num_frames"] - num_frames) // 2, num_frames)
+    corpus = load_corpus(source).usable(min_seconds=seconds)
+    if not len(corpus):
+        raise ValueError(f"no file under {source} is {seconds:g} s long")
+    file = Files([corpus])[int(np.argsort(corpus.table["rms"].to_numpy())[len(corpus) // 2])]
+    num_frames = min(math.ceil(seconds * file.sample_rate) + 1, file.num_frames)
+    samples, rate = read(file.audio, (file.num_frames - num_frames) // 2, num_frames)
     mono = torch.from_numpy(samples).mean(dim=0, keepdim=True)
     return resample(mono, rate, sample_rate)[:, : round(seconds * sample_rate)]
 

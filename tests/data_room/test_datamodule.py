@@ -12,8 +12,9 @@ import soundfile as sf
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from jepa_audio.data.datamodule import AudioDataModule, split
-from jepa_audio.data.index import CorpusError, default_cache
+from jepa_audio.data.corpus import SCHEMA, Corpus, CorpusError, default_table
+from jepa_audio.data.datamodule import AudioDataModule
+from jepa_audio.data.index import index_corpus
 from jepa_audio.grid import AudioBatch
 
 RATE = 16_000
@@ -73,7 +74,9 @@ def levels(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def module(root: Path, crop_seconds: float = 0.5, sample_rate: int = RATE, **arguments: object) -> AudioDataModule:
+def module(
+    root: Path | list[str] | dict[str, float], crop_seconds: float = 0.5, sample_rate: int = RATE, **arguments: object
+) -> AudioDataModule:
     data = AudioDataModule(root, sample_rate, crop_seconds, **{"num_workers": 0, "batch_size": 4, **arguments})
     data.prepare_data()
     data.setup("fit")
@@ -129,27 +132,35 @@ def test_a_useless_folder_is_refused_in_one_sentence(tmp_path: Path, make, messa
     assert str(tmp_path / "root") in str(refusal.value)
 
 
-def table(num_files: int) -> pa.Table:
-    return pa.table({"path": [f"{file}.wav" for file in range(num_files)]})
+def corpus_of(num_files: int) -> Corpus:
+    empty = {name: "" if kind == pa.string() else 0 for name, kind in zip(SCHEMA.names, SCHEMA.types, strict=True)}
+    rows = [{**empty, "source": f"{file}.wav", "status": "ok"} for file in range(num_files)]
+    return Corpus(Path("/nowhere"), pa.Table.from_pylist(rows, SCHEMA))
+
+
+def divided(num_files: int, share: float) -> tuple[list[str], list[str]]:
+    train, valid, test = corpus_of(num_files).parts(share)
+    assert len(test) == 0
+    return train.names.to_pylist(), valid.names.to_pylist()
 
 
 def test_the_split_covers_every_file_once_and_has_about_the_share_asked_for():
-    train, valid = split(table(1000), 0.1)
-    assert sorted(train["path"].to_pylist() + valid["path"].to_pylist()) == sorted(table(1000)["path"].to_pylist())
+    train, valid = divided(1000, 0.1)
+    assert sorted(train + valid) == sorted(corpus_of(1000).names.to_pylist())
     assert 70 < len(valid) < 130
 
 
 def test_a_file_stays_on_its_side_when_others_are_added():
-    train, valid = split(table(500), 0.1)
-    train_later, valid_later = split(table(1000), 0.1)
-    assert set(train["path"].to_pylist()) <= set(train_later["path"].to_pylist())
-    assert set(valid["path"].to_pylist()) <= set(valid_later["path"].to_pylist())
+    train, valid = divided(500, 0.1)
+    train_later, valid_later = divided(1000, 0.1)
+    assert set(train) <= set(train_later)
+    assert set(valid) <= set(valid_later)
 
 
 @pytest.mark.parametrize("share", [1e-9, 0.999999])
 @pytest.mark.parametrize("num_files", [2, 5])
 def test_no_side_is_empty(num_files: int, share: float):
-    train, valid = split(table(num_files), share)
+    train, valid = divided(num_files, share)
     assert len(train) >= 1
     assert len(valid) >= 1
     assert len(train) + len(valid) == num_files
@@ -183,6 +194,70 @@ def test_files_of_other_folders_are_validated_and_tested_on(levels: Path, tmp_pa
     assert "3 files to validate on" in data.describe()
 
 
+def level_of(batch: AudioBatch) -> list[int]:
+    return (batch.waveform[:, 0, 0] * 100).round().long().tolist()
+
+
+def test_a_table_is_believed_without_looking_at_the_folder_again(levels: Path, tmp_path: Path):
+    corpus = index_corpus(levels, tmp_path / "corpus.parquet")
+    write(levels / "new.wav", np.full((1, 2000), 0.9))
+    data = module(tmp_path / "corpus.parquet", 0.01, valid_share=0.0)
+    assert "12 files to train on" in data.describe()
+    assert len(corpus) == 12
+    assert not (levels / ".jepa_audio").exists()
+
+
+def test_a_list_of_sources_is_one_corpus_and_a_mapping_a_mixture(
+    levels: Path, tmp_path_factory: pytest.TempPathFactory
+):
+    other = tmp_path_factory.mktemp("other")
+    write(other / "loud.wav", np.full((1, 2000), 0.9))
+    write(other / "louder.wav", np.full((1, 2000), 0.95))
+    whole = module([str(levels), str(other)], 0.01, valid_share=0.0, batch_size=14)
+    assert sorted(level_of(next(iter(whole.train_dataloader())))) == [*range(1, 13), 90, 95]
+    mixture = module({str(levels): 1.0, str(other): 3.0}, 0.01, valid_share=0.0, batch_size=1000)
+    share = np.mean(np.array(level_of(next(iter(mixture.train_dataloader())))) > 50)
+    assert 0.7 < share < 0.8
+    assert f"{levels}, {other}: 14 files to train on" in mixture.describe()
+
+
+def test_splits_of_the_table_decide_and_its_test_files_are_tested_on(levels: Path, tmp_path: Path):
+    lines = [
+        f"{levels / f'{file:02}.wav'},{split}" for file, split in enumerate(["train"] * 8 + ["val", "val", "test"])
+    ]
+    (tmp_path / "split.csv").write_text("\n".join(["path,split", *lines]))
+    data = module(tmp_path / "split.csv", 0.01, batch_size=8)
+    assert sorted(level_of(next(iter(data.train_dataloader())))) == list(range(1, 9))
+    (valid,), (test,) = data.val_dataloader(), data.test_dataloader()
+    assert sorted(level_of(next(iter(valid)))) == [9, 10]
+    assert level_of(next(iter(test))) == [11]
+
+
+def test_a_source_without_training_files_is_refused(levels: Path, tmp_path: Path):
+    (tmp_path / "test.csv").write_text(f"path,split\n{levels}/00.wav,test\n")
+    with pytest.raises(CorpusError, match=r"no file of .*test\.csv is for training"):
+        module(tmp_path / "test.csv", 0.01)
+
+
+def test_the_files_behind_rows_can_be_told(levels: Path):
+    data = module(levels, 0.01, crops_per_clip=2, valid_share=0.0)
+    batch = next(iter(data.train_dataloader()))
+    named = data.files_of(batch.row.tolist())
+    assert [int(Path(name).stem) + 1 for name in named] == level_of(batch)[::2]
+
+
+def test_a_file_that_turns_bad_is_named_once_in_the_run_and_counted(levels: Path, caplog: pytest.LogCaptureFixture):
+    data = module(levels, 0.01, valid_share=0.0, num_workers=2, batch_size=3)
+    (levels / "05.wav").write_bytes(b"")
+    caplog.clear()
+    list(islice(data.train_dataloader(), 30))
+    data.teardown("fit")
+    assert [message for message in caplog.messages if "05.wav" in message] == [
+        f"replaced {levels / '05.wav'} by another file: the file is empty (0 bytes)"
+    ]
+    assert any("reads failed and were replaced, of 1 files" in message for message in caplog.messages)
+
+
 def test_without_a_test_folder_the_held_out_files_are_tested_on(levels: Path):
     data = module(levels, 0.01, valid_share=0.4)
     (valid,), (test,) = data.val_dataloader(), data.test_dataloader()
@@ -194,7 +269,7 @@ def test_the_table_is_read_from_the_cache_by_processes_that_did_not_make_it(leve
     module(levels, 0.01)
     other = AudioDataModule(levels, RATE, 0.01)
     other.setup("fit")
-    assert default_cache(levels).exists()
+    assert default_table(levels).exists()
     assert len(other.train_dataloader()) == 1
 
 

@@ -1,16 +1,16 @@
 """Laws of the crops: which samples they hold, from what they are drawn, and what happens to bad files."""
 
-import logging
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import soundfile as sf
 import torch
 
-from jepa_audio.data.dataset import CropDataset, Crops, collate
-from jepa_audio.data.index import CorpusError, index_folder, usable
+from jepa_audio.data.corpus import CorpusError
+from jepa_audio.data.dataset import BadRead, CropDataset, Crops, collate
+from jepa_audio.data.files import Files
+from jepa_audio.data.index import index_corpus
 
 RATE = 8000
 
@@ -30,12 +30,19 @@ def ramp(num_frames: int, num_channels: int = 1) -> np.ndarray:
 
 
 def dataset(root: Path, num_samples: int = 100, sample_rate: int = RATE, **arguments: object) -> CropDataset:
-    return CropDataset(root, usable(index_folder(root)), sample_rate, num_samples, **arguments)
+    return CropDataset(Files([index_corpus(root).usable()]), sample_rate, num_samples, **arguments)
+
+
+def drawn(crops: CropDataset, position: int, file: int) -> Crops:
+    """The crops alone, all files being good."""
+    item, bad = crops[position, file]
+    assert bad == []
+    return item
 
 
 def test_a_crop_is_a_slice_of_the_file(root: Path):
     write(root / "a.wav", ramp(4000))
-    crops, position, num_samples = dataset(root)[7, 0]
+    crops, position, num_samples = drawn(dataset(root), 7, 0)
     start = round(float(crops[0, 0, 0]) * 2**15)
     assert (position, num_samples) == (7, 100)
     assert crops.shape == (1, 1, 100)
@@ -46,10 +53,13 @@ def test_a_crop_is_a_slice_of_the_file(root: Path):
 def test_crops_belong_to_seed_and_position_and_reach_every_start(root: Path):
     write(root / "a.wav", ramp(103))
     one, same, other = dataset(root), dataset(root), dataset(root, seed=1)
-    starts = [round(float(one[position, 0][0][0, 0, 0]) * 2**15) for position in range(60)]
+    starts = [round(float(drawn(one, position, 0).waveform[0, 0, 0]) * 2**15) for position in range(60)]
     assert set(starts) == {0, 1, 2, 3}
-    assert all(torch.equal(one[position, 0][0], same[position, 0][0]) for position in (5, 0, 59))
-    assert any(not torch.equal(one[position, 0][0], other[position, 0][0]) for position in range(60))
+    heard, again, otherwise = (
+        [drawn(crops, position, 0).waveform for position in range(60)] for crops in (one, same, other)
+    )
+    assert all(torch.equal(heard[position], again[position]) for position in (5, 0, 59))
+    assert any(not torch.equal(a, b) for a, b in zip(heard, otherwise, strict=True))
 
 
 def test_a_crop_of_another_rate_is_the_slice_of_the_resampled_file(root: Path):
@@ -59,7 +69,7 @@ def test_a_crop_of_another_rate_is_the_slice_of_the_resampled_file(root: Path):
     write(root / "a.wav", noise, 44_100)
     whole = resample(torch.from_numpy(noise), 44_100, RATE)[0]
     for position in range(5):
-        crop = dataset(root)[position, 0][0][0, 0]
+        crop = drawn(dataset(root), position, 0).waveform[0, 0]
         windows = whole.unfold(0, 100, 1)
         assert (windows - crop).abs().amax(-1).min() < 1e-6
 
@@ -67,7 +77,7 @@ def test_a_crop_of_another_rate_is_the_slice_of_the_resampled_file(root: Path):
 def test_a_file_shorter_than_the_crop_is_padded_with_zeros_at_its_end(root: Path):
     write(root / "a.wav", ramp(60) + 1)
     for clip_seconds in (None, 1.0):
-        crop = dataset(root, clip_seconds=clip_seconds)[0, 0][0][0, 0]
+        crop = drawn(dataset(root, clip_seconds=clip_seconds), 0, 0).waveform[0, 0]
         np.testing.assert_array_equal(crop[:60].numpy(), (ramp(60) + 1)[0])
         assert crop[60:].abs().max() == 0
 
@@ -76,7 +86,7 @@ def test_crops_of_a_clip_lie_in_one_window_drawn_anew_for_every_position(root: P
     write(root / "a.wav", ramp(20_000))
     windows = []
     for position in range(10):
-        crops = dataset(root, clip_seconds=500 / RATE, crops_per_clip=8)[position, 0][0]
+        crops = drawn(dataset(root, clip_seconds=500 / RATE, crops_per_clip=8), position, 0).waveform
         starts = (crops[:, 0, 0] * 2**15).round()
         assert crops.shape == (8, 1, 100)
         assert starts.unique().numel() > 1
@@ -87,31 +97,30 @@ def test_crops_of_a_clip_lie_in_one_window_drawn_anew_for_every_position(root: P
 
 def test_crops_of_a_file_shorter_than_its_clip_hold_no_padding(root: Path):
     write(root / "a.wav", ramp(150) + 1)
-    crops = dataset(root, clip_seconds=1.0, crops_per_clip=16)[0, 0][0]
+    crops = drawn(dataset(root, clip_seconds=1.0, crops_per_clip=16), 0, 0).waveform
     assert crops.min() >= 1
 
 
 def test_validation_takes_the_middle_and_spreads_several_crops_evenly(root: Path):
     write(root / "a.wav", ramp(500))
     middle = dataset(root, random_crops=False)
-    assert torch.equal(middle[0, 0][0], middle[99, 0][0])
-    assert round(float(middle[0, 0][0][0, 0, 0]) * 2**15) == 200
-    several = dataset(root, random_crops=False, crops_per_clip=4)[0, 0][0]
+    assert torch.equal(drawn(middle, 0, 0).waveform, drawn(middle, 99, 0).waveform)
+    assert round(float(drawn(middle, 0, 0).waveform[0, 0, 0]) * 2**15) == 200
+    several = drawn(dataset(root, random_crops=False, crops_per_clip=4), 0, 0).waveform
     assert (several[:, 0, 0] * 2**15).round().tolist() == [50, 150, 250, 350]
 
 
 def test_channels_are_averaged_or_picked_or_kept(root: Path):
     write(root / "a.wav", ramp(100, num_channels=3))
-    table = usable(index_folder(root))
-    mean, first = (CropDataset(root, table, RATE, 100, mono=mono)[0, 0][0] for mono in ("mean", "first"))
-    kept = CropDataset(root, table, RATE, 100, num_channels=3, mono="keep")[0, 0][0]
+    mean, first = (drawn(dataset(root, mono=mono), 0, 0).waveform for mono in ("mean", "first"))
+    kept = drawn(dataset(root, num_channels=3, mono="keep"), 0, 0).waveform
     torch.testing.assert_close(mean[0, 0], torch.from_numpy(ramp(100)[0] + 1))
     np.testing.assert_array_equal(first[0].numpy(), ramp(100))
     np.testing.assert_array_equal(kept[0].numpy(), ramp(100, num_channels=3))
-    random = CropDataset(root, table, RATE, 100, mono="random")
-    picked = [round(float(random[position, 0][0][0, 0, 0])) for position in range(30)]
+    random = dataset(root, mono="random")
+    picked = [round(float(drawn(random, position, 0).waveform[0, 0, 0])) for position in range(30)]
     assert set(picked) == {0, 1, 2}
-    assert picked == [round(float(random[position, 0][0][0, 0, 0])) for position in range(30)]
+    assert picked == [round(float(drawn(random, position, 0).waveform[0, 0, 0])) for position in range(30)]
 
 
 @pytest.mark.parametrize("clip_seconds", [None, 0.25])
@@ -120,7 +129,7 @@ def test_a_clip_gets_the_loudness_asked_for(root: Path, clip_seconds: float | No
     write(root / "loud.wav", noise / 3)
     write(root / "quiet.wav", noise / 1000)
     clips = dataset(root, num_samples=2000, loudness_dbfs=-14.0, clip_seconds=clip_seconds)
-    loud, quiet = (clips[0, file][0] for file in (0, 1))
+    loud, quiet = (drawn(clips, 0, file).waveform for file in (0, 1))
     assert 20 * torch.log10(loud.square().mean().sqrt()) == pytest.approx(-14, abs=1e-3)
     torch.testing.assert_close(loud, quiet, atol=1e-5, rtol=1e-3)
 
@@ -130,54 +139,47 @@ def test_silence_within_a_file_is_not_made_loud(root: Path):
     samples[0, 0] = 0.5
     write(root / "a.wav", samples)
     clips = dataset(root, clip_seconds=0.0125, loudness_dbfs=-14.0)
-    crops = torch.stack([clips[position, 0][0] for position in range(10)])
+    crops = torch.stack([drawn(clips, position, 0).waveform for position in range(10)])
     assert crops.isfinite().all()
     assert crops.abs().max() == 0
 
 
-def broken_corpus(root: Path) -> pa.Table:
+def broken_corpus(root: Path) -> CropDataset:
     """Five files, two of which are spoilt after they were indexed."""
     for file in range(5):
         write(root / f"{file}.wav", np.full((1, 300), (file + 1) / 10, np.float32))
-    table = usable(index_folder(root))
+    crops = dataset(root)
     (root / "1.wav").write_bytes(b"")
     write(root / "2.wav", np.full((2, 300), 0.9, np.float32))
-    return table
+    return crops
 
 
 def test_a_file_turned_bad_is_replaced_by_the_same_one_everywhere(root: Path):
-    table = broken_corpus(root)
-    first, second = (CropDataset(root, table, RATE, 100) for _ in range(2))
-    heard = [first[position, position % 5][0] for position in range(40)]
+    crops = broken_corpus(root)
+    heard = [crops[position, position % 5][0].waveform for position in range(40)]
     assert {round(float(crop.mean()) * 10) for crop in heard} == {1, 4, 5}
-    assert all(torch.equal(second[position, position % 5][0], heard[position]) for position in range(39, -1, -1))
+    again = [crops[position, position % 5][0].waveform for position in range(39, -1, -1)]
+    assert all(torch.equal(first, second) for first, second in zip(heard, again[::-1], strict=True))
 
 
-def test_a_bad_file_is_named_once_with_its_reason(root: Path, caplog: pytest.LogCaptureFixture):
-    crops = CropDataset(root, broken_corpus(root), RATE, 100)
-    with caplog.at_level(logging.WARNING):
-        for position in range(40):
-            crops[position, position % 5]
-    assert [message for message in caplog.messages if "1.wav" in message] == [
-        f"replaced {root / '1.wav'} by another file: the file is empty (0 bytes)"
-    ]
-    assert sum("2.wav" in message and "changed since it was indexed" in message for message in caplog.messages) == 1
-
-
-def test_above_the_share_of_bad_reads_the_run_stops_with_the_list(root: Path):
-    crops = CropDataset(root, broken_corpus(root), RATE, 100, max_bad_share=0.3)
-    with pytest.raises(CorpusError, match=r"reads failed.*1\.wav \(the file is empty.*2\.wav") as stop:
-        for position in range(1000):
-            crops[position, position % 5]
-    assert "of 1" in str(stop.value)  # of a hundred and some reads
+def test_every_file_that_could_not_be_read_is_told_with_its_reason(root: Path):
+    crops = broken_corpus(root)
+    assert crops[0, 0][1] == []
+    told = [bad for position in range(40) for bad in crops[position, 1][1]]
+    assert told[0] == BadRead(str(root / "1.wav"), "the file is empty (0 bytes)")
+    assert set(told) == {
+        told[0],
+        BadRead(str(root / "2.wav"), "changed since it was indexed: other sample rate or channels"),
+    }
+    assert told.count(told[0]) >= 40
 
 
 def test_a_corpus_that_went_away_stops_the_run(root: Path):
-    table = broken_corpus(root)
+    crops = broken_corpus(root)
     for path in root.glob("*.wav"):
         path.unlink()
     with pytest.raises(CorpusError, match="20 files in a row"):
-        CropDataset(root, table, RATE, 100)[0, 0]
+        crops[0, 0]
 
 
 def test_a_batch_numbers_its_rows_by_position_and_crop():

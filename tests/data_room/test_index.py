@@ -11,16 +11,13 @@ import pytest
 import soundfile as sf
 
 from jepa_audio.data import index as index_module
-from jepa_audio.data.index import (
-    SCHEMA,
-    CorpusError,
-    default_cache,
-    index_folder,
-    load_index,
-    mark_unusable,
-    usable,
-)
-from jepa_audio.data.read import AudioInfo, inspect
+from jepa_audio.data.corpus import SCHEMA, Corpus, CorpusError, default_table, load_corpus
+from jepa_audio.data.index import index_corpus
+from jepa_audio.data.read import Audio, AudioInfo, inspect
+
+
+def names(corpus: Corpus) -> list[str]:
+    return corpus.names.to_pylist()
 
 
 def write(path: Path, seconds: float = 0.5, level: float = 0.25, num_channels: int = 1) -> Path:
@@ -43,77 +40,84 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that were decoded, in any order."""
     names: list[str] = []
 
-    def counted(path: Path) -> AudioInfo:
-        names.append(path.name)
-        return inspect(path)
+    def counted(audio: Audio) -> AudioInfo:
+        names.append(audio.name)
+        return inspect(audio)
 
     monkeypatch.setattr(index_module, "inspect", counted)
     return names
 
 
 def test_every_audio_file_is_listed_once_sorted_by_path_with_what_it_holds(root: Path):
-    table = index_folder(root)
+    corpus = index_corpus(root)
+    table = corpus.table
     assert table.schema.equals(SCHEMA)
-    assert table["path"].to_pylist() == ["b.wav", "c.wav", "sub/deep/a.FLAC"]
+    assert names(corpus) == ["b.wav", "c.wav", "sub/deep/a.FLAC"]
     assert table["num_frames"].to_pylist() == [8000, 4000, 4000]
     assert table["num_channels"].to_pylist() == [1, 1, 2]
     assert set(table["sample_rate"].to_pylist()) == {8000}
     assert set(table["status"].to_pylist()) == {"ok"}
     for name in ("peak", "rms"):
         np.testing.assert_allclose(table[name].to_numpy(), 0.25, atol=1e-4)
-    assert load_index(root).equals(table)
+    assert load_corpus(root) == corpus
 
 
 def test_only_new_and_changed_files_are_decoded_again_and_removed_ones_leave(root: Path, decoded: list[str]):
-    index_folder(root)
+    index_corpus(root)
     assert sorted(decoded) == ["a.FLAC", "b.wav", "c.wav"]
     decoded.clear()
-    index_folder(root)
+    index_corpus(root)
     assert decoded == []
     write(root / "new.wav")
     write(root / "b.wav", seconds=2.0)
     (root / "c.wav").unlink()
-    table = index_folder(root)
+    corpus = index_corpus(root)
     assert sorted(decoded) == ["b.wav", "new.wav"]
-    assert table["path"].to_pylist() == ["b.wav", "new.wav", "sub/deep/a.FLAC"]
-    assert table["num_frames"].to_pylist()[0] == 16_000
+    assert names(corpus) == ["b.wav", "new.wav", "sub/deep/a.FLAC"]
+    assert corpus.table["num_frames"].to_pylist()[0] == 16_000
     (root / "new.wav").unlink()
-    index_folder(root)
-    assert load_index(root)["path"].to_pylist() == ["b.wav", "sub/deep/a.FLAC"]
+    index_corpus(root)
+    assert names(load_corpus(root)) == ["b.wav", "sub/deep/a.FLAC"]
 
 
-def test_an_interrupted_indexing_keeps_what_it_has_decoded(root: Path, monkeypatch: pytest.MonkeyPatch):
-    def interrupted(path: Path) -> AudioInfo:
-        if path.name == "a.FLAC":
+def test_an_interrupted_indexing_keeps_what_it_has_decoded(
+    root: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    def interrupted(audio: Audio) -> AudioInfo:
+        if audio.name == "a.FLAC":
             raise KeyboardInterrupt
-        return inspect(path)
+        return counted(audio)
 
-    monkeypatch.setattr(index_module, "_SAVE_EVERY", 1)
-    monkeypatch.setattr(index_module, "inspect", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        index_folder(root)
-    assert load_index(root)["path"].to_pylist() == ["b.wav", "c.wav"]
+    counted = index_module.inspect
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(index_module, "inspect", interrupted)
+        index_corpus(root)
+    assert sorted(decoded) == ["b.wav", "c.wav"]
+    decoded.clear()
+    assert names(index_corpus(root)) == ["b.wav", "c.wav", "sub/deep/a.FLAC"]
+    assert decoded == ["a.FLAC"]
+    assert not list(root.rglob("*.parts"))
 
 
 def test_the_number_of_threads_changes_nothing(root: Path, tmp_path: Path):
-    one, four = (index_folder(root, tmp_path / f"{workers}.parquet", num_workers=workers) for workers in (1, 4))
-    assert one.equals(four)
+    one, four = (index_corpus(root, tmp_path / f"{workers}.parquet", num_workers=workers) for workers in (1, 4))
+    assert one.table.equals(four.table)
 
 
 def test_a_broken_cache_is_made_anew(root: Path, decoded: list[str]):
-    table = index_folder(root)
-    default_cache(root).write_bytes(b"half a table")
-    assert index_folder(root).equals(table)
+    corpus = index_corpus(root)
+    default_table(root).write_bytes(b"half a table")
+    assert index_corpus(root) == corpus
     assert len(decoded) == 6
 
 
 def test_no_unfinished_file_is_left_beside_the_table(root: Path):
-    index_folder(root)
-    assert sorted(path.name for path in default_cache(root).parent.iterdir()) == [
+    index_corpus(root)
+    assert sorted(path.name for path in default_table(root).parent.iterdir()) == [
         "index.parquet",
-        "skipped.csv",
+        "index.skipped.csv",
     ]
-    assert pq.read_schema(default_cache(root)).names == SCHEMA.names
+    assert pq.read_schema(default_table(root)).names == SCHEMA.names
 
 
 def test_the_table_goes_to_the_home_of_the_user_where_the_corpus_cannot_be_written(
@@ -121,10 +125,10 @@ def test_the_table_goes_to_the_home_of_the_user_where_the_corpus_cannot_be_writt
 ):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    cache = default_cache(root)
+    cache = default_table(root)
     assert cache.is_relative_to(tmp_path / "home" / ".cache" / "jepa_audio")
-    assert cache != default_cache(root / "sub")
-    index_folder(root)
+    assert cache != default_table(root / "sub")
+    index_corpus(root)
     assert cache.exists()
     assert not (root / ".jepa_audio").exists()
 
@@ -134,51 +138,53 @@ def test_links_are_followed_but_not_in_circles(root: Path, tmp_path: Path):
     (root / "link").symlink_to(tmp_path / "elsewhere")
     (root / "sub" / "up").symlink_to(root)
     (root / "gone.wav").symlink_to(tmp_path / "nothing.wav")
-    table = index_folder(root)
-    assert table["path"].to_pylist() == ["b.wav", "c.wav", "gone.wav", "link/linked.wav", "sub/deep/a.FLAC"]
-    assert table["reason"].to_pylist()[2] == "cannot be opened: No such file or directory"
+    corpus = index_corpus(root)
+    assert names(corpus) == ["b.wav", "c.wav", "gone.wav", "link/linked.wav", "sub/deep/a.FLAC"]
+    assert corpus.table["reason"].to_pylist()[2] == "cannot be opened: No such file or directory"
 
 
 def test_bad_files_are_kept_with_the_reason_listed_and_named_once(root: Path, caplog: pytest.LogCaptureFixture):
     (root / "text.wav").write_text("not audio at all " * 9)
     write(root / "silent.wav", level=0.0)
     with caplog.at_level(logging.WARNING):
-        table = index_folder(root)
-    reasons = {row["path"]: row["reason"] for row in table.to_pylist() if row["status"] == "bad"}
+        corpus = index_corpus(root)
+    reasons = {row["source"]: row["reason"] for row in corpus.table.to_pylist() if row["status"] == "bad"}
     assert reasons == {
         "text.wav": "cannot be decoded: Format not recognised.",
         "silent.wav": "silent: every sample is zero",
     }
-    with (default_cache(root).parent / "skipped.csv").open() as file:
+    with (default_table(root).parent / "index.skipped.csv").open() as file:
         assert {row["path"]: row["reason"] for row in csv.DictReader(file)} == reasons
     for path, reason in reasons.items():
         assert [path in message and reason in message for message in caplog.messages].count(True) == 1
-    assert usable(table)["path"].to_pylist() == ["b.wav", "c.wav", "sub/deep/a.FLAC"]
+    assert names(corpus.usable()) == ["b.wav", "c.wav", "sub/deep/a.FLAC"]
 
 
 def test_files_unfit_for_one_use_are_bad_for_it_and_not_in_the_cache(root: Path):
-    table = index_folder(root, min_seconds=0.75, max_bad_share=1.0)
+    table = index_corpus(root, min_seconds=0.75, max_bad_share=1.0).table
     assert table["status"].to_pylist() == ["ok", "bad", "bad"]
     assert table["reason"].to_pylist()[1] == "too short: 0.5000 s, at least 0.75 s are needed"
-    assert set(load_index(root)["status"].to_pylist()) == {"ok"}
-    stereo = mark_unusable(load_index(root), num_channels=2)
+    assert set(load_corpus(root).table["status"].to_pylist()) == {"ok"}
+    stereo = load_corpus(root).fit_for(num_channels=2).table
+    long = load_corpus(root).fit_for(max_seconds=0.75).table
+    assert long["reason"].to_pylist() == ["too long: 1 s, at most 0.75 s are wanted", "", ""]
     assert stereo["status"].to_pylist() == ["bad", "bad", "ok"]
     assert stereo["reason"].to_pylist()[0] == "1 channels, 2 are needed"
 
 
 def refusal(root: Path, **arguments: float) -> str:
     with pytest.raises(CorpusError) as error:
-        index_folder(root, **arguments)
+        index_corpus(root, **arguments)
     return str(error.value)
 
 
 def test_a_folder_that_cannot_be_trained_on_is_refused_in_one_sentence(tmp_path: Path):
-    assert refusal(tmp_path / "nowhere") == f"the audio folder {tmp_path / 'nowhere'} does not exist"
+    assert refusal(tmp_path / "nowhere") == f"the audio source {tmp_path / 'nowhere'} does not exist"
     (tmp_path / "file").touch()
-    assert "a folder of audio files was expected" in refusal(tmp_path / "file")
+    assert "is no audio source: a folder" in refusal(tmp_path / "file")
     (tmp_path / "empty").mkdir()
     assert "no audio files" in refusal(tmp_path / "empty")
-    assert ".aif, .aiff, .flac, .mp3, .ogg, .opus, .wav" in refusal(tmp_path / "empty")
+    assert ".aif, .aiff, .flac, .mp3, .ogg, .opus, .tar, .wav" in refusal(tmp_path / "empty")
     (tmp_path / "empty" / "song.m4a").touch()
     assert "1 files in formats that are not read" in refusal(tmp_path / "empty")
 
@@ -187,17 +193,17 @@ def test_a_folder_of_bad_files_only_is_refused_with_examples_and_the_place_of_th
     for number in range(7):
         (tmp_path / f"{number}.wav").touch()
     message = refusal(tmp_path)
-    assert message.startswith(f"none of the 7 audio files under {tmp_path} can be used: 0.wav (the file is empty")
+    assert message.startswith(f"none of the 7 audio files of {tmp_path} can be used: 0.wav (the file is empty")
     assert message.count("0 bytes") == 5
-    assert str(default_cache(tmp_path).parent / "skipped.csv") in message
+    assert str(default_table(tmp_path).parent / "index.skipped.csv") in message
 
 
 def test_above_the_share_of_bad_files_the_corpus_is_refused(root: Path):
     (root / "bad.wav").touch()
-    index_folder(root, max_bad_share=0.25)
-    assert "1 of 4 audio files" in refusal(root, max_bad_share=0.24)
+    index_corpus(root, max_bad_share=0.25)
+    assert "1 of the 4 audio files" in refusal(root, max_bad_share=0.24)
 
 
 def test_a_table_that_was_never_made_is_missed_with_the_remedy(root: Path):
     with pytest.raises(CorpusError, match="jepa-audio data index"):
-        load_index(root)
+        load_corpus(root)

@@ -7,6 +7,7 @@ import pytest
 import soundfile as sf
 
 from jepa_audio.data.read import AUDIO_SUFFIXES, AudioReadError, inspect, read
+from tests.damaged import claiming_hours, encoded
 
 RATE = 16_000
 FORMATS = {
@@ -108,6 +109,10 @@ BAD = {
     "text.wav": (lambda path: path.write_text("not audio " * 50), "not recognised"),
     "text.mp3": (lambda path: path.write_text("not audio " * 50), "not recognised"),
     "cut.flac": (lambda path: cut(written(path, tones(seconds=9), "PCM_16"), 0.5), "decode"),
+    "cut.wav": (lambda path: cut(written(path, tones(), "PCM_16"), 0.5), "truncated|has 79"),
+    "cut.aiff": (lambda path: cut(written(path, tones(), "PCM_16"), 0.5), "truncated|has 79"),
+    "hours.flac": (lambda path: path.write_bytes(claiming_hours(encoded(tones()[0]), 200)), "200 hours: more than 24"),
+    "bomb.flac": (lambda path: path.write_bytes(claiming_hours(encoded(tones()[0, :99]), 20)), "frames in .* bytes"),
     "cut.ogg": (lambda path: cut(written(path, tones(), "VORBIS"), 0.5), "no sample|has 0|decode"),
     "header.wav": (lambda path: written(path, np.zeros((1, 0), np.float32)), "no sample|has 0"),
     "nan.wav": (lambda path: written(path, spoilt(np.nan)), "non-finite"),
@@ -126,14 +131,22 @@ def test_a_bad_file_is_refused_by_name_and_with_the_reason(tmp_path: Path, name:
         with pytest.raises(AudioReadError, match=reason) as refusal:
             operation(path)
         assert str(path) in str(refusal.value)
-        assert refusal.value.path == path
+        assert refusal.value.audio == path
+
+
+def test_a_recorder_that_did_not_know_the_length_is_believed_in_what_there_is(tmp_path: Path):
+    path = written(tmp_path / "pipe.wav", tones(), "PCM_16")
+    content = bytearray(path.read_bytes())
+    content[4:8] = content[40:44] = b"\xff" * 4
+    path.write_bytes(content)
+    assert inspect(path).num_frames == RATE
 
 
 def test_the_error_survives_the_way_from_a_worker(tmp_path: Path):
     import pickle
 
     error = pickle.loads(pickle.dumps(AudioReadError(tmp_path, "worn out")))
-    assert (error.path, error.reason) == (tmp_path, "worn out")
+    assert (error.audio, error.reason) == (tmp_path, "worn out")
 
 
 def test_a_slice_that_makes_no_sense_is_refused(tmp_path: Path):

@@ -10,7 +10,10 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader, Dataset
 
-from jepa_audio.data.sampler import EveryNthBatch, GlobalOrderSampler, ResumableLoader
+from jepa_audio.data.corpus import CorpusError
+from jepa_audio.data.dataset import BadRead
+from jepa_audio.data.loader import BadReads, EvaluationLoader, ResumableLoader
+from jepa_audio.data.sampler import EveryNthBatch, GlobalOrderSampler
 from jepa_audio.grid import AudioBatch
 
 
@@ -47,6 +50,68 @@ def test_ranks_divide_the_order_of_one_process_among_themselves(world_size: int)
     ]
     for step in range(5):
         assert [place for rank in ranks for place in rank[step]] == whole[step]
+
+
+MIXTURE = {"num_files": [7, 400, 30], "weights": [1.0, 2.0, 1.0], "seed": 4}
+
+
+def test_a_mixture_takes_of_each_corpus_its_share_whatever_its_size():
+    sampler = GlobalOrderSampler(batch_size=1, **MIXTURE)
+    files = [sampler.file_at(position) for position in range(10_000)]
+    corpus = [0 if file < 7 else 1 if file < 407 else 2 for file in files]
+    assert Counter(corpus) == {0: 2500, 1: 5000, 2: 2500}
+    assert 200 < Counter(corpus[1000:2000])[0] < 300, "and so does every stretch, about"
+
+
+def test_each_corpus_of_a_mixture_gives_every_file_once_an_epoch_also_across_blocks():
+    sampler = GlobalOrderSampler(batch_size=1, **MIXTURE)
+    files = [sampler.file_at(position) for position in range(9_000, 25_000)]
+    for first, size in ((0, 7), (7, 400), (407, 30)):
+        own = [file for file in files if first <= file < first + size]
+        before = sum(first <= sampler.file_at(position) < first + size for position in range(9_000))
+        start = -before % size
+        epochs = [own[i : i + size] for i in range(start, len(own) - size, size)]
+        assert len(epochs) >= 10
+        assert all(sorted(epoch) == list(range(first, first + size)) for epoch in epochs)
+
+
+def test_a_mixture_is_divided_among_ranks_and_resumed_like_one_corpus():
+    whole = order(6, batch_size=4, **MIXTURE)
+    ranks = [order(6, batch_size=2, rank=rank, world_size=2, **MIXTURE) for rank in range(2)]
+    assert [[place for rank in ranks for place in rank[step]] for step in range(6)] == whole
+    resumed = GlobalOrderSampler(batch_size=4, **MIXTURE)
+    resumed.samples_consumed = 8
+    assert list(islice(resumed, 4)) == whole[2:]
+
+
+def test_several_corpora_without_weights_are_one():
+    assert order(9, num_files=[3, 4], batch_size=2) == order(9, num_files=7, batch_size=2)
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, 0.0], [1.0, -1.0], [1.0, 1e-9]])
+def test_impossible_weights_are_refused(weights: list[float]):
+    with pytest.raises(ValueError, match="`weights`"):
+        GlobalOrderSampler([3, 4], 2, weights=weights)
+
+
+def test_bad_reads_are_counted_and_each_file_is_named_once(caplog: pytest.LogCaptureFixture):
+    reads = BadReads(0.5)
+    assert reads.summary() == ""
+    for _ in range(3):
+        reads.count(8, [BadRead("a.wav", "worn out"), BadRead("b.wav", "empty")])
+    assert caplog.messages == [
+        "replaced a.wav by another file: worn out",
+        "replaced b.wav by another file: empty",
+    ]
+    assert reads.summary() == "6 of 30 reads failed and were replaced, of 2 files"
+
+
+def test_above_the_share_of_bad_reads_the_run_stops_with_the_list():
+    reads = BadReads(0.1)
+    reads.count(98, [BadRead("a.wav", "worn out")])
+    with pytest.raises(CorpusError, match=r"31 of 149 reads failed.*0\.1.*a\.wav \(worn out\).*and 11 more") as stop:
+        reads.count(20, [BadRead(f"{number}.wav", "empty") for number in range(30)])
+    assert str(stop.value).count("empty") == 19
 
 
 def test_the_global_generator_has_no_influence_and_is_left_alone():
@@ -96,15 +161,15 @@ class Places(Dataset[tuple[int, int]]):
         return place
 
 
-def as_batch(places: list[tuple[int, int]]) -> AudioBatch:
-    """The files stand where the waveform would."""
+def as_batch(places: list[tuple[int, int]]) -> tuple[AudioBatch, list[BadRead]]:
+    """The files stand where the waveform would; none is bad."""
     position, file = torch.tensor(places).T
-    return AudioBatch(file.float()[:, None, None], position)
+    return AudioBatch(file.float()[:, None, None], position), []
 
 
 def loader(num_files: int = 10, batch_size: int = 2, **sampler: int) -> ResumableLoader:
     places = GlobalOrderSampler(num_files, batch_size, seed=5, **sampler)
-    return ResumableLoader(DataLoader(Places(num_files), batch_sampler=places, collate_fn=as_batch))
+    return ResumableLoader(DataLoader(Places(num_files), batch_sampler=places, collate_fn=as_batch), BadReads(0.5))
 
 
 def rows(batches: list[AudioBatch]) -> list[tuple[int, int]]:
@@ -149,7 +214,7 @@ def test_a_run_goes_on_with_another_number_of_processes_and_another_batch_size()
 
 def test_a_loader_of_another_order_is_refused():
     with pytest.raises(TypeError, match="GlobalOrderSampler"):
-        ResumableLoader(DataLoader(Places(3), batch_size=2))
+        ResumableLoader(DataLoader(Places(3), batch_size=2), BadReads(0.5))
 
 
 class Recorder(pl.LightningModule):
@@ -224,7 +289,9 @@ def fit(
     )
     # 12 files in batches of 2: an epoch of 6 micro-batches or 3 steps.
     valid = DataLoader(Places(4), sampler=EveryNthBatch(4, 2), batch_size=2, collate_fn=as_batch)
-    trainer.fit(module, loader(12), valid if validate_every else None, ckpt_path=ckpt_path)
+    trainer.fit(
+        module, loader(12), EvaluationLoader(valid, BadReads(0.5)) if validate_every else None, ckpt_path=ckpt_path
+    )
     return module
 
 

@@ -10,8 +10,10 @@ import torch
 from scipy.signal import fftconvolve
 
 from jepa_audio.commands import stats
+from jepa_audio.data.corpus import CorpusError
 from jepa_audio.data.datamodule import AudioDataModule
-from jepa_audio.data.index import CorpusError, index_folder, usable
+from jepa_audio.data.files import Files
+from jepa_audio.data.index import index_corpus
 from jepa_audio.data.rooms import write_rooms
 from jepa_audio.data.scenes import SceneDataset, Scenes, collate_scenes, prepare_scenes, render
 from jepa_audio.front_ends import SpectrogramFrontEnd
@@ -59,7 +61,7 @@ def dataset_of(folders: dict[str, Path], **settings: object) -> SceneDataset:
 
 def test_a_scene_is_the_literal_sum_of_convolutions(folders: dict[str, Path]):
     dataset = dataset_of(folders)
-    items = [dataset[position, position % 4] for position in range(6)]
+    items = [dataset[position, position % 4][0] for position in range(6)]
     batch = collate_scenes(items, 800)
     sound = render(batch.clip, batch.scene)
     assert sound.shape == (6, 2, 4000)
@@ -76,7 +78,7 @@ def test_a_scene_is_the_literal_sum_of_convolutions(folders: dict[str, Path]):
 
 def test_the_ratio_of_source_and_noise_is_the_drawn_one(folders: dict[str, Path]):
     dataset = dataset_of(folders, snr_db=(7.0, 7.0))
-    batch = collate_scenes([dataset[position, position % 4] for position in range(8)], 800)
+    batch = collate_scenes([dataset[position, position % 4][0] for position in range(8)], 800)
     silent = batch.scene._replace(noise=torch.zeros_like(batch.scene.noise))
     source, both = render(batch.clip, silent), render(batch.clip, batch.scene)
     ratio = 10 * torch.log10(source.square().sum((1, 2)) / (both - source).square().sum((1, 2)))
@@ -85,7 +87,7 @@ def test_the_ratio_of_source_and_noise_is_the_drawn_one(folders: dict[str, Path]
 
 def test_what_is_drawn_stays_within_its_bounds_and_reaches_them(folders: dict[str, Path]):
     dataset = dataset_of(folders, snr_db=(5.0, 40.0), diffuse_sources=(2, 3), clean_share=0.3)
-    scenes = [dataset[position, 0].scene for position in range(200)]
+    scenes = [dataset[position, 0][0].scene for position in range(200)]
     snr = torch.stack([scene.snr_db for scene in scenes])
     assert 5 <= snr.min() < 8
     assert 37 < snr.max() <= 40
@@ -102,7 +104,7 @@ def test_source_and_noise_are_places_of_one_room_and_no_place_twice(folders: dic
     dataset = dataset_of(folders, diffuse_share=1.0, diffuse_sources=(3, 3), rir_seconds=200 / RATE)
     rooms = set()
     for position in range(30):
-        scene = dataset[position, 0].scene
+        scene = dataset[position, 0][0].scene
         heard = [responses[rir.numpy().tobytes()] for rir in (scene.source_rir, *scene.noise_rirs)]
         assert len({room for room, _ in heard}) == 1
         assert len(set(heard)) == 4
@@ -113,7 +115,7 @@ def test_source_and_noise_are_places_of_one_room_and_no_place_twice(folders: dic
 def test_noise_fades_in_and_out_as_it_is_heard_and_short_noise_lies_within(folders: dict[str, Path]):
     dataset = dataset_of(folders, fade_seconds=0.05, diffuse_share=0.5)
     fade = round(0.05 * RATE)
-    items = [dataset[position, 0] for position in range(24)]
+    items = [dataset[position, 0][0] for position in range(24)]
     batch = collate_scenes(items, 800)
     direct = torch.zeros_like(batch.scene.noise_rirs)
     direct[..., 0] = batch.scene.noise_rirs.abs().sum(-1) > 0
@@ -134,14 +136,14 @@ def test_noise_fades_in_and_out_as_it_is_heard_and_short_noise_lies_within(folde
 
 def test_a_clean_clip_is_the_dry_one_on_every_channel(folders: dict[str, Path]):
     dataset = dataset_of(folders, clean_share=1.0)
-    batch = collate_scenes([dataset[position, 0] for position in range(3)], 800)
+    batch = collate_scenes([dataset[position, 0][0] for position in range(3)], 800)
     sound = render(batch.clip, batch.scene)
     assert torch.equal(sound, batch.clip.expand(-1, 2, -1))
 
 
 def test_crops_are_cut_from_the_scene_and_rows_are_numbered(folders: dict[str, Path]):
     dataset = dataset_of(folders)
-    items = [dataset[position, position % 4] for position in (5, 2)]
+    items = [dataset[position, position % 4][0] for position in (5, 2)]
     batch = collate_scenes(items, 800)
     sound, rendered = render(batch.clip, batch.scene), batch.render()
     assert rendered.row.tolist() == [15, 16, 17, 6, 7, 8]
@@ -153,12 +155,12 @@ def test_crops_are_cut_from_the_scene_and_rows_are_numbered(folders: dict[str, P
 def test_a_scene_belongs_to_its_position_and_to_the_seed(folders: dict[str, Path]):
     one, same = dataset_of(folders), dataset_of(folders)
     for position in (7, 0):
-        left, right = one[position, 1], same[position, 1]
+        left, right = one[position, 1][0], same[position, 1][0]
         assert torch.equal(left.clip, right.clip)
         assert left.starts == right.starts
         assert all(torch.equal(a, b) for a, b in zip(left.scene, right.scene, strict=True))
-    other = data_of(folders, scenes_of(folders), seed=1)._dataset("train", random_crops=True)[7, 1]
-    assert float(other.scene.snr_db) != float(one[7, 1].scene.snr_db)
+    other = data_of(folders, scenes_of(folders), seed=1)._dataset("train", random_crops=True)[7, 1][0]
+    assert float(other.scene.snr_db) != float(one[7, 1][0].scene.snr_db)
 
 
 def test_the_data_module_renders_scenes_after_the_transfer(folders: dict[str, Path]):
@@ -174,7 +176,7 @@ def test_the_data_module_renders_scenes_after_the_transfer(folders: dict[str, Pa
 def test_without_noise_there_is_only_the_room(folders: dict[str, Path]):
     scenes = Scenes(rirs=str(folders["rirs"]))
     dataset = data_of(folders, scenes)._dataset("train", random_crops=True)
-    batch = collate_scenes([dataset[0, 0]], 800)
+    batch = collate_scenes([dataset[0, 0][0]], 800)
     expected = [fftconvolve(batch.clip[0, 0], ear)[:4000] for ear in batch.scene.source_rir[0].numpy()]
     np.testing.assert_allclose(render(batch.clip, batch.scene)[0].numpy(), expected, rtol=1e-3, atol=1e-5)
 
@@ -196,15 +198,15 @@ def test_impossible_scenes_are_refused(settings: dict[str, object], said: str):
         Scenes(**settings)
 
 
-def test_a_bad_response_costs_a_room_and_not_the_clip(folders: dict[str, Path], caplog: pytest.LogCaptureFixture):
+def test_a_bad_response_costs_a_room_and_not_the_clip_and_is_told(folders: dict[str, Path]):
     dataset = dataset_of(folders)
-    expected = dataset[3, 1].clip
+    expected = dataset[3, 1][0].clip
     for file in (folders["rirs"] / "room0").iterdir():
         file.write_bytes(b"")
-    for position in range(20):
-        dataset[position, 0]
-    assert "another room is taken" in caplog.text
-    assert torch.equal(dataset[3, 1].clip, expected)
+    told = [bad for position in range(20) for bad in dataset[position, 0][1]]
+    assert {Path(bad.name).parent for bad in told} == {folders["rirs"] / "room0"}
+    assert {bad.reason for bad in told} == {"the file is empty (0 bytes)"}
+    assert torch.equal(dataset[3, 1][0].clip, expected)
 
 
 def test_a_checkpoint_holds_scenes_as_plain_data(folders: dict[str, Path], tmp_path: Path):
@@ -228,9 +230,8 @@ def test_scenes_need_a_clip_and_one_channel_of_it(folders: dict[str, Path]):
     with pytest.raises(ValueError, match="`scenes` need `clip_seconds`"):
         data_of(folders, scenes_of(folders), clip_seconds=None)._dataset("train", random_crops=True)
     with pytest.raises(ValueError, match="`mono`"):
-        mono = folders["noise"], usable(index_folder(folders["noise"])), RATE, 8
-        names = ("root", "table", "sample_rate", "num_samples")
-        SceneDataset(scenes_of(folders), 2, **dict(zip(names, mono, strict=True)), mono="keep", clip_seconds=0.1)
+        files = Files([index_corpus(folders["noise"]).usable()])
+        SceneDataset(scenes_of(folders), files, RATE, 8, num_channels=2, mono="keep", clip_seconds=0.1)
 
 
 def test_a_folder_of_other_channels_is_refused(folders: dict[str, Path]):

@@ -1,11 +1,10 @@
-"""A folder of audio as training, validation and test batches."""
+"""Corpora as training, validation and test batches."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,9 +16,12 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from jepa_audio.data.dataset import CropDataset, Mono, collate
-from jepa_audio.data.index import CorpusError, index_folder, load_index, usable
-from jepa_audio.data.sampler import EveryNthBatch, GlobalOrderSampler, ResumableLoader
+from jepa_audio.data.corpus import Corpus, CorpusError, load_corpus
+from jepa_audio.data.dataset import ClipDataset, Collate, CropDataset, Fetched, Mono, collate
+from jepa_audio.data.files import Files
+from jepa_audio.data.index import index_corpus
+from jepa_audio.data.loader import BadReads, EvaluationLoader, ResumableLoader
+from jepa_audio.data.sampler import EveryNthBatch, GlobalOrderSampler
 from jepa_audio.data.scenes import SceneBatch, SceneDataset, Scenes, collate_scenes, prepare_scenes
 from jepa_audio.data.workers import num_cores, worker_arguments
 from jepa_audio.grid import AudioBatch
@@ -28,10 +30,13 @@ log = logging.getLogger(__name__)
 
 
 class AudioDataModule(LightningDataModule):
-    """Crops of all audio files under a folder: any rates, channels and lengths in, one shape out.
+    """Crops of all audio files of a corpus: any rates, channels and lengths in, one shape out.
 
     Args:
-        root: folder of audio files, searched with its subfolders.
+        root: folder of audio files or tars, searched with its subfolders; or another source, see
+            `jepa_audio.data.sources.find`; or a table (`.parquet`) that `jepa-audio data index` has made, which is
+            believed as it is. A list of sources is one corpus; a mapping from sources to weights is a mixture, whose
+            clips come from each in that proportion, whatever their sizes.
         sample_rate: of the crops, in Hz; files of other rates are resampled.
         crop_seconds: length of a crop.
         num_channels: of the crops; for more than one see `mono`.
@@ -44,19 +49,20 @@ class AudioDataModule(LightningDataModule):
         scenes: rooms and noise that the clips are put into; `None` leaves them as they are.
         batch_size: clips of one process's micro-batch; it has `batch_size * crops_per_clip` rows.
         num_workers: reading processes of each training process; `None` for its share of the cores, up to 8.
-        valid_share: share of the files held out, chosen by a hash of the path, so that a file stays where it
-            is when others are added; 0 holds out none.
-        valid_root: folder of the validation files instead; then nothing of `root` is held out.
-        test_root: folder of the test files; the validation files if `None`.
+        valid_share: share of the files held out, where the table does not say which, see `Corpus.parts`; 0 holds out
+            none.
+        valid_root: source of the validation files instead; then nothing of `root` is held out.
+        test_root: source of the test files; if `None`, those of the table, or else the validation files.
         num_valid_clips: at most so many of the held-out files are used in a validation.
         min_seconds: shorter files are skipped.
+        max_seconds: longer files are skipped; `None` for no bound.
         max_bad_share: above this share of skipped files, or of failed reads, the run stops with a list.
         seed: of order and crops.
     """
 
     def __init__(
         self,
-        root: str | Path,
+        root: dict[str, float] | list[str] | str | Path,
         sample_rate: int,
         crop_seconds: float,
         *,
@@ -74,13 +80,15 @@ class AudioDataModule(LightningDataModule):
         test_root: str | Path | None = None,
         num_valid_clips: int = 512,
         min_seconds: float = 0.1,
+        max_seconds: float | None = None,
         max_bad_share: float = 0.5,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         for name in ("root", "valid_root", "test_root"):  # a checkpoint holds plain data only
-            self.hparams[name] = None if self.hparams[name] is None else str(self.hparams[name])
+            if isinstance(self.hparams[name], Path):
+                self.hparams[name] = str(self.hparams[name])
         if isinstance(scenes, Scenes):
             self.hparams["scenes"] = asdict(scenes)
         if scenes is not None and mask_padding:
@@ -91,9 +99,12 @@ class AudioDataModule(LightningDataModule):
             raise ValueError(f"`batch_size` ({batch_size}) and `num_valid_clips` ({num_valid_clips}) must be >= 1")
         if round(crop_seconds * sample_rate) < 1:
             raise ValueError(f"`crop_seconds` ({crop_seconds}) must be at least a sample at {sample_rate} Hz")
-        self.root = Path(root)
-        self.valid_root = None if valid_root is None else Path(valid_root)
-        self.test_root = None if test_root is None else Path(test_root)
+        if not root:
+            raise ValueError("`root` names no source of audio")
+        self.sources = [str(source) for source in root] if isinstance(root, list | dict) else [str(root)]
+        self.weights = list(root.values()) if isinstance(root, dict) else None
+        self.valid_root = None if valid_root is None else str(valid_root)
+        self.test_root = None if test_root is None else str(test_root)
         self.sample_rate = sample_rate
         self.num_samples = round(crop_seconds * sample_rate)
         self.num_channels = num_channels
@@ -108,95 +119,109 @@ class AudioDataModule(LightningDataModule):
         self.valid_share = valid_share
         self.num_valid_clips = num_valid_clips
         self.min_seconds = min_seconds
+        self.max_seconds = max_seconds
         self.max_bad_share = max_bad_share
         self.seed = seed
-        self._tables: dict[str, tuple[Path, pa.Table]] = {}
-        self._num_skipped = 0
+        self.prepare_data_per_node = False  # one process indexes; the table is shared as the audio is
+        self._files: dict[str, Files] = {}
+        self._description = ""
+        self._bad_reads = BadReads(max_bad_share)
         self._train_loader: ResumableLoader | None = None
 
     def prepare_data(self) -> None:
-        """Index every folder; the first run decodes all files, a later one only what has changed."""
-        for root in dict.fromkeys(root for root in (self.root, self.valid_root, self.test_root) if root):
-            index_folder(
-                root,
-                num_workers=num_cores(),
-                min_seconds=self.min_seconds,
-                num_channels=self._needed_channels(),
-                max_bad_share=self.max_bad_share,
-            )
+        """Index every source but tables; the first run decodes all files, a later one only what has changed."""
+        for source in dict.fromkeys(source for source in (*self.sources, self.valid_root, self.test_root) if source):
+            if not source.endswith(".parquet"):
+                index_corpus(source, num_workers=num_cores(), max_bad_share=self.max_bad_share, **self._fitness)
         if self.scenes is not None:
             prepare_scenes(self.scenes, self.num_channels, self.sample_rate, num_cores())
 
     def setup(self, stage: str) -> None:
         """Read the tables and divide them; every process comes to the same division."""
-        index = load_index(self.root)
-        files = self._usable(self.root, index)
-        self._num_skipped = len(index) - len(files)
+        corpora = [load_corpus(source) for source in self.sources]
+        usable = [self._usable(source, corpus) for source, corpus in zip(self.sources, corpora, strict=True)]
+        parts = [corpus.parts(0.0 if self.valid_root else self.valid_share) for corpus in usable]
+        train, valid, test = ([getattr(part, name) for part in parts] for name in ("train", "valid", "test"))
+        for source, corpus in zip(self.sources, train, strict=True):
+            if not len(corpus):
+                raise CorpusError(f"no file of {source} is for training: its table puts them all elsewhere")
         if self.valid_root is not None:
-            train, valid = files, _by_hash(self._usable(self.valid_root, load_index(self.valid_root)))
-        else:
-            train, valid = split(files, self.valid_share)
-        valid = valid.slice(0, self.num_valid_clips)
-        self._tables = {"train": (self.root, train), "valid": (self.valid_root or self.root, valid)}
-        self._tables["test"] = self._tables["valid"]
+            valid = [self._usable(self.valid_root).shuffled()]
+        num_each = -(-self.num_valid_clips // len(valid))
+        valid = [corpus.take(np.arange(min(len(corpus), num_each))) for corpus in valid]
         if self.test_root is not None:
-            self._tables["test"] = (self.test_root, self._usable(self.test_root, load_index(self.test_root)))
+            test = [self._usable(self.test_root)]
+        test = test if sum(map(len, test)) else valid
+        chosen = {"train": train, "valid": valid, "test": test}
+        self._files = {name: Files(part) for name, part in chosen.items() if sum(map(len, part))}
+        num_usable = sum(map(len, usable))
+        self._description = _described(self.sources, train, valid, sum(map(len, corpora)) - num_usable)
+        del corpora, usable, parts, train, valid, test, chosen
+        pa.default_memory_pool().release_unused()  # a gigabyte, of millions of files, that the run never needs again
         if self._rank == 0:
-            log.info(self.describe())
-            if len(files) == 1 and self.valid_root is None and self.valid_share > 0:
-                log.warning("%s holds one file: it is trained on and validated on", self.root)
+            log.info(self._description)
+            if num_usable == 1 and self.valid_root is None and self.valid_share > 0:
+                log.warning("%s holds one file: it is trained on and validated on", self.sources[0])
 
     def describe(self) -> str:
         """What there is to train on, in one line."""
-        table = self._tables["train"][1]
-        hours = float(np.sum(table["num_frames"].to_numpy() / table["sample_rate"].to_numpy())) / 3600
-        rates = sorted((count["values"], count["counts"]) for count in table["sample_rate"].value_counts().to_pylist())
-        return (
-            f"{self.root}: {len(table)} files to train on, {hours:.2f} hours, "
-            + ", ".join(f"{count} at {rate} Hz" for rate, count in rates)
-            + f"; {len(self._tables['valid'][1])} files to validate on, {self._num_skipped} files skipped"
-        )
+        return self._description
+
+    def files_of(self, rows: Sequence[int]) -> list[str]:
+        """The files that stand behind rows of training batches; where one could not be read, that file itself."""
+        if self._train_loader is None:
+            return []
+        files = self._files["train"]
+        places = dict.fromkeys(row // self.crops_per_clip for row in rows)
+        return [str(files[self._train_loader.order.file_at(place)].audio) for place in places]
 
     def train_dataloader(self) -> ResumableLoader:
         """Endless random crops; an epoch is the whole run of `max_steps`, or else about one pass."""
         dataset = self._dataset("train", random_crops=True)
         sampler = GlobalOrderSampler(
-            len(dataset), self.batch_size, rank=self._rank, world_size=self._world_size, seed=self.seed
+            dataset.files.sizes,
+            self.batch_size,
+            weights=self.weights,
+            rank=self._rank,
+            world_size=self._world_size,
+            seed=self.seed,
         )
         accumulated = self.trainer.accumulate_grad_batches if self.trainer else 1
         num_steps = math.ceil(sampler.batches_per_pass / accumulated)
         if self.trainer and self.trainer.max_steps > 0:
             num_steps = self.trainer.max_steps
         batches_per_epoch = num_steps * accumulated
-        self._train_loader = ResumableLoader(self._loader(dataset, batch_sampler=sampler), batches_per_epoch)
+        loader = self._loader(dataset, batch_sampler=sampler)
+        self._train_loader = ResumableLoader(loader, self._bad_reads, batches_per_epoch)
         return self._train_loader
 
-    def val_dataloader(self) -> list[DataLoader[AudioBatch]]:
+    def val_dataloader(self) -> list[EvaluationLoader]:
         """Crops from the middle of the held-out files, the same every time; no loader without such files."""
         return self._evaluation_loaders("valid")
 
-    def test_dataloader(self) -> list[DataLoader[AudioBatch]]:
+    def test_dataloader(self) -> list[EvaluationLoader]:
         """The same of the test files."""
         return self._evaluation_loaders("test")
 
     def teardown(self, stage: str) -> None:
-        """Let the training workers go."""
+        """Let the training workers go, and say what could not be read."""
+        if summary := self._bad_reads.summary():
+            log.warning("%s", summary)
         if stage == "fit" and self._train_loader is not None:
             self._train_loader.close()
 
-    def _evaluation_loaders(self, part: str) -> list[DataLoader[AudioBatch]]:
-        if len(self._tables[part][1]) == 0:
+    def _evaluation_loaders(self, part: str) -> list[EvaluationLoader]:
+        if part not in self._files:
             return []
         dataset = self._dataset(part, random_crops=False)
         sampler = EveryNthBatch(len(dataset), self.batch_size, self._rank, self._world_size)
-        return [self._loader(dataset, sampler=sampler, batch_size=self.batch_size)]
+        loader = self._loader(dataset, sampler=sampler, batch_size=self.batch_size)
+        return [EvaluationLoader(loader, self._bad_reads)]
 
-    def _dataset(self, part: str, random_crops: bool) -> CropDataset:
-        root, table = self._tables[part]
+    def _dataset(self, part: str, random_crops: bool) -> ClipDataset[Any]:
         make = CropDataset if self.scenes is None else partial(SceneDataset, self.scenes)
         return make(
-            root=root,
-            table=table,
+            files=self._files[part],
             sample_rate=self.sample_rate,
             num_samples=self.num_samples,
             num_channels=self.num_channels,
@@ -206,7 +231,6 @@ class AudioDataModule(LightningDataModule):
             loudness_dbfs=self.loudness_dbfs,
             seed=self.seed,
             random_crops=random_crops,
-            max_bad_share=self.max_bad_share,
         )
 
     @property
@@ -221,19 +245,19 @@ class AudioDataModule(LightningDataModule):
 
     def _loader(
         self,
-        dataset: CropDataset,
+        dataset: ClipDataset[Any],
         sampler: EveryNthBatch | None = None,
         batch_sampler: GlobalOrderSampler | None = None,
         batch_size: int = 1,
-    ) -> DataLoader[AudioBatch]:
+    ) -> DataLoader[Fetched[Any]]:
         num_workers = self._worker_count()
         return DataLoader(
-            dataset,  # type: ignore[arg-type]  # its items are crops, collate makes batches of them
+            dataset,
             batch_size=batch_size,
             sampler=sampler,
             batch_sampler=batch_sampler,
             num_workers=num_workers,
-            collate_fn=self._collate,
+            collate_fn=Collate(self._collate),
             pin_memory=torch.cuda.is_available(),
             persistent_workers=num_workers > 0 and sampler is not None,  # training has but one iterator
             # Else the workers' seeds are drawn from the global generator, and disturb the model's numbers.
@@ -241,14 +265,17 @@ class AudioDataModule(LightningDataModule):
             **worker_arguments(num_workers),
         )
 
-    def _usable(self, root: Path, index: pa.Table) -> pa.Table:
-        table = usable(index, self.min_seconds, self._needed_channels())
-        if len(table) == 0:
-            raise CorpusError(f"none of the {len(index)} audio files under {root} can be used")
-        return table
+    def _usable(self, source: str, corpus: Corpus | None = None) -> Corpus:
+        corpus = corpus or load_corpus(source)
+        usable = corpus.usable(**self._fitness)
+        if len(usable) == 0:
+            raise CorpusError(f"none of the {len(corpus)} audio files under {source} can be used")
+        return usable
 
-    def _needed_channels(self) -> int | None:
-        return self.num_channels if self.mono == "keep" else None
+    @property
+    def _fitness(self) -> dict[str, Any]:
+        channels = self.num_channels if self.mono == "keep" else None
+        return {"min_seconds": self.min_seconds, "max_seconds": self.max_seconds, "num_channels": channels}
 
     def _worker_count(self) -> int:
         if self.num_workers is not None:
@@ -265,24 +292,13 @@ class AudioDataModule(LightningDataModule):
         return self.trainer.world_size if self.trainer else 1
 
 
-def split(table: pa.Table, valid_share: float) -> tuple[pa.Table, pa.Table]:
-    """Training and validation files, told apart by a hash of the path; validation files in the hash's order.
-
-    Neither part is empty if `valid_share` is positive: of two files one is held out, a single one is in both.
-    """
-    shuffled = _by_hash(table)
-    if valid_share == 0:
-        return table, table.slice(0, 0)
-    if len(table) == 1:
-        return table, table
-    held_out = sum(_hash(path) < valid_share for path in table["path"].to_pylist())
-    held_out = min(max(held_out, 1), len(table) - 1)
-    return shuffled.slice(held_out).sort_by("path"), shuffled.slice(0, held_out)
-
-
-def _by_hash(table: pa.Table) -> pa.Table:
-    return table.take(np.argsort([_hash(path) for path in table["path"].to_pylist()]))
-
-
-def _hash(path: str) -> float:
-    return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=8).digest()) / 2**64
+def _described(sources: list[str], train: list[Corpus], valid: list[Corpus], num_skipped: int) -> str:
+    hours = sum(float(corpus.seconds.sum()) for corpus in train) / 3600
+    rates, counts = np.unique(
+        np.concatenate([corpus.table["sample_rate"].to_numpy() for corpus in train]), return_counts=True
+    )
+    return (
+        f"{', '.join(sources)}: {sum(map(len, train))} files to train on, {hours:.2f} hours, "
+        + ", ".join(f"{count} at {rate} Hz" for rate, count in zip(rates, counts, strict=True))
+        + f"; {sum(map(len, valid))} files to validate on, {num_skipped} files skipped"
+    )

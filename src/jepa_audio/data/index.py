@@ -1,17 +1,18 @@
-"""The table of a corpus: every audio file decoded once, with what it holds or why it cannot be used."""
+"""Sources → the table of a corpus: every file decoded once, and never again until it changes."""
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import logging
 import os
+import shutil
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,237 +21,255 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import track
 
-from jepa_audio.data.read import AUDIO_SUFFIXES, AudioInfo, AudioReadError, inspect
+from jepa_audio.data.corpus import SCHEMA, Corpus, CorpusError, default_table
+from jepa_audio.data.read import AudioInfo, AudioReadError, Member, inspect
+from jepa_audio.data.sources import Found, find, members
 
 log = logging.getLogger(__name__)
 
-SCHEMA = pa.schema(
-    {
-        "path": pa.string(),
-        "num_frames": pa.int64(),
-        "sample_rate": pa.int32(),
-        "num_channels": pa.int32(),
-        "peak": pa.float32(),
-        "rms": pa.float32(),
-        "size": pa.int64(),
-        "mtime_ns": pa.int64(),
-        "status": pa.string(),
-        "reason": pa.string(),
-    },
-    metadata={"jepa_audio.index": "1"},
-)
+T = TypeVar("T")
+R = TypeVar("R")
 
-# Audio that libsndfile cannot open: named in the log, for a folder full of it would look empty otherwise.
-_FOREIGN_SUFFIXES = frozenset({".m4a", ".aac", ".mp4", ".wma", ".webm", ".mka", ".ape", ".wv", ".amr"})
-_SAVE_EVERY = 20_000
+_SAVE_EVERY_SECONDS = 30.0
+_CHUNK = 1024  # files handed to the threads together: enough to keep them busy, few enough to be held
 _NAMED_IN_LOG = 100
+_IDENTITY = ["source", "member", "offset", "num_bytes", "source_bytes", "mtime_ns"]
+_FOUND = pa.schema([SCHEMA.field(name) for name in Found._fields])
 
 
-class CorpusError(ValueError):
-    """A folder of audio that cannot be trained on, said in one sentence."""
-
-
-_Row = dict[str, object]
-
-
-@dataclass(frozen=True)
-class _Found:
-    path: str
-    size: int
-    mtime_ns: int
-
-
-def default_cache(root: Path) -> Path:
-    """Where the table of `root` lies: inside it, or in the user's cache where that cannot be written."""
-    folder = root / ".jepa_audio"
-    if os.access(folder if folder.exists() else root, os.W_OK):
-        return folder / "index.parquet"
-    name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
-    return Path.home() / ".cache" / "jepa_audio" / name / "index.parquet"
-
-
-def index_folder(
-    root: Path,
-    cache: Path | None = None,
+def index_corpus(
+    sources: str | Path | Sequence[str | Path],
+    path: Path | None = None,
     *,
     num_workers: int = 2,
     min_seconds: float = 0.0,
+    max_seconds: float | None = None,
     num_channels: int | None = None,
     max_bad_share: float = 0.5,
-) -> pa.Table:
-    """The table of all audio files under `root`, sorted by path; only files new or changed since are decoded.
+) -> Corpus:
+    """The table of all audio files of the sources; only files new or changed since the last time are decoded.
 
-    Bad files stay in the table, are named in the log and listed in `skipped.csv` beside it.
+    Bad files stay in the table, are named in the log and listed in a CSV beside it. What has been decoded is kept in
+    `PATH.parts/` until the table is complete: an interrupted run goes on there.
 
     Args:
-        root: folder, searched with its subfolders; links are followed, hidden folders are not.
-        cache: Parquet file of the table; `default_cache(root)` if `None`.
+        sources: see `jepa_audio.data.sources.find`.
+        path: Parquet file of the table; `default_table` of a single source if `None`.
         num_workers: threads that decode.
-        min_seconds: shorter files are bad for this use; the cache does not remember it.
-        num_channels: files with another number of channels are bad for this use; `None` takes any.
+        min_seconds: shorter files are bad for this use; the table on disk does not remember it.
+        max_seconds: longer files likewise.
+        num_channels: files with another number of channels likewise; `None` takes any.
         max_bad_share: above this share of bad files the corpus is refused.
 
     Raises:
-        CorpusError: no such folder, no audio in it, nothing usable in it, or too much of it bad.
+        CorpusError: a source is missing or holds no audio, nothing in it is usable, or too much of it is bad.
     """
     if num_workers < 1:
         raise ValueError(f"`num_workers` ({num_workers}) must be >= 1")
-    cache = cache or default_cache(root)
-    found = _scan(root)
-    known: dict[str, _Row] = {row["path"]: row for row in _load(cache).to_pylist()} if cache.exists() else {}
-    rows = {file.path: known[file.path] for file in found if _is_current(known.get(file.path), file)}
-    todo = iter([file for file in found if file.path not in rows])
-    missing = len(found) - len(rows)
-    fresh = _decoded(root, todo, missing, num_workers)
-    while chunk := list(islice(fresh, _SAVE_EVERY)):
-        rows |= {str(row["path"]): row for row in chunk}
-        _save(_table(rows), cache)
-    if len(rows) < len(known):
-        _save(_table(rows), cache)
-    table = mark_unusable(_table(rows), min_seconds, num_channels)
-    _report(table, root, cache.with_name("skipped.csv"), max_bad_share)
-    return table
+    names = [str(sources)] if isinstance(sources, str | Path) else [str(source) for source in sources]
+    if path is None and len(names) != 1:
+        raise ValueError(f"several sources ({len(names)}) need a `path` for their table")
+    path, root = _place_of_table(names[0], path)
+    known, parts = _known(path, root), _Parts(path)
+    found, kept = _listing(names, root, known, num_workers)
+    found = _first_of_each(_labelled_first(found), ["source", "offset", "member"])
+    decoded = _first_of_each(pa.concat_tables([known, parts.load()]), _IDENTITY)
+    current, todo = _divided(found, decoded)
+    fresh = parts.keep(_inspected(root, todo, num_workers, ", ".join(names)))
+    in_order = [(name, "ascending") for name in ("source", "offset", "member")]
+    table = pa.concat_tables([current, kept, fresh]).sort_by(in_order)
+    corpus = Corpus(root, table.combine_chunks())
+    if not table.equals(known):
+        corpus.save(path)
+    parts.remove()
+    corpus = corpus.fit_for(min_seconds, max_seconds, num_channels)
+    _report(corpus, ", ".join(names), path.with_suffix(".skipped.csv"), max_bad_share)
+    return corpus
 
 
-def load_index(root: Path, cache: Path | None = None) -> pa.Table:
-    """The table that `index_folder` wrote, as it is on disk."""
-    cache = cache or default_cache(root)
-    if not cache.exists():
-        raise CorpusError(f"{root} has no index at {cache}; `jepa-audio data index {root}` makes one")
-    return _load(cache)
+def track_progress(items: Iterable[T], description: str, total: int) -> Iterable[T]:
+    """The items, with a bar where somebody looks at it."""
+    watched = sys.stderr.isatty()
+    return track(items, description, total, console=Console(stderr=True), transient=True, disable=not watched)
 
 
-def mark_unusable(table: pa.Table, min_seconds: float = 0.0, num_channels: int | None = None) -> pa.Table:
-    """The table with files that are good, but not for this use, turned to 'bad' with the reason."""
-    status, reason = (np.array(table[name].to_pylist(), dtype=object) for name in ("status", "reason"))
-    channels = table["num_channels"].to_numpy()
-    seconds = table["num_frames"].to_numpy() / np.maximum(table["sample_rate"].to_numpy(), 1)
-    other = np.zeros(len(table), dtype=bool) if num_channels is None else channels != num_channels
-    for row in np.flatnonzero((status == "ok") & (other | (seconds < min_seconds))):
-        too_short = f"too short: {seconds[row]:.4f} s, at least {min_seconds:g} s are needed"
-        wrong_channels = f"{channels[row]} channels, {num_channels} are needed"
-        status[row], reason[row] = "bad", too_short if seconds[row] < min_seconds else wrong_channels
-    for name, values in (("status", status), ("reason", reason)):
-        table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.string()))
-    return table
+def map_threads(
+    function: Callable[[T], R], items: Iterable[T], num_workers: int, num_held: int = _CHUNK
+) -> Iterator[R]:
+    """Results in the order of the items, of which only `num_held` are held at a time.
 
-
-def usable(table: pa.Table, min_seconds: float = 0.0, num_channels: int | None = None) -> pa.Table:
-    """The rows that can be trained on."""
-    table = mark_unusable(table, min_seconds, num_channels)
-    return table.filter(pc.equal(table["status"], "ok")).combine_chunks()
-
-
-def _scan(root: Path) -> list[_Found]:
-    if not root.exists():
-        raise CorpusError(f"the audio folder {root} does not exist")
-    if not root.is_dir():
-        raise CorpusError(f"{root} is a file, a folder of audio files was expected")
-    found, foreign = [], 0
-    for folder, names in _walk(root):
-        for name in names:
-            suffix = Path(name).suffix.lower()
-            foreign += suffix in _FOREIGN_SUFFIXES
-            if suffix in AUDIO_SUFFIXES:
-                found.append(_stat(root, folder / name))
-    ignored = f"{foreign} files in formats that are not read (such as .m4a; convert them to .flac)"
-    if not found:
-        looked_for = ", ".join(sorted(AUDIO_SUFFIXES))
-        raise CorpusError(
-            f"no audio files under {root} (looked for {looked_for})" + (f"; there are {ignored}" if foreign else "")
-        )
-    if foreign:
-        log.warning("%s: ignored %s", root, ignored)
-    return sorted(found, key=lambda file: file.path)
-
-
-def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    def refuse(error: OSError) -> None:
-        raise CorpusError(f"the folder {error.filename} cannot be read: {error.strerror}") from error
-
-    seen = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
-        stat = Path(folder).stat()
-        if (stat.st_dev, stat.st_ino) in seen:  # a link back up, or two links to one folder
-            subfolders.clear()
-            continue
-        seen.add((stat.st_dev, stat.st_ino))
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        yield Path(folder), names
-
-
-def _stat(root: Path, path: Path) -> _Found:
-    relative = path.relative_to(root).as_posix()
-    try:
-        stat = path.stat()
-    except OSError:  # a broken link; reading it gives the reason
-        return _Found(relative, -1, -1)
-    return _Found(relative, stat.st_size, stat.st_mtime_ns)
-
-
-def _is_current(row: _Row | None, file: _Found) -> bool:
-    return row is not None and (row["size"], row["mtime_ns"]) == (file.size, file.mtime_ns)
-
-
-def _decoded(root: Path, todo: Iterator[_Found], total: int, num_workers: int) -> Iterator[_Row]:
-    if total == 0:
-        return
-    # Threads suffice: libsndfile decodes and numpy measures without holding the interpreter's lock.
+    Threads suffice: libsndfile decodes and numpy measures without holding the interpreter's lock.
+    """
+    waiting = iter(items)
     with ThreadPoolExecutor(num_workers) as pool:
-        console = Console(stderr=True)
-        rows = pool.map(lambda file: _row(root, file), todo)
-        yield from track(
-            rows, f"Indexing {root}", total, console=console, transient=True, disable=not sys.stderr.isatty()
-        )
+        while chunk := list(islice(waiting, num_held)):
+            yield from pool.map(function, chunk)
 
 
-def _row(root: Path, file: _Found) -> _Row:
-    info, reason = AudioInfo(0, 0, 0, 0.0, 0.0), ""
-    try:
-        info = inspect(root / file.path)
-        reason = "silent: every sample is zero" if info.peak == 0 else ""
-    except AudioReadError as error:
-        reason = error.reason
-    return {**vars(file), **vars(info), "status": "bad" if reason else "ok", "reason": reason}
+def examine(root: Path, entry: Found) -> dict[str, Any]:
+    """Decode a file: its row of the table."""
+    info, reason = AudioInfo(0, 0, 0, 0.0, 0.0), entry.reason
+    if not reason:
+        path = root / entry.source
+        try:
+            info = inspect(Member(path, entry.member, entry.offset, entry.num_bytes) if entry.member else path)
+            reason = "silent: every sample is zero" if info.peak == 0 else ""
+        except AudioReadError as error:
+            reason = error.reason
+    return {**entry._asdict(), **vars(info), "status": "bad" if reason else "ok", "reason": reason}
 
 
-def _table(rows: dict[str, _Row]) -> pa.Table:
-    return pa.Table.from_pylist([rows[path] for path in sorted(rows)], schema=SCHEMA)
+def _place_of_table(name: str, path: Path | None) -> tuple[Path, Path]:
+    """The table's file, and the folder that its sources are relative to."""
+    source = Path(os.path.abspath(name))  # noqa: PTH100 (Path.resolve would follow links)
+    if path is not None:
+        return path, Path(os.path.abspath(path)).parent  # noqa: PTH100
+    return default_table(source), source if source.is_dir() else source.parent
 
 
-def _load(cache: Path) -> pa.Table:
-    try:
-        table = pq.read_table(cache)
-    except (pa.ArrowException, OSError) as error:
-        log.warning("the index %s cannot be read (%s): it is made anew", cache, error)
+def _known(path: Path, root: Path) -> pa.Table:
+    """The rows of the table as it was, none if it cannot be used."""
+    if not path.exists():
         return SCHEMA.empty_table()
-    return table if table.schema.equals(SCHEMA, check_metadata=True) else SCHEMA.empty_table()
+    try:
+        corpus = Corpus.load(path)
+    except CorpusError as error:
+        log.warning("the table is made anew: %s", error)
+        return SCHEMA.empty_table()
+    return corpus.table if corpus.root == root else SCHEMA.empty_table()
 
 
-def _save(table: pa.Table, cache: Path) -> None:
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
-    pq.write_table(table, unfinished)
-    unfinished.replace(cache)
+def _listing(sources: list[str], root: Path, known: pa.Table, num_workers: int) -> tuple[pa.Table, pa.Table]:
+    """What was found, tars listed, and the known rows of tars that have not changed, which need no listing."""
+    in_tar = known.filter(pc.not_equal(known["member"], ""))
+    stats = in_tar.group_by(["source", "source_bytes", "mtime_ns"]).aggregate([]).to_pylist()
+    complete = {(row["source"], row["source_bytes"], row["mtime_ns"]) for row in stats}
+    unchanged: set[str] = set()
+    tars: list[Found] = []
+    batches: list[pa.RecordBatch] = []
+
+    def files() -> Iterator[Found]:
+        for entry in find(sources, root):
+            if not entry.is_tar:
+                yield entry
+            elif (entry.source, entry.source_bytes, entry.mtime_ns) in complete:
+                unchanged.add(entry.source)
+            else:
+                tars.append(entry)
+
+    waiting = files()
+    while chunk := list(islice(waiting, 100_000)):
+        batches.append(_as_batch(chunk))
+    listed = map_threads(lambda tar: _as_batch(members(tar, root)), tars, num_workers)
+    batches += track_progress(listed, "Listing tars", len(tars))
+    kept = in_tar.filter(pc.is_in(in_tar["source"], pa.array(sorted(unchanged), pa.string())))
+    return pa.Table.from_batches(batches, _FOUND), kept
 
 
-def _report(table: pa.Table, root: Path, skipped: Path, max_bad_share: float) -> None:
-    bad = table.filter(pc.equal(table["status"], "bad")).select(["path", "reason"]).to_pylist()
+def _as_batch(entries: list[Found]) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays([*map(pa.array, zip(*entries, strict=True))], schema=_FOUND)
+
+
+def _labelled_first(found: pa.Table) -> pa.Table:
+    """A manifest knows more of a file than the folder it lies in, whichever comes first."""
+    unlabelled = pc.and_(pc.equal(found["group"], ""), pc.equal(found["split"], ""))
+    return found.take(np.argsort(unlabelled.to_numpy(), kind="stable"))
+
+
+def _first_of_each(table: pa.Table, columns: list[str]) -> pa.Table:
+    """The table without the rows that repeat the columns of an earlier one."""
+    numbered = table.append_column("order", pa.array(np.arange(len(table))))
+    first = numbered.group_by(columns).aggregate([("order", "min")])["order_min"].to_numpy()
+    return table if len(first) == len(table) else table.take(np.sort(first))
+
+
+def _divided(found: pa.Table, decoded: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Rows of files already decoded, and the files still to be decoded."""
+    news = found.rename_columns([f"found_{name}" if name not in _IDENTITY else name for name in found.column_names])
+    both = news.join(decoded, _IDENTITY, join_type="left outer", coalesce_keys=True)
+    both = both.filter(pc.equal(both["found_reason"], ""))
+    is_decoded = pc.is_valid(both["status"])
+    current = both.filter(is_decoded)
+    for name in ("group", "split"):  # a manifest or the JSON in a tar wins, else what `data split` gave stays
+        said = current[f"found_{name}"]
+        place = current.schema.get_field_index(name)
+        current = current.set_column(place, name, pc.if_else(pc.equal(said, ""), current[name], said))
+    refused = found.filter(pc.not_equal(found["reason"], ""))
+    todo = found.join(current.select(_IDENTITY), _IDENTITY, join_type="left anti")
+    todo = todo.filter(pc.equal(todo["reason"], "")).sort_by([("source", "ascending"), ("offset", "ascending")])
+    return current.select(SCHEMA.names).cast(SCHEMA), pa.concat_tables([todo, refused]).select(_FOUND.names)
+
+
+def _inspected(root: Path, todo: pa.Table, num_workers: int, what: str) -> Iterator[dict[str, Any]]:
+    if len(todo) == 0:
+        return iter(())
+    entries = (Found(**row) for batch in todo.to_batches(_CHUNK) for row in batch.to_pylist())
+    rows = map_threads(lambda entry: examine(root, entry), entries, num_workers)
+    return iter(track_progress(rows, f"Indexing {what}", len(todo)))
+
+
+class _Parts:
+    """Rows decoded so far, on disk: a run that dies loses the last seconds of its work."""
+
+    def __init__(self, path: Path) -> None:
+        self._folder = path.with_name(f"{path.name}.parts")
+
+    def load(self) -> pa.Table:
+        if not self._folder.exists():
+            return SCHEMA.empty_table()
+        tables = [SCHEMA.empty_table()]
+        for part in sorted(self._folder.glob("*.parquet")):
+            try:
+                tables.append(pq.read_table(part, schema=SCHEMA))
+            except (pa.ArrowException, OSError) as error:
+                log.warning("%s cannot be read (%s): its files are decoded again", part, error)
+        return pa.concat_tables(tables)
+
+    def keep(self, rows: Iterator[dict[str, Any]]) -> pa.Table:
+        """All rows; every half minute, and when something goes wrong, those since the last time are saved."""
+        tables, fresh = [SCHEMA.empty_table()], []
+        saved_at = time.monotonic()
+        try:
+            for row in rows:
+                fresh.append(row)
+                if time.monotonic() - saved_at > _SAVE_EVERY_SECONDS:
+                    tables.append(self._save(fresh))
+                    fresh, saved_at = [], time.monotonic()
+        except BaseException:
+            self._save(fresh)
+            raise
+        return pa.concat_tables([*tables, pa.Table.from_pylist(fresh, schema=SCHEMA)])
+
+    def remove(self) -> None:
+        if self._folder.exists():
+            shutil.rmtree(self._folder)
+
+    def _save(self, rows: list[dict[str, Any]]) -> pa.Table:
+        table = pa.Table.from_pylist(rows, schema=SCHEMA)
+        if rows:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            part = self._folder / f"{time.time_ns()}-{os.getpid()}.parquet"
+            pq.write_table(table, part.with_suffix(".tmp"))
+            part.with_suffix(".tmp").replace(part)
+        return table
+
+
+def _report(corpus: Corpus, sources: str, skipped: Path, max_bad_share: float) -> None:
+    is_bad = ~corpus.is_usable
+    names = corpus.names.filter(pa.array(is_bad)).to_pylist()
+    bad = list(zip(names, corpus.table["reason"].filter(pa.array(is_bad)).to_pylist(), strict=True))
     with skipped.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["path", "reason"])
-        writer.writeheader()
-        writer.writerows(bad)
-    for row in bad[:_NAMED_IN_LOG]:
-        log.warning("skipped %s: %s", root / row["path"], row["reason"])
+        csv.writer(file).writerows([("path", "reason"), *bad])
+    for name, reason in bad[:_NAMED_IN_LOG]:
+        log.warning("skipped %s: %s", corpus.root / name, reason)
     if len(bad) > _NAMED_IN_LOG:
         log.warning("skipped %d more files, all listed in %s", len(bad) - _NAMED_IN_LOG, skipped)
-    examples = "; ".join(f"{row['path']} ({row['reason']})" for row in bad[:5])
-    if len(bad) == len(table):
+    examples = "; ".join(f"{name} ({reason})" for name, reason in bad[:5])
+    of = f"of the {len(corpus)} audio files of {sources}"
+    if len(bad) == len(corpus):
+        raise CorpusError(f"none {of} can be used: {examples}; all in {skipped}")
+    if len(bad) > max_bad_share * len(corpus):
         raise CorpusError(
-            f"none of the {len(table)} audio files under {root} can be used: {examples}; all in {skipped}"
-        )
-    if len(bad) > max_bad_share * len(table):
-        raise CorpusError(
-            f"{len(bad)} of {len(table)} audio files under {root} cannot be used, more than `max_bad_share` "
-            f"({max_bad_share:g}): {examples}; all in {skipped}"
+            f"{len(bad)} {of} cannot be used, more than `max_bad_share` ({max_bad_share:g}): {examples}; "
+            f"all in {skipped}"
         )

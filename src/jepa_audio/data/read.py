@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import math
+import os
+import re
+import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile as sf
@@ -17,29 +22,61 @@ AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".
 # Beyond these bounds the header is wrong, and believing it costs the memory of the machine.
 _SAMPLE_RATES = range(1_000, 1_000_001)
 _LONGEST_SECONDS = 24 * 3600
+_MOST_CHANNELS = 128
+_MOST_FRAMES_PER_BYTE = 10_000  # flac reaches 5,000 in digital silence, by its longest blocks
 _LOUDEST = 1e3
 _BLOCK_FRAMES = 1 << 20
+_BUFFER_BYTES = 1 << 18
+
+# What libsndfile says of a wav or aiff whose header promises more than there is. Recorders that write into a pipe leave
+# the largest number there.
+_PROMISED = re.compile(r"^\s*(?:data|SSND)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
+_UNKNOWN_LENGTH = 2**31 - 2**16
 
 # A frame of an mp3 needs bits of up to 23 frames before it, which a decoder that has just jumped does not
 # have: it gives silence or noise in their place. So decoding starts that much earlier.
 _MP3_WARM_UP = 16 * 1152
 
 
+@dataclass(frozen=True)
+class Member:
+    """An audio file inside an uncompressed tar, read where it lies.
+
+    Attributes:
+        path: the tar.
+        name: of the file in it.
+        offset: its first byte in the tar.
+        num_bytes: its size.
+    """
+
+    path: Path
+    name: str
+    offset: int
+    num_bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.name}"
+
+
+Audio = Path | Member
+"""Where an audio file lies."""
+
+
 class AudioReadError(Exception):
     """A file that cannot be used.
 
     Attributes:
-        path: the file.
-        reason: what is wrong and what was expected, without the path.
+        audio: the file.
+        reason: what is wrong and what was expected, without the name of the file.
     """
 
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(path, reason)
-        self.path = path
+    def __init__(self, audio: Audio, reason: str) -> None:
+        super().__init__(audio, reason)
+        self.audio = audio
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+        return f"{self.audio}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -61,11 +98,11 @@ class AudioInfo:
     rms: float
 
 
-def read(path: Path, start: int = 0, num_frames: int | None = None) -> tuple[Float32[np.ndarray, "C S"], int]:
+def read(audio: Audio, start: int = 0, num_frames: int | None = None) -> tuple[Float32[np.ndarray, "C S"], int]:
     """Samples of a file or of a slice of it, and its sample rate.
 
     Args:
-        path: an audio file that libsndfile knows.
+        audio: an audio file that libsndfile knows, by itself or in a tar.
         start: first frame.
         num_frames: length of the slice; `None` reads to the end.
 
@@ -75,61 +112,149 @@ def read(path: Path, start: int = 0, num_frames: int | None = None) -> tuple[Flo
     """
     if start < 0 or (num_frames is not None and num_frames < 1):
         raise ValueError(f"`start` ({start}) must be >= 0 and `num_frames` ({num_frames}) >= 1 or None")
-    with _opened(path) as file:
-        expected = file.frames - start if num_frames is None else num_frames
+    with _opened(audio) as file:
+        expected = _promised_frames(file) - start if num_frames is None else num_frames
         if expected < 1 or start + expected > file.frames:
             raise AudioReadError(
-                path, f"frames {start} to {start + expected} were asked for, the file has {file.frames}"
+                audio, f"frames {start} to {start + expected} were asked for, the file has {file.frames}"
             )
         samples = _decoded(file, start, expected)
         # The frame count in an mp3 header is an estimate, so only a slice of known length is held to it.
         exact = num_frames is not None or file.format != "MP3"
         if len(samples) < (expected if exact else 1):
-            raise AudioReadError(path, f"truncated: {expected} frames from {start} expected, {len(samples)} decoded")
-        _check_peak(path, _peak(samples))
+            raise AudioReadError(audio, f"truncated: {expected} frames from {start} expected, {len(samples)} decoded")
+        _check_peak(audio, _peak(samples))
         return np.ascontiguousarray(samples.T), file.samplerate
 
 
-def inspect(path: Path) -> AudioInfo:
+def inspect(audio: Audio) -> AudioInfo:
     """Decode the whole file once, block by block, and measure it: lengths are counted, never believed.
 
     Raises:
         AudioReadError: as `read`; also if a header other than mp3's promises more frames than there are.
     """
     count, peak, energy = 0, 0.0, 0.0
-    with _opened(path) as file:
+    with _opened(audio) as file:
         while len(block := _decoded(file, count, _BLOCK_FRAMES)):
             count += len(block)
-            peak = max(peak, _check_peak(path, _peak(block)))
+            peak = max(peak, _check_peak(audio, _peak(block)))
             energy += float(np.vdot(block, block))
             if len(block) < _BLOCK_FRAMES:
                 break
         if count == 0:
-            raise AudioReadError(path, f"no sample could be decoded, the header promises {file.frames} frames")
-        if count < file.frames and file.format != "MP3":
-            raise AudioReadError(path, f"truncated: the header promises {file.frames} frames, {count} decoded")
+            raise AudioReadError(audio, f"no sample could be decoded, the header promises {file.frames} frames")
+        promised = _promised_frames(file)
+        if count < promised and file.format != "MP3":
+            raise AudioReadError(audio, f"truncated: the header promises {promised} frames, {count} decoded")
         rms = math.sqrt(energy / (count * file.channels))
         return AudioInfo(count, file.samplerate, file.channels, peak, rms)
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[sf.SoundFile]:
+def read_bytes(audio: Audio) -> bytes:
+    """The file as it is, undecoded.
+
+    Raises:
+        AudioReadError: if it is gone, or its tar has been written anew.
+    """
     try:
-        if path.stat().st_size == 0:
-            raise AudioReadError(path, "the file is empty (0 bytes)")
-        with sf.SoundFile(path) as file:
-            if file.samplerate not in _SAMPLE_RATES:
-                raise AudioReadError(path, f"absurd sample rate: {file.samplerate} Hz, expected 1 kHz to 1 MHz")
-            if file.frames > _LONGEST_SECONDS * file.samplerate:
-                raise AudioReadError(path, f"the header promises {file.frames} frames, more than 24 hours")
+        if not isinstance(audio, Member):
+            return audio.read_bytes()
+        with _MemberBytes(audio) as content:
+            _check_member(audio, content.fileno())
+            return content.readall()
+    except OSError as error:
+        raise AudioReadError(audio, f"cannot be opened: {error.strerror or error}") from error
+
+
+@contextmanager
+def _opened(audio: Audio) -> Iterator[sf.SoundFile]:
+    try:
+        with ExitStack() as stack:
+            if isinstance(audio, Member):
+                content: Any = stack.enter_context(_MemberBytes(audio))
+                _check_member(audio, content.fileno())
+                num_bytes = audio.num_bytes
+                content = io.BufferedReader(content, min(max(num_bytes, 1), _BUFFER_BYTES))
+            else:
+                content, num_bytes = audio, audio.stat().st_size
+            if num_bytes == 0:
+                raise AudioReadError(audio, "the file is empty (0 bytes)")
+            file = stack.enter_context(sf.SoundFile(content))
+            _check_header(audio, file, num_bytes)
             yield file
     except sf.LibsndfileError as error:
         # What libsndfile says of a broken mp3 is that it does not exist.
         unknown = "does not exist" in error.error_string
         cause = "Format not recognised." if unknown else error.error_string.strip()
-        raise AudioReadError(path, f"cannot be decoded: {cause}") from error
+        raise AudioReadError(audio, f"cannot be decoded: {cause}") from error
     except (sf.SoundFileError, OSError) as error:
-        raise AudioReadError(path, f"cannot be opened: {getattr(error, 'strerror', None) or error}") from error
+        raise AudioReadError(audio, f"cannot be opened: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _check_header(audio: Audio, file: sf.SoundFile, num_bytes: int) -> None:
+    """Refuse what would cost the memory of the machine, before any of it is taken."""
+    if file.samplerate not in _SAMPLE_RATES:
+        raise AudioReadError(audio, f"absurd sample rate: {file.samplerate} Hz, expected 1 kHz to 1 MHz")
+    if file.channels > _MOST_CHANNELS:
+        raise AudioReadError(audio, f"absurd number of channels: {file.channels}, expected up to {_MOST_CHANNELS}")
+    if file.frames > _LONGEST_SECONDS * file.samplerate:
+        hours = file.frames / file.samplerate / 3600
+        raise AudioReadError(audio, f"the header promises {file.frames} frames, {hours:.3g} hours: more than 24")
+    if file.frames > _MOST_FRAMES_PER_BYTE * num_bytes:
+        raise AudioReadError(audio, f"the header promises {file.frames} frames in {num_bytes} bytes")
+
+
+def _promised_frames(file: sf.SoundFile) -> int:
+    """Frames by the header, which libsndfile has corrected where the file is shorter."""
+    match = _PROMISED.search(file.extra_info)
+    if match is None or int(match[1]) >= _UNKNOWN_LENGTH or int(match[2]) == 0:
+        return file.frames
+    return max(file.frames, int(match[1]) * file.frames // int(match[2]))
+
+
+def _check_member(member: Member, descriptor: int) -> None:
+    """Look at the header before the member's bytes: the tar may have been written anew."""
+    header = os.pread(descriptor, tarfile.BLOCKSIZE, member.offset - tarfile.BLOCKSIZE)
+    try:
+        found = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        raise AudioReadError(member, "changed since it was indexed: the tar has no file there now") from error
+    plain = len(member.name) <= tarfile.LENGTH_NAME and member.name.isascii()
+    if found.size != member.num_bytes or (plain and found.name != member.name):
+        raise AudioReadError(member, f"changed since it was indexed: the tar has {found.name} there now")
+
+
+class _MemberBytes(io.RawIOBase):
+    """The bytes of a tar's member as a file of its own."""
+
+    def __init__(self, member: Member) -> None:
+        self._start, self._size, self._position = member.offset, member.num_bytes, 0
+        self._descriptor = os.open(member.path, os.O_RDONLY)
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        length = min(len(buffer), max(self._size - self._position, 0))
+        content = os.pread(self._descriptor, length, self._start + self._position)
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._descriptor)
+        super().close()
 
 
 def _decoded(file: sf.SoundFile, start: int, num_frames: int) -> Float32[np.ndarray, "S C"]:
@@ -143,9 +268,9 @@ def _peak(samples: Float32[np.ndarray, "S C"]) -> float:
     return float(np.maximum(-samples.min(), samples.max()))
 
 
-def _check_peak(path: Path, peak: float) -> float:
+def _check_peak(audio: Audio, peak: float) -> float:
     if not math.isfinite(peak):
-        raise AudioReadError(path, "non-finite samples (NaN or infinity)")
+        raise AudioReadError(audio, "non-finite samples (NaN or infinity)")
     if peak > _LOUDEST:
-        raise AudioReadError(path, f"absurd samples: the peak is {peak:g}, full scale is 1")
+        raise AudioReadError(audio, f"absurd samples: the peak is {peak:g}, full scale is 1")
     return peak

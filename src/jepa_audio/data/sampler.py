@@ -1,18 +1,18 @@
-"""The order of a run: one endless shuffle for all processes, and a loader that can stop and go on."""
+"""The order of a run: one endless shuffle for all processes, of one corpus or of a mixture of several."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import TypedDict
 
 import numpy as np
-from torch.utils.data import DataLoader, DistributedSampler, Sampler
-
-from jepa_audio.grid import AudioBatch
+from jaxtyping import Int64
+from torch.utils.data import Sampler
 
 Place = tuple[int, int]
 """(position in the order of the whole run, file to read there)."""
+
+_BLOCK = 10_000
 
 
 class GlobalOrderSampler(Sampler[list[Place]]):
@@ -23,9 +23,14 @@ class GlobalOrderSampler(Sampler[list[Place]]):
     A batch may reach over the border of two epochs: nothing is dropped and nothing is padded. Iteration never
     ends, so there is no length; the loader says what it calls an epoch.
 
+    A mixture gives every corpus such an order of its own. Each stretch of 10,000 positions takes the same number of
+    files of a corpus, in proportion to the weights, and shuffles whose turn it is: which file stands at a position is a
+    matter of arithmetic there too.
+
     Args:
-        num_files: files in the corpus.
+        num_files: files in the corpus; several numbers for several corpora, whose files are numbered in a row.
         batch_size: clips of one rank's micro-batch.
+        weights: share of each corpus in the clips, in any unit; `None` for one shuffle over the files of all.
         rank: of this process.
         world_size: number of processes.
         seed: of the shuffle.
@@ -34,27 +39,35 @@ class GlobalOrderSampler(Sampler[list[Place]]):
 
     def __init__(
         self,
-        num_files: int,
+        num_files: int | Sequence[int],
         batch_size: int,
         *,
+        weights: Sequence[float] | None = None,
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
         shuffle: bool = True,
     ) -> None:
-        if num_files < 1 or batch_size < 1:
+        sizes = [num_files] if isinstance(num_files, int) else list(num_files)
+        if weights is None:
+            sizes = [sum(sizes)]
+        if min(sizes) < 1 or batch_size < 1:
             raise ValueError(f"`num_files` ({num_files}) and `batch_size` ({batch_size}) must be >= 1")
         if not 0 <= rank < world_size:
             raise ValueError(f"`rank` ({rank}) must be in [0, world_size), `world_size` is {world_size}")
         if seed < 0:
             raise ValueError(f"`seed` ({seed}) must be >= 0")
-        self.num_files = num_files
+        self.num_files = sum(sizes)
         self.batch_size = batch_size
         self.rank = rank
         self.global_batch_size = world_size * batch_size
         self.samples_consumed = 0
         self._seed = seed
         self._shuffle = shuffle
+        self._sizes = sizes
+        self._first = np.concatenate([[0], np.cumsum(sizes)[:-1]])  # of every corpus, its first file
+        self._permutations: dict[int, tuple[int, np.ndarray]] = {}  # of every corpus, that of the running epoch
+        self._quota = _quota([1.0] if weights is None else weights, len(sizes))
 
     @property
     def batches_per_pass(self) -> int:
@@ -65,30 +78,66 @@ class GlobalOrderSampler(Sampler[list[Place]]):
         """Endless, from `samples_consumed` on."""
         start = self.samples_consumed + self.rank * self.batch_size
         while True:
-            yield [(position, self._file_at(position)) for position in range(start, start + self.batch_size)]
+            yield [(position, self.file_at(position)) for position in range(start, start + self.batch_size)]
             start += self.global_batch_size
 
-    def _file_at(self, position: int) -> int:
-        epoch, place = divmod(position, self.num_files)
-        return int(_permutation(self._seed, epoch, self.num_files)[place]) if self._shuffle else place
+    def file_at(self, position: int) -> int:
+        """The file that stands at a position of the order."""
+        corpus, turn = (0, position) if len(self._sizes) == 1 else self._turn(position)
+        epoch, place = divmod(turn, self._sizes[corpus])
+        if self._shuffle:
+            place = self._shuffled(corpus, epoch)[place]
+        return int(self._first[corpus] + place)
+
+    def _shuffled(self, corpus: int, epoch: int) -> Int64[np.ndarray, " files"]:
+        known = self._permutations.get(corpus)
+        if known is None or known[0] != epoch:
+            # The number of the first corpus, 0, draws what no number would.
+            rng = np.random.default_rng([self._seed, epoch, corpus])
+            known = self._permutations[corpus] = epoch, rng.permutation(self._sizes[corpus])
+        return known[1]
+
+    def _turn(self, position: int) -> tuple[int, int]:
+        """Which corpus a position takes, and which of the files it takes from it, counted from the run's start."""
+        block, place = divmod(position, _BLOCK)
+        corpora, turns = _shuffled_block(self._seed, block, self._quota)
+        corpus = int(corpora[place])
+        return corpus, block * self._quota[corpus] + int(turns[place])
 
 
-@lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, num_files: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(num_files)
+def _quota(weights: Sequence[float], num_corpora: int) -> tuple[int, ...]:
+    """Files of every corpus in a block: the largest remainders round up."""
+    if len(weights) != num_corpora or min(weights) <= 0:
+        raise ValueError(f"`weights` {list(weights)} must be {num_corpora} positive numbers, one for each corpus")
+    exact = np.array(weights, dtype=np.float64) / sum(weights) * _BLOCK
+    quota = np.floor(exact).astype(int)
+    quota[np.argsort(quota - exact, kind="stable")[: _BLOCK - quota.sum()]] += 1
+    if quota.min() < 1:
+        raise ValueError(f"`weights` {list(weights)}: the smallest share must be at least 1 in {_BLOCK}")
+    return tuple(quota.tolist())
 
 
-class EveryNthBatch(DistributedSampler[Place]):
+@lru_cache(maxsize=4)
+def _shuffled_block(
+    seed: int, block: int, quota: tuple[int, ...]
+) -> tuple[Int64[np.ndarray, " block"], Int64[np.ndarray, " block"]]:
+    """For each place of a block: its corpus, and how many places before it took the same one."""
+    corpora = np.repeat(np.arange(len(quota)), quota)
+    np.random.default_rng([seed, block, 1]).shuffle(corpora)
+    turns = np.empty(_BLOCK, dtype=np.int64)
+    for corpus, count in enumerate(quota):
+        turns[corpora == corpus] = np.arange(count)
+    return corpora, turns
+
+
+class EveryNthBatch(Sampler[Place]):
     """The files of batches rank, rank + world_size, ... of the table: every batch whole, on one rank.
 
     Whole, because validation masks are drawn for a batch at once: the loss does not depend on the number of processes.
-    The base class serves only to be recognised: over any other sampler Lightning puts its own, which repeats
-    files to make the ranks even. With fewer batches than ranks one is repeated, for a rank without a batch
-    would leave the others waiting.
+    With fewer batches than ranks one is repeated, for a rank without a batch would leave the others waiting.
     """
 
     def __init__(self, num_files: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        super().__init__(range(num_files), num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]
         batches = [range(i, min(i + batch_size, num_files)) for i in range(0, num_files, batch_size)]
         own = batches[rank::world_size] or [batches[rank % len(batches)]]
         self._files = [index for batch in own for index in batch]
@@ -98,61 +147,3 @@ class EveryNthBatch(DistributedSampler[Place]):
 
     def __len__(self) -> int:
         return len(self._files)
-
-
-class LoaderState(TypedDict):
-    """What a run needs to go on: the samples that all ranks together have been given."""
-
-    samples_consumed: int
-
-
-class ResumableLoader:
-    """Hands out the batches of an endless sampler, epoch after epoch, and knows how many it has handed out.
-
-    Batches fetched ahead by workers do not count, so the state is exact whenever it is asked for. It is the
-    same on every rank (Lightning saves that of rank 0 and gives it to all) and holds for another number of
-    processes or workers. One stream of workers serves the whole run: an epoch border costs nothing.
-
-    This is no `DataLoader`, on purpose: under several processes Lightning replaces the sampler of one.
-
-    Args:
-        loader: batches of the order; its `batch_sampler` is a `GlobalOrderSampler`.
-        batches_per_epoch: micro-batches that shall be called an epoch; `None` for about one pass.
-    """
-
-    def __init__(self, loader: DataLoader[AudioBatch], batches_per_epoch: int | None = None) -> None:
-        sampler = loader.batch_sampler
-        if not isinstance(sampler, GlobalOrderSampler):
-            raise TypeError(f"`loader` must have a GlobalOrderSampler as batch_sampler, got {sampler!r}")
-        self._loader = loader
-        self._sampler = sampler
-        self._batches_per_epoch = sampler.batches_per_pass if batches_per_epoch is None else batches_per_epoch
-        self._samples_consumed = sampler.samples_consumed
-        self._batches: Iterator[AudioBatch] | None = None
-
-    def __len__(self) -> int:
-        return self._batches_per_epoch
-
-    def __iter__(self) -> Iterator[AudioBatch]:
-        """The next `len(self)` batches of the run."""
-        for _ in range(len(self)):
-            if self._batches is None:
-                self._batches = iter(self._loader)
-            batch = next(self._batches)
-            # Counted before it is handed out: a checkpoint is written while its receiver still holds it.
-            self._samples_consumed += self._sampler.global_batch_size
-            yield batch
-
-    def state_dict(self) -> LoaderState:
-        """The same on every rank."""
-        return {"samples_consumed": self._samples_consumed}
-
-    def load_state_dict(self, state: LoaderState) -> None:
-        """Go on after the samples of `state`."""
-        self.close()
-        self._samples_consumed = self._sampler.samples_consumed = state["samples_consumed"]
-
-    def close(self) -> None:
-        """Stop the workers; what they have fetched ahead is fetched anew by the next iteration."""
-        self._sampler.samples_consumed = self._samples_consumed
-        self._batches = None

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,9 +14,11 @@ from jaxtyping import Bool, Float, Float32, Int
 from scipy.fft import next_fast_len
 from torch import Tensor
 
-from jepa_audio.data.dataset import CropDataset, File, cut
-from jepa_audio.data.index import CorpusError, index_folder, load_index, usable
-from jepa_audio.data.read import AudioReadError, read
+from jepa_audio.data.corpus import CorpusError, load_corpus
+from jepa_audio.data.dataset import BadRead, ClipDataset, CropDataset, Mono, checked_clip, cut
+from jepa_audio.data.files import File, Files
+from jepa_audio.data.index import index_corpus
+from jepa_audio.data.read import Audio, AudioReadError, Member, read
 from jepa_audio.data.resample import resample
 from jepa_audio.data.rooms import default_rooms, write_rooms
 from jepa_audio.grid import AudioBatch
@@ -135,7 +137,7 @@ def prepare_scenes(scenes: Scenes, num_channels: int, sample_rate: int, num_work
     if scenes.rirs is None:
         write_rooms(default_rooms(num_channels, sample_rate), num_channels=num_channels, sample_rate=sample_rate)
     for folder in _folders(scenes, num_channels, sample_rate):
-        index_folder(folder, num_workers=num_workers)
+        index_corpus(folder, num_workers=num_workers)
 
 
 def _folders(scenes: Scenes, num_channels: int, sample_rate: int) -> list[Path]:
@@ -159,52 +161,70 @@ def render(clip: Float[Tensor, "B 1 S"], scene: Scene) -> Float[Tensor, "B C S"]
     return torch.where(scene.clean[:, None, None], dry, source + gain[:, None, None] * noise)
 
 
-class SceneDataset(CropDataset):
+class SceneDataset(ClipDataset[PlacedClip]):
     """Clips with all that their scenes are made of; the scenes are rendered for a whole batch, see `SceneBatch`.
 
     Args:
         scenes: what to draw.
+        files: see `ClipDataset`.
+        sample_rate: see `ClipDataset`.
+        num_samples: length of the crops that will be cut from a scene.
+        clip_seconds: length of a scene.
         num_channels: of the impulse responses.
-        crops: all other arguments of `CropDataset`.
+        crops_per_clip: crops of one scene.
+        mono: see `ClipDataset`.
+        loudness_dbfs: of the clips, see `ClipDataset`.
+        seed: see `ClipDataset`.
+        random_crops: see `ClipDataset`.
     """
 
     def __init__(
         self,
         scenes: Scenes,
-        num_channels: int,
-        **crops: Any,
+        files: Files,
+        sample_rate: int,
+        num_samples: int,
+        *,
+        clip_seconds: float | None,
+        num_channels: int = 1,
+        crops_per_clip: int = 1,
+        mono: Mono = "mean",
+        loudness_dbfs: float | None = None,
+        seed: int = 0,
+        random_crops: bool = True,
     ) -> None:
-        super().__init__(num_channels=1, **crops)
-        if self.clip_samples is None:
-            raise ValueError("`scenes` need `clip_seconds`: a scene is rendered for a clip, the crops are cut from it")
-        if self.mono == "keep":
+        if mono == "keep":
             raise ValueError("`scenes` are made of one channel: set `mono` to 'mean', 'first' or 'random'")
+        super().__init__(
+            files, sample_rate, mono=mono, loudness_dbfs=loudness_dbfs, seed=seed, random_crops=random_crops
+        )
+        clip_samples = checked_clip(sample_rate, num_samples, crops_per_clip, clip_seconds)
+        if clip_samples is None:
+            raise ValueError("`scenes` need `clip_seconds`: a scene is rendered for a clip, the crops are cut from it")
+        self.num_samples = num_samples
+        self.clip_samples = clip_samples
+        self.crops_per_clip = crops_per_clip
         self._scenes = scenes
         self._num_ears = num_channels
-        rirs, *noise = _folders(scenes, num_channels, self.sample_rate)
+        rirs, *noise = _folders(scenes, num_channels, sample_rate)
         self._rooms = _rooms(rirs, num_channels)
         self._noise = None
         if noise:
-            table = usable(load_index(noise[0]))
-            size = (self.sample_rate, self.clip_samples)
-            self._noise = CropDataset(noise[0], table, *size, mono="random", seed=self.seed)
+            recordings = Files([load_corpus(noise[0]).usable()])
+            self._noise = CropDataset(recordings, sample_rate, clip_samples, mono="random", seed=seed)
 
-    def __getitem__(self, place: tuple[int, int]) -> PlacedClip:  # type: ignore[override]
-        """The clip at (position in the order of the run, file), and what it is put into."""
-        return self._load(place)
+    def draw(self, file: File, position: int, rng: np.random.Generator, bad: list[BadRead]) -> PlacedClip:
+        """A clip of the file, and what it is put into."""
+        clip = self.clip(file, self.clip_samples, rng)
+        starts = self.starts(clip.shape[-1], self.num_samples, self.crops_per_clip, rng)
+        return PlacedClip(cut(clip, self.clip_samples), self._scene(rng, bad), starts, position)
 
-    def _crops(self, file: File, position: int, rng: np.random.Generator) -> PlacedClip:  # type: ignore[override]
-        assert self.clip_samples is not None
-        clip = self._clip(file, self.clip_samples, rng)
-        starts = self._starts(clip.shape[-1], self.num_samples, self.crops_per_clip, rng)
-        return PlacedClip(cut(clip, self.clip_samples), self._scene(rng), starts, position)
-
-    def _scene(self, rng: np.random.Generator) -> Scene:
+    def _scene(self, rng: np.random.Generator, bad: list[BadRead]) -> Scene:
         fewest, most = self._scenes.diffuse_sources
         diffuse = rng.random() < self._scenes.diffuse_share
         num_places = int(rng.integers(fewest, most, endpoint=True)) if diffuse else 1
-        source, *places = self._responses(1 + num_places, rng)
-        noise, envelope = self._noise_clip(rng)
+        source, *places = self._responses(1 + num_places, rng, bad)
+        noise, envelope = self._noise_clip(rng, bad)
         return Scene(
             source,
             torch.stack([*places, *[torch.zeros_like(source)] * (most - num_places)]),
@@ -215,7 +235,7 @@ class SceneDataset(CropDataset):
             torch.tensor(rng.random() < self._scenes.clean_share),
         )
 
-    def _responses(self, count: int, rng: np.random.Generator) -> list[Float32[Tensor, "C L"]]:
+    def _responses(self, count: int, rng: np.random.Generator, bad: list[BadRead]) -> list[Float32[Tensor, "C L"]]:
         """Impulse responses of places in one room; where one cannot be read, of another room."""
         for _ in range(_ROOMS_TRIED):
             room = self._rooms[int(rng.integers(len(self._rooms)))]
@@ -223,22 +243,24 @@ class SceneDataset(CropDataset):
             try:
                 return [self._response(room[place]) for place in chosen]
             except AudioReadError as error:
-                log.warning("another room is taken: %s", error)
+                bad.append(BadRead(str(error.audio), error.reason))
         raise CorpusError(f"impulse responses of {_ROOMS_TRIED} rooms in a row cannot be read")
 
-    def _response(self, path: Path) -> Float32[Tensor, "C L"]:
-        samples, rate = read(path)
+    def _response(self, audio: Audio) -> Float32[Tensor, "C L"]:
+        samples, rate = read(audio)
         response = resample(torch.from_numpy(samples), rate, self.sample_rate)
         if len(response) != self._num_ears:
-            raise AudioReadError(path, f"{len(response)} channels, the model takes {self._num_ears}")
+            raise AudioReadError(audio, f"{len(response)} channels, the model takes {self._num_ears}")
         return cut(response, round(self._scenes.rir_seconds * self.sample_rate))
 
-    def _noise_clip(self, rng: np.random.Generator) -> tuple[Float32[Tensor, " S"], Float32[Tensor, " S"]]:
-        assert self.clip_samples is not None
+    def _noise_clip(
+        self, rng: np.random.Generator, bad: list[BadRead]
+    ) -> tuple[Float32[Tensor, " S"], Float32[Tensor, " S"]]:
         if self._noise is None:
             silence = torch.zeros(self.clip_samples)
             return silence, silence
-        crops = self._noise[int(rng.integers(2**62)), int(rng.integers(len(self._noise)))]
+        crops, unread = self._noise[int(rng.integers(2**62)), int(rng.integers(len(self._noise)))]
+        bad += unread
         num_samples = crops.num_samples
         again = crops.waveform[0, 0, :num_samples].repeat(-(-self.clip_samples // num_samples))[: self.clip_samples]
         fade = round(self._scenes.fade_seconds * self.sample_rate)
@@ -259,10 +281,12 @@ def collate_scenes(items: Sequence[PlacedClip], num_samples: int) -> SceneBatch:
     )
 
 
-def _rooms(folder: Path, num_channels: int) -> list[list[Path]]:
-    rooms: dict[Path, list[Path]] = {}
-    for name in usable(load_index(folder), num_channels=num_channels)["path"].to_pylist():
-        rooms.setdefault((folder / name).parent, []).append(folder / name)
+def _rooms(folder: Path, num_channels: int) -> list[list[Audio]]:
+    rooms: dict[Path, list[Audio]] = {}
+    responses = load_corpus(folder).usable(num_channels=num_channels)
+    for row in range(len(responses)):
+        response = responses.audio(row)
+        rooms.setdefault(response.path if isinstance(response, Member) else response.parent, []).append(response)
     if not rooms:
         raise CorpusError(f"no usable impulse response of {num_channels} channels under {folder}")
     return list(rooms.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
+import re
 import signal
 from functools import lru_cache, partial
 from multiprocessing import forkserver, resource_tracker
@@ -12,7 +13,8 @@ from multiprocessing.context import BaseContext
 from multiprocessing.synchronize import Event
 from typing import Any
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_DEATH = re.compile(r"DataLoader worker \(pid[()s]* [\d, ]+\) (?:is killed by signal: (?P<signal>[^.]+)|exited)")
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def num_cores() -> int:
@@ -28,6 +30,21 @@ def worker_arguments(num_workers: int) -> dict[str, Any]:
     context = _context()
     start = partial(_leave_signals_to_the_trainer, _closing())
     return {"multiprocessing_context": context, "worker_init_fn": start}
+
+
+def death_of_a_reader(error: BaseException) -> str | None:
+    """What became of a reading process, in one sentence, if that is what the error is about.
+
+    PyTorch raises it wherever the training process happens to be.
+    """
+    match = _DEATH.search(str(error)) if isinstance(error, RuntimeError) else None
+    if match is None:
+        return None
+    if match["signal"] == "Bus error":
+        cause = "met a bus error, as it does when shared memory is full: enlarge /dev/shm (docker: `--shm-size`)"
+    else:  # a fork server's child dies without telling us of what
+        cause = "was killed, as the system does when memory runs out: give it more"
+    return f"a reading process {cause} or lower `--data.num_workers`; then go on with `--ckpt_path last`"
 
 
 @lru_cache(maxsize=1)
@@ -57,6 +74,7 @@ def _closing() -> Event:
 def _leave_signals_to_the_trainer(closing: Event, worker: int) -> None:
     # A Ctrl-C or a scheduler reaches every process; the run stops when its step is done, and needs them till then.
     # At its end it ends them by SIGTERM itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.is_set() else None)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

@@ -20,6 +20,7 @@ from jepa_audio.probing.encoders import PooledEncoder, state_hash
 from jepa_audio.probing.features import features_of, load_waveforms
 from jepa_audio.probing.intervals import Difference, paired_difference
 from jepa_audio.probing.tasks import TASKS
+from jepa_audio.sharding import is_sharded
 
 _RIDGE = tuple(10.0**exponent for exponent in range(5))
 
@@ -77,8 +78,10 @@ class OnlineProbe(Callback):
         self._looked_at = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read the labelled clips."""
+        """Read the labelled clips; `ValueError` if no process holds the weights that it would copy."""
         assert isinstance(pl_module, JEPA)
+        if is_sharded(pl_module):
+            raise ValueError("`OnlineProbe` cannot copy sharded weights: leave it out, `jepa-audio probe` checkpoints")
         self._twin, self._looked_at = None, trainer.global_step
         if not trainer.is_global_zero:
             return

@@ -1,0 +1,163 @@
+"""Laws of looking at a corpus: the page tells what it holds, verifying finds what has changed, the commands do both."""
+
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from jepa_audio.data.corpus import Corpus, load_corpus
+from jepa_audio.data.index import index_corpus
+from jepa_audio.data.shards import Packing, pack
+from jepa_audio.data.survey import describe, verify
+from tests.sounds import audio, made_up, noise, pairs, tar, write
+
+Main = Callable[..., None]
+
+
+def sounds(folder: Path, count: int = 4) -> Path:
+    for number in range(count):
+        write(folder / f"{'ab'[number % 2]}_{number}.wav", audio(number))
+    return folder
+
+
+def printed(corpus: Corpus) -> str:
+    page = io.StringIO()
+    Console(file=page, width=120).print(describe(corpus))
+    return page.getvalue()
+
+
+def test_the_page_of_a_corpus_tells_what_it_holds_and_what_is_wrong_with_it():
+    names = [f"{number}.wav" for number in range(10)]
+    corpus = made_up(
+        names,
+        num_frames=[8000 * 1800] * 7 + [80, 8000, 0],
+        sample_rate=[8000] * 8 + [16_000, 0],
+        num_channels=[1] * 8 + [2, 0],
+        rms=[0.1] * 6 + [1e-4, 0.1, 0.1, 0.0],
+        peak=[0.5] * 4 + [1.0] * 4 + [0.5, 0.0],
+        group=["x", "y", "y", *[""] * 7],
+        split=["train"] * 4 + ["test"] * 2 + [""] * 4,
+        status=["ok"] * 9 + ["bad"],
+        reason=[""] * 9 + ["truncated: 9 frames"],
+    )
+    page = printed(corpus)
+    for line in (
+        "9 usable files, 3.50 hours, 0.00 GB; 1 unusable",
+        "8000 Hz: 8, 16000 Hz: 1",
+        "1: 8, 2: 1",
+        "none: 3, test: 2, train: 4",
+        "groups    2",
+        "300 to 3600  7      3.50",
+    ):
+        assert line in page
+    rows = [" ".join(line.split()) for line in page.splitlines()]
+    assert "shortest 7.wav 0.010 s" in rows
+    assert "quietest 6.wav -80 dBFS" in rows
+    assert "clipped 4 files reach full scale 44.4 %" in rows
+    assert "1 truncated 9.wav" in rows
+    assert "0 usable files, 0.00 hours, 0.00 GB; 1 unusable" in printed(corpus.take(~corpus.is_usable))
+
+
+@pytest.mark.parametrize("name", ["song [live].wav", "b [/x].wav"])
+def test_the_page_names_files_as_they_are_called(name: str):
+    assert name in printed(made_up([name, "a.wav"]))
+
+
+def packed(tmp_path: Path) -> Corpus:
+    return pack(index_corpus(sounds(tmp_path / "in")), tmp_path / "out", Packing())
+
+
+def test_a_corpus_that_is_as_it_was_is_verified_and_one_file_more_changes_nothing(tmp_path: Path):
+    corpus = index_corpus(sounds(tmp_path / "in"))
+    write(tmp_path / "in" / "new.wav")
+    os.utime(tmp_path / "in" / "a_0.wav")
+    assert verify(corpus) == []
+    assert verify(packed(tmp_path)) == []
+
+
+def test_a_file_that_is_gone_cut_or_another_is_found_by_name(tmp_path: Path):
+    corpus = index_corpus(sounds(tmp_path / "in", 6))
+    (tmp_path / "in" / "a_0.wav").unlink()
+    write(tmp_path / "in" / "b_1.wav", audio(9))
+    write(tmp_path / "in" / "a_2.wav", audio(2)[:-100])
+    write(tmp_path / "in" / "b_3.wav", b"")
+    assert dict(verify(corpus)) == {
+        "a_0.wav": "cannot be opened: No such file or directory",
+        "b_1.wav": f"`num_frames` is {len(noise(9))}, the table says {len(noise(1))}",
+        "a_2.wav": f"truncated: the header promises {len(noise(2))} frames, {len(noise(2)) - 50} decoded",
+        "b_3.wav": "the file is empty (0 bytes)",
+    }
+
+
+def test_another_sound_of_the_same_length_is_found(tmp_path: Path):
+    corpus = index_corpus(sounds(tmp_path / "in"))
+    content = bytearray(audio(0))
+    content[44:] = bytes(byte // 2 for byte in content[44:])
+    write(tmp_path / "in" / "a_0.wav", bytes(content))
+    assert [name for name, _ in verify(corpus)] == ["a_0.wav"]
+
+
+@pytest.mark.parametrize("what", ["audio", "json", "end"])
+def test_one_other_byte_anywhere_in_a_shard_is_found(tmp_path: Path, what: str):
+    corpus = packed(tmp_path)
+    shard = tmp_path / "out" / "shard-000000.tar"
+    content = bytearray(shard.read_bytes())
+    place = {"audio": corpus.table["offset"][1].as_py() + 300, "json": content.index(b"source"), "end": -1}[what]
+    content[place] ^= 1
+    shard.write_bytes(content)
+    wrong = verify(corpus)
+    assert (str(shard), "its SHA-256 is not that in SHA256SUMS") in wrong
+    assert len(wrong) == (2 if what == "audio" else 1)
+    shard.unlink()
+    assert (str(shard), "named in SHA256SUMS, but not there") in verify(corpus)
+
+
+@pytest.fixture
+def main() -> Main:
+    from jepa_audio.cli import main
+
+    return lambda *args: main(list(map(str, args)))
+
+
+def test_the_command_index_makes_one_table_of_several_sources(tmp_path: Path, main: Main):
+    folder, file = sounds(tmp_path / "a"), tar(tmp_path / "b.tar", pairs(2))
+    main("data", "index", folder, file, "-o", tmp_path / "out.parquet")
+    assert len(Corpus.load(tmp_path / "out.parquet").usable()) == 6
+    with pytest.raises(SystemExit):
+        main("data", "index", folder, file)
+
+
+def test_the_command_split_groups_by_a_pattern(tmp_path: Path, main: Main, capsys: pytest.CaptureFixture[str]):
+    index_corpus(sounds(tmp_path / "a"))
+    main("data", "split", tmp_path / "a", "{train: 0.5, valid: 0.25, test: 0.25}", "--pattern", "^([^_]+)_")
+    corpus = load_corpus(tmp_path / "a")
+    assert corpus.table["group"].to_pylist() == ["a", "a", "b", "b"]
+    split = corpus.table["split"].to_pylist()
+    assert split[0] == split[1] != ""
+    assert split[2] == split[3] != ""
+    assert f"{split[0]}: {split.count(split[0])} files, 0.00 hours" in capsys.readouterr().out
+    assert index_corpus(tmp_path / "a") == corpus  # and later indexing keeps it
+    with pytest.raises(SystemExit):
+        main("data", "split", tmp_path / "a", "{train: 1.0}", "--pattern", "nothing(x)")
+
+
+def test_the_commands_pack_describe_and_verify_work_on_one_another(
+    tmp_path: Path, main: Main, capsys: pytest.CaptureFixture[str]
+):
+    main("data", "pack", sounds(tmp_path / "a"), tmp_path / "out", "--sample_rate=4000", "--shard_mb=1")
+    assert "4 files in 1 shards, 0 left out" in capsys.readouterr().out
+    main("data", "describe", tmp_path / "out")
+    assert "4000 Hz: 4" in capsys.readouterr().out
+    main("data", "verify", tmp_path / "out")
+    assert "all 4 usable files are what its table says" in capsys.readouterr().out
+    shard = tmp_path / "out" / "shard-000000.tar"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
+    with pytest.raises(SystemExit) as left:
+        main("data", "verify", tmp_path / "out")
+    assert left.value.code == 1
+    said = capsys.readouterr()
+    assert f"{shard}: its SHA-256 is not that in SHA256SUMS" in said.out
+    assert "1 of 4 entries" in said.err
