@@ -159,7 +159,7 @@ class ClipDataset(Dataset[Fetched[Item]], ABC, Generic[Item]):
         return 10 ** (self.loudness_dbfs / 20) / rms
 
     def _mixed(self, waveform: Float32[Tensor, "C S"], channel: int) -> Float32[Tensor, "K S"]:
-        if self.mono == "keep":
+        if self.mono == "keep" or len(waveform) == 1:
             return waveform
         return waveform.mean(0, keepdim=True) if self.mono == "mean" else waveform[channel : channel + 1]
 
@@ -220,7 +220,8 @@ class CropDataset(ClipDataset[Crops]):
         channel, length = self.channel(file, rng), self.length(file)
         starts = self.starts(length, self.num_samples, self.crops_per_clip, rng)
         crops = torch.stack([self.read(file, start, self.num_samples, channel) for start in starts])
-        return Crops(crops * self.gain(file.rms), position, min(length, self.num_samples))
+        crops = crops if self.loudness_dbfs is None else crops * self.gain(file.rms)
+        return Crops(crops, position, min(length, self.num_samples))
 
 
 def checked_clip(sample_rate: int, num_samples: int, crops_per_clip: int, clip_seconds: float | None) -> int | None:

@@ -26,6 +26,7 @@ _MOST_CHANNELS = 128
 _MOST_FRAMES_PER_BYTE = 10_000  # flac reaches 5,000 in digital silence, by its longest blocks
 _LOUDEST = 1e3
 _BLOCK_FRAMES = 1 << 20
+_AT_ONCE_BYTES = 1 << 22  # a smaller member is read as a whole: the decoder asks for its place at every few bytes
 _BUFFER_BYTES = 1 << 18
 
 # What libsndfile says of a wav or aiff whose header promises more than there is. Recorders that write into a pipe leave
@@ -174,7 +175,8 @@ def _opened(audio: Audio) -> Iterator[sf.SoundFile]:
                 content: Any = stack.enter_context(_MemberBytes(audio))
                 _check_member(audio, content.fileno())
                 num_bytes = audio.num_bytes
-                content = io.BufferedReader(content, min(max(num_bytes, 1), _BUFFER_BYTES))
+                at_once = num_bytes <= _AT_ONCE_BYTES
+                content = io.BytesIO(content.readall()) if at_once else io.BufferedReader(content, _BUFFER_BYTES)
             else:
                 content, num_bytes = audio, audio.stat().st_size
             if num_bytes == 0:
@@ -243,6 +245,13 @@ class _MemberBytes(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
         return self._position
+
+    def readall(self) -> bytes:
+        parts = []
+        while part := os.pread(self._descriptor, self._size - self._position, self._start + self._position):
+            self._position += len(part)
+            parts.append(part)
+        return b"".join(parts)
 
     def readinto(self, buffer: Any) -> int:
         length = min(len(buffer), max(self._size - self._position, 0))

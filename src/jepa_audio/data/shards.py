@@ -38,6 +38,7 @@ CHECKSUMS = "SHA256SUMS"
 _BLOCK_SECONDS = 60
 _FLAC_SHARE = 0.6  # of its samples' bytes, that a flac file has about
 _FLAC_CHANNELS = 8
+_COMPRESSION = 0.0  # of 0 to 1: decoded an eighth faster than the default, and 4 % larger
 _DIGEST = b"jepa_audio.plan"
 _SUM = b"jepa_audio.sha256"
 
@@ -236,7 +237,9 @@ def _flac(file: File, packing: Packing) -> tuple[bytes, int, float]:
 
 def _encode(file: File, rate: int, num_channels: int, packing: Packing, gain: float) -> tuple[bytes, float]:
     buffer, peak = io.BytesIO(), 0.0
-    with sf.SoundFile(buffer, "w", rate, num_channels, subtype=f"PCM_{packing.bits}", format="FLAC") as flac:
+    with sf.SoundFile(
+        buffer, "w", rate, num_channels, f"PCM_{packing.bits}", format="FLAC", compression_level=_COMPRESSION
+    ) as flac:
         for block in _blocks(file, rate, packing.mono):
             # The largest integer is one step short of full scale, the smallest is not.
             peak = max(peak, float(block.max()) + 2.0 ** (1 - packing.bits), float(-block.min()))
