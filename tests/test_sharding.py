@@ -158,3 +158,17 @@ def test_what_is_not_sharded_is_whole(tiny_jepa: Callable):
     assert not is_sharded(tiny_jepa("mel"))
     tensor = torch.ones(3)
     assert whole(tensor) is tensor
+
+
+def test_a_validation_of_an_odd_number_of_batches_does_not_leave_processes_waiting(
+    tiny_cli: Callable, tmp_path: Path, wavs: Path
+):
+    settings = f"--data.valid_root={wavs}", "--trainer.val_check_interval=1", "--data.num_valid_clips=12"
+
+    def validate() -> float:  # of 12 clips in batches of 4, each of two processes takes one batch
+        cli = tiny_cli("mel", FSDP, "--trainer.devices=2", "--trainer.max_steps=2", *settings)
+        cli.trainer.fit(cli.model, cli.datamodule)
+        return float(cli.trainer.callback_metrics["valid/loss"])
+
+    first, second = on_processes(2, tmp_path, validate)
+    assert first == second > 0

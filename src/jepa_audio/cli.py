@@ -234,7 +234,9 @@ def run_function(words: tuple[str, ...], args: Sequence[str]) -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command; a user's mistake ends in one sentence, not in a traceback."""
     args = list(sys.argv[1:] if args is None else args)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    # A file is searched line by line: nothing is wrapped there.
+    handler = RichHandler(show_path=False) if sys.stderr.isatty() else logging.StreamHandler()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     warnings.filterwarnings("ignore", module="lightning|torch")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "💡" not in record.getMessage())
     try:

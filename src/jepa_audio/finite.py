@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from jepa_audio.grid import AudioBatch
 
 MAX_FILES = 5  # that a message names
+_LOOK_AT_LEAST = 1000  # steps, where nothing is logged
 
 
 class NonFiniteError(ArithmeticError):
@@ -59,7 +60,7 @@ class FiniteGuard(Callback):
         self._losses.append(outputs["loss"].detach())
         self._trained_on.append((self._running_step, batch.row))
         step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and step == self._running_step and step % every == 0:
+        if step == self._running_step and step % (every or _LOOK_AT_LEAST) == 0:
             self._look(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

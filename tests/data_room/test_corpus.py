@@ -74,8 +74,9 @@ def test_what_is_no_table_of_ours_is_refused_with_the_remedy(tmp_path: Path):
         pq.write_table(other, path)
         with pytest.raises(CorpusError, match=r"t.parquet is no table of this version .*index the corpus anew"):
             Corpus.load(path)
-        assert index_corpus(sounds(tmp_path / "audio"), path).is_usable.all()  # makes it anew
-        assert len(Corpus.load(path)) == 4
+        if other is wrong_version:
+            assert index_corpus(sounds(tmp_path / "audio"), path).is_usable.all()  # makes it anew
+            assert len(Corpus.load(path)) == 4
 
 
 def test_the_place_of_a_table_is_inside_or_beside_its_source_and_its_own(tmp_path: Path):
@@ -191,12 +192,41 @@ def test_the_shares_of_splits_are_met_roughly_and_no_group_is_divided():
 
 
 def test_existing_splits_stay_and_their_groups_follow_them():
-    corpus = made_up(list("abcdef"), group=["x", "x", "y", "y", "", ""], split=["test", "", "", "valid", "test", ""])
+    corpus = made_up(list("abcdef"), group=["x", "x", "y", "y", "z", "w"], split=["test", "", "", "valid", "test", ""])
     divided = corpus.with_splits({"train": 1.0})
     assert divided.table["split"].to_pylist() == ["test", "test", "valid", "valid", "test", "train"]
-    regrouped = corpus.with_splits({"train": 1.0}, groups=["z"] * 4 + ["w"] * 2)  # of a divided one the first says
-    assert regrouped.table["split"].to_pylist() == ["test", "test", "test", "valid", "test", "test"]
-    assert regrouped.table["group"].to_pylist() == ["z"] * 4 + ["w"] * 2
+    regrouped = corpus.with_splits({"train": 1.0}, groups=["x"] * 2 + ["y"] * 2 + ["w"] * 2)
+    assert regrouped.table["split"].to_pylist() == ["test", "test", "valid", "valid", "test", "test"]
+
+
+def test_a_group_that_is_divided_already_is_refused_and_can_be_divided_anew():
+    corpus = made_up(list("abcd"), group=["z"] * 4, split=["test", "", "", "valid"])
+    with pytest.raises(CorpusError, match=r"group 'z' holds files for test and for valid: .*--anew"):
+        corpus.with_splits({"train": 1.0})
+    anew = corpus.without_splits().with_splits({"train": 1.0})
+    assert anew.table["split"].to_pylist() == ["train"] * 4
+
+
+def test_new_files_without_a_group_are_not_divided_beside_those_with_one():
+    corpus = made_up(list("abc"), group=["x", "y", ""], split=["train", "valid", ""])
+    with pytest.raises(CorpusError, match="1 of 3 files have no group"):
+        corpus.with_splits({"train": 0.5, "valid": 0.5})
+
+
+def test_a_corpus_of_one_group_is_divided_with_a_warning(caplog: pytest.LogCaptureFixture):
+    train, valid, _ = made_up(list("abcdef"), group=["g"] * 6).parts(0.5)
+    assert len(train) + len(valid) == 6
+    assert any("all files are of one group" in message for message in caplog.messages)
+
+
+def test_a_table_that_is_there_is_found_where_the_folder_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    corpus = index_corpus(sounds(tmp_path / "audio"))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    (tmp_path / "audio" / "new.wav").write_bytes(b"")
+    assert default_table(tmp_path / "audio") == tmp_path / "audio" / ".jepa_audio" / "index.parquet"
+    assert index_corpus(tmp_path / "audio") == corpus, "and believed as it is"
 
 
 @pytest.mark.parametrize(

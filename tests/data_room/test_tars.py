@@ -246,7 +246,10 @@ def test_json_without_audio_is_named_and_costs_nothing(tmp_path: Path):
     files = pairs(2) | {"k.json": b"{}", "song.m4a": b"..", "song.json": b"{}"}
     path = tar(tmp_path / "t.tar", files)
     assert set(good(path)) == {0, 1}
-    assert bad(path) == {"k.json": "no audio file beside it in the tar"}
+    assert bad(path) == {
+        "k.json": "no audio file beside it in the tar",
+        "song.m4a": "a format that is not read (.m4a): convert it to .flac",
+    }
 
 
 NO_TARS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
@@ -269,7 +272,7 @@ def test_what_is_no_tar_of_audio_is_one_row_with_the_reason(tmp_path: Path, what
 
 
 def test_a_tar_without_audio_is_one_row_with_the_reason(tmp_path: Path):
-    path = tar(tmp_path / "t.tar", {"a.txt": b"words", "b.m4a": b"..", "b.json": b"{}"})
+    path = tar(tmp_path / "t.tar", {"a.txt": b"words", "b.cls": b".."})
     assert bad(path) == {"": "a tar without audio files"}
 
 

@@ -68,7 +68,11 @@ def verify(source: str, num_workers: int = num_cores()) -> None:
 
 
 def split(
-    source: str, shares: dict[str, float], group: Literal["table", "folder"] = "table", pattern: str | None = None
+    source: str,
+    shares: dict[str, float],
+    group: Literal["table", "folder"] = "table",
+    pattern: str | None = None,
+    anew: bool = False,
 ) -> None:
     """Divide a corpus into train, valid and test in its table, never a group; files that have a split keep it.
 
@@ -79,8 +83,11 @@ def split(
             without one by itself; "folder": files of one folder belong together.
         pattern: regular expression on the name of a file instead; what its first group matches is the group, for
             instance "^([^_]+)_".
+        anew: forget former splits.
     """
     corpus = load_corpus(source)
+    if anew:
+        corpus = corpus.without_splits()
     groups = None
     if pattern is not None:
         groups = [_matched(pattern, name) for name in corpus.names.to_pylist()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,7 +98,7 @@ class Corpus:
         folder = path.absolute().parent
         moves_along = folder.is_relative_to(self.root) or self.root.is_relative_to(folder)
         root = os.path.relpath(self.root, folder) if moves_along else str(self.root)
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
         pq.write_table(self.table.replace_schema_metadata({_VERSION: _CURRENT, _ROOT: root.encode()}), unfinished)
         unfinished.replace(path)
 
@@ -115,6 +116,13 @@ class Corpus:
         if not pc.any(pc.not_equal(member, "")).as_py():
             return source
         return pc.if_else(pc.equal(member, ""), source, pc.binary_join_element_wise(source, member, ":"))
+
+    @property
+    def absolute_names(self) -> pa.ChunkedArray:
+        """The same with the whole path."""
+        names = self.names
+        below = pc.binary_join_element_wise(f"{self.root}{os.sep}", names, "")
+        return pc.if_else(pc.starts_with(names, os.sep), names, below)
 
     @property
     def seconds(self) -> Float64[np.ndarray, " N"]:
@@ -206,11 +214,14 @@ class Corpus:
         if not possible or abs(sum(shares.values()) - 1) > 1e-6:
             raise ValueError(f"`shares` {shares} must be of train, valid and test, and together 1")
         table = self if groups is None else self._with(group=pa.array(groups, pa.string()))
+        table._check_groups()
         names, former = table._group_names(), table.table["split"].to_pylist()
         chosen: dict[str, str] = {}  # a group that is already on one side stays there as a whole
         for name, split in zip(names, former, strict=True):
-            if split:
-                chosen.setdefault(name, split)
+            if split and chosen.setdefault(name, split) != split:
+                raise CorpusError(
+                    f"the group {name!r} holds files for {chosen[name]} and for {split}: divide it with `--anew true`"
+                )
         order = [name for name in ("train", "valid", "test") if name in shares]
         bounds = np.cumsum([shares[name] for name in order])
         drawn = np.minimum(np.searchsorted(bounds, table._group_hashes(), side="right"), len(order) - 1)
@@ -218,6 +229,18 @@ class Corpus:
             split or chosen.get(name, order[place]) for name, split, place in zip(names, former, drawn, strict=True)
         ]
         return table._with(split=pa.array(splits, pa.string()))
+
+    def without_splits(self) -> Corpus:
+        """The table as if it had never been divided."""
+        return self._with(split=pa.array([""] * len(self), pa.string()))
+
+    def _check_groups(self) -> None:
+        ungrouped = pc.sum(pc.equal(self.table["group"], "")).as_py() or 0
+        if 0 < ungrouped < len(self):
+            raise CorpusError(
+                f"{ungrouped} of {len(self)} files have no group, the others have: say again how they are grouped, "
+                "with `--group folder` or `--pattern`"
+            )
 
     def _group_names(self) -> list[str]:
         group = self.table["group"]
@@ -243,10 +266,19 @@ def default_table(source: str | Path) -> Path:
     else:  # a tar, a manifest, a pattern of tars
         folder, name = source.parent, f"index-{hashlib.sha256(source.name.encode()).hexdigest()[:16]}"
     hidden = folder / ".jepa_audio"
-    if os.access(hidden if hidden.exists() else folder, os.W_OK):
-        return hidden / f"{name}.parquet"
+    inside = hidden / f"{name}.parquet"
+    if inside.exists() or os.access(hidden if hidden.exists() else folder, os.W_OK):
+        return inside
     place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     return Path.home() / ".cache" / "jepa_audio" / place / f"{name}.parquet"
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file is a table of a corpus, of whatever version."""
+    try:
+        return _VERSION in (pq.read_schema(path).metadata or {})
+    except (pa.ArrowException, OSError):
+        return False
 
 
 def load_corpus(source: str | Path) -> Corpus:
@@ -263,7 +295,8 @@ def load_corpus(source: str | Path) -> Corpus:
 
 def _held_out(corpus: Corpus, share: float) -> Bool[np.ndarray, " N"]:
     hashes = corpus._group_hashes()
-    if (hashes == hashes[0]).all():  # one group: it has to be divided
+    if (hashes == hashes[0]).all():
+        log.warning("all files are of one group: it is divided into training and validation")
         hashes = np.array([_hash(name) for name in corpus.names.to_pylist()])
     # At least the lowest, and never the highest.
     return (hashes <= max(np.nextafter(share, 0), hashes.min())) & (hashes < hashes.max())

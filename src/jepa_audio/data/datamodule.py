@@ -12,14 +12,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
 from jepa_audio.data.corpus import Corpus, CorpusError, load_corpus
 from jepa_audio.data.dataset import ClipDataset, Collate, CropDataset, Fetched, Mono, collate
 from jepa_audio.data.files import Files
-from jepa_audio.data.index import index_corpus
+from jepa_audio.data.index import check_bad_share, index_corpus
 from jepa_audio.data.loader import BadReads, EvaluationLoader, ResumableLoader
 from jepa_audio.data.sampler import EveryNthBatch, GlobalOrderSampler
 from jepa_audio.data.scenes import SceneBatch, SceneDataset, Scenes, collate_scenes, prepare_scenes
@@ -51,9 +53,10 @@ class AudioDataModule(LightningDataModule):
         num_workers: reading processes of each training process; `None` for its share of the cores, up to 8.
         valid_share: share of the files held out, where the table does not say which, see `Corpus.parts`; 0 holds out
             none.
-        valid_root: source of the validation files instead; then nothing of `root` is held out.
+        valid_root: source of the validation files instead; then nothing of `root` is held out but what its table has
+            for validation or test.
         test_root: source of the test files; if `None`, those of the table, or else the validation files.
-        num_valid_clips: at most so many of the held-out files are used in a validation.
+        num_valid_clips: at most about so many of the held-out files are used in a validation, as many of each corpus.
         min_seconds: shorter files are skipped.
         max_seconds: longer files are skipped; `None` for no bound.
         max_bad_share: above this share of skipped files, or of failed reads, the run stops with a list.
@@ -140,6 +143,7 @@ class AudioDataModule(LightningDataModule):
         """Read the tables and divide them; every process comes to the same division."""
         corpora = [load_corpus(source) for source in self.sources]
         usable = [self._usable(source, corpus) for source, corpus in zip(self.sources, corpora, strict=True)]
+        _refuse_overlap(self.sources, usable)
         parts = [corpus.parts(0.0 if self.valid_root else self.valid_share) for corpus in usable]
         train, valid, test = ([getattr(part, name) for part in parts] for name in ("train", "valid", "test"))
         for source, corpus in zip(self.sources, train, strict=True):
@@ -192,7 +196,8 @@ class AudioDataModule(LightningDataModule):
             num_steps = self.trainer.max_steps
         batches_per_epoch = num_steps * accumulated
         loader = self._loader(dataset, batch_sampler=sampler)
-        self._train_loader = ResumableLoader(loader, self._bad_reads, batches_per_epoch)
+        fingerprint = dataset.files.fingerprint
+        self._train_loader = ResumableLoader(loader, self._bad_reads, batches_per_epoch, fingerprint)
         return self._train_loader
 
     def val_dataloader(self) -> list[EvaluationLoader]:
@@ -214,7 +219,8 @@ class AudioDataModule(LightningDataModule):
         if part not in self._files:
             return []
         dataset = self._dataset(part, random_crops=False)
-        sampler = EveryNthBatch(len(dataset), self.batch_size, self._rank, self._world_size)
+        even = self.trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
+        sampler = EveryNthBatch(len(dataset), self.batch_size, self._rank, self._world_size, even)
         loader = self._loader(dataset, sampler=sampler, batch_size=self.batch_size)
         return [EvaluationLoader(loader, self._bad_reads)]
 
@@ -266,11 +272,9 @@ class AudioDataModule(LightningDataModule):
         )
 
     def _usable(self, source: str, corpus: Corpus | None = None) -> Corpus:
-        corpus = corpus or load_corpus(source)
-        usable = corpus.usable(**self._fitness)
-        if len(usable) == 0:
-            raise CorpusError(f"none of the {len(corpus)} audio files under {source} can be used")
-        return usable
+        fit = (corpus or load_corpus(source)).fit_for(**self._fitness)
+        check_bad_share(fit, source, self.max_bad_share, f"; `jepa-audio data describe {source}` tells more")
+        return fit.take(fit.is_usable)
 
     @property
     def _fitness(self) -> dict[str, Any]:
@@ -290,6 +294,16 @@ class AudioDataModule(LightningDataModule):
     @property
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer else 1
+
+
+def _refuse_overlap(sources: list[str], corpora: list[Corpus]) -> None:
+    """A file in two sources would be trained on twice, and perhaps be validated on too."""
+    for number, one in enumerate(corpora[:-1]):
+        own = one.absolute_names
+        for other, source in zip(corpora[number + 1 :], sources[number + 1 :], strict=True):
+            both = own.filter(pc.is_in(own, other.absolute_names))
+            if len(both):
+                raise CorpusError(f"{sources[number]} and {source} both hold {both[0]}: give every file once")
 
 
 def _described(sources: list[str], train: list[Corpus], valid: list[Corpus], num_skipped: int) -> str:

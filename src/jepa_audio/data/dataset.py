@@ -106,13 +106,17 @@ class ClipDataset(Dataset[Fetched[Item]], ABC, Generic[Item]):
             # A generator for each attempt: where in a file reading failed has no influence on what follows.
             rng = np.random.default_rng([self.seed, position, attempt])
             if attempt > 0:
-                index = int(rng.integers(len(self)))
+                corpus = self.files.corpus_of(index)  # the shares of a mixture stay what they are
+                index = int(rng.integers(corpus.start, corpus.stop))
             try:
                 return self.draw(self.files[index], position, rng, bad), bad
             except AudioReadError as error:
                 bad.append(BadRead(str(error.audio), error.reason))
-        listed = "; ".join(f"{name} ({reason})" for name, reason in bad)
-        raise CorpusError(f"{_REPLACEMENTS} files in a row cannot be read: {listed}")
+        listed = "; ".join(f"{name} ({reason})" for name, reason in bad[:3])
+        raise CorpusError(
+            f"{_REPLACEMENTS} files in a row cannot be read: {listed}; and {_REPLACEMENTS - 3} more. "
+            "Is the disk mounted, and has the audio been moved without its table?"
+        )
 
     @abstractmethod
     def draw(self, file: File, position: int, rng: np.random.Generator, bad: list[BadRead]) -> Item:

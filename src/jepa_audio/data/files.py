@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 import tempfile
@@ -24,6 +25,7 @@ class File(NamedTuple):
     """What is known of a file before it is read; see `jepa_audio.data.read.AudioInfo`."""
 
     audio: Audio
+    num_bytes: int
     num_frames: int
     sample_rate: int
     num_channels: int
@@ -34,8 +36,11 @@ def check_unchanged(file: File, samples: Float32[np.ndarray, "C S"], sample_rate
     """Compare what was read with what is known.
 
     Raises:
-        AudioReadError: if it is another rate or number of channels.
+        AudioReadError: if the file has another size, rate or number of channels.
     """
+    # Of a tar's member the size is known from its header, when it is read.
+    if not isinstance(file.audio, Member) and file.audio.stat().st_size != file.num_bytes:
+        raise AudioReadError(file.audio, "changed since it was indexed: other size")
     if (sample_rate, len(samples)) != (file.sample_rate, file.num_channels):
         raise AudioReadError(file.audio, "changed since it was indexed: other sample rate or channels")
 
@@ -74,7 +79,26 @@ class Files(Sequence[File]):
         row = {name: column[index].as_py() for name, column in self._columns.items()}
         path = self._roots[row["corpus"]] / row["source"]
         audio = Member(path, row["member"], row["offset"], row["num_bytes"]) if row["member"] else path
-        return File(audio, row["num_frames"], row["sample_rate"], row["num_channels"], row["rms"])
+        return File(audio, row["num_bytes"], row["num_frames"], row["sample_rate"], row["num_channels"], row["rms"])
+
+    @property
+    def fingerprint(self) -> str:
+        """Of which files there are, and in which order."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name in ("source", "member", "offset", "corpus"):
+            for value in self._table[name].chunks:
+                for buffer in value.buffers()[1:]:
+                    digest.update(buffer if buffer is not None else b"")
+        return digest.hexdigest()
+
+    def corpus_of(self, index: int) -> range:
+        """The files of the corpus that a file belongs to."""
+        first = 0
+        for size in self.sizes:
+            if index < first + size:
+                return range(first, first + size)
+            first += size
+        raise IndexError(index)
 
     @property
     def num_channels(self) -> Int64[np.ndarray, " N"]:

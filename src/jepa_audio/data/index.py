@@ -8,6 +8,8 @@ import os
 import shutil
 import sys
 import time
+import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -21,7 +23,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import track
 
-from jepa_audio.data.corpus import SCHEMA, Corpus, CorpusError, default_table
+from jepa_audio.data.corpus import SCHEMA, Corpus, CorpusError, default_table, is_table
 from jepa_audio.data.read import AudioInfo, AudioReadError, Member, inspect
 from jepa_audio.data.sources import Found, find, members
 
@@ -31,7 +33,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _SAVE_EVERY_SECONDS = 30.0
-_CHUNK = 1024  # files handed to the threads together: enough to keep them busy, few enough to be held
+_CHUNK = 1024  # files handed to the threads ahead of time
 _NAMED_IN_LOG = 100
 _IDENTITY = ["source", "member", "offset", "num_bytes", "source_bytes", "mtime_ns"]
 _FOUND = pa.schema([SCHEMA.field(name) for name in Found._fields])
@@ -69,11 +71,17 @@ def index_corpus(
     names = [str(sources)] if isinstance(sources, str | Path) else [str(source) for source in sources]
     if path is None and len(names) != 1:
         raise ValueError(f"several sources ({len(names)}) need a `path` for their table")
+    if path is not None:
+        _check_output(path)
     path, root = _place_of_table(names[0], path)
     known, parts = _known(path, root), _Parts(path)
+    if path.exists() and not os.access(path.parent, os.W_OK):
+        log.info("%s cannot be written: the table is believed as it is", path.parent)
+        return _checked(Corpus(root, known).fit_for(min_seconds, max_seconds, num_channels), names, max_bad_share)
     found, kept = _listing(names, root, known, num_workers)
     found = _first_of_each(_labelled_first(found), ["source", "offset", "member"])
-    decoded = _first_of_each(pa.concat_tables([known, parts.load()]), _IDENTITY)
+    decoded = pa.concat_tables([known, parts.load()])
+    decoded = _first_of_each(decoded.filter(_is_settled(decoded)), _IDENTITY)
     current, todo = _divided(found, decoded)
     fresh = parts.keep(_inspected(root, todo, num_workers, ", ".join(names)))
     in_order = [(name, "ascending") for name in ("source", "offset", "member")]
@@ -83,8 +91,28 @@ def index_corpus(
         corpus.save(path)
     parts.remove()
     corpus = corpus.fit_for(min_seconds, max_seconds, num_channels)
-    _report(corpus, ", ".join(names), path.with_suffix(".skipped.csv"), max_bad_share)
-    return corpus
+    _report(corpus, path.with_suffix(".skipped.csv"))
+    return _checked(corpus, names, max_bad_share, f"; all in {path.with_suffix('.skipped.csv')}")
+
+
+def check_bad_share(corpus: Corpus, what: str, max_bad_share: float, hint: str = "") -> None:
+    """Refuse a corpus of which too little can be used.
+
+    Raises:
+        CorpusError: with some of the bad files and their reasons.
+    """
+    is_bad = pa.array(~corpus.is_usable)
+    num_bad = pc.sum(is_bad).as_py() or 0
+    if num_bad <= max_bad_share * len(corpus) and num_bad < len(corpus):
+        return
+    names, reasons = (
+        column.filter(is_bad).slice(0, 5).to_pylist() for column in (corpus.names, corpus.table["reason"])
+    )
+    examples = "; ".join(f"{name} ({reason})" for name, reason in zip(names, reasons, strict=True))
+    of = f"of the {len(corpus)} audio files of {what}"
+    if num_bad == len(corpus):
+        raise CorpusError(f"none {of} can be used: {examples}{hint}")
+    raise CorpusError(f"{num_bad} {of} cannot be used, more than `max_bad_share` ({max_bad_share:g}): {examples}{hint}")
 
 
 def track_progress(items: Iterable[T], description: str, total: int) -> Iterable[T]:
@@ -101,9 +129,14 @@ def map_threads(
     Threads suffice: libsndfile decodes and numpy measures without holding the interpreter's lock.
     """
     waiting = iter(items)
-    with ThreadPoolExecutor(num_workers) as pool:
-        while chunk := list(islice(waiting, num_held)):
-            yield from pool.map(function, chunk)
+    pool = ThreadPoolExecutor(num_workers)
+    try:
+        results = deque(pool.submit(function, item) for item in islice(waiting, num_held))
+        while results:
+            yield results.popleft().result()
+            results.extend(pool.submit(function, item) for item in islice(waiting, 1))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def examine(root: Path, entry: Found) -> dict[str, Any]:
@@ -117,6 +150,18 @@ def examine(root: Path, entry: Found) -> dict[str, Any]:
         except AudioReadError as error:
             reason = error.reason
     return {**entry._asdict(), **vars(info), "status": "bad" if reason else "ok", "reason": reason}
+
+
+def _checked(corpus: Corpus, names: list[str], max_bad_share: float, hint: str = "") -> Corpus:
+    check_bad_share(corpus, ", ".join(names), max_bad_share, hint)
+    return corpus
+
+
+def _check_output(path: Path) -> None:
+    if path.suffix != ".parquet":
+        raise ValueError(f"the table {path} must be called .parquet, by which `--data.root` knows it")
+    if path.exists() and not is_table(path):
+        raise ValueError(f"{path} is no table of a corpus and would be overwritten: choose another name")
 
 
 def _place_of_table(name: str, path: Path | None) -> tuple[Path, Path]:
@@ -141,7 +186,8 @@ def _known(path: Path, root: Path) -> pa.Table:
 
 def _listing(sources: list[str], root: Path, known: pa.Table, num_workers: int) -> tuple[pa.Table, pa.Table]:
     """What was found, tars listed, and the known rows of tars that have not changed, which need no listing."""
-    in_tar = known.filter(pc.not_equal(known["member"], ""))
+    again = known["source"].filter(pc.invert(_is_settled(known)))
+    in_tar = known.filter(pc.and_(pc.not_equal(known["member"], ""), pc.invert(pc.is_in(known["source"], again))))
     stats = in_tar.group_by(["source", "source_bytes", "mtime_ns"]).aggregate([]).to_pylist()
     complete = {(row["source"], row["source_bytes"], row["mtime_ns"]) for row in stats}
     unchanged: set[str] = set()
@@ -152,7 +198,7 @@ def _listing(sources: list[str], root: Path, known: pa.Table, num_workers: int) 
         for entry in find(sources, root):
             if not entry.is_tar:
                 yield entry
-            elif (entry.source, entry.source_bytes, entry.mtime_ns) in complete:
+            elif entry[-3:] == ("", "", "") and (entry.source, entry.source_bytes, entry.mtime_ns) in complete:
                 unchanged.add(entry.source)
             else:
                 tars.append(entry)
@@ -168,6 +214,11 @@ def _listing(sources: list[str], root: Path, known: pa.Table, num_workers: int) 
 
 def _as_batch(entries: list[Found]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays([*map(pa.array, zip(*entries, strict=True))], schema=_FOUND)
+
+
+def _is_settled(table: pa.Table) -> pa.ChunkedArray:
+    """False for what could not even be opened: that may have been the network, or a permission."""
+    return pc.invert(pc.starts_with(table["reason"], "cannot be opened"))
 
 
 def _labelled_first(found: pa.Table) -> pa.Table:
@@ -196,8 +247,21 @@ def _divided(found: pa.Table, decoded: pa.Table) -> tuple[pa.Table, pa.Table]:
         current = current.set_column(place, name, pc.if_else(pc.equal(said, ""), current[name], said))
     refused = found.filter(pc.not_equal(found["reason"], ""))
     todo = found.join(current.select(_IDENTITY), _IDENTITY, join_type="left anti")
-    todo = todo.filter(pc.equal(todo["reason"], "")).sort_by([("source", "ascending"), ("offset", "ascending")])
+    todo = _with_former_labels(todo.filter(pc.equal(todo["reason"], "")), decoded)
+    todo = todo.sort_by([("source", "ascending"), ("offset", "ascending")])
     return current.select(SCHEMA.names).cast(SCHEMA), pa.concat_tables([todo, refused]).select(_FOUND.names)
+
+
+def _with_former_labels(todo: pa.Table, decoded: pa.Table) -> pa.Table:
+    """A file that has changed keeps the group and the split it was given."""
+    former = _first_of_each(decoded.select(["source", "member", "group", "split"]), ["source", "member"])
+    former = former.rename_columns(["source", "member", "former_group", "former_split"])
+    both = todo.join(former, ["source", "member"], join_type="left outer")
+    for name in ("group", "split"):
+        known = pc.fill_null(both[f"former_{name}"], "")
+        place = both.schema.get_field_index(name)
+        both = both.set_column(place, name, pc.if_else(pc.equal(both[name], ""), known, both[name]))
+    return both.select(todo.column_names)
 
 
 def _inspected(root: Path, todo: pa.Table, num_workers: int, what: str) -> Iterator[dict[str, Any]]:
@@ -241,35 +305,28 @@ class _Parts:
         return pa.concat_tables([*tables, pa.Table.from_pylist(fresh, schema=SCHEMA)])
 
     def remove(self) -> None:
-        if self._folder.exists():
-            shutil.rmtree(self._folder)
+        shutil.rmtree(self._folder, ignore_errors=True)  # another run may be at it too
 
     def _save(self, rows: list[dict[str, Any]]) -> pa.Table:
         table = pa.Table.from_pylist(rows, schema=SCHEMA)
         if rows:
             self._folder.mkdir(parents=True, exist_ok=True)
-            part = self._folder / f"{time.time_ns()}-{os.getpid()}.parquet"
-            pq.write_table(table, part.with_suffix(".tmp"))
-            part.with_suffix(".tmp").replace(part)
+            part = self._folder / f"{time.time_ns()}-{uuid.uuid4().hex}.parquet"
+            try:
+                pq.write_table(table, part.with_suffix(".tmp"))
+                part.with_suffix(".tmp").replace(part)
+            except FileNotFoundError:  # another run on the same corpus has finished and removed the folder
+                log.warning("%s is gone: is the corpus being indexed twice at once?", self._folder)
         return table
 
 
-def _report(corpus: Corpus, sources: str, skipped: Path, max_bad_share: float) -> None:
-    is_bad = ~corpus.is_usable
-    names = corpus.names.filter(pa.array(is_bad)).to_pylist()
-    bad = list(zip(names, corpus.table["reason"].filter(pa.array(is_bad)).to_pylist(), strict=True))
+def _report(corpus: Corpus, skipped: Path) -> None:
+    is_bad = pa.array(~corpus.is_usable)
+    names, reasons = (column.filter(is_bad).to_pylist() for column in (corpus.names, corpus.table["reason"]))
+    bad = list(zip(names, reasons, strict=True))
     with skipped.open("w", newline="") as file:
         csv.writer(file).writerows([("path", "reason"), *bad])
     for name, reason in bad[:_NAMED_IN_LOG]:
         log.warning("skipped %s: %s", corpus.root / name, reason)
     if len(bad) > _NAMED_IN_LOG:
         log.warning("skipped %d more files, all listed in %s", len(bad) - _NAMED_IN_LOG, skipped)
-    examples = "; ".join(f"{name} ({reason})" for name, reason in bad[:5])
-    of = f"of the {len(corpus)} audio files of {sources}"
-    if len(bad) == len(corpus):
-        raise CorpusError(f"none {of} can be used: {examples}; all in {skipped}")
-    if len(bad) > max_bad_share * len(corpus):
-        raise CorpusError(
-            f"{len(bad)} {of} cannot be used, more than `max_bad_share` ({max_bad_share:g}): {examples}; "
-            f"all in {skipped}"
-        )

@@ -63,6 +63,7 @@ class LoaderState(TypedDict):
     """What a run needs to go on: the samples that all ranks together have been given."""
 
     samples_consumed: int
+    files: str
 
 
 class ResumableLoader:
@@ -76,18 +77,24 @@ class ResumableLoader:
 
     Args:
         loader: batches of the order; its `batch_sampler` is a `GlobalOrderSampler`.
+        files: fingerprint of the files that the order is of.
         bad_reads: where reads are counted.
         batches_per_epoch: micro-batches that shall be called an epoch; `None` for about one pass.
     """
 
     def __init__(
-        self, loader: DataLoader[Fetched[Any]], bad_reads: BadReads, batches_per_epoch: int | None = None
+        self,
+        loader: DataLoader[Fetched[Any]],
+        bad_reads: BadReads,
+        batches_per_epoch: int | None = None,
+        files: str = "",
     ) -> None:
         sampler = loader.batch_sampler
         if not isinstance(sampler, GlobalOrderSampler):
             raise TypeError(f"`loader` must have a GlobalOrderSampler as batch_sampler, got {sampler!r}")
         self.order = sampler
         self._loader = loader
+        self._files = files
         self._bad_reads = bad_reads
         self._batches_per_epoch = sampler.batches_per_pass if batches_per_epoch is None else batches_per_epoch
         self._samples_consumed = sampler.samples_consumed
@@ -109,10 +116,15 @@ class ResumableLoader:
 
     def state_dict(self) -> LoaderState:
         """The same on every rank."""
-        return {"samples_consumed": self._samples_consumed}
+        return {"samples_consumed": self._samples_consumed, "files": self._files}
 
     def load_state_dict(self, state: LoaderState) -> None:
         """Go on after the samples of `state`."""
+        if state.get("files", self._files) != self._files:  # checkpoints of earlier versions do not say
+            log.warning(
+                "the corpus is not what it was when the checkpoint was written: from here on the order of samples is "
+                "another one. A table (`--data.root corpus.parquet`) stays as it is: a file that turns bad is replaced"
+            )
         self.close()
         self._samples_consumed = self.order.samples_consumed = state["samples_consumed"]
 

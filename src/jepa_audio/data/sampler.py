@@ -135,10 +135,20 @@ class EveryNthBatch(Sampler[Place]):
 
     Whole, because validation masks are drawn for a batch at once: the loss does not depend on the number of processes.
     With fewer batches than ranks one is repeated, for a rank without a batch would leave the others waiting.
+
+    Args:
+        num_files: in the table.
+        batch_size: files of a batch.
+        rank: of this process.
+        world_size: number of processes.
+        even: give every rank as many batches as any other and leave out the last ones: processes that hold shares of
+            the weights need each other at every batch.
     """
 
-    def __init__(self, num_files: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, num_files: int, batch_size: int, rank: int = 0, world_size: int = 1, even: bool = False) -> None:
         batches = [range(i, min(i + batch_size, num_files)) for i in range(0, num_files, batch_size)]
+        if even and len(batches) > world_size:
+            batches = batches[: len(batches) // world_size * world_size]
         own = batches[rank::world_size] or [batches[rank % len(batches)]]
         self._files = [index for batch in own for index in batch]
 

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import tarfile
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -115,7 +116,8 @@ def read_checksums(directory: Path) -> dict[str, str]:
     path = directory / CHECKSUMS
     if not path.exists():
         return {}
-    return {name: digest for digest, name in (line.split(maxsplit=1) for line in path.read_text().splitlines())}
+    lines = (line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip())
+    return {name.lstrip("*"): digest for digest, name in lines}
 
 
 def sha256_of(path: Path) -> str:
@@ -171,7 +173,7 @@ class _Shard:
 
     def write(self, num_workers: int, tick: Callable[[], object]) -> pa.Table:
         """Encode the files, calling `tick` after each; the rows of the table."""
-        part = self._path.with_name(f".{self._path.name}.part")
+        part = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex}.part")
         skipped: list[Found] = []
         try:
             with part.open("wb") as file:
@@ -237,9 +239,12 @@ def _flac(file: File, packing: Packing) -> tuple[bytes, int, float]:
 
 def _encode(file: File, rate: int, num_channels: int, packing: Packing, gain: float) -> tuple[bytes, float]:
     buffer, peak = io.BytesIO(), 0.0
-    with sf.SoundFile(
-        buffer, "w", rate, num_channels, f"PCM_{packing.bits}", format="FLAC", compression_level=_COMPRESSION
-    ) as flac:
+    how = {"subtype": f"PCM_{packing.bits}", "format": "FLAC", "compression_level": _COMPRESSION}
+    try:
+        flac = sf.SoundFile(buffer, "w", rate, num_channels, **how)
+    except sf.LibsndfileError as error:
+        raise AudioReadError(file.audio, f"flac does not hold {rate} Hz: pack with a `sample_rate`") from error
+    with flac:
         for block in _blocks(file, rate, packing.mono):
             # The largest integer is one step short of full scale, the smallest is not.
             peak = max(peak, float(block.max()) + 2.0 ** (1 - packing.bits), float(-block.min()))

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import stat
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,10 +30,13 @@ NSYNTH_MANIFEST = "examples.json"
 _FOREIGN_SUFFIXES = frozenset({".m4a", ".aac", ".mp4", ".wma", ".webm", ".mka", ".ape", ".wv", ".amr"})
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _MAGIC_OF_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+_MOST_JSON_BYTES = 1 << 24
 _PATH_COLUMNS = ("path", "audio_path", "file")
 _SPLITS = {
-    **{"train": "train", "training": "train", "test": "test", "testing": "test"},
-    **{"valid": "valid", "validation": "valid", "val": "valid", "dev": "valid"},
+    **dict.fromkeys(("", "none"), ""),
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("valid", "validation", "val", "dev"), "valid"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 _NOT_TEXT = "its name is not UTF-8: rename it"
 _WEBDATASET_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # key, extension
@@ -43,6 +47,7 @@ class Labels(NamedTuple):
 
     group: str = ""
     split: str = ""
+    reason: str = ""
 
 
 NO_LABELS = Labels()
@@ -138,16 +143,22 @@ def _entry(path: str, root: Path, labels: Labels = NO_LABELS) -> Found:
     if not _is_text(source):
         return Found(_shown(source), reason=_NOT_TEXT)
     try:
-        stat = os.stat(where)
+        status = os.stat(where)
     except OSError:  # a broken link, a wrong line of a manifest; reading it gives the reason
         return Found(source, "", 0, -1, -1, -1, *labels)
-    return Found(source, "", 0, stat.st_size, stat.st_size, stat.st_mtime_ns, *labels)
+    except ValueError as error:
+        return Found(source.replace("\0", "\\0"), reason=f"no name of a file: {error}")
+    if not stat.S_ISREG(status.st_mode):
+        return Found(source, reason="no file, but a pipe, a device or a folder")
+    return Found(source, "", 0, status.st_size, status.st_size, status.st_mtime_ns, *labels)
 
 
 def _in_folder(folder: Path, root: Path) -> Iterator[Found]:
     count, foreign, compressed = 0, 0, 0
     for directory, names in _walk(folder):
         for name in names:
+            if name.startswith("."):  # macOS puts one beside every file
+                continue
             suffix = os.path.splitext(name)[1].lower()
             foreign += suffix in _FOREIGN_SUFFIXES
             compressed += name.lower().endswith(_COMPRESSED)
@@ -176,11 +187,11 @@ def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
 
     seen = set()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
-        stat = Path(folder).stat()
-        if (stat.st_dev, stat.st_ino) in seen:  # a link back up, or two links to one folder
+        status = Path(folder).stat()
+        if (status.st_dev, status.st_ino) in seen:  # a link back up, or two links to one folder
             subfolders.clear()
             continue
-        seen.add((stat.st_dev, stat.st_ino))
+        seen.add((status.st_dev, status.st_ino))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         yield folder, names
 
@@ -216,8 +227,11 @@ def _json_lines(manifest: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 def _table_lines(manifest: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     with manifest.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.DictReader(file, delimiter="\t" if manifest.suffix.lower() == ".tsv" else ",")
-        for record in reader:
-            yield reader.line_num, record
+        try:
+            for record in reader:
+                yield reader.line_num, record
+        except csv.Error as error:
+            raise CorpusError(f"{manifest}, line {reader.line_num}: {error}") from error
 
 
 def _json_object(text: bytes) -> dict[str, Any] | str:
@@ -229,8 +243,10 @@ def _json_object(text: bytes) -> dict[str, Any] | str:
 
 
 def _labels(record: Mapping[str, Any]) -> Labels:
-    group, split = record.get("group"), str(record.get("split")).strip().lower()
-    return Labels("" if group is None else str(group), _SPLITS.get(split, ""))
+    group, split = record.get("group"), _shown(str(record.get("split")).strip().lower())
+    # A word that says nothing to us may mean the test: the file is left out rather than trained on.
+    reason = "" if split in _SPLITS else f"its split {split!r} is none of train, valid, test"
+    return Labels("" if group is None else _shown(str(group)), _SPLITS.get(split, ""), reason)
 
 
 def _in_nsynth(manifest: Path, root: Path) -> Iterator[Found]:
@@ -244,7 +260,7 @@ def _in_nsynth(manifest: Path, root: Path) -> Iterator[Found]:
     for name, note in notes.items():
         path = os.path.join(manifest.parent, "audio", f"{name}.wav")
         instrument = note.get("instrument_str") if isinstance(note, dict) else None
-        yield _entry(path, root, _labels({"group": instrument, "split": split}))
+        yield _entry(path, root, _labels({"group": instrument, "split": split if split in _SPLITS else ""}))
 
 
 def members(tar: Found, root: Path) -> list[Found]:
@@ -265,12 +281,16 @@ def members(tar: Found, root: Path) -> list[Found]:
     damaged_up_to = {damage.end for damage in damages}
     heard = set()
     for info in infos:
+        if info.name.rpartition("/")[2].startswith("._"):
+            continue
         suffix = Path(info.name).suffix.lower()
         if suffix in AUDIO_SUFFIXES or suffix in _FOREIGN_SUFFIXES:
             heard.add(_key(info.name))
         if suffix in AUDIO_SUFFIXES:
             cut_off = info.offset_data + info.size > tar.source_bytes
             found.append(_member(tar, info, metadata.get(_key(info.name), {}), "the tar ends within it" * cut_off))
+        elif suffix in _FOREIGN_SUFFIXES:
+            found.append(_member(tar, info, {}, f"a format that is not read ({suffix}): convert it to .flac"))
     for info in infos:
         orphan = info.name.endswith(".json") and _key(info.name) not in heard
         if orphan and info.offset not in damaged_up_to:  # else its audio file is the one that was lost
@@ -281,16 +301,16 @@ def members(tar: Found, root: Path) -> list[Found]:
 
 
 def _member(tar: Found, info: tarfile.TarInfo, metadata: dict[str, Any] | str, reason: str) -> Found:
-    labels = Labels(tar.group, tar.split)  # of a manifest that names the tar
+    group, split = tar.group, tar.split  # of a manifest that names the tar
     if isinstance(metadata, str):
         reason = metadata
     else:
-        group, split = _labels(metadata)
-        labels = Labels(group or labels.group, split or labels.split)
+        own = _labels(metadata)
+        group, split, reason = own.group or group, own.split or split, reason or own.reason
     if not _is_text(info.name):
         reason = _NOT_TEXT
     place = _shown(info.name), info.offset_data, info.size, tar.source_bytes, tar.mtime_ns
-    return Found(tar.source, *place, *labels, reason)
+    return Found(tar.source, *place, group, split, reason)
 
 
 class _Damage(NamedTuple):
@@ -335,6 +355,8 @@ def _damage(file: IO[bytes], start: int, end: int) -> list[_Damage]:
 
 
 def _metadata(file: IO[bytes], info: tarfile.TarInfo) -> dict[str, Any] | str:
+    if info.size > _MOST_JSON_BYTES:
+        return f"{info.name} beside it is too large for what is said of one file: {info.size} bytes"
     file.seek(info.offset_data)
     record = _json_object(file.read(info.size))
     return f"{info.name} beside it holds {record}" if isinstance(record, str) else record

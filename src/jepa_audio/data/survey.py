@@ -16,7 +16,7 @@ from rich.table import Table
 from jepa_audio.data.corpus import Corpus
 from jepa_audio.data.index import examine, map_threads, track_progress
 from jepa_audio.data.shards import CHECKSUMS, read_checksums, sha256_of
-from jepa_audio.data.sources import Found
+from jepa_audio.data.sources import TAR, Found
 
 _BAR = 40
 _WORST = 5
@@ -48,12 +48,9 @@ def verify(corpus: Corpus, num_workers: int = 2) -> list[tuple[str, str]]:
     """
     usable = corpus.take(corpus.is_usable)
     wrong: list[tuple[str, str]] = []
-    shards = {
-        corpus.root / source for source in pc.unique(usable.table["source"]).to_pylist() if source.endswith(".tar")
-    }
-    for folder in sorted({shard.parent for shard in shards}):
-        for name, digest in read_checksums(folder).items():
-            wrong += _wrong_shard(folder / name, digest)
+    sources = pc.unique(usable.table["source"]).to_pylist()
+    for shard in sorted(corpus.root / source for source in sources if source.endswith(TAR)):
+        wrong += _wrong_shard(shard)
     rows = (row for batch in usable.table.to_batches(1024) for row in batch.to_pylist())
     entries = (Found(**{name: row[name] for name in Found._fields}) for row in rows)
     fresh = map_threads(lambda entry: examine(corpus.root, entry), entries, num_workers)
@@ -73,10 +70,12 @@ def _same(field: str, now: dict[str, Any], before: dict[str, Any]) -> bool:
     return math.isclose(now[field], before[field], rel_tol=tolerance)
 
 
-def _wrong_shard(path: Path, digest: str) -> list[tuple[str, str]]:
-    if not path.exists():
-        return [(str(path), f"named in {CHECKSUMS}, but not there")]
-    return [] if sha256_of(path) == digest else [(str(path), f"its SHA-256 is not that in {CHECKSUMS}")]
+def _wrong_shard(path: Path) -> list[tuple[str, str]]:
+    digest = read_checksums(path.parent).get(path.name)
+    if digest is None or (path.exists() and sha256_of(path) == digest):
+        return []
+    wrong = f"its SHA-256 is not that in {CHECKSUMS}" if path.exists() else f"named in {CHECKSUMS}, but not there"
+    return [(str(path), wrong)]
 
 
 def _facts(usable: Corpus) -> Table:

@@ -1,0 +1,209 @@
+"""What befalls a corpus over the years: files change, come and go, are labelled anew, and are given twice."""
+
+import os
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+
+from jepa_audio.data import index as index_module
+from jepa_audio.data.corpus import CorpusError, load_corpus
+from jepa_audio.data.datamodule import AudioDataModule
+from jepa_audio.data.index import index_corpus, map_threads
+from jepa_audio.data.read import AudioInfo, AudioReadError, inspect
+from jepa_audio.data.sampler import EveryNthBatch
+from jepa_audio.data.shards import CHECKSUMS, Packing, pack
+from jepa_audio.data.survey import verify
+from tests.sounds import audio, pairs, tar, write
+
+RATE = 8000
+
+
+def module(root: object, **settings: object) -> AudioDataModule:
+    data = AudioDataModule(root, RATE, 0.01, **{"num_workers": 0, "batch_size": 2, "min_seconds": 0.0, **settings})
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def folder_of(path: Path, count: int = 4) -> Path:
+    for number in range(count):
+        write(path / f"{number}.wav", audio(number))
+    return path
+
+
+def test_a_file_in_two_sources_of_a_run_is_refused_by_name(tmp_path: Path):
+    folder_of(tmp_path / "all" / "sub")
+    write(tmp_path / "all" / "5.wav", audio(5))
+    with pytest.raises(CorpusError, match=r"both hold .*sub/0\.wav: give every file once"):
+        module([str(tmp_path / "all"), str(tmp_path / "all" / "sub")])
+
+
+def test_a_resumed_run_on_another_corpus_is_warned(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    folder_of(tmp_path, 6)
+    first = module(tmp_path, valid_share=0.0).train_dataloader()
+    list(islice(first, 1))
+    state = first.state_dict()
+    module(tmp_path, valid_share=0.0).train_dataloader().load_state_dict(state)
+    assert not any("corpus is not what it was" in message for message in caplog.messages)
+    (tmp_path / "3.wav").unlink()
+    module(tmp_path, valid_share=0.0).train_dataloader().load_state_dict(state)
+    assert any("corpus is not what it was" in message for message in caplog.messages)
+
+
+def test_a_table_of_bad_files_mostly_is_refused_by_the_run_too(tmp_path: Path):
+    folder_of(tmp_path / "audio", 2)
+    for number in range(8):
+        write(tmp_path / "audio" / f"bad{number}.wav", b"")
+    index_corpus(tmp_path / "audio", tmp_path / "c.parquet", max_bad_share=1.0)
+    with pytest.raises(CorpusError, match=r"8 of the 10 audio files of .*c\.parquet cannot be used, more than"):
+        module(tmp_path / "c.parquet")
+    assert "2 files to train on" in module(tmp_path / "c.parquet", max_bad_share=0.9, valid_share=0.0).describe()
+
+
+def test_a_file_rewritten_after_it_was_indexed_is_replaced(tmp_path: Path):
+    folder_of(tmp_path)
+    data = module(tmp_path, valid_share=0.0)
+    sf.write(tmp_path / "1.wav", np.full(9000, 0.5), RATE)
+    list(islice(data.train_dataloader(), 8))
+    assert data._bad_reads.reasons == {str(tmp_path / "1.wav"): "changed since it was indexed: other size"}
+
+
+def test_a_replacement_comes_from_the_same_corpus(tmp_path: Path):
+    small, large = folder_of(tmp_path / "small", 2), folder_of(tmp_path / "large", 60)
+    data = module({str(small): 1.0, str(large): 1.0}, valid_share=0.0)
+    dataset = data._dataset("train", random_crops=True)
+    (small / "0.wav").write_bytes(b"")
+    places = [position for position in range(40) if dataset[position, 0][1]]
+    assert len(places) == 40
+    heard = {dataset[position, 0][0].waveform.sum().item() for position in places}
+    expected = {dataset[position, 1][0].waveform.sum().item() for position in range(500)}
+    assert len(heard - expected) < len(heard), "all crops are of the one other file of the small corpus"
+
+
+def test_what_could_not_be_opened_is_tried_again_and_what_is_broken_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder_of(tmp_path, 3)
+    write(tmp_path / "broken.wav", b"")
+    tried: list[str] = []
+
+    def flaky(path: Path) -> AudioInfo:
+        tried.append(path.name)
+        if path.name == "1.wav" and tried.count("1.wav") == 1:
+            raise AudioReadError(path, "cannot be opened: Input/output error")
+        return inspect(path)
+
+    monkeypatch.setattr(index_module, "inspect", flaky)
+    assert len(index_corpus(tmp_path).usable()) == 2
+    tried.clear()
+    tried.append("1.wav")
+    assert len(index_corpus(tmp_path).usable()) == 3
+    assert tried == ["1.wav", "1.wav"]
+
+
+def test_a_changed_file_keeps_its_group_and_split(tmp_path: Path):
+    folder_of(tmp_path / "audio")
+    table = tmp_path / "c.parquet"
+    index_corpus(tmp_path / "audio", table).with_splits({"train": 1.0}, ["x"] * 4).save(table)
+    write(tmp_path / "audio" / "2.wav", audio(7))
+    corpus = index_corpus(tmp_path / "audio", table)
+    assert corpus.table["num_frames"].to_pylist()[2] != load_corpus(table).table["num_frames"].to_pylist()[0]
+    assert corpus.table["group"].to_pylist() == ["x"] * 4
+    assert corpus.table["split"].to_pylist() == ["train"] * 4
+
+
+def test_a_manifest_that_labels_its_tars_anew_is_heeded(tmp_path: Path):
+    for name in "ab":
+        tar(tmp_path / f"{name}.tar", {f"{name}.wav": audio(ord(name))})
+    for splits in (("train", "valid"), ("valid", "train")):
+        (tmp_path / "m.csv").write_text(f"path,split\na.tar,{splits[0]}\nb.tar,{splits[1]}\n")
+        rows = index_corpus(tmp_path / "m.csv").table.to_pylist()
+        assert {(row["source"], row["split"]) for row in rows} == {("a.tar", splits[0]), ("b.tar", splits[1])}
+
+
+@pytest.mark.parametrize("name", ["m.csv", "corpus", "foreign.parquet"])
+def test_a_table_takes_the_place_of_nothing_else(tmp_path: Path, name: str):
+    folder_of(tmp_path / "audio")
+    (tmp_path / name).write_text("path\naudio/0.wav\n")
+    with pytest.raises(ValueError, match=r"must be called \.parquet|would be overwritten"):
+        index_corpus(tmp_path / "audio", tmp_path / name)
+    assert (tmp_path / name).read_text() == "path\naudio/0.wav\n"
+
+
+def test_a_pipe_among_the_files_does_not_hold_up_the_index(tmp_path: Path):
+    folder_of(tmp_path, 2)
+    os.mkfifo(tmp_path / "x.tar")
+    os.mkfifo(tmp_path / "y.wav")
+    corpus = index_corpus(tmp_path)
+    reasons = dict(zip(corpus.names.to_pylist(), corpus.table["reason"].to_pylist(), strict=True))
+    assert reasons["x.tar"] == reasons["y.wav"] == "no file, but a pipe, a device or a folder"
+    assert len(corpus.usable()) == 2
+
+
+def test_strange_words_in_a_manifest_cost_their_line(tmp_path: Path):
+    folder_of(tmp_path, 2)
+    lines = [b'{"path": "0.wav", "group": "\\ud800"}', b'{"path": "a\\u0000b.wav"}', b'{"path": "1.wav"}']
+    (tmp_path / "m.jsonl").write_bytes(b"\n".join(lines))
+    corpus = index_corpus(tmp_path / "m.jsonl")
+    assert corpus.usable().names.to_pylist() == ["0.wav", "1.wav"]
+    reasons = [reason for reason in corpus.table["reason"].to_pylist() if reason]
+    assert reasons == ["no name of a file: embedded null byte"]
+    (tmp_path / "latin.csv").write_bytes("path,group\n0.wav,é\n".encode("latin-1"))
+    assert len(index_corpus(tmp_path / "latin.csv").usable()) == 1
+
+
+def test_what_macos_puts_beside_every_file_is_no_audio(tmp_path: Path):
+    folder_of(tmp_path, 2)
+    write(tmp_path / "._0.wav", b"\x00\x05\x16\x07")
+    tar(tmp_path / "t.tar", {"a.wav": audio(3), "._a.wav": b"\x00\x05\x16\x07"})
+    assert index_corpus(tmp_path).names.to_pylist() == ["0.wav", "1.wav", "t.tar:a.wav"]
+
+
+def test_a_rate_that_flac_does_not_hold_costs_its_file(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    folder_of(tmp_path / "in", 2)
+    sf.write(tmp_path / "in" / "fast.wav", np.full(9000, 0.1), 800_000)
+    packed = pack(index_corpus(tmp_path / "in"), tmp_path / "out", Packing())
+    assert len(packed.usable()) == 2
+    assert any("flac does not hold 800000 Hz" in message for message in caplog.messages)
+
+
+def test_checksums_of_others_are_read_and_theirs_are_left_alone(tmp_path: Path):
+    path = tar(tmp_path / "t.tar", pairs(2))
+    corpus = index_corpus(tmp_path)
+    (tmp_path / CHECKSUMS).write_text(f"\n{'0' * 64} *{path.name}\n{'1' * 64}  elsewhere.bin\n")
+    assert verify(corpus) == [(str(path), f"its SHA-256 is not that in {CHECKSUMS}")]
+
+
+def test_two_runs_that_index_one_corpus_do_not_disturb_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder_of(tmp_path, 12)
+    monkeypatch.setattr(index_module, "_SAVE_EVERY_SECONDS", 0.0)
+    first, second = map_threads(lambda _: index_corpus(tmp_path), range(2), 2)
+    assert first.table.equals(second.table)
+    assert len(load_corpus(tmp_path).usable()) == 12
+    assert sorted(path.name for path in (tmp_path / ".jepa_audio").iterdir()) == ["index.parquet", "index.skipped.csv"]
+
+
+def test_results_of_threads_come_in_order_and_not_too_many_are_held():
+    begun: list[int] = []
+    results = map_threads(lambda item: begun.append(item) or item, range(50), num_workers=3, num_held=5)
+    for number, result in enumerate(results):
+        assert result == number
+        assert max(begun) <= number + 5
+
+
+@pytest.mark.parametrize("num_batches", [1, 2, 3, 5, 8])
+def test_ranks_that_need_each_other_at_every_batch_get_equally_many(num_batches: int):
+    counts = {len(EveryNthBatch(num_batches, 1, rank, 2, even=True)) for rank in range(2)}
+    assert counts == {max(1, num_batches // 2)}
+
+
+def test_a_corpus_that_went_away_is_said_in_one_sentence(tmp_path: Path):
+    folder_of(tmp_path)
+    data = module(tmp_path, valid_share=0.0)
+    for path in tmp_path.glob("*.wav"):
+        path.unlink()
+    with pytest.raises(CorpusError, match=r"20 files in a row cannot be read: .*and 17 more. Is the disk mounted"):
+        list(data.train_dataloader())
