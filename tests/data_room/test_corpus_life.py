@@ -207,3 +207,10 @@ def test_a_corpus_that_went_away_is_said_in_one_sentence(tmp_path: Path):
         path.unlink()
     with pytest.raises(CorpusError, match=r"20 files in a row cannot be read: .*and 17 more. Is the disk mounted"):
         list(data.train_dataloader())
+
+
+def test_a_table_that_cannot_be_written_is_said_with_the_way_out(tmp_path: Path):
+    folder_of(tmp_path / "audio")
+    (tmp_path / "file").touch()
+    with pytest.raises(CorpusError, match=r"file/c\.parquet cannot be written: .*-o TABLE\.parquet"):
+        index_corpus(tmp_path / "audio", tmp_path / "file" / "c.parquet")

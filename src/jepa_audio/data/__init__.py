@@ -1,1 +1,1 @@
-"""Audio files → batches: read one file, index a corpus, order it, crop it, batch it."""
+"""Corpora → batches: find the audio, index it once, order it, crop it, batch it."""

@@ -93,14 +93,26 @@ class Corpus:
         return cls(root, table.replace_schema_metadata())
 
     def save(self, path: Path) -> None:
-        """Write the table, whole or not at all; it can be moved together with the audio if one contains the other."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Write the table, whole or not at all; it can be moved together with the audio if one contains the other.
+
+        Raises:
+            CorpusError: if it cannot be written.
+        """
         folder = path.absolute().parent
         moves_along = folder.is_relative_to(self.root) or self.root.is_relative_to(folder)
         root = os.path.relpath(self.root, folder) if moves_along else str(self.root)
         unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-        pq.write_table(self.table.replace_schema_metadata({_VERSION: _CURRENT, _ROOT: root.encode()}), unfinished)
-        unfinished.replace(path)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            pq.write_table(self.table.replace_schema_metadata({_VERSION: _CURRENT, _ROOT: root.encode()}), unfinished)
+            unfinished.replace(path)
+        except OSError as error:
+            raise CorpusError(
+                f"the table {path} cannot be written: {error.strerror or error}. Make one elsewhere: "
+                "`jepa-audio data index SOURCE -o TABLE.parquet`, then `--data.root TABLE.parquet`"
+            ) from error
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     def audio(self, row: int) -> Audio:
         """Where the file of a row lies."""

@@ -75,9 +75,11 @@ def index_corpus(
         _check_output(path)
     path, root = _place_of_table(names[0], path)
     known, parts = _known(path, root), _Parts(path)
-    if path.exists() and not os.access(path.parent, os.W_OK):
+    if len(known) and not os.access(path.parent, os.W_OK):
         log.info("%s cannot be written: the table is believed as it is", path.parent)
-        return _checked(Corpus(root, known).fit_for(min_seconds, max_seconds, num_channels), names, max_bad_share)
+        corpus = Corpus(root, known).fit_for(min_seconds, max_seconds, num_channels)
+        check_bad_share(corpus, ", ".join(names), max_bad_share)
+        return corpus
     found, kept = _listing(names, root, known, num_workers)
     found = _first_of_each(_labelled_first(found), ["source", "offset", "member"])
     decoded = pa.concat_tables([known, parts.load()])
@@ -90,9 +92,10 @@ def index_corpus(
     if not table.equals(known):
         corpus.save(path)
     parts.remove()
-    corpus = corpus.fit_for(min_seconds, max_seconds, num_channels)
-    _report(corpus, path.with_suffix(".skipped.csv"))
-    return _checked(corpus, names, max_bad_share, f"; all in {path.with_suffix('.skipped.csv')}")
+    corpus, skipped = corpus.fit_for(min_seconds, max_seconds, num_channels), path.with_suffix(".skipped.csv")
+    _report(corpus, skipped)
+    check_bad_share(corpus, ", ".join(names), max_bad_share, f"; all in {skipped}")
+    return corpus
 
 
 def check_bad_share(corpus: Corpus, what: str, max_bad_share: float, hint: str = "") -> None:
@@ -150,11 +153,6 @@ def examine(root: Path, entry: Found) -> dict[str, Any]:
         except AudioReadError as error:
             reason = error.reason
     return {**entry._asdict(), **vars(info), "status": "bad" if reason else "ok", "reason": reason}
-
-
-def _checked(corpus: Corpus, names: list[str], max_bad_share: float, hint: str = "") -> Corpus:
-    check_bad_share(corpus, ", ".join(names), max_bad_share, hint)
-    return corpus
 
 
 def _check_output(path: Path) -> None:
