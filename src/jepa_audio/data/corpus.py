@@ -7,6 +7,7 @@ import logging
 import os
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -112,7 +113,8 @@ class Corpus:
                 "`jepa-audio data index SOURCE -o TABLE.parquet`, then `--data.root TABLE.parquet`"
             ) from error
         finally:
-            unfinished.unlink(missing_ok=True)
+            with suppress(OSError):
+                unfinished.unlink()
 
     def audio(self, row: int) -> Audio:
         """Where the file of a row lies."""
