@@ -96,14 +96,6 @@ class AudioDataModule(LightningDataModule):
             self.hparams["scenes"] = asdict(scenes)
         if scenes is not None and mask_padding:
             raise ValueError("`scenes` fill every clip with sound: leave `mask_padding` false")
-        if not 0 <= valid_share < 1:
-            raise ValueError(f"`valid_share` ({valid_share}) must be in [0, 1)")
-        if batch_size < 1 or num_valid_clips < 1:
-            raise ValueError(f"`batch_size` ({batch_size}) and `num_valid_clips` ({num_valid_clips}) must be >= 1")
-        if round(crop_seconds * sample_rate) < 1:
-            raise ValueError(f"`crop_seconds` ({crop_seconds}) must be at least a sample at {sample_rate} Hz")
-        if not root:
-            raise ValueError("`root` names no source of audio")
         self.sources = [str(source) for source in root] if isinstance(root, list | dict) else [str(root)]
         self.weights = list(root.values()) if isinstance(root, dict) else None
         self.valid_root = None if valid_root is None else str(valid_root)
@@ -125,11 +117,23 @@ class AudioDataModule(LightningDataModule):
         self.max_seconds = max_seconds
         self.max_bad_share = max_bad_share
         self.seed = seed
+        self._refuse_the_impossible()
         self.prepare_data_per_node = False  # one process indexes; the table is shared as the audio is
         self._files: dict[str, Files] = {}
         self._description = ""
         self._bad_reads = BadReads(max_bad_share)
         self._train_loader: ResumableLoader | None = None
+
+    def _refuse_the_impossible(self) -> None:
+        if not self.sources:
+            raise ValueError("`root` names no source of audio")
+        if not 0 <= self.valid_share < 1:
+            raise ValueError(f"`valid_share` ({self.valid_share}) must be in [0, 1)")
+        for name in ("batch_size", "num_valid_clips"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` ({getattr(self, name)}) must be >= 1")
+        if self.num_samples < 1:
+            raise ValueError(f"`crop_seconds` must be at least a sample at {self.sample_rate} Hz")
 
     def prepare_data(self) -> None:
         """Index every source but tables; the first run decodes all files, a later one only what has changed."""
