@@ -214,3 +214,9 @@ def test_a_table_that_cannot_be_written_is_said_with_the_way_out(tmp_path: Path)
     (tmp_path / "file").touch()
     with pytest.raises(CorpusError, match=r"file/c\.parquet cannot be written: .*-o TABLE\.parquet"):
         index_corpus(tmp_path / "audio", tmp_path / "file" / "c.parquet")
+
+
+@pytest.mark.parametrize("root", ["", [], {}, [""]])
+def test_a_root_that_names_nothing_is_refused(root: object):
+    with pytest.raises(ValueError, match="`root` names no source"):
+        AudioDataModule(root, RATE, 0.01)

@@ -125,7 +125,7 @@ class AudioDataModule(LightningDataModule):
         self._train_loader: ResumableLoader | None = None
 
     def _refuse_the_impossible(self) -> None:
-        if not self.sources:
+        if not (self.sources and all(self.sources)):
             raise ValueError("`root` names no source of audio")
         if not 0 <= self.valid_share < 1:
             raise ValueError(f"`valid_share` ({self.valid_share}) must be in [0, 1)")
