@@ -45,7 +45,7 @@ def check_unchanged(file: File, samples: Float32[np.ndarray, "C S"], sample_rate
         raise AudioReadError(file.audio, "changed since it was indexed: other sample rate or channels")
 
 
-class Files(Sequence[File]):
+class Files:
     """The files of one or several corpora, one after the other.
 
     Millions of them cost a reading process nothing: the table lies in a nameless temporary file that all of them map.
@@ -74,7 +74,7 @@ class Files(Sequence[File]):
     def __len__(self) -> int:
         return len(self._table)
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: int) -> File:
         """The file of a row."""
         row = {name: column[index].as_py() for name, column in self._columns.items()}
         path = self._roots[row["corpus"]] / row["source"]
