@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Float64
 
-from jepa_audio.data.read import Audio, Member
+from jepa_audio.data.read import Audio, located
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class Corpus:
         source, member, offset, num_bytes = (
             self.table[name][row].as_py() for name in ("source", "member", "offset", "num_bytes")
         )
-        return Member(self.root / source, member, offset, num_bytes) if member else self.root / source
+        return located(self.root / source, member, offset, num_bytes)
 
     @property
     def names(self) -> pa.ChunkedArray:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from jaxtyping import Float32, Int64
 
 from jepa_audio.data.corpus import Corpus, CorpusError
-from jepa_audio.data.read import Audio, AudioReadError, Member
+from jepa_audio.data.read import Audio, AudioReadError, Member, located
 
 _COLUMNS = ("source", "member", "offset", "num_bytes", "num_frames", "sample_rate", "num_channels", "rms")
 
@@ -78,7 +78,7 @@ class Files:
         """The file of a row."""
         row = {name: column[index].as_py() for name, column in self._columns.items()}
         path = self._roots[row["corpus"]] / row["source"]
-        audio = Member(path, row["member"], row["offset"], row["num_bytes"]) if row["member"] else path
+        audio = located(path, row["member"], row["offset"], row["num_bytes"])
         return File(audio, row["num_bytes"], row["num_frames"], row["sample_rate"], row["num_channels"], row["rms"])
 
     @property

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import track
 
 from jepa_audio.data.corpus import SCHEMA, Corpus, CorpusError, default_table, is_table
-from jepa_audio.data.read import AudioInfo, AudioReadError, Member, inspect
+from jepa_audio.data.read import AudioInfo, AudioReadError, inspect, located
 from jepa_audio.data.sources import Found, find, members
 
 log = logging.getLogger(__name__)
@@ -146,9 +146,8 @@ def examine(root: Path, entry: Found) -> dict[str, Any]:
     """Decode a file: its row of the table."""
     info, reason = AudioInfo(0, 0, 0, 0.0, 0.0), entry.reason
     if not reason:
-        path = root / entry.source
         try:
-            info = inspect(Member(path, entry.member, entry.offset, entry.num_bytes) if entry.member else path)
+            info = inspect(located(root / entry.source, entry.member, entry.offset, entry.num_bytes))
             reason = "silent: every sample is zero" if info.peak == 0 else ""
         except AudioReadError as error:
             reason = error.reason
@@ -196,7 +195,8 @@ def _listing(sources: list[str], root: Path, known: pa.Table, num_workers: int) 
         for entry in find(sources, root):
             if not entry.is_tar:
                 yield entry
-            elif entry[-3:] == ("", "", "") and (entry.source, entry.source_bytes, entry.mtime_ns) in complete:
+            # What a manifest says of a tar may have changed without it: then its members are listed again.
+            elif not any(entry[-3:]) and (entry.source, entry.source_bytes, entry.mtime_ns) in complete:
                 unchanged.add(entry.source)
             else:
                 tars.append(entry)

@@ -63,6 +63,11 @@ Audio = Path | Member
 """Where an audio file lies."""
 
 
+def located(path: Path, member: str, offset: int, num_bytes: int) -> Audio:
+    """The file of a row of a table: `member` is "" for a file by itself."""
+    return Member(path, member, offset, num_bytes) if member else path
+
+
 class AudioReadError(Exception):
     """A file that cannot be used.
 
