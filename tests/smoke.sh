@@ -11,7 +11,7 @@ again="--config $folder/wavjepa/config.yaml --ckpt_path last"
 .venv/bin/jepa-audio fit $again --trainer.max_steps 14
 .venv/bin/jepa-audio validate --config configs/demo/wavjepa.yaml --data.root "$folder/corpus/nsynth-train" \
   --run_dir "$folder/wavjepa" --ckpt_path last
-for wanted in report.html probe/results.jsonl probe/table.md wavjepa/config.yaml pupujepa/checkpoints/last.ckpt; do
+for wanted in report.html probe/results.jsonl probe/leaderboard.md probe/leaderboard.html wavjepa/config.yaml pupujepa/checkpoints/last.ckpt; do
   test -s "$folder/$wanted"
 done
 echo "smoke run of the demo: all files are there"

@@ -32,7 +32,7 @@ RANKS = {
     "encode": 5,
     "interop": 6,
     "probing": 7,
-    "plots": 8,
+    "plots": 6,
     "report": 9,
     "suggest": 1,
     "commands": 10,

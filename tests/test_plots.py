@@ -3,12 +3,9 @@ import pytest
 import torch
 from matplotlib.colors import to_hex, to_rgba
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from jepa_audio.grid import Grid, Masks
-from jepa_audio.plots import PALETTE, VEIL, draw_curves, draw_layers, draw_masks, draw_probe, standard_panels
-from jepa_audio.probing.intervals import Difference
-from jepa_audio.probing.results import ProbeRow
+from jepa_audio.plots import PALETTE, VEIL, draw_curves, draw_masks, standard_panels
 
 
 def legend_texts(figure: Figure) -> list[str]:
@@ -134,6 +131,13 @@ def test_curves_have_a_panel_for_each_thing_watched():
     assert len(rate.lines) == 1, "one of the parameter groups stands for all"
 
 
+def test_online_probes_of_any_metric_have_a_panel():
+    run = {key: (np.arange(3), np.arange(3.0)) for key in ("probe/mtt/auroc", "probe/mtt/twin", "probe/mtt/difference")}
+    (panel,) = draw_curves({"run": run}, standard_panels({"run": run})).axes
+    assert panel.get_title(loc="left") == "Online probe: mtt"
+    assert [text.get_text() for text in panel.get_legend().get_texts()] == ["auroc", "random twin"]
+
+
 def test_missing_and_never_finite_series_leave_their_panel_out():
     run = a_run()
     for key in ("train/gradient_norm", "lr-AdamW/pg1", "lr-AdamW/pg2", "collapse/clip_cosine"):
@@ -175,86 +179,3 @@ def test_nothing_logged_gives_a_note_not_an_error():
     figure = draw_curves({"run": {}}, standard_panels({"run": {}}), "empty")
     assert not figure.axes
     assert [text.get_text() for text in figure.texts] == ["nothing was logged"]
-
-
-def a_row(variant: str, task: str, head: str = "linear", encoder: str = "mel", pooling: str = "mean") -> ProbeRow:
-    is_baseline = variant == "statistics"
-    valid = (0.3,) if is_baseline else (0.2, 0.4, 0.3)
-    return ProbeRow(
-        encoder="log-mel" if is_baseline else encoder,
-        variant=variant,
-        encoder_hash="0",
-        task=task,
-        preset="linear",
-        head=head,
-        pooling=pooling,
-        layer=0 if is_baseline else 1,
-        layer_name="block 1",
-        setting=1.0,
-        metric="accuracy",
-        value=0.35,
-        low=0.3,
-        high=0.4,
-        valid_value=max(valid),
-        valid_by_layer=valid,
-        num_train=10,
-        num_valid=10,
-        num_test=10,
-        num_classes=5,
-        chance=0.2,
-        seed=0,
-        against_random=Difference(0.1, 0.05, 0.15) if variant in {"context", "target"} else None,
-        split_checksum="0",
-        versions={},
-    )
-
-
-VARIANTS = ("random", "context", "target", "statistics")
-
-
-def test_probe_picture_has_a_panel_a_task_and_a_line_a_variant():
-    rows = [a_row(v, task, head) for v in VARIANTS for task in ("pitch", "family") for head in ("linear", "knn")]
-    figure = draw_probe(rows, "probe")
-    assert titles(figure) == ["pitch", "family"]
-    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
-    assert labels == ["log-mel statistics", "mel", "random twin", "context encoder", "target encoder"]
-    intervals = [line for line in figure.axes[0].lines if list(line.get_xdata()) == [0.3, 0.4]]
-    assert len(intervals) == 4 * 2
-    assert "chance" in legend_texts(figure)
-
-
-def test_runs_poolings_and_twins_of_other_seeds_are_told_apart():
-    rows = [a_row(v, "pitch", encoder=e, pooling=p) for v in VARIANTS for e in "ab" for p in ("mean", "concat")]
-    rows.append(a_row("random-3", "pitch", encoder="a"))
-    labels = [text.get_text() for text in draw_probe(rows).axes[0].get_yticklabels()]
-    assert labels.count("random twin, mean") == 2
-    assert labels.count("random twin, concat") == 2
-    assert labels.count("random twin, seed 3, mean") == 1
-    assert {"a", "b"} < set(labels)
-
-
-def test_layers_are_drawn_with_the_chosen_one_marked_and_baselines_across():
-    rows = [a_row(v, task) for v in VARIANTS for task in ("pitch", "family")]
-    figure = draw_layers(rows, "layers")
-    assert titles(figure) == ["pitch", "family"]
-    curves = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 3]
-    marks = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
-    assert [list(line.get_ydata()) for line in curves] == [[0.2, 0.4, 0.3]] * 3
-    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in marks] == [(1, 0.4)] * 3
-    assert [list(line.get_ydata()) for line in figure.axes[0].lines if line not in curves + marks] == [[0.3, 0.3]]
-    handles = [handle for handle in figure.legends[0].legend_handles if isinstance(handle, Patch)]
-    assert len(handles) == len(VARIANTS)
-
-
-@pytest.mark.parametrize("picture", [draw_probe, draw_layers])
-def test_no_rows_give_a_note_not_an_error(picture):
-    figure = picture([])
-    assert not figure.axes
-    assert "was probed" in figure.texts[0].get_text()
-
-
-def test_dollars_in_names_are_dollars(tmp_path):
-    row = a_row("context", "cost $x_1$ and $", encoder="run $a^b$ \u2026")
-    for place, figure in enumerate((draw_probe([row]), draw_layers([row]))):
-        figure.savefig(tmp_path / f"{place}.png", dpi=20)
-        assert figure.axes[0].get_title(loc="left") == r"cost \$x_1\$ and \$"

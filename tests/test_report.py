@@ -9,8 +9,9 @@ import torch
 
 from jepa_audio.cli import JEPACLI
 from jepa_audio.probing.intervals import Difference
-from jepa_audio.probing.results import ProbeRow, append_jsonl
+from jepa_audio.probing.results import ProbeRow, Score, append_jsonl
 from jepa_audio.report import draw_masks_of, write_report
+from tests.probing import rows
 
 AHEAD, BEHIND, UNDECIDED = (
     Difference(0.1, 0.05, 0.15),
@@ -47,20 +48,12 @@ def a_run(folder: Path, **last_look: float) -> None:
 
 
 def a_row(encoder: str, task: str, against: Difference | None, **changes: object) -> ProbeRow:
-    names = {"encoder": encoder, "encoder_hash": "0", "task": task, "preset": "linear", "head": "linear"}
-    names |= {
-        "variant": "random" if against is None else "context",
-        "pooling": "mean",
-        "layer_name": "block 1",
-    }
-    scores = {"metric": "accuracy", "value": 0.35, "low": 0.3, "high": 0.4, "valid_value": 0.4, "chance": 0.2}
-    counts = {"layer": 1, "num_train": 9, "num_valid": 9, "num_test": 77, "num_classes": 5, "seed": 0}
-    rest = {"valid_by_layer": (0.3, 0.4), "setting": 1.0, "split_checksum": "0", "versions": {}}
-    return ProbeRow(**(names | scores | counts | rest | {"against_random": against} | changes))
+    variant = "random" if against is None else "context"
+    return rows.a_row(**({"encoder": encoder, "task": task, "variant": variant, "against_random": against} | changes))
 
 
-def probed(directory: Path, *rows: ProbeRow) -> None:
-    append_jsonl(directory / "probe" / "results.jsonl", rows)
+def probed(directory: Path, *probe_rows: ProbeRow) -> None:
+    append_jsonl(directory / "probe" / "results.jsonl", probe_rows)
 
 
 def text_of(page: Path) -> str:
@@ -90,7 +83,7 @@ def test_won_and_lost_tasks_are_both_told(tmp_path):
     assert "Ahead of its random-init twin: context encoder on family (+0.100 [+0.050, +0.150])." in text
     assert "Behind its random-init twin: context encoder on pitch (-0.100 [-0.150, -0.050])." in text
     assert "Not told apart from its random-init twin: context encoder on octave" in text
-    assert "pitch: chance 0.200, 77 clips" in text
+    assert "pitch: accuracy, chance 0.200, 77 files" in text
     html = page.read_text()
     assert html.count('<span class="ahead">') == 1
     assert html.count('<span class="behind">') == 1
@@ -107,7 +100,7 @@ def test_the_badge_says_the_verdict(tmp_path):
     }
     for name, gaps in verdicts.items():
         write_metrics(tmp_path / name, [{"step": 1}])
-        probed(tmp_path, *(a_row(name, f"{k}", gap, valid_by_layer=(0.4,)) for k, gap in enumerate(gaps)))
+        probed(tmp_path, *(a_row(name, f"{k}", gap) for k, gap in enumerate(gaps)))
     html = write_report(tmp_path).read_text()
     badges = dict(re.findall(r"<h3>(\w+) <span[^>]*>([^<]*)</span>", html))
     assert badges == {
@@ -119,15 +112,28 @@ def test_the_badge_says_the_verdict(tmp_path):
     }
 
 
-def test_the_linear_head_decides_and_the_last_answer_counts(tmp_path):
+def test_trained_heads_decide_and_the_last_answer_counts(tmp_path):
     a_run(tmp_path / "mel")
     probed(tmp_path, a_row("mel", "pitch", AHEAD), a_row("mel", "pitch", AHEAD, head="knn"))
-    probed(tmp_path, a_row("mel", "pitch", BEHIND, value=0.123))
+    probed(tmp_path, a_row("mel", "pitch", BEHIND, scores={"accuracy": Score(0.123, 0.1, 0.2)}))
     page = write_report(tmp_path)
     assert ">worse than untrained</span>" in page.read_text()
     assert "Ahead of its random-init twin" not in text_of(page).split("Probes")[0]
     assert "0.350 [0.300, 0.400] block 1" in text_of(page), "the other head stays in the table"
     assert "0.123" in text_of(page)
+
+
+def test_seeds_of_a_head_are_one_answer_and_protocols_are_several(tmp_path):
+    a_run(tmp_path / "mel")
+    seeds = [Difference(0.1, 0.05, 0.15), Difference(0.3, 0.25, 0.35)]
+    probed(tmp_path, *(a_row("mel", "pitch", gap, seed=seed) for seed, gap in enumerate(seeds)))
+    assert "context encoder on pitch (+0.200 [+0.150, +0.250])." in text_of(write_report(tmp_path))
+    probed(tmp_path, a_row("mel", "pitch", BEHIND, preset="marble-v1", head="mlp"))
+    text = text_of(write_report(tmp_path))
+    assert "Ahead of its random-init twin: context encoder on pitch, linear (+0.200" in text
+    assert "Behind its random-init twin: context encoder on pitch, marble-v1 (-0.100" in text
+    names = {path.stem for path in (tmp_path / "figures").iterdir()}
+    assert {"probe-linear", "probe-marble-v1", "layers-linear", "layers-marble-v1"} <= names
 
 
 def test_losses_and_alarms_are_told(tmp_path):
@@ -152,7 +158,7 @@ def test_a_run_with_nothing_but_a_training_loss_has_a_page(tmp_path):
 
 def test_online_probes_stand_in_for_missing_ones(tmp_path):
     write_metrics(tmp_path / "mel", [{"step": 5, "probe/pitch/accuracy": 0.25, "probe/pitch/twin": 0.125}])
-    assert "pitch was last at 0.250, its twin at 0.125." in text_of(write_report(tmp_path))
+    assert "pitch was last at 0.250 (accuracy), its twin at 0.125." in text_of(write_report(tmp_path))
 
 
 def test_probe_results_alone_have_a_page(tmp_path):
@@ -186,7 +192,7 @@ def test_one_run_can_be_reported_on_too(tmp_path):
 def test_names_are_escaped(tmp_path):
     name = "<script>alert('&')"
     a_run(tmp_path / name)
-    probed(tmp_path, a_row(name, "<b>pitch</b>", AHEAD, layer_name="<i>"))
+    probed(tmp_path, a_row(name, "<b>pitch</b>", AHEAD, layer="<i>"))
     html = write_report(tmp_path).read_text()
     assert "<script" not in html
     assert "<b>pitch" not in html

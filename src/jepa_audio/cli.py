@@ -33,6 +33,7 @@ from jepa_audio.finite import FiniteGuard, NonFiniteError
 from jepa_audio.interop.convert import load_weights
 from jepa_audio.jepa import JEPA
 from jepa_audio.monitor import CollapseMonitor
+from jepa_audio.probing.convert import convert
 from jepa_audio.probing.online import OnlineProbe  # noqa: F401
 from jepa_audio.probing.results import table
 from jepa_audio.probing.run import probe
@@ -48,6 +49,7 @@ FUNCTIONS: dict[tuple[str, ...], Callable[..., object]] = {
     ("data", "split"): split,
     ("data", "pack"): pack,
     ("data", "synth"): synth,
+    ("data", "convert"): convert,
     ("import",): import_published,
     ("export",): export_published,
     ("probe",): probe,
@@ -71,6 +73,7 @@ HELP = """usage: jepa-audio COMMAND ...
   data pack      write a corpus as tars in WebDataset's layout, resampled once
   data stats     mean and standard deviation of a spectrogram front end on a corpus
   data synth     write a labelled corpus of synthetic notes in NSynth's layout
+  data convert   records of a labelled data set as it is downloaded, for `probe`
 
 `jepa-audio COMMAND --help` tells more; `jepa-audio fit --print_config` shows every setting."""
 
@@ -247,7 +250,7 @@ def main(args: Sequence[str] | None = None) -> None:
         elif words := next((words for words in FUNCTIONS if tuple(args[: len(words)]) == words), None):
             run_function(words, args[len(words) :])
         elif args[0] == "data":
-            raise ValueError("`data` takes one of describe, index, pack, split, stats, synth, verify")  # noqa: TRY301
+            raise ValueError("`data` takes one of convert, describe, index, pack, split, stats, synth, verify")  # noqa: TRY301
         else:
             JEPACLI(args)
     except Exception as error:

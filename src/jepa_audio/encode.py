@@ -32,15 +32,19 @@ class LayerFeatures:
         valid: True where a column belongs to the clip, `[B, T]`; the columns that fill up a shorter clip are zeros.
     """
 
-    layers: tuple[Float[Tensor, "B T F D"], ...]
+    layers: tuple[Float[Tensor, "B T F _"], ...]
     times: Float[Tensor, "B T"]
     valid: Bool[Tensor, "B T"]
 
-    def pool(self, frequency: Literal["mean", "concat"] = "mean") -> list[Float[Tensor, "B E"]]:
+    def pool(self, frequency: Literal["mean", "concat"] = "mean") -> list[Float[Tensor, "B _"]]:
         """The mean over time of every layer; frequency rows are averaged, or kept side by side (E = F * D)."""
         return self.pool_regions(1 if frequency == "mean" else self.layers[0].shape[2], 1)
 
-    def pool_regions(self, freq_chunks: int, time_chunks: int) -> list[Float[Tensor, "B E"]]:
+    def over_time(self, frequency: Literal["mean", "concat"] = "mean") -> list[Float[Tensor, "B T _"]]:
+        """One vector for each time column; frequency rows are averaged, or kept side by side (E = F * D)."""
+        return [layer.mean(dim=2) if frequency == "mean" else layer.flatten(2) for layer in self.layers]
+
+    def pool_regions(self, freq_chunks: int, time_chunks: int) -> list[Float[Tensor, "B _"]]:
         """Partitioned region pooling, as PupuJEPA is used (Gu et al., 2026, arXiv:2606.25713).
 
         The plane of a clip's tokens is cut into `freq_chunks` times `time_chunks` regions (of sizes as equal as can be,

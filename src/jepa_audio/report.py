@@ -9,10 +9,9 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime
-from fnmatch import fnmatchcase
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
@@ -32,16 +31,9 @@ from jepa_audio.front_ends import FrontEnd, SpectrogramFrontEnd
 from jepa_audio.front_ends.transforms import LogMel
 from jepa_audio.grid import Grid, Masks
 from jepa_audio.jepa import JEPA
-from jepa_audio.plots import (
-    VARIANTS,
-    Curve,
-    draw_curves,
-    draw_layers,
-    draw_masks,
-    draw_probe,
-    standard_panels,
-)
-from jepa_audio.probing.results import ProbeRow, read_jsonl
+from jepa_audio.plots import Curve, draw_curves, draw_masks, is_online_score, standard_panels
+from jepa_audio.probing.results import ProbeRow, current, read_jsonl
+from jepa_audio.probing.results.pictures import VARIANTS, draw_layers, draw_probe
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +44,7 @@ VERDICTS = {
     "not told apart": "Not told apart from its random-init twin",
 }
 LIMITS = (
-    "The intervals hold the noise of the test clips, not that of training seeds: another seed can give"
+    "The intervals hold the noise of the test split, not that of training seeds: another seed can give"
     " another verdict. Repeat with three or more before claiming anything.",
     "{compared} differences were tested at 95 % each, uncorrected: by chance one in twenty excludes zero.",
     "Being ahead of an untrained twin is not being ahead of log-mel statistics; look at both.",
@@ -129,7 +121,7 @@ def write_report(directory: Path) -> Path:
     folders = [directory, *sorted(path for path in directory.iterdir() if path.is_dir())]
     runs = [_read_run(folder) for folder in folders if _metric_files(folder)]
     results = directory / "probe" / "results.jsonl"
-    rows = _latest(read_jsonl(results)) if results.is_file() else []
+    rows = current(read_jsonl(results)) if results.is_file() else []
     if not runs and not rows:
         raise ValueError(
             f"{directory} holds no runs (sub-folders with a metrics.csv) and no probe results "
@@ -180,23 +172,16 @@ def _read_run(folder: Path) -> RunRecord:
     return RunRecord(folder.resolve().name, folder, {key: (at[:, 0], at[:, 1]) for key, at in points.items()})
 
 
-def _latest(rows: Iterable[ProbeRow]) -> list[ProbeRow]:
-    """The last answer to every question: a file of results grows with each call of `probe`."""
-    latest: dict[tuple[str, ...], ProbeRow] = {}
-    for row in rows:
-        baseline = row.encoder_hash if row.variant == "statistics" else ""  # one for each sample rate
-        latest[row.encoder, row.variant, baseline, row.pooling, row.head, row.task] = row
-    return list(latest.values())
-
-
 def _verdict(run: RunRecord, rows: Sequence[ProbeRow]) -> str:
     """One plain paragraph: learned or not, collapsed or not, better than a trivial predictor or not."""
     found: dict[str, list[str]] = {}
     own = [row for row in rows if row.encoder == run.name and row.against_random is not None]
-    for row in [row for row in own if row.head == "linear"] or own:
+    several = len({_protocol(row) for row in own}) > 1
+    for row in [row for row in own if row.head != "knn"] or own:
         gap = row.against_random
         assert gap is not None
-        said = f"{_name(row)} on {row.task} ({gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}])"
+        task = row.task + (f", {_protocol(row)}" if several else "")
+        said = f"{_name(row)} on {task} ({gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}])"
         found.setdefault(gap.verdict, []).append(said)
     sentences = [f"{VERDICTS[word]}: {'; '.join(found[word])}." for word in VERDICTS if word in found]
     if not found:
@@ -219,12 +204,16 @@ def _name(row: ProbeRow) -> str:
     return VARIANTS.get(row.variant, (row.variant,))[0]
 
 
+def _protocol(row: ProbeRow) -> str:
+    return row.preset if row.select == "best" else f"{row.preset}, {row.select} epoch"
+
+
 def _online_probes(run: RunRecord) -> Iterator[str]:
     for key in sorted(run.curves):
-        if fnmatchcase(key, "probe/*/accuracy"):
-            twin = run.last(key.replace("accuracy", "twin"))
-            task = key.split("/")[1]
-            yield f"While training, {task} was last at {run.last(key):.3f}, its twin at {twin:.3f}."
+        if is_online_score(key):
+            _, task, metric = key.split("/")
+            twin = run.last(f"probe/{task}/twin")
+            yield f"While training, {task} was last at {run.last(key):.3f} ({metric}), its twin at {twin:.3f}."
 
 
 def _collapse(run: RunRecord) -> str:
@@ -259,16 +248,23 @@ def _probe_section(rows: Sequence[ProbeRow], figures: Path) -> str:
         return "<p>No run was probed: <code>jepa-audio probe</code> tells whether they learned anything.</p>"
     note = (
         "Test scores with 95 % intervals, and the layer; below each, the difference to the random-init twin"
-        " on the same clips, in colour only where its interval excludes zero. Layers and settings were chosen"
-        " on validation clips."
+        " on the same test units, in colour only where its interval excludes zero; of several seeds of the head, the"
+        " means. Layers and settings were chosen on the validation split."
     )
-    scores = _image(draw_probe(rows, "What the heads read off"), figures, "probe")
-    layers = _image(draw_layers(rows, "Where in the network"), figures, "layers")
-    return f'<p class="quiet">{note}</p>\n{_probe_table(rows)}\n{scores}\n{layers}'
+    parts = [f'<p class="quiet">{note}</p>']
+    protocols = list(dict.fromkeys(map(_protocol, rows)))
+    for protocol in protocols:
+        own = [row for row in rows if _protocol(row) == protocol]
+        several = len(protocols) > 1
+        suffix = "-" + protocol.replace(", ", "-").replace(" ", "-") if several else ""
+        parts += [f"<h3>{escape(protocol)}</h3>" if several else "", _probe_table(own)]
+        parts.append(_image(draw_probe(own, "What the heads read off"), figures, f"probe{suffix}"))
+        parts.append(_image(draw_layers(own, "Where in the network"), figures, f"layers{suffix}"))
+    return "\n".join(parts)
 
 
 def _probe_table(rows: Sequence[ProbeRow]) -> str:
-    tasks = {row.task: f"{row.task}: chance {row.chance:.3f}, {row.num_test} clips" for row in rows}
+    tasks = {row.task: _header(row) for row in rows}
     lines: dict[tuple[str, ...], dict[str, ProbeRow]] = {}
     for row in rows:
         line_of_row = (row.encoder, _name(row), row.pooling, row.head, row.encoder_hash)
@@ -284,10 +280,15 @@ def _probe_table(rows: Sequence[ProbeRow]) -> str:
     return f'<div class="scroll"><table><tr>{names}</tr>\n{body}</table></div>'
 
 
+def _header(row: ProbeRow) -> str:
+    chance = "" if row.chance is None else f", chance {row.chance:.3f}"
+    return f"{row.task}: {row.metric}{chance}, {row.num_test} {row.unit}s"
+
+
 def _cell(row: ProbeRow | None) -> str:
     if row is None:
         return '<span class="quiet">not asked</span>'
-    layer = f'<span class="quiet">{escape(row.layer_name)}</span>'
+    layer = f'<span class="quiet">{escape(row.layer)}</span>'
     score = f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}] {layer}"
     if (gap := row.against_random) is None:
         return score

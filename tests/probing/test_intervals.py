@@ -1,15 +1,22 @@
-"""Laws of intervals, and of the rows and tables that show them."""
+"""Laws of intervals: resamplings are drawn units, intervals cover, pairing pays."""
 
-import dataclasses
-import io
-from pathlib import Path
+from __future__ import annotations
+
+import math
 
 import numpy as np
 import pytest
-from rich.console import Console
+import torch
 
-from jepa_audio.probing.intervals import Difference, bootstrap_interval, paired_difference
-from jepa_audio.probing.results import ProbeRow, append_jsonl, markdown, read_jsonl, table
+from jepa_audio.probing.intervals import (
+    Difference,
+    bootstrap_interval,
+    difference,
+    draw_counts,
+    interval,
+    paired_difference,
+)
+from jepa_audio.probing.metrics import AUROC
 
 
 def literal_bootstrap(values: np.ndarray, draws: int) -> np.ndarray:
@@ -25,12 +32,71 @@ def answers() -> tuple[np.ndarray, np.ndarray]:
     return better, better & (rng.random(400) < 0.8)
 
 
+def test_every_resampling_takes_as_many_units_as_there_are_and_each_equally_often():
+    counts = draw_counts(30, draws=4000)
+    assert counts.shape == (4000, 30)
+    assert (counts.sum(axis=1) == 30).all()
+    assert counts.min() == 0
+    np.testing.assert_allclose(counts.mean(axis=0), 1, atol=0.08)
+    np.testing.assert_allclose(counts.var(axis=0), 1 - 1 / 30, atol=0.12)
+
+
+def test_two_encoders_are_compared_on_the_same_resamplings():
+    np.testing.assert_array_equal(draw_counts(50, draws=20, seed=3), draw_counts(50, draws=20, seed=3))
+    np.testing.assert_array_equal(draw_counts(50, draws=20, seed=3)[:5], draw_counts(50, draws=5, seed=3))
+    assert (draw_counts(50, draws=20, seed=3) != draw_counts(50, draws=20, seed=4)).any()
+
+
+def test_counts_of_many_units_do_not_overflow():
+    counts = draw_counts(40_000, draws=2)
+    assert (counts.sum(axis=1) == 40_000).all()
+    assert np.iinfo(counts.dtype).max >= 40_000
+    assert draw_counts(10_000, draws=2).itemsize == 2
+
+
+@pytest.mark.parametrize(("num_units", "draws"), [(0, 10), (10, 0)])
+def test_nothing_to_draw_is_refused(num_units: int, draws: int):
+    with pytest.raises(ValueError, match="at least 1"):
+        draw_counts(num_units, draws)
+
+
 def test_the_interval_is_that_of_clips_drawn_one_by_one(answers: tuple[np.ndarray, np.ndarray]):
     better, worse = answers
     np.testing.assert_allclose(bootstrap_interval(better), literal_bootstrap(better, 4000), atol=0.008)
-    difference = paired_difference(better, worse)
+    gap = paired_difference(better, worse)
     literal = literal_bootstrap(better.astype(int) - worse, 4000)
-    np.testing.assert_allclose((difference.low, difference.high), literal, atol=0.008)
+    np.testing.assert_allclose((gap.low, gap.high), literal, atol=0.008)
+
+
+def test_draws_that_could_not_be_scored_are_left_out():
+    draws = np.random.default_rng(0).normal(size=200)
+    with_nan = np.concatenate([draws, np.full(50, np.nan)])
+    assert interval(with_nan) == interval(draws)
+    gap = difference(0.5, 0.2, with_nan, np.roll(with_nan, 10))
+    assert math.isfinite(gap.low)
+    assert gap.value == pytest.approx(0.3)
+    assert all(math.isnan(end) for end in interval(np.full(3, np.nan)))
+
+
+def test_the_interval_of_a_mean_covers_the_truth_in_some_95_of_100_data_sets():
+    rng = np.random.default_rng(0)
+    counts = draw_counts(80, draws=500)
+    samples = rng.exponential(size=(600, 80))
+    ends = np.array([interval(counts @ sample / 80) for sample in samples])
+    covered = ((ends[:, 0] <= 1) & (ends[:, 1] >= 1)).mean()
+    assert 0.90 < covered < 0.97
+
+
+def test_the_interval_of_an_area_under_a_curve_covers_the_truth_in_some_95_of_100_data_sets():
+    rng = np.random.default_rng(0)
+    counts = draw_counts(100, draws=300)
+    truth = np.repeat([[1.0], [0.0]], 50, axis=0)
+    real = 0.5 * math.erfc(-1 / 2)  # normal logits a deviation apart: the chance that a hit is above a miss
+    covered = 0
+    for _ in range(300):
+        low, high = interval(AUROC().resampled(rng.normal(size=(100, 1)) + truth, truth, counts))
+        covered += low <= real <= high
+    assert 0.90 < covered / 300 < 0.98
 
 
 def test_a_clear_difference_is_told_from_none(answers: tuple[np.ndarray, np.ndarray]):
@@ -52,65 +118,28 @@ def test_pairing_tells_more_than_two_intervals(answers: tuple[np.ndarray, np.nda
     assert paired_difference(better, slightly_worse).verdict == "ahead"
 
 
+def test_a_difference_on_the_same_resamplings_is_narrower_than_on_others():
+    rng = np.random.default_rng(0)
+    truth = (rng.random((200, 3)) < 0.3).astype(np.float64)
+    common = truth + rng.normal(size=truth.shape)
+    said, other = (common + 0.3 * rng.normal(size=truth.shape) for _ in range(2))
+    values = [float(AUROC()(torch.from_numpy(logits)[:, None], truth)[0]) for logits in (said, other)]
+    draws, same, others = (
+        AUROC().resampled(logits, truth, draw_counts(200, draws=400, seed=seed))
+        for logits, seed in ((said, 0), (other, 0), (other, 1))
+    )
+    paired, unpaired = difference(*values, draws, same), difference(*values, draws, others)
+    assert paired.value == unpaired.value == values[0] - values[1]
+    assert paired.high - paired.low < 0.6 * (unpaired.high - unpaired.low)
+    assert paired.low < paired.value < paired.high
+
+
 def test_the_same_seed_gives_the_same_interval(answers: tuple[np.ndarray, np.ndarray]):
     assert bootstrap_interval(answers[0], seed=3) == bootstrap_interval(answers[0], seed=3)
     assert bootstrap_interval(answers[0], seed=3) != bootstrap_interval(answers[0], seed=4)
 
 
-@pytest.fixture
-def rows() -> list[ProbeRow]:
-    row = ProbeRow(
-        encoder="wave",
-        variant="random",
-        encoder_hash="0123",
-        task="nsynth_pitch",
-        preset="linear",
-        head="linear",
-        pooling="mean",
-        layer=2,
-        layer_name="block 2",
-        setting=1e-3,
-        metric="accuracy",
-        value=0.5,
-        low=0.45,
-        high=0.55,
-        valid_value=0.52,
-        valid_by_layer=(0.4, 0.5, 0.52),
-        num_train=100,
-        num_valid=50,
-        num_test=60,
-        num_classes=7,
-        chance=0.2,
-        seed=0,
-        against_random=None,
-        split_checksum="abc",
-        versions={"torch": "2"},
-    )
-    lost = dataclasses.replace(row, variant="context", value=0.4, against_random=Difference(-0.1, -0.15, -0.05))
-    won = dataclasses.replace(lost, task="nsynth_instrument", against_random=Difference(0.1, 0.05, 0.15))
-    unclear = dataclasses.replace(won, head="knn", against_random=Difference(0.01, -0.05, 0.15))
-    return [row, lost, won, unclear]
-
-
-def test_rows_come_back_from_the_file_as_they_were(rows: list[ProbeRow], tmp_path: Path):
-    path = tmp_path / "new" / "results.jsonl"
-    append_jsonl(path, rows[:1])
-    append_jsonl(path, rows[1:])
-    assert read_jsonl(path) == rows
-
-
-def test_the_table_shows_lost_won_and_undecided_tasks_in_a_line_for_each_encoder_and_head(
-    rows: list[ProbeRow],
-):
-    lines = [line for line in markdown(rows).splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + 3
-    assert "0.500 [0.450, 0.550] |" in lines[2]
-    assert "behind (-0.100 [" in lines[3]
-    assert "ahead (+0.100 [+0.050, +0.150])" in lines[3]
-    assert "not told apart (+0.010 [" in lines[4]
-    text = io.StringIO()
-    Console(width=80, file=text).print(table(rows))
-    cells = [[cell.strip() for cell in line.split("│")] for line in text.getvalue().splitlines()]
-    verdict = next(number for number, line in enumerate(cells) if "ahead" in line)
-    column = cells[verdict].index("ahead")
-    assert cells[verdict + 1][column] == "(+0.100 [+0.050, +0.150])", "in full, on a narrow terminal"
+def test_a_difference_is_shown_with_its_verdict():
+    assert str(Difference(0.1, 0.05, 0.15)) == "ahead (+0.100 [+0.050, +0.150])"
+    assert str(Difference(-0.1, -0.15, -0.05)) == "behind (-0.100 [-0.150, -0.050])"
+    assert str(Difference(0.01, -0.05, 0.15)) == "not told apart (+0.010 [-0.050, +0.150])"

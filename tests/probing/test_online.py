@@ -11,7 +11,7 @@ import soundfile as sf
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from jepa_audio.probing import OnlineProbe
+from jepa_audio.probing.online import OnlineProbe
 
 RATE = 1000
 
@@ -107,7 +107,7 @@ def test_what_is_printed_is_logged(tiny_cli: Callable, fit: Callable, corpus: Pa
 
 
 def test_wrong_settings_are_refused_by_name(corpus: Path):
-    with pytest.raises(ValueError, match=r"`task` is 'mood', must be one of nsynth_pitch"):
+    with pytest.raises(ValueError, match=r"`task` is 'mood', must be one of gtzan_genre"):
         OnlineProbe(str(corpus), task="mood")
     with pytest.raises(ValueError, match=r"`num_valid` \(0\)"):
         OnlineProbe(str(corpus), num_valid=0)

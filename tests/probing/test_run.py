@@ -1,4 +1,4 @@
-"""From a labelled corpus to rows: nothing missing is passed over, the twin is what the run began with."""
+"""From a checkpoint to rows: the twin is what the run began with, and what is compared is comparable."""
 
 import json
 from collections.abc import Callable
@@ -10,24 +10,24 @@ import soundfile as sf
 import torch
 from torch import Tensor
 
+from jepa_audio.cli import main
 from jepa_audio.encode import FrozenEncoder
-from jepa_audio.probing import probe
-from jepa_audio.probing.encoders import LogMelStatistics, run_name, state_hash
-from jepa_audio.probing.features import cached_features, features_of, load_waveform
-from jepa_audio.probing.heads import Features, fit_linear
-from jepa_audio.probing.results import read_jsonl
+from jepa_audio.probing.encoders import FunctionEncoder, JEPAEncoder, LogMelStatistics, run_name, state_hash
+from jepa_audio.probing.intervals import difference
+from jepa_audio.probing.presets import preset_of
+from jepa_audio.probing.results import ProbeRow, load_evidence, read_jsonl
+from jepa_audio.probing.run import probe
 from jepa_audio.probing.tasks import TASKS
-from jepa_audio.probing.tasks.base import UNKNOWN
 
 RATE, PITCHES, FAMILIES = 1000, (60, 62, 64, 65), ("bass", "reed")
 
 
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sine for a bass, two for a reed; the pitch is in the frequency; three lengths."""
-    noise = np.random.default_rng(0)
+    root, noise = tmp_path_factory.mktemp("corpus"), np.random.default_rng(0)
     for split, size in {"train": 40, "valid": 16, "test": 24}.items():
-        audio = tmp_path / "corpus" / f"nsynth-{split}" / "audio"
+        audio = root / f"nsynth-{split}" / "audio"
         audio.mkdir(parents=True)
         notes = {}
         for i in range(size):
@@ -38,135 +38,176 @@ def corpus(tmp_path: Path) -> Path:
             sf.write(audio / f"note_{i:03}.wav", 0.3 * wave + 0.01 * noise.standard_normal(len(time)), RATE)
             notes[f"note_{i:03}"] = {"pitch": pitch, "instrument_family_str": family}
         (audio.parent / "examples.json").write_text(json.dumps(notes))
-    return tmp_path / "corpus"
+    return root
 
 
-class Strongest:
-    """An oracle: which tenth of the spectrum is strongest tells the pitch of a sine."""
-
-    name, variant, pooling = "oracle", "none", "mean"
-    sample_rate, num_channels, layer_names, encoder_hash = RATE, 1, ("nothing", "strongest"), "0"
-
-    def features(self, waveform: Tensor) -> list[Tensor]:
-        spectrum = torch.fft.rfft(waveform[:, 0, :600]).abs()[:, 1:300]
-        tenths = torch.nn.functional.one_hot(spectrum[:, :220].argmax(dim=1) // 30, 10).float()
-        return [torch.ones(len(waveform), 3), tenths]
-
-
-def split_features(encoder: Strongest, corpus: Path, folder: Path) -> Features:
-    splits = TASKS["nsynth_pitch"].load(corpus).splits
-    return Features(**{name: cached_features(encoder, c.paths, folder, 7) for name, c in splits.items()})
+@pytest.fixture
+def checkpoint(tiny_cli: Callable, fit: Callable, tmp_path: Path) -> tuple[Path, str]:
+    """Of a run of three steps; and the hash of what it began with."""
+    cli = tiny_cli("mel", "--trainer.max_steps=3")
+    window = round(0.5 * RATE)
+    before = state_hash(FrozenEncoder(cli.model.front_end, cli.model.encoder, window).requires_grad_(True))
+    cli.model.target_encoder.requires_grad_(False)
+    cli.model.train()
+    fit(cli)
+    path = tmp_path / "runs" / "mel" / "checkpoints" / "last.ckpt"
+    cli.trainer.save_checkpoint(path)
+    return path, before
 
 
-def test_an_oracle_scores_one_and_its_constant_layer_is_not_chosen(corpus: Path, tmp_path: Path):
-    task = TASKS["nsynth_pitch"].load(corpus)
-    features = split_features(Strongest(), corpus, tmp_path / "features")
-    choice = fit_linear(features, task.train.labels, len(task.class_names)).choose(task.valid.labels)
-    assert choice.layer == 1
-    assert choice.correct(task.test.labels).all()
-    assert choice.valid_by_layer[0] == pytest.approx(0.25)
+def check_rows(rows: list[ProbeRow], folder: Path) -> None:
+    for row in rows:
+        assert row.low <= row.value <= row.high
+        assert (row.num_train, row.num_valid, row.num_test) == (30, 16, 24)
+        place = row.layers.index(row.layer), row.settings.index(row.setting)
+        assert row.valid_grid[place[0]][place[1]] == max(map(max, row.valid_grid))
+        evidence = load_evidence(folder / row.evidence)
+        right = evidence.answers.argmax(axis=1) == evidence.truth
+        assert right.mean() == pytest.approx(row.value)
+        assert np.percentile(evidence.draws["accuracy"], 2.5) == pytest.approx(row.low)
 
 
-def test_the_labels_are_those_of_the_json(corpus: Path):
-    pitch, family = (TASKS[name].load(corpus) for name in ("nsynth_pitch", "nsynth_instrument"))
-    assert pitch.class_names == ("60", "62", "64", "65")
-    assert family.class_names == ("bass", "reed")
-    assert pitch.train.paths == family.train.paths
-    assert pitch.train.labels[:5].tolist() == [0, 1, 2, 3, 0]
-    assert family.train.labels[:5].tolist() == [0, 0, 0, 0, 1]
-    assert pitch.chance == 0.25
-    subsets = [task.with_train(10, seed=1).train for task in (pitch, family)]
-    assert subsets[0].paths == subsets[1].paths
-    assert len(set(subsets[0].paths)) == 10
-    assert subsets[0].paths != pitch.with_train(10, seed=2).train.paths
+def test_a_probe_compares_every_encoder_with_what_the_run_began_with(
+    checkpoint: tuple[Path, str], corpus: Path, tmp_path: Path
+):
+    path, before = checkpoint
+    tasks, output = ["nsynth_pitch", "nsynth_instrument"], tmp_path / "probe"
+    settings = {"preset": "linear", "random_seeds": (7,), "frequency": "concat", "max_train": 30}
+    rows = probe(str(path), tasks, corpus, output, **settings)
+    assert read_jsonl(output / "results.jsonl") == rows
+    assert [(row.encoder, row.variant) for row in rows[::4]] == [
+        ("mel", "random"),
+        ("mel", "random-7"),
+        ("mel", "context"),
+        ("mel", "target"),
+        ("log-mel", "statistics"),
+    ]
+    assert {(row.task, row.head) for row in rows} == {(task, head) for task in tasks for head in ("logistic", "knn")}
+    assert {row.variant for row in rows if row.against_random} == {"context", "target"}
+    hashes = {row.variant: row.encoder_hash for row in rows}
+    assert hashes["random"] == before
+    assert len(set(hashes.values())) == 5
+    check_rows(rows, output)
+    twins = {(row.task, row.head): row for row in rows if row.variant == "random"}
+    for row in rows:
+        if row.against_random is not None:
+            twin = twins[row.task, row.head]
+            draws = [load_evidence(output / each.evidence).draws["accuracy"] for each in (row, twin)]
+            expected = difference(row.value, twin.value, *draws)
+            assert row.against_random.value == pytest.approx(expected.value)
+            assert (row.against_random.low, row.against_random.high) == pytest.approx((expected.low, expected.high))
+    assert len(list((output / "features").iterdir())) == 5, "both tasks share the features"
+    text = (output / "leaderboard.md").read_text()
+    assert all(word in text for word in ("nsynth_pitch", "nsynth_instrument", "log-mel", "random"))
 
 
-def test_a_class_without_training_clips_is_always_wrong(corpus: Path):
-    path = corpus / "nsynth-test" / "examples.json"
-    notes = json.loads(path.read_text())
-    notes["note_000"]["pitch"] = 99
-    path.write_text(json.dumps(notes))
-    task = TASKS["nsynth_pitch"].load(corpus)
-    assert task.test.labels[0] == UNKNOWN
-    assert len(task.class_names) == 4
+def test_the_command_takes_lists_by_commas_and_prints_what_it_found(
+    checkpoint: tuple[Path, str], corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    output = tmp_path / "probe"
+    words = ["--encoder", str(checkpoint[0]), "--tasks", "nsynth_pitch,nsynth_instrument", "--data", str(corpus)]
+    main(
+        ["probe", *words, "--output", str(output), "--variants", "[context]", "--max_train", "30", "--layers", "[1, 2]"]
+    )
+    printed = capsys.readouterr().out
+    rows = read_jsonl(output / "results.jsonl")
+    assert {row.preset for row in rows} == {"marble-v1"}
+    assert {row.layers for row in rows if row.encoder == "mel"} == {("block 1", "block 2", "weighted sum")}
+    assert rows[0].settings == (5e-5, 1e-4, 5e-4, 1e-3, 5e-3, 1e-2)
+    check_rows(rows, output)
+    assert "nsynth_pitch" in printed
+    assert f"{rows[0].value:.3f}" in printed
 
 
-def break_json(root: Path) -> str:
-    (root / "nsynth-valid" / "examples.json").write_text('{"note_000": ')
-    return "nsynth-valid/examples.json is not JSON"
+def test_marble_v2_reads_all_layers_at_once_and_scores_the_last_state_if_asked(
+    checkpoint: tuple[Path, str], corpus: Path, tmp_path: Path
+):
+    with pytest.raises(ValueError, match="nsynth_pitch has no protocol marble-v2, it has marble-v1"):
+        probe(str(checkpoint[0]), "nsynth_pitch", corpus, tmp_path / "probe", preset="marble-v2")
+    assert preset_of("marble-v2", "last").select == "last"
+    with pytest.raises(ValueError, match="only marble-v2 lets choose"):
+        preset_of("marble-v1", "last")
 
 
-def drop_json(root: Path) -> str:
-    (root / "nsynth-test" / "examples.json").unlink()
-    return "nsynth-test/examples.json is missing"
+def table_of(corpus: Path, folder: Path) -> Path:
+    lines = ["path,label,split"]
+    for split, name in (("train", "train"), ("valid", "val"), ("test", "test")):
+        audio = corpus / f"nsynth-{split}" / "audio"
+        lines += [f"{path},{i // 4 % 2},{name}" for i, path in enumerate(sorted(audio.iterdir()))]
+    (folder / "mine.csv").write_text("\n".join(lines))
+    return folder / "mine.csv"
 
 
-def drop_wav(root: Path) -> str:
-    (root / "nsynth-train" / "audio" / "note_003.wav").unlink()
-    return "audio/note_003.wav is missing"
+def no_encoder() -> str:
+    return "none"
 
 
-def drop_folder(root: Path) -> str:
-    (root / "nsynth-train").rename(root / "train")
-    return "nsynth-train is missing: give as corpus the folder"
+def spectrum() -> FunctionEncoder:
+    """An oracle: where the spectrum is strong."""
+
+    def said(waveform: Tensor) -> list[Tensor]:
+        magnitude = torch.fft.rfft(waveform[:, 0, :600]).abs()[:, 1:300]
+        strong = (magnitude > magnitude.amax(dim=1, keepdim=True) / 2).float()
+        return [torch.ones(len(waveform), 1, 30), strong.unfold(1, 9, 9).amax(-1)[:, None, :30]]
+
+    return FunctionEncoder(said, "spectrum", RATE, layer_names=("nothing", "spectrum"))
 
 
-def drop_label(root: Path) -> str:
-    (root / "nsynth-valid" / "examples.json").write_text('{"note_000": {"instrument": 3}}')
-    return "nsynth-valid/examples.json: note note_000 has no `pitch`"
+def test_a_function_and_a_table_of_ones_own_are_probed(corpus: Path, tmp_path: Path):
+    rows = probe("tests.probing.test_run:spectrum", str(table_of(corpus, tmp_path)), [], tmp_path, preset="linear")
+    row = rows[0]
+    assert (row.encoder, row.variant, row.task, row.layer) == ("spectrum", "function", "mine", "spectrum")
+    assert row.value == 1
+    assert row.against_random is None
+    assert row.chance == 0.5
 
 
-@pytest.mark.parametrize("damage", [break_json, drop_json, drop_wav, drop_folder, drop_label])
-def test_what_is_missing_is_named(damage: Callable[[Path], str], corpus: Path):
-    expected = damage(corpus)
-    with pytest.raises((FileNotFoundError, ValueError)) as error:
-        TASKS["nsynth_pitch"].load(corpus)
-    assert expected in str(error.value)
+def test_degraded_clips_are_heard_by_heads_that_learnt_from_clean_ones(corpus: Path, tmp_path: Path):
+    rows = probe(
+        "tests.probing.test_run:spectrum",
+        "nsynth_pitch",
+        corpus,
+        tmp_path,
+        preset="linear",
+        robustness=["gain", "high_pass", "low_pass"],
+    )
+    clean = probe("tests.probing.test_run:spectrum", "nsynth_pitch", corpus, tmp_path / "clean", preset="linear")
+    row = rows[0]
+    assert row.scores == clean[0].scores
+    assert row.robustness is not None
+    assert row.robustness_area is not None
+    assert row.value == 1
+    assert row.robustness["gain"] == ((10.0, 1.0), (-10.0, 1.0), (-20.0, 1.0), (-30.0, 1.0))
+    assert row.robustness_area["gain"] == 1
+    assert [level for level, _ in row.robustness["high_pass"]] == [125.0, 250.0, 500.0, 1000.0, 2000.0]
+    scores = [score for _, score in row.robustness["high_pass"]]
+    assert 1 > scores[0] > scores[-1]
+    assert row.robustness_area["high_pass"] == pytest.approx((0.5 + sum(scores[:-1]) + scores[-1] / 2) / 5)
+    assert {level for level, _ in row.robustness["low_pass"][:5]} == {8000.0, 4000.0, 2000.0, 1000.0, 500.0}
+    assert {score for _, score in row.robustness["low_pass"]} == {1.0}
+    assert len(list((tmp_path / "features").glob("spectrum-*"))) == 1 + 4 + 5, "what changes nothing is not heard"
 
 
-def test_clips_of_many_lengths_keep_their_order_and_are_never_padded(corpus: Path):
-    paths = TASKS["nsynth_pitch"].load(corpus).valid.paths
-    encoder = LogMelStatistics(RATE)
-    waveforms = [load_waveform(path, RATE, 1) for path in paths]
-    assert len({len(waveform[0]) for waveform in waveforms}) == 3
-    together = features_of(encoder, waveforms)[0]
-    assert together.shape == (len(paths), 192)
-    alone = [encoder.features(waveform[None])[0][0].numpy() for waveform in waveforms]
-    np.testing.assert_allclose(together, np.stack(alone), atol=1e-4)
+def test_what_cannot_be_meant_is_refused_before_anything_is_heard(corpus: Path, tmp_path: Path):
+    def refused(match: str, error: type[Exception] = ValueError, **settings: object) -> None:
+        known = {"encoder": "a/x.ckpt", "tasks": "nsynth_pitch", "data": corpus, "output": tmp_path / "out"}
+        with pytest.raises(error, match=match):
+            probe(**known | settings)
+        assert not (tmp_path / "out").exists()
+
+    refused("there is no task 'nsynth_mood'; there are gtzan_genre", tasks="nsynth_mood")
+    refused("different names", encoder="a/x.ckpt,b/x.ckpt")
+    refused("`preset` is 'marble', must be one of marble-v1, linear, marble-v2", preset="marble")
+    refused("`robustness` holds rain; there are white_noise", robustness=["rain"])
+    refused("no checkpoint at", FileNotFoundError)
+    refused("give a checkpoint, or MODULE:FUNCTION", encoder="nowhere:nothing")
+    refused("returns str, not a `ProbeEncoder`", encoder="tests.probing.test_run:no_encoder")
+    refused("GTZANGenre|genres", FileNotFoundError, tasks="gtzan_genre")
 
 
-def test_a_file_fills_the_channels_of_the_encoder(tmp_path: Path):
-    stereo = np.random.default_rng(0).uniform(-0.5, 0.5, (100, 2)).astype(np.float32)
-    sf.write(tmp_path / "stereo.wav", stereo, RATE, subtype="FLOAT")
-    sf.write(tmp_path / "mono.wav", stereo[:, 0], RATE, subtype="FLOAT")
-    mean = load_waveform(tmp_path / "stereo.wav", RATE, 1)
-    np.testing.assert_allclose(mean[0], stereo.mean(axis=1), atol=1e-7)
-    assert load_waveform(tmp_path / "stereo.wav", 2 * RATE, 2).shape == (2, 200)
-    mono = load_waveform(tmp_path / "mono.wav", RATE, 2)
-    assert mono.shape == (2, 100)
-    assert torch.equal(mono[0], mono[1])
-    with pytest.raises(ValueError, match=r"stereo\.wav has 2 channels, the encoder takes 3"):
-        load_waveform(tmp_path / "stereo.wav", RATE, 3)
-
-
-def test_features_are_extracted_once_and_anew_when_the_function_or_a_file_changes(corpus: Path, tmp_path: Path):
-    folder, paths = tmp_path / "features", TASKS["nsynth_pitch"].load(corpus).valid.paths
-    first = cached_features(Strongest(), paths, folder, 4)
-    (file,) = folder.iterdir()
-    written = file.stat().st_mtime_ns
-    again = cached_features(Strongest(), paths, folder, 16)
-    assert file.stat().st_mtime_ns == written
-    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
-
-    class Weakest(Strongest):
-        def features(self, waveform: Tensor) -> list[Tensor]:
-            return super().features(-waveform)[::-1]
-
-    cached_features(Weakest(), paths, folder, 4)
-    assert len(list(folder.iterdir())) == 2
-    sf.write(paths[3], np.zeros(601), RATE)
-    cached_features(Strongest(), paths, folder, 4)
-    assert len(list(folder.iterdir())) == 3
+def test_a_layer_that_is_not_there_is_named(checkpoint: tuple[Path, str], corpus: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"`layers` is \[9\], mel has 0 \(input\), 1 \(block 1\), 2 \(block 2\)"):
+        probe(str(checkpoint[0]), "nsynth_pitch", corpus, tmp_path, layers=(9,))
 
 
 def test_a_run_is_named_by_its_folder():
@@ -175,43 +216,24 @@ def test_a_run_is_named_by_its_folder():
     assert run_name(Path("models/wave.ckpt")) == "wave"
 
 
-def test_a_probe_compares_every_encoder_with_what_the_run_began_with(
-    tiny_cli: Callable, fit: Callable, corpus: Path, tmp_path: Path
-):
-    cli = tiny_cli("mel", "--trainer.max_steps=3")
-    window = round(0.5 * RATE)
-    before = state_hash(FrozenEncoder(cli.model.front_end, cli.model.encoder, window).requires_grad_(True))
-    cli.model.target_encoder.requires_grad_(False)
-    cli.model.train()
-    fit(cli)
-    checkpoint = tmp_path / "runs" / "mel" / "checkpoints" / "last.ckpt"
-    cli.trainer.save_checkpoint(checkpoint)
-    rows = probe([checkpoint], corpus, tmp_path / "probe", random_seeds=(7,), frequency="concat", max_train=30)
-    assert read_jsonl(tmp_path / "probe" / "results.jsonl") == rows
-    assert [(row.encoder, row.variant) for row in rows[::4]] == [
-        ("mel", "random"),
-        ("mel", "random-7"),
-        ("mel", "context"),
-        ("mel", "target"),
-        ("log-mel", "statistics"),
-    ]
-    assert {(row.task, row.head) for row in rows} == {
-        (task, head) for task in ("nsynth_pitch", "nsynth_instrument") for head in ("linear", "knn")
-    }
-    assert {row.variant for row in rows if row.against_random} == {"context", "target"}
-    hashes = {row.variant: row.encoder_hash for row in rows}
-    assert hashes["random"] == before
-    assert len(set(hashes.values())) == 5
-    for row in rows:
-        assert row.low <= row.value <= row.high
-        assert (row.num_train, row.num_valid, row.num_test) == (30, 16, 24)
-        assert row.valid_by_layer[row.layer] == row.valid_value == max(row.valid_by_layer)
-    assert (tmp_path / "probe" / "table.md").read_text().count("\n| mel | ") == 8
-    assert len(list((tmp_path / "probe" / "features").iterdir())) == 5 * 3
+def test_encoders_that_differ_in_what_they_do_have_different_hashes(checkpoint: tuple[Path, str]):
+    path = checkpoint[0]
+    encoders = [JEPAEncoder.from_checkpoint(path, "context"), JEPAEncoder.from_checkpoint(path, "context", "concat")]
+    encoders += [JEPAEncoder.from_checkpoint(path, "target"), JEPAEncoder.from_checkpoint(path, "random")]
+    encoders += [JEPAEncoder.from_checkpoint(path, "context").keep((1,)), LogMelStatistics(RATE)]
+    shorter = JEPAEncoder.from_checkpoint(path, "context")
+    shorter.frozen.window_samples //= 2
+    hashes = [encoder.function_hash() for encoder in (*encoders, shorter)]
+    assert len(set(hashes)) == len(hashes)
+    assert hashes[0] == JEPAEncoder.from_checkpoint(path, "context").function_hash()
 
 
-def test_unknown_tasks_and_names_used_twice_are_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="`tasks` holds nsynth_mood; there are nsynth_pitch"):
-        probe([], tmp_path, tmp_path, tasks=("nsynth_mood",))
-    with pytest.raises(ValueError, match="different names"):
-        probe([Path("a/x.ckpt"), Path("b/x.ckpt")], tmp_path, tmp_path)
+def test_the_records_of_notes_are_those_of_the_json(corpus: Path):
+    pitch, family = (TASKS[name].load(corpus) for name in ("nsynth_pitch", "nsynth_instrument"))
+    assert pitch.labels.names == ("60", "62", "64", "65")
+    assert family.labels.names == ("bass", "reed")
+    assert [item.label for item in family.splits["train"].items[:5]] == ["bass"] * 4 + ["reed"]
+    subsets = [task.with_train(10, seed=1).splits["train"] for task in (pitch, family)]
+    assert [item.path for item in subsets[0].items] == [item.path for item in subsets[1].items]
+    assert len(subsets[0].uids) == 10
+    assert subsets[0].uids != pitch.with_train(10, seed=2).splits["train"].uids

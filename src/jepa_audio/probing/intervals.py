@@ -1,4 +1,4 @@
-"""How sure an accuracy is, and a difference of two on the same clips."""
+"""How sure a score is, and a difference of two on the same units."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int
+
+_PERCENTILES = (2.5, 97.5)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference of two accuracies on the same clips, with its 95 % interval.
+    """A difference of two scores on the same units, with its 95 % interval.
 
-    The interval holds the noise of the choice of clips, and no noise of training seeds.
+    The interval holds the noise of the choice of units, and no noise of training seeds.
     """
 
     value: float
@@ -31,13 +33,57 @@ class Difference:
         return f"{self.verdict} ({self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}])"
 
 
-def bootstrap_interval(
-    correct: Bool[np.ndarray, " n"],
-    draws: int = 2000,
-    seed: int = 0,
-) -> tuple[float, float]:
+def draw_counts(num_units: int, draws: int = 2000, seed: int = 0) -> Int[np.ndarray, "draws units"]:
+    """How often each unit occurs in resamplings of all units with replacement; see `Metric.resampled`.
+
+    The same number of units and the same seed give the same resamplings: two scores that are resampled by them are
+    paired. More draws go on where fewer ended.
+
+    Raises:
+        ValueError: if there is no unit or no draw.
+    """
+    if min(num_units, draws) < 1:
+        raise ValueError(f"`num_units` ({num_units}) and `draws` ({draws}) must be at least 1")
+    rng = np.random.default_rng(seed)
+    # No count exceeds the number of units. The small type is for the memory: 2000 draws of 10,000 units are 40 MB.
+    counts = np.empty((draws, num_units), dtype=np.int16 if num_units < 2**15 else np.int32)
+    for row in counts:
+        row[:] = np.bincount(rng.integers(0, num_units, num_units), minlength=num_units)
+    return counts
+
+
+def interval(draws: Float[np.ndarray, " draws"]) -> tuple[float, float]:
+    """Percentile interval, 95 %, of a score on resamplings (Efron, 1979).
+
+    Resamplings that could not be scored (NaN) are left out; if that is all of them, so are both ends.
+    """
+    scored = draws[~np.isnan(draws)]
+    if len(scored) == 0:
+        return float("nan"), float("nan")
+    low, high = np.percentile(scored, _PERCENTILES)
+    return float(low), float(high)
+
+
+def difference(
+    value: float,
+    other: float,
+    draws: Float[np.ndarray, " draws"],
+    other_draws: Float[np.ndarray, " draws"],
+) -> Difference:
+    """`value` minus `other`, both scores of the same units.
+
+    Args:
+        value: on the units as they are.
+        other: the same of what it is compared with.
+        draws: the first score on resamplings.
+        other_draws: the second on the same resamplings, in the same order.
+    """
+    return Difference(value - other, *interval(draws - other_draws))
+
+
+def bootstrap_interval(correct: Bool[np.ndarray, " n"], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
     """Percentile bootstrap, 95 %, of the share of clips named rightly."""
-    return _interval(_bootstrap_means(correct, draws, seed))
+    return interval(_shares(correct, draws, seed))
 
 
 def paired_difference(
@@ -47,17 +93,9 @@ def paired_difference(
     seed: int = 0,
 ) -> Difference:
     """Accuracy minus the other's accuracy, resampling the clips that both have heard."""
-    difference = correct.astype(np.int64) - other
-    return Difference(float(difference.mean()), *_interval(_bootstrap_means(difference, draws, seed)))
+    values = float(correct.mean()), float(other.mean())
+    return difference(*values, _shares(correct, draws, seed), _shares(other, draws, seed))
 
 
-def _bootstrap_means(values: Shaped[np.ndarray, " n"], draws: int, seed: int) -> Float[np.ndarray, " draws"]:
-    # How often each distinct value occurs in n draws with replacement is multinomial: no clip is drawn.
-    distinct, counts = np.unique(values, return_counts=True)
-    resampled = np.random.default_rng(seed).multinomial(len(values), counts / len(values), size=draws)
-    return resampled @ distinct / len(values)
-
-
-def _interval(means: Float[np.ndarray, " draws"]) -> tuple[float, float]:
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+def _shares(correct: Bool[np.ndarray, " n"], draws: int, seed: int) -> Float[np.ndarray, " draws"]:
+    return draw_counts(len(correct), draws, seed) @ correct.astype(np.float64) / len(correct)

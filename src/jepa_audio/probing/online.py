@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool
+import torch
+from jaxtyping import Float, Shaped
 from lightning.pytorch import Callback, LightningModule, Trainer
-from sklearn.linear_model import RidgeClassifierCV
+from sklearn.linear_model import RidgeClassifierCV, RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from jepa_audio.encode import FrozenEncoder
+from jepa_audio.front_ends import FrontEnd
 from jepa_audio.grid import AudioBatch
 from jepa_audio.jepa import JEPA
-from jepa_audio.probing.encoders import PooledEncoder, state_hash
-from jepa_audio.probing.features import features_of, load_waveforms
-from jepa_audio.probing.intervals import Difference, paired_difference
-from jepa_audio.probing.tasks import TASKS
+from jepa_audio.probing.encoders import JEPAEncoder, state_hash
+from jepa_audio.probing.features import load_waveform
+from jepa_audio.probing.intervals import Difference, difference, draw_counts
+from jepa_audio.probing.metrics import Metric
+from jepa_audio.probing.tasks import TASKS, ProbeData, load_task
+from jepa_audio.probing.tasks.labels import ClipLabels, Labels
+from jepa_audio.probing.tasks.table import Kind as TableKind
 from jepa_audio.sharding import is_sharded
 
 _RIDGE = tuple(10.0**exponent for exponent in range(5))
@@ -29,16 +37,16 @@ class OnlineProbe(Callback):
     """Scores the encoder on a few labelled clips while training: does it beat its random-init twin?
 
     The twin is the same network with weights drawn anew from the run's seed: what the encoder was before
-    step 0. The head is a ridge classifier on the standardised mean over time and frequency of one layer.
-    Layer and ridge are those of the least leave-one-out error on the `num_train` training clips, so nothing
-    is chosen on the `num_valid` validation clips that are reported. Clips of the test split are never
-    heard.
+    step 0. The head is a ridge classifier (for tags and numbers a ridge regression) on the standardised mean over time
+    and frequency of one layer. Layer and ridge are those of the least leave-one-out error on the `num_train` training
+    clips, so nothing is chosen on the `num_valid` validation clips that are reported. Clips of the test split are
+    never heard.
 
     Copies of the weights are probed, by the process of rank zero alone: training goes on as if nobody looked.
 
     Args:
-        corpus: folder of the labelled corpus; see the command `probe`.
-        task: its name.
+        corpus: folder of the labelled corpus; see `data` of the command `probe`.
+        task: its name, or a table of your own (.csv, .tsv).
         every_n_steps: optimizer steps between two looks; one is also taken before the first step.
         num_train: clips on which the head is fitted.
         num_valid: clips on which it is scored.
@@ -46,6 +54,7 @@ class OnlineProbe(Callback):
         which: "context" or "target" encoder. In runs of a few minutes the target encoder lags behind; it is
             seen before the momentum update of the step.
         batch_size: clips encoded at once.
+        table_kind: of the labels in a table of your own.
     """
 
     def __init__(
@@ -59,21 +68,24 @@ class OnlineProbe(Callback):
         seed: int = 0,
         which: Literal["context", "target"] = "context",
         batch_size: int = 50,
+        table_kind: TableKind = "multiclass",
     ) -> None:
         if min(every_n_steps, num_train, num_valid, batch_size) < 1:
             raise ValueError(
                 f"`every_n_steps` ({every_n_steps}), `num_train` ({num_train}), `num_valid` ({num_valid}) "
                 f"and `batch_size` ({batch_size}) must be at least 1"
             )
-        if task not in TASKS:
-            raise ValueError(f"`task` is {task!r}, must be one of {', '.join(TASKS)}")
+        if (known := TASKS.get(task)) is not None and known.grid_hz is not None:
+            raise ValueError(f"`task` is {task!r}, of annotations in time; one that labels whole clips is needed")
+        if known is None and not task.endswith((".csv", ".tsv")):
+            raise ValueError(f"`task` is {task!r}, must be one of {', '.join(TASKS)}, or a table (.csv, .tsv)")
+        self.table_kind = table_kind
         self.corpus, self.task, self.every_n_steps = Path(corpus), task, every_n_steps
         self.num_train, self.num_valid = num_train, num_valid
         self.seed, self.which, self.batch_size = seed, which, batch_size
         self.differences: dict[int, Difference] = {}
-        self._waveforms: list[Tensor] = []
-        self._labels = np.empty(0, dtype=np.int64)
-        self._twin: Bool[np.ndarray, " n"] | None = None
+        self._clips: _Clips | None = None
+        self._twin: _Score | None = None
         self._twin_hash = ""
         self._looked_at = 0
 
@@ -85,15 +97,8 @@ class OnlineProbe(Callback):
         self._twin, self._looked_at = None, trainer.global_step
         if not trainer.is_global_zero:
             return
-        task = TASKS[self.task].load(self.corpus)
-        train, valid = (
-            task.train.subset(self.num_train, self.seed),
-            task.valid.subset(self.num_valid, self.seed),
-        )
-        front_end = pl_module.front_end
-        self._waveforms = load_waveforms(train.paths + valid.paths, front_end.sample_rate, front_end.num_channels)
-        self._labels = np.concatenate([train.labels, valid.labels])
-        self.num_train = len(train)
+        data = load_task(self.task, [self.corpus], self.table_kind)
+        self._clips = _Clips.of(data, self.num_train, self.num_valid, pl_module.front_end, self.seed)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: AudioBatch, batch_idx: int
@@ -103,7 +108,7 @@ class OnlineProbe(Callback):
             assert isinstance(pl_module, JEPA)
             frozen = FrozenEncoder.from_jepa(pl_module, batch.waveform.shape[-1])
             twin = frozen.random_twin(pl_module.seed)
-            self._twin, self._twin_hash = self._correct(twin.to(pl_module.device)), state_hash(twin)
+            self._twin, self._twin_hash = self._score(twin.to(pl_module.device)), state_hash(twin)
             if trainer.global_step == 0:
                 self._look(trainer, pl_module, batch)
 
@@ -120,28 +125,79 @@ class OnlineProbe(Callback):
         assert isinstance(pl_module, JEPA)
         assert self._twin is not None
         frozen = FrozenEncoder.from_jepa(pl_module, batch.waveform.shape[-1], self.which)
-        correct = self._twin if state_hash(frozen) == self._twin_hash else self._correct(frozen)
-        difference = paired_difference(correct, self._twin, seed=self.seed)
-        self.differences[trainer.global_step] = difference
-        metrics = {"accuracy": correct.mean(), "twin": self._twin.mean(), "difference": difference.value}
+        score = self._twin if state_hash(frozen) == self._twin_hash else self._score(frozen)
+        gap = difference(score.value, self._twin.value, score.draws, self._twin.draws)
+        self.differences[trainer.global_step] = gap
+        assert self._clips is not None
+        metrics = {self._clips.metric.name: score.value, "twin": self._twin.value, "difference": gap.value}
         for logger in trainer.loggers:
-            named = {f"probe/{self.task}/{name}": float(value) for name, value in metrics.items()}
+            named = {f"probe/{self.task}/{name}": value for name, value in metrics.items()}
             logger.log_metrics(named, step=trainer.global_step)
         pl_module.print(
-            f"step {trainer.global_step}: {self.task} {correct.mean():.3f}, "
-            f"random-init twin {self._twin.mean():.3f}: {difference}"
+            f"step {trainer.global_step}: {self.task} {score.value:.3f}, random-init twin {self._twin.value:.3f}: {gap}"
         )
 
-    def _correct(self, frozen: FrozenEncoder) -> Bool[np.ndarray, " n"]:
-        """Which of the validation clips the head names rightly."""
-        encoder = PooledEncoder(frozen, self.task, self.which)
-        starts = range(0, len(self._waveforms), self.batch_size)
-        batches = [features_of(encoder, self._waveforms[start : start + self.batch_size]) for start in starts]
-        layers = [np.concatenate(layer) for layer in zip(*batches, strict=True)]
-        train, labels = slice(self.num_train), self._labels
+    def _score(self, frozen: FrozenEncoder) -> _Score:
+        """What the best head says of the validation clips."""
+        clips = self._clips
+        assert clips is not None
+        encoder = JEPAEncoder(frozen, self.task, self.which)
+        parts = [
+            [layer.cpu().numpy() for layer in encoder.clip_vectors(pad_sequence(some, batch_first=True).mT, lengths)]
+            for some, lengths in clips.batches(self.batch_size)
+        ]
+        layers = [np.concatenate(layer) for layer in zip(*parts, strict=True)]
+        train, valid = slice(clips.num_train), slice(clips.num_train, None)
+        ridge = RidgeClassifierCV if clips.labels.kind == "class" else RidgeCV
         heads = [
-            make_pipeline(StandardScaler(), RidgeClassifierCV(_RIDGE)).fit(layer[train], labels[train])
-            for layer in layers
+            make_pipeline(StandardScaler(), ridge(_RIDGE)).fit(layer[train], clips.targets[train]) for layer in layers
         ]
         best = max(range(len(heads)), key=lambda layer: heads[layer][-1].best_score_)
-        return heads[best].predict(layers[best][self.num_train :]) == labels[self.num_train :]
+        said = heads[best].predict(layers[best][valid])
+        if clips.labels.kind == "class":
+            said = np.eye(clips.labels.num_outputs)[said]
+        answers, truth = said.reshape(len(said), -1).astype(np.float32), clips.targets[valid]
+        value = float(clips.metric(torch.from_numpy(answers)[:, None], truth)[0])
+        return _Score(value, clips.metric.resampled(answers, truth, clips.counts))
+
+
+@dataclass(frozen=True)
+class _Score:
+    """The first metric, and the same on resamplings."""
+
+    value: float
+    draws: Float[np.ndarray, " draws"]
+
+
+@dataclass(frozen=True)
+class _Clips:
+    """Labelled clips in memory, those of the training split first."""
+
+    waveforms: list[Tensor]
+    targets: Shaped[np.ndarray, "clips ..."]
+    num_train: int
+    labels: Labels
+    metric: Metric
+    counts: Shaped[np.ndarray, "draws valid"]
+
+    @staticmethod
+    def of(data: ProbeData, num_train: int, num_valid: int, front_end: FrontEnd, seed: int) -> _Clips:
+        """Some clips of the training and validation splits."""
+        splits = data.splits["train"].subset(num_train, seed), data.splits["val"].subset(num_valid, seed)
+        assert isinstance(data.labels, ClipLabels)
+        leaders = splits[0].leaders + splits[1].leaders
+        rate, num_channels = front_end.sample_rate, front_end.num_channels
+        return _Clips(
+            [load_waveform(item, rate, num_channels).T for item in leaders],
+            data.labels.encoded(leaders),
+            len(splits[0].leaders),
+            data.labels,
+            data.task.metrics[0],
+            draw_counts(len(splits[1].leaders), seed=seed),
+        )
+
+    def batches(self, size: int) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """Waveforms `[S, C]` and how long they are."""
+        for start in range(0, len(self.waveforms), size):
+            some = self.waveforms[start : start + size]
+            yield some, torch.tensor([len(waveform) for waveform in some])

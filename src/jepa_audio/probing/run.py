@@ -1,182 +1,266 @@
-"""The command `probe`: checkpoints → frozen features → heads → rows and a table."""
+"""The command `probe`: frozen encoders → features → heads → rows, evidence and a leaderboard."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 
-from jepa_audio.probing.encoders import Frequency, LogMelStatistics, PooledEncoder, ProbeEncoder, run_name
-from jepa_audio.probing.features import cached_features
-from jepa_audio.probing.heads import Choice, Features, Predictions, fit_knn, fit_linear
-from jepa_audio.probing.intervals import bootstrap_interval, paired_difference
-from jepa_audio.probing.results import ProbeRow, append_jsonl, markdown
-from jepa_audio.probing.tasks import TASKS, ProbeTask
+from jepa_audio.probing.encoders import Frequency, LogMelStatistics, ProbeEncoder, encoders_of, run_name
+from jepa_audio.probing.features import Features, FeatureStore, Preparation
+from jepa_audio.probing.heads import Choice, Head, choose
+from jepa_audio.probing.heads.sweep import Select
+from jepa_audio.probing.intervals import Difference, difference
+from jepa_audio.probing.presets import SETTING_NAMES, Fit, Kind, Preset, preset_of
+from jepa_audio.probing.results import ProbeRow, append_jsonl, save_evidence
+from jepa_audio.probing.results.leaderboard import write_leaderboard
+from jepa_audio.probing.results.pictures import draw_all
+from jepa_audio.probing.robustness import SWEEPS, area
+from jepa_audio.probing.scoring import Judgement, chance, judge, score
+from jepa_audio.probing.tasks import ProbeData, load_task
+from jepa_audio.probing.tasks.table import Kind as TableKind
 
-Head = Literal["linear", "knn"]
-
-_FIT: dict[Head, Callable[..., Predictions]] = {"linear": fit_linear, "knn": fit_knn}
+_Judged = dict[tuple[str, Kind, int], tuple[float, Judgement]]
 
 
 @dataclass(frozen=True)
-class _Answer:
-    """What the chosen head says of one task."""
+class Probing:
+    """What is the same for all encoders and tasks of one call.
 
-    task: ProbeTask
-    head: Head
-    choice: Choice
+    Attributes:
+        preset: the protocol.
+        output: folder of the results.
+        seeds: of the heads; the task's own number of them if empty.
+        conditions: names of sweeps of degradations; see `SWEEPS`.
+        batch_seconds: of audio encoded at once.
+        device: where encoders and heads are.
+    """
 
-    @property
-    def correct(self) -> np.ndarray:
-        return self.choice.correct(self.task.test.labels)
+    preset: Preset
+    output: Path
+    seeds: tuple[int, ...]
+    conditions: tuple[str, ...]
+    batch_seconds: float
+    device: str
+
+    def features(self, encoder: ProbeEncoder, data: ProbeData, split: str, preparation: Preparation) -> Features:
+        """Of one split, from the disk where they are known."""
+        store = FeatureStore(self.output / "features", encoder, preparation)
+        description = f"{encoder.name} {encoder.variant}: {data.task.name}, {split}"
+        return store.features(data.splits[split], self.batch_seconds, description)
+
+    def fit(self, encoder: ProbeEncoder, data: ProbeData) -> tuple[dict[str, Features], dict[Kind, Choice]]:
+        """Features of all splits, and of each kind of head the one that is best on the validation split."""
+        preparation = self.preset.preparation(data.task)
+        features = {split: self.features(encoder, data, split, preparation) for split in data.splits}
+        seeds = self.seeds or tuple(range(1234, 1234 + data.task.num_seeds))
+        description = f"{encoder.name} {encoder.variant}: {data.task.name}, heads"
+        fit = Fit(features, data, encoder.layer_names, seeds, self.device, description)
+        return features, {kind: choose(heads) for kind, heads in self.preset.fit(fit).items()}
+
+    def curve(
+        self, encoder: ProbeEncoder, data: ProbeData, head: Head, clean: float, name: str
+    ) -> tuple[tuple[float, float], ...]:
+        """Scores of a head on test clips degraded in one way, by level; it has learnt from clean ones."""
+        scores = []
+        for condition in SWEEPS[name]:
+            said = clean
+            if condition.changes(encoder.sample_rate):
+                preparation = replace(self.preset.preparation(data.task), condition=condition)
+                features = self.features(encoder, data, "test", preparation)
+                said = score(head.logits(features, self.device), data, data.splits["test"], features.rows)
+            scores.append((condition.level, said))
+        return tuple(scores)
 
 
 def probe(
-    checkpoints: list[Path],
-    corpus: Path,
+    encoder: list[str] | str,
+    tasks: list[str] | str,
+    data: list[Path] | Path,
     output: Path,
     *,
-    tasks: Sequence[str] = ("nsynth_pitch", "nsynth_instrument"),
+    preset: str = "marble-v1",
+    select: Select = "best",
     variants: Sequence[Literal["context", "target"]] = ("context", "target"),
-    heads: Sequence[Head] = ("linear", "knn"),
     frequency: Frequency = "mean",
+    layers: Sequence[int] = (),
     max_train: int | None = None,
+    seeds: Sequence[int] = (),
     random_seeds: Sequence[int] = (),
-    batch_size: int = 64,
+    robustness: bool | list[str] = False,
+    table_kind: TableKind = "multiclass",
+    batch_seconds: float = 240.0,
     device: str = "auto",
-    seed: int = 0,
 ) -> list[ProbeRow]:
     """Ask frozen encoders for labels, and the same networks as they were before step 0.
 
-    For every checkpoint the random-init twin is probed first, then its encoders; log-mel statistics once for
-    each sample rate. Layer and hyper-parameter of a head are chosen on the validation split, the chosen head
-    is reported on the test split. Rows are appended to `results.jsonl`, this call's table is written to
-    `table.md`, features are kept in `features/`.
+    For every checkpoint the random-init twin is probed first, then its encoders; log-mel statistics once for each
+    sample rate. Layer and learning rate (or penalty) are chosen on the validation split, the chosen head is reported
+    on the test split. Rows are appended to `results.jsonl`, all of which `leaderboard.md`, `.html` and `pictures/`
+    show. Features are kept in `features/`, and nothing that was heard once is heard again.
 
     Args:
-        checkpoints: of runs, as `runs/NAME/checkpoints/last.ckpt`.
-        corpus: folder of the labelled corpus; for the NSynth tasks the one that holds `nsynth-train`,
-            `nsynth-valid` and `nsynth-test`.
+        encoder: checkpoints, as `runs/NAME/checkpoints/last.ckpt`, or MODULE:FUNCTION for a function that returns a
+            `ProbeEncoder`; several with commas between them.
+        tasks: names of the tasks, or tables of your own (.csv, .tsv; see `table_task`); several with commas.
+        data: folder of records in MARBLE's layout, or of a raw data set that `data convert` knows; several with commas.
         output: folder of the results.
-        tasks: names of the tasks.
-        variants: which encoders of a run, besides its random-init twin.
-        heads: "linear" (logistic regression) and "knn", both on standardised features.
-        frequency: "mean" averages the frequency rows of a layer, "concat" keeps them side by side.
-        max_train: use so many random training clips instead of all.
-        random_seeds: seeds of further random-init twins, beside the run's own.
-        batch_size: clips encoded at once.
+        preset: "marble-v1" (each layer and the weighted sum by six learning rates), "linear" (logistic or ridge
+            regression and nearest neighbours, for tracking), or "marble-v2" (for cross-checks).
+        select: state of a head that is scored; "last" is MARBLE v2's own, and for it alone.
+        variants: which encoders of a checkpoint, besides its random-init twin.
+        frequency: how a spectrogram encoder's tokens of one time become one vector: "mean" averages them, "concat"
+            keeps them side by side.
+        layers: places of the layers that are probed, 0 for what enters the first block; all if empty.
+        max_train: use so many random training units instead of all.
+        seeds: of the heads; by default 1234, and 1235 and 1236 for tasks of few test files.
+        random_seeds: of further random-init twins, beside the run's own.
+        robustness: true, or names of conditions: scores on degraded test clips too.
+        table_kind: of the labels in tables of your own: "multiclass", "multilabel" or "regression".
+        batch_seconds: of audio encoded at once.
         device: "auto" is the GPU if there is one.
-        seed: of the training subset and of the intervals.
     """
-    _check_names(tasks, checkpoints)
+    sources, roots = _listed(encoder), [Path(root) for root in _listed(data)]
+    _check_names(sources)
+    loaded = [load_task(name, roots, table_kind).with_train(max_train) for name in _listed(tasks)]
+    chosen = preset_of(preset, select)
+    for one in loaded:
+        chosen.protocol(one.task)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = [TASKS[name].load(corpus).with_train(max_train, seed) for name in tasks]
+    probing = Probing(chosen, output, tuple(seeds), _conditions(robustness), batch_seconds, device)
     rows: list[ProbeRow] = []
-    baselines: set[int] = set()
-    for checkpoint in checkpoints:
-        twin: dict[tuple[str, Head], np.ndarray] = {}
-        encoders = _encoders(checkpoint, variants, frequency, random_seeds, device, baselines)
-        for encoder in encoders:
-            folder = output / "features"
-            answers = _ask(encoder, loaded, heads=heads, folder=folder, batch_size=batch_size, device=device)
-            compared = twin if encoder.variant in variants else {}
-            new = [_row(encoder, answer, compared.get((answer.task.name, answer.head)), seed) for answer in answers]
-            if encoder.variant == "random":
-                twin = {(answer.task.name, answer.head): answer.correct for answer in answers}
-            append_jsonl(output / "results.jsonl", new)
-            rows += new
-    (output / "table.md").write_text(markdown(rows))
+    rates: set[int] = set()
+    for source in sources:
+        twin: _Judged = {}
+        for one_encoder in _with_statistics(encoders_of(source, variants, frequency, random_seeds, layers), rates):
+            one_encoder.to(device)
+            for task in loaded:
+                new, judged = _rows(probing, one_encoder, task, twin)
+                if one_encoder.variant == "random":
+                    twin |= judged
+                append_jsonl(output / "results.jsonl", new)
+                rows += new
+    write_leaderboard(output / "results.jsonl")
+    draw_all(output / "results.jsonl")
     return rows
 
 
-def _check_names(tasks: Sequence[str], checkpoints: Sequence[Path]) -> None:
-    unknown = sorted(set(tasks) - TASKS.keys())
-    if unknown:
-        raise ValueError(f"`tasks` holds {', '.join(unknown)}; there are {', '.join(TASKS)}")
-    names = [run_name(checkpoint) for checkpoint in checkpoints]
-    if len(set(names)) < len(names):
-        raise ValueError(f"`checkpoints` must have different names in the results, these are called {names}")
-
-
-def _encoders(
-    checkpoint: Path,
-    variants: Sequence[Literal["context", "target"]],
-    frequency: Frequency,
-    random_seeds: Sequence[int],
-    device: str,
-    baselines: set[int],
-) -> Iterator[ProbeEncoder]:
-    """The random-init twins, the encoders, and the baseline if its sample rate is new."""
-    for random_seed in (None, *random_seeds):
-        twin = PooledEncoder.from_checkpoint(checkpoint, "random", frequency, random_seed)
-        twin.frozen.to(device)
-        yield twin
-    for variant in variants:
-        encoder = PooledEncoder.from_checkpoint(checkpoint, variant, frequency)
-        encoder.frozen.to(device)
-        yield encoder
-    if twin.sample_rate not in baselines:
-        baselines.add(twin.sample_rate)
-        yield LogMelStatistics(twin.sample_rate)
-
-
-def _ask(
+def _rows(
+    probing: Probing,
     encoder: ProbeEncoder,
-    tasks: Sequence[ProbeTask],
-    *,
-    heads: Sequence[Head],
-    folder: Path,
-    batch_size: int,
-    device: str,
-) -> list[_Answer]:
-    """Every head on every task; tasks on the same audio share one extraction."""
-    known: dict[tuple[Path, ...], list[np.ndarray]] = {}
-    answers = []
-    for task in tasks:
-        for split, clips in task.splits.items():
-            if clips.paths not in known:
-                description = f"{encoder.name} {encoder.variant}, {split}"
-                known[clips.paths] = cached_features(encoder, clips.paths, folder, batch_size, description)
-        features = Features(**{split: known[clips.paths] for split, clips in task.splits.items()})
-        for head in heads:
-            predictions = _FIT[head](features, task.train.labels, len(task.class_names), device=device)
-            answers.append(_Answer(task, head, predictions.choose(task.valid.labels)))
-    return answers
+    data: ProbeData,
+    twin: _Judged,
+) -> tuple[list[ProbeRow], _Judged]:
+    """One row for each kind of head and seed, and what they rest on."""
+    features, choices = probing.fit(encoder, data)
+    test, rows = features["test"], []
+    judged: _Judged = {}
+    guess = chance(data, features["train"].rows, test.rows)
+    compared = encoder.variant in ("context", "target")
+    for kind, choice in choices.items():
+        for head in choice.heads:
+            judgement = judge(head.logits(test, probing.device), data, data.splits["test"], test.rows)
+            key = data.task.name, kind, head.seed
+            value = judgement.scores[data.task.metrics[0].name].value
+            judged[key] = value, judgement
+            against = _against(data, value, judgement, *twin[key]) if compared and key in twin else None
+            row = _row(probing, encoder, data, kind, choice, head, judgement, guess, against)
+            if probing.conditions:
+                curves = {name: probing.curve(encoder, data, head, value, name) for name in probing.conditions}
+                areas = {name: area([s for _, s in curve], value) for name, curve in curves.items()}
+                row = replace(row, robustness=curves, robustness_area=areas)
+            save_evidence(probing.output / row.evidence, judgement.evidence)
+            rows.append(row)
+    return rows, judged
 
 
-def _row(encoder: ProbeEncoder, answer: _Answer, twin: np.ndarray | None, seed: int) -> ProbeRow:
-    task, choice, correct = answer.task, answer.choice, answer.correct
-    low, high = bootstrap_interval(correct, seed=seed)
+def _against(data: ProbeData, value: float, judgement: Judgement, other: float, of_twin: Judgement) -> Difference:
+    metric = data.task.metrics[0].name
+    return difference(value, other, judgement.evidence.draws[metric], of_twin.evidence.draws[metric])
+
+
+def _row(
+    probing: Probing,
+    encoder: ProbeEncoder,
+    data: ProbeData,
+    kind: Kind,
+    choice: Choice,
+    head: Head,
+    judgement: Judgement,
+    guess: float,
+    against: Difference | None,
+) -> ProbeRow:
+    task, sizes = data.task, {split: len(data.splits[split].uids) for split in data.splits}
+    said = (encoder.name, encoder.variant, encoder.encoder_hash, encoder.frequency, encoder.layer_names)
+    what = (task.name, data.checksum, probing.preset.name, probing.preset.select, kind, head.seed)
+    name = hashlib.sha256(repr((said, what)).encode()).hexdigest()[:16]
     return ProbeRow(
         encoder=encoder.name,
         variant=encoder.variant,
         encoder_hash=encoder.encoder_hash,
+        pooling=encoder.frequency,
         task=task.name,
-        preset="linear",
-        head=answer.head,
-        pooling=encoder.pooling,
-        layer=choice.layer,
-        layer_name=encoder.layer_names[choice.layer],
-        setting=choice.setting,
-        metric="accuracy",
-        value=float(correct.mean()),
-        low=low,
-        high=high,
-        valid_value=choice.valid,
-        valid_by_layer=choice.valid_by_layer,
-        num_train=len(task.train),
-        num_valid=len(task.valid),
-        num_test=len(task.test),
-        num_classes=len(task.class_names),
-        chance=task.chance,
-        seed=seed,
-        against_random=None if twin is None else paired_difference(correct, twin, seed=seed),
-        split_checksum=task.checksum,
-        versions={name: importlib.metadata.version(name) for name in ("jepa-audio", "torch", "scikit-learn")},
+        preset=probing.preset.name,
+        select=probing.preset.select,
+        head=kind,
+        layer=head.source.name,
+        setting=head.setting,
+        setting_name=SETTING_NAMES[kind],
+        seed=head.seed,
+        decoder=data.labels.decoder,
+        unit=task.units[0],
+        metric=task.metrics[0].name,
+        scores=judgement.scores,
+        chance=guess,
+        valid=head.valid,
+        layers=tuple(source.name for source in choice.sources),
+        settings=choice.settings,
+        valid_grid=tuple(tuple(map(float, line)) for line in choice.valid),
+        num_train=sizes["train"],
+        num_valid=sizes["val"],
+        num_test=len(judgement.evidence.uids),
+        class_names=data.labels.names,
+        evidence=f"evidence/{task.name}-{name}.npz",
+        against_random=against,
+        robustness=None,
+        robustness_area=None,
+        split_checksum=data.checksum,
+        versions={package: importlib.metadata.version(package) for package in ("jepa-audio", "torch", "torchmetrics")},
     )
+
+
+def _listed(words: list[str] | list[Path] | str | Path) -> list[str]:
+    """`a,b` or `[a, b]`."""
+    several = words if isinstance(words, list) else str(words).split(",")
+    return [str(word).strip() for word in several]
+
+
+def _check_names(sources: Sequence[str]) -> None:
+    names = [run_name(Path(source)) for source in sources if ".ckpt" in source]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`encoder` must have different names in the results, these are called {names}")
+
+
+def _conditions(robustness: bool | list[str]) -> tuple[str, ...]:
+    if isinstance(robustness, bool):
+        return tuple(SWEEPS) if robustness else ()
+    unknown = [name for name in robustness if name not in SWEEPS]
+    if unknown:
+        raise ValueError(f"`robustness` holds {', '.join(unknown)}; there are {', '.join(SWEEPS)}")
+    return tuple(robustness)
+
+
+def _with_statistics(encoders: Iterator[ProbeEncoder], rates: set[int]) -> Iterator[ProbeEncoder]:
+    """Log-mel statistics behind the encoders of a sample rate that is new."""
+    encoder: ProbeEncoder | None = None
+    for encoder in encoders:
+        yield encoder
+    if encoder is not None and encoder.sample_rate not in rates:
+        rates.add(encoder.sample_rate)
+        yield LogMelStatistics(encoder.sample_rate)

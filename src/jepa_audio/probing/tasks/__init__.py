@@ -1,15 +1,87 @@
-"""Labelled tasks: audio files and what a head has to say of them."""
+"""Labelled tasks: audio, and what a head has to say of it; one file for each family of data sets."""
 
-from jepa_audio.probing.tasks.base import LabelledClips, ProbeTask, Task
-from jepa_audio.probing.tasks.nsynth import NSynth
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jepa_audio.probing.tasks import (
+    chords,
+    emomusic,
+    giantsteps,
+    gtzan,
+    hooktheory,
+    mtg,
+    mtt,
+    nsynth,
+    rhythm,
+    vocalset,
+)
+from jepa_audio.probing.tasks.base import DataSet, ProbeData, Protocol, Task
+from jepa_audio.probing.tasks.table import Kind, table_task
 
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        NSynth("nsynth_pitch", label_key="pitch"),
-        NSynth("nsynth_instrument", label_key="instrument_family_str"),
+        gtzan.GTZAN_GENRE,
+        giantsteps.GIANTSTEPS_KEY,
+        emomusic.EMOMUSIC_EMOTION,
+        mtt.MTT_TAGS,
+        nsynth.NSYNTH_PITCH,
+        nsynth.NSYNTH_INSTRUMENT,
+        vocalset.VOCALSET_SINGER,
+        vocalset.VOCALSET_TECHNIQUE,
+        mtg.MTG_TOP50,
+        mtg.MTG_GENRE,
+        mtg.MTG_INSTRUMENT,
+        mtg.MTG_MOOD,
+        rhythm.GTZAN_BEAT,
+        chords.CHORDS1217,
+        hooktheory.HOOKTHEORY_KEY,
+        hooktheory.HOOKTHEORY_STRUCTURE,
     )
 }
 """Every task by name."""
 
-__all__ = ["TASKS", "LabelledClips", "NSynth", "ProbeTask", "Task"]
+DATA_SETS: dict[str, DataSet] = {
+    data_set.name: data_set
+    for data_set in (
+        gtzan.GTZAN,
+        rhythm.GTZAN_RHYTHM,
+        giantsteps.GIANTSTEPS,
+        emomusic.EMOMUSIC,
+        mtt.MTT,
+        nsynth.NSYNTH,
+        vocalset.VOCALSET,
+        mtg.MTG,
+    )
+}
+"""Every data set that can be converted, by name."""
+
+
+def load_task(name: str, roots: Sequence[Path], table_kind: Kind = "multiclass") -> ProbeData:
+    """A task by name, on the first folder that holds it; or the user's own table.
+
+    Args:
+        name: of the task, or a `.csv` or `.tsv`.
+        roots: folders of records or raw data sets.
+        table_kind: of the labels in a table.
+
+    Raises:
+        FileNotFoundError: if no folder holds it, with what each one lacks.
+        ValueError: if there is no such task, or a record is not what it needs.
+    """
+    if Path(name).suffix in (".csv", ".tsv"):
+        return table_task(Path(name), table_kind)
+    if name not in TASKS:
+        raise ValueError(f"there is no task {name!r}; there are {', '.join(TASKS)}, and tables (.csv, .tsv)")
+    missing = []
+    for root in roots:
+        try:
+            return TASKS[name].load(root)
+        except FileNotFoundError as error:
+            missing.append(str(error))
+    raise FileNotFoundError("; ".join(missing))
+
+
+__all__ = ["DATA_SETS", "TASKS", "DataSet", "ProbeData", "Protocol", "Task", "load_task"]

@@ -1,98 +1,151 @@
-"""What a probing task is: clips of three splits and one class for each."""
+"""What a probing task is: records of three splits, what is asked of them, and how published numbers were come by."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-from jaxtyping import Int64
+from jepa_audio.probing.metrics import Metric
+from jepa_audio.probing.tasks.labels import Labels, Unit
+from jepa_audio.probing.tasks.records import SPLITS, Record, Split, checksum_of, read_split, split_of
+from jepa_audio.probing.tasks.windows import Windows
 
-UNKNOWN = -1
-"""Label of a clip whose class has no training clip: no head can name it, so it always counts as wrong."""
+log = logging.getLogger(__name__)
+
+MARBLE_LEARNING_RATES = (5e-5, 1e-4, 5e-4, 1e-3, 5e-3, 1e-2)
+"""Of the constrained track (Yuan et al., 2023, arXiv:2306.10548, appendix A)."""
 
 
 @dataclass(frozen=True)
-class LabelledClips:
-    """Audio files and their classes.
+class Protocol:
+    """How a task is probed under one preset.
 
-    Attributes:
-        paths: one file a clip.
-        labels: number of each clip's class, or `UNKNOWN`.
+    Args:
+        windows: what the encoder hears at a time.
+        max_epochs: of a head.
+        stop_patience: epochs without a better validation score after which a head stops.
+        plateau_patience: epochs without a better one after which its learning rate is multiplied by `plateau_factor`.
+        plateau_factor: see there.
+        learning_rates: those tried.
+        batch_size: rows of a step; for annotations in time, windows.
     """
 
-    paths: tuple[Path, ...]
-    labels: Int64[np.ndarray, " n"]
+    windows: Windows
+    max_epochs: int
+    stop_patience: int
+    plateau_patience: int
+    plateau_factor: float = 0.5
+    learning_rates: tuple[float, ...] = MARBLE_LEARNING_RATES
+    batch_size: int = 64
 
-    def __post_init__(self) -> None:
-        if not self.paths or len(self.paths) != len(self.labels):
-            raise ValueError(
-                f"a split needs clips and one label for each, got {len(self.paths)} files and {len(self.labels)} labels"
-            )
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def subset(self, size: int | None, seed: int) -> LabelledClips:
-        """`size` random clips in their own order (all, if `None` or too few).
-
-        The choice depends on the number of clips and the seed alone: tasks on the same audio choose the same.
-        """
-        if size is None or size >= len(self):
-            return self
-        if size < 1:
-            raise ValueError(f"a subset needs at least one clip, got {size}")
-        rows = np.sort(np.random.default_rng(seed).choice(len(self), size, replace=False))
-        return LabelledClips(tuple(self.paths[row] for row in rows), self.labels[rows])
+Conversion = Mapping[str, Mapping[str, Sequence[Record]]]
+"""Records by stem and split; `audio_path` starts from the raw data set's folder."""
 
 
 @dataclass(frozen=True)
-class ProbeTask:
-    """One class for every clip.
+class DataSet:
+    """A data set as it is downloaded.
 
-    Attributes:
+    Args:
+        name: what `jepa-audio data convert` calls it.
+        convert: folder → records of every task on it. `FileNotFoundError` names the file or folder that is missing,
+            `ValueError` the line that is not what the data set's own files hold.
+    """
+
+    name: str
+    convert: Callable[[Path], Conversion]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One question about audio.
+
+    Args:
         name: of the task.
-        class_names: by class number; the classes of the training split.
-        train: what the heads are fitted on.
-        valid: what layer and hyper-parameters are chosen on.
-        test: what is reported.
-        checksum: of the files that say what is in which split.
+        stem: of its records, `ROOT/{stem}.{train,val,test}.jsonl`; its folder is the one under MARBLE's `data/`.
+        labels: what a head has to say.
+        metrics: the first chooses epoch, layer and learning rate; all are reported.
+        protocols: by preset, "marble-v1" and "marble-v2".
+        group_by: key of the records whose value is the unit that is scored.
+        units: what is scored; the first unit is the one that chooses.
+        grid_hz: rows a second for annotations in time; `None` for one row a window.
+        num_seeds: of the heads, unless told otherwise: more where the test split is small.
+        num_units: scored units of train, val and test in the published split, if known.
+        data_set: makes records of the raw data set; `None` where only records are known.
     """
 
     name: str
-    class_names: tuple[str, ...]
-    train: LabelledClips
-    valid: LabelledClips
-    test: LabelledClips
-    checksum: str
+    stem: str
+    labels: Labels
+    metrics: tuple[Metric, ...]
+    protocols: Mapping[str, Protocol]
+    group_by: str = "audio_path"
+    units: tuple[Unit, ...] = ("file",)
+    grid_hz: float | None = None
+    num_seeds: int = 1
+    num_units: tuple[int, int, int] | None = None
+    data_set: DataSet | None = None
 
-    @property
-    def splits(self) -> dict[str, LabelledClips]:
-        """The three splits by name."""
-        return {"train": self.train, "valid": self.valid, "test": self.test}
-
-    @property
-    def chance(self) -> float:
-        """Test accuracy of always naming the most frequent training class."""
-        known = self.train.labels[self.train.labels != UNKNOWN]
-        return float((self.test.labels == np.bincount(known).argmax()).mean())
-
-    def with_train(self, size: int | None, seed: int) -> ProbeTask:
-        """The same task with a random subset of the training clips."""
-        return replace(self, train=self.train.subset(size, seed))
-
-
-class Task(ABC):
-    """Knows how a public corpus lies on disk."""
-
-    name: str
-
-    @abstractmethod
-    def load(self, root: Path) -> ProbeTask:
-        """The task on the corpus under `root`.
+    def load(self, root: Path) -> ProbeData:
+        """The splits, from records under `root` or from the raw data set, if that is what lies there.
 
         Raises:
-            FileNotFoundError: if a folder or a file is not there.
-            ValueError: if a file does not say what it should.
+            FileNotFoundError: if there are neither, or if an audio file is missing.
+            ValueError: naming the record that is not what the task needs.
         """
+        folder, stem = self._folder(root), Path(self.stem).name
+        if folder is not None:
+            paths = [folder / f"{stem}.{split}.jsonl" for split in SPLITS]
+            return self._data([read_split(path, self.group_by) for path in paths], checksum_of(paths))
+        if self.data_set is None:
+            wanted = root / f"{self.stem}.train.jsonl"
+            raise FileNotFoundError(f"{self.name} needs {wanted}, with .val.jsonl and .test.jsonl beside it")
+        records = self.data_set.convert(root)[self.stem]
+        splits = [
+            split_of({f"{root}, {split} {i}": record for i, record in enumerate(records[split])}, root, self.group_by)
+            for split in SPLITS
+        ]
+        return self._data(splits, hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest())
+
+    def _folder(self, root: Path) -> Path | None:
+        """Where the records lie: as in MARBLE's `data/`, or in `root` itself."""
+        stem = Path(self.stem)
+        folders = (root / stem.parent, root)
+        return next((folder for folder in folders if (folder / f"{stem.name}.train.jsonl").is_file()), None)
+
+    def _data(self, splits: Sequence[Split], checksum: str) -> ProbeData:
+        sizes = tuple(len(split.uids) for split in splits)
+        if self.num_units is not None and sizes != self.num_units:
+            log.warning(
+                "%s: %s units in train, val and test, where published numbers are of %s: not comparable with them",
+                self.name,
+                sizes,
+                self.num_units,
+            )
+        return ProbeData(self, self.labels.fitted(splits[0]), dict(zip(SPLITS, splits, strict=True)), checksum)
+
+
+@dataclass(frozen=True)
+class ProbeData:
+    """A task on one data set.
+
+    Attributes:
+        task: what is asked.
+        labels: the task's, with what they take from the training split.
+        splits: train, val and test.
+        checksum: of the records.
+    """
+
+    task: Task
+    labels: Labels
+    splits: Mapping[str, Split]
+    checksum: str
+
+    def with_train(self, size: int | None, seed: int = 0) -> ProbeData:
+        """With `size` random units of the training split, all if `None` or too few."""
+        return replace(self, splits={**self.splits, "train": self.splits["train"].subset(size, seed)})

@@ -2,63 +2,42 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+from jepa_audio.probing.metrics import Accuracy
+from jepa_audio.probing.tasks.base import Conversion, DataSet, Protocol, Task
+from jepa_audio.probing.tasks.labels import Multiclass
+from jepa_audio.probing.tasks.records import Record
+from jepa_audio.probing.tasks.windows import Windows
 
-from jepa_audio.probing.tasks.base import UNKNOWN, LabelledClips, ProbeTask, Task
-
+FOLDERS = {"train": "nsynth-train", "val": "nsynth-valid", "test": "nsynth-test"}
+_KEYS = {"NSynth/NSynthP": "pitch", "NSynth/NSynthI": "instrument_family_str"}
 _DOWNLOAD = (
-    "give as corpus the folder that holds nsynth-train, nsynth-valid and nsynth-test, each unpacked from "
-    "NSynth's json/wav archives with its examples.json and audio/"
+    "give the folder that holds nsynth-train, nsynth-valid and nsynth-test, each unpacked from NSynth's json/wav "
+    "archives with its examples.json and audio/"
 )
 
 
-@dataclass(frozen=True)
-class NSynth(Task):
-    """One label of every note; the splits are NSynth's own.
-
-    Args:
-        name: of the task.
-        label_key: entry of `examples.json` to be told.
-    """
-
-    name: str
-    label_key: str
-
-    def load(self, root: Path) -> ProbeTask:
-        """See `Task`."""
-        notes = {split: _read_examples(root / f"nsynth-{split}") for split in ("train", "valid", "test")}
-        labels = {split: [self._label(root, split, *note) for note in notes[split].items()] for split in notes}
-        classes = sorted(set(labels["train"]))
-        number = {label: i for i, label in enumerate(classes)}
-        splits = {
-            split: LabelledClips(
-                tuple(root / f"nsynth-{split}" / "audio" / f"{name}.wav" for name in notes[split]),
-                np.array([number.get(label, UNKNOWN) for label in labels[split]], dtype=np.int64),
-            )
-            for split in notes
-        }
-        checksum = hashlib.sha256()
-        for split in notes:
-            checksum.update((root / f"nsynth-{split}" / "examples.json").read_bytes())
-        return ProbeTask(self.name, tuple(map(str, classes)), **splits, checksum=checksum.hexdigest())
-
-    def _label(self, root: Path, split: str, name: str, note: dict[str, int | str]) -> int | str:
-        label = note.get(self.label_key)
-        if label is None:
-            raise ValueError(
-                f"{root / f'nsynth-{split}' / 'examples.json'}: note {name} has no `{self.label_key}`, "
-                f"which {self.name} needs; use NSynth's own file"
-            )
-        return label
+def convert(raw: Path) -> Conversion:
+    """Records of both tasks, see `DataSet`; the splits are NSynth's own."""
+    notes = {split: _read_examples(raw / folder) for split, folder in FOLDERS.items()}
+    return {
+        stem: {split: [_record(raw, split, name, note, key) for name, note in notes[split].items()] for split in notes}
+        for stem, key in _KEYS.items()
+    }
 
 
-def _read_examples(folder: Path) -> dict[str, dict[str, int | str]]:
-    """The notes of one split, in the order of their names; every one has its file."""
+def _record(raw: Path, split: str, name: str, note: dict[str, Any], key: str) -> Record:
+    label, folder = note.get(key), FOLDERS[split]
+    if label is None:
+        raise ValueError(f"{raw / folder / 'examples.json'}: note {name} has no `{key}`; use NSynth's own file")
+    return {"audio_path": f"{folder}/audio/{name}.wav", "label": label}
+
+
+def _read_examples(folder: Path) -> dict[str, dict[str, Any]]:
+    """The notes of one split, in the order of their names."""
     examples, audio = folder / "examples.json", folder / "audio"
     for path in (folder, examples, audio):
         if not path.exists():
@@ -69,11 +48,28 @@ def _read_examples(folder: Path) -> dict[str, dict[str, int | str]]:
         raise ValueError(f"{examples} is not JSON ({error}): unpack the archive anew") from error
     if not isinstance(notes, dict) or not notes or not all(isinstance(note, dict) for note in notes.values()):
         raise ValueError(f"{examples} must hold one object for each note, by name: unpack the archive anew")
-    present = {path.stem for path in audio.glob("*.wav")}
-    missing = sorted(notes.keys() - present)
-    if missing:
-        raise FileNotFoundError(
-            f"{audio / missing[0]}.wav is missing, as are {len(missing) - 1} other of the {len(notes)} notes "
-            f"in {examples}: unpack the archive anew"
-        )
     return dict(sorted(notes.items()))
+
+
+NSYNTH = DataSet("nsynth", convert)
+
+_V1 = Protocol(Windows(), max_epochs=50, stop_patience=10, plateau_patience=3)
+
+NSYNTH_PITCH = Task(
+    "nsynth_pitch",
+    "NSynth/NSynthP",
+    Multiclass(),
+    (Accuracy(),),
+    {"marble-v1": _V1},
+    num_units=(289_205, 12_678, 4_096),
+    data_set=NSYNTH,
+)
+NSYNTH_INSTRUMENT = Task(
+    "nsynth_instrument",
+    "NSynth/NSynthI",
+    Multiclass(),
+    (Accuracy(),),
+    {"marble-v1": _V1},
+    num_units=(289_205, 12_678, 4_096),
+    data_set=NSYNTH,
+)

@@ -1,0 +1,44 @@
+"""How a labelled stretch is cut into the windows that an encoder hears."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows side by side, without overlap.
+
+    Args:
+        seconds: of a window; `None` for the whole stretch.
+        min_ratio: the last window may be shorter: it is kept if it has at least this share of `seconds`.
+        first_seconds: only so much of the stretch is heard; `None` for all of it.
+    """
+
+    seconds: float | None = None
+    min_ratio: float = 1.0
+    first_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_ratio <= 1 or min(self.seconds or 1, self.first_seconds or 1) <= 0:
+            raise ValueError(
+                f"`min_ratio` ({self.min_ratio}) must be in (0, 1], `seconds` ({self.seconds}) and `first_seconds` "
+                f"({self.first_seconds}) positive or None"
+            )
+
+    def spans(self, num_samples: int, sample_rate: int) -> list[tuple[int, int]]:
+        """First sample and first sample behind, of every window of a stretch of `num_samples`.
+
+        A stretch that is shorter than a window needs to be is one window all the same: nothing that is scored vanishes.
+        No window is filled up: see `LayerFeatures`.
+        """
+        if self.first_seconds is not None:
+            num_samples = min(num_samples, round(self.first_seconds * sample_rate))
+        length = num_samples if self.seconds is None else int(self.seconds * sample_rate)
+        if length < 1 or num_samples < length:
+            return [(0, num_samples)]
+        spans = [(start, start + length) for start in range(0, num_samples - length + 1, length)]
+        end = spans[-1][1]
+        if (num_samples - end) / length >= self.min_ratio:
+            spans.append((end, num_samples))
+        return spans

@@ -1,0 +1,218 @@
+"""Features on disk: heard once, in order, never padded, whatever was stopped or shared."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+from torch import Tensor
+
+from jepa_audio.data.read import AudioReadError
+from jepa_audio.encode import LayerFeatures
+from jepa_audio.probing.encoders import FunctionEncoder, LogMelStatistics, ProbeEncoder
+from jepa_audio.probing.features import Features, FeatureStore, Preparation, load_waveform
+from jepa_audio.probing.robustness.conditions import Gain
+from jepa_audio.probing.tasks.records import Item, Split
+from jepa_audio.probing.tasks.windows import Windows
+
+RATE = 1000
+SECONDS = (3.0, 1.5, 3.0, 0.7, 2.2)  # the log-mel baseline needs half a second
+
+
+class Counting(FunctionEncoder):
+    """Mean and last sample of every tenth of a second, and how many seconds were heard."""
+
+    heard = 0.0
+
+    def __init__(self, name: str = "counting") -> None:
+        super().__init__(self._said, name, RATE, layer_names=("mean", "last"))
+        self.heard, self.lengths = 0.0, []
+
+    def _said(self, waveform: Tensor) -> list[Tensor]:
+        self.heard += waveform.shape[0] * waveform.shape[-1] / RATE
+        tenths = waveform[:, 0].unfold(-1, RATE // 10, RATE // 10)
+        return [tenths.mean(-1, keepdim=True).expand(-1, -1, 3), tenths[..., -1:]]
+
+
+def split_of(folder: Path, seconds: tuple[float, ...] = SECONDS, seed: int = 0) -> Split:
+    rng = np.random.default_rng(seed)
+    folder.mkdir(exist_ok=True)
+    items = []
+    for i, length in enumerate(seconds):
+        path = folder / f"{i}.wav"
+        sf.write(path, rng.uniform(-0.5, 0.5, round(length * RATE)), RATE, subtype="FLOAT")
+        items.append(Item(path, i, f"clip {i}", f"record {i}"))
+    return Split(tuple(items))
+
+
+def features_of(
+    split: Split,
+    folder: Path,
+    preparation: Preparation,
+    encoder: ProbeEncoder | None = None,
+    batch_seconds: float = 4.0,
+) -> Features:
+    return FeatureStore(folder, encoder or Counting(), preparation).features(split, batch_seconds, "test")
+
+
+def tables(folder: Path) -> dict[str, str]:
+    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_rows_stand_for_windows_in_order_and_nothing_is_padded(tmp_path: Path):
+    split = split_of(tmp_path / "audio")
+    features = features_of(split, tmp_path / "features", Preparation(Windows(1.0, min_ratio=0.5)))
+    assert features.rows.item.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 3, 4, 4]  # the last 0.2 s of 2.2 are dropped
+    assert features.rows.window.tolist() == list(range(11))
+    np.testing.assert_allclose(features.rows.seconds, [0.5, 1.5, 2.5, 0.5, 1.25, 0.5, 1.5, 2.5, 0.35, 0.5, 1.5])
+    for row, (item, seconds) in enumerate(zip(features.rows.item, features.rows.seconds, strict=True)):
+        whole = load_waveform(split.items[item], RATE, 1)[0]
+        half = 0.25 if row == 4 else 0.35 if row == 8 else 0.5
+        heard = whole[round((seconds - half) * RATE) : round((seconds + half) * RATE)]
+        assert features.of(0, np.array([row]))[0, 0] == pytest.approx(float(heard.mean()), abs=1e-6)
+        assert features.of(1, np.array([row])).shape == (1, 1)
+
+
+@pytest.mark.parametrize("batch_seconds", [0.1, 2.0, 100.0])
+def test_the_size_of_batches_changes_nothing(batch_seconds: float, tmp_path: Path):
+    split, preparation = split_of(tmp_path / "audio"), Preparation(Windows())
+    one = features_of(split, tmp_path / "one", preparation)
+    other = features_of(split, tmp_path / "other", preparation, batch_seconds=batch_seconds)
+    for layer in range(2):
+        torch.testing.assert_close(one.of(layer), other.of(layer), rtol=0, atol=1e-6)
+
+
+def test_what_was_heard_once_is_not_heard_again(tmp_path: Path):
+    split, folder, encoder = split_of(tmp_path / "audio"), tmp_path / "features", Counting()
+    preparation = Preparation(Windows())
+    first = features_of(split, folder, preparation, encoder)
+    heard, stored = encoder.heard, tables(folder)
+    again = features_of(Split(split.items[1:][::-1]), folder, preparation, encoder)
+    assert encoder.heard == pytest.approx(heard + 1.0)  # the noise that tells one function from another
+    assert tables(folder) == stored
+    assert torch.equal(again.of(0), first.of(0).flip(0)[:-1])
+    more = Split((*split.items, *split_of(tmp_path / "more", (1.0,), seed=1).items[:1]))
+    features_of(more, folder, preparation, encoder)
+    assert encoder.heard == pytest.approx(heard + 2 * 1.0 + 1.0)
+
+
+def test_a_changed_file_another_function_or_preparation_is_heard_anew(tmp_path: Path):
+    split, folder, encoder = split_of(tmp_path / "audio"), tmp_path / "features", Counting()
+    before = features_of(split, folder, Preparation(Windows()), encoder).of(0)
+    sf.write(split.items[2].path, np.full(2 * RATE, 0.25), RATE, subtype="FLOAT")
+    after = features_of(split, folder, Preparation(Windows()), encoder).of(0)
+    assert float(after[2, 0]) == pytest.approx(0.25)
+    assert torch.equal(after[[0, 1, 3, 4]], before[[0, 1, 3, 4]])
+    louder = features_of(split, folder, Preparation(Windows(), condition=Gain(20.0)), encoder).of(0)
+    torch.testing.assert_close(louder, 10 * after)
+
+    class Opposite(Counting):
+        def _said(self, waveform: Tensor) -> list[Tensor]:
+            return super()._said(-waveform)
+
+    torch.testing.assert_close(features_of(split, folder, Preparation(Windows()), Opposite()).of(0), -after)
+
+
+def test_a_killed_extraction_goes_on_where_it_was(tmp_path: Path):
+    split, folder = split_of(tmp_path / "audio"), tmp_path / "features"
+    whole = features_of(split, tmp_path / "whole", Preparation(Windows(1.0, min_ratio=0.5)))
+    features_of(Split(split.items[:3]), folder, Preparation(Windows(1.0, min_ratio=0.5)))
+    (store,) = folder.iterdir()
+    for name in ("layer-00", "seconds"):  # killed between two tables, and within a line of the index
+        with (store / name).open("ab") as file:
+            file.write(b"half a row")
+    with (store / "index.jsonl").open("a") as file:
+        file.write('["abc", 8, ')
+    resumed = features_of(split, folder, Preparation(Windows(1.0, min_ratio=0.5)))
+    assert all(torch.equal(resumed.of(layer), whole.of(layer)) for layer in range(2))
+    assert np.array_equal(resumed.rows.seconds, whole.rows.seconds)
+    assert len((store / "index.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_bad_file_is_named_and_what_was_heard_before_is_kept(tmp_path: Path):
+    split, folder = split_of(tmp_path / "audio", (0.5,) * 40), tmp_path / "features"
+    split.items[37].path.write_bytes(b"no audio")
+    with pytest.raises(AudioReadError, match=r"37\.wav"):
+        features_of(split, folder, Preparation(Windows()))
+    (store,) = folder.iterdir()
+    assert len((store / "index.jsonl").read_text().splitlines()) == 32
+
+
+def test_columns_of_time_are_interpolated_to_the_grid(tmp_path: Path):
+    split = split_of(tmp_path / "audio", (2.0, 1.0))
+    line = torch.arange(20.0)
+
+    class Rising(FunctionEncoder):
+        def encode(self, waveform: Tensor, lengths: Tensor | None = None) -> LayerFeatures:
+            num = waveform.shape[-1] // 100
+            times = ((torch.arange(num) + 0.5) / 10).expand(len(waveform), -1)
+            layer = line[:num, None, None].expand(len(waveform), -1, 1, 2)
+            return LayerFeatures((layer,), times, torch.ones_like(times, dtype=torch.bool))
+
+    encoder = Rising(lambda waveform: waveform.mT, "rising", RATE)
+    on_grid = features_of(split, tmp_path / "grid", Preparation(Windows(1.0), in_time=True, grid_hz=25.0), encoder)
+    assert on_grid.rows.item.tolist() == [0] * 50 + [1] * 25
+    assert on_grid.rows.window.tolist() == [0] * 25 + [1] * 25 + [2] * 25
+    np.testing.assert_allclose(on_grid.rows.seconds[:50], (np.arange(50) + 0.5) / 25, rtol=1e-6)
+    expected = np.clip((np.arange(25) + 0.5) / 25 * 10 - 0.5, 0, 9)  # between columns a straight line
+    np.testing.assert_allclose(on_grid.of(0)[:25, 0].numpy(), expected, atol=4e-3)
+    own = features_of(split, tmp_path / "own", Preparation(Windows(1.0), in_time=True), encoder)
+    assert len(own) == 30
+    np.testing.assert_allclose(own.rows.seconds[:10], np.arange(10) / 10 + 0.05, rtol=1e-6)
+
+
+def test_features_that_do_not_fit_the_disk_are_refused_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("jepa_audio.probing.features._SPARE_BYTES", 2**62)
+    with pytest.raises(ValueError, match=r"features of 2 layers would take .* GB are free: keep fewer with `--layers`"):
+        features_of(split_of(tmp_path / "audio"), tmp_path / "features", Preparation(Windows()))
+    assert not list((tmp_path / "features").rglob("layer-*"))
+
+
+def test_features_that_are_no_numbers_are_refused(tmp_path: Path):
+    encoder = FunctionEncoder(lambda waveform: waveform.mean(-1) / 0, "broken", RATE)
+    with pytest.raises(ValueError, match="broken gives features that are not finite"):
+        features_of(split_of(tmp_path / "audio"), tmp_path / "features", Preparation(Windows()), encoder)
+
+
+def test_large_tables_stay_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    split = split_of(tmp_path / "audio")
+    in_memory = features_of(split, tmp_path / "features", Preparation(Windows()))
+    monkeypatch.setattr("jepa_audio.probing.features._IN_MEMORY_BYTES", 0)
+    on_disk = features_of(split, tmp_path / "features", Preparation(Windows()))
+    assert isinstance(on_disk.layers[0], np.memmap)
+    assert not isinstance(in_memory.layers[0], np.memmap)
+    assert torch.equal(on_disk.of(0), in_memory.of(0))
+
+
+def test_a_stretch_is_cut_out_and_fills_the_channels_of_the_encoder(tmp_path: Path):
+    stereo = np.random.default_rng(0).uniform(-0.5, 0.5, (2 * RATE, 2)).astype(np.float32)
+    path = tmp_path / "stereo.wav"
+    sf.write(path, stereo, RATE, subtype="FLOAT")
+    part = Item(path, 0, "a", "record 0", start_seconds=0.5, end_seconds=0.75)
+    np.testing.assert_allclose(load_waveform(part, RATE, 1)[0], stereo[500:750].mean(axis=1), atol=1e-7)
+    assert load_waveform(part, 2 * RATE, 2).shape == (2, 500)
+    with pytest.raises(ValueError, match=r"stereo\.wav has 2 channels, the encoder takes 3"):
+        load_waveform(part, RATE, 3)
+    with pytest.raises(ValueError, match=r"record 0: starts at 5\.0 s, .*stereo\.wav ends before"):
+        load_waveform(Item(path, 0, "a", "record 0", start_seconds=5.0), RATE, 1)
+
+
+def test_log_mel_statistics_are_those_of_each_clip_alone(tmp_path: Path):
+    split = split_of(tmp_path / "audio")
+    together = features_of(split, tmp_path / "features", Preparation(Windows()), LogMelStatistics(RATE))
+    for row, item in enumerate(split.items):
+        alone = LogMelStatistics(RATE).clip_vectors(load_waveform(item, RATE, 1)[None])[0][0]
+        torch.testing.assert_close(together.of(0)[row], alone, atol=1e-4, rtol=1e-4)
+    assert together.of(0).shape == (5, 192)
+
+
+def test_the_index_is_what_it_says(tmp_path: Path):
+    features_of(split_of(tmp_path / "audio"), tmp_path / "features", Preparation(Windows(1.0, min_ratio=0.5)))
+    (index,) = (tmp_path / "features").rglob("index.jsonl")
+    spans = [json.loads(line)[1:] for line in index.read_text().splitlines()]
+    assert spans == [[0, 3], [3, 2], [5, 3], [8, 1], [9, 2]]
