@@ -11,7 +11,10 @@ again="--config $folder/wavjepa/config.yaml --ckpt_path last"
 .venv/bin/jepa-audio fit $again --trainer.max_steps 14
 .venv/bin/jepa-audio validate --config configs/demo/wavjepa.yaml --data.root "$folder/corpus/nsynth-train" \
   --run_dir "$folder/wavjepa" --ckpt_path last
-for wanted in report.html probe/results.jsonl probe/leaderboard.md probe/leaderboard.html wavjepa/config.yaml pupujepa/checkpoints/last.ckpt; do
+.venv/bin/jepa-audio data convert nsynth "$folder/corpus" -o "$folder/records"
+.venv/bin/jepa-audio probe --encoder "$folder/wavjepa/checkpoints/last.ckpt" --tasks nsynth_instrument --data "$folder/records" \
+  --output "$folder/marble" --variants "[context]" --layers "[1, 2]" --robustness "[gain, low_pass]"
+for wanted in report.html marble/leaderboard.html records/NSynth/NSynthI.train.jsonl probe/results.jsonl probe/leaderboard.md probe/leaderboard.html wavjepa/config.yaml pupujepa/checkpoints/last.ckpt; do
   test -s "$folder/$wanted"
 done
 echo "smoke run of the demo: all files are there"

@@ -223,9 +223,9 @@ def test_encoders_that_differ_in_what_they_do_have_different_hashes(checkpoint: 
     encoders += [JEPAEncoder.from_checkpoint(path, "context").keep((1,)), LogMelStatistics(RATE)]
     shorter = JEPAEncoder.from_checkpoint(path, "context")
     shorter.frozen.window_samples //= 2
-    hashes = [encoder.function_hash() for encoder in (*encoders, shorter)]
+    hashes = [encoder.function_hash for encoder in (*encoders, shorter)]
     assert len(set(hashes)) == len(hashes)
-    assert hashes[0] == JEPAEncoder.from_checkpoint(path, "context").function_hash()
+    assert hashes[0] == JEPAEncoder.from_checkpoint(path, "context").function_hash
 
 
 def test_the_records_of_notes_are_those_of_the_json(corpus: Path):

@@ -14,7 +14,7 @@ from jepa_audio.data.index import map_threads, track_progress
 from jepa_audio.data.read import AudioReadError, inspect
 from jepa_audio.data.workers import num_cores
 from jepa_audio.probing.tasks import DATA_SETS, TASKS
-from jepa_audio.probing.tasks.base import Conversion
+from jepa_audio.probing.tasks.base import Conversion, differ_from_published
 from jepa_audio.probing.tasks.records import Record, write_records
 
 log = logging.getLogger(__name__)
@@ -128,10 +128,10 @@ def _summary(stem: str, splits: Mapping[str, list[Record]], output: Path) -> str
     task = next(task for task in TASKS.values() if task.stem == stem)
     sizes = tuple(len({str(r.get("uid", r.get(task.group_by, r["audio_path"]))) for r in splits[s]}) for s in splits)
     said = ", ".join(f"{size} {split}" for size, split in zip(sizes, splits, strict=True))
-    if task.num_units is None:
+    if task.num_units[2] is None:
         published = "the published sizes are not known"
-    elif sizes == task.num_units:
-        published = "as published"
-    else:
+    elif differ_from_published(sizes, task.num_units):
         published = f"not comparable with published numbers, which are of {task.num_units}"
+    else:
+        published = "as published"
     return f"{output / stem}.*.jsonl: {said} ({published})"

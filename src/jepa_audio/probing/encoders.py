@@ -61,6 +61,7 @@ class ProbeEncoder(ABC):
         if layers:
             self.layer_names = tuple(self.layer_names[self.layers.index(layer)] for layer in layers)
             self.layers = tuple(layers)
+            self.__dict__.pop("function_hash", None)
         return self
 
     @property
@@ -94,10 +95,11 @@ class ProbeEncoder(ABC):
         features = self.encode(waveform, lengths)
         return features.over_time(self.frequency), features
 
+    @cached_property
     def function_hash(self) -> str:
         """Of the weights and of what they do: two networks with the same weights may differ in norm or positions.
 
-        A second of noise is heard, the same for all.
+        A second of noise is heard, the same for all; on the device where the encoder is when this is first asked.
         """
         digest = hashlib.sha256(f"{self.encoder_hash} {self.frequency} {self.layer_names} {self.settings}".encode())
         noise = torch.randn(1, self.num_channels, self.sample_rate, generator=torch.Generator().manual_seed(0))

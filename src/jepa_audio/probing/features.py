@@ -100,7 +100,7 @@ class FeatureStore:
     """
 
     def __init__(self, folder: Path, encoder: ProbeEncoder, preparation: Preparation) -> None:
-        said = f"{encoder.function_hash()} {preparation.key}"
+        said = f"{encoder.function_hash} {preparation.key}"
         name = hashlib.sha256(said.encode()).hexdigest()[:16]
         self.folder = folder / f"{encoder.name.replace('/', '_')}-{encoder.variant}-{name}"
         self.encoder, self.preparation = encoder, preparation

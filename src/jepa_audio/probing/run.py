@@ -139,6 +139,7 @@ def probe(
     for source in sources:
         twin: _Judged = {}
         for one_encoder in _with_statistics(encoders_of(source, variants, frequency, random_seeds, layers), rates):
+            assert one_encoder.function_hash  # taken before it moves: another device rounds otherwise
             one_encoder.to(device)
             for task in loaded:
                 new, judged = _rows(probing, one_encoder, task, twin)

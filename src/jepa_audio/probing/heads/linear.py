@@ -42,14 +42,17 @@ class Standardisation:
 
     @staticmethod
     def of(rows: Float[Tensor, "n D"]) -> Standardisation:
-        """That of some rows."""
-        mean, std = rows.double().mean(dim=0), rows.double().std(dim=0, correction=0)
+        """That of some rows, in 64 bits."""
+        parts = rows.split(_ROWS_AT_ONCE)  # all of them at once would take twice their room again
+        mean = torch.stack([part.double().sum(dim=0) for part in parts]).sum(dim=0) / len(rows)
+        squares = torch.stack([(part.double() - mean).square().sum(dim=0) for part in parts]).sum(dim=0)
+        std = (squares / len(rows)).sqrt()
         factor = torch.where(std > 1e-6 * mean.abs() + 1e-12, 1 / std.clamp_min(1e-12), 0)
         return Standardisation(mean, factor)
 
     def __call__(self, rows: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
         """Of other rows."""
-        return ((rows.double() - self.mean) * self.factor).float()
+        return torch.cat([((part.double() - self.mean) * self.factor).float() for part in rows.split(_ROWS_AT_ONCE)])
 
 
 @dataclass(frozen=True)

@@ -256,7 +256,7 @@ def _published(numbers: Sequence[PublishedNumber], blocks: Sequence[Block]) -> I
 
 def _why_not(block: Block) -> str | None:
     terms = block.terms
-    known = TASKS[terms.task].num_units if terms.task in TASKS else None
+    known = TASKS[terms.task].num_units if terms.task in TASKS else (None, None, None)
     return why_not_comparable(terms.preset, terms.select, terms.sizes, known)
 
 

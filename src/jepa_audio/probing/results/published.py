@@ -8,6 +8,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from jepa_audio.probing.tasks.base import Sizes, differ_from_published
+
 PROTOCOL_NOISE = (
     "Papers differ by 2 to 4 points on the same model under the same protocol (MERT-330M on GiantSteps: 61.7 and 65.6),"
     " so a smaller gap to a published number says nothing."
@@ -109,24 +111,22 @@ def place(value: float, low: float, high: float) -> str:
     return "above" if value > high else "below"
 
 
-def why_not_comparable(
-    preset: str, select: str, sizes: tuple[int, int, int], published_sizes: tuple[int, int, int] | None
-) -> str | None:
+def why_not_comparable(preset: str, select: str, sizes: tuple[int, int, int], published_sizes: Sizes) -> str | None:
     """A clause that says what keeps rows of ours from being held beside numbers of MARBLE v1; `None` if nothing does.
 
     Args:
         preset: of our rows.
         select: epoch that was tested.
         sizes: units of our train, val and test splits.
-        published_sizes: those of the published split; `None` if they are not known.
+        published_sizes: those of the published split, as far as they are known.
     """
     if preset != "marble-v1":
         return f"the preset of our rows is {preset}, the published protocol is that of marble-v1"
     if select != "best":
         return "our rows test the last epoch, the published ones the best on the validation split"
-    if published_sizes is None:
-        return "the sizes of the published split are not known"
-    if sizes != published_sizes:
-        ours, theirs = ("/".join(map(str, some)) for some in (sizes, published_sizes))
+    if published_sizes[2] is None:
+        return "the size of the published test split is not known"
+    if differ_from_published(sizes, published_sizes):
+        ours, theirs = ("/".join(map(str, some)).replace("None", "?") for some in (sizes, published_sizes))
         return f"our rows are of {ours} units in train, val and test, the published ones of {theirs}"
     return None

@@ -43,6 +43,9 @@ class Protocol:
     batch_size: int = 64
 
 
+Sizes = tuple[int | None, int | None, int | None]
+"""Scored units of train, val and test; `None` for those that are not known."""
+
 Conversion = Mapping[str, Mapping[str, Sequence[Record]]]
 """Records by stem and split; `audio_path` starts from the raw data set's folder."""
 
@@ -75,7 +78,7 @@ class Task:
         units: what is scored; the first unit is the one that chooses.
         grid_hz: rows a second for annotations in time; `None` for one row a window.
         num_seeds: of the heads, unless told otherwise: more where the test split is small.
-        num_units: scored units of train, val and test in the published split, if known.
+        num_units: scored units of train, val and test in the published split; `None` where they are not known.
         data_set: makes records of the raw data set; `None` where only records are known.
     """
 
@@ -88,7 +91,7 @@ class Task:
     units: tuple[Unit, ...] = ("file",)
     grid_hz: float | None = None
     num_seeds: int = 1
-    num_units: tuple[int, int, int] | None = None
+    num_units: Sizes = (None, None, None)
     data_set: DataSet | None = None
 
     def load(self, root: Path) -> ProbeData:
@@ -120,7 +123,7 @@ class Task:
 
     def _data(self, splits: Sequence[Split], checksum: str) -> ProbeData:
         sizes = tuple(len(split.uids) for split in splits)
-        if self.num_units is not None and sizes != self.num_units:
+        if differ_from_published(sizes, self.num_units):
             log.warning(
                 "%s: %s units in train, val and test, where published numbers are of %s: not comparable with them",
                 self.name,
@@ -128,6 +131,15 @@ class Task:
                 self.num_units,
             )
         return ProbeData(self, self.labels.fitted(splits[0]), dict(zip(SPLITS, splits, strict=True)), checksum)
+
+
+def differ_from_published(sizes: Sequence[int], published: Sizes) -> bool:
+    """Whether a split is of more than 1 % other size than the published one, as far as that is known.
+
+    A file or two that cannot be decoded do not make another data set: MARBLE itself leaves one out of GTZAN.
+    """
+    pairs = zip(sizes, published, strict=True)
+    return any(known is not None and abs(size - known) > 0.01 * known for size, known in pairs)
 
 
 @dataclass(frozen=True)

@@ -155,5 +155,6 @@ GIANTSTEPS_KEY = Task(
     },
     group_by="ori_uid",
     num_seeds=3,
+    num_units=(None, None, 604),
     data_set=GIANTSTEPS,
 )
