@@ -40,7 +40,7 @@ def import_published(
     checkpoint = import_weights(layout, source, output, recipe=recipe, given=given)
     print(
         f"{checkpoint}\n"
-        f"  probe:         jepa-audio probe --checkpoints [{checkpoint}] --corpus CORPUS --output DIR\n"
+        f"  probe:         jepa-audio probe --encoder {checkpoint} --tasks nsynth_pitch --data DIR --output DIR\n"
         f"  train further: jepa-audio fit --config {output / 'config.yaml'} --data.root DIR --run_dir runs/further"
     )
 

@@ -10,13 +10,23 @@ import torch
 
 from jepa_audio.probing.intervals import (
     Difference,
-    bootstrap_interval,
     difference,
     draw_counts,
     interval,
-    paired_difference,
 )
 from jepa_audio.probing.metrics import AUROC
+
+
+def shares(correct: np.ndarray, seed: int = 0) -> np.ndarray:
+    return draw_counts(len(correct), seed=seed) @ correct.astype(float) / len(correct)
+
+
+def bootstrap_interval(correct: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    return interval(shares(correct, seed))
+
+
+def paired_difference(correct: np.ndarray, other: np.ndarray) -> Difference:
+    return difference(float(correct.mean()), float(other.mean()), shares(correct), shares(other))
 
 
 def literal_bootstrap(values: np.ndarray, draws: int) -> np.ndarray:

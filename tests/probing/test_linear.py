@@ -15,7 +15,7 @@ from jepa_audio.probing.heads.linear import (
     L2_STRENGTHS,
     RIDGE_STRENGTHS,
     NeighbourHead,
-    fit_knn,
+    Standardisation,
     fit_logistic,
     fit_ridge,
 )
@@ -142,12 +142,13 @@ def test_a_hard_separable_problem_converges(rng: np.random.Generator, caplog: py
 def test_the_knn_head_agrees_with_scikit_learn_and_the_nearest_wins_a_tie(rng: np.random.Generator):
     labels = clips(rng, 200, 50, 300)
     train, _, test = clouds(rng, labels, 8, noise=2.0)
-    ((rows, scale),) = fit_knn(features_of(train))
+    scale = Standardisation.of(torch.from_numpy(train))
+    rows = torch.nn.functional.normalize(scale(torch.from_numpy(train)), dim=1)
     votes = torch.eye(NUM_CLASSES)[torch.from_numpy(labels[0])]
     scaler = StandardScaler().fit(train)
     order = np.argsort(-rows.numpy() @ torch.nn.functional.normalize(scale(torch.from_numpy(test)), dim=1).numpy().T, 0)
     for k in (1, 2, 5):
-        head = NeighbourHead(Source("layer 0", (0,)), float(k), 0, 0.0, rows, scale, votes)
+        head = NeighbourHead(Source("layer 0", (0,)), float(k), 0, 0.0, features_of(train), votes)
         ours = head.logits(features_of(test))[:, 0].argmax(dim=1).numpy()
         theirs = KNeighborsClassifier(k, metric="cosine").fit(scaler.transform(train), labels[0])
         share = np.sort(theirs.predict_proba(scaler.transform(test)), axis=1)

@@ -26,7 +26,6 @@ from jepa_audio.probing.metrics import (
     AveragePrecision,
     KeyScore,
     MeanF1,
-    MeanOf,
     Metric,
     PooledF1,
     Share,
@@ -95,7 +94,6 @@ METRICS: list[tuple[Metric, Example]] = [
     (R2(), numbers),
     (R2(1, "r2_valence"), numbers),
     (Share("frames", 0, 2), event_counts),
-    (MeanOf("error", 3), event_counts),
     (PooledF1("pooled", 0, 1, 2), event_counts),
     (MeanF1("by_track", 0, 1, 2), event_counts),
 ]
@@ -340,8 +338,6 @@ def test_counts_of_events_are_pooled_or_scored_by_unit():
     assert Share("share", 0, 2)(answers, truth).item() == pytest.approx(4 / 12)
     assert PooledF1("pooled", 0, 1, 2)(answers, truth).item() == pytest.approx(2 * 4 / (7 + 12))
     assert MeanF1("mean", 0, 1, 2)(answers, truth).item() == pytest.approx((6 / 10 + 1 + 0) / 3)
-    assert MeanOf("error", 3)(answers, truth).item() == pytest.approx(2)
-    assert np.isnan(MeanOf("error", 3).resampled(answers[:, 0].numpy(), truth, np.array([[0, 4, 0, 0]]))).all()
 
 
 def test_metrics_have_the_names_that_are_reported():
@@ -356,4 +352,4 @@ def test_metrics_have_the_names_that_are_reported():
         "f1_micro",
         "r2",
     ]
-    assert names[8:] == ["r2_valence", "frames", "error", "pooled", "by_track"]
+    assert names[8:] == ["r2_valence", "frames", "pooled", "by_track"]

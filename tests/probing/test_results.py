@@ -12,7 +12,6 @@ from jepa_audio.probing.results import (
     current,
     latest,
     load_evidence,
-    markdown,
     mean_over_seeds,
     read_jsonl,
     save_evidence,
@@ -170,12 +169,3 @@ def test_the_table_fits_80_columns_and_tells_won_and_lost():
 
 def test_names_with_brackets_are_no_markup():
     assert "run [red]1[/red]" in shown([a_row(encoder="run [red]1[/red]")])
-
-
-def test_the_markdown_has_a_table_for_each_task_and_bars_in_names_are_kept_apart():
-    text = markdown([a_row(encoder="a|b"), a_row(task="mtt", metric="auroc", chance=None)])
-    assert text.count("### ") == 2
-    (line,) = [line for line in text.splitlines() if "a\\|b" in line]
-    assert "0.350 [0.300, 0.400]" in line
-    assert "+0.100 ahead [+0.050, +0.150]" in line
-    assert len([mark for mark in line.replace("\\|", "").split("|") if mark]) == 5

@@ -12,7 +12,7 @@ import torch
 from scipy.signal import chirp
 from torch import Tensor
 
-from jepa_audio.probing.robustness import SWEEPS, area, kept_share, noise_sweep
+from jepa_audio.probing.robustness import SWEEPS, area, noise_sweep
 from jepa_audio.probing.robustness.codecs import Mp3, Opus, Vorbis
 from jepa_audio.probing.robustness.conditions import (
     Clipping,
@@ -358,21 +358,14 @@ def test_sweeps_go_from_mild_to_hard(music: Tensor):
 
 def test_a_curve_that_never_falls_has_the_clean_score_as_its_area():
     assert area([0.8, 0.8, 0.8], 0.8) == pytest.approx(0.8)
-    assert kept_share([0.8, 0.8, 0.8], 0.8) == pytest.approx(1.0)
-    assert kept_share([0.8, 0.8], 0.8, chance=0.5) == pytest.approx(1.0)
 
 
 def test_the_area_is_that_of_trapezoids():
     assert area([0.6, 0.2], 1.0) == pytest.approx((0.5 + 0.6 + 0.1) / 2)
     assert area([0.0], 1.0) == pytest.approx(0.5)
-    assert kept_share([0.6, 0.2], 1.0, chance=0.2) == pytest.approx(0.5)
 
 
-def test_scores_below_zero_count_and_a_clean_score_at_chance_has_no_share():
+def test_scores_below_zero_count():
     assert area([-0.5, -1.5], 0.5) == pytest.approx((0.25 - 0.5 - 0.75) / 2)
-    assert kept_share([-0.5, -1.5], 0.5) == pytest.approx(-1.0)
-    assert kept_share([0.0], 0.0) is None
-    assert kept_share([-0.3], -0.2) is None
-    assert kept_share([0.5], 0.5, chance=0.5) is None
     with pytest.raises(ValueError, match="at least one level"):
         area([], 0.5)

@@ -185,12 +185,17 @@ def test_degraded_clips_are_heard_by_heads_that_learnt_from_clean_ones(corpus: P
     assert row.robustness_area["high_pass"] == pytest.approx((0.5 + sum(scores[:-1]) + scores[-1] / 2) / 5)
     assert {level for level, _ in row.robustness["low_pass"][:5]} == {8000.0, 4000.0, 2000.0, 1000.0, 500.0}
     assert {score for _, score in row.robustness["low_pass"]} == {1.0}
-    assert len(list((tmp_path / "features").glob("spectrum-*"))) == 1 + 4 + 5, "what changes nothing is not heard"
+    assert len(list((tmp_path / "features").iterdir())) == 2 * (1 + 4 + 5), "what changes nothing is not heard"
 
 
 def test_what_cannot_be_meant_is_refused_before_anything_is_heard(corpus: Path, tmp_path: Path):
     def refused(match: str, error: type[Exception] = ValueError, **settings: object) -> None:
-        known = {"encoder": "a/x.ckpt", "tasks": "nsynth_pitch", "data": corpus, "output": tmp_path / "out"}
+        known = {
+            "encoder": "tests.probing.test_run:spectrum",
+            "tasks": "nsynth_pitch",
+            "data": corpus,
+            "output": tmp_path / "out",
+        }
         with pytest.raises(error, match=match):
             probe(**known | settings)
         assert not (tmp_path / "out").exists()
@@ -199,7 +204,8 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_heard(corpus: Path, 
     refused("different names", encoder="a/x.ckpt,b/x.ckpt")
     refused("`preset` is 'marble', must be one of marble-v1, linear, marble-v2", preset="marble")
     refused("`robustness` holds rain; there are white_noise", robustness=["rain"])
-    refused("no checkpoint at", FileNotFoundError)
+    refused("no checkpoint at a/x.ckpt", FileNotFoundError, encoder="tests.probing.test_run:spectrum,a/x.ckpt")
+    refused("`tasks` must have different names", tasks="nsynth_pitch,nsynth_pitch")
     refused("give a checkpoint, or MODULE:FUNCTION", encoder="nowhere:nothing")
     refused("returns str, not a `ProbeEncoder`", encoder="tests.probing.test_run:no_encoder")
     refused("GTZANGenre|genres", FileNotFoundError, tasks="gtzan_genre")

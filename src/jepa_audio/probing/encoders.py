@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -71,7 +72,10 @@ class ProbeEncoder(ABC):
 
     @abstractmethod
     def encode(self, waveform: Float[Tensor, "B C S"], lengths: Int[Tensor, " B"] | None = None) -> LayerFeatures:
-        """Every layer's tokens with their times in seconds; columns beyond a clip's length are marked, and zero."""
+        """Every layer's tokens with their times in seconds; columns beyond a clip's length are marked, and zero.
+
+        Of those in `layers` alone, in that order.
+        """
 
     @property
     def settings(self) -> str:
@@ -99,12 +103,15 @@ class ProbeEncoder(ABC):
     def function_hash(self) -> str:
         """Of the weights and of what they do: two networks with the same weights may differ in norm or positions.
 
-        A second of noise is heard, the same for all; on the device where the encoder is when this is first asked.
+        A second of noise is heard, the same for all.
         """
         digest = hashlib.sha256(f"{self.encoder_hash} {self.frequency} {self.layer_names} {self.settings}".encode())
         noise = torch.randn(1, self.num_channels, self.sample_rate, generator=torch.Generator().manual_seed(0))
         for layer in self.clip_vectors(0.1 * noise):
-            digest.update(layer.float().cpu().numpy().tobytes())
+            values = layer.double().cpu()
+            # Devices and numbers of threads round otherwise; what they agree on tells functions apart well enough.
+            coarse = values / values.abs().amax().clamp_min(1e-12) * 100
+            digest.update(coarse.round().to(torch.int16).numpy().tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -192,7 +199,8 @@ class LogMelStatistics(ProbeEncoder):
 class FunctionEncoder(ProbeEncoder):
     """Anybody's model: a function `waveform [B, C, S] → [B, T, D]`, or `[B, D]`, or a list of these, one a layer.
 
-    Columns are taken to share a clip's time equally. The function gets clips of one length at a time.
+    Columns are taken to share a clip's time equally. The function gets clips of one length at a time. A layer that is
+    named "input" is none of the blocks, and not in their weighted sum.
 
     Args:
         function: on any device; runs in inference mode.
@@ -281,7 +289,7 @@ def encoders_of(
         FileNotFoundError: if there is no such checkpoint.
         ValueError: if the function is not there or returns something else.
     """
-    if Path(source).suffix != ".ckpt" and ":" in source:
+    if _is_function(source):
         yield _called(source).keep(layers)
         return
     checkpoint = Path(source)
@@ -291,13 +299,34 @@ def encoders_of(
         yield JEPAEncoder.from_checkpoint(checkpoint, variant, frequency).keep(layers)
 
 
-def _called(source: str) -> ProbeEncoder:
-    module_name, _, function_name = source.partition(":")
+def check_source(source: str) -> None:
+    """Whether there is what a user names; the errors are those of `encoders_of`."""
+    if _is_function(source):
+        _named(source)
+    elif not Path(source).is_file():
+        raise FileNotFoundError(f"no checkpoint at {source}")
+
+
+def _is_function(source: str) -> bool:
+    return Path(source).suffix != ".ckpt" and ":" in source
+
+
+def _named(source: str) -> Callable[[], object]:
+    module_name, _, name = source.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:  # as `python -m` would have it: a user's module lies where the command is given
+        sys.path.insert(0, here)
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
+        function = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"`encoder` is {source}: {error}; give a checkpoint, or MODULE:FUNCTION") from error
-    encoder = function() if callable(function) else function
+    if not callable(function):
+        raise ValueError(f"`encoder` is {source}, which is {function!r}, and no function")
+    return function
+
+
+def _called(source: str) -> ProbeEncoder:
+    encoder = _named(source)()
     if not isinstance(encoder, ProbeEncoder):
         raise ValueError(f"`encoder` is {source}, which returns {type(encoder).__name__}, not a `ProbeEncoder`")
     return encoder

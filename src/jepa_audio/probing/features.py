@@ -28,6 +28,9 @@ from jepa_audio.probing.tasks.labels import Rows
 from jepa_audio.probing.tasks.records import Item, Split
 from jepa_audio.probing.tasks.windows import Windows
 
+REVISION = 1
+"""Part of every key; goes up whenever the same audio gives other features than before, so that they are made anew."""
+
 _READERS = 4  # threads; decoding and resampling let go of the interpreter
 _AT_ONCE = 32  # stretches between two looks at the disk
 _IN_MEMORY_BYTES = 4 * 2**30  # larger features stay on disk, and batches are read from there
@@ -55,7 +58,7 @@ class Preparation:
     def key(self) -> str:
         """Says all of it."""
         condition = self.condition.key if self.condition else "clean"
-        return f"{self.windows} {self.in_time} {self.grid_hz} {condition}"
+        return f"revision {REVISION} {self.windows} {self.in_time} {self.grid_hz} {condition}"
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class FeatureStore:
     def __init__(self, folder: Path, encoder: ProbeEncoder, preparation: Preparation) -> None:
         said = f"{encoder.function_hash} {preparation.key}"
         name = hashlib.sha256(said.encode()).hexdigest()[:16]
-        self.folder = folder / f"{encoder.name.replace('/', '_')}-{encoder.variant}-{name}"
+        self.folder = folder / name
         self.encoder, self.preparation = encoder, preparation
         self._dtype = np.dtype(np.float16 if preparation.in_time else np.float32)
         self._index: dict[str, tuple[int, int]] = {}
@@ -137,7 +140,8 @@ class FeatureStore:
         return Features(layers, place, rows).in_memory()
 
     def _table(self, name: str, dtype: np.dtype, width: int) -> np.ndarray:
-        return np.memmap(self.folder / name, dtype=dtype, mode="r").reshape(-1, width)
+        num_rows = sum(count for _, count in self._index.values())  # another process may be writing more
+        return np.memmap(self.folder / name, dtype=dtype, mode="r", shape=(num_rows, width))
 
     def _read_index(self) -> None:
         """The index, and tables no longer than it says: what a killed extraction wrote behind is cut."""
@@ -165,9 +169,12 @@ class FeatureStore:
         num_rows = sum(count for _, count in self._index.values())
         heard = map_threads(self._heard, missing.values(), _READERS, num_held=2 * _AT_ONCE)
         progress = iter(track(zip(missing, heard, strict=True), description, total=len(missing), transient=True))
+        items, checked = list(missing.values()), False
         while handful := list(islice(progress, _AT_ONCE)):
-            layers, about, counts = self._encoded([waveform for _, waveform in handful], batch_seconds)
-            if not num_rows:
+            layers, about, counts = self._encoded(items, [waveform for _, waveform in handful], batch_seconds)
+            items = items[len(handful) :]
+            if not checked:
+                checked = True
                 self._check_room(sum(layer.nbytes for layer in layers) / len(handful) * len(missing))
                 (self.folder / "widths.json").write_text(json.dumps([layer.shape[1] for layer in layers]))
             tables = {f"layer-{i:02}": layer for i, layer in enumerate(layers)} | about
@@ -188,12 +195,12 @@ class FeatureStore:
         return self.preparation.condition(waveform, self.encoder.sample_rate, seed)
 
     def _encoded(
-        self, waveforms: Sequence[Tensor], batch_seconds: float
+        self, items: Sequence[Item], waveforms: Sequence[Tensor], batch_seconds: float
     ) -> tuple[list[np.ndarray], dict[str, np.ndarray], list[int]]:
         """Rows of every layer, windows and seconds of the rows, and how many each waveform has."""
         rate, windows = self.encoder.sample_rate, self.preparation.windows
         spans = [(i, *span) for i, waveform in enumerate(waveforms) for span in windows.spans(waveform.shape[-1], rate)]
-        parts = self._encoded_spans(waveforms, spans, batch_seconds)
+        parts = self._encoded_spans(items, waveforms, spans, batch_seconds)
         counts = [0] * len(waveforms)
         within = np.concatenate(
             [np.full(len(seconds), number) for number, (_, seconds) in zip(_numbers(spans), parts, strict=True)]
@@ -205,7 +212,11 @@ class FeatureStore:
         return layers, {"window": within.astype(np.int32), "seconds": seconds.astype(np.float32)}, counts
 
     def _encoded_spans(
-        self, waveforms: Sequence[Tensor], spans: Sequence[tuple[int, int, int]], batch_seconds: float
+        self,
+        items: Sequence[Item],
+        waveforms: Sequence[Tensor],
+        spans: Sequence[tuple[int, int, int]],
+        batch_seconds: float,
     ) -> list[tuple[list[np.ndarray], np.ndarray]]:
         """Rows of every layer and their seconds, by span; spans of one length are encoded together, none is padded."""
         lengths = np.array([stop - start for _, start, stop in spans])
@@ -216,10 +227,13 @@ class FeatureStore:
             for first in range(0, len(alike), at_once):
                 places = alike[first : first + at_once]
                 clips = torch.stack([waveforms[spans[k][0]][:, spans[k][1] : spans[k][2]] for k in places])
-                layers, times = self._vectors(clips)
+                try:
+                    layers, times = self._vectors(clips)
+                except ValueError as error:
+                    raise ValueError(f"{items[spans[places[0]][0]].where}: {error}") from error
                 for row, k in enumerate(places):
-                    start_seconds = spans[k][1] / self.encoder.sample_rate
-                    parts[k] = [self._stored(layer[row]) for layer in layers], start_seconds + times
+                    start_seconds, where = spans[k][1] / self.encoder.sample_rate, items[spans[k][0]].where
+                    parts[k] = [self._stored(layer[row], where) for layer in layers], start_seconds + times
         return [parts[k] for k in range(len(spans))]
 
     def _vectors(
@@ -228,19 +242,31 @@ class FeatureStore:
         """One row a clip, or one a column of time; and their seconds from the start of the clip."""
         seconds = clips.shape[-1] / self.encoder.sample_rate
         if not self.preparation.in_time:
-            return [layer[:, None] for layer in self.encoder.clip_vectors(clips)], np.array([seconds / 2])
+            layers = self.encoder.clip_vectors(clips)
+            self._check_layers(layers)
+            return [layer[:, None] for layer in layers], np.array([seconds / 2])
         layers, features = self.encoder.vectors_in_time(clips)
+        self._check_layers(layers)
         times, grid_hz = features.times[0].cpu().double(), self.preparation.grid_hz
         if grid_hz is None:
             return layers, times.numpy()
         grid = (torch.arange(max(1, int(seconds * grid_hz))) + 0.5) / grid_hz
         return [_interpolated(layer, times, grid) for layer in layers], grid.numpy()
 
-    def _stored(self, rows: Float[Tensor, "rows D"]) -> np.ndarray:
+    def _stored(self, rows: Float[Tensor, "rows D"], where: str) -> np.ndarray:
         stored = rows.float().cpu().numpy().astype(self._dtype)
         if not np.isfinite(stored).all():
-            raise ValueError(f"{self.encoder.name} gives features that are not finite, or too large for {self._dtype}")
+            raise ValueError(
+                f"{where}: {self.encoder.name} gives features that are not finite, or too large for {self._dtype}"
+            )
         return stored
+
+    def _check_layers(self, layers: Sequence[Tensor]) -> None:
+        if len(layers) != len(self.encoder.layer_names):
+            raise ValueError(
+                f"{self.encoder.name} gives {len(layers)} layers and names {list(self.encoder.layer_names)}; `encode` "
+                "must give those in `layers`, in that order"
+            )
 
     def _check_room(self, num_bytes: float) -> None:
         free = shutil.disk_usage(self.folder).free

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 _PERCENTILES = (2.5, 97.5)
 
@@ -79,23 +79,3 @@ def difference(
         other_draws: the second on the same resamplings, in the same order.
     """
     return Difference(value - other, *interval(draws - other_draws))
-
-
-def bootstrap_interval(correct: Bool[np.ndarray, " n"], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap, 95 %, of the share of clips named rightly."""
-    return interval(_shares(correct, draws, seed))
-
-
-def paired_difference(
-    correct: Bool[np.ndarray, " n"],
-    other: Bool[np.ndarray, " n"],
-    draws: int = 2000,
-    seed: int = 0,
-) -> Difference:
-    """Accuracy minus the other's accuracy, resampling the clips that both have heard."""
-    values = float(correct.mean()), float(other.mean())
-    return difference(*values, _shares(correct, draws, seed), _shares(other, draws, seed))
-
-
-def _shares(correct: Bool[np.ndarray, " n"], draws: int, seed: int) -> Float[np.ndarray, " draws"]:
-    return draw_counts(len(correct), draws, seed) @ correct.astype(np.float64) / len(correct)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,13 +23,14 @@ from jepa_audio.probing.heads.linear import (
     LinearHead,
     LinearMap,
     NeighbourHead,
-    fit_knn,
     fit_logistic,
     fit_ridge,
 )
 from jepa_audio.probing.heads.sweep import Batches, Select, Training, fit_grid
 from jepa_audio.probing.tasks.base import ProbeData, Protocol, Task
-from jepa_audio.probing.tasks.labels import UNKNOWN
+from jepa_audio.probing.tasks.labels import UNKNOWN, Rows
+
+log = logging.getLogger(__name__)
 
 Kind = Literal["mlp", "logistic", "ridge", "knn"]
 SETTING_NAMES: dict[Kind, str] = {
@@ -110,6 +112,8 @@ class MarbleV1(Preset):
         each = fit.each_layer()
         widths = {fit.features["train"].layers[layer].shape[1] for layer in blocks}
         mix = [Source("weighted sum", blocks, "mix")] if len(blocks) > 1 and len(widths) == 1 else []
+        if len(widths) > 1:
+            log.warning("%s: layers of widths %s have no weighted sum", fit.description, sorted(widths))
         sources = mix if mix and task.grid_hz is not None else each + mix
         return {"mlp": _grid(fit, sources, _training(self.protocol(task), self.select))}
 
@@ -195,7 +199,7 @@ def _known(fit: Fit) -> tuple[Features, Tensor]:
     if fit.data.labels.kind != "class":
         return train, targets
     known = np.flatnonzero(targets.numpy() != UNKNOWN)
-    rows = type(train.rows)(train.rows.item[known], train.rows.window[known], train.rows.seconds[known])
+    rows = Rows(train.rows.item[known], train.rows.window[known], train.rows.seconds[known])
     return Features(train.layers, train.place[known], rows), targets[known]
 
 
@@ -231,8 +235,8 @@ def _neighbours(fit: Fit) -> list[Head]:
     votes = _as_numbers(fit, targets)
     numbers = tuple(k for k in NEIGHBOURS if k <= len(train)) or (1,)
     return [
-        _scored(fit, NeighbourHead(source, float(k), fit.seeds[0], 0.0, rows, scale, votes))
-        for source, (rows, scale) in zip(fit.each_layer(), fit_knn(train, fit.device), strict=True)
+        _scored(fit, NeighbourHead(source, float(k), fit.seeds[0], 0.0, train, votes))
+        for source in fit.each_layer()
         for k in numbers
     ]
 

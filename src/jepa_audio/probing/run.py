@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from jepa_audio.probing.encoders import Frequency, LogMelStatistics, ProbeEncoder, encoders_of, run_name
+from jepa_audio.probing.encoders import Frequency, LogMelStatistics, ProbeEncoder, check_source, encoders_of, run_name
 from jepa_audio.probing.features import Features, FeatureStore, Preparation
 from jepa_audio.probing.heads import Choice, Head, choose
 from jepa_audio.probing.heads.sweep import Select
@@ -20,12 +20,13 @@ from jepa_audio.probing.presets import SETTING_NAMES, Fit, Kind, Preset, preset_
 from jepa_audio.probing.results import ProbeRow, append_jsonl, save_evidence
 from jepa_audio.probing.results.leaderboard import write_leaderboard
 from jepa_audio.probing.results.pictures import draw_all
-from jepa_audio.probing.robustness import SWEEPS, area
+from jepa_audio.probing.robustness import SWEEPS, Condition, area, noise_sweep
 from jepa_audio.probing.scoring import Judgement, chance, judge, score
 from jepa_audio.probing.tasks import ProbeData, load_task
 from jepa_audio.probing.tasks.table import Kind as TableKind
 
-_Judged = dict[tuple[str, Kind, int], tuple[float, Judgement]]
+_Judged = dict[tuple[str, str, Kind, int], tuple[float, Judgement]]
+"""By task, checksum of its records, kind of head and seed."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Probing:
         preset: the protocol.
         output: folder of the results.
         seeds: of the heads; the task's own number of them if empty.
-        conditions: names of sweeps of degradations; see `SWEEPS`.
+        sweeps: conditions by name, each from mild to hard.
         batch_seconds: of audio encoded at once.
         device: where encoders and heads are.
     """
@@ -44,7 +45,7 @@ class Probing:
     preset: Preset
     output: Path
     seeds: tuple[int, ...]
-    conditions: tuple[str, ...]
+    sweeps: Mapping[str, tuple[Condition, ...]]
     batch_seconds: float
     device: str
 
@@ -68,7 +69,7 @@ class Probing:
     ) -> tuple[tuple[float, float], ...]:
         """Scores of a head on test clips degraded in one way, by level; it has learnt from clean ones."""
         scores = []
-        for condition in SWEEPS[name]:
+        for condition in self.sweeps[name]:
             said = clean
             if condition.changes(encoder.sample_rate):
                 preparation = replace(self.preset.preparation(data.task), condition=condition)
@@ -93,6 +94,7 @@ def probe(
     seeds: Sequence[int] = (),
     random_seeds: Sequence[int] = (),
     robustness: bool | list[str] = False,
+    noise: Path | None = None,
     table_kind: TableKind = "multiclass",
     batch_seconds: float = 240.0,
     device: str = "auto",
@@ -121,6 +123,7 @@ def probe(
         seeds: of the heads; by default 1234, and 1235 and 1236 for tasks of few test files.
         random_seeds: of further random-init twins, beside the run's own.
         robustness: true, or names of conditions: scores on degraded test clips too.
+        noise: folder of recordings, for a further condition: noise of your own.
         table_kind: of the labels in tables of your own: "multiclass", "multilabel" or "regression".
         batch_seconds: of audio encoded at once.
         device: "auto" is the GPU if there is one.
@@ -128,18 +131,18 @@ def probe(
     sources, roots = _listed(encoder), [Path(root) for root in _listed(data)]
     _check_names(sources)
     loaded = [load_task(name, roots, table_kind).with_train(max_train) for name in _listed(tasks)]
+    _check_apart([one.task.name for one in loaded])
     chosen = preset_of(preset, select)
     for one in loaded:
         chosen.protocol(one.task)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    probing = Probing(chosen, output, tuple(seeds), _conditions(robustness), batch_seconds, device)
+    probing = Probing(chosen, output, tuple(seeds), _sweeps(robustness, noise), batch_seconds, device)
     rows: list[ProbeRow] = []
     rates: set[int] = set()
     for source in sources:
         twin: _Judged = {}
         for one_encoder in _with_statistics(encoders_of(source, variants, frequency, random_seeds, layers), rates):
-            assert one_encoder.function_hash  # taken before it moves: another device rounds otherwise
             one_encoder.to(device)
             for task in loaded:
                 new, judged = _rows(probing, one_encoder, task, twin)
@@ -164,16 +167,18 @@ def _rows(
     judged: _Judged = {}
     guess = chance(data, features["train"].rows, test.rows)
     compared = encoder.variant in ("context", "target")
+    by = data.task.units[0]
+    sizes = tuple(len(set(of.rows.unit(data.splits[split], by).tolist())) for split, of in features.items())
     for kind, choice in choices.items():
         for head in choice.heads:
             judgement = judge(head.logits(test, probing.device), data, data.splits["test"], test.rows)
-            key = data.task.name, kind, head.seed
+            key = data.task.name, data.checksum, kind, head.seed
             value = judgement.scores[data.task.metrics[0].name].value
             judged[key] = value, judgement
             against = _against(data, value, judgement, *twin[key]) if compared and key in twin else None
-            row = _row(probing, encoder, data, kind, choice, head, judgement, guess, against)
-            if probing.conditions:
-                curves = {name: probing.curve(encoder, data, head, value, name) for name in probing.conditions}
+            row = _row(probing, encoder, data, kind, choice, head, sizes, judgement, guess, against)
+            if probing.sweeps:
+                curves = {name: probing.curve(encoder, data, head, value, name) for name in probing.sweeps}
                 areas = {name: area([s for _, s in curve], value) for name, curve in curves.items()}
                 row = replace(row, robustness=curves, robustness_area=areas)
             save_evidence(probing.output / row.evidence, judgement.evidence)
@@ -193,13 +198,14 @@ def _row(
     kind: Kind,
     choice: Choice,
     head: Head,
+    sizes: tuple[int, ...],
     judgement: Judgement,
     guess: float,
     against: Difference | None,
 ) -> ProbeRow:
-    task, sizes = data.task, {split: len(data.splits[split].uids) for split in data.splits}
+    task = data.task
     said = (encoder.name, encoder.variant, encoder.encoder_hash, encoder.frequency, encoder.layer_names)
-    what = (task.name, data.checksum, probing.preset.name, probing.preset.select, kind, head.seed)
+    what = (task.name, data.checksum, sizes, probing.preset.name, probing.preset.select, kind, head.seed)
     name = hashlib.sha256(repr((said, what)).encode()).hexdigest()[:16]
     return ProbeRow(
         encoder=encoder.name,
@@ -223,9 +229,9 @@ def _row(
         layers=tuple(source.name for source in choice.sources),
         settings=choice.settings,
         valid_grid=tuple(tuple(map(float, line)) for line in choice.valid),
-        num_train=sizes["train"],
-        num_valid=sizes["val"],
-        num_test=len(judgement.evidence.uids),
+        num_train=sizes[0],
+        num_valid=sizes[1],
+        num_test=sizes[2],
         class_names=data.labels.names,
         evidence=f"evidence/{task.name}-{name}.npz",
         against_random=against,
@@ -243,18 +249,26 @@ def _listed(words: list[str] | list[Path] | str | Path) -> list[str]:
 
 
 def _check_names(sources: Sequence[str]) -> None:
-    names = [run_name(Path(source)) for source in sources if ".ckpt" in source]
+    names = [run_name(Path(source)) for source in sources if source.endswith(".ckpt")]
     if len(set(names)) < len(names):
         raise ValueError(f"`encoder` must have different names in the results, these are called {names}")
+    for source in sources:
+        check_source(source)
 
 
-def _conditions(robustness: bool | list[str]) -> tuple[str, ...]:
-    if isinstance(robustness, bool):
-        return tuple(SWEEPS) if robustness else ()
-    unknown = [name for name in robustness if name not in SWEEPS]
+def _check_apart(names: Sequence[str]) -> None:
+    if len(set(names)) < len(names):
+        raise ValueError(f"`tasks` must have different names in the results, these are called {list(names)}")
+
+
+def _sweeps(robustness: bool | list[str], noise: Path | None) -> dict[str, tuple[Condition, ...]]:
+    """The conditions asked for, by name."""
+    names = (list(SWEEPS) if robustness else []) if isinstance(robustness, bool) else robustness
+    unknown = [name for name in names if name not in SWEEPS]
     if unknown:
         raise ValueError(f"`robustness` holds {', '.join(unknown)}; there are {', '.join(SWEEPS)}")
-    return tuple(robustness)
+    sweeps = {name: SWEEPS[name] for name in names}
+    return sweeps if noise is None else sweeps | {"recorded_noise": noise_sweep(noise)}
 
 
 def _with_statistics(encoders: Iterator[ProbeEncoder], rates: set[int]) -> Iterator[ProbeEncoder]:

@@ -95,23 +95,24 @@ class NeighbourHead(Head):
     """What the nearest training rows are labelled, by cosine of standardised features.
 
     Attributes:
-        train: training rows, of unit length.
-        scale: of the standardisation.
+        train: training rows; those of the one layer that is read are prepared when asked.
         votes: what each training row says, by output.
     """
 
-    train: Float[Tensor, "n D"]
-    scale: Standardisation
+    train: Features
     votes: Float[Tensor, "n C"]
 
     def logits(self, features: Features, device: torch.device | str = "cpu") -> Float[Tensor, "rows 1 C"]:
         """Mean of the votes of the nearest rows; where two outputs have as many, the nearer ones win."""
-        train, votes, k = self.train.to(device), self.votes.to(device), int(self.setting)
+        votes, k = self.votes.to(device), int(self.setting)
+        of_layer = self.train.of(self.source.layers[0])
+        scale = Standardisation.of(of_layer)
+        train = F.normalize(scale(of_layer).to(device), dim=1)
         ahead = 1e-4 * 0.5 ** torch.arange(1, k + 1, dtype=torch.float64, device=device)
         rows = range(0, len(features), _QUERIES_AT_ONCE)
         parts = []
         for row in rows:
-            query = self.scale(features.of(self.source.layers[0], slice(row, row + _QUERIES_AT_ONCE))).to(device)
+            query = scale(features.of(self.source.layers[0], slice(row, row + _QUERIES_AT_ONCE))).to(device)
             nearest = (F.normalize(query, dim=1) @ train.T).topk(k, dim=1).indices
             parts.append((votes[nearest].double() * (1 + ahead)[:, None]).sum(dim=1) / (1 + ahead).sum())
         return torch.cat(parts).float()[:, None]
@@ -162,16 +163,6 @@ def fit_ridge(
         weights = [axes @ (along / (spectrum.clamp_min(0) + strength)[:, None]) for strength in strengths]
         bias = targets.mean(dim=0).to(device)
         yield [LinearMap(scale, weight.float(), bias) for weight in weights]
-
-
-def fit_knn(
-    train: Features, device: torch.device | str = "cpu"
-) -> Iterator[tuple[Float[Tensor, "n D"], Standardisation]]:
-    """For each layer the training rows, standardised and of unit length."""
-    for layer in range(len(train.layers)):
-        rows = train.of(layer)
-        scale = Standardisation.of(rows)
-        yield F.normalize(scale(rows).to(device), dim=1), scale
 
 
 def _accumulated(x: Float[Tensor, "n D"], y: Float[Tensor, "n C"]) -> Float[Tensor, "D C"]:

@@ -20,7 +20,7 @@ class Heads(nn.Module):
 
     Args:
         in_features: width of what the hidden layer reads.
-        hidden: units of the hidden layer; 0 for a linear head.
+        hidden: units of the hidden layer.
         num_outputs: numbers a head gives.
         num_heads: heads.
         dropout: probability.

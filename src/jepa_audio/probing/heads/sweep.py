@@ -244,22 +244,23 @@ def fit_grid(
         group = _Group(source, seed, training, train, data.labels.num_outputs)
         return group.train(train, valid, training.batch_size)
 
-    with _one_core_each(device) as pool:
+    with _one_core_each(device, in_time=data.task.grid_hz is not None) as pool:
         of_groups = track(pool.map(trained, largest_first), description, total=len(largest_first), transient=True)
         done = {(head.seed, head.source, head.setting): head for heads in of_groups for head in heads}
     return [done[point] for point in product(seeds, sources, training.learning_rates)]
 
 
 @contextmanager
-def _one_core_each(device: torch.device | str) -> Iterator[ThreadPoolExecutor]:
+def _one_core_each(device: torch.device | str, in_time: bool) -> Iterator[ThreadPoolExecutor]:
     """As many threads as torch has, of which each computes by itself: products of 64 rows are too small to divide.
 
-    On another device one thread hands out the work.
+    On another device, and for the thousands of rows of annotations in time, one thread hands out the work.
     """
     num_threads = torch.get_num_threads()
+    apart = torch.device(device).type == "cpu" and not in_time
     try:
-        torch.set_num_threads(1)
-        with ThreadPoolExecutor(num_threads if torch.device(device).type == "cpu" else 1) as pool:
+        torch.set_num_threads(1 if apart else num_threads)
+        with ThreadPoolExecutor(num_threads if apart else 1) as pool:
             yield pool
     finally:
         torch.set_num_threads(num_threads)
@@ -289,8 +290,8 @@ def make_heads(
     rest = (training.hidden, num_outputs, num_heads, training.dropout, generator)
     if source.kind == "layer":
         return LayerHeads(widths[0], *rest)
+    if source.kind == "reduce":
+        return ReduceHeads(sum(widths), max(widths), *rest)
     if len(set(widths)) > 1:
         raise ValueError(f"{source.name} needs layers of one width, these have {list(widths)}")
-    if source.kind == "mix":
-        return MixHeads(len(widths), widths[0], *rest)
-    return ReduceHeads(sum(widths), widths[0], *rest)
+    return MixHeads(len(widths), widths[0], *rest)

@@ -2,7 +2,7 @@
 
 from jepa_audio.probing.metrics.base import Metric
 from jepa_audio.probing.metrics.clips import F1, KEYS, R2, Accuracy, KeyScore, key_credits
-from jepa_audio.probing.metrics.events import MeanF1, MeanOf, PooledF1, Share
+from jepa_audio.probing.metrics.events import MeanF1, PooledF1, Share
 from jepa_audio.probing.metrics.ranking import AUROC, AveragePrecision
 
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "AveragePrecision",
     "KeyScore",
     "MeanF1",
-    "MeanOf",
     "Metric",
     "PooledF1",
     "Share",

@@ -33,26 +33,6 @@ class Share(MeanMetric):
 
 
 @dataclass(frozen=True)
-class MeanOf(MeanMetric):
-    """Mean over the units of a number that the answers hold; units where it is NaN are left out.
-
-    Args:
-        name: of the metric.
-        column: of the answers.
-    """
-
-    name: str
-    column: int
-
-    def parts(
-        self, answers: Float[Tensor, "units k A"], truth: Shaped[Tensor, "units ..."]
-    ) -> Float[Tensor, "units k 2"]:
-        """See `SumMetric`."""
-        value = answers[..., self.column].double()
-        return torch.stack([value.nan_to_num(0.0), (~value.isnan()).double()], dim=-1)
-
-
-@dataclass(frozen=True)
 class PooledF1(SumMetric):
     """F1 of the events of all units in one pool, as MARBLE scores beats.
 

@@ -90,14 +90,15 @@ def _probe_lines(rows: Sequence[ProbeRow]) -> Iterator[tuple[str, tuple[str, ...
 
 
 def _is_baseline(row: ProbeRow) -> bool:
-    return len(row.layers) == 1
+    return row.variant == STATISTICS
 
 
 def look_of(variant: str) -> tuple[int, str, str]:
     """Place in the order, label and colour; `random-3` is the twin of another seed."""
     kind, _, seed = variant.partition("-")
-    label, color = VARIANTS[kind]
-    return list(VARIANTS).index(kind), label + (f", seed {seed}" if seed else ""), color
+    known = kind if kind in VARIANTS else "function"
+    label, color = VARIANTS[known]
+    return list(VARIANTS).index(known), label + (f", seed {seed}" if seed else ""), color
 
 
 def _draw_interval(ax: Axes, row: ProbeRow, y: float) -> None:

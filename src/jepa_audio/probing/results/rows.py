@@ -17,6 +17,9 @@ from rich.text import Text
 
 from jepa_audio.probing.intervals import Difference
 
+Curve = tuple[tuple[float, float], ...]
+"""(level, score) by level."""
+
 TWIN, STATISTICS = "random", "statistics"
 """Variants that are no trained encoder; `random-7` is the twin of seed 7."""
 
@@ -106,7 +109,7 @@ class ProbeRow:
     class_names: tuple[str, ...]
     evidence: str
     against_random: Difference | None
-    robustness: dict[str, tuple[tuple[float, float], ...]] | None
+    robustness: dict[str, Curve] | None
     robustness_area: dict[str, float] | None
     split_checksum: str
     versions: dict[str, str]
@@ -246,11 +249,12 @@ def latest(rows: Iterable[ProbeRow]) -> list[ProbeRow]:
 
     A file of results grows with each call of `probe`.
     """
-    kept: dict[tuple[str | int, ...], ProbeRow] = {}
+    kept: dict[tuple[object, ...], ProbeRow] = {}
     for row in rows:
         # Twins of two architectures can have the same weights, and an untrained encoder is its own twin.
         who = (row.encoder, row.variant, row.encoder_hash, row.pooling)
-        question = (*who, row.task, row.preset, row.select, row.head, row.seed)
+        sizes = (row.split_checksum, row.num_train, row.num_valid, row.num_test)
+        question = (*who, row.task, row.preset, row.select, row.head, row.seed, row.layers, *sizes)
         kept.pop(question, None)
         kept[question] = row
     return list(kept.values())
@@ -275,11 +279,12 @@ def mean_over_seeds(rows: Iterable[ProbeRow]) -> list[tuple[ProbeRow, int]]:
     Scores and differences are means, and so are the ends of their intervals: at most too wide, as draws of the
     seeds vary together at most fully. `write_leaderboard` averages the draws themselves.
     """
-    groups: dict[tuple[str | None, ...], list[ProbeRow]] = {}
+    groups: dict[tuple[object, ...], list[ProbeRow]] = {}
     for row in rows:
         who = (row.encoder, row.variant, row.encoder_hash, row.pooling)
         terms = (row.task, row.preset, row.select, row.head, row.decoder, row.split_checksum)
-        groups.setdefault(who + terms, []).append(row)
+        sizes = (row.layers, row.num_train, row.num_valid, row.num_test)
+        groups.setdefault((*who, *terms, *sizes), []).append(row)
     return [(_mean(group), len(group)) for group in groups.values()]
 
 
@@ -297,7 +302,21 @@ def _mean(rows: Sequence[ProbeRow]) -> ProbeRow:
             for metric in metrics
         },
         against_random=Difference(*_ends(gaps)) if len(gaps) == len(rows) else None,
+        robustness=_mean_curves([row.robustness for row in rows if row.robustness]),
+        robustness_area=_mean_areas([row.robustness_area for row in rows if row.robustness_area]),
     )
+
+
+def _mean_curves(curves: Sequence[dict[str, Curve]]) -> dict[str, Curve] | None:
+    """Of the conditions that all have, level by level."""
+    names = [name for name in (curves[0] if curves else ()) if all(name in one for one in curves)]
+    means = {name: np.mean([one[name] for one in curves], axis=0) for name in names}
+    return {name: tuple((float(at), float(score)) for at, score in mean) for name, mean in means.items()} or None
+
+
+def _mean_areas(areas: Sequence[dict[str, float]]) -> dict[str, float] | None:
+    names = [name for name in (areas[0] if areas else ()) if all(name in one for one in areas)]
+    return {name: float(np.mean([one[name] for one in areas])) for name in names} or None
 
 
 def _ends(of: Sequence[Score] | Sequence[Difference]) -> tuple[float, float, float]:
@@ -323,22 +342,6 @@ def table(rows: Iterable[ProbeRow]) -> Table:
             part.add_row(*(Text(cell, overflow="fold") for cell in cells))
         whole.add_row(part)
     return whole
-
-
-def markdown(rows: Iterable[ProbeRow]) -> str:
-    """The same in Markdown."""
-    parts = []
-    for title, of_task in _sections(rows):
-        cells = [["encoder", "layer", "test", "against its random-init twin", "seeds"], ["---"] * 5]
-        for row, num_seeds in of_task:
-            cells.append([name_of(row), row.layer, str(row.scores[row.metric]), _against(row), str(num_seeds)])
-        lines = (f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in cells)
-        parts.append(f"### {title}\n\n" + "\n".join(lines) + "\n")
-    note = (
-        "Test scores with 95 % bootstrap intervals, and against the run's random-init twin (paired); of several seeds "
-        "the means. The intervals hold the noise of the test units only, not that of training seeds.\n"
-    )
-    return "\n".join([*parts, note])
 
 
 def _sections(rows: Iterable[ProbeRow]) -> Iterator[tuple[str, list[tuple[ProbeRow, int]]]]:

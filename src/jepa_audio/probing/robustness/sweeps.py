@@ -60,20 +60,3 @@ def area(levels_scores: Sequence[float], clean: float) -> float:
     if not levels_scores:
         raise ValueError("the area of a curve needs the score of at least one level")
     return float(np.trapezoid([clean, *levels_scores])) / len(levels_scores)
-
-
-def kept_share(levels_scores: Sequence[float], clean: float, chance: float = 0.0) -> float | None:
-    """Share of what the clean score has above chance that is kept on average: (area - chance) / (clean - chance).
-
-    1 for a curve that never falls, 0 for one that is at chance on average, below 0 for one that is worse.
-
-    Args:
-        levels_scores: from mild to hard.
-        clean: without any condition.
-        chance: score of answers that know nothing: 0 for R², 0.5 for ROC-AUC, 1 / classes for accuracy.
-
-    Returns:
-        `None` if the clean score is not above chance: there is nothing to keep, and a ratio would say nothing.
-    """
-    of_curve = area(levels_scores, clean)
-    return (of_curve - chance) / (clean - chance) if clean > chance else None

@@ -14,9 +14,7 @@ from torch.nn import functional as F
 
 _EPSILON = 1e-6  # activations are kept so far from 0 and 1: the logarithm of a certainty would outweigh a whole track
 _MAX_SCORES = 2**26  # numbers held at once, 256 MiB; more tracks are decoded one handful after the other
-_IMPOSSIBLE = (
-    -36.0
-)  # log-probability under which a change of tempo counts as impossible: the resolution of 64-bit numbers
+_IMPOSSIBLE = -36.0  # log-probability of a change of tempo that counts as impossible: the resolution of 64 bits
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,8 @@ class HookTask(Task):
 
     class_of: Callable[[Item], str | None] = field(kw_only=True)
 
-    def _data(self, splits: Sequence[Split], checksum: str) -> ProbeData:
-        return super()._data([self._in_classes(split) for split in splits], checksum)
+    def _data(self, splits: Sequence[Split]) -> ProbeData:
+        return super()._data([self._in_classes(split) for split in splits])
 
     def _in_classes(self, split: Split) -> Split:
         """The items that have a class, labelled with it."""

@@ -134,11 +134,13 @@ class Multiclass(ClipLabels):
 
     Args:
         classes: their names; those of the training split if empty. Numbers are taken as words.
+        are_given: whether a class that is not among them is a mistake.
     """
 
     kind = "class"
 
     classes: tuple[str, ...] = ()
+    are_given: bool = True
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -147,11 +149,19 @@ class Multiclass(ClipLabels):
 
     def fitted(self, train: Split) -> Multiclass:
         """With the classes of the training split, if none were given."""
-        return self if self.classes else replace(self, classes=_in_order({_word(item) for item in train.items}))
+        if self.classes:
+            return self
+        return Multiclass(_in_order({_word(item) for item in train.items}), are_given=False)
 
     def encoded(self, items: Sequence[Item]) -> Int64[np.ndarray, " items"]:
-        """Number of each item's class, `UNKNOWN` for one that is not among them."""
+        """Number of each item's class, `UNKNOWN` for one of no training example.
+
+        Raises:
+            ValueError: naming the record, if its class is not one of those that the task gives.
+        """
         number = {name: i for i, name in enumerate(self.classes)}
+        if self.are_given and (strange := next((item for item in items if _word(item) not in number), None)):
+            raise ValueError(f"{strange.where}: `label` is {strange.label!r}, must be one of {', '.join(self.classes)}")
         return np.array([number.get(_word(item), UNKNOWN) for item in items], dtype=np.int64)
 
     def losses(self, logits: Float[Tensor, "n K C"], targets: Shaped[Tensor, " n"]) -> Float[Tensor, " K"]:

@@ -94,8 +94,8 @@ class Split:
             return self
         if size < 1:
             raise ValueError(f"a subset needs at least one unit, got {size}")
-        kept = np.random.default_rng(seed).choice(len(self.uids), size, replace=False)
-        return Split(tuple(item for item, unit in zip(self.items, self.unit, strict=True) if unit in set(kept)))
+        kept = np.isin(self.unit, np.random.default_rng(seed).choice(len(self.uids), size, replace=False))
+        return Split(tuple(self.items[place] for place in np.flatnonzero(kept)))
 
     def shuffled(self, seed: int) -> Split:
         """The same units, every one with the label of a random other: what chance says."""
@@ -182,11 +182,18 @@ def split_of(records: Mapping[str, Record], root: Path, group_by: str = "audio_p
     return Split(tuple(items))
 
 
-def checksum_of(paths: Sequence[Path]) -> str:
-    """sha256 of what some files hold, one after the other."""
+def checksum_of(splits: Sequence[Split]) -> str:
+    """sha256 of what is in which split: files by their names and folders' names, stretches and labels, in any order.
+
+    So the same split has one checksum wherever it lies, as it is downloaded and as records.
+    """
     digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.read_bytes())
+    for split in splits:
+        lines = [
+            f"{item.path.parent.name}/{item.path.name} {item.start_seconds} {item.end_seconds} {json.dumps(item.label)}"
+            for item in split.items
+        ]
+        digest.update("\n".join([*sorted(lines), ""]).encode())
     return digest.hexdigest()
 
 

@@ -121,7 +121,7 @@ def table_task(
     labels, metrics = _labels_and_metrics(kind, layout.labels)
     task = Task(path.stem, path.stem, labels, metrics, _protocols(window_seconds), num_seeds=3)
     items = {split: split_of(records, path.parent) for split, records in splits.items()}
-    return ProbeData(task, labels.fitted(items["train"]), items, checksum_of([path]))
+    return ProbeData(task, labels.fitted(items["train"]), items, checksum_of(list(items.values())))
 
 
 @dataclass(frozen=True)
