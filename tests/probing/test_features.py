@@ -175,8 +175,18 @@ def test_features_that_do_not_fit_the_disk_are_refused_with_the_way_out(
 
 def test_features_that_are_no_numbers_are_refused(tmp_path: Path):
     encoder = FunctionEncoder(lambda waveform: waveform.mean(-1) / 0, "broken", RATE)
-    with pytest.raises(ValueError, match="broken gives features that are not finite"):
+    with pytest.raises(ValueError, match="record 3: broken gives features that are not finite"):
         features_of(split_of(tmp_path / "audio"), tmp_path / "features", Preparation(Windows()), encoder)
+
+
+def test_an_encoder_gives_the_layers_it_names(tmp_path: Path):
+    class Careless(Counting):
+        def encode(self, waveform: Tensor, lengths: Tensor | None = None) -> LayerFeatures:
+            features = super().encode(waveform, lengths)
+            return LayerFeatures(features.layers * 2, features.times, features.valid)
+
+    with pytest.raises(ValueError, match=r"record 3: counting gives 4 layers and names \['mean', 'last'\]"):
+        features_of(split_of(tmp_path / "audio"), tmp_path / "features", Preparation(Windows()), Careless())
 
 
 def test_large_tables_stay_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

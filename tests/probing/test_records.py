@@ -132,7 +132,9 @@ def test_classes_are_those_of_the_training_split_in_order_and_others_are_unknown
     labels = Multiclass().fitted(split_of(62, 9, 62, 100))
     assert labels.names == ("9", "62", "100")
     assert labels.encoded(split_of(100, 9, 61).items).tolist() == [2, 0, UNKNOWN]
-    assert Multiclass(("x", "y")).fitted(split_of("z")).names == ("x", "y")
+    assert Multiclass(("x", "y")).fitted(split_of("x")).names == ("x", "y")
+    with pytest.raises(ValueError, match="line 1: `label` is 'z', must be one of x, y"):
+        Multiclass(("x", "y")).encoded(split_of("z").items)
     with pytest.raises(ValueError, match=r"line 1: `label` is \['a'\], must be the name or the number of one class"):
         labels.encoded(split_of(["a"]).items)
 

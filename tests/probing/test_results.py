@@ -1,4 +1,6 @@
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -147,6 +149,34 @@ def test_seeds_are_averaged_and_nothing_else_is():
         "not told apart",
     )
     assert mean.layer == "block 1, block 2"
+
+
+def test_curves_under_conditions_are_averaged_level_by_level():
+    curves = [{"gain": ((10.0, 0.4), (-10.0, 0.2)), "mp3": ((64.0, 0.3),)}, {"gain": ((10.0, 0.6), (-10.0, 0.0))}]
+    areas = [{"gain": 0.3, "mp3": 0.3}, {"gain": 0.5}]
+    rows = [a_row(seed=i, robustness=curves[i], robustness_area=areas[i]) for i in range(2)]
+    ((mean, _),) = mean_over_seeds(rows)
+    assert mean.robustness == {"gain": ((10.0, pytest.approx(0.5)), (-10.0, pytest.approx(0.1)))}
+    assert mean.robustness_area == {"gain": pytest.approx(0.4)}
+    ((without, _),) = mean_over_seeds([a_row(seed=0), a_row(seed=1)])
+    assert without.robustness is None
+
+
+def test_other_sizes_and_layers_are_other_questions():
+    rows = [a_row(), a_row(num_train=5), a_row(layers=("input",), valid_grid=((0.1, 0.2),), layer="input")]
+    assert latest(rows) == rows
+    assert latest([*rows, a_row(valid=0.9)]) == [*rows[1:], a_row(valid=0.9)]
+    assert len(mean_over_seeds(rows)) == 3
+
+
+def test_scores_that_are_no_numbers_are_written_as_null(tmp_path: Path):
+    diverged = a_row(valid_grid=((-np.inf, 0.2), (0.3, 0.4), (0.2, 0.3), (0.35, np.nan)))
+    append_jsonl(tmp_path / "results.jsonl", [diverged])
+    assert "Infinity" not in (tmp_path / "results.jsonl").read_text()
+    (row,) = read_jsonl(tmp_path / "results.jsonl")
+    assert np.isnan(row.valid_grid[0][0])
+    assert row.valid_by_layer == (0.2, 0.4, 0.3, 0.35)
+    assert replace(row, valid_grid=diverged.valid_grid) == diverged
 
 
 def test_the_table_fits_80_columns_and_tells_won_and_lost():

@@ -200,7 +200,7 @@ def append_jsonl(path: Path, rows: Iterable[ProbeRow]) -> None:
     """One line a row, behind those already there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+        file.writelines(json.dumps(_plain(asdict(row)), allow_nan=False) + "\n" for row in rows)
 
 
 def read_jsonl(path: Path) -> list[ProbeRow]:
@@ -211,6 +211,19 @@ def read_jsonl(path: Path) -> list[ProbeRow]:
     """
     lines = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
     return [_from_json(line, f"{path}, line {number}") for number, line in lines if line.strip()]
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows no NaN and no infinity, which are scores of heads that have diverged: `null` stands for them."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
 
 
 def _from_json(line: str, where: str) -> ProbeRow:
@@ -227,20 +240,26 @@ def _from_json(line: str, where: str) -> ProbeRow:
         )
     try:
         return ProbeRow(**row | _nested(row))
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise ValueError(f"{where}: not a row of this version of jepa-audio ({error}); use another --output") from error
 
 
 def _nested(row: dict[str, Any]) -> dict[str, Any]:
     against, robustness = row["against_random"], row["robustness"]
     return {
-        "scores": {metric: Score(**score) for metric, score in row["scores"].items()},
+        "scores": {
+            metric: Score(*(_number(score[end]) for end in ("value", "low", "high")), score["num_scored"])
+            for metric, score in row["scores"].items()
+        },
+        "valid": _number(row["valid"]),
         "layers": tuple(row["layers"]),
         "settings": tuple(row["settings"]),
-        "valid_grid": tuple(map(tuple, row["valid_grid"])),
+        "valid_grid": tuple(tuple(map(_number, line)) for line in row["valid_grid"]),
         "class_names": tuple(row["class_names"]),
-        "against_random": None if against is None else Difference(**against),
-        "robustness": None if robustness is None else {key: tuple(map(tuple, at)) for key, at in robustness.items()},
+        "against_random": None if against is None else Difference(**{end: _number(at) for end, at in against.items()}),
+        "robustness": None
+        if robustness is None
+        else {key: tuple((level, _number(score)) for level, score in curve) for key, curve in robustness.items()},
     }
 
 
