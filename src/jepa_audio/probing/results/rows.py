@@ -226,6 +226,10 @@ def _number(value: float | None) -> float:
     return float("nan") if value is None else value
 
 
+def _score(score: dict[str, Any]) -> Score:
+    return Score(_number(score["value"]), _number(score["low"]), _number(score["high"]), score["num_scored"])
+
+
 def _from_json(line: str, where: str) -> ProbeRow:
     try:
         row = json.loads(line)
@@ -247,10 +251,7 @@ def _from_json(line: str, where: str) -> ProbeRow:
 def _nested(row: dict[str, Any]) -> dict[str, Any]:
     against, robustness = row["against_random"], row["robustness"]
     return {
-        "scores": {
-            metric: Score(*(_number(score[end]) for end in ("value", "low", "high")), score["num_scored"])
-            for metric, score in row["scores"].items()
-        },
+        "scores": {metric: _score(score) for metric, score in row["scores"].items()},
         "valid": _number(row["valid"]),
         "layers": tuple(row["layers"]),
         "settings": tuple(row["settings"]),
