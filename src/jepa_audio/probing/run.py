@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -128,30 +128,30 @@ def probe(
         batch_seconds: of audio encoded at once.
         device: "auto" is the GPU if there is one.
     """
-    sources, roots = _listed(encoder), [Path(root) for root in _listed(data)]
-    _check_names(sources)
-    loaded = [load_task(name, roots, table_kind).with_train(max_train) for name in _listed(tasks)]
-    _check_apart([one.task.name for one in loaded])
     chosen = preset_of(preset, select)
-    for one in loaded:
-        chosen.protocol(one.task)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    probing = Probing(chosen, output, tuple(seeds), _sweeps(robustness, noise), batch_seconds, device)
+    sources, loaded = _sources(encoder), _tasks(tasks, data, table_kind, max_train, chosen)
+    probing = Probing(chosen, output, tuple(seeds), _sweeps(robustness, noise), batch_seconds, _device(device))
+    encoders = (encoders_of(source, variants, frequency, random_seeds, layers) for source in sources)
+    return _ask(probing, encoders, loaded)
+
+
+def _ask(probing: Probing, encoders: Iterable[Iterator[ProbeEncoder]], loaded: Sequence[ProbeData]) -> list[ProbeRow]:
+    """Every encoder of every source on every task, each beside the twin of its own source."""
+    results = probing.output / "results.jsonl"
     rows: list[ProbeRow] = []
     rates: set[int] = set()
-    for source in sources:
+    for of_source in encoders:
         twin: _Judged = {}
-        for one_encoder in _with_statistics(encoders_of(source, variants, frequency, random_seeds, layers), rates):
-            one_encoder.to(device)
-            for task in loaded:
-                new, judged = _rows(probing, one_encoder, task, twin)
-                if one_encoder.variant == "random":
+        for encoder in _with_statistics(of_source, rates):
+            encoder.to(probing.device)
+            for data in loaded:
+                new, judged = _rows(probing, encoder, data, twin)
+                if encoder.variant == "random":
                     twin |= judged
-                append_jsonl(output / "results.jsonl", new)
+                append_jsonl(results, new)
                 rows += new
-    write_leaderboard(output / "results.jsonl")
-    draw_all(output / "results.jsonl")
+    write_leaderboard(results)
+    draw_all(results)
     return rows
 
 
@@ -248,17 +248,36 @@ def _listed(words: list[str] | list[Path] | str | Path) -> list[str]:
     return [str(word).strip() for word in several]
 
 
-def _check_names(sources: Sequence[str]) -> None:
-    names = [run_name(Path(source)) for source in sources if source.endswith(".ckpt")]
-    if len(set(names)) < len(names):
-        raise ValueError(f"`encoder` must have different names in the results, these are called {names}")
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _sources(encoder: list[str] | str) -> list[str]:
+    """What is named, if it is all there and every run has a name of its own."""
+    sources = _listed(encoder)
+    _check_apart("encoder", [run_name(Path(source)) for source in sources if source.endswith(".ckpt")])
     for source in sources:
         check_source(source)
+    return sources
 
 
-def _check_apart(names: Sequence[str]) -> None:
+def _tasks(
+    tasks: list[str] | str, data: list[Path] | Path, table_kind: TableKind, max_train: int | None, preset: Preset
+) -> list[ProbeData]:
+    """The tasks, if the preset knows them all and each has a name of its own."""
+    roots = [Path(root) for root in _listed(data)]
+    loaded = [load_task(name, roots, table_kind).with_train(max_train) for name in _listed(tasks)]
+    _check_apart("tasks", [one.task.name for one in loaded])
+    for one in loaded:
+        preset.protocol(one.task)
+    return loaded
+
+
+def _check_apart(key: str, names: Sequence[str]) -> None:
     if len(set(names)) < len(names):
-        raise ValueError(f"`tasks` must have different names in the results, these are called {list(names)}")
+        raise ValueError(f"`{key}` must have different names in the results, these are called {list(names)}")
 
 
 def _sweeps(robustness: bool | list[str], noise: Path | None) -> dict[str, tuple[Condition, ...]]:
