@@ -82,6 +82,10 @@ class Features:
         """Some rows of a layer."""
         return torch.from_numpy(self.layers[layer][self.place[rows]]).float()
 
+    def widths(self, layers: Sequence[int]) -> list[int]:
+        """Numbers in a row of each of these layers."""
+        return [self.layers[layer].shape[1] for layer in layers]
+
     def in_memory(self) -> Features:
         """The same read into memory, if they are not too many."""
         width = sum(layer.shape[1] * layer.dtype.itemsize for layer in self.layers)

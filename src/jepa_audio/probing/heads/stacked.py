@@ -69,8 +69,7 @@ class Heads(nn.Module):
     def keep(self, heads: Sequence[int]) -> None:
         """Let the other heads go."""
         for parameter in self.parameters():
-            parameter.data = parameter.data[list(heads)].clone()
-            parameter.grad = None
+            parameter.data = parameter.data[list(heads)]
 
     def state_of(self, head: int) -> dict[str, Tensor]:
         """A copy of one head's weights, of leading size 1."""

@@ -70,7 +70,7 @@ class MLPHead(Head):
 
     def logits(self, features: Features, device: torch.device | str = "cpu") -> Float[Tensor, "rows 1 C"]:
         """See `Head`."""
-        widths = [features.layers[layer].shape[1] for layer in self.source.layers]
+        widths = features.widths(self.source.layers)
         num_outputs = self.state["outer_bias"].shape[1]
         heads = make_heads(self.source, widths, num_outputs, 1, self.training, self.seed).to(device)
         heads.load_state_dict(self.state)
@@ -122,30 +122,24 @@ class Batches:
 class _Contender:
     """A head while it is trained: its optimizer, schedule, best state and patience."""
 
-    def __init__(self, source: Source, learning_rate: float, seed: int, training: Training) -> None:
-        self.source, self.learning_rate, self.seed, self.training = source, learning_rate, seed, training
+    def __init__(self, learning_rate: float, training: Training, heads: Heads, place: int) -> None:
+        self.learning_rate, self.training = learning_rate, training
         self.curve: list[float] = []
         self.best, self.waited = -math.inf, 0
         self.state: dict[str, Tensor] = {}
-        self.weights: list[nn.Parameter] = []
-        self.optimizer: Adam | None = None
+        self.weights = [nn.Parameter(parameter.data[place]) for parameter in heads.parameters()]
+        self.optimizer = Adam(self.weights, lr=learning_rate, fused=True)
+        self.schedule = ReduceLROnPlateau(
+            self.optimizer, mode="max", factor=training.plateau_factor, patience=training.plateau_patience
+        )
 
-    def attach(self, heads: Heads, place: int) -> None:
-        """Train the weights at one place of stacked ones: they share the memory."""
-        stacked = list(heads.parameters())
-        if self.optimizer is None:
-            self.weights = [nn.Parameter(parameter.data[place]) for parameter in stacked]
-            self.optimizer = Adam(self.weights, lr=self.learning_rate, fused=True)
-            training = self.training
-            self.schedule = ReduceLROnPlateau(
-                self.optimizer, mode="max", factor=training.plateau_factor, patience=training.plateau_patience
-            )
-        for weight, parameter in zip(self.weights, stacked, strict=True):
+    def move(self, heads: Heads, place: int) -> None:
+        """Train the weights at another place of stacked ones: they share the memory."""
+        for weight, parameter in zip(self.weights, heads.parameters(), strict=True):
             weight.data = parameter.data[place]
 
     def step(self, gradients: Sequence[Tensor], place: int) -> None:
         """One step by the gradients at that place."""
-        assert self.optimizer is not None
         for weight, gradient in zip(self.weights, gradients, strict=True):
             weight.grad = gradient[place].contiguous()  # fused Adam reads it as it lies; of one row it lies otherwise
         self.optimizer.step()
@@ -160,11 +154,10 @@ class _Contender:
         self.best = max(self.best, score)
         return self.waited >= self.training.stop_patience or len(self.curve) >= self.training.max_epochs
 
-    def trained(self) -> MLPHead:
+    def trained(self, source: Source, seed: int) -> MLPHead:
         """The head as it is scored."""
         valid = self.best if self.training.select == "best" else self.curve[-1]
-        point = (self.source, self.learning_rate, self.seed)
-        return MLPHead(*point, valid, tuple(self.curve), self.state, self.training)
+        return MLPHead(source, self.learning_rate, seed, valid, tuple(self.curve), self.state, self.training)
 
 
 class _Group:
@@ -172,14 +165,9 @@ class _Group:
 
     def __init__(self, source: Source, seed: int, training: Training, batches: Batches, num_outputs: int) -> None:
         self.source, self.seed = source, seed
-        self.contenders = [_Contender(source, rate, seed, training) for rate in training.learning_rates]
-        widths = [batches.features.layers[layer].shape[1] for layer in source.layers]
-        self.heads = make_heads(source, widths, num_outputs, len(self.contenders), training, seed).to(batches.device)
-        self._attach()
-
-    def _attach(self) -> None:
-        for place, contender in enumerate(self.contenders):
-            contender.attach(self.heads, place)
+        widths, rates = batches.features.widths(source.layers), training.learning_rates
+        self.heads = make_heads(source, widths, num_outputs, len(rates), training, seed).to(batches.device)
+        self.contenders = [_Contender(rate, training, self.heads, place) for place, rate in enumerate(rates)]
 
     def train(self, train: Batches, valid: Batches, batch_size: int) -> list[MLPHead]:
         """All epochs, until the last head stops."""
@@ -201,13 +189,17 @@ class _Group:
     def _close_epoch(self, valid: Batches) -> list[MLPHead]:
         """Score every head; those that have ended leave."""
         scores = valid.scores(read_all(self.heads, self.source, valid.features, valid.device))
-        judged = list(enumerate(zip(self.contenders, scores.tolist(), strict=True)))
-        ended = [contender.has_ended(score, self.heads, place) for place, (contender, score) in judged]
-        left = [contender.trained() for contender, gone in zip(self.contenders, ended, strict=True) if gone]
+        left, staying = [], []
+        for place, (contender, score) in enumerate(zip(self.contenders, scores.tolist(), strict=True)):
+            if contender.has_ended(score, self.heads, place):
+                left.append(contender.trained(self.source, self.seed))
+            else:
+                staying.append(place)
         if left:
-            self.contenders = [contender for contender, gone in zip(self.contenders, ended, strict=True) if not gone]
-            self.heads.keep([place for place, gone in enumerate(ended) if not gone])
-            self._attach()
+            self.heads.keep(staying)
+            self.contenders = [self.contenders[place] for place in staying]
+            for place, contender in enumerate(self.contenders):
+                contender.move(self.heads, place)
         return left
 
 

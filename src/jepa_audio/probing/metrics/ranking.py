@@ -15,6 +15,25 @@ from torchmetrics.functional.classification import multilabel_auroc, multilabel_
 from jepa_audio.probing.metrics.base import Metric, blocks_of_draws
 
 
+@dataclass(frozen=True)
+class Ranked:
+    """The units of a few resamplings in the order of one class's logits, as weights.
+
+    Attributes:
+        weight: of each hit (unit that is of the class), from the highest logit to the lowest.
+        hits: for each hit, the weight of the hits whose logit is not lower, itself among them.
+        misses_before: for each hit, the weight of the misses (other units) whose logit is higher.
+        misses: the same with those of the same logit.
+        num_misses: weight of all misses.
+    """
+
+    weight: Float[np.ndarray, "few n"]
+    hits: Float[np.ndarray, "few n"]
+    misses_before: Float[np.ndarray, "few n"]
+    misses: Float[np.ndarray, "few n"]
+    num_misses: Float[np.ndarray, " few"]
+
+
 class RankMetric(Metric):
     """Mean over classes of a score of the order into which a head brings the units.
 
@@ -31,23 +50,8 @@ class RankMetric(Metric):
         """Scores by torchmetrics of each of N classes; the ranks are in [0, 1], a tie is the same rank."""
 
     @abstractmethod
-    def of_resampled(
-        self,
-        weight: Float[np.ndarray, "few n"],
-        hits: Float[np.ndarray, "few n"],
-        misses_before: Float[np.ndarray, "few n"],
-        misses: Float[np.ndarray, "few n"],
-        num_misses: Float[np.ndarray, " few"],
-    ) -> Float[np.ndarray, " few"]:
-        """Scores of one class in a few resamplings, NaN where there is none.
-
-        Args:
-            weight: of each hit (unit that is of the class), from the highest logit to the lowest.
-            hits: for each hit, the weight of the hits whose logit is not lower, itself among them.
-            misses_before: for each hit, the weight of the misses (other units) whose logit is higher.
-            misses: the same with those of the same logit.
-            num_misses: weight of all misses.
-        """
+    def of_resampled(self, ranked: Ranked) -> Float[np.ndarray, " few"]:
+        """Scores of one class in a few resamplings, NaN where there is none."""
 
     def __call__(
         self, answers: Float[Tensor, "units K C"], truth: Shaped[np.ndarray, "units C"]
@@ -82,7 +86,7 @@ class RankMetric(Metric):
         weight = counts[:, order.hits]
         hits, misses = _running_sums(weight), _running_sums(counts[:, order.misses])
         ranks = hits[:, order.hits_through], misses[:, order.misses_before], misses[:, order.misses_through]
-        return self.of_resampled(*(sums.astype(np.float64) for sums in (weight, *ranks, misses[:, -1])))
+        return self.of_resampled(Ranked(*(sums.astype(np.float64) for sums in (weight, *ranks, misses[:, -1]))))
 
     def _scored(self, truth: Shaped[np.ndarray, "units C"]) -> list[int]:
         """Numbers of the classes that enter the mean."""
@@ -108,17 +112,11 @@ class AUROC(RankMetric):
         """See `RankMetric`."""
         return multilabel_auroc(ranks, truth, ranks.shape[1], average=None, thresholds=None)
 
-    def of_resampled(
-        self,
-        weight: Float[np.ndarray, "few n"],
-        hits: Float[np.ndarray, "few n"],
-        misses_before: Float[np.ndarray, "few n"],
-        misses: Float[np.ndarray, "few n"],
-        num_misses: Float[np.ndarray, " few"],
-    ) -> Float[np.ndarray, " few"]:
+    def of_resampled(self, ranked: Ranked) -> Float[np.ndarray, " few"]:
         """Pairs of a hit and a miss in the right order, of all such pairs; a tie is half a pair."""
-        wrong = (weight * (misses_before + misses)).sum(-1)  # twice each pair in the wrong order, once a tie
-        return 1 - wrong / (2 * weight.sum(-1) * num_misses)
+        # Twice each pair in the wrong order, once a tie.
+        wrong = (ranked.weight * (ranked.misses_before + ranked.misses)).sum(-1)
+        return 1 - wrong / (2 * ranked.weight.sum(-1) * ranked.num_misses)
 
 
 class AveragePrecision(RankMetric):
@@ -134,18 +132,11 @@ class AveragePrecision(RankMetric):
         """See `RankMetric`."""
         return multilabel_average_precision(ranks, truth, ranks.shape[1], average=None, thresholds=None)
 
-    def of_resampled(
-        self,
-        weight: Float[np.ndarray, "few n"],
-        hits: Float[np.ndarray, "few n"],
-        misses_before: Float[np.ndarray, "few n"],
-        misses: Float[np.ndarray, "few n"],
-        num_misses: Float[np.ndarray, " few"],
-    ) -> Float[np.ndarray, " few"]:
+    def of_resampled(self, ranked: Ranked) -> Float[np.ndarray, " few"]:
         """Share of hits among the units whose logit is not lower, at each hit; then their mean."""
-        units = hits + misses
-        precision = hits / (units + (units == 0))  # where there is no unit, this hit has no weight
-        return (weight * precision).sum(-1) / weight.sum(-1)
+        units = ranked.hits + ranked.misses
+        precision = ranked.hits / (units + (units == 0))  # where there is no unit, this hit has no weight
+        return (ranked.weight * precision).sum(-1) / ranked.weight.sum(-1)
 
 
 @dataclass(frozen=True)
