@@ -146,11 +146,11 @@ class SeparateHead(nn.Module):
         super().__init__()
         rows, labels = tables["train"].tensors
         training, width, num_classes = twin.training, rows.shape[-1], int(labels.max()) + 1
-        drawn = make_heads(twin.source, [width] * len(twin.source.layers), num_classes, 1, training, twin.seed)
+        drawn = make_heads([twin.source], [width] * len(twin.source.layers), num_classes, 1, training, twin.seed)
         first = {name: nn.Parameter(value.detach()[0].clone()) for name, value in drawn.named_parameters()}
         self.inner, self.outer = nn.Linear(width, training.hidden), nn.Linear(training.hidden, num_classes)
-        self.inner.weight, self.inner.bias = first["inner_weight"], first["inner_bias"]
-        self.outer.weight, self.outer.bias = first["outer_weight"], first["outer_bias"]
+        self.inner.weight, self.inner.bias = first["inner.weight"], first["inner.bias"]
+        self.outer.weight, self.outer.bias = first["outer.weight"], first["outer.bias"]
         self.mixing = first.get("mixing")
         self.generator, self.dropout = drawn.generator, training.dropout
 
@@ -409,7 +409,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--epochs", type=int, help="of a head at most; by default those of the protocol")
     parser.add_argument("--patience", type=int, help="epochs before a head stops; by default those of the protocol")
-    parser.add_argument("--files_off", type=int, default=1, help="that a best validation score may differ by")
+    parser.add_argument("--files_off", type=int, default=3, help="that a best validation score may differ by")
     parser.add_argument("--heads", type=int, help="fit only so many random heads in Lightning, and extrapolate")
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -74,18 +74,18 @@ class Plain(nn.Module):
 
     def __init__(self, source: Source, num_outputs: int, training: Training, seed: int) -> None:
         super().__init__()
-        heads = make_heads(source, [WIDTH] * len(source.layers), num_outputs, 1, training, seed)
+        heads = make_heads([source], [WIDTH] * len(source.layers), num_outputs, 1, training, seed)
         self.source, self.kind, self.dropout = source, source.kind, training.dropout
         self.generator = heads.generator
         self.inner, self.outer = nn.Linear(WIDTH, training.hidden), nn.Linear(training.hidden, num_outputs)
         state = {name: value[0].detach().clone() for name, value in heads.named_parameters()}
         for name, part in (("inner", self.inner), ("outer", self.outer)):
-            part.weight.data, part.bias.data = state[f"{name}_weight"], state[f"{name}_bias"]
+            part.weight.data, part.bias.data = state[f"{name}.weight"], state[f"{name}.bias"]
         if self.kind == "mix":
             self.mixing = nn.Parameter(state["mixing"])
         if self.kind == "reduce":
             self.reduce = nn.Linear(WIDTH * len(source.layers), WIDTH)
-            self.reduce.weight.data, self.reduce.bias.data = state["reduce_weight"], state["reduce_bias"]
+            self.reduce.weight.data, self.reduce.bias.data = state["reduce.weight"], state["reduce.bias"]
 
     def forward(self, layers: list[Tensor]) -> Tensor:
         if self.kind == "mix":
@@ -206,13 +206,13 @@ def test_a_weighted_sum_finds_the_layer_that_knows():
         split.layers[1][:] = rng.standard_normal(split.layers[1].shape)
     training = replace(TRAINING, learning_rates=(3e-2,), max_epochs=60, stop_patience=60)
     (head,) = fit_grid(features, data, [MIX], training, seeds=(0,))
-    untrained = make_heads(MIX, [WIDTH, WIDTH], 4, 1, training, 0).mixing[0].softmax(0)
+    untrained = make_heads([MIX], [WIDTH, WIDTH], 4, 1, training, 0).mixing[0].softmax(0)
     assert head.state["mixing"][0].softmax(0)[1] > untrained[1]
 
 
 def test_layers_of_unlike_width_are_not_summed():
     with pytest.raises(ValueError, match=r"weighted sum needs layers of one width, these have \[3, 4\]"):
-        make_heads(MIX, [3, 4], 2, 1, TRAINING, 0)
+        make_heads([MIX], [3, 4], 2, 1, TRAINING, 0)
 
 
 def test_a_score_that_is_no_number_is_never_the_best():

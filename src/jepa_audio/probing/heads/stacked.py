@@ -1,75 +1,131 @@
-"""Many heads at once: those that read the same rows share one matrix product a step."""
+"""Many heads at once: every map of theirs is one batched product."""
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
 
 
-class Heads(nn.Module):
-    """Heads of one hidden layer that read the same rows: linear, ReLU, dropout, linear.
-
-    All heads begin with the same weights, those that `torch.nn.Linear` draws, as separate runs of one seed do; a unit
-    that is dropped is dropped in all of them. So each is exactly what it would be by itself.
+@dataclass(frozen=True)
+class Shape:
+    """Of heads that are trained together.
 
     Args:
-        in_features: width of what the hidden layer reads.
         hidden: units of the hidden layer.
         num_outputs: numbers a head gives.
         num_heads: heads.
-        dropout: probability.
+        dropout: probability with which a hidden unit is dropped.
+    """
+
+    hidden: int
+    num_outputs: int
+    num_heads: int
+    dropout: float
+
+
+class _Products(torch.autograd.Function):
+    """Linear maps whose weights' gradient is written to the same memory in every step.
+
+    Autograd would ask for fresh memory, 120 MB for 78 heads on 768 features. The system hands it out page by page,
+    which can take a core as long as the product itself.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Float[Tensor, "K n I"],
+        weight: Float[Tensor, "K O I"],
+        bias: Float[Tensor, "K O"],
+        gradient: Float[Tensor, "K O I"],
+    ) -> Float[Tensor, "K n O"]:
+        """The products; `gradient` is the memory."""
+        ctx.save_for_backward(rows, weight)
+        ctx.gradient = gradient
+        return torch.baddbmm(bias[:, None], rows, weight.mT)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, given: Float[Tensor, "K n O"]
+    ) -> tuple[Float[Tensor, "K n I"] | None, Float[Tensor, "K O I"], Float[Tensor, "K O"], None]:
+        """Gradients of rows (if wanted), weight and bias."""
+        rows, weight = ctx.saved_tensors
+        of_rows = torch.bmm(given, weight) if ctx.needs_input_grad[0] else None
+        return of_rows, torch.bmm(given.mT, rows, out=ctx.gradient), given.sum(1), None
+
+
+class LinearMaps(nn.Module):
+    """A linear map for each head. All begin with the same weights, those that `torch.nn.Linear` draws.
+
+    The gradient of the weights is valid until the next backward pass.
+
+    Args:
+        in_features: numbers a map reads.
+        out_features: numbers it gives.
+        num_heads: maps.
+        generator: draws the weights.
+    """
+
+    def __init__(self, in_features: int, out_features: int, num_heads: int, generator: torch.Generator) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(in_features)
+        shapes = ((out_features, in_features), (out_features,))
+        drawn = [torch.empty(shape).uniform_(-bound, bound, generator=generator) for shape in shapes]
+        self.weight, self.bias = (nn.Parameter(one.expand(num_heads, *one.shape).clone()) for one in drawn)
+        self.register_buffer("gradient", torch.empty_like(self.weight, requires_grad=False), persistent=False)
+
+    def forward(self, rows: Float[Tensor, "K n I"]) -> Float[Tensor, "K n O"]:
+        """What every head says of rows of its own."""
+        return _Products.apply(rows, self.weight, self.bias, self.gradient)
+
+
+class Heads(nn.Module):
+    """Heads of one hidden layer on the same windows: linear, ReLU, dropout, linear.
+
+    All heads begin alike, as separate runs of one seed do; a unit that is dropped is dropped in all of them. So each is
+    exactly what it would be by itself.
+
+    Args:
+        in_features: width of what the hidden layer reads.
+        shape: see `Shape`.
         generator: draws the weights, then the dropout of every step.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        hidden: int,
-        num_outputs: int,
-        num_heads: int,
-        dropout: float,
-        generator: torch.Generator,
-    ) -> None:
+    def __init__(self, in_features: int, shape: Shape, generator: torch.Generator) -> None:
         super().__init__()
-        self.generator, self.dropout, self.hidden = generator, dropout, hidden
-        self.inner_weight, self.inner_bias = self._drawn(num_heads, hidden, in_features)
-        self.outer_weight, self.outer_bias = self._drawn(num_heads, num_outputs, hidden)
-
-    def _drawn(self, num_heads: int, num_outputs: int, num_inputs: int) -> tuple[nn.Parameter, nn.Parameter]:
-        """Weight and bias of a linear map, the same for all heads."""
-        bound = 1 / math.sqrt(num_inputs)
-        shapes = ((num_outputs, num_inputs), (num_outputs,))
-        drawn = [torch.empty(shape).uniform_(-bound, bound, generator=self.generator) for shape in shapes]
-        weight, bias = (nn.Parameter(one.expand(num_heads, *one.shape).clone()) for one in drawn)
-        return weight, bias
+        self.generator, self.dropout, self.hidden = generator, shape.dropout, shape.hidden
+        self.inner = LinearMaps(in_features, shape.hidden, shape.num_heads, generator)
+        self.outer = LinearMaps(shape.hidden, shape.num_outputs, shape.num_heads, generator)
 
     @property
     def num_heads(self) -> int:
         """Those still there."""
-        return len(self.outer_bias)
+        return len(self.outer.bias)
 
     @abstractmethod
-    def hidden_units(self, rows: Sequence[Float[Tensor, "n _"]]) -> Float[Tensor, "n K H"]:
-        """What the hidden layer says of rows of one or several layers of features, before its ReLU."""
+    def read(self, rows: Sequence[Float[Tensor, "n _"]]) -> Float[Tensor, "K n I"]:
+        """What the hidden layer of every head reads of rows of one or several layers of features."""
 
     def forward(self, rows: Sequence[Float[Tensor, "n _"]]) -> Float[Tensor, "n K C"]:
         """Logits of every head."""
-        units = self.hidden_units(rows).relu()
+        units = self.inner(self.read(rows))
         if self.training and self.dropout:
-            kept = torch.rand(len(units), 1, self.hidden, generator=self.generator) >= self.dropout
-            units = units * (kept / (1 - self.dropout)).to(units.device)
-        return _read_apart(units.transpose(0, 1), self.outer_weight, self.outer_bias)
+            kept = torch.rand(units.shape[1:], generator=self.generator).ge_(self.dropout).div_(1 - self.dropout)
+            units = units.mul_(kept.to(units.device))  # before ReLU: the same
+        return self.outer(units.relu_()).transpose(0, 1)
 
     def keep(self, heads: Sequence[int]) -> None:
         """Let the other heads go."""
-        for parameter in self.parameters():
-            parameter.data = parameter.data[list(heads)]
+        for tensor in (*self.parameters(), *self.buffers()):
+            tensor.data = tensor.data[list(heads)]
 
     def state_of(self, head: int) -> dict[str, Tensor]:
         """A copy of one head's weights, of leading size 1."""
@@ -77,13 +133,29 @@ class Heads(nn.Module):
 
 
 class LayerHeads(Heads):
-    """Heads on one layer of features: a single product for all of them."""
+    """Heads on one layer of features each.
 
-    def hidden_units(self, rows: Sequence[Float[Tensor, "n _"]]) -> Float[Tensor, "n K H"]:
+    Args:
+        layer_of: for every head, which of the layers it reads.
+        in_features: width of the layers.
+        shape: see `Shape`.
+        generator: see `Heads`.
+    """
+
+    def __init__(self, layer_of: Sequence[int], in_features: int, shape: Shape, generator: torch.Generator) -> None:
+        super().__init__(in_features, shape, generator)
+        self.layer_of = list(layer_of)
+
+    def read(self, rows: Sequence[Float[Tensor, "n _"]]) -> Float[Tensor, "K n I"]:
         """See `Heads`."""
-        (layer,) = rows
-        products = F.linear(layer, self.inner_weight.flatten(0, 1), self.inner_bias.flatten())
-        return products.unflatten(1, (self.num_heads, self.hidden))
+        if len(rows) == 1:
+            return rows[0].expand(self.num_heads, -1, -1)
+        return torch.stack([rows[layer] for layer in self.layer_of])
+
+    def keep(self, heads: Sequence[int]) -> None:
+        """See `Heads`."""
+        super().keep(heads)
+        self.layer_of = [self.layer_of[head] for head in heads]
 
 
 class MixHeads(Heads):
@@ -92,31 +164,18 @@ class MixHeads(Heads):
     Args:
         num_layers: how many are mixed.
         in_features: width of each of them.
-        hidden: see `Heads`.
-        num_outputs: see `Heads`.
-        num_heads: see `Heads`.
-        dropout: see `Heads`.
+        shape: see `Shape`.
         generator: see `Heads`; draws the mixing logits (normal) last.
     """
 
-    def __init__(
-        self,
-        num_layers: int,
-        in_features: int,
-        hidden: int,
-        num_outputs: int,
-        num_heads: int,
-        dropout: float,
-        generator: torch.Generator,
-    ) -> None:
-        super().__init__(in_features, hidden, num_outputs, num_heads, dropout, generator)
+    def __init__(self, num_layers: int, in_features: int, shape: Shape, generator: torch.Generator) -> None:
+        super().__init__(in_features, shape, generator)
         drawn = torch.empty(num_layers).normal_(generator=generator)
-        self.mixing = nn.Parameter(drawn.expand(num_heads, -1).clone())
+        self.mixing = nn.Parameter(drawn.expand(shape.num_heads, -1).clone())
 
-    def hidden_units(self, rows: Sequence[Float[Tensor, "n _"]]) -> Float[Tensor, "n K H"]:
+    def read(self, rows: Sequence[Float[Tensor, "n _"]]) -> Float[Tensor, "K n I"]:
         """See `Heads`."""
-        mixed = torch.einsum("kl,lnd->knd", self.mixing.softmax(dim=1), torch.stack(list(rows)))
-        return _read_apart(mixed, self.inner_weight, self.inner_bias)
+        return torch.einsum("kl,lnd->knd", self.mixing.softmax(dim=1), torch.stack(list(rows)))
 
 
 class ReduceHeads(Heads):
@@ -125,37 +184,14 @@ class ReduceHeads(Heads):
     Args:
         in_features: width of all layers together.
         reduced: width of what the hidden layer reads.
-        hidden: see `Heads`.
-        num_outputs: see `Heads`.
-        num_heads: see `Heads`.
-        dropout: see `Heads`.
+        shape: see `Shape`.
         generator: see `Heads`.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        reduced: int,
-        hidden: int,
-        num_outputs: int,
-        num_heads: int,
-        dropout: float,
-        generator: torch.Generator,
-    ) -> None:
-        super().__init__(reduced, hidden, num_outputs, num_heads, dropout, generator)
-        self.reduce_weight, self.reduce_bias = self._drawn(num_heads, reduced, in_features)
+    def __init__(self, in_features: int, reduced: int, shape: Shape, generator: torch.Generator) -> None:
+        super().__init__(reduced, shape, generator)
+        self.reduce = LinearMaps(in_features, reduced, shape.num_heads, generator)
 
-    def hidden_units(self, rows: Sequence[Float[Tensor, "n _"]]) -> Float[Tensor, "n K H"]:
+    def read(self, rows: Sequence[Float[Tensor, "n _"]]) -> Float[Tensor, "K n I"]:
         """See `Heads`."""
-        side_by_side = torch.cat(list(rows), dim=1)
-        products = F.linear(side_by_side, self.reduce_weight.flatten(0, 1), self.reduce_bias.flatten())
-        reduced = products.unflatten(1, (self.num_heads, -1)).transpose(0, 1)
-        return _read_apart(reduced, self.inner_weight, self.inner_bias)
-
-
-def _read_apart(
-    rows: Float[Tensor, "K n I"], weight: Float[Tensor, "K O I"], bias: Float[Tensor, "K O"]
-) -> Float[Tensor, "n K O"]:
-    """A linear map for each head, on rows of its own."""
-    # In this order of factors the gradient of the weight comes as the weight lies in memory.
-    return torch.baddbmm(bias[:, :, None], weight, rows.mT).permute(2, 0, 1)
+        return self.reduce(torch.cat(list(rows), dim=1).expand(self.num_heads, -1, -1))

@@ -13,17 +13,19 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import Float, Int64, Shaped
-from rich.progress import track
-from torch import Tensor, nn
-from torch.optim import Adam
+from rich.progress import Progress
+from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from jepa_audio.probing.features import Features
+from jepa_audio.probing.heads.adam import StackedAdam
 from jepa_audio.probing.heads.base import Head, Source
-from jepa_audio.probing.heads.stacked import Heads, LayerHeads, MixHeads, ReduceHeads
+from jepa_audio.probing.heads.stacked import Heads, LayerHeads, MixHeads, ReduceHeads, Shape
 from jepa_audio.probing.tasks.base import ProbeData
 
-_ROWS_AT_ONCE = 8192  # of an evaluation
+_NUMBERS_AT_ONCE = 2**27  # of the hidden units of all heads: half a gigabyte
+_LAYERS_ON_A_CORE = 3  # more are no faster, and leave less to share among cores
 Select = Literal["best", "last"]
 
 
@@ -71,10 +73,10 @@ class MLPHead(Head):
     def logits(self, features: Features, device: torch.device | str = "cpu") -> Float[Tensor, "rows 1 C"]:
         """See `Head`."""
         widths = features.widths(self.source.layers)
-        num_outputs = self.state["outer_bias"].shape[1]
-        heads = make_heads(self.source, widths, num_outputs, 1, self.training, self.seed).to(device)
+        num_outputs = self.state["outer.bias"].shape[1]
+        heads = make_heads([self.source], widths, num_outputs, 1, self.training, self.seed).to(device)
         heads.load_state_dict(self.state)
-        return read_all(heads, self.source, features, device)
+        return read_all(heads, self.source.layers, features, device)
 
 
 class Batches:
@@ -103,6 +105,11 @@ class Batches:
             else:
                 yield np.concatenate([np.arange(self._first[w], self._first[w] + self._count[w]) for w in windows])
 
+    @property
+    def rows_of_a_window(self) -> int:
+        """The most of any."""
+        return int(self._count.max())
+
     def target(self, rows: Int64[np.ndarray, " n"]) -> Shaped[Tensor, "n ..."]:
         """What some rows are held to."""
         return self.targets[rows].to(self.device)
@@ -120,86 +127,81 @@ class Batches:
 
 
 class _Contender:
-    """A head while it is trained: its optimizer, schedule, best state and patience."""
+    """A head while it is trained: its place in the grid, schedule, best state and patience."""
 
-    def __init__(self, learning_rate: float, training: Training, heads: Heads, place: int) -> None:
-        self.learning_rate, self.training = learning_rate, training
+    def __init__(self, source: Source, seed: int, learning_rate: float, training: Training) -> None:
+        self.source, self.seed, self.setting, self.training = source, seed, learning_rate, training
         self.curve: list[float] = []
         self.best, self.waited = -math.inf, 0
         self.state: dict[str, Tensor] = {}
-        self.weights = [nn.Parameter(parameter.data[place]) for parameter in heads.parameters()]
-        self.optimizer = Adam(self.weights, lr=learning_rate, fused=True)
-        self.schedule = ReduceLROnPlateau(
-            self.optimizer, mode="max", factor=training.plateau_factor, patience=training.plateau_patience
+        self._rate = Optimizer([torch.empty(0)], {"lr": learning_rate})  # all that a schedule needs of an optimizer
+        self._schedule = ReduceLROnPlateau(
+            self._rate, mode="max", factor=training.plateau_factor, patience=training.plateau_patience
         )
 
-    def move(self, heads: Heads, place: int) -> None:
-        """Train the weights at another place of stacked ones: they share the memory."""
-        for weight, parameter in zip(self.weights, heads.parameters(), strict=True):
-            weight.data = parameter.data[place]
-
-    def step(self, gradients: Sequence[Tensor], place: int) -> None:
-        """One step by the gradients at that place."""
-        for weight, gradient in zip(self.weights, gradients, strict=True):
-            weight.grad = gradient[place].contiguous()  # fused Adam reads it as it lies; of one row it lies otherwise
-        self.optimizer.step()
+    @property
+    def learning_rate(self) -> float:
+        """That of its next step."""
+        return float(self._rate.param_groups[0]["lr"])
 
     def has_ended(self, score: float, heads: Heads, place: int) -> bool:
         """Take the score of an epoch; whether patience is at its end."""
         self.curve.append(score)
-        self.schedule.step(score)
+        self._schedule.step(score)
         self.waited = 0 if score > self.best else self.waited + 1
         if score > self.best or not self.state or self.training.select == "last":
             self.state = heads.state_of(place)
         self.best = max(self.best, score)
         return self.waited >= self.training.stop_patience or len(self.curve) >= self.training.max_epochs
 
-    def trained(self, source: Source, seed: int) -> MLPHead:
+    def trained(self) -> MLPHead:
         """The head as it is scored."""
         valid = self.best if self.training.select == "best" else self.curve[-1]
-        return MLPHead(source, self.learning_rate, seed, valid, tuple(self.curve), self.state, self.training)
+        return MLPHead(self.source, self.setting, self.seed, valid, tuple(self.curve), self.state, self.training)
 
 
 class _Group:
-    """Heads on one source with one seed: one for each learning rate, fewer as they stop."""
+    """Heads of one kind with one seed: one for each source and learning rate, fewer as they stop."""
 
-    def __init__(self, source: Source, seed: int, training: Training, batches: Batches, num_outputs: int) -> None:
-        self.source, self.seed = source, seed
-        widths, rates = batches.features.widths(source.layers), training.learning_rates
-        self.heads = make_heads(source, widths, num_outputs, len(rates), training, seed).to(batches.device)
-        self.contenders = [_Contender(rate, training, self.heads, place) for place, rate in enumerate(rates)]
+    def __init__(
+        self, sources: Sequence[Source], seed: int, training: Training, train: Batches, valid: Batches
+    ) -> None:
+        self.seed, self.train, self.valid, self.batch_size = seed, train, valid, training.batch_size
+        self.layers = [layer for source in sources for layer in source.layers]
+        widths, num_rates = train.features.widths(self.layers), len(training.learning_rates)
+        self.heads = make_heads(sources, widths, train.data.labels.num_outputs, num_rates, training, seed)
+        self.heads.to(train.device)
+        self.adam = StackedAdam(self.heads)
+        grid = product(sources, training.learning_rates)
+        self.contenders = [_Contender(source, seed, rate, training) for source, rate in grid]
 
-    def train(self, train: Batches, valid: Batches, batch_size: int) -> list[MLPHead]:
-        """All epochs, until the last head stops."""
+    def epochs(self) -> Iterator[list[MLPHead]]:
+        """Train until the last head stops; the heads that stop with each epoch."""
         order = torch.Generator().manual_seed(self.seed)
-        done: list[MLPHead] = []
         while self.contenders:
-            for rows in train.orders(batch_size, order):
-                self._step([train.layer(layer, rows) for layer in self.source.layers], train.target(rows), train.data)
-            done += self._close_epoch(valid)
-        return done
+            for rows in self.train.orders(self.batch_size, order):
+                self._step([self.train.layer(layer, rows) for layer in self.layers], self.train.target(rows))
+            yield self._close_epoch()
 
-    def _step(self, rows: Sequence[Float[Tensor, "n _"]], targets: Shaped[Tensor, "n ..."], data: ProbeData) -> None:
+    def _step(self, rows: Sequence[Float[Tensor, "n _"]], targets: Shaped[Tensor, "n ..."]) -> None:
         """One step of every head."""
-        parameters = list(self.heads.parameters())
-        gradients = torch.autograd.grad(data.labels.losses(self.heads(rows), targets).sum(), parameters)
-        for place, contender in enumerate(self.contenders):
-            contender.step(gradients, place)
+        loss = self.train.data.labels.losses(self.heads(rows), targets).sum()
+        gradients = torch.autograd.grad(loss, list(self.heads.parameters()))
+        self.adam.step(gradients, [contender.learning_rate for contender in self.contenders])
 
-    def _close_epoch(self, valid: Batches) -> list[MLPHead]:
+    def _close_epoch(self) -> list[MLPHead]:
         """Score every head; those that have ended leave."""
-        scores = valid.scores(read_all(self.heads, self.source, valid.features, valid.device))
+        scores = self.valid.scores(read_all(self.heads, self.layers, self.valid.features, self.valid.device))
         left, staying = [], []
         for place, (contender, score) in enumerate(zip(self.contenders, scores.tolist(), strict=True)):
             if contender.has_ended(score, self.heads, place):
-                left.append(contender.trained(self.source, self.seed))
+                left.append(contender.trained())
             else:
                 staying.append(place)
         if left:
             self.heads.keep(staying)
+            self.adam.keep(staying, self.heads)
             self.contenders = [self.contenders[place] for place in staying]
-            for place, contender in enumerate(self.contenders):
-                contender.move(self.heads, place)
         return left
 
 
@@ -214,9 +216,9 @@ def fit_grid(
 ) -> list[MLPHead]:
     """Train a head for every source, learning rate and seed.
 
-    All heads of a seed see the same batches and begin alike, as separate runs with that seed do; each has an optimizer,
-    a plateau schedule, an early stop and a best state of its own, and leaves when it stops. Heads on one layer share
-    the products; layers are trained side by side, each on one core. The result is that of separate runs, but for the
+    All heads of a seed see the same batches and begin alike, as separate runs with that seed do; each has a learning
+    rate, a plateau schedule, an early stop and a best state of its own, and leaves when it stops. Those that read one
+    layer, whichever, share products, a few layers on each core. The result is that of separate runs, but for the
     rounding of sums.
 
     Args:
@@ -229,27 +231,53 @@ def fit_grid(
         description: of the progress bar.
     """
     train, valid = (Batches(features[split], data, split, device) for split in ("train", "val"))
-    largest_first = sorted(product(seeds, sources), key=lambda point: -len(point[1].layers))
+    total = len(seeds) * len(sources) * len(training.learning_rates) * training.max_epochs
 
-    def trained(point: tuple[int, Source]) -> list[MLPHead]:
-        seed, source = point
-        group = _Group(source, seed, training, train, data.labels.num_outputs)
-        return group.train(train, valid, training.batch_size)
+    def trained(group: tuple[int, list[Source]]) -> list[MLPHead]:
+        seed, some = group
+        fitting, done = _Group(some, seed, training, train, valid), []
+        for left in fitting.epochs():
+            done += left
+            spared = sum(training.max_epochs - len(head.curve) for head in left)
+            progress.advance(bar, len(fitting.contenders) + len(left) + spared)
+        return done
 
-    with _one_core_each(device, in_time=data.task.grid_hz is not None) as pool:
-        of_groups = track(pool.map(trained, largest_first), description, total=len(largest_first), transient=True)
-        done = {(head.seed, head.source, head.setting): head for heads in of_groups for head in heads}
+    apart = torch.device(device).type == "cpu" and data.task.grid_hz is None
+    alike = together(sources, train, training, at_most=_LAYERS_ON_A_CORE if apart else len(sources))
+    with Progress(transient=True) as progress, _cores(apart) as pool:
+        bar = progress.add_task(description, total=total)
+        groups = product(seeds, alike)
+        done = {(head.seed, head.source, head.setting): head for heads in pool.map(trained, groups) for head in heads}
     return [done[point] for point in product(seeds, sources, training.learning_rates)]
 
 
+def together(sources: Sequence[Source], train: Batches, training: Training, at_most: int) -> list[list[Source]]:
+    """The sources whose heads are trained in the same products: some layers of one width, as many as memory bears.
+
+    What takes longest comes first.
+    """
+    numbers_of_a_layer = len(training.learning_rates) * training.batch_size * train.rows_of_a_window * training.hidden
+    at_once = max(1, min(at_most, _NUMBERS_AT_ONCE // numbers_of_a_layer))
+    by_width: dict[int, list[Source]] = {}
+    groups = []
+    for source in sources:
+        if source.kind == "layer":
+            (width,) = train.features.widths(source.layers)
+            by_width.setdefault(width, []).append(source)
+        else:
+            groups.append([source])
+    for alike in by_width.values():
+        groups += [alike[start : start + at_once] for start in range(0, len(alike), at_once)]
+    return groups
+
+
 @contextmanager
-def _one_core_each(device: torch.device | str, in_time: bool) -> Iterator[ThreadPoolExecutor]:
+def _cores(apart: bool) -> Iterator[ThreadPoolExecutor]:
     """As many threads as torch has, of which each computes by itself: products of 64 rows are too small to divide.
 
-    On another device, and for the thousands of rows of annotations in time, one thread hands out the work.
+    If not apart (on another device, and for the thousands of rows of annotations in time), one hands out the work.
     """
     num_threads = torch.get_num_threads()
-    apart = torch.device(device).type == "cpu" and not in_time
     try:
         torch.set_num_threads(1 if apart else num_threads)
         with ThreadPoolExecutor(num_threads if apart else 1) as pool:
@@ -259,31 +287,48 @@ def _one_core_each(device: torch.device | str, in_time: bool) -> Iterator[Thread
 
 
 @torch.no_grad()
-def read_all(heads: Heads, source: Source, features: Features, device: torch.device | str) -> Float[Tensor, "rows K C"]:
-    """What heads say of every row of a split."""
+def read_all(
+    heads: Heads, layers: Sequence[int], features: Features, device: torch.device | str
+) -> Float[Tensor, "rows K C"]:
+    """What heads say of every row of a split, of which they are given some layers."""
     heads.eval()
+    at_once = max(1, _NUMBERS_AT_ONCE // (heads.num_heads * heads.hidden))
     parts = []
-    for start in range(0, len(features), _ROWS_AT_ONCE):
-        some = slice(start, start + _ROWS_AT_ONCE)
-        parts.append(heads([features.of(layer, some).to(device) for layer in source.layers]))
+    for start in range(0, len(features), at_once):
+        some = slice(start, start + at_once)
+        parts.append(heads([features.of(layer, some).to(device) for layer in layers]))
     heads.train()
     return torch.cat(parts)
 
 
 def make_heads(
-    source: Source, widths: Sequence[int], num_outputs: int, num_heads: int, training: Training, seed: int
+    sources: Sequence[Source],
+    widths: Sequence[int],
+    num_outputs: int,
+    num_heads: int,
+    training: Training,
+    seed: int,
 ) -> Heads:
-    """Untrained heads on a source whose layers have these widths.
+    """Untrained heads, so many on each source.
+
+    Args:
+        sources: several layers, or one source of another kind.
+        widths: of all their layers.
+        num_outputs: numbers a head gives.
+        num_heads: on each source.
+        training: how they will be trained.
+        seed: of their weights and dropout.
 
     Raises:
         ValueError: if layers of unlike widths are to be summed.
     """
     generator = torch.Generator().manual_seed(seed)
-    rest = (training.hidden, num_outputs, num_heads, training.dropout, generator)
-    if source.kind == "layer":
-        return LayerHeads(widths[0], *rest)
+    shape = Shape(training.hidden, num_outputs, len(sources) * num_heads, training.dropout)
+    source = sources[0]
     if source.kind == "reduce":
-        return ReduceHeads(sum(widths), max(widths), *rest)
+        return ReduceHeads(sum(widths), max(widths), shape, generator)
     if len(set(widths)) > 1:
         raise ValueError(f"{source.name} needs layers of one width, these have {list(widths)}")
-    return MixHeads(len(widths), widths[0], *rest)
+    if source.kind == "mix":
+        return MixHeads(len(widths), widths[0], shape, generator)
+    return LayerHeads([place for place in range(len(sources)) for _ in range(num_heads)], widths[0], shape, generator)
