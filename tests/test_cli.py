@@ -104,6 +104,20 @@ def test_unknown_commands_and_no_command(capsys: pytest.CaptureFixture[str]):
         main(["data", "indx"])
 
 
+def test_ctrl_c_ends_a_command_without_a_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    from jepa_audio import cli
+
+    def interrupted(corpus: Path) -> None:
+        """Describe."""
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.FUNCTIONS, ("data", "describe"), interrupted)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["data", "describe", "x"])
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "jepa-audio: stopped\n"
+
+
 def test_a_run_leaves_its_config_metrics_and_last_checkpoint_and_goes_on(tmp_path: Path):
     from jepa_audio.cli import main
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import signal
 import sys
 import traceback
 import warnings
@@ -253,6 +254,9 @@ def main(args: Sequence[str] | None = None) -> None:
             raise ValueError("`data` takes one of convert, describe, index, pack, split, stats, synth, verify")  # noqa: TRY301
         else:
             JEPACLI(args)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("jepa-audio: stopped", style="red")
+        raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
         sentence, everywhere = _said(error)
         if sentence is None:

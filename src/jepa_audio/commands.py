@@ -6,9 +6,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from rich.progress import track
-
 from jepa_audio.data.datamodule import AudioDataModule
+from jepa_audio.data.index import track_progress
 from jepa_audio.front_ends import FrontEnd, SpectrogramFrontEnd
 from jepa_audio.front_ends.spectrogram import measure_statistics
 from jepa_audio.interop import export_weights, import_weights
@@ -74,7 +73,7 @@ def stats(front_end: FrontEnd, data: AudioDataModule, num_clips: int) -> None:
     data.setup("fit")
     loader = islice(data.train_dataloader(), num_clips)
     waveforms = (
-        data.on_after_batch_transfer(batch, 0).waveform for batch in track(loader, "measuring", total=num_clips)
+        data.on_after_batch_transfer(batch, 0).waveform for batch in track_progress(loader, "measuring", num_clips)
     )
     mean, std = measure_statistics(front_end.spectrogram, waveforms)
     print(f"model:\n  front_end:\n    init_args:\n      mean: {mean:.6f}\n      std: {std:.6f}")

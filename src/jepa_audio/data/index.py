@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 
 from jepa_audio.data.corpus import SCHEMA, Corpus, CorpusError, default_table, is_table
 from jepa_audio.data.read import AudioInfo, AudioReadError, inspect, located
@@ -118,10 +118,15 @@ def check_bad_share(corpus: Corpus, what: str, max_bad_share: float, hint: str =
     raise CorpusError(f"{num_bad} {of} cannot be used, more than `max_bad_share` ({max_bad_share:g}): {examples}{hint}")
 
 
-def track_progress(items: Iterable[T], description: str, total: int) -> Iterable[T]:
+def track_progress(items: Iterable[T], description: str, total: int) -> Iterator[T]:
     """The items, with a bar where somebody looks at it."""
-    watched = sys.stderr.isatty()
-    return track(items, description, total, console=Console(stderr=True), transient=True, disable=not watched)
+    with progress_bar() as bar:
+        yield from bar.track(items, total, description=description)
+
+
+def progress_bar() -> Progress:
+    """A bar that goes when all is done, and that is not there where nobody looks."""
+    return Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
 
 
 def map_threads(
@@ -267,7 +272,7 @@ def _inspected(root: Path, todo: pa.Table, num_workers: int, what: str) -> Itera
         return iter(())
     entries = (Found(**row) for batch in todo.to_batches(_CHUNK) for row in batch.to_pylist())
     rows = map_threads(lambda entry: examine(root, entry), entries, num_workers)
-    return iter(track_progress(rows, f"Indexing {what}", len(todo)))
+    return track_progress(rows, f"Indexing {what}", len(todo))
 
 
 class _Parts:

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import soundfile as sf
 from jaxtyping import Float
-from rich.progress import track
+
+from jepa_audio.data.index import track_progress
 
 _HEAD_RADIUS_M = 0.0875
 _HIGHEST_ORDER = 24  # of reflections; what comes later is far below the rest
@@ -53,7 +54,7 @@ def write_rooms(
         raise ValueError(
             f"`num_channels` ({num_channels}) of simulated rooms must be 1 or 2; give a folder in `scenes.rirs`"
         )
-    for room in track(range(num_rooms), "simulating rooms", transient=True):
+    for room in track_progress(range(num_rooms), "simulating rooms", num_rooms):
         folder = directory / f"room-{room:04}"
         if folder.exists():
             continue

@@ -90,7 +90,7 @@ def pack(corpus: Corpus, directory: Path, packing: Packing, num_workers: int = 2
     records = directory / ".jepa_audio" / "packed"
     _refuse_foreign(directory, len(plan), usable)
     tables: list[pa.Table] = []
-    progress = iter(track_progress(range(len(usable)), f"Packing {directory}", len(usable)))
+    progress = track_progress(range(len(usable)), f"Packing {directory}", len(usable))
     try:
         records.mkdir(parents=True, exist_ok=True)
         for number, rows in enumerate(plan):

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 MAX_BAD_SHARE = 0.05
 """Above this share of files that cannot be decoded it is not the data set any more."""
 
+_BAD_SHOWN = 10
 _BITS = {"S8": 8, "U8": 8, "16": 16, "24": 24, "32": 32, "FLOAT": 32, "DOUBLE": 64}
 
 
@@ -96,16 +97,19 @@ def _report_bad(name: str, raw: Path, output: Path, bad: Mapping[str, str], num_
     report.unlink(missing_ok=True)
     if not bad:
         return
-    for path, reason in bad.items():
-        log.warning("%s is left out: %s", raw / path, reason)
     output.mkdir(parents=True, exist_ok=True)
-    report.write_text("".join(f"{raw / path}\t{reason}\n" for path, reason in bad.items()), encoding="utf-8")
+    lines = [f"{raw / path}\t{reason}" for path, reason in bad.items()]
+    report.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     if len(bad) > MAX_BAD_SHARE * num_files:
         path, reason = next(iter(bad.items()))
         raise ValueError(
-            f"{name}: {len(bad)} of {num_files} files cannot be decoded, more than {MAX_BAD_SHARE:.0%}; all are in "
-            f"{report}, first {raw / path}: {reason}"
+            f"{name}: {len(bad)} of {num_files} files are missing or cannot be decoded, more than {MAX_BAD_SHARE:.0%}; "
+            f"all are in {report}, first {raw / path}: {reason}"
         )
+    for line in lines[:_BAD_SHOWN]:
+        log.warning("%s", line.replace("\t", " is left out: "))
+    if len(bad) > _BAD_SHOWN:
+        log.warning("%d more are left out, all are in %s", len(bad) - _BAD_SHOWN, report)
 
 
 def _whole(record: Record, file: _File, raw: Path, output: Path) -> Record:

@@ -16,10 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64
-from rich.progress import track
 from torch import Tensor
 
-from jepa_audio.data.index import map_threads
+from jepa_audio.data.index import map_threads, track_progress
 from jepa_audio.data.read import read
 from jepa_audio.data.resample import resample
 from jepa_audio.probing.encoders import ProbeEncoder
@@ -172,7 +171,7 @@ class FeatureStore:
         """Append the rows of some stretches, a handful at a time."""
         num_rows = sum(count for _, count in self._index.values())
         heard = map_threads(self._heard, missing.values(), _READERS, num_held=2 * _AT_ONCE)
-        progress = iter(track(zip(missing, heard, strict=True), description, total=len(missing), transient=True))
+        progress = track_progress(zip(missing, heard, strict=True), description, total=len(missing))
         items, checked = list(missing.values()), False
         while handful := list(islice(progress, _AT_ONCE)):
             layers, about, counts = self._encoded(items, [waveform for _, waveform in handful], batch_seconds)

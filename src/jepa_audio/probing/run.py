@@ -82,8 +82,8 @@ class Probing:
 def probe(
     encoder: list[str] | str,
     tasks: list[str] | str,
-    data: list[Path] | Path,
-    output: Path,
+    data: Sequence[Path] | Path = (),
+    output: Path = Path("probe"),
     *,
     preset: str = "marble-v1",
     select: Select = "best",
@@ -110,7 +110,8 @@ def probe(
         encoder: checkpoints, as `runs/NAME/checkpoints/last.ckpt`, or MODULE:FUNCTION for a function that returns a
             `ProbeEncoder`; several with commas between them.
         tasks: names of the tasks, or tables of your own (.csv, .tsv; see `table_task`); several with commas.
-        data: folder of records in MARBLE's layout, or of a raw data set that `data convert` knows; several with commas.
+        data: folder of records in MARBLE's layout, or of a raw data set that `data convert` knows; several with commas;
+            needless for tables, which say where their files are.
         output: folder of the results.
         preset: "marble-v1" (each layer and the weighted sum by six learning rates), "linear" (logistic or ridge
             regression and nearest neighbours, for tracking), or "marble-v2" (for cross-checks).
@@ -242,9 +243,9 @@ def _row(
     )
 
 
-def _listed(words: list[str] | list[Path] | str | Path) -> list[str]:
+def _listed(words: Sequence[str | Path] | Path) -> list[str]:
     """`a,b` or `[a, b]`."""
-    several = words if isinstance(words, list) else str(words).split(",")
+    several = str(words).split(",") if isinstance(words, (str, Path)) else words
     return [str(word).strip() for word in several]
 
 
@@ -264,7 +265,7 @@ def _sources(encoder: list[str] | str) -> list[str]:
 
 
 def _tasks(
-    tasks: list[str] | str, data: list[Path] | Path, table_kind: TableKind, max_train: int | None, preset: Preset
+    tasks: list[str] | str, data: Sequence[Path] | Path, table_kind: TableKind, max_train: int | None, preset: Preset
 ) -> list[ProbeData]:
     """The tasks, if the preset knows them all and each has a name of its own."""
     roots = [Path(root) for root in _listed(data)]

@@ -13,11 +13,11 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import Float, Int64, Shaped
-from rich.progress import Progress
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from jepa_audio.data.index import progress_bar
 from jepa_audio.probing.features import Features
 from jepa_audio.probing.heads.adam import StackedAdam
 from jepa_audio.probing.heads.base import Head, Source
@@ -244,7 +244,7 @@ def fit_grid(
 
     apart = torch.device(device).type == "cpu" and data.task.grid_hz is None
     alike = together(sources, train, training, at_most=_LAYERS_ON_A_CORE if apart else len(sources))
-    with Progress(transient=True) as progress, _cores(apart) as pool:
+    with progress_bar() as progress, _cores(apart) as pool:
         bar = progress.add_task(description, total=total)
         groups = product(seeds, alike)
         done = {(head.seed, head.source, head.setting): head for heads in pool.map(trained, groups) for head in heads}

@@ -75,7 +75,9 @@ def write_leaderboard(results: Path) -> Path:
     parts += _elsewhere()
     page = results.with_name("leaderboard.html")
     num_ranked = sum(not encoder.is_reference for encoder in names)
-    subtitle = f"{num_ranked} encoders, {len({b.terms.task for b in blocks})} tasks; {datetime.now():%Y-%m-%d %H:%M}"
+    num_tasks = len({block.terms.task for block in blocks})
+    said = [f"{n} {noun}{'s' * (n != 1)}" for n, noun in ((num_ranked, "encoder"), (num_tasks, "task"))]
+    subtitle = f"{', '.join(said)}; {datetime.now():%Y-%m-%d %H:%M}"
     _write(results.with_name("leaderboard.md"), to_markdown(TITLE, [Sentence(subtitle), *parts]))
     _write(page, to_html(TITLE, subtitle, parts))
     log.info("the leaderboard is %s", page)

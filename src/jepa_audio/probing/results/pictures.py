@@ -188,13 +188,14 @@ def _label_layers(ax: Axes, rows: Sequence[ProbeRow]) -> None:
 def draw_robustness(rows: Sequence[ProbeRow], title: str = "") -> Figure:
     """Scores on degraded clips of one task: a panel for each condition, a curve for each encoder.
 
-    Levels go from mild to hard at equal distances; the dashed line is the score on the clips as they are.
+    All panels have one scale. Levels go from mild to hard at equal distances; the dashed line is the score on
+    the clips as they are.
     """
     rows = [row for row in rows if row.robustness]
     if not rows:
         return note_figure("nothing was probed on degraded clips", title)
     conditions = list(dict.fromkeys(condition for row in rows for condition in row.robustness or ()))
-    figure, axes = small_multiples(len(conditions), 3, height=2.5, extra=0.7)
+    figure, axes = small_multiples(len(conditions), 3, height=2.5, extra=0.7, share="y")
     looks = _robustness_looks(rows)
     for ax, condition in zip(axes, conditions, strict=True):
         for row in rows:

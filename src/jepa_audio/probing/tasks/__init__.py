@@ -69,12 +69,14 @@ def load_task(name: str, roots: Sequence[Path], table_kind: Kind = "multiclass")
 
     Raises:
         FileNotFoundError: if no folder holds it, with what each one lacks.
-        ValueError: if there is no such task, or a record is not what it needs.
+        ValueError: if there is no such task, no folder is given for it, or a record is not what it needs.
     """
     if Path(name).suffix in (".csv", ".tsv"):
         return table_task(Path(name), table_kind)
     if name not in TASKS:
         raise ValueError(f"there is no task {name!r}; there are {', '.join(TASKS)}, and tables (.csv, .tsv)")
+    if not roots:
+        raise ValueError(f"`data` is needed for {name}: the folder of its records, or of the data set as downloaded")
     missing = []
     for root in roots:
         try:
