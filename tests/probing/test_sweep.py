@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jepa_audio.probing.features import Features
-from jepa_audio.probing.heads import Source, choose
+from jepa_audio.probing.heads import Source, choose, sweep
 from jepa_audio.probing.heads.sweep import MLPHead, Training, fit_grid, make_heads
 from jepa_audio.probing.metrics import AUROC, R2, Accuracy, Metric
 from jepa_audio.probing.tasks import ProbeData, Task
@@ -213,6 +213,22 @@ def test_a_weighted_sum_finds_the_layer_that_knows():
 def test_layers_of_unlike_width_are_not_summed():
     with pytest.raises(ValueError, match=r"weighted sum needs layers of one width, these have \[3, 4\]"):
         make_heads([MIX], [3, 4], 2, 1, TRAINING, 0)
+
+
+@pytest.mark.parametrize("memory", [1, 2**27])
+def test_layers_share_products_by_width_and_memory_and_heads_do_not_notice(
+    memory: int, monkeypatch: pytest.MonkeyPatch
+):
+    data, features = task_of()
+    for split in features.values():
+        split.layers[2] = split.layers[2][:, :7]
+    alone = [head for source in EACH for head in fit_grid(features, data, [source], TRAINING, seeds=(7,))]
+    monkeypatch.setattr(sweep, "_NUMBERS_AT_ONCE", memory)
+    groups = sweep.together([*EACH, MIX], sweep.Batches(features["train"], data, "train", "cpu"), TRAINING, at_most=3)
+    assert groups == ([[MIX], EACH[:2], EACH[2:]] if memory > 1 else [[MIX], *([source] for source in EACH)])
+    for head, lone in zip(fit_grid(features, data, EACH, TRAINING, seeds=(7,)), alone, strict=True):
+        assert (head.source, head.setting) == (lone.source, lone.setting)
+        assert head.curve == pytest.approx(lone.curve, abs=0.06), "one file of 21 by rounding"
 
 
 def test_a_score_that_is_no_number_is_never_the_best():
