@@ -14,7 +14,7 @@ from jepa_audio.probing.heads.stacked import Heads
 class StackedAdam:
     """What an optimizer for each head does (`torch.optim.Adam`, its defaults), in one call for each learning rate.
 
-    Seventy-eight optimizers would spend as long in Python as in arithmetic.
+    One by one, optimizers spend as long in Python as in arithmetic.
 
     Args:
         heads: whose weights are trained.
