@@ -1,5 +1,6 @@
 """The whole grid in one fit is what separate fits are: held against a plain network with torch's own optimizer."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,8 +138,7 @@ def score_plainly(net: nn.Module, data: ProbeData, features: Features) -> float:
     return float(data.task.metrics[0](answers[:, None], data.labels.encoded(split.items))[0])
 
 
-@pytest.mark.parametrize("kind", ["class", "tags", "numbers"])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("kind", "dropout"), [("class", 0.0), ("class", 0.3), ("tags", 0.0), ("numbers", 0.3)])
 def test_the_grid_in_one_fit_is_the_separate_fits(kind: str, dropout: float):
     data, features = task_of(kind, several_windows=kind == "numbers")
     data = replace(data, task=replace(data.task, metrics=(Nearness(kind),)))
@@ -224,11 +224,44 @@ def test_layers_share_products_by_width_and_memory_and_heads_do_not_notice(
         split.layers[2] = split.layers[2][:, :7]
     alone = [head for source in EACH for head in fit_grid(features, data, [source], TRAINING, seeds=(7,))]
     monkeypatch.setattr(sweep, "_NUMBERS_AT_ONCE", memory)
-    groups = sweep.together([*EACH, MIX], sweep.Batches(features["train"], data, "train", "cpu"), TRAINING, at_most=3)
+    train = sweep.Batches(features["train"], data, "train", "cpu")
+    groups = sweep.together([*EACH, MIX], train, TRAINING, apart=False)
     assert groups == ([[MIX], EACH[:2], EACH[2:]] if memory > 1 else [[MIX], *([source] for source in EACH)])
     for head, lone in zip(fit_grid(features, data, EACH, TRAINING, seeds=(7,)), alone, strict=True):
         assert (head.source, head.setting) == (lone.source, lone.setting)
         assert head.curve == pytest.approx(lone.curve, abs=0.06), "one file of 21 by rounding"
+
+
+def test_cores_get_groups_that_end_small():
+    data, features = task_of()
+    many = replace(features["train"], layers=[features["train"].layers[0]] * 13)
+    train = sweep.Batches(many, data, "train", "cpu")
+    groups = sweep.together([*(Source(str(i), (i,)) for i in range(13)), MIX], train, TRAINING, apart=True)
+    assert groups[0] == [MIX]
+    assert [len(group) for group in groups[1:]] == [3, 3, 2, 2, 1, 1, 1]
+    assert [source.layers for group in groups[1:] for source in group] == [(i,) for i in range(13)]
+
+
+def test_what_fails_ends_the_rest_and_gives_torch_its_threads_back(monkeypatch: pytest.MonkeyPatch):
+    data, features = task_of()
+    step, steps = sweep.StackedAdam.step, []
+
+    def fail_in_the_third(adam: sweep.StackedAdam, gradients: list[Tensor], rates: list[float]) -> None:
+        steps.append(threading.get_ident())
+        if len(steps) == 3:
+            raise RuntimeError("the third step")
+        step(adam, gradients, rates)
+
+    monkeypatch.setattr(sweep.StackedAdam, "step", fail_in_the_third)
+    long = replace(TRAINING, max_epochs=100_000, stop_patience=100_000)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(RuntimeError, match="the third step"):
+            fit_grid(features, data, EACH, long, seeds=(7,))
+        assert torch.get_num_threads() == 2
+        assert len(set(steps)) == 2
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_a_score_that_is_no_number_is_never_the_best():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
+from threading import Event
 from typing import Literal
 
 import numpy as np
@@ -25,7 +26,8 @@ from jepa_audio.probing.heads.stacked import Heads, LayerHeads, MixHeads, Reduce
 from jepa_audio.probing.tasks.base import ProbeData
 
 _NUMBERS_AT_ONCE = 2**27  # of the hidden units of all heads: half a gigabyte
-_LAYERS_ON_A_CORE = 3  # more are no faster, and leave less to share among cores
+_LAYERS_ON_A_CORE = 3  # more are no faster
+_GROUPS_LEFT = 4  # into which, at least, the layers that are left are divided: no core waits long for the last
 Select = Literal["best", "last"]
 
 
@@ -175,11 +177,13 @@ class _Group:
         grid = product(sources, training.learning_rates)
         self.contenders = [_Contender(source, seed, rate, training) for source, rate in grid]
 
-    def epochs(self) -> Iterator[list[MLPHead]]:
-        """Train until the last head stops; the heads that stop with each epoch."""
+    def epochs(self, ended: Event) -> Iterator[list[MLPHead]]:
+        """Train until the last head stops, or everything ends; the heads that stop with each epoch."""
         order = torch.Generator().manual_seed(self.seed)
         while self.contenders:
             for rows in self.train.orders(self.batch_size, order):
+                if ended.is_set():
+                    return
                 self._step([self.train.layer(layer, rows) for layer in self.layers], self.train.target(rows))
             yield self._close_epoch()
 
@@ -233,31 +237,31 @@ def fit_grid(
     train, valid = (Batches(features[split], data, split, device) for split in ("train", "val"))
     total = len(seeds) * len(sources) * len(training.learning_rates) * training.max_epochs
 
-    def trained(group: tuple[int, list[Source]]) -> list[MLPHead]:
-        seed, some = group
+    def trained(seed: int, some: Sequence[Source]) -> list[MLPHead]:
         fitting, done = _Group(some, seed, training, train, valid), []
-        for left in fitting.epochs():
+        for left in fitting.epochs(ended):
             done += left
             spared = sum(training.max_epochs - len(head.curve) for head in left)
             progress.advance(bar, len(fitting.contenders) + len(left) + spared)
         return done
 
     apart = torch.device(device).type == "cpu" and data.task.grid_hz is None
-    alike = together(sources, train, training, at_most=_LAYERS_ON_A_CORE if apart else len(sources))
-    with progress_bar() as progress, _cores(apart) as pool:
+    alike = together(sources, train, training, apart)
+    with progress_bar() as progress, _cores(apart) as (pool, ended):
         bar = progress.add_task(description, total=total)
-        groups = product(seeds, alike)
-        done = {(head.seed, head.source, head.setting): head for heads in pool.map(trained, groups) for head in heads}
-    return [done[point] for point in product(seeds, sources, training.learning_rates)]
+        running = [pool.submit(trained, seed, some) for seed, some in product(seeds, alike)]
+        heads = [head for group in as_completed(running) for head in group.result()]
+    at = {(head.seed, head.source, head.setting): head for head in heads}
+    return [at[point] for point in product(seeds, sources, training.learning_rates)]
 
 
-def together(sources: Sequence[Source], train: Batches, training: Training, at_most: int) -> list[list[Source]]:
+def together(sources: Sequence[Source], train: Batches, training: Training, apart: bool) -> list[list[Source]]:
     """The sources whose heads are trained in the same products: some layers of one width, as many as memory bears.
 
-    What takes longest comes first.
+    If they go to cores apart, they are fewer, what takes longest comes first, and the last are the smallest.
     """
     numbers_of_a_layer = len(training.learning_rates) * training.batch_size * train.rows_of_a_window * training.hidden
-    at_once = max(1, min(at_most, _NUMBERS_AT_ONCE // numbers_of_a_layer))
+    at_once = max(1, _NUMBERS_AT_ONCE // numbers_of_a_layer)
     by_width: dict[int, list[Source]] = {}
     groups = []
     for source in sources:
@@ -267,21 +271,29 @@ def together(sources: Sequence[Source], train: Batches, training: Training, at_m
         else:
             groups.append([source])
     for alike in by_width.values():
-        groups += [alike[start : start + at_once] for start in range(0, len(alike), at_once)]
+        while alike:
+            share = min(at_once, _LAYERS_ON_A_CORE, math.ceil(len(alike) / _GROUPS_LEFT)) if apart else at_once
+            groups.append(alike[:share])
+            del alike[:share]
     return groups
 
 
 @contextmanager
-def _cores(apart: bool) -> Iterator[ThreadPoolExecutor]:
+def _cores(apart: bool) -> Iterator[tuple[ThreadPoolExecutor, Event]]:
     """As many threads as torch has, of which each computes by itself: products of 64 rows are too small to divide.
 
-    If not apart (on another device, and for the thousands of rows of annotations in time), one hands out the work.
+    If not apart (on another device, and for the thousands of rows of annotations in time), one hands out the work. Work
+    that still runs at the end, as something failed or was interrupted, is told so.
     """
-    num_threads = torch.get_num_threads()
+    num_threads, ended = torch.get_num_threads(), Event()
     try:
         torch.set_num_threads(1 if apart else num_threads)
         with ThreadPoolExecutor(num_threads if apart else 1) as pool:
-            yield pool
+            try:
+                yield pool, ended
+            finally:
+                ended.set()
+                pool.shutdown(wait=False, cancel_futures=True)
     finally:
         torch.set_num_threads(num_threads)
 
