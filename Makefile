@@ -35,13 +35,15 @@ demo: $(STAMP) ## Pretrain two small JEPAs, probe them, write demo/report.html; 
 	  --tasks nsynth_pitch,nsynth_instrument --data $(DEMO)/corpus --output $(DEMO)/probe --preset linear --max_train 2000
 	$(BIN)/jepa-audio report $(DEMO)
 
+ON_ALL_CORES := --numprocesses auto --maxprocesses 8 --dist worksteal
+
 .PHONY: test
-test: $(STAMP) ## The fast tests: CPU, no network, a few minutes.
-	$(BIN)/pytest
+test: $(STAMP) ## The fast tests on all cores (a process on each, eight at most): no network, no GPU, a few minutes.
+	$(BIN)/pytest $(ON_ALL_CORES)
 
 .PHONY: test-slow
 test-slow: $(STAMP) ## All tests, those that train for minutes too.
-	$(BIN)/pytest --runslow
+	$(BIN)/pytest $(ON_ALL_CORES) --runslow
 
 .PHONY: lint
 lint: $(STAMP) ## Ruff: rules and format.
