@@ -6,7 +6,7 @@ import inspect
 import re
 import sys
 from argparse import ArgumentParser
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from typing import NoReturn
 
@@ -37,8 +37,13 @@ def suggestion(message: str, options: set[str]) -> str:
         wrong, words = found[1], {cls.__name__ for cls in _classes()}
     else:
         return ""
+    return f"\n'{wrong}' is unknown{did_you_mean(wrong, words) or '.'}"
+
+
+def did_you_mean(wrong: str, words: Iterable[str]) -> str:
+    """The end of a sentence that names what looks most like a wrong word; empty if nothing does."""
     close = get_close_matches(wrong, sorted(words), n=1, cutoff=0.6)
-    return f"\n'{wrong}' is unknown; did you mean '{close[0]}'?" if close else f"\n'{wrong}' is unknown."
+    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def _options(parser: ArgumentParser) -> Iterator[str]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 
+from jepa_audio.probing import convert as convert_room
 from jepa_audio.probing.convert import convert
 from jepa_audio.probing.metrics import Accuracy
 from jepa_audio.probing.tasks import TASKS
@@ -115,6 +116,21 @@ def test_files_that_cannot_be_decoded_are_left_out_and_listed(
     assert not (tmp_path / "out" / "mtt.bad.txt").exists(), "nothing is bad any more"
 
 
+def test_of_many_files_that_are_left_out_some_are_named_and_the_others_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(convert_room, "_BAD_SHOWN", 2)
+    monkeypatch.setattr(convert_room, "MAX_BAD_SHARE", 0.2)
+    raw = raw_sets.gtzan(tmp_path / "raw")
+    for genre in raw_sets.GENRES[:5]:
+        (raw / "genres" / genre / f"{genre}.00002.wav").write_bytes(b"")
+    convert("gtzan", raw, tmp_path)
+    said = [record.message for record in caplog.records]
+    assert len(said) == 3
+    assert all("00002.wav is left out: " in line for line in said[:2])
+    assert said[2] == f"3 more are left out, all are in {tmp_path / 'gtzan.bad.txt'}"
+
+
 def test_too_many_bad_files_are_an_error_that_names_the_list(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     raw = raw_sets.gtzan(tmp_path / "raw")
     for genre in ("blues", "metal"):
@@ -139,7 +155,7 @@ def test_sizes_that_equal_the_published_ones_are_said(
 
 
 def test_an_unknown_name_or_folder_is_named(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"no data set called 'gztan', only .*gtzan.*nsynth"):
+    with pytest.raises(ValueError, match=r"no data set called 'gztan', only .*nsynth.*; did you mean 'gtzan'\?$"):
         convert("gztan", tmp_path, tmp_path)
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere: give that of the raw data set gtzan"):
         convert("gtzan", tmp_path / "nowhere", tmp_path)

@@ -152,6 +152,17 @@ def test_heads_are_scored_apart_and_who_hears_nothing_scores_nothing():
     assert answers[0, 0, BEAT].tolist() == [0, 0, 33]
 
 
+def test_heads_are_chosen_by_beats_alone():
+    split, rows = split_of(beat_label(100, 20.0)), rows_of(20.0, rate=100.0)
+    beats = Beats()
+    logits = logits_of(beats.row_targets(split, rows))
+    whole, chosen = (labels.answers(logits, split, rows, "file") for labels in (beats, beats.for_first_metric()))
+    assert GTZAN_BEAT.metrics[0](chosen, beats.truth(split, rows, "file")).tolist() == [1.0]
+    assert torch.equal(chosen[..., BEAT], whole[..., BEAT])
+    assert whole[0, 0, DOWNBEAT].min() > 0
+    assert chosen[0, 0, DOWNBEAT].tolist() == [0, 0, 0]
+
+
 def test_windows_can_be_scored_apart_and_unheard_beats_are_not():
     split, rows = split_of(beat_label(120, 30.0)), rows_of(20.0, rate=100.0)
     beats = Beats()

@@ -122,7 +122,7 @@ def read(audio: Audio, start: int = 0, num_frames: int | None = None) -> tuple[F
         expected = _promised_frames(file) - start if num_frames is None else num_frames
         if expected < 1 or start + expected > file.frames:
             raise AudioReadError(
-                audio, f"frames {start} to {start + expected} were asked for, the file has {file.frames}"
+                audio, f"too short: frames {start} to {start + expected} were asked for, the file has {file.frames}"
             )
         samples = _decoded(file, start, expected)
         # The frame count in an mp3 header is an estimate, so only a slice of known length is held to it.

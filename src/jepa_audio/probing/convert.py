@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import soundfile as sf
@@ -16,6 +17,7 @@ from jepa_audio.data.workers import num_cores
 from jepa_audio.probing.tasks import DATA_SETS, TASKS
 from jepa_audio.probing.tasks.base import Conversion, differ_from_published
 from jepa_audio.probing.tasks.records import Record, write_records
+from jepa_audio.suggest import did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,8 @@ def convert(name: str, raw: Path, output: Path | None = None, num_workers: int =
             files cannot be decoded.
     """
     if name not in DATA_SETS:
-        raise ValueError(f"there is no data set called {name!r}, only {', '.join(sorted(DATA_SETS))}")
+        known = ", ".join(sorted(DATA_SETS))
+        raise ValueError(f"there is no data set called {name!r}, only {known}{did_you_mean(name, DATA_SETS)}")
     if not raw.is_dir():
         raise FileNotFoundError(f"there is no folder {raw}: give that of the raw data set {name}")
     output = output or raw
@@ -98,16 +101,15 @@ def _report_bad(name: str, raw: Path, output: Path, bad: Mapping[str, str], num_
     if not bad:
         return
     output.mkdir(parents=True, exist_ok=True)
-    lines = [f"{raw / path}\t{reason}" for path, reason in bad.items()]
-    report.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    report.write_text("".join(f"{raw / path}\t{reason}\n" for path, reason in bad.items()), encoding="utf-8")
     if len(bad) > MAX_BAD_SHARE * num_files:
         path, reason = next(iter(bad.items()))
         raise ValueError(
             f"{name}: {len(bad)} of {num_files} files are missing or cannot be decoded, more than {MAX_BAD_SHARE:.0%}; "
             f"all are in {report}, first {raw / path}: {reason}"
         )
-    for line in lines[:_BAD_SHOWN]:
-        log.warning("%s", line.replace("\t", " is left out: "))
+    for path, reason in islice(bad.items(), _BAD_SHOWN):
+        log.warning("%s is left out: %s", raw / path, reason)
     if len(bad) > _BAD_SHOWN:
         log.warning("%d more are left out, all are in %s", len(bad) - _BAD_SHOWN, report)
 

@@ -21,9 +21,10 @@ from jepa_audio.probing.results import ProbeRow, append_jsonl, save_evidence
 from jepa_audio.probing.results.leaderboard import write_leaderboard
 from jepa_audio.probing.results.pictures import draw_all
 from jepa_audio.probing.robustness import SWEEPS, Condition, area, noise_sweep
-from jepa_audio.probing.scoring import Judgement, chance, judge, score
+from jepa_audio.probing.scoring import Judgement, chance, judge
 from jepa_audio.probing.tasks import ProbeData, load_task
 from jepa_audio.probing.tasks.table import Kind as TableKind
+from jepa_audio.suggest import did_you_mean
 
 _Judged = dict[tuple[str, str, Kind, int], tuple[float, Judgement]]
 """By task, checksum of its records, kind of head and seed."""
@@ -74,7 +75,7 @@ class Probing:
             if condition.changes(encoder.sample_rate):
                 preparation = replace(self.preset.preparation(data.task), condition=condition)
                 features = self.features(encoder, data, "test", preparation)
-                said = score(head.logits(features, self.device), data, data.splits["test"], features.rows)
+                said = float(data.scores(head.logits(features, self.device), data.splits["test"], features.rows))
             scores.append((condition.level, said))
         return tuple(scores)
 
@@ -286,7 +287,8 @@ def _sweeps(robustness: bool | list[str], noise: Path | None) -> dict[str, tuple
     names = (list(SWEEPS) if robustness else []) if isinstance(robustness, bool) else robustness
     unknown = [name for name in names if name not in SWEEPS]
     if unknown:
-        raise ValueError(f"`robustness` holds {', '.join(unknown)}; there are {', '.join(SWEEPS)}")
+        guess = did_you_mean(unknown[0], SWEEPS)
+        raise ValueError(f"`robustness` holds {', '.join(unknown)}; there are {', '.join(SWEEPS)}{guess}")
     sweeps = {name: SWEEPS[name] for name in names}
     return sweeps if noise is None else sweeps | {"recorded_noise": noise_sweep(noise)}
 

@@ -50,13 +50,6 @@ def judge(logits: Float[Tensor, "rows 1 C"], data: ProbeData, split: Split, rows
     return Judgement(scores, Evidence(*kept, uids=_names(split, rows, data.task.units[0]), draws=draws))
 
 
-def score(logits: Float[Tensor, "rows 1 C"], data: ProbeData, split: Split, rows: Rows) -> float:
-    """The first metric alone."""
-    by = data.task.units[0]
-    answers = data.labels.answers(logits, split, rows, by)
-    return float(data.task.metrics[0](answers, data.labels.truth(split, rows, by))[0])
-
-
 def chance(data: ProbeData, train: Rows, test: Rows) -> float:
     """The first metric of answers that are the same for all: what is most usual, or the mean, in the training split."""
     targets = data.labels.row_targets(data.splits["train"], train)
@@ -64,7 +57,7 @@ def chance(data: ProbeData, train: Rows, test: Rows) -> float:
         targets = F.one_hot(targets[targets != UNKNOWN], data.labels.num_outputs).float()
     usual = targets.float().mean(dim=0)
     logits = torch.logit(usual, eps=1e-6) if data.labels.kind == "tags" else usual
-    return score(logits.expand(len(test), 1, -1).contiguous(), data, data.splits["test"], test)
+    return float(data.scores(logits.expand(len(test), 1, -1).contiguous(), data.splits["test"], test))
 
 
 def _names(split: Split, rows: Rows, by: Unit) -> tuple[str, ...]:

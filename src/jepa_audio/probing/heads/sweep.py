@@ -122,10 +122,8 @@ class Batches:
 
     def scores(self, logits: Float[Tensor, "rows K C"]) -> Float[np.ndarray, " K"]:
         """What the first metric of the task says of K heads; a score that is no number is the worst."""
-        task, unit = self.data.task, self.data.task.units[0]
-        answers = self.data.labels.answers(logits, self.split, self.features.rows, unit)
-        truth = self.data.labels.truth(self.split, self.features.rows, unit)
-        return np.nan_to_num(task.metrics[0](answers, truth).double().cpu().numpy(), nan=-math.inf)
+        scores = self.data.scores(logits, self.split, self.features.rows)
+        return np.nan_to_num(scores.double().cpu().numpy(), nan=-math.inf)
 
 
 class _Contender:

@@ -19,6 +19,7 @@ from jepa_audio.probing.tasks import (
 )
 from jepa_audio.probing.tasks.base import DataSet, ProbeData, Protocol, Task
 from jepa_audio.probing.tasks.table import Kind, table_task
+from jepa_audio.suggest import did_you_mean
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -74,7 +75,9 @@ def load_task(name: str, roots: Sequence[Path], table_kind: Kind = "multiclass")
     if Path(name).suffix in (".csv", ".tsv"):
         return table_task(Path(name), table_kind)
     if name not in TASKS:
-        raise ValueError(f"there is no task {name!r}; there are {', '.join(TASKS)}, and tables (.csv, .tsv)")
+        known = ", ".join(TASKS)
+        guess = did_you_mean(name, TASKS)
+        raise ValueError(f"there is no task {name!r}; there are {known}, and tables (.csv, .tsv){guess}")
     if not roots:
         raise ValueError(f"`data` is needed for {name}: the folder of its records, or of the data set as downloaded")
     missing = []

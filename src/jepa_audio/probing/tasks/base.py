@@ -7,8 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from jaxtyping import Float
+from torch import Tensor
+
 from jepa_audio.probing.metrics import Metric
-from jepa_audio.probing.tasks.labels import Labels, Unit
+from jepa_audio.probing.tasks.labels import Labels, Rows, Unit
 from jepa_audio.probing.tasks.records import SPLITS, Record, Split, checksum_of, read_split, split_of
 from jepa_audio.probing.tasks.windows import Windows
 
@@ -157,6 +160,11 @@ class ProbeData:
     labels: Labels
     splits: Mapping[str, Split]
     checksum: str
+
+    def scores(self, logits: Float[Tensor, "rows K C"], split: Split, rows: Rows) -> Float[Tensor, " K"]:
+        """What the first metric of the task says of K heads, on the unit that it scores first."""
+        labels, unit = self.labels.for_first_metric(), self.task.units[0]
+        return self.task.metrics[0](labels.answers(logits, split, rows, unit), labels.truth(split, rows, unit))
 
     def with_train(self, size: int | None, seed: int = 0) -> ProbeData:
         """With `size` random units of the training split, all if `None` or too few."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
@@ -90,6 +90,7 @@ class Beats(FrameLabels):
         threshold: lowest activation of a beat, for "peaks".
         beat_bpm: slowest and fastest tempo of beats.
         downbeat_bpm: the same of downbeats; MARBLE's second version takes that of beats for them too.
+        decoded: the outputs that are decoded and counted.
     """
 
     kind: ClassVar[Literal["class", "tags", "numbers"]] = "tags"
@@ -100,11 +101,16 @@ class Beats(FrameLabels):
     threshold: float = 0.5
     beat_bpm: tuple[float, float] = (55.0, 215.0)
     downbeat_bpm: tuple[float, float] = (18.0, 72.0)
+    decoded: tuple[str, ...] = ("beat", "downbeat")
 
     @property
     def names(self) -> tuple[str, ...]:
         """Of the outputs."""
         return ("beat", "downbeat")
+
+    def for_first_metric(self) -> Beats:
+        """See `Labels`: beats alone; downbeats, which have longer intervals, take several times as long to decode."""
+        return replace(self, decoded=("beat",))
 
     def row_targets(self, split: Split, rows: Rows) -> Float[Tensor, "rows 2"]:
         """How much of a beat, and of a downbeat, each frame is."""
@@ -126,11 +132,13 @@ class Beats(FrameLabels):
     def answers(
         self, logits: Float[Tensor, "rows K C"], split: Split, rows: Rows, by: Unit
     ) -> Float[Tensor, "units K A"]:
-        """How many events each head hit, estimated and should have found: see `BEAT_COLUMNS`."""
+        """How many events each head hit, estimated and should have found, see `BEAT_COLUMNS`; 0 of what is left out."""
         stretches, frame_rate = list(_stretches(split, rows, by)), _frame_rate(rows)
         counts = torch.zeros(_num_units(split, rows, by), logits.shape[1], len(BEAT_COLUMNS))
         for output, name in enumerate(self.names):
-            frames = self._decoded(logits[:, :, output].detach().sigmoid(), stretches, name, frame_rate)
+            if name not in self.decoded:
+                continue
+            frames = self._frames(logits[:, :, output].detach().sigmoid(), stretches, name, frame_rate)
             for unit, parts in itertools.groupby(
                 sorted(zip(stretches, frames, strict=True), key=_unit_of), key=_unit_of
             ):
@@ -153,7 +161,7 @@ class Beats(FrameLabels):
             counts.append((_num_hits(reference, estimated), len(estimated), len(reference)))
         return torch.tensor(counts, dtype=torch.float32)
 
-    def _decoded(
+    def _frames(
         self, activations: Float[Tensor, "rows K"], stretches: list[_Stretch], name: str, frame_rate: float
     ) -> list[list[Int64[np.ndarray, " _"]]]:
         """Frames of the events, by stretch and head."""

@@ -77,6 +77,10 @@ class Labels(ABC):
         """These labels with what they take from the training split, such as the names of the classes."""
         return self
 
+    def for_first_metric(self) -> Labels:
+        """These labels, whose answers need hold no more than what the first metric of their task looks at."""
+        return self
+
     @abstractmethod
     def row_targets(self, split: Split, rows: Rows) -> Shaped[Tensor, "rows ..."]:
         """What `losses` compares the rows of some split with.
