@@ -109,7 +109,7 @@ class Beats(FrameLabels):
         return ("beat", "downbeat")
 
     def for_first_metric(self) -> Beats:
-        """See `Labels`: beats alone; downbeats, which have longer intervals, take several times as long to decode."""
+        """See `Labels`: beats alone, a third of the work: intervals of downbeats are longer."""
         return replace(self, decoded=("beat",))
 
     def row_targets(self, split: Split, rows: Rows) -> Float[Tensor, "rows 2"]:
