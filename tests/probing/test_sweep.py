@@ -139,7 +139,8 @@ def score_plainly(net: nn.Module, data: ProbeData, features: Features) -> float:
 
 
 @pytest.mark.parametrize(("kind", "dropout"), [("class", 0.0), ("class", 0.3), ("tags", 0.0), ("numbers", 0.3)])
-def test_the_grid_in_one_fit_is_the_separate_fits(kind: str, dropout: float):
+def test_the_grid_in_one_fit_is_the_separate_fits(kind: str, dropout: float, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sweep, "_GROUPS_LEFT", 1)  # so few layers would go to cores one by one
     data, features = task_of(kind, several_windows=kind == "numbers")
     data = replace(data, task=replace(data.task, metrics=(Nearness(kind),)))
     training = replace(TRAINING, dropout=dropout)
@@ -224,6 +225,7 @@ def test_layers_share_products_by_width_and_memory_and_heads_do_not_notice(
         split.layers[2] = split.layers[2][:, :7]
     alone = [head for source in EACH for head in fit_grid(features, data, [source], TRAINING, seeds=(7,))]
     monkeypatch.setattr(sweep, "_NUMBERS_AT_ONCE", memory)
+    monkeypatch.setattr(sweep, "_GROUPS_LEFT", 1)  # so few layers would go to cores one by one
     train = sweep.Batches(features["train"], data, "train", "cpu")
     groups = sweep.together([*EACH, MIX], train, TRAINING, apart=False)
     assert groups == ([[MIX], EACH[:2], EACH[2:]] if memory > 1 else [[MIX], *([source] for source in EACH)])
