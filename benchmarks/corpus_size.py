@@ -1,12 +1,14 @@
 """Does a run on two million files start as fast, and step as fast, as one on a thousand?
 
-Writes a few short files and reaches them by as many paths as asked for, through folders that are links: a table of N
-different sources without N files on the disk. What a cold disk adds to a million real ones is not measured.
+Writes a few short files and reaches them by as many paths as asked for, through folders that are
+links: a table of N different sources without N files on the disk. What a cold disk adds to a
+    million real ones is not measured.
 
-In fresh processes, taking turns over N: the seconds from `AudioDataModule(...)` to the first training batch, imports
-left out; the time of a batch without workers, wall and CPU; the memory of the main process; and what workers weigh
-after 20 batches: their private pages (USS; the mapped table is not theirs), and their share of all pages (PSS; with the
-table). A worker imports the main module of the process that starts it: every process is started as `jepa-audio` is.
+In fresh processes, taking turns over N: the seconds from `AudioDataModule(...)` to the first
+training batch, imports left out; the time of a batch without workers, wall and CPU; the memory of
+the main process; and what workers weigh after 20 batches: their private pages (USS; the mapped
+table is not theirs), and their share of all pages (PSS; with the table). A worker imports the main
+module of the process that starts it: every process is started as `jepa-audio` is.
 
     python -m benchmarks.corpus_size [--files 1000 100000 2000000] [--repeats 3]
 """
@@ -54,24 +56,36 @@ def write_files(root: Path, num_files: int) -> list[str]:
     (root / ".albums").mkdir()
     rng = np.random.default_rng(0)
     for track in tracks:
-        sf.write(root / ".tracks" / track, 0.1 * rng.standard_normal(SECONDS * RATE), RATE, subtype="PCM_16")
+        sf.write(
+            root / ".tracks" / track,
+            0.1 * rng.standard_normal(SECONDS * RATE),
+            RATE,
+            subtype="PCM_16",
+        )
     for album in albums:
         (root / ".albums" / album).symlink_to("../.tracks")
     for artist in artists:
         (root / artist).symlink_to(".albums")
-    paths = [f"{artist}/{album}/{track}" for artist in artists for album in albums for track in tracks]
+    paths = [
+        f"{artist}/{album}/{track}" for artist in artists for album in albums for track in tracks
+    ]
     return paths[:num_files]
 
 
 def write_table(root: Path, paths: list[str]) -> Path:
     """The table that an index of these files would be."""
-    from jepa_audio.data.corpus import SCHEMA, Corpus  # noqa: PLC0415 (a worker would import it with this module)
-    from jepa_audio.data.index import examine  # noqa: PLC0415
-    from jepa_audio.data.sources import Found  # noqa: PLC0415
+    from jepa_audio.data.corpus.index import examine  # noqa: PLC0415
+    from jepa_audio.data.corpus.sources import DiscoveredFile  # noqa: PLC0415
+    from jepa_audio.data.corpus.table import SCHEMA, Corpus  # noqa: PLC0415 (a worker would import it with this module)
 
     stat = (root / paths[0]).stat()
-    row = examine(root, Found(paths[0], "", 0, stat.st_size, stat.st_size, stat.st_mtime_ns))
-    columns = {name: pa.repeat(pa.scalar(row[name], SCHEMA.field(name).type), len(paths)) for name in SCHEMA.names}
+    row = examine(
+        root, DiscoveredFile(paths[0], "", 0, stat.st_size, stat.st_size, stat.st_mtime_ns)
+    )
+    columns = {
+        name: pa.repeat(pa.scalar(row[name], SCHEMA.field(name).type), len(paths))
+        for name in SCHEMA.names
+    }
     table = root / f"{len(paths)}.parquet"
     Corpus(root, pa.table({**columns, "source": pa.array(paths, pa.string())}, SCHEMA)).save(table)
     return table
@@ -82,10 +96,16 @@ def workers_of(process: int) -> list[Path]:
     parents = {}
     for place in Path("/proc").glob("[0-9]*"):
         try:
-            parents[int(place.name)] = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+            parents[int(place.name)] = int(
+                (place / "stat").read_text().rpartition(")")[2].split()[1]
+            )
         except (FileNotFoundError, ProcessLookupError):
             continue  # it has ended
-    return [Path(f"/proc/{child}") for child, server in parents.items() if parents.get(server) == process]
+    return [
+        Path(f"/proc/{child}")
+        for child, server in parents.items()
+        if parents.get(server) == process
+    ]
 
 
 def mib(path: Path, *fields: str) -> float:
@@ -117,7 +137,9 @@ def measure(table: str, num_workers: int) -> None:
     status = Path("/proc/self/status")
     seen = {"imported": mib(status, "VmRSS")}
     start = time.perf_counter()
-    data = AudioDataModule(table, RATE, CROP_SECONDS, batch_size=BATCH_SIZE, num_workers=num_workers)
+    data = AudioDataModule(
+        table, RATE, CROP_SECONDS, batch_size=BATCH_SIZE, num_workers=num_workers
+    )
     data.prepare_data()
     data.setup("fit")
     loader = data.train_dataloader()
@@ -153,9 +175,14 @@ def endless(loader: object) -> Iterator[object]:
 
 def in_own_process(command: Path, table: Path, num_workers: int) -> dict[str, float]:
     """`measure` in a fresh process that looks to its workers as `jepa-audio` would."""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "PYTHONWARNINGS": "ignore"}
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "PYTHONWARNINGS": "ignore",
+    }
     run = [sys.executable, str(command), str(table), str(num_workers)]
-    said = subprocess.run(run, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+    said = subprocess.run(
+        run, check=True, stdout=subprocess.PIPE, text=True, env=environment
+    ).stdout
     return json.loads(said.splitlines()[-1])
 
 
@@ -183,9 +210,13 @@ def report(size: int, runs: dict[int, list[dict[str, float]]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--files", type=int, nargs="+", default=[1_000, 100_000, 2_000_000])
-    parser.add_argument("--repeats", type=int, default=3, help="of the times; the memory of 1 and 4 workers: once")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="of the times; the memory of 1 and 4 workers: once"
+    )
     args = parser.parse_args()
     (installed,) = entry_points(group="console_scripts", name="jepa-audio")
     with tempfile.TemporaryDirectory(prefix="jepa_audio_size_") as name:
@@ -194,7 +225,9 @@ def main() -> None:
         command.write_text(COMMAND.format(module=installed.module, function=installed.attr))
         paths = write_files(root, max(args.files))
         tables = {size: write_table(root, paths[:size]) for size in args.files}
-        print(f"{', '.join(f'{size:,} files' for size in tables)}, such as {paths[0]}; command {installed.value}")
+        print(
+            f"{', '.join(f'{size:,} files' for size in tables)}, such as {paths[0]}; command {installed.value}"
+        )
         runs: dict[int, dict[int, list[dict[str, float]]]]
         runs = {size: {num_workers: [] for num_workers in (0, *WORKERS)} for size in tables}
         for repeat in range(args.repeats):

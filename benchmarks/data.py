@@ -1,13 +1,16 @@
 """How many crops a second does one core give, and how many cores does a GPU need?
 
-Reads the same music-like clips, 44.1 kHz stereo, from loose flac and mp3 files and from our shards packed mono at the
-rate of the crops, as training does. Beside them a plain pipeline of the `webdataset` package, which decodes every file
-whole: from tars of the same flac files, resampled by a `torchaudio.transforms.Resample` made for every sample; the same
-"with care", the channels averaged first and the resampler made once; and from our shards. One thread, no workers, the
-files in the page cache (they have just been written): it is the arithmetic that is timed, not the disk.
+Reads the same music-like clips, 44.1 kHz stereo, from loose flac and mp3 files and from our shards
+packed mono at the rate of the crops, as training does. Beside them a plain pipeline of the
+`webdataset` package, which decodes every file
+whole: from tars of the same flac files, resampled by a `torchaudio.transforms.Resample` made for
+    every sample; the same
+"with care", the channels averaged first and the resampler made once; and from our shards. One
+thread, no workers, the files in the page cache (they have just been written): it is the arithmetic
+that is timed, not the disk.
 
-A round takes the same number of clips from every source in turn. Ratios are medians over the rounds; "CPU" is the
-processor time per second, 1.00 if the core was ours alone.
+A round takes the same number of clips from every source in turn. Ratios are medians over the
+rounds; "CPU" is the processor time per second, 1.00 if the core was ours alone.
 
     python -m benchmarks.data [--clips 60] [--repeats 7] [--gpu_crops_per_second 200 500 1000 2000]
 """
@@ -37,10 +40,10 @@ from jaxtyping import Float32
 from torch import Tensor
 from torchaudio.transforms import Resample
 
+from jepa_audio.data.corpus.index import index_corpus
+from jepa_audio.data.corpus.shards import Packing, pack
 from jepa_audio.data.datamodule import AudioDataModule
-from jepa_audio.data.index import index_corpus, map_threads
-from jepa_audio.data.shards import Packing, pack
-from jepa_audio.data.workers import num_cores
+from jepa_audio.parallel import map_threads, num_cores
 
 RATE = 44_100
 NOISE = 0.0035  # white, on music of about -26 dBFS: flac then keeps about 60 % of the bytes
@@ -72,7 +75,9 @@ class Round(NamedTuple):
     mb_per_crop: float
 
 
-def music(number: int, seconds: int, bank: Float32[np.ndarray, "notes S"]) -> Float32[np.ndarray, "S 2"]:
+def music(
+    number: int, seconds: int, bank: Float32[np.ndarray, "notes S"]
+) -> Float32[np.ndarray, "S 2"]:
     """Four decaying notes a second, placed between the ears, and noise."""
     rng = np.random.default_rng(number)
     clip = np.zeros((seconds * RATE, 2), np.float32)
@@ -92,7 +97,9 @@ def note_bank(count: int = 48, seconds: float = 2.0) -> Float32[np.ndarray, "not
         pitch = 55 * 2 ** (number / 12)
         for partial_ in range(1, min(12, int(0.4 * RATE / pitch)) + 1):
             wave = np.sin(2 * np.pi * (pitch * partial_ * t + rng.uniform()))
-            notes[number] += 0.1 * rng.uniform(0.5, 1) / partial_ * wave * np.exp(-(1 + partial_ / 3) * t)
+            notes[number] += (
+                0.1 * rng.uniform(0.5, 1) / partial_ * wave * np.exp(-(1 + partial_ / 3) * t)
+            )
     return notes
 
 
@@ -106,7 +113,13 @@ def write_clips(folder: Path, count: int, seconds: int) -> str:
     def write(number: int) -> None:
         clip = music(number, seconds, bank)
         sf.write(folder / "flac" / f"clip_{number:04d}.flac", clip, RATE, subtype="PCM_16")
-        sf.write(folder / "mp3" / f"clip_{number:04d}.mp3", clip, RATE, bitrate_mode="CONSTANT", compression_level=0.4)
+        sf.write(
+            folder / "mp3" / f"clip_{number:04d}.mp3",
+            clip,
+            RATE,
+            bitrate_mode="CONSTANT",
+            compression_level=0.4,
+        )
 
     for _ in map_threads(write, range(count), num_cores()):
         pass
@@ -115,7 +128,9 @@ def write_clips(folder: Path, count: int, seconds: int) -> str:
         with wds.TarWriter(str(folder / "tars" / f"clips-{shard:03d}.tar")) as tar:
             for path in files[shard::SHARDS]:
                 tar.write({"__key__": path.stem, "flac": path.read_bytes()})
-    flac, mp3 = (sum(path.stat().st_size for path in (folder / kind).iterdir()) for kind in ("flac", "mp3"))
+    flac, mp3 = (
+        sum(path.stat().st_size for path in (folder / kind).iterdir()) for kind in ("flac", "mp3")
+    )
     share, kbps = flac / (count * seconds * RATE * 4), mp3 * 8 / (count * seconds) / 1000
     return f"flac keeps {share:.0%} of the bytes, mp3 {kbps:.0f} kbit/s"
 
@@ -149,17 +164,25 @@ def ours(root: Path, setting: Setting, batch_size: int) -> Iterator[Tensor]:
             yield batch.waveform
 
 
-def plain(folder: Path, setting: Setting, batch_size: int, clip_of: Callable[[bytes], Tensor]) -> Iterator[Tensor]:
+def plain(
+    folder: Path, setting: Setting, batch_size: int, clip_of: Callable[[bytes], Tensor]
+) -> Iterator[Tensor]:
     """Batches of whole files decoded from tars, without end."""
     rng = np.random.default_rng(0)
 
     def crops_of(sample: dict[str, Any]) -> Tensor:
         clip = clip_of(sample["flac"])
-        starts = rng.integers(max(clip.shape[-1] - setting.num_samples, 0), size=setting.crops_per_clip, endpoint=True)
+        starts = rng.integers(
+            max(clip.shape[-1] - setting.num_samples, 0), size=setting.crops_per_clip, endpoint=True
+        )
         return torch.stack([clip[:, start : start + setting.num_samples] for start in starts])
 
     tars = sorted(map(str, folder.glob("*.tar")))
-    clips = wds.WebDataset(tars, shardshuffle=False, resampled=True).shuffle(2 * batch_size).map(crops_of)
+    clips = (
+        wds.WebDataset(tars, shardshuffle=False, resampled=True)
+        .shuffle(2 * batch_size)
+        .map(crops_of)
+    )
     batches = clips.batched(batch_size, collation_fn=torch.cat)
     return iter(wds.WebLoader(batches, batch_size=None, num_workers=0))
 
@@ -190,7 +213,9 @@ def streams(folder: Path, setting: Setting, batch_size: int) -> dict[str, Iterat
         "flac files": ours(folder / "flac", setting, batch_size),
         "mp3 files": ours(folder / "mp3", setting, batch_size),
         "packed shards": ours(shards, setting, batch_size),
-        PLAIN: plain(tars, setting, batch_size, partial(resampled_each, sample_rate=setting.sample_rate)),
+        PLAIN: plain(
+            tars, setting, batch_size, partial(resampled_each, sample_rate=setting.sample_rate)
+        ),
         "webdataset, flac tars, with care": plain(
             tars, setting, batch_size, partial(resampled_with_care, resampler=resampler)
         ),
@@ -211,7 +236,9 @@ def timed(stream: Iterator[Tensor], num_batches: int, shape: tuple[int, ...]) ->
     cpu, content = time.process_time() - cpu, bytes_read() - before
     for batch in batches:
         if batch.shape != shape or not (0.005 < batch.square().mean().sqrt() < 0.2):
-            raise RuntimeError(f"a batch of {tuple(batch.shape)}, {shape} was expected, or no music in it")
+            raise RuntimeError(
+                f"a batch of {tuple(batch.shape)}, {shape} was expected, or no music in it"
+            )
     num_crops = num_batches * shape[0]
     return Round(num_crops / seconds, cpu / seconds, content / num_crops / 1e6)
 
@@ -233,13 +260,16 @@ def measure(folder: Path, setting: Setting, num_clips: int, repeats: int) -> dic
 
 def report(setting: Setting, rounds: dict[str, list[Round]]) -> dict[str, float]:
     """Print the table; the median of every source."""
-    print("| source | crops/s of a core | min | max | ratio | seconds of audio/s | MB read per crop | CPU |")
+    print(
+        "| source | crops/s of a core | min | max | ratio | seconds of audio/s | MB read per crop | CPU |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     medians = {}
     for name, own in rounds.items():
         rates = [one.crops_per_second for one in own]
         ratio = median(
-            one.crops_per_second / other.crops_per_second for one, other in zip(own, rounds[PLAIN], strict=True)
+            one.crops_per_second / other.crops_per_second
+            for one, other in zip(own, rounds[PLAIN], strict=True)
         )
         medians[name] = median(rates)
         print(
@@ -259,16 +289,30 @@ def report_cores(medians: dict[str, float], gpus: list[float]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=int, default=60, help="files of each length; also clips of a round")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--clips", type=int, default=60, help="files of each length; also clips of a round"
+    )
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--crops_per_clip", type=int, default=16, help="of the setting with several crops")
-    parser.add_argument("--gpu_crops_per_second", type=float, nargs="+", default=[200, 500, 1000, 2000])
+    parser.add_argument(
+        "--crops_per_clip", type=int, default=16, help="of the setting with several crops"
+    )
+    parser.add_argument(
+        "--gpu_crops_per_second", type=float, nargs="+", default=[200, 500, 1000, 2000]
+    )
     args = parser.parse_args()
     logging.getLogger("jepa_audio").setLevel(logging.ERROR)
     settings = [
         Setting("WavJEPA, a crop of a clip", 16_000, 2.01, 10),
-        Setting(f"WavJEPA, {args.crops_per_clip} crops of a 10 s clip", 16_000, 2.01, 10, args.crops_per_clip),
+        Setting(
+            f"WavJEPA, {args.crops_per_clip} crops of a 10 s clip",
+            16_000,
+            2.01,
+            10,
+            args.crops_per_clip,
+        ),
         Setting("PupuJEPA, a crop of a clip", 24_000, 10.24, 12),
     ]
     print(
@@ -279,8 +323,12 @@ def main() -> None:
         folders = {}
         for setting in settings:
             if setting.file_seconds not in folders:
-                folder = folders[setting.file_seconds] = Path(name) / f"clips_{setting.file_seconds}"
-                print(f"clips of {setting.file_seconds} s: {write_clips(folder, args.clips, setting.file_seconds)}")
+                folder = folders[setting.file_seconds] = (
+                    Path(name) / f"clips_{setting.file_seconds}"
+                )
+                print(
+                    f"clips of {setting.file_seconds} s: {write_clips(folder, args.clips, setting.file_seconds)}"
+                )
                 write_shards(folder, setting)
         torch.set_num_threads(1)
         for setting in settings:

@@ -1,7 +1,8 @@
 """Does the memory of encoding a long file grow with the file, beyond the features themselves?
 
-Encodes noise of several lengths with a base-size encoder, each in a process of its own, and prints the peak of the
-resident memory above what the process holds before it encodes, and the size of the features that are kept.
+Encodes noise of several lengths with a base-size encoder, each in a process of its own, and prints
+the peak of the resident memory above what the process holds before it encodes, and the size of the
+features that are kept.
 
     python -m benchmarks.encode_memory [--recipe wavjepa|pupujepa] [--minutes 1 5 20]
 """
@@ -26,13 +27,16 @@ def resident_mib() -> float:
 
 
 def measure(recipe: str, minutes: float) -> None:
-    from jepa_audio.cli import JEPACLI  # noqa: PLC0415 (only the processes that measure need it)
-    from jepa_audio.encode import FrozenEncoder  # noqa: PLC0415
+    from jepa_audio.cli.main import JEPACLI  # noqa: PLC0415 (only the processes that measure need it)
+    from jepa_audio.inference.encode import Encoder  # noqa: PLC0415
 
     sys.argv[1:] = []
-    cli = JEPACLI([f"--config={CONFIGS / recipe}.yaml", "--data.root=unused", "--trainer.logger=false"], run=False)
+    cli = JEPACLI(
+        [f"--config={CONFIGS / recipe}.yaml", "--data.root=unused", "--trainer.logger=false"],
+        run=False,
+    )
     jepa, num_samples = cli.model, cli.datamodule.num_samples
-    frozen = FrozenEncoder(jepa.front_end, jepa.encoder, num_samples, max_windows=8)
+    frozen = Encoder(jepa.front_end, jepa.encoder, num_samples, max_windows=8)
     waveform = torch.randn(1, 1, round(60 * minutes * frozen.sample_rate))
     before, start = resident_mib(), time.perf_counter()
     features = frozen.encode(waveform, layers=[-1])
@@ -46,10 +50,14 @@ def measure(recipe: str, minutes: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--recipe", choices=["wavjepa", "pupujepa"], default="wavjepa")
     parser.add_argument("--minutes", type=float, nargs="+", default=[1, 5, 20])
-    parser.add_argument("--here", action="store_true", help="measure in this process, one length only")
+    parser.add_argument(
+        "--here", action="store_true", help="measure in this process, one length only"
+    )
     args = parser.parse_args()
     if args.here:
         measure(args.recipe, args.minutes[0])

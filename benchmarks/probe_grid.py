@@ -1,19 +1,25 @@
 """What does it save to fit all heads of a grid at once, and are they the heads that separate fits give?
 
-The `marble-v1` grid, every layer and the weighted sum by six learning rates, on the same features in memory:
+The `marble-v1` grid, every layer and the weighted sum by six learning rates, on the same features
+in memory:
 
 grid           all heads in one `fit_grid`, timed first, between and last; the median counts
-plain loop     each head by itself in the leanest loop: tensors indexed, fused Adam, validation in one pass
-Lightning fit  each head by itself as is usual: LightningModule, DataLoaders on TensorDatasets (batch 64, no workers),
-               Adam with its defaults, early stop, checkpoint of the best epoch, torchmetrics, CSV logger; no progress
-               bar, no summary. The best checkpoint of every head is loaded and tested
-own process    the same Lightning fit as a command for each head, as MARBLE's scripts do: a process that starts Python,
-               reads the features of its layers from a file, fits, tests and ends; one after the other
+plain loop     each head by itself in the leanest loop: tensors indexed, fused Adam, validation in
+one pass Lightning fit  each head by itself as is usual: LightningModule, DataLoaders on
+TensorDatasets (batch 64, no workers),
+               Adam with its defaults, early stop, checkpoint of the best epoch, torchmetrics, CSV
+               logger; no progress bar, no summary. The best checkpoint of every head is loaded and
+               tested
+own process    the same Lightning fit as a command for each head, as MARBLE's scripts do: a process
+that starts Python,
+               reads the features of its layers from a file, fits, tests and ends; one after the
+               other
 
-A separate head has the first weights, batches and dropout of its twin in the grid, so the choices must be equal: the
-same layer and learning rate, and no head's best validation score off by more than `--files_off`. If not, the exit code
-is 1. Rounding alone moves heads of high learning rates by some files within hundreds of steps. A tiny fit of each kind
-goes before, so that no import is timed. Features are drawn, one row a file.
+A separate head has the first weights, batches and dropout of its twin in the grid, so the choices
+must be equal: the same layer and learning rate, and no head's best validation score off by more
+than `--files_off`. If not, the exit code is 1. Rounding alone moves heads of high learning rates by
+some files within hundreds of steps. A tiny fit of each kind goes before, so that no import is
+timed. Features are drawn, one row a file.
 
     python -m benchmarks.probe_grid [--size gtzan|nsynth] [--threads 2]
 """
@@ -65,8 +71,22 @@ SEED = 1234
 WANTED = 20  # times as fast
 MARGINS = 0.2, 1.9  # of the worst and the best layer, see `strength`
 COLUMNS = (
-    *("wall s", "times the median grid", "CPU s", "ms a head-epoch", "chosen head", "valid", "test"),
-    *("curves equal", "files off (best score)", "files off (any epoch)", "same choice", "equal scores"),
+    *(
+        "wall s",
+        "times the median grid",
+        "CPU s",
+        "ms a head-epoch",
+        "chosen head",
+        "valid",
+        "test",
+    ),
+    *(
+        "curves equal",
+        "files off (best score)",
+        "files off (any epoch)",
+        "same choice",
+        "equal scores",
+    ),
 )
 Tables = dict[str, TensorDataset]
 
@@ -83,7 +103,9 @@ class Size:
 SIZES = {
     "gtzan": Size((443, 197, 290), 10, GTZAN_GENRE.protocols["marble-v1"]),
     # fewer rows and epochs than NSynth
-    "nsynth": Size((20_000, 2_000, 4_096), 11, replace(NSYNTH_INSTRUMENT.protocols["marble-v1"], max_epochs=5)),
+    "nsynth": Size(
+        (20_000, 2_000, 4_096), 11, replace(NSYNTH_INSTRUMENT.protocols["marble-v1"], max_epochs=5)
+    ),
 }
 
 
@@ -115,7 +137,9 @@ def drawn_fit(size: Size, num_layers: int, width: int) -> Fit:
     splits, features = {}, {}
     for split, num in zip(SPLITS, size.num_rows, strict=True):
         labels, place = rng.permutation(np.arange(num) % size.num_classes), np.arange(num)
-        splits[split] = Split(tuple(Item(Path("drawn"), int(k), str(i), split) for i, k in enumerate(labels)))
+        splits[split] = Split(
+            tuple(Item(Path("drawn"), int(k), str(i), split) for i, k in enumerate(labels))
+        )
         layers = [rng.standard_normal((num, width), dtype=np.float32) for _ in range(num_layers)]
         features[split] = Features(layers, place, Rows(place, place, np.zeros(num)))
     peak, (worst, best) = round(0.65 * (num_layers - 1)), MARGINS
@@ -136,7 +160,9 @@ def fit_at_once(fit: Fit) -> tuple[list[MLPHead], float]:
     """The grid, and what its best head scores on the test split."""
     heads = [head for head in MarbleV1().fit(fit)["mlp"] if isinstance(head, MLPHead)]
     test = fit.features["test"]
-    return heads, float(fit.data.scores(best_of(heads).logits(test), fit.data.splits["test"], test.rows))
+    return heads, float(
+        fit.data.scores(best_of(heads).logits(test), fit.data.splits["test"], test.rows)
+    )
 
 
 class SeparateHead(nn.Module):
@@ -146,9 +172,17 @@ class SeparateHead(nn.Module):
         super().__init__()
         rows, labels = tables["train"].tensors
         training, width, num_classes = twin.training, rows.shape[-1], int(labels.max()) + 1
-        drawn = make_heads([twin.source], [width] * len(twin.source.layers), num_classes, 1, training, twin.seed)
-        first = {name: nn.Parameter(value.detach()[0].clone()) for name, value in drawn.named_parameters()}
-        self.inner, self.outer = nn.Linear(width, training.hidden), nn.Linear(training.hidden, num_classes)
+        drawn = make_heads(
+            [twin.source], [width] * len(twin.source.layers), num_classes, 1, training, twin.seed
+        )
+        first = {
+            name: nn.Parameter(value.detach()[0].clone())
+            for name, value in drawn.named_parameters()
+        }
+        self.inner, self.outer = (
+            nn.Linear(width, training.hidden),
+            nn.Linear(training.hidden, num_classes),
+        )
         self.inner.weight, self.inner.bias = first["inner.weight"], first["inner.bias"]
         self.outer.weight, self.outer.bias = first["outer.weight"], first["outer.bias"]
         self.mixing = first.get("mixing")
@@ -170,12 +204,16 @@ def tables_of(fit: Fit, source: Source) -> Tables:
     for split, features in fit.features.items():
         layers = [features.of(layer) for layer in source.layers]
         rows = layers[0] if source.kind == "layer" else torch.stack(layers, dim=1)
-        tables[split] = TensorDataset(rows, fit.data.labels.row_targets(fit.data.splits[split], features.rows))
+        tables[split] = TensorDataset(
+            rows, fit.data.labels.row_targets(fit.data.splits[split], features.rows)
+        )
     return tables
 
 
 def plateau(optimizer: Adam, training: Training) -> ReduceLROnPlateau:
-    return ReduceLROnPlateau(optimizer, mode="max", factor=training.plateau_factor, patience=training.plateau_patience)
+    return ReduceLROnPlateau(
+        optimizer, mode="max", factor=training.plateau_factor, patience=training.plateau_patience
+    )
 
 
 @torch.no_grad()
@@ -204,12 +242,17 @@ def fit_in_a_loop(twin: MLPHead, tables: Tables) -> tuple[MLPHead, SeparateHead]
         schedule.step(curve[-1])
         waited = 0 if curve[-1] > best else waited + 1
         if curve[-1] > best:
-            best, state = curve[-1], {name: value.clone() for name, value in net.state_dict().items()}
+            best, state = (
+                curve[-1],
+                {name: value.clone() for name, value in net.state_dict().items()},
+            )
     net.load_state_dict(state)
     return replace(twin, valid=best, curve=tuple(curve)), net
 
 
-def fit_in_loops(twins: Sequence[MLPHead], tables: Mapping[Source, Tables]) -> tuple[list[MLPHead], float]:
+def fit_in_loops(
+    twins: Sequence[MLPHead], tables: Mapping[Source, Tables]
+) -> tuple[list[MLPHead], float]:
     """Every head in a plain loop, and what the best scores on the test split."""
     fitted = [fit_in_a_loop(twin, tables[twin.source]) for twin in twins]
     best, net = max(fitted, key=lambda pair: pair[0].valid)
@@ -275,7 +318,10 @@ def fit_in_lightning(twin: MLPHead, tables: Tables, folder: Path) -> tuple[MLPHe
         accelerator="cpu",
         devices=1,
         max_epochs=training.max_epochs,
-        callbacks=[EarlyStopping("valid_acc", mode="max", patience=training.stop_patience), checkpoint],
+        callbacks=[
+            EarlyStopping("valid_acc", mode="max", patience=training.stop_patience),
+            checkpoint,
+        ],
         logger=CSVLogger(folder),
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -286,7 +332,9 @@ def fit_in_lightning(twin: MLPHead, tables: Tables, folder: Path) -> tuple[MLPHe
     return replace(twin, valid=max(module.curve), curve=tuple(module.curve)), scores["test_acc"]
 
 
-def fit_in_trainers(twins: Sequence[MLPHead], tables: Mapping[Source, Tables]) -> tuple[list[MLPHead], float]:
+def fit_in_trainers(
+    twins: Sequence[MLPHead], tables: Mapping[Source, Tables]
+) -> tuple[list[MLPHead], float]:
     """Every head in a trainer of its own, and what the best scores on the test split."""
     fitted = []
     for twin in twins:
@@ -308,8 +356,18 @@ def fit_in_processes(
         for twin in twins:
             asked, answer = Path(folder) / "asked.pt", Path(folder) / "answer.pt"
             torch.save((replace(twin, state={}), files[twin.source], answer), asked)
-            command = [sys.executable, "-m", "benchmarks.probe_grid", "--one", str(asked), "--threads", str(threads)]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.probe_grid",
+                "--one",
+                str(asked),
+                "--threads",
+                str(threads),
+            ]
+            subprocess.run(
+                command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
             fitted.append(torch.load(answer, weights_only=False))
     _, test = max(fitted, key=lambda pair: pair[0].valid)
     return [head for head, _ in fitted], test
@@ -318,7 +376,9 @@ def fit_in_processes(
 def fit_one(asked: Path) -> None:
     """What such a process does."""
     twin, file, answer = torch.load(asked, weights_only=False)
-    torch.save(fit_in_lightning(twin, torch.load(file, weights_only=False), asked.parent / "run"), answer)
+    torch.save(
+        fit_in_lightning(twin, torch.load(file, weights_only=False), asked.parent / "run"), answer
+    )
 
 
 def timed(name: str, fit: Callable[[], tuple[list[MLPHead], float]]) -> Turn:
@@ -351,16 +411,25 @@ def take_turns(fit: Fit, num_heads: int | None, threads: int) -> list[Turn]:
 def _extrapolated(turn: Turn, plain: Turn, some: Sequence[int]) -> Turn:
     """To all heads, by the epochs that plain loops took."""
     times = plain.num_epochs / sum(len(plain.heads[i].curve) for i in some)
-    name, num_epochs = f"{turn.name} (extrapolated from {len(some)} heads)", round(turn.num_epochs * times)
-    return Turn(name, turn.heads, turn.test, num_epochs, turn.seconds * times, turn.cpu_seconds * times)
+    name, num_epochs = (
+        f"{turn.name} (extrapolated from {len(some)} heads)",
+        round(turn.num_epochs * times),
+    )
+    return Turn(
+        name, turn.heads, turn.test, num_epochs, turn.seconds * times, turn.cpu_seconds * times
+    )
 
 
-def likeness(heads: Sequence[MLPHead], grid: Sequence[MLPHead], num_files: int) -> tuple[bool, int, int, int]:
+def likeness(
+    heads: Sequence[MLPHead], grid: Sequence[MLPHead], num_files: int
+) -> tuple[bool, int, int, int]:
     """Of heads to their twins: same choice, equal curves, most files that a head's best score or any score is off."""
     points = {(head.source, head.setting): head for head in grid}
     twins = [points[head.source, head.setting] for head in heads]
     best, best_twin = best_of(heads), best_of(twins)
-    curves, others = ([np.rint(np.array(head.curve) * num_files) for head in some] for some in (heads, twins))
+    curves, others = (
+        [np.rint(np.array(head.curve) * num_files) for head in some] for some in (heads, twins)
+    )
     pairs = list(zip(curves, others, strict=True))
     return (
         (best.source, best.setting) == (best_twin.source, best_twin.setting),
@@ -378,7 +447,9 @@ def report(turns: Sequence[Turn], num_files: int, tolerated: int) -> bool:
     all_equal = True
     for turn in turns:
         best = best_of(turn.heads)
-        same_choice, num_equal, files_off, files_off_anywhere = likeness(turn.heads, turns[0].heads, num_files)
+        same_choice, num_equal, files_off, files_off_anywhere = likeness(
+            turn.heads, turns[0].heads, num_files
+        )
         all_equal &= same_choice and files_off <= tolerated
         print(
             f"| {turn.name} | {turn.seconds:.1f} | {turn.seconds / middle:.1f} | "
@@ -391,7 +462,9 @@ def report(turns: Sequence[Turn], num_files: int, tolerated: int) -> bool:
         if not turn.name.startswith("grid"):
             reached = "reached" if turn.seconds >= WANTED * middle else "NOT reached"
             spread = f"{turn.seconds / grids[-1]:.1f} to {turn.seconds / grids[0]:.1f}"
-            print(f"{WANTED} times as fast as {turn.name}: {reached} ({turn.seconds / middle:.1f} times, {spread})")
+            print(
+                f"{WANTED} times as fast as {turn.name}: {reached} ({turn.seconds / middle:.1f} times, {spread})"
+            )
     print(f"choices and scores are {'' if all_equal else 'NOT '}equal")
     return all_equal
 
@@ -407,14 +480,24 @@ def warm_up() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=list(SIZES), default="gtzan")
     for name, default in {"layers": 13, "width": 768, "threads": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--epochs", type=int, help="of a head at most; by default those of the protocol")
-    parser.add_argument("--patience", type=int, help="epochs before a head stops; by default those of the protocol")
-    parser.add_argument("--files_off", type=int, default=3, help="that a best validation score may differ by")
-    parser.add_argument("--heads", type=int, help="fit only so many random heads in Lightning, and extrapolate")
+    parser.add_argument(
+        "--epochs", type=int, help="of a head at most; by default those of the protocol"
+    )
+    parser.add_argument(
+        "--patience", type=int, help="epochs before a head stops; by default those of the protocol"
+    )
+    parser.add_argument(
+        "--files_off", type=int, default=3, help="that a best validation score may differ by"
+    )
+    parser.add_argument(
+        "--heads", type=int, help="fit only so many random heads in Lightning, and extrapolate"
+    )
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -434,7 +517,9 @@ def main() -> None:
     warm_up()
     turns = take_turns(drawn_fit(size, args.layers, args.width), args.heads, args.threads)
     scores = sorted(head.valid for head in turns[0].heads)
-    print(f"best validation accuracy of heads: {scores[0]:.3f} to {scores[-1]:.3f}, chance {1 / size.num_classes:.3f}")
+    print(
+        f"best validation accuracy of heads: {scores[0]:.3f} to {scores[-1]:.3f}, chance {1 / size.num_classes:.3f}"
+    )
     raise SystemExit(int(not report(turns, size.num_rows[1], args.files_off)))
 
 

@@ -1,10 +1,11 @@
 """How fast is a training step, and what does computing only the tokens asked for save?
 
-Prints, in one run, for both recipes: clips per second, and the model's floating-point operations as a share of the
-matrix-multiplication peak measured on this machine. For WavJEPA also the literal, key-masked step of `tests/oracles`
-with the same weights, masks and loss.
+Prints, in one run, for both recipes: clips per second, and the model's floating-point operations as
+a share of the matrix-multiplication peak measured on this machine. For WavJEPA also the literal,
+key-masked step of `tests/oracles` with the same weights, masks and loss.
 
-    python -m benchmarks.train_step [--size base|small] [--recipes wavjepa pupujepa] [--batch 8] [--repeats 5]
+    python -m benchmarks.train_step [--size base|small] [--recipes wavjepa pupujepa] [--batch 8]
+    [--repeats 5]
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from jepa_audio.cli import JEPACLI
-from jepa_audio.grid import AudioBatch, Masks
-from jepa_audio.jepa import JEPA
+from jepa_audio.cli.main import JEPACLI
+from jepa_audio.steps.grid import AudioBatch, Masks
+from jepa_audio.training.jepa import JEPA
 from tests.oracles.wavjepa_literal import LiteralWavJEPA
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -83,13 +84,20 @@ def median_seconds(steps: dict[str, Callable[[], float]], repeats: int) -> dict[
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
+def attention_flops(
+    query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object
+) -> int:
     """Operations of the CPU's fused attention, which torch does not count by itself."""
     return sdpa_flop_count(query, key, value)
 
 
 def attention_backward_flops(
-    gradient: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object
+    gradient: torch.Size,
+    query: torch.Size,
+    key: torch.Size,
+    value: torch.Size,
+    *_: object,
+    **__: object,
 ) -> int:
     """The same of its backward pass."""
     return sdpa_backward_flop_count(gradient, query, key, value)
@@ -106,9 +114,13 @@ def count_flops(step: Callable[[], float]) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=list(WIDTHS), default="base")
-    parser.add_argument("--recipes", nargs="+", choices=["wavjepa", "pupujepa"], default=["wavjepa", "pupujepa"])
+    parser.add_argument(
+        "--recipes", nargs="+", choices=["wavjepa", "pupujepa"], default=["wavjepa", "pupujepa"]
+    )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
@@ -139,7 +151,9 @@ def main() -> None:
                 seconds["literal key-masked"] / seconds[recipe],
                 abs(losses["literal key-masked"] / losses[recipe] - 1),
             )
-            print(f"{'':>20} literal / fast: {ratio:.2f} times the time, losses differ by {gap:.1e} (relative)")
+            print(
+                f"{'':>20} literal / fast: {ratio:.2f} times the time, losses differ by {gap:.1e} (relative)"
+            )
 
 
 def literal_step(jepa: JEPA, waveform: torch.Tensor, masks: Masks) -> Callable[[], float]:

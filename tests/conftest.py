@@ -14,11 +14,12 @@ import soundfile as sf
 import torch
 from lightning.pytorch import Callback
 
-# The package itself is imported inside fixtures only: the hook that checks shapes is not yet in place here.
+# The package itself is imported inside fixtures only: the hook that checks shapes is not yet in
+# place here.
 if TYPE_CHECKING:
-    from jepa_audio.cli import JEPACLI
-    from jepa_audio.grid import AudioBatch, Grid, Masks
-    from jepa_audio.jepa import JEPA
+    from jepa_audio.cli.main import JEPACLI
+    from jepa_audio.steps.grid import AudioBatch, Grid, Masks
+    from jepa_audio.training.jepa import JEPA
 
 torch.set_num_threads(1)
 
@@ -27,7 +28,8 @@ SECONDS = 0.5
 
 WAVE = """
 model:
-  front_end: {class_path: WaveformFrontEnd, init_args: {conv_layers: [[8, 10, 5], [8, 8, 4]], sample_rate: 1000}}
+  front_end: {class_path: WaveformFrontEnd, init_args: {conv_layers: [[8, 10, 5], [8, 8, 4]],
+      sample_rate: 1000}}
   masker: {class_path: SpanMasker, init_args: {context_length: 3, target_length: 3, num_groups: 2}}
   encoder: {embed_dim: 16, depth: 2, num_heads: 2, positions: SinCosPositions, norm: post}
   targets: {top_k: 2, normalization: instance}
@@ -38,7 +40,8 @@ model:
   front_end:
     class_path: SpectrogramFrontEnd
     init_args:
-      spectrogram: {class_path: LogMel, init_args: {sample_rate: 1000, n_fft: 64, hop_length: 16, n_mels: 16}}
+      spectrogram: {class_path: LogMel, init_args: {sample_rate: 1000, n_fft: 64, hop_length: 16,
+          n_mels: 16}}
       patch_frames: 4
       patch_bands: 4
       mean: -3.0
@@ -46,7 +49,8 @@ model:
   masker: {class_path: BlockMasker, init_args: {target_share: 0.6, scale: [0.05, 0.2]}}
   encoder: {embed_dim: 16, depth: 2, num_heads: 2, positions: RotaryPositions, mlp: swiglu}
   targets: {view: targets}
-  predictor: {trunk: {embed_dim: 8, depth: 1, num_heads: 2, positions: RotaryPositions, mlp: swiglu}}
+  predictor: {trunk: {embed_dim: 8, depth: 1, num_heads: 2, positions: RotaryPositions, mlp:
+      swiglu}}
 """
 COMMON = f"""
   distance: MSE
@@ -87,8 +91,12 @@ def wavs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     noise = np.random.default_rng(0)
     for file in range(12):
         time = np.arange(round((0.8 + 0.03 * file) * SAMPLE_RATE)) / SAMPLE_RATE
-        chord = sum(np.sin(2 * np.pi * (40 + 30 * file) * ratio * time) for ratio in (1, 1.25, 1.5)) / 6
-        sf.write(folder / f"{file:02}.wav", chord + 0.02 * noise.standard_normal(len(time)), SAMPLE_RATE)
+        chord = (
+            sum(np.sin(2 * np.pi * (40 + 30 * file) * ratio * time) for ratio in (1, 1.25, 1.5)) / 6
+        )
+        sf.write(
+            folder / f"{file:02}.wav", chord + 0.02 * noise.standard_normal(len(time)), SAMPLE_RATE
+        )
     return folder
 
 
@@ -100,7 +108,7 @@ def tiny_cli(wavs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
         (folder / f"{flavour}.yaml").write_text(text)
 
     def make(flavour: str, *settings: str) -> JEPACLI:
-        from jepa_audio.cli import JEPACLI
+        from jepa_audio.cli.main import JEPACLI
 
         own = f"--run_dir={tmp_path_factory.mktemp('run')}"
         common = [f"--config={folder / flavour}.yaml", f"--data.root={wavs}", own]
@@ -126,19 +134,23 @@ def tiny_jepa(tiny_cli: Callable[..., JEPACLI]) -> Callable[..., JEPA]:
 @pytest.fixture
 def batch(rng: torch.Generator) -> AudioBatch:
     """Four clips of noise, each with a level slope of its own."""
-    from jepa_audio.grid import AudioBatch
+    from jepa_audio.steps.grid import AudioBatch
 
     slope = torch.linspace(0.2, 1.0, round(SECONDS * SAMPLE_RATE)) ** torch.arange(4)[:, None, None]
-    return AudioBatch(slope * torch.randn(4, 1, round(SECONDS * SAMPLE_RATE), generator=rng), torch.arange(4))
+    return AudioBatch(
+        slope * torch.randn(4, 1, round(SECONDS * SAMPLE_RATE), generator=rng), torch.arange(4)
+    )
 
 
 @pytest.fixture
 def ragged(rng: torch.Generator) -> Callable[[Grid, int, int], Masks]:
     """`ragged(grid, batch, groups)`: random masks whose rows all differ in length; no two planes overlap."""
-    from jepa_audio.grid import Masks
+    from jepa_audio.steps.grid import Masks
 
     def make(grid: Grid, batch_size: int, groups: int) -> Masks:
-        place = torch.rand(batch_size, grid.num_tokens, generator=rng).argsort(-1)  # a shuffle of 0 .. N - 1
+        place = torch.rand(batch_size, grid.num_tokens, generator=rng).argsort(
+            -1
+        )  # a shuffle of 0 .. N - 1
         size = grid.num_tokens // (groups + 2)
         length = size - torch.arange(batch_size)[:, None]
         targets = [(place >= size * g) & (place < size * g + (length - g)) for g in range(groups)]

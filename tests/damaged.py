@@ -49,11 +49,19 @@ def cut(content: bytes) -> bytes:
 
 # kind of damage → suffix and content of the file, and what its reason says
 LOOSE: dict[str, tuple[str, Callable[[np.random.Generator], bytes], str]] = {
-    "truncated-flac": (".flac", lambda rng: cut(encoded(sound(rng))), "cannot be decoded|truncated"),
+    "truncated-flac": (
+        ".flac",
+        lambda rng: cut(encoded(sound(rng))),
+        "cannot be decoded|truncated",
+    ),
     "truncated-wav": (".wav", lambda rng: cut(encoded(sound(rng), "WAV")), "truncated"),
     "zero": (".mp3", lambda rng: b"", "the file is empty"),
     "junk": (".ogg", lambda rng: rng.bytes(3000), "cannot be decoded"),
-    "wrong-extension": (".wav", lambda rng: b"\x89PNG\r\n\x1a\n" + rng.bytes(900), "cannot be decoded"),
+    "wrong-extension": (
+        ".wav",
+        lambda rng: b"\x89PNG\r\n\x1a\n" + rng.bytes(900),
+        "cannot be decoded",
+    ),
     "nan": (".wav", lambda rng: spoilt(rng, np.nan), "non-finite"),
     "absurd": (".wav", lambda rng: spoilt(rng, 1e29), "absurd samples"),
     "one-sample": (".wav", lambda rng: encoded(sound(rng)[:1], "WAV"), "too short"),
@@ -68,7 +76,9 @@ IN_TAR = {
 REASONS = {kind: reason for kind, (_, _, reason) in LOOSE.items()} | IN_TAR
 
 
-def write_damaged_corpus(root: Path, num_good: int, num_bad: int, seed: int = 0) -> tuple[set[str], dict[str, str]]:
+def write_damaged_corpus(
+    root: Path, num_good: int, num_bad: int, seed: int = 0
+) -> tuple[set[str], dict[str, str]]:
     """Files of which half lie by themselves and half in tars.
 
     Returns:
@@ -103,7 +113,12 @@ def _good_file(number: int) -> Callable[[np.random.Generator], bytes]:
 
 
 def _write_tar(
-    path: Path, name: str, kinds: list[str], rng: np.random.Generator, good: set[str], bad: dict[str, str]
+    path: Path,
+    name: str,
+    kinds: list[str],
+    rng: np.random.Generator,
+    good: set[str],
+    bad: dict[str, str],
 ) -> None:
     broken: list[int] = []
     with tarfile.open(path, "w") as archive:
@@ -113,16 +128,20 @@ def _write_tar(
                 middle = len(content) // 2
                 content = content[:middle] + bytes(200) + content[middle + 200 :]
             key = f"{kind}-{number:05}"
-            named = {"missing-member": f"{key}.json", "broken-header": f"byte {archive.offset}"}.get(
-                kind, f"{key}.flac"
-            )
+            named = {
+                "missing-member": f"{key}.json",
+                "broken-header": f"byte {archive.offset}",
+            }.get(kind, f"{key}.flac")
             if kind == "good":
                 good.add(f"{name}:{named}")
             else:
                 bad[f"{name}:{named}"] = kind
             if kind == "broken-header":
                 broken.append(archive.offset)
-            for suffix, what in ((".flac", content), (".json", b'{"group": ' if kind == "bad-json" else facts)):
+            for suffix, what in (
+                (".flac", content),
+                (".json", b'{"group": ' if kind == "bad-json" else facts),
+            ):
                 if not (kind == "missing-member" and suffix == ".flac"):
                     info = tarfile.TarInfo(key + suffix)
                     info.size = len(what)

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import soundfile as sf
 
-from jepa_audio.data.corpus import SCHEMA, Corpus
+from jepa_audio.data.corpus.table import SCHEMA, Corpus
 
 RATE = 8000
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -55,16 +55,27 @@ def pairs(count: int, prefix: str = "") -> dict[str, bytes]:
     files = {}
     for number in range(count):
         files[f"{prefix}{number}.wav"] = audio(number)
-        files[f"{prefix}{number}.json"] = json.dumps({"group": f"g{number}", "split": "val"}).encode()
+        files[f"{prefix}{number}.json"] = json.dumps(
+            {"group": f"g{number}", "split": "val"}
+        ).encode()
     return files
 
 
 def made_up(names: list[str], **columns: list[object]) -> Corpus:
     """A corpus of files that do not exist: usable ones of a second each, unless told otherwise."""
-    facts: dict[str, object] = {"num_bytes": 16_044, "num_frames": 8000, "sample_rate": 8000, "num_channels": 1}
+    facts: dict[str, object] = {
+        "num_bytes": 16_044,
+        "num_frames": 8000,
+        "sample_rate": 8000,
+        "num_channels": 1,
+    }
     facts |= {"status": "ok", "rms": 0.1, "peak": 0.5}
     rows = [
-        {field.name: facts.get(field.name, "" if field.type == pa.string() else 0) for field in SCHEMA} for _ in names
+        {
+            field.name: facts.get(field.name, "" if field.type == pa.string() else 0)
+            for field in SCHEMA
+        }
+        for _ in names
     ]
     for name, values in {"source": names, **columns}.items():
         for row, value in zip(rows, values, strict=True):

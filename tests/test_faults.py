@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from benchmarks import faults
 
-from jepa_audio.data.corpus import load_corpus
+from jepa_audio.data.corpus.table import load_corpus
 from tests.damaged import RATE, REASONS, write_damaged_corpus
 
 
@@ -20,9 +20,15 @@ def test_a_run_killed_at_random_moments_and_resumed_is_the_run_that_was_left_alo
     assert faults.kills(tmp_path, corpus, number=2, seed=1)
 
 
-def test_a_rotten_corpus_costs_a_list_of_names(tmp_path: Path, tiny_cli: Callable, fit: Callable, caplog):
+def test_a_rotten_corpus_costs_a_list_of_names(
+    tmp_path: Path, tiny_cli: Callable, fit: Callable, caplog
+):
     good, bad = write_damaged_corpus(tmp_path / "rotten", num_good=120, num_bad=39)
-    settings = f"--data.root={tmp_path / 'rotten'}", f"--model.front_end.sample_rate={RATE}", "--data.crop_seconds=0.1"
+    settings = (
+        f"--data.root={tmp_path / 'rotten'}",
+        f"--model.front_end.sample_rate={RATE}",
+        "--data.crop_seconds=0.1",
+    )
     with caplog.at_level(logging.WARNING):
         losses = fit(tiny_cli("wave", *settings))
     assert len(losses) == 6
@@ -51,7 +57,9 @@ def test_a_reading_process_killed_by_the_system_ends_the_run_with_what_happened(
 
 def reading_process(run: int) -> int:
     """The child of the fork server of a run."""
-    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True
+    ).stdout
     processes = [line.split(None, 2) for line in listed.splitlines()[1:]]
     children = [int(pid) for pid, parent, _ in processes if int(parent) == run]
     grandchildren = [int(pid) for pid, parent, _ in processes if int(parent) in children]

@@ -2,9 +2,10 @@
 
 
 def main() -> None:
-    """Run a command; see `jepa_audio.cli.main`."""
-    # Not at the top: a reading process runs the script that started the run again, and needs nothing of this.
-    from jepa_audio.cli import main as run  # noqa: PLC0415
+    """Run a command; see `jepa_audio.cli.main.main`."""
+    # Not at the top: a reading process runs the script that started the run again, and needs
+    # nothing of this.
+    from jepa_audio.cli.main import main as run  # noqa: PLC0415
 
     run()
 

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jepa_audio.data.corpus import SCHEMA, Corpus, CorpusError, default_table, load_corpus
-from jepa_audio.data.files import Files
-from jepa_audio.data.index import index_corpus
-from jepa_audio.data.read import Member, read
+from jepa_audio.data.audio.read import Member, read
+from jepa_audio.data.corpus.index import index_corpus
+from jepa_audio.data.corpus.table import SCHEMA, Corpus, CorpusError, default_table, load_corpus
+from jepa_audio.data.loading.shared_table import Files
 from tests.sounds import audio, made_up, noise, pairs, tar, write
 
 
@@ -36,15 +36,21 @@ def sounds(folder: Path, count: int = 4) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("where", ["corpus/.jepa_audio/index.parquet", "table.parquet", "corpus/table.parquet"])
+@pytest.mark.parametrize(
+    "where", ["corpus/.jepa_audio/index.parquet", "table.parquet", "corpus/table.parquet"]
+)
 def test_a_folder_moved_together_with_its_table_is_found_again(tmp_path: Path, where: str):
     sounds(tmp_path / "old" / "corpus")
-    before = index_corpus(tmp_path / "old" / "corpus", None if "index" in where else tmp_path / "old" / where)
+    before = index_corpus(
+        tmp_path / "old" / "corpus", None if "index" in where else tmp_path / "old" / where
+    )
     shutil.move(tmp_path / "old", tmp_path / "new")
     corpus = Corpus.load(tmp_path / "new" / where)
     assert corpus.table.equals(before.table)
     for number in range(4):
-        np.testing.assert_array_equal(read(corpus.audio(number))[0][0] * 2**15, noise([0, 2, 1, 3][number]))
+        np.testing.assert_array_equal(
+            read(corpus.audio(number))[0][0] * 2**15, noise([0, 2, 1, 3][number])
+        )
 
 
 def test_a_table_moved_away_from_its_audio_still_finds_it(tmp_path: Path):
@@ -62,17 +68,30 @@ def test_a_table_moved_away_from_its_audio_still_finds_it(tmp_path: Path):
 
 def test_what_is_no_table_of_ours_is_refused_with_the_remedy(tmp_path: Path):
     path = tmp_path / "t.parquet"
-    with pytest.raises(CorpusError, match=rf"there is no table .*data index SOURCE -o {path}` makes one"):
+    with pytest.raises(
+        CorpusError, match=rf"there is no table .*data index SOURCE -o {path}` makes one"
+    ):
         Corpus.load(path)
     path.write_bytes(b"no parquet")
-    with pytest.raises(CorpusError, match=r"cannot be read as a table of a corpus .*index the corpus anew"):
+    with pytest.raises(
+        CorpusError, match=r"cannot be read as a table of a corpus .*index the corpus anew"
+    ):
         Corpus.load(path)
     ours = {b"jepa_audio.index": b"2", b"jepa_audio.root": b"."}
-    wrong_version = SCHEMA.empty_table().replace_schema_metadata({**ours, b"jepa_audio.index": b"1"})
+    wrong_version = SCHEMA.empty_table().replace_schema_metadata(
+        {**ours, b"jepa_audio.index": b"1"}
+    )
     foreign = pa.table({"source": ["a.wav"]})
-    for other in (foreign, wrong_version, SCHEMA.empty_table(), foreign.replace_schema_metadata(ours)):
+    for other in (
+        foreign,
+        wrong_version,
+        SCHEMA.empty_table(),
+        foreign.replace_schema_metadata(ours),
+    ):
         pq.write_table(other, path)
-        with pytest.raises(CorpusError, match=r"t.parquet is no table of this version .*index the corpus anew"):
+        with pytest.raises(
+            CorpusError, match=r"t.parquet is no table of this version .*index the corpus anew"
+        ):
             Corpus.load(path)
         if other is wrong_version:
             assert index_corpus(sounds(tmp_path / "audio"), path).is_usable.all()  # makes it anew
@@ -123,7 +142,10 @@ def test_files_unfit_for_a_use_say_why_and_bad_ones_keep_their_reason():
     ]
     assert fit.table["status"].to_pylist() == ["bad", "ok", "bad", "bad", "bad"]
     assert corpus.usable(0.75, 9.5, 1).names.to_pylist() == ["b"]
-    assert corpus.usable(min_seconds=1.0, max_seconds=1.0).names.to_pylist() == ["b", "d"]  # both bounds are fit
+    assert corpus.usable(min_seconds=1.0, max_seconds=1.0).names.to_pylist() == [
+        "b",
+        "d",
+    ]  # both bounds are fit
     assert corpus.usable().names.to_pylist() == list("abcd")
 
 
@@ -132,11 +154,17 @@ def test_shuffling_depends_on_the_names_alone():
     order = made_up(names).shuffled().names.to_pylist()
     assert sorted(order) == sorted(names) != order
     assert made_up(names[::-1]).shuffled().names.to_pylist() == order
-    assert [name for name in made_up([*names, "new"]).shuffled().names.to_pylist() if name != "new"] == order
+    assert [
+        name for name in made_up([*names, "new"]).shuffled().names.to_pylist() if name != "new"
+    ] == order
 
 
-def test_the_splits_of_a_table_are_believed_and_files_without_one_left_out(caplog: pytest.LogCaptureFixture):
-    corpus = made_up(list("abcdef"), split=["train", "valid", "test", "", "train", ""], group=["g"] * 6)
+def test_the_splits_of_a_table_are_believed_and_files_without_one_left_out(
+    caplog: pytest.LogCaptureFixture,
+):
+    corpus = made_up(
+        list("abcdef"), split=["train", "valid", "test", "", "train", ""], group=["g"] * 6
+    )
     with caplog.at_level(logging.WARNING):
         assert sides(corpus, 0.5) == ({"a", "e"}, {"b"}, {"c"})
     assert "2 files have no split and are left out" in caplog.text
@@ -155,7 +183,9 @@ def test_few_files_are_on_both_sides_only_if_there_is_one():
     for share in (1e-9, 0.5, 1.0):
         train, valid, _ = sides(made_up(["a", "b"]), share)
         assert (len(train), len(valid)) == (1, 1)
-        train, valid, _ = sides(made_up(list("abcd"), group=["g"] * 4), share)  # one group has to be divided
+        train, valid, _ = sides(
+            made_up(list("abcd"), group=["g"] * 4), share
+        )  # one group has to be divided
         assert train
         assert valid
 
@@ -166,13 +196,17 @@ def test_no_group_is_on_two_sides_and_a_file_stays_where_it_is_when_others_come(
     share = rng.uniform(0.05, 0.6)
     group = rng.integers(0, 60, 300)
     names = [f"{number}.wav" for number in range(300)]
-    groups = ["" if number == 0 else f"g{number}" for number in group]  # those of no group stand for themselves
+    groups = [
+        "" if number == 0 else f"g{number}" for number in group
+    ]  # those of no group stand for themselves
     corpus = made_up(names, group=groups)
     train, valid, _ = sides(corpus, share)
     assert train | valid == set(names)
     assert not train & valid
     for number in range(1, 60):
-        assert len({name in valid for name, of in zip(names, group, strict=True) if of == number}) <= 1
+        assert (
+            len({name in valid for name, of in zip(names, group, strict=True) if of == number}) <= 1
+        )
     fewer = sides(corpus.take(np.flatnonzero(group % 2 == 0)), share)
     assert fewer[0] <= train
     assert fewer[1] <= valid
@@ -192,16 +226,29 @@ def test_the_shares_of_splits_are_met_roughly_and_no_group_is_divided():
 
 
 def test_existing_splits_stay_and_their_groups_follow_them():
-    corpus = made_up(list("abcdef"), group=["x", "x", "y", "y", "z", "w"], split=["test", "", "", "valid", "test", ""])
+    corpus = made_up(
+        list("abcdef"),
+        group=["x", "x", "y", "y", "z", "w"],
+        split=["test", "", "", "valid", "test", ""],
+    )
     divided = corpus.with_splits({"train": 1.0})
     assert divided.table["split"].to_pylist() == ["test", "test", "valid", "valid", "test", "train"]
     regrouped = corpus.with_splits({"train": 1.0}, groups=["x"] * 2 + ["y"] * 2 + ["w"] * 2)
-    assert regrouped.table["split"].to_pylist() == ["test", "test", "valid", "valid", "test", "test"]
+    assert regrouped.table["split"].to_pylist() == [
+        "test",
+        "test",
+        "valid",
+        "valid",
+        "test",
+        "test",
+    ]
 
 
 def test_a_group_that_is_divided_already_is_refused_and_can_be_divided_anew():
     corpus = made_up(list("abcd"), group=["z"] * 4, split=["test", "", "", "valid"])
-    with pytest.raises(CorpusError, match=r"group 'z' holds files for test and for valid: .*--anew"):
+    with pytest.raises(
+        CorpusError, match=r"group 'z' holds files for test and for valid: .*--anew"
+    ):
         corpus.with_splits({"train": 1.0})
     anew = corpus.without_splits().with_splits({"train": 1.0})
     assert anew.table["split"].to_pylist() == ["train"] * 4
@@ -253,7 +300,11 @@ def test_files_of_several_corpora_follow_each_other(tmp_path: Path):
     assert files.num_channels.tolist() == [1] * 5
     assert [isinstance(file.audio, Member) for file in files] == [False] * 3 + [True] * 2
     for file, number in zip(files, (0, 2, 1, 0, 1), strict=True):
-        assert (file.num_frames, file.sample_rate, file.num_channels) == (len(noise(number)), 8000, 1)
+        assert (file.num_frames, file.sample_rate, file.num_channels) == (
+            len(noise(number)),
+            8000,
+            1,
+        )
         np.testing.assert_array_equal(read(file.audio)[0][0] * 2**15, noise(number))
     with pytest.raises(IndexError):
         files[5]

@@ -8,21 +8,24 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from jepa_audio.data import index as index_module
-from jepa_audio.data.corpus import CorpusError, load_corpus
+from jepa_audio.data.audio.read import AudioInfo, AudioReadError, inspect
+from jepa_audio.data.corpus import index as index_module
+from jepa_audio.data.corpus.index import index_corpus
+from jepa_audio.data.corpus.shards import CHECKSUMS, Packing, pack
+from jepa_audio.data.corpus.survey import verify
+from jepa_audio.data.corpus.table import CorpusError, load_corpus
 from jepa_audio.data.datamodule import AudioDataModule
-from jepa_audio.data.index import index_corpus, map_threads
-from jepa_audio.data.read import AudioInfo, AudioReadError, inspect
-from jepa_audio.data.sampler import EveryNthBatch
-from jepa_audio.data.shards import CHECKSUMS, Packing, pack
-from jepa_audio.data.survey import verify
+from jepa_audio.data.loading.order import EveryNthBatch
+from jepa_audio.parallel import map_threads
 from tests.sounds import audio, pairs, tar, write
 
 RATE = 8000
 
 
 def module(root: object, **settings: object) -> AudioDataModule:
-    data = AudioDataModule(root, RATE, 0.01, **{"num_workers": 0, "batch_size": 2, "min_seconds": 0.0, **settings})
+    data = AudioDataModule(
+        root, RATE, 0.01, **{"num_workers": 0, "batch_size": 2, "min_seconds": 0.0, **settings}
+    )
     data.prepare_data()
     data.setup("fit")
     return data
@@ -41,7 +44,9 @@ def test_a_file_in_two_sources_of_a_run_is_refused_by_name(tmp_path: Path):
         module([str(tmp_path / "all"), str(tmp_path / "all" / "sub")])
 
 
-def test_a_resumed_run_on_another_corpus_is_warned(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_resumed_run_on_another_corpus_is_warned(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     folder_of(tmp_path, 6)
     first = module(tmp_path, valid_share=0.0).train_dataloader()
     list(islice(first, 1))
@@ -58,9 +63,14 @@ def test_a_table_of_bad_files_mostly_is_refused_by_the_run_too(tmp_path: Path):
     for number in range(8):
         write(tmp_path / "audio" / f"bad{number}.wav", b"")
     index_corpus(tmp_path / "audio", tmp_path / "c.parquet", max_bad_share=1.0)
-    with pytest.raises(CorpusError, match=r"8 of the 10 audio files of .*c\.parquet cannot be used, more than"):
+    with pytest.raises(
+        CorpusError, match=r"8 of the 10 audio files of .*c\.parquet cannot be used, more than"
+    ):
         module(tmp_path / "c.parquet")
-    assert "2 files to train on" in module(tmp_path / "c.parquet", max_bad_share=0.9, valid_share=0.0).describe()
+    assert (
+        "2 files to train on"
+        in module(tmp_path / "c.parquet", max_bad_share=0.9, valid_share=0.0).describe()
+    )
 
 
 def test_a_file_rewritten_after_it_was_indexed_is_replaced(tmp_path: Path):
@@ -68,7 +78,9 @@ def test_a_file_rewritten_after_it_was_indexed_is_replaced(tmp_path: Path):
     data = module(tmp_path, valid_share=0.0)
     sf.write(tmp_path / "1.wav", np.full(9000, 0.5), RATE)
     list(islice(data.train_dataloader(), 8))
-    assert data._bad_reads.reasons == {str(tmp_path / "1.wav"): "changed since it was indexed: other size"}
+    assert data._bad_reads.reasons == {
+        str(tmp_path / "1.wav"): "changed since it was indexed: other size"
+    }
 
 
 def test_a_replacement_comes_from_the_same_corpus(tmp_path: Path):
@@ -80,7 +92,9 @@ def test_a_replacement_comes_from_the_same_corpus(tmp_path: Path):
     assert len(places) == 40
     heard = {dataset[position, 0][0].waveform.sum().item() for position in places}
     expected = {dataset[position, 1][0].waveform.sum().item() for position in range(500)}
-    assert len(heard - expected) < len(heard), "all crops are of the one other file of the small corpus"
+    assert len(heard - expected) < len(heard), (
+        "all crops are of the one other file of the small corpus"
+    )
 
 
 def test_what_could_not_be_opened_is_tried_again_and_what_is_broken_is_not(
@@ -110,7 +124,10 @@ def test_a_changed_file_keeps_its_group_and_split(tmp_path: Path):
     index_corpus(tmp_path / "audio", table).with_splits({"train": 1.0}, ["x"] * 4).save(table)
     write(tmp_path / "audio" / "2.wav", audio(7))
     corpus = index_corpus(tmp_path / "audio", table)
-    assert corpus.table["num_frames"].to_pylist()[2] != load_corpus(table).table["num_frames"].to_pylist()[0]
+    assert (
+        corpus.table["num_frames"].to_pylist()[2]
+        != load_corpus(table).table["num_frames"].to_pylist()[0]
+    )
     assert corpus.table["group"].to_pylist() == ["x"] * 4
     assert corpus.table["split"].to_pylist() == ["train"] * 4
 
@@ -121,7 +138,10 @@ def test_a_manifest_that_labels_its_tars_anew_is_heeded(tmp_path: Path):
     for splits in (("train", "valid"), ("valid", "train")):
         (tmp_path / "m.csv").write_text(f"path,split\na.tar,{splits[0]}\nb.tar,{splits[1]}\n")
         rows = index_corpus(tmp_path / "m.csv").table.to_pylist()
-        assert {(row["source"], row["split"]) for row in rows} == {("a.tar", splits[0]), ("b.tar", splits[1])}
+        assert {(row["source"], row["split"]) for row in rows} == {
+            ("a.tar", splits[0]),
+            ("b.tar", splits[1]),
+        }
 
 
 @pytest.mark.parametrize("name", ["m.csv", "corpus", "foreign.parquet"])
@@ -145,7 +165,11 @@ def test_a_pipe_among_the_files_does_not_hold_up_the_index(tmp_path: Path):
 
 def test_strange_words_in_a_manifest_cost_their_line(tmp_path: Path):
     folder_of(tmp_path, 2)
-    lines = [b'{"path": "0.wav", "group": "\\ud800"}', b'{"path": "a\\u0000b.wav"}', b'{"path": "1.wav"}']
+    lines = [
+        b'{"path": "0.wav", "group": "\\ud800"}',
+        b'{"path": "a\\u0000b.wav"}',
+        b'{"path": "1.wav"}',
+    ]
     (tmp_path / "m.jsonl").write_bytes(b"\n".join(lines))
     corpus = index_corpus(tmp_path / "m.jsonl")
     assert corpus.usable().names.to_pylist() == ["0.wav", "1.wav"]
@@ -162,7 +186,9 @@ def test_what_macos_puts_beside_every_file_is_no_audio(tmp_path: Path):
     assert index_corpus(tmp_path).names.to_pylist() == ["0.wav", "1.wav", "t.tar:a.wav"]
 
 
-def test_a_rate_that_flac_does_not_hold_costs_its_file(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_rate_that_flac_does_not_hold_costs_its_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     folder_of(tmp_path / "in", 2)
     sf.write(tmp_path / "in" / "fast.wav", np.full(9000, 0.1), 800_000)
     packed = pack(index_corpus(tmp_path / "in"), tmp_path / "out", Packing())
@@ -177,18 +203,25 @@ def test_checksums_of_others_are_read_and_theirs_are_left_alone(tmp_path: Path):
     assert verify(corpus) == [(str(path), f"its SHA-256 is not that in {CHECKSUMS}")]
 
 
-def test_two_runs_that_index_one_corpus_do_not_disturb_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_two_runs_that_index_one_corpus_do_not_disturb_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     folder_of(tmp_path, 12)
     monkeypatch.setattr(index_module, "_SAVE_EVERY_SECONDS", 0.0)
     first, second = map_threads(lambda _: index_corpus(tmp_path), range(2), 2)
     assert first.table.equals(second.table)
     assert len(load_corpus(tmp_path).usable()) == 12
-    assert sorted(path.name for path in (tmp_path / ".jepa_audio").iterdir()) == ["index.parquet", "index.skipped.csv"]
+    assert sorted(path.name for path in (tmp_path / ".jepa_audio").iterdir()) == [
+        "index.parquet",
+        "index.skipped.csv",
+    ]
 
 
 def test_results_of_threads_come_in_order_and_not_too_many_are_held():
     begun: list[int] = []
-    results = map_threads(lambda item: begun.append(item) or item, range(50), num_workers=3, num_held=5)
+    results = map_threads(
+        lambda item: begun.append(item) or item, range(50), num_workers=3, num_submitted=5
+    )
     for number, result in enumerate(results):
         assert result == number
         assert max(begun) <= number + 5
@@ -205,14 +238,18 @@ def test_a_corpus_that_went_away_is_said_in_one_sentence(tmp_path: Path):
     data = module(tmp_path, valid_share=0.0)
     for path in tmp_path.glob("*.wav"):
         path.unlink()
-    with pytest.raises(CorpusError, match=r"20 files in a row cannot be read: .*and 17 more. Is the disk mounted"):
+    with pytest.raises(
+        CorpusError, match=r"20 files in a row cannot be read: .*and 17 more. Is the disk mounted"
+    ):
         list(data.train_dataloader())
 
 
 def test_a_table_that_cannot_be_written_is_said_with_the_way_out(tmp_path: Path):
     folder_of(tmp_path / "audio")
     (tmp_path / "file").touch()
-    with pytest.raises(CorpusError, match=r"file/c\.parquet cannot be written: .*-o TABLE\.parquet"):
+    with pytest.raises(
+        CorpusError, match=r"file/c\.parquet cannot be written: .*-o TABLE\.parquet"
+    ):
         index_corpus(tmp_path / "audio", tmp_path / "file" / "c.parquet")
 
 

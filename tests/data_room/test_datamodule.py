@@ -12,10 +12,10 @@ import soundfile as sf
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from jepa_audio.data.corpus import SCHEMA, Corpus, CorpusError, default_table
+from jepa_audio.data.corpus.index import index_corpus
+from jepa_audio.data.corpus.table import SCHEMA, Corpus, CorpusError, default_table
 from jepa_audio.data.datamodule import AudioDataModule
-from jepa_audio.data.index import index_corpus
-from jepa_audio.grid import AudioBatch
+from jepa_audio.steps.grid import AudioBatch
 
 RATE = 16_000
 
@@ -75,9 +75,14 @@ def levels(tmp_path: Path) -> Path:
 
 
 def module(
-    root: Path | list[str] | dict[str, float], crop_seconds: float = 0.5, sample_rate: int = RATE, **arguments: object
+    root: Path | list[str] | dict[str, float],
+    crop_seconds: float = 0.5,
+    sample_rate: int = RATE,
+    **arguments: object,
 ) -> AudioDataModule:
-    data = AudioDataModule(root, sample_rate, crop_seconds, **{"num_workers": 0, "batch_size": 4, **arguments})
+    data = AudioDataModule(
+        root, sample_rate, crop_seconds, **{"num_workers": 0, "batch_size": 4, **arguments}
+    )
     data.prepare_data()
     data.setup("fit")
     return data
@@ -93,8 +98,18 @@ def test_a_folder_of_everything_gives_finite_batches_of_one_shape_and_names_what
         assert len(named) == 1
         assert reason in named[0]
     assert not any(name in message for message in caplog.messages for name in GOOD)
-    assert sum("10 files to train on" in message and "6 files skipped" in message for message in caplog.messages) == 1
-    batches = [*islice(data.train_dataloader(), 3), *data.train_dataloader(), *data.val_dataloader()[0]]
+    assert (
+        sum(
+            "10 files to train on" in message and "6 files skipped" in message
+            for message in caplog.messages
+        )
+        == 1
+    )
+    batches = [
+        *islice(data.train_dataloader(), 3),
+        *data.train_dataloader(),
+        *data.val_dataloader()[0],
+    ]
     for batch in batches:
         assert batch.waveform.shape[1:] == (1, RATE // 2)
         assert batch.waveform.dtype == torch.float32
@@ -110,7 +125,9 @@ def test_every_way_to_one_channel_takes_the_mixture(mixture: Path, mono: str):
     assert batch.waveform.isfinite().all()
 
 
-def test_kept_channels_leave_only_files_of_just_that_many(mixture: Path, caplog: pytest.LogCaptureFixture):
+def test_kept_channels_leave_only_files_of_just_that_many(
+    mixture: Path, caplog: pytest.LogCaptureFixture
+):
     data = module(mixture, mono="keep", num_channels=2, max_bad_share=1.0)
     assert next(iter(data.train_dataloader())).waveform.shape == (4, 2, RATE // 2)
     assert any("LOUD.WAV: 5 channels, 2 are needed" in message for message in caplog.messages)
@@ -133,7 +150,10 @@ def test_a_useless_folder_is_refused_in_one_sentence(tmp_path: Path, make, messa
 
 
 def corpus_of(num_files: int) -> Corpus:
-    empty = {name: "" if kind == pa.string() else 0 for name, kind in zip(SCHEMA.names, SCHEMA.types, strict=True)}
+    empty = {
+        name: "" if kind == pa.string() else 0
+        for name, kind in zip(SCHEMA.names, SCHEMA.types, strict=True)
+    }
     rows = [{**empty, "source": f"{file}.wav", "status": "ok"} for file in range(num_files)]
     return Corpus(Path("/nowhere"), pa.Table.from_pylist(rows, SCHEMA))
 
@@ -166,7 +186,9 @@ def test_no_side_is_empty(num_files: int, share: float):
     assert len(train) + len(valid) == num_files
 
 
-def test_a_single_file_is_on_both_sides_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_single_file_is_on_both_sides_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     write(tmp_path / "only.wav", noise(1, RATE))
     data = module(tmp_path)
     assert any("trained on and validated on" in message for message in caplog.messages)
@@ -180,7 +202,9 @@ def test_a_share_of_zero_holds_out_nothing(levels: Path):
     assert data.describe().startswith(f"{levels}: 12 files to train on")
 
 
-def test_files_of_other_folders_are_validated_and_tested_on(levels: Path, tmp_path_factory: pytest.TempPathFactory):
+def test_files_of_other_folders_are_validated_and_tested_on(
+    levels: Path, tmp_path_factory: pytest.TempPathFactory
+):
     valid_root, test_root = tmp_path_factory.mktemp("valid"), tmp_path_factory.mktemp("test")
     for file in range(5):
         write(valid_root / f"{file}.wav", np.full((1, 2000), 0.5))
@@ -223,7 +247,8 @@ def test_a_list_of_sources_is_one_corpus_and_a_mapping_a_mixture(
 
 def test_splits_of_the_table_decide_and_its_test_files_are_tested_on(levels: Path, tmp_path: Path):
     lines = [
-        f"{levels / f'{file:02}.wav'},{split}" for file, split in enumerate(["train"] * 8 + ["val", "val", "test"])
+        f"{levels / f'{file:02}.wav'},{split}"
+        for file, split in enumerate(["train"] * 8 + ["val", "val", "test"])
     ]
     (tmp_path / "split.csv").write_text("\n".join(["path,split", *lines]))
     data = module(tmp_path / "split.csv", 0.01, batch_size=8)
@@ -246,7 +271,9 @@ def test_the_files_behind_rows_can_be_told(levels: Path):
     assert [int(Path(name).stem) + 1 for name in named] == level_of(batch)[::2]
 
 
-def test_a_file_that_turns_bad_is_named_once_in_the_run_and_counted(levels: Path, caplog: pytest.LogCaptureFixture):
+def test_a_file_that_turns_bad_is_named_once_in_the_run_and_counted(
+    levels: Path, caplog: pytest.LogCaptureFixture
+):
     data = module(levels, 0.01, valid_share=0.0, num_workers=2, batch_size=3)
     (levels / "05.wav").write_bytes(b"")
     caplog.clear()
@@ -255,7 +282,9 @@ def test_a_file_that_turns_bad_is_named_once_in_the_run_and_counted(levels: Path
     assert [message for message in caplog.messages if "05.wav" in message] == [
         f"replaced {levels / '05.wav'} by another file: the file is empty (0 bytes)"
     ]
-    assert any("reads failed and were replaced, of 1 files" in message for message in caplog.messages)
+    assert any(
+        "reads failed and were replaced, of 1 files" in message for message in caplog.messages
+    )
 
 
 def test_without_a_test_folder_the_held_out_files_are_tested_on(levels: Path):
@@ -273,7 +302,9 @@ def test_the_table_is_read_from_the_cache_by_processes_that_did_not_make_it(leve
     assert len(other.train_dataloader()) == 1
 
 
-@pytest.mark.parametrize("arguments", [{"valid_share": 1.0}, {"batch_size": 0}, {"crop_seconds": 1e-9}])
+@pytest.mark.parametrize(
+    "arguments", [{"valid_share": 1.0}, {"batch_size": 0}, {"crop_seconds": 1e-9}]
+)
 def test_an_impossible_setting_is_refused(tmp_path: Path, arguments: dict[str, float]):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         AudioDataModule(**{"root": tmp_path, "sample_rate": RATE, "crop_seconds": 1.0, **arguments})
@@ -323,12 +354,17 @@ def listen(
     return listener.heard.tolist()
 
 
-def test_a_run_resumed_by_the_trainer_hears_what_an_uninterrupted_run_hears(levels: Path, tmp_path: Path):
+def test_a_run_resumed_by_the_trainer_hears_what_an_uninterrupted_run_hears(
+    levels: Path, tmp_path: Path
+):
     whole = listen(levels, tmp_path / "whole", max_steps=8, num_workers=0)
     assert [row for row, _ in whole] == list(range(32))
     for step in (1, 4, 6):
         checkpoint = tmp_path / "whole" / f"step={step}.ckpt"
-        assert listen(levels, tmp_path / f"from {step}", 8, num_workers=0, ckpt_path=checkpoint) == whole
+        assert (
+            listen(levels, tmp_path / f"from {step}", 8, num_workers=0, ckpt_path=checkpoint)
+            == whole
+        )
 
 
 def test_workers_that_fetch_ahead_change_nothing(levels: Path, tmp_path: Path):
@@ -341,7 +377,9 @@ def test_workers_that_fetch_ahead_change_nothing(levels: Path, tmp_path: Path):
 def test_an_epoch_is_a_whole_number_of_optimizer_steps(levels: Path):
     data = module(levels, 0.01, batch_size=2, valid_share=0.0)
     assert len(data.train_dataloader()) == 6
-    data.trainer = pl.Trainer(accelerator="cpu", accumulate_grad_batches=4, logger=False, enable_progress_bar=False)
+    data.trainer = pl.Trainer(
+        accelerator="cpu", accumulate_grad_batches=4, logger=False, enable_progress_bar=False
+    )
     assert len(data.train_dataloader()) == 8
 
 

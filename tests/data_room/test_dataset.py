@@ -7,10 +7,10 @@ import pytest
 import soundfile as sf
 import torch
 
-from jepa_audio.data.corpus import CorpusError
-from jepa_audio.data.dataset import BadRead, CropDataset, Crops, collate
-from jepa_audio.data.files import Files
-from jepa_audio.data.index import index_corpus
+from jepa_audio.data.corpus.index import index_corpus
+from jepa_audio.data.corpus.table import CorpusError
+from jepa_audio.data.loading.crops import BadRead, CropDataset, Crops, collate
+from jepa_audio.data.loading.shared_table import Files
 
 RATE = 8000
 
@@ -29,7 +29,9 @@ def ramp(num_frames: int, num_channels: int = 1) -> np.ndarray:
     return (np.arange(num_frames) / 2**15 + np.arange(num_channels)[:, None]).astype(np.float32)
 
 
-def dataset(root: Path, num_samples: int = 100, sample_rate: int = RATE, **arguments: object) -> CropDataset:
+def dataset(
+    root: Path, num_samples: int = 100, sample_rate: int = RATE, **arguments: object
+) -> CropDataset:
     return CropDataset(Files([index_corpus(root).usable()]), sample_rate, num_samples, **arguments)
 
 
@@ -53,17 +55,20 @@ def test_a_crop_is_a_slice_of_the_file(root: Path):
 def test_crops_belong_to_seed_and_position_and_reach_every_start(root: Path):
     write(root / "a.wav", ramp(103))
     one, same, other = dataset(root), dataset(root), dataset(root, seed=1)
-    starts = [round(float(drawn(one, position, 0).waveform[0, 0, 0]) * 2**15) for position in range(60)]
+    starts = [
+        round(float(drawn(one, position, 0).waveform[0, 0, 0]) * 2**15) for position in range(60)
+    ]
     assert set(starts) == {0, 1, 2, 3}
     heard, again, otherwise = (
-        [drawn(crops, position, 0).waveform for position in range(60)] for crops in (one, same, other)
+        [drawn(crops, position, 0).waveform for position in range(60)]
+        for crops in (one, same, other)
     )
     assert all(torch.equal(heard[position], again[position]) for position in (5, 0, 59))
     assert any(not torch.equal(a, b) for a, b in zip(heard, otherwise, strict=True))
 
 
 def test_a_crop_of_another_rate_is_the_slice_of_the_resampled_file(root: Path):
-    from jepa_audio.data.resample import resample
+    from jepa_audio.data.audio.resample import resample
 
     noise = np.random.default_rng(0).standard_normal((1, 44_100)).astype(np.float32) / 10
     write(root / "a.wav", noise, 44_100)
@@ -86,7 +91,9 @@ def test_crops_of_a_clip_lie_in_one_window_drawn_anew_for_every_position(root: P
     write(root / "a.wav", ramp(20_000))
     windows = []
     for position in range(10):
-        crops = drawn(dataset(root, clip_seconds=500 / RATE, crops_per_clip=8), position, 0).waveform
+        crops = drawn(
+            dataset(root, clip_seconds=500 / RATE, crops_per_clip=8), position, 0
+        ).waveform
         starts = (crops[:, 0, 0] * 2**15).round()
         assert crops.shape == (8, 1, 100)
         assert starts.unique().numel() > 1
@@ -120,7 +127,9 @@ def test_channels_are_averaged_or_picked_or_kept(root: Path):
     random = dataset(root, mono="random")
     picked = [round(float(drawn(random, position, 0).waveform[0, 0, 0])) for position in range(30)]
     assert set(picked) == {0, 1, 2}
-    assert picked == [round(float(drawn(random, position, 0).waveform[0, 0, 0])) for position in range(30)]
+    assert picked == [
+        round(float(drawn(random, position, 0).waveform[0, 0, 0])) for position in range(30)
+    ]
 
 
 @pytest.mark.parametrize("clip_seconds", [None, 0.25])
@@ -183,7 +192,10 @@ def test_a_corpus_that_went_away_stops_the_run(root: Path):
 
 
 def test_a_batch_numbers_its_rows_by_position_and_crop():
-    items = [Crops(torch.full((3, 2, 5), float(position)), position, position - 36) for position in (40, 41)]
+    items = [
+        Crops(torch.full((3, 2, 5), float(position)), position, position - 36)
+        for position in (40, 41)
+    ]
     batch = collate(items)
     assert batch.num_samples is None
     assert collate(items, mask_padding=True).num_samples.tolist() == [4, 4, 4, 5, 5, 5]
@@ -203,7 +215,9 @@ def test_a_batch_numbers_its_rows_by_position_and_crop():
         ({"seed": -1}, "seed"),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(root: Path, arguments: dict[str, object], message: str):
+def test_settings_that_contradict_each_other_are_refused(
+    root: Path, arguments: dict[str, object], message: str
+):
     write(root / "a.wav", ramp(100))
     with pytest.raises(ValueError, match=message):
         dataset(root, **arguments)

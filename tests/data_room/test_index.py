@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile as sf
 
-from jepa_audio.data import index as index_module
-from jepa_audio.data.corpus import SCHEMA, Corpus, CorpusError, default_table, load_corpus
-from jepa_audio.data.index import index_corpus
-from jepa_audio.data.read import Audio, AudioInfo, inspect
+from jepa_audio.data.audio.read import Audio, AudioInfo, inspect
+from jepa_audio.data.corpus import index as index_module
+from jepa_audio.data.corpus.index import index_corpus
+from jepa_audio.data.corpus.table import SCHEMA, Corpus, CorpusError, default_table, load_corpus
 
 
 def names(corpus: Corpus) -> list[str]:
@@ -62,7 +62,9 @@ def test_every_audio_file_is_listed_once_sorted_by_path_with_what_it_holds(root:
     assert load_corpus(root) == corpus
 
 
-def test_only_new_and_changed_files_are_decoded_again_and_removed_ones_leave(root: Path, decoded: list[str]):
+def test_only_new_and_changed_files_are_decoded_again_and_removed_ones_leave(
+    root: Path, decoded: list[str]
+):
     index_corpus(root)
     assert sorted(decoded) == ["a.FLAC", "b.wav", "c.wav"]
     decoded.clear()
@@ -100,7 +102,10 @@ def test_an_interrupted_indexing_keeps_what_it_has_decoded(
 
 
 def test_the_number_of_threads_changes_nothing(root: Path, tmp_path: Path):
-    one, four = (index_corpus(root, tmp_path / f"{workers}.parquet", num_workers=workers) for workers in (1, 4))
+    one, four = (
+        index_corpus(root, tmp_path / f"{workers}.parquet", num_workers=workers)
+        for workers in (1, 4)
+    )
     assert one.table.equals(four.table)
 
 
@@ -143,12 +148,16 @@ def test_links_are_followed_but_not_in_circles(root: Path, tmp_path: Path):
     assert corpus.table["reason"].to_pylist()[2] == "cannot be opened: No such file or directory"
 
 
-def test_bad_files_are_kept_with_the_reason_listed_and_named_once(root: Path, caplog: pytest.LogCaptureFixture):
+def test_bad_files_are_kept_with_the_reason_listed_and_named_once(
+    root: Path, caplog: pytest.LogCaptureFixture
+):
     (root / "text.wav").write_text("not audio at all " * 9)
     write(root / "silent.wav", level=0.0)
     with caplog.at_level(logging.WARNING):
         corpus = index_corpus(root)
-    reasons = {row["source"]: row["reason"] for row in corpus.table.to_pylist() if row["status"] == "bad"}
+    reasons = {
+        row["source"]: row["reason"] for row in corpus.table.to_pylist() if row["status"] == "bad"
+    }
     assert reasons == {
         "text.wav": "cannot be decoded: Format not recognised.",
         "silent.wav": "silent: every sample is zero",
@@ -156,7 +165,9 @@ def test_bad_files_are_kept_with_the_reason_listed_and_named_once(root: Path, ca
     with (default_table(root).parent / "index.skipped.csv").open() as file:
         assert {row["path"]: row["reason"] for row in csv.DictReader(file)} == reasons
     for path, reason in reasons.items():
-        assert [path in message and reason in message for message in caplog.messages].count(True) == 1
+        assert [path in message and reason in message for message in caplog.messages].count(
+            True
+        ) == 1
     assert names(corpus.usable()) == ["b.wav", "c.wav", "sub/deep/a.FLAC"]
 
 
@@ -179,7 +190,9 @@ def refusal(root: Path, **arguments: float) -> str:
 
 
 def test_a_folder_that_cannot_be_trained_on_is_refused_in_one_sentence(tmp_path: Path):
-    assert refusal(tmp_path / "nowhere") == f"the audio source {tmp_path / 'nowhere'} does not exist"
+    assert (
+        refusal(tmp_path / "nowhere") == f"the audio source {tmp_path / 'nowhere'} does not exist"
+    )
     (tmp_path / "file").touch()
     assert "is no audio source: a folder" in refusal(tmp_path / "file")
     (tmp_path / "empty").mkdir()
@@ -189,11 +202,15 @@ def test_a_folder_that_cannot_be_trained_on_is_refused_in_one_sentence(tmp_path:
     assert "1 files in formats that are not read" in refusal(tmp_path / "empty")
 
 
-def test_a_folder_of_bad_files_only_is_refused_with_examples_and_the_place_of_the_list(tmp_path: Path):
+def test_a_folder_of_bad_files_only_is_refused_with_examples_and_the_place_of_the_list(
+    tmp_path: Path,
+):
     for number in range(7):
         (tmp_path / f"{number}.wav").touch()
     message = refusal(tmp_path)
-    assert message.startswith(f"none of the 7 audio files of {tmp_path} can be used: 0.wav (the file is empty")
+    assert message.startswith(
+        f"none of the 7 audio files of {tmp_path} can be used: 0.wav (the file is empty"
+    )
     assert message.count("0 bytes") == 5
     assert str(default_table(tmp_path).parent / "index.skipped.csv") in message
 

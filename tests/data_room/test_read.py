@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from jepa_audio.data.read import AUDIO_SUFFIXES, AudioReadError, inspect, read
+from jepa_audio.data.audio.read import AUDIO_SUFFIXES, AudioReadError, inspect, read
 from tests.damaged import claiming_hours, encoded
 
 RATE = 16_000
@@ -25,10 +25,14 @@ FORMATS = {
 
 def tones(num_channels: int = 2, seconds: float = 1.0, sample_rate: int = RATE) -> np.ndarray:
     time = np.arange(round(seconds * sample_rate)) / sample_rate
-    return np.stack([0.3 * np.sin(2 * np.pi * 300 * (c + 1) * time) for c in range(num_channels)]).astype(np.float32)
+    return np.stack(
+        [0.3 * np.sin(2 * np.pi * 300 * (c + 1) * time) for c in range(num_channels)]
+    ).astype(np.float32)
 
 
-def written(path: Path, samples: np.ndarray, subtype: str = "FLOAT", sample_rate: int = RATE) -> Path:
+def written(
+    path: Path, samples: np.ndarray, subtype: str = "FLOAT", sample_rate: int = RATE
+) -> Path:
     container = {".opus": "OGG"}.get(path.suffix)
     sf.write(path, samples.T, sample_rate, subtype=subtype, format=container)
     return path
@@ -71,10 +75,12 @@ def test_inspection_counts_and_measures_the_decoded_samples(tmp_path: Path, name
     assert info.rms == pytest.approx(np.sqrt(np.mean(samples.astype(np.float64) ** 2)), rel=1e-5)
 
 
-def test_inspection_measures_across_the_borders_of_its_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_inspection_measures_across_the_borders_of_its_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     path = written(tmp_path / "a.mp3", tones(seconds=5), "MPEG_LAYER_III")
     whole = inspect(path)
-    monkeypatch.setattr("jepa_audio.data.read._BLOCK_FRAMES", 20_000)
+    monkeypatch.setattr("jepa_audio.data.audio.read._BLOCK_FRAMES", 20_000)
     assert vars(inspect(path)) == pytest.approx(vars(whole), rel=1e-5)
 
 
@@ -91,7 +97,9 @@ def test_a_truncated_mp3_has_the_length_that_decodes_and_not_the_promised_one(tm
 
 
 @pytest.mark.parametrize(("name", "subtype"), [("a.wav", "PCM_16"), ("a.mp3", "MPEG_LAYER_III")])
-def test_a_slice_beyond_the_damage_is_an_error_and_not_an_empty_array(tmp_path: Path, name: str, subtype: str):
+def test_a_slice_beyond_the_damage_is_an_error_and_not_an_empty_array(
+    tmp_path: Path, name: str, subtype: str
+):
     path = cut(written(tmp_path / name, tones(seconds=4), subtype), 0.4)
     with pytest.raises(AudioReadError, match=r"1000|49000"):
         read(path, 3 * RATE, 1000)
@@ -111,8 +119,14 @@ BAD = {
     "cut.flac": (lambda path: cut(written(path, tones(seconds=9), "PCM_16"), 0.5), "decode"),
     "cut.wav": (lambda path: cut(written(path, tones(), "PCM_16"), 0.5), "truncated|has 79"),
     "cut.aiff": (lambda path: cut(written(path, tones(), "PCM_16"), 0.5), "truncated|has 79"),
-    "hours.flac": (lambda path: path.write_bytes(claiming_hours(encoded(tones()[0]), 200)), "200 hours: more than 24"),
-    "bomb.flac": (lambda path: path.write_bytes(claiming_hours(encoded(tones()[0, :99]), 20)), "frames in .* bytes"),
+    "hours.flac": (
+        lambda path: path.write_bytes(claiming_hours(encoded(tones()[0]), 200)),
+        "200 hours: more than 24",
+    ),
+    "bomb.flac": (
+        lambda path: path.write_bytes(claiming_hours(encoded(tones()[0, :99]), 20)),
+        "frames in .* bytes",
+    ),
     "cut.ogg": (lambda path: cut(written(path, tones(), "VORBIS"), 0.5), "no sample|has 0|decode"),
     "header.wav": (lambda path: written(path, np.zeros((1, 0), np.float32)), "no sample|has 0"),
     "nan.wav": (lambda path: written(path, spoilt(np.nan)), "non-finite"),

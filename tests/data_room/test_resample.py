@@ -7,7 +7,7 @@ import pytest
 import torch
 import torchaudio.functional
 
-from jepa_audio.data.resample import rate_ratio, resample, resampled_length, source_slice
+from jepa_audio.data.audio.resample import rate_ratio, resample, resampled_length, source_slice
 
 PAIRS = [
     (44_100, 16_000),
@@ -26,7 +26,9 @@ def noise(num_frames: int, num_channels: int = 1) -> torch.Tensor:
 @pytest.mark.parametrize(("from_rate", "to_rate"), PAIRS)
 def test_a_sine_keeps_its_frequency_and_level(from_rate: int, to_rate: int):
     sine = torch.sin(2 * math.pi * 1000 * torch.arange(from_rate) / from_rate)[None].float()
-    spectrum = torch.fft.rfft(resample(sine, from_rate, to_rate)[0, : to_rate - 100] * torch.hann_window(to_rate - 100))
+    spectrum = torch.fft.rfft(
+        resample(sine, from_rate, to_rate)[0, : to_rate - 100] * torch.hann_window(to_rate - 100)
+    )
     found = spectrum.abs().argmax() * to_rate / (to_rate - 100)
     assert 1200 * abs(math.log2(found / 1000)) < 2.5  # cents, of which one bin is 1.7
     assert resample(sine, from_rate, to_rate)[0, 200:-200].abs().max() == pytest.approx(1, abs=0.02)
@@ -37,7 +39,9 @@ def test_ordinary_rates_are_resampled_exactly_as_torchaudio_does(from_rate: int,
     waveform = noise(3000, num_channels=2)
     # Our kernels are computed in float64, those of the function in float32.
     expected = torchaudio.functional.resample(waveform, from_rate, to_rate)
-    torch.testing.assert_close(resample(waveform, from_rate, to_rate), expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        resample(waveform, from_rate, to_rate), expected, atol=1e-4, rtol=1e-3
+    )
 
 
 def test_a_rate_is_not_touched_if_it_is_the_right_one():
@@ -45,7 +49,9 @@ def test_a_rate_is_not_touched_if_it_is_the_right_one():
     assert resample(waveform, 8000, 8000) is waveform
 
 
-@pytest.mark.parametrize(("from_rate", "to_rate"), [*PAIRS, (44_056, 16_000), (47_999, 48_000), (16_001, 44_100)])
+@pytest.mark.parametrize(
+    ("from_rate", "to_rate"), [*PAIRS, (44_056, 16_000), (47_999, 48_000), (16_001, 44_100)]
+)
 def test_the_ratio_is_within_a_cent_and_the_kernel_small(from_rate: int, to_rate: int):
     ratio = rate_ratio(from_rate, to_rate)
     assert 1200 * abs(math.log2(ratio * to_rate / from_rate)) < 1
@@ -55,11 +61,15 @@ def test_the_ratio_is_within_a_cent_and_the_kernel_small(from_rate: int, to_rate
 @pytest.mark.parametrize(("from_rate", "to_rate"), PAIRS)
 @pytest.mark.parametrize("num_frames", [1, 2000, 2003])
 def test_the_length_is_known_beforehand(from_rate: int, to_rate: int, num_frames: int):
-    assert resample(noise(num_frames), from_rate, to_rate).shape[1] == resampled_length(num_frames, from_rate, to_rate)
+    assert resample(noise(num_frames), from_rate, to_rate).shape[1] == resampled_length(
+        num_frames, from_rate, to_rate
+    )
 
 
 @pytest.mark.parametrize(("from_rate", "to_rate"), [*PAIRS, (16_000, 16_000)])
-def test_a_slice_of_the_source_resampled_is_the_slice_of_the_whole_resampled(from_rate: int, to_rate: int):
+def test_a_slice_of_the_source_resampled_is_the_slice_of_the_whole_resampled(
+    from_rate: int, to_rate: int
+):
     waveform = noise(from_rate // 2, num_channels=2)
     whole = resample(waveform, from_rate, to_rate)
     draws = np.random.default_rng(0)
@@ -70,7 +80,9 @@ def test_a_slice_of_the_source_resampled_is_the_slice_of_the_whole_resampled(fro
             part = waveform[:, source.start : source.start + source.num_frames]
             assert part.shape[1] == source.num_frames
             piece = resample(part, from_rate, to_rate)[:, source.skip : source.skip + num_samples]
-            torch.testing.assert_close(piece, whole[:, start : start + num_samples], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                piece, whole[:, start : start + num_samples], atol=1e-5, rtol=1e-4
+            )
 
 
 def test_a_short_slice_needs_a_short_piece_of_the_source():

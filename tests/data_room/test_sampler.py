@@ -10,11 +10,11 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader, Dataset
 
-from jepa_audio.data.corpus import CorpusError
-from jepa_audio.data.dataset import BadRead
-from jepa_audio.data.loader import BadReads, EvaluationLoader, ResumableLoader
-from jepa_audio.data.sampler import EveryNthBatch, GlobalOrderSampler
-from jepa_audio.grid import AudioBatch
+from jepa_audio.data.corpus.table import CorpusError
+from jepa_audio.data.loading.crops import BadRead
+from jepa_audio.data.loading.loader import BadReads, EvaluationLoader, ResumableLoader
+from jepa_audio.data.loading.order import EveryNthBatch, GlobalOrderSampler
+from jepa_audio.steps.grid import AudioBatch
 
 
 def order(num_batches: int, **arguments: int) -> list[list[tuple[int, int]]]:
@@ -46,7 +46,8 @@ def test_without_shuffling_the_files_come_in_the_order_of_the_table():
 def test_ranks_divide_the_order_of_one_process_among_themselves(world_size: int):
     whole = order(5, num_files=7, batch_size=2 * world_size, seed=3)
     ranks = [
-        order(5, num_files=7, batch_size=2, seed=3, rank=rank, world_size=world_size) for rank in range(world_size)
+        order(5, num_files=7, batch_size=2, seed=3, rank=rank, world_size=world_size)
+        for rank in range(world_size)
     ]
     for step in range(5):
         assert [place for rank in ranks for place in rank[step]] == whole[step]
@@ -109,7 +110,9 @@ def test_bad_reads_are_counted_and_each_file_is_named_once(caplog: pytest.LogCap
 def test_above_the_share_of_bad_reads_the_run_stops_with_the_list():
     reads = BadReads(0.1)
     reads.count(98, [BadRead("a.wav", "worn out")])
-    with pytest.raises(CorpusError, match=r"31 of 149 reads failed.*0\.1.*a\.wav \(worn out\).*and 11 more") as stop:
+    with pytest.raises(
+        CorpusError, match=r"31 of 149 reads failed.*0\.1.*a\.wav \(worn out\).*and 11 more"
+    ) as stop:
         reads.count(20, [BadRead(f"{number}.wav", "empty") for number in range(30)])
     assert str(stop.value).count("empty") == 19
 
@@ -127,13 +130,21 @@ def test_the_global_generator_has_no_influence_and_is_left_alone():
 def test_evaluation_gives_every_batch_whole_to_one_rank(num_files: int, world_size: int):
     shares = [list(EveryNthBatch(num_files, 2, rank, world_size)) for rank in range(world_size)]
     assert Counter(file for share in shares for _, file in share) == Counter(range(num_files))
-    assert [len(EveryNthBatch(num_files, 2, rank, world_size)) for rank in range(world_size)] == [*map(len, shares)]
+    assert [len(EveryNthBatch(num_files, 2, rank, world_size)) for rank in range(world_size)] == [
+        *map(len, shares)
+    ]
     batches = {tuple(share[i : i + 2]) for share in shares for i in range(0, len(share), 2)}
-    assert batches == {tuple((f, f) for f in range(i, min(i + 2, num_files))) for i in range(0, num_files, 2)}
+    assert batches == {
+        tuple((f, f) for f in range(i, min(i + 2, num_files))) for i in range(0, num_files, 2)
+    }
 
 
 def test_no_rank_is_left_without_an_evaluation_batch():
-    assert [list(EveryNthBatch(2, 1, rank, 3)) for rank in range(3)] == [[(0, 0)], [(1, 1)], [(0, 0)]]
+    assert [list(EveryNthBatch(2, 1, rank, 3)) for rank in range(3)] == [
+        [(0, 0)],
+        [(1, 1)],
+        [(0, 0)],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -169,15 +180,23 @@ def as_batch(places: list[tuple[int, int]]) -> tuple[AudioBatch, list[BadRead]]:
 
 def loader(num_files: int = 10, batch_size: int = 2, **sampler: int) -> ResumableLoader:
     places = GlobalOrderSampler(num_files, batch_size, seed=5, **sampler)
-    return ResumableLoader(DataLoader(Places(num_files), batch_sampler=places, collate_fn=as_batch), BadReads(0.5))
+    return ResumableLoader(
+        DataLoader(Places(num_files), batch_sampler=places, collate_fn=as_batch), BadReads(0.5)
+    )
 
 
 def rows(batches: list[AudioBatch]) -> list[tuple[int, int]]:
-    return [(int(row), int(file)) for batch in batches for row, file in zip(batch.row, batch.waveform, strict=True)]
+    return [
+        (int(row), int(file))
+        for batch in batches
+        for row, file in zip(batch.row, batch.waveform, strict=True)
+    ]
 
 
 def expected(num_places: int) -> list[tuple[int, int]]:
-    places = [place for batch in islice(GlobalOrderSampler(10, 2, seed=5), num_places) for place in batch]
+    places = [
+        place for batch in islice(GlobalOrderSampler(10, 2, seed=5), num_places) for place in batch
+    ]
     return places[:num_places]
 
 
@@ -205,7 +224,9 @@ def test_a_closed_loader_goes_on():
 
 def test_a_run_goes_on_with_another_number_of_processes_and_another_batch_size():
     ranks = [loader(rank=rank, world_size=2) for rank in range(2)]
-    seen = [batch for pair in zip(*(islice(rank, 2) for rank in ranks), strict=True) for batch in pair]
+    seen = [
+        batch for pair in zip(*(islice(rank, 2) for rank in ranks), strict=True) for batch in pair
+    ]
     assert ranks[0].state_dict() == ranks[1].state_dict()
     assert ranks[0].state_dict()["samples_consumed"] == 8
     alone = loader(batch_size=3)
@@ -291,7 +312,10 @@ def fit(
     # 12 files in batches of 2: an epoch of 6 micro-batches or 3 steps.
     valid = DataLoader(Places(4), sampler=EveryNthBatch(4, 2), batch_size=2, collate_fn=as_batch)
     trainer.fit(
-        module, loader(12), EvaluationLoader(valid, BadReads(0.5)) if validate_every else None, ckpt_path=ckpt_path
+        module,
+        loader(12),
+        EvaluationLoader(valid, BadReads(0.5)) if validate_every else None,
+        ckpt_path=ckpt_path,
     )
     return module
 
@@ -310,16 +334,23 @@ def test_a_run_killed_at_any_step_and_resumed_sees_what_an_uninterrupted_run_see
 
 
 @pytest.mark.parametrize(("step", "validate_every"), [(3, 6), (6, 6), (2, 4), (5, 4)])
-def test_a_checkpoint_written_by_a_validation_resumes_as_well(tmp_path: Path, step: int, validate_every: int):
+def test_a_checkpoint_written_by_a_validation_resumes_as_well(
+    tmp_path: Path, step: int, validate_every: int
+):
     with pytest.raises(KilledError):
         fit(tmp_path, kill_after=7, validate_every=validate_every, when="validation")
-    resumed = fit(tmp_path / "resumed", ckpt_path=tmp_path / f"step={step}.ckpt", validate_every=validate_every)
+    resumed = fit(
+        tmp_path / "resumed",
+        ckpt_path=tmp_path / f"step={step}.ckpt",
+        validate_every=validate_every,
+    )
     assert resumed.shown.tolist() == list(range(8 * 2 * 2))
     assert resumed.stepped == list(range(4 * (step + 1), 33, 4))
 
 
 def test_a_checkpoint_of_the_end_of_an_epoch_loses_no_sample_and_repeats_none(tmp_path: Path):
-    # Lightning itself makes an optimizer step of the first micro-batch alone after such a checkpoint.
+    # Lightning itself makes an optimizer step of the first micro-batch alone after such a
+    # checkpoint.
     with pytest.raises(KilledError):
         fit(tmp_path, kill_after=7, when="epoch")
     shown = fit(tmp_path / "resumed", ckpt_path=tmp_path / "step=6.ckpt").shown.tolist()

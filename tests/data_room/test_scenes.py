@@ -9,15 +9,21 @@ import soundfile as sf
 import torch
 from scipy.signal import fftconvolve
 
-from jepa_audio.commands import stats
-from jepa_audio.data.corpus import CorpusError
+from jepa_audio.cli.models import stats
+from jepa_audio.data.corpus.index import index_corpus
+from jepa_audio.data.corpus.table import CorpusError
 from jepa_audio.data.datamodule import AudioDataModule
-from jepa_audio.data.files import Files
-from jepa_audio.data.index import index_corpus
-from jepa_audio.data.rooms import write_rooms
-from jepa_audio.data.scenes import SceneDataset, Scenes, collate_scenes, prepare_scenes, render
-from jepa_audio.front_ends import SpectrogramFrontEnd
-from jepa_audio.front_ends.transforms import LogMel
+from jepa_audio.data.loading.shared_table import Files
+from jepa_audio.data.scenes.rooms import write_rooms
+from jepa_audio.data.scenes.scenes import (
+    SceneDataset,
+    Scenes,
+    collate_scenes,
+    prepare_scenes,
+    render,
+)
+from jepa_audio.steps.front_ends import SpectrogramFrontEnd
+from jepa_audio.steps.front_ends.transforms import LogMel
 
 RATE = 8000
 SECONDS = 0.5
@@ -34,7 +40,9 @@ def folders(tmp_path: Path) -> dict[str, Path]:
             response = np.zeros((200, 2), np.float32)
             response[5 + 3 * place, 0] = response[8 + 3 * place, 1] = 1.0
             response[50:, :] = 0.02 * noise.standard_normal((150, 2))
-            sf.write(paths["rirs"] / f"room{room}" / f"{place}.wav", response, RATE, subtype="FLOAT")
+            sf.write(
+                paths["rirs"] / f"room{room}" / f"{place}.wav", response, RATE, subtype="FLOAT"
+            )
     for name, seconds in (("noise", (2.0, 0.2)), ("sounds", (1.0, 0.8, 0.6, 0.2))):
         paths[name].mkdir()
         for number, length in enumerate(seconds):
@@ -44,8 +52,16 @@ def folders(tmp_path: Path) -> dict[str, Path]:
 
 
 def data_of(folders: dict[str, Path], scenes: Scenes, **settings: object) -> AudioDataModule:
-    own = {"crops_per_clip": 3, "clip_seconds": SECONDS, "batch_size": 4, "num_workers": 0, "valid_share": 0.0}
-    data = AudioDataModule(folders["sounds"], RATE, 0.1, num_channels=2, scenes=scenes, **{**own, **settings})
+    own = {
+        "crops_per_clip": 3,
+        "clip_seconds": SECONDS,
+        "batch_size": 4,
+        "num_workers": 0,
+        "valid_share": 0.0,
+    }
+    data = AudioDataModule(
+        folders["sounds"], RATE, 0.1, num_channels=2, scenes=scenes, **{**own, **settings}
+    )
     data.prepare_data()
     data.setup("fit")
     return data
@@ -72,8 +88,12 @@ def test_a_scene_is_the_literal_sum_of_convolutions(folders: dict[str, Path]):
         for rir, shift in zip(scene.noise_rirs.numpy(), scene.shift.tolist(), strict=True):
             heard = np.roll(scene.noise.numpy(), -shift) * scene.envelope.numpy()
             noise += [fftconvolve(heard, ear)[:4000] for ear in rir]
-        gain = np.sqrt(np.square(for_ears).sum() / np.square(noise).sum() * 10 ** (-float(scene.snr_db) / 10))
-        np.testing.assert_allclose(sound[row].numpy(), for_ears + gain * noise, rtol=1e-3, atol=1e-5)
+        gain = np.sqrt(
+            np.square(for_ears).sum() / np.square(noise).sum() * 10 ** (-float(scene.snr_db) / 10)
+        )
+        np.testing.assert_allclose(
+            sound[row].numpy(), for_ears + gain * noise, rtol=1e-3, atol=1e-5
+        )
 
 
 def test_the_ratio_of_source_and_noise_is_the_drawn_one(folders: dict[str, Path]):
@@ -112,15 +132,21 @@ def test_source_and_noise_are_places_of_one_room_and_no_place_twice(folders: dic
     assert rooms == {"room0", "room1", "room2"}
 
 
-def test_noise_fades_in_and_out_as_it_is_heard_and_short_noise_lies_within(folders: dict[str, Path]):
+def test_noise_fades_in_and_out_as_it_is_heard_and_short_noise_lies_within(
+    folders: dict[str, Path],
+):
     dataset = dataset_of(folders, fade_seconds=0.05, diffuse_share=0.5)
     fade = round(0.05 * RATE)
     items = [dataset[position, 0][0] for position in range(24)]
     batch = collate_scenes(items, 800)
     direct = torch.zeros_like(batch.scene.noise_rirs)
     direct[..., 0] = batch.scene.noise_rirs.abs().sum(-1) > 0
-    scene = batch.scene._replace(noise_rirs=direct, source_rir=torch.zeros_like(batch.scene.source_rir))
-    louder = scene._replace(source_rir=torch.zeros_like(scene.source_rir).index_fill_(-1, torch.tensor([0]), 1e-3))
+    scene = batch.scene._replace(
+        noise_rirs=direct, source_rir=torch.zeros_like(batch.scene.source_rir)
+    )
+    louder = scene._replace(
+        source_rir=torch.zeros_like(scene.source_rir).index_fill_(-1, torch.tensor([0]), 1e-3)
+    )
     noise = render(batch.clip, louder)[:, 0] - 1e-3 * batch.clip[:, 0]
     lengths = set()
     for row, heard in enumerate(noise):
@@ -149,7 +175,9 @@ def test_crops_are_cut_from_the_scene_and_rows_are_numbered(folders: dict[str, P
     assert rendered.row.tolist() == [15, 16, 17, 6, 7, 8]
     for clip, item in enumerate(items):
         for crop, start in enumerate(item.starts):
-            torch.testing.assert_close(rendered.waveform[3 * clip + crop], sound[clip, :, start : start + 800])
+            torch.testing.assert_close(
+                rendered.waveform[3 * clip + crop], sound[clip, :, start : start + 800]
+            )
 
 
 def test_a_scene_belongs_to_its_position_and_to_the_seed(folders: dict[str, Path]):
@@ -159,7 +187,9 @@ def test_a_scene_belongs_to_its_position_and_to_the_seed(folders: dict[str, Path
         assert torch.equal(left.clip, right.clip)
         assert left.starts == right.starts
         assert all(torch.equal(a, b) for a, b in zip(left.scene, right.scene, strict=True))
-    other = data_of(folders, scenes_of(folders), seed=1)._dataset("train", random_crops=True)[7, 1][0]
+    other = data_of(folders, scenes_of(folders), seed=1)._dataset("train", random_crops=True)[7, 1][
+        0
+    ]
     assert float(other.scene.snr_db) != float(one[7, 1][0].scene.snr_db)
 
 
@@ -169,7 +199,9 @@ def test_the_data_module_renders_scenes_after_the_transfer(folders: dict[str, Pa
     batch = data.on_after_batch_transfer(raw.to(torch.device("cpu")), 0)
     assert batch.waveform.shape == (12, 2, 800)
     assert batch.row.tolist() == list(range(12))
-    assert not torch.equal(batch.waveform[:, 0], batch.waveform[:, 1]), "the ears hear different things"
+    assert not torch.equal(batch.waveform[:, 0], batch.waveform[:, 1]), (
+        "the ears hear different things"
+    )
     assert data.on_after_batch_transfer(batch, 0) is batch
 
 
@@ -177,8 +209,12 @@ def test_without_noise_there_is_only_the_room(folders: dict[str, Path]):
     scenes = Scenes(rirs=str(folders["rirs"]))
     dataset = data_of(folders, scenes)._dataset("train", random_crops=True)
     batch = collate_scenes([dataset[0, 0][0]], 800)
-    expected = [fftconvolve(batch.clip[0, 0], ear)[:4000] for ear in batch.scene.source_rir[0].numpy()]
-    np.testing.assert_allclose(render(batch.clip, batch.scene)[0].numpy(), expected, rtol=1e-3, atol=1e-5)
+    expected = [
+        fftconvolve(batch.clip[0, 0], ear)[:4000] for ear in batch.scene.source_rir[0].numpy()
+    ]
+    np.testing.assert_allclose(
+        render(batch.clip, batch.scene)[0].numpy(), expected, rtol=1e-3, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -220,9 +256,15 @@ def test_scenes_leave_no_padding_to_mask(folders: dict[str, Path]):
         data_of(folders, scenes_of(folders), mask_padding=True)
 
 
-def test_statistics_are_measured_on_the_scenes(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]):
+def test_statistics_are_measured_on_the_scenes(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+):
     mel = LogMel(RATE, n_fft=128, hop_length=64, n_mels=16)
-    stats(SpectrogramFrontEnd(mel, 8, num_channels=2), data_of(folders, scenes_of(folders)), num_clips=3)
+    stats(
+        SpectrogramFrontEnd(mel, 8, num_channels=2),
+        data_of(folders, scenes_of(folders)),
+        num_clips=3,
+    )
     assert "mean: " in capsys.readouterr().out
 
 
@@ -231,7 +273,9 @@ def test_scenes_need_a_clip_and_one_channel_of_it(folders: dict[str, Path]):
         data_of(folders, scenes_of(folders), clip_seconds=None)._dataset("train", random_crops=True)
     with pytest.raises(ValueError, match="`mono`"):
         files = Files([index_corpus(folders["noise"]).usable()])
-        SceneDataset(scenes_of(folders), files, RATE, 8, num_channels=2, mono="keep", clip_seconds=0.1)
+        SceneDataset(
+            scenes_of(folders), files, RATE, 8, num_channels=2, mono="keep", clip_seconds=0.1
+        )
 
 
 def test_a_folder_of_other_channels_is_refused(folders: dict[str, Path]):
@@ -247,7 +291,9 @@ def test_simulated_rooms_come_from_the_library_and_differ_between_the_ears(tmp_p
     assert [file.relative_to(tmp_path / "rooms").as_posix() for file in files] == [
         f"room-000{room}/place-{place}.wav" for room in (0, 1) for place in (0, 1)
     ]
-    before = [sf.read(file)[0] for file in files]  # a float wav also holds the second it was written in
+    before = [
+        sf.read(file)[0] for file in files
+    ]  # a float wav also holds the second it was written in
     for file in files:
         response, rate = sf.read(file)
         assert rate == RATE
@@ -260,7 +306,9 @@ def test_simulated_rooms_come_from_the_library_and_differ_between_the_ears(tmp_p
     shutil.rmtree(files[0].parent)
     write_rooms(tmp_path / "rooms", num_rooms=2, num_places=2, sample_rate=RATE)
     for file, response in zip(files, before, strict=True):
-        np.testing.assert_array_equal(sf.read(file)[0], response, err_msg="what is missing is made again, the same")
+        np.testing.assert_array_equal(
+            sf.read(file)[0], response, err_msg="what is missing is made again, the same"
+        )
 
 
 def test_rooms_are_simulated_where_no_folder_is_given(
@@ -269,7 +317,7 @@ def test_rooms_are_simulated_where_no_folder_is_given(
     made = []
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(
-        "jepa_audio.data.scenes.write_rooms",
+        "jepa_audio.data.scenes.scenes.write_rooms",
         lambda directory, **settings: (
             made.append(settings),
             folders["rirs"].rename(directory.parent.mkdir(parents=True) or directory),

@@ -17,15 +17,15 @@ import soundfile as sf
 import torch
 import webdataset
 
-from jepa_audio.data import index as index_module
-from jepa_audio.data import shards as shards_module
-from jepa_audio.data.corpus import Corpus, CorpusError, load_corpus
-from jepa_audio.data.dataset import CropDataset
-from jepa_audio.data.files import Files
-from jepa_audio.data.index import index_corpus
-from jepa_audio.data.read import AudioReadError, read
-from jepa_audio.data.resample import resample
-from jepa_audio.data.shards import Packing, pack, read_checksums, sha256_of
+from jepa_audio.data.audio.read import AudioReadError, read
+from jepa_audio.data.audio.resample import resample
+from jepa_audio.data.corpus import index as index_module
+from jepa_audio.data.corpus import shards as shards_module
+from jepa_audio.data.corpus.index import index_corpus
+from jepa_audio.data.corpus.shards import Packing, pack, read_checksums, sha256_of
+from jepa_audio.data.corpus.table import Corpus, CorpusError, load_corpus
+from jepa_audio.data.loading.crops import CropDataset
+from jepa_audio.data.loading.shared_table import Files
 from tests.sounds import audio, noise, pairs, tar, write
 
 STEP = 2**-15  # of 16 bits
@@ -60,7 +60,10 @@ def samples(directory: Path) -> dict[str, np.ndarray]:
     """What is decoded from the shards, as training does it, by name in the source."""
     corpus = load_corpus(directory)
     rows = {member: row for row, member in enumerate(corpus.table["member"].to_pylist())}
-    return {name: read(corpus.audio(rows[f"{known['key']}.flac"]))[0] for name, known in facts(directory).items()}
+    return {
+        name: read(corpus.audio(rows[f"{known['key']}.flac"]))[0]
+        for name, known in facts(directory).items()
+    }
 
 
 def packed_bytes(directory: Path) -> dict[str, bytes]:
@@ -95,7 +98,9 @@ THREE = Packing(shard_mb=1)
 
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".aiff"])
 def test_16_bit_audio_comes_back_exactly_and_is_told_what_it_was(tmp_path: Path, suffix: str):
-    corpus = sounds(tmp_path / "in", suffix=suffix).with_splits({"train": 0.5, "test": 0.5}, groups=list("ababa"))
+    corpus = sounds(tmp_path / "in", suffix=suffix).with_splits(
+        {"train": 0.5, "test": 0.5}, groups=list("ababa")
+    )
     packed = pack(corpus, tmp_path / "out", Packing())
     for number in range(5):
         name = f"sub/{number}{suffix}"
@@ -116,7 +121,10 @@ def test_24_bits_are_kept_when_asked_for(tmp_path: Path):
     wave = np.random.default_rng(0).integers(-(2**23), 2**23, (2, 500)) * 0.9 // 1 / 2**23
     (tmp_path / "in").mkdir()
     sf.write(tmp_path / "in" / "a.wav", wave.T, RATE, subtype="PCM_24")
-    for bits, tolerance in ((16, 0.5 * STEP), (24, 0.0)):  # into the same folder: the shard is made anew
+    for bits, tolerance in (
+        (16, 0.5 * STEP),
+        (24, 0.0),
+    ):  # into the same folder: the shard is made anew
         pack(index_corpus(tmp_path / "in"), tmp_path / "out", Packing(bits=bits))
         np.testing.assert_allclose(samples(tmp_path / "out")["a.wav"], wave, atol=tolerance, rtol=0)
 
@@ -127,12 +135,18 @@ def test_a_flac_that_stays_as_it_is_is_copied_byte_for_byte(tmp_path: Path):
     corpus = index_corpus(tmp_path / "in")
     pack(corpus, tmp_path / "same", Packing(sample_rate=RATE, mono=True, bits=24))
     copied = {name: known["content"] for name, known in facts(tmp_path / "same").items()}
-    assert copied == {f"sub/{n}.flac": audio(n, "FLAC") for n in range(5)} | {"t.tar:9.flac": audio(9, "FLAC")}
+    assert copied == {f"sub/{n}.flac": audio(n, "FLAC") for n in range(5)} | {
+        "t.tar:9.flac": audio(9, "FLAC")
+    }
     pack(corpus, tmp_path / "other", Packing(sample_rate=RATE // 2))
-    assert not set(copied.values()) & {known["content"] for known in facts(tmp_path / "other").values()}
+    assert not set(copied.values()) & {
+        known["content"] for known in facts(tmp_path / "other").values()
+    }
 
 
-@pytest.mark.parametrize("rates", [(16_000, 8000), (8000, 16_000), (44_100, 16_000), (11_025, 8000)])
+@pytest.mark.parametrize(
+    "rates", [(16_000, 8000), (8000, 16_000), (44_100, 16_000), (11_025, 8000)]
+)
 @pytest.mark.parametrize("mono", [False, True])
 def test_resampled_audio_is_that_of_the_whole_file_whatever_the_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rates: tuple[int, int], mono: bool
@@ -140,7 +154,11 @@ def test_resampled_audio_is_that_of_the_whole_file_whatever_the_blocks(
     monkeypatch.setattr(shards_module, "_BLOCK_SECONDS", 1)
     before, after = rates
     for name, seconds in (("short", 0.3), ("exact", 2.0), ("long", 3.37)):
-        wave = np.random.default_rng(before).uniform(-0.4, 0.4, (2, round(seconds * before))).astype(np.float32)
+        wave = (
+            np.random.default_rng(before)
+            .uniform(-0.4, 0.4, (2, round(seconds * before)))
+            .astype(np.float32)
+        )
         float_file(tmp_path / "in" / f"{name}.wav", wave, before)
     corpus = index_corpus(tmp_path / "in")
     packed = pack(corpus, tmp_path / "out", Packing(after, mono))
@@ -155,7 +173,10 @@ def test_resampled_audio_is_that_of_the_whole_file_whatever_the_blocks(
 def test_loud_audio_is_not_clipped_and_the_gain_is_told(tmp_path: Path):
     time = np.arange(20_000) / RATE
     for name, peak in (("loud", 1.9), ("full", 1.0), ("quiet", 0.01)):
-        float_file(tmp_path / "in" / f"{name}.wav", (peak * np.sin(2 * np.pi * 440 * time))[None].astype(np.float32))
+        float_file(
+            tmp_path / "in" / f"{name}.wav",
+            (peak * np.sin(2 * np.pi * 440 * time))[None].astype(np.float32),
+        )
     pack(index_corpus(tmp_path / "in"), tmp_path / "out", Packing())
     gains = {name: known["gain"] for name, known in facts(tmp_path / "out").items()}
     assert gains["quiet.wav"] == 1.0
@@ -175,12 +196,17 @@ def test_16_bit_audio_that_reaches_full_scale_comes_back_exactly_too(tmp_path: P
 
 
 def test_resampling_does_not_clip_what_was_not_clipped(tmp_path: Path):
-    square = 0.99 * np.sign(np.sin(2 * np.pi * 100.3 * np.arange(44_100) / 44_100)).astype(np.float32)[None]
+    square = (
+        0.99
+        * np.sign(np.sin(2 * np.pi * 100.3 * np.arange(44_100) / 44_100)).astype(np.float32)[None]
+    )
     float_file(tmp_path / "in" / "a.wav", square, 44_100)
     pack(index_corpus(tmp_path / "in"), tmp_path / "out", Packing(16_000))
     gain = facts(tmp_path / "out")["a.wav"]["gain"]
     whole = resample(torch.from_numpy(square), 44_100, 16_000).numpy()
-    np.testing.assert_allclose(samples(tmp_path / "out")["a.wav"], gain * whole, atol=0.51 * STEP, rtol=0)
+    np.testing.assert_allclose(
+        samples(tmp_path / "out")["a.wav"], gain * whole, atol=0.51 * STEP, rtol=0
+    )
 
 
 def test_more_channels_than_flac_holds_are_left_out_with_the_remedy(tmp_path: Path):
@@ -189,10 +215,15 @@ def test_more_channels_than_flac_holds_are_left_out_with_the_remedy(tmp_path: Pa
     corpus = index_corpus(tmp_path / "in")
     packed = pack(corpus, tmp_path / "out", Packing())
     (reason,) = packed.table.filter(~packed.is_usable)["reason"].to_pylist()
-    assert reason == f"left out of the shard: {tmp_path}/in/nine.wav: 9 channels, flac holds 8: pack with `mono`"
+    assert (
+        reason
+        == f"left out of the shard: {tmp_path}/in/nine.wav: 9 channels, flac holds 8: pack with `mono`"
+    )
     assert list(facts(tmp_path / "out")) == ["sub/0.wav"]
     assert pack(corpus, tmp_path / "mono", Packing(mono=True)).is_usable.all()
-    np.testing.assert_allclose(samples(tmp_path / "mono")["nine.wav"], np.full((1, 400), 0.1), atol=STEP)
+    np.testing.assert_allclose(
+        samples(tmp_path / "mono")["nine.wav"], np.full((1, 400), 0.1), atol=STEP
+    )
 
 
 def test_bad_files_are_not_packed_and_nothing_but_bad_ones_is_refused(tmp_path: Path):
@@ -212,25 +243,38 @@ def test_a_file_that_disappears_is_left_out_and_costs_no_other(tmp_path: Path, s
     assert packed.is_usable.sum() == 4
     (reason,) = packed.table.filter(~packed.is_usable)["reason"].to_pylist()
     assert f"sub/2{suffix}: cannot be opened: No such file" in reason
-    assert index_corpus(tmp_path / "out").table.sort_by("member").equals(packed.table.sort_by("member"))
+    assert (
+        index_corpus(tmp_path / "out")
+        .table.sort_by("member")
+        .equals(packed.table.sort_by("member"))
+    )
 
 
 @pytest.mark.parametrize("now", [(1, 2 * RATE), (2, RATE)])
-def test_a_file_with_other_rate_or_channels_than_indexed_is_left_out(tmp_path: Path, now: tuple[int, int]):
+def test_a_file_with_other_rate_or_channels_than_indexed_is_left_out(
+    tmp_path: Path, now: tuple[int, int]
+):
     corpus = sounds(tmp_path / "in")
     num_channels, rate = now
-    float_file(tmp_path / "in" / "sub" / "2.wav", np.full((num_channels, 9000), 0.1, np.float32), rate)
+    float_file(
+        tmp_path / "in" / "sub" / "2.wav", np.full((num_channels, 9000), 0.1, np.float32), rate
+    )
     packed = pack(corpus, tmp_path / "out", Packing())
     assert "sub/2.wav" not in facts(tmp_path / "out")
     assert packed.is_usable.sum() == 4
 
 
 @pytest.mark.parametrize("suffix", [".wav", ".flac"])
-def test_a_member_of_a_tar_that_was_written_anew_is_left_out_as_changed(tmp_path: Path, suffix: str):
+def test_a_member_of_a_tar_that_was_written_anew_is_left_out_as_changed(
+    tmp_path: Path, suffix: str
+):
     contents = {f"{number}{suffix}": audio(number, suffix[1:].upper()) for number in range(4)}
     tar(tmp_path / "in" / "t.tar", contents)
     corpus = index_corpus(tmp_path / "in")
-    tar(tmp_path / "in" / "t.tar", {**contents, f"2{suffix}": b"q" * len(contents[f"2{suffix}"]) + b"other"})
+    tar(
+        tmp_path / "in" / "t.tar",
+        {**contents, f"2{suffix}": b"q" * len(contents[f"2{suffix}"]) + b"other"},
+    )
     with pytest.raises(AudioReadError, match="changed since it was indexed"):
         read(corpus.audio(2))
     packed = pack(corpus, tmp_path / "out", Packing())
@@ -239,7 +283,9 @@ def test_a_member_of_a_tar_that_was_written_anew_is_left_out_as_changed(tmp_path
     assert f"t.tar:2{suffix}" not in facts(tmp_path / "out")
 
 
-def test_the_same_corpus_makes_the_same_bytes_whatever_the_number_of_workers(faint: Corpus, once: Path, tmp_path: Path):
+def test_the_same_corpus_makes_the_same_bytes_whatever_the_number_of_workers(
+    faint: Corpus, once: Path, tmp_path: Path
+):
     pack(faint, tmp_path / "out", THREE, num_workers=3)
     content = packed_bytes(once)
     assert packed_bytes(tmp_path / "out") == content
@@ -252,7 +298,9 @@ def test_the_same_corpus_makes_the_same_bytes_whatever_the_number_of_workers(fai
 def test_checksums_are_those_of_the_shards_as_sha256sum_writes_them(once: Path):
     content = packed_bytes(once)
     lines = content.pop("SHA256SUMS").decode().splitlines()
-    assert lines == [f"{hashlib.sha256(shard).hexdigest()}  {name}" for name, shard in content.items()]
+    assert lines == [
+        f"{hashlib.sha256(shard).hexdigest()}  {name}" for name, shard in content.items()
+    ]
     assert read_checksums(once) == {name: sha256_of(once / name) for name in content}
 
 
@@ -313,16 +361,26 @@ def test_a_shard_that_is_not_as_it_was_left_is_written_anew_and_alone(
     make(shards / "shard-000001.tar")
     pack(faint, shards, THREE)
     assert packed_bytes(shards) == packed_bytes(once)
-    assert [was == now for was, now in zip(times, mtimes(shards), strict=True)] == [True, False, True]
+    assert [was == now for was, now in zip(times, mtimes(shards), strict=True)] == [
+        True,
+        False,
+        True,
+    ]
 
 
-def test_a_source_that_changed_makes_its_shard_anew_and_no_other(faint: Corpus, shards: Path, tmp_path: Path):
+def test_a_source_that_changed_makes_its_shard_anew_and_no_other(
+    faint: Corpus, shards: Path, tmp_path: Path
+):
     times = mtimes(shards)
     home = next(name for name, known in facts(shards).items() if known["key"] == "000000005")
     shutil.copytree(faint.root, tmp_path / "in")
     sf.write(tmp_path / "in" / home, np.full((120_000, 2), 0.25), RATE)
     pack(index_corpus(tmp_path / "in"), shards, THREE)
-    assert [was == now for was, now in zip(times, mtimes(shards), strict=True)] == [True, False, True]
+    assert [was == now for was, now in zip(times, mtimes(shards), strict=True)] == [
+        True,
+        False,
+        True,
+    ]
     np.testing.assert_array_equal(samples(shards)[home], 0.25)
 
 
@@ -354,7 +412,9 @@ def test_the_table_of_the_shards_is_that_of_an_index_and_moves_with_them(
 ):
     packed = pack(sounds(tmp_path / "in"), tmp_path / "out", Packing())
     shutil.move(tmp_path / "out", tmp_path / "moved")
-    monkeypatch.setattr(index_module, "inspect", lambda audio: pytest.fail(f"{audio} is decoded again"))
+    monkeypatch.setattr(
+        index_module, "inspect", lambda audio: pytest.fail(f"{audio} is decoded again")
+    )
     assert index_corpus(tmp_path / "moved").table.equals(packed.table)
     assert samples(tmp_path / "moved").keys() == {f"sub/{number}.wav" for number in range(5)}
 
@@ -363,23 +423,36 @@ def test_the_webdataset_package_reads_our_shards(tmp_path: Path):
     pack(sounds(tmp_path / "in"), tmp_path / "out", Packing())
     known = facts(tmp_path / "out")
     by_key = {facts["key"]: facts for facts in known.values()}
-    read_by_it = list(webdataset.WebDataset(str(tmp_path / "out" / "shard-000000.tar"), shardshuffle=False))
+    read_by_it = list(
+        webdataset.WebDataset(str(tmp_path / "out" / "shard-000000.tar"), shardshuffle=False)
+    )
     assert [sample["__key__"] for sample in read_by_it] == sorted(by_key)
     for sample in read_by_it:
         facts_of_it = json.loads(sample["json"])
         number = int(Path(facts_of_it["source"]).stem)
         assert sample["flac"] == by_key[sample["__key__"]]["content"]
-        np.testing.assert_array_equal(sf.read(io.BytesIO(sample["flac"]), dtype="int16")[0], noise(number))
+        np.testing.assert_array_equal(
+            sf.read(io.BytesIO(sample["flac"]), dtype="int16")[0], noise(number)
+        )
 
 
 @pytest.mark.parametrize("clip_seconds", [None, 0.02])
-def test_training_gets_the_same_crops_from_shards_as_from_the_files(tmp_path: Path, clip_seconds: float | None):
+def test_training_gets_the_same_crops_from_shards_as_from_the_files(
+    tmp_path: Path, clip_seconds: float | None
+):
     corpus = sounds(tmp_path / "in", 8)
     pack(corpus, tmp_path / "out", Packing())
     in_order = corpus.shuffled()
     assert in_order.names.to_pylist() == list(facts(tmp_path / "out"))
     loose, packed = (
-        CropDataset(Files([files]), 16_000, 150, crops_per_clip=2, clip_seconds=clip_seconds, loudness_dbfs=-14.0)
+        CropDataset(
+            Files([files]),
+            16_000,
+            150,
+            crops_per_clip=2,
+            clip_seconds=clip_seconds,
+            loudness_dbfs=-14.0,
+        )
         for files in (in_order, index_corpus(tmp_path / "out").usable())
     )
     for file in range(8):

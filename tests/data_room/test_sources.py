@@ -8,17 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from jepa_audio.data import index as index_module
-from jepa_audio.data.corpus import Corpus, CorpusError
-from jepa_audio.data.index import index_corpus
-from jepa_audio.data.sources import Found, find, members
+from jepa_audio.data.corpus import index as index_module
+from jepa_audio.data.corpus.index import index_corpus
+from jepa_audio.data.corpus.sources import DiscoveredFile, find, members
+from jepa_audio.data.corpus.table import Corpus, CorpusError
 from tests.sounds import audio, noise, pairs, tar, write
 
 
-def found(*sources: Path | str, root: Path = Path("/nowhere")) -> list[Found]:
+def found(*sources: Path | str, root: Path = Path("/nowhere")) -> list[DiscoveredFile]:
     """All that is found, with the members of the tars in their place."""
     entries = find([str(source) for source in sources], root)
-    return [file for entry in entries for file in (members(entry, root) if entry.is_tar else [entry])]
+    return [
+        file for entry in entries for file in (members(entry, root) if entry.is_tar else [entry])
+    ]
 
 
 def reasons(corpus: Corpus) -> dict[str, str]:
@@ -49,7 +51,9 @@ def test_a_path_below_the_root_is_relative_and_any_other_absolute(tmp_path: Path
     assert [entry.source for entry in entries] == ["a.wav", str(tmp_path / "other" / "b.wav")]
 
 
-@pytest.mark.parametrize("pattern", ["t-{00..02}.tar", "t-*.tar", "{t-00,t-0[12]}.tar", "**/t-*.tar"])
+@pytest.mark.parametrize(
+    "pattern", ["t-{00..02}.tar", "t-*.tar", "{t-00,t-0[12]}.tar", "**/t-*.tar"]
+)
 def test_a_pattern_stands_for_all_its_tars(tmp_path: Path, pattern: str):
     for number in range(3):
         tar(tmp_path / f"t-{number:02}.tar", {f"{number}.wav": audio(number)})
@@ -59,7 +63,9 @@ def test_a_pattern_stands_for_all_its_tars(tmp_path: Path, pattern: str):
 
 def test_what_a_pattern_misses_is_named(tmp_path: Path):
     tar(tmp_path / "t-0.tar", pairs(1))
-    assert refusal(tmp_path / "t-{0..1}.tar").startswith(f"the audio source {tmp_path}/t-1.tar, one of {tmp_path}/t-{{")
+    assert refusal(tmp_path / "t-{0..1}.tar").startswith(
+        f"the audio source {tmp_path}/t-1.tar, one of {tmp_path}/t-{{"
+    )
     assert refusal(tmp_path / "{t,u}-*.tar").endswith("matches nothing")
     assert "u-*.tar" in refusal(tmp_path / "{t,u}-*.tar")
 
@@ -69,15 +75,24 @@ def test_a_name_that_looks_like_a_pattern_is_taken_as_it_is(tmp_path: Path):
     assert len(found(tmp_path / "take [1] {a,b}.wav")) == 1
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/{00..99}.tar", "https://host/a.tar", "pipe:aws s3 cp x -", "hf://a/b"])
+@pytest.mark.parametrize(
+    "url", ["s3://bucket/{00..99}.tar", "https://host/a.tar", "pipe:aws s3 cp x -", "hf://a/b"]
+)
 def test_what_is_not_on_this_machine_is_refused_before_anything_is_fetched(url: str):
-    assert refusal(url) == f"{url} is no local path: fetch it first, training reads at any place of any file"
+    assert (
+        refusal(url)
+        == f"{url} is no local path: fetch it first, training reads at any place of any file"
+    )
 
 
-@pytest.mark.parametrize("name", ["table.parquet", "notes.txt", "audio.zip", "shard.tar.gz", "examples.jsonx", "no"])
+@pytest.mark.parametrize(
+    "name", ["table.parquet", "notes.txt", "audio.zip", "shard.tar.gz", "examples.jsonx", "no"]
+)
 def test_a_file_of_no_known_kind_is_refused_and_told_what_is_known(tmp_path: Path, name: str):
     message = refusal(write(tmp_path / name))
-    assert message.startswith(f"{tmp_path / name} is no audio source: a folder, examples.json or one of ")
+    assert message.startswith(
+        f"{tmp_path / name} is no audio source: a folder, examples.json or one of "
+    )
     assert ".flac" in message
     assert ".jsonl" in message
 
@@ -86,7 +101,10 @@ def manifest(path: Path, records: list[dict[str, object]]) -> Path:
     if path.suffix == ".jsonl":
         return write(path, "\n".join(map(json.dumps, records)).encode())
     separator = {".csv": ",", ".tsv": "\t"}[path.suffix]
-    lines = [separator.join(records[0]), *(separator.join(map(str, record.values())) for record in records)]
+    lines = [
+        separator.join(records[0]),
+        *(separator.join(map(str, record.values())) for record in records),
+    ]
     return write(path, "\n".join(lines).encode())
 
 
@@ -105,7 +123,13 @@ def test_a_manifest_tells_files_groups_and_splits(tmp_path: Path, suffix: str, c
 
 @pytest.mark.parametrize(
     ("said", "meant"),
-    [("val", "valid"), ("dev", "valid"), ("validation", "valid"), ("training", "train"), ("testing", "test")]
+    [
+        ("val", "valid"),
+        ("dev", "valid"),
+        ("validation", "valid"),
+        ("training", "train"),
+        ("testing", "test"),
+    ]
     + [(name, name) for name in ("train", "valid", "test", "")],
 )
 def test_a_split_has_one_name_whatever_the_manifest_calls_it(tmp_path: Path, said: str, meant: str):
@@ -120,14 +144,26 @@ def test_a_split_that_is_none_is_not_kept_silently(tmp_path: Path):
 
 
 def test_groups_may_be_numbers_from_zero(tmp_path: Path):
-    entries = found(manifest(tmp_path / "m.jsonl", [{"path": f"{group}.wav", "group": group} for group in (0, 1)]))
+    entries = found(
+        manifest(
+            tmp_path / "m.jsonl", [{"path": f"{group}.wav", "group": group} for group in (0, 1)]
+        )
+    )
     assert [entry.group for entry in entries] == ["0", "1"]
 
 
 def test_a_bad_line_of_a_manifest_costs_one_row_and_no_good_one(tmp_path: Path):
     write(tmp_path / "a.wav")
     write(tmp_path / "b.wav")
-    lines = ['{"path": "a.wav"}', "", '{"path": "b', "[1]", '{"id": 3}', '{"path": ""}', '{"path": 5}']
+    lines = [
+        '{"path": "a.wav"}',
+        "",
+        '{"path": "b',
+        "[1]",
+        '{"id": 3}',
+        '{"path": ""}',
+        '{"path": 5}',
+    ]
     text = "\n".join([*lines, '{"path": "gone.wav"}', '{"path": "b.wav"}'])
     assert reasons(index_corpus(write(tmp_path / "m.jsonl", text.encode()), max_bad_share=1.0)) == {
         "a.wav": "",
@@ -137,7 +173,9 @@ def test_a_bad_line_of_a_manifest_costs_one_row_and_no_good_one(tmp_path: Path):
         "m.jsonl:line 4": "a JSON object was expected, got list",
         **{f"m.jsonl:line {line}": "no 'path' in this line" for line in (5, 6, 7)},
     }
-    write(tmp_path / "m.csv", b"\xef\xbb\xbfpath,id\na.wav,1\n,2\ngone.wav,3\nb.wav\n")  # begins with a BOM
+    write(
+        tmp_path / "m.csv", b"\xef\xbb\xbfpath,id\na.wav,1\n,2\ngone.wav,3\nb.wav\n"
+    )  # begins with a BOM
     assert reasons(index_corpus(tmp_path / "m.csv", max_bad_share=1.0)) == {
         "a.wav": "",
         "b.wav": "",
@@ -147,9 +185,14 @@ def test_a_bad_line_of_a_manifest_costs_one_row_and_no_good_one(tmp_path: Path):
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
-def test_a_manifest_without_a_column_for_the_file_is_refused_naming_what_it_has(tmp_path: Path, suffix: str):
+def test_a_manifest_without_a_column_for_the_file_is_refused_naming_what_it_has(
+    tmp_path: Path, suffix: str
+):
     message = refusal(manifest(tmp_path / f"m{suffix}", [{"id": 1, "filename": "a.wav"}]))
-    assert message == f"{tmp_path / 'm'}{suffix}: none of ['id', 'filename'] is the audio file: call it 'path'"
+    assert (
+        message
+        == f"{tmp_path / 'm'}{suffix}: none of ['id', 'filename'] is the audio file: call it 'path'"
+    )
 
 
 @pytest.mark.parametrize("name", ["m.csv", "m.jsonl"])
@@ -161,23 +204,32 @@ def test_an_empty_manifest_is_refused_in_a_sentence(tmp_path: Path, name: str):
 
 def test_a_tar_in_a_manifest_gives_its_members_what_the_manifest_says(tmp_path: Path):
     tar(tmp_path / "t.tar", {"a.wav": audio(0)})
-    (entry,) = found(manifest(tmp_path / "m.csv", [{"path": "t.tar", "group": "g", "split": "test"}]))
+    (entry,) = found(
+        manifest(tmp_path / "m.csv", [{"path": "t.tar", "group": "g", "split": "test"}])
+    )
     assert (entry.member, entry.group, entry.split) == ("a.wav", "g", "test")
 
 
 def test_nsynth_groups_its_notes_by_instrument_and_splits_them_by_folder(tmp_path: Path):
     for split in ("train", "valid", "test"):
         folder = tmp_path / f"nsynth-{split}"
-        notes = {f"bass_0-{pitch}": {"instrument_str": "bass_0", "pitch": pitch} for pitch in (40, 41)}
+        notes = {
+            f"bass_0-{pitch}": {"instrument_str": "bass_0", "pitch": pitch} for pitch in (40, 41)
+        }
         write(folder / "examples.json", json.dumps(notes).encode())
         for name in notes:
             write(folder / "audio" / f"{name}.wav")
         (tmp_path / f"nsynth-{split}" / "audio" / "unlisted.wav").write_bytes(audio(1))
-    corpus = index_corpus(tmp_path / "nsynth-{train,valid,test}" / "examples.json", tmp_path / "t.parquet")
+    corpus = index_corpus(
+        tmp_path / "nsynth-{train,valid,test}" / "examples.json", tmp_path / "t.parquet"
+    )
     assert corpus.is_usable.all()
     assert len(corpus) == 6
     for row in corpus.table.to_pylist():
-        assert (row["group"], row["split"]) == ("bass_0", row["source"].split("/")[0].removeprefix("nsynth-"))
+        assert (row["group"], row["split"]) == (
+            "bass_0",
+            row["source"].split("/")[0].removeprefix("nsynth-"),
+        )
 
 
 @pytest.mark.parametrize("content", [b"{", b"[1]"])
@@ -186,18 +238,31 @@ def test_a_broken_manifest_of_nsynth_is_refused_by_name(tmp_path: Path, content:
 
 
 def test_the_suffix_of_a_tar_may_be_in_capitals_as_that_of_audio(tmp_path: Path):
-    assert [entry.member for entry in found(tar(tmp_path / "T.TAR", pairs(2)))] == ["0.wav", "1.wav"]
+    assert [entry.member for entry in found(tar(tmp_path / "T.TAR", pairs(2)))] == [
+        "0.wav",
+        "1.wav",
+    ]
 
 
 def test_the_same_file_through_two_sources_is_counted_once(tmp_path: Path):
     write(tmp_path / "a.wav")
     tar(tmp_path / "sub" / "t.tar", pairs(2))
     manifest(tmp_path / "m.csv", [{"path": "sub/../a.wav"}])
-    every = [tmp_path, tmp_path / "sub", tmp_path / "sub" / "*.tar", tmp_path / "m.csv", tmp_path / "a.wav"]
+    every = [
+        tmp_path,
+        tmp_path / "sub",
+        tmp_path / "sub" / "*.tar",
+        tmp_path / "m.csv",
+        tmp_path / "a.wav",
+    ]
     for _ in range(2):  # the second time it is known
         corpus = index_corpus(every, tmp_path / "out" / "t.parquet")
         names = corpus.names.to_pylist()
-        assert [name.removeprefix(f"{tmp_path}/") for name in names] == ["a.wav", "sub/t.tar:0.wav", "sub/t.tar:1.wav"]
+        assert [name.removeprefix(f"{tmp_path}/") for name in names] == [
+            "a.wav",
+            "sub/t.tar:0.wav",
+            "sub/t.tar:1.wav",
+        ]
 
 
 def test_a_manifest_beside_its_folder_still_tells_groups_and_splits(tmp_path: Path):
@@ -207,22 +272,31 @@ def test_a_manifest_beside_its_folder_still_tells_groups_and_splits(tmp_path: Pa
     assert corpus.table.select(["group", "split"]).to_pylist() == [{"group": "g", "split": "test"}]
 
 
-def test_a_source_given_with_dots_is_decoded_once_as_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_source_given_with_dots_is_decoded_once_as_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     write(tmp_path / "audio" / "a.wav")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert index_corpus("../audio").names.to_pylist() == ["a.wav"]
-    monkeypatch.setattr(index_module, "inspect", lambda audio: pytest.fail(f"{audio} is decoded again"))
+    monkeypatch.setattr(
+        index_module, "inspect", lambda audio: pytest.fail(f"{audio} is decoded again")
+    )
     index_corpus("../audio")
 
 
 def test_a_name_on_disk_that_is_no_text_costs_its_file_only(tmp_path: Path):
     write(tmp_path / "a.wav")
     write(tmp_path / os.fsdecode(b"caf\xe9.wav"))
-    assert reasons(index_corpus(tmp_path)) == {"a.wav": "", "caf\\udce9.wav": "its name is not UTF-8: rename it"}
+    assert reasons(index_corpus(tmp_path)) == {
+        "a.wav": "",
+        "caf\\udce9.wav": "its name is not UTF-8: rename it",
+    }
 
 
-def test_a_folder_of_compressed_tars_only_is_refused_with_the_remedy(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_folder_of_compressed_tars_only_is_refused_with_the_remedy(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     write(tmp_path / "a.tar.gz")
     write(tmp_path / "b.tgz")
     assert "2 compressed tars (unpack them to .tar" in refusal(tmp_path)
@@ -233,7 +307,9 @@ def test_a_folder_of_compressed_tars_only_is_refused_with_the_remedy(tmp_path: P
 
 def test_one_bad_tar_costs_no_file_of_another(tmp_path: Path):
     tar(tmp_path / "good.tar", pairs(2))
-    write(tmp_path / "gzip.tar", gzip.compress(tar(tmp_path / "x" / "in.tar", pairs(1)).read_bytes()))
+    write(
+        tmp_path / "gzip.tar", gzip.compress(tar(tmp_path / "x" / "in.tar", pairs(1)).read_bytes())
+    )
     shutil.rmtree(tmp_path / "x")
     assert reasons(index_corpus(tmp_path)) == {
         "good.tar:0.wav": "",

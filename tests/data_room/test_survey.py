@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from jepa_audio.data.corpus import Corpus, load_corpus
-from jepa_audio.data.index import index_corpus
-from jepa_audio.data.shards import Packing, pack
-from jepa_audio.data.survey import describe, verify
+from jepa_audio.data.corpus.index import index_corpus
+from jepa_audio.data.corpus.shards import Packing, pack
+from jepa_audio.data.corpus.survey import describe, verify
+from jepa_audio.data.corpus.table import Corpus, load_corpus
 from tests.sounds import audio, made_up, noise, pairs, tar, write
 
 Main = Callable[..., None]
@@ -58,7 +58,9 @@ def test_the_page_of_a_corpus_tells_what_it_holds_and_what_is_wrong_with_it():
     assert "quietest 6.wav -80 dBFS" in rows
     assert "clipped 4 files reach full scale 44.4 %" in rows
     assert "1 truncated 9.wav" in rows
-    assert "0 usable files, 0.00 hours, 0.00 GB; 1 unusable" in printed(corpus.take(~corpus.is_usable))
+    assert "0 usable files, 0.00 hours, 0.00 GB; 1 unusable" in printed(
+        corpus.take(~corpus.is_usable)
+    )
 
 
 @pytest.mark.parametrize("name", ["song [live].wav", "b [/x].wav"])
@@ -105,7 +107,11 @@ def test_one_other_byte_anywhere_in_a_shard_is_found(tmp_path: Path, what: str):
     corpus = packed(tmp_path)
     shard = tmp_path / "out" / "shard-000000.tar"
     content = bytearray(shard.read_bytes())
-    place = {"audio": corpus.table["offset"][1].as_py() + 300, "json": content.index(b"source"), "end": -1}[what]
+    place = {
+        "audio": corpus.table["offset"][1].as_py() + 300,
+        "json": content.index(b"source"),
+        "end": -1,
+    }[what]
     content[place] ^= 1
     shard.write_bytes(content)
     wrong = verify(corpus)
@@ -117,7 +123,7 @@ def test_one_other_byte_anywhere_in_a_shard_is_found(tmp_path: Path, what: str):
 
 @pytest.fixture
 def main() -> Main:
-    from jepa_audio.cli import main
+    from jepa_audio.cli.main import main
 
     return lambda *args: main(list(map(str, args)))
 
@@ -130,9 +136,18 @@ def test_the_command_index_makes_one_table_of_several_sources(tmp_path: Path, ma
         main("data", "index", folder, file)
 
 
-def test_the_command_split_groups_by_a_pattern(tmp_path: Path, main: Main, capsys: pytest.CaptureFixture[str]):
+def test_the_command_split_groups_by_a_pattern(
+    tmp_path: Path, main: Main, capsys: pytest.CaptureFixture[str]
+):
     index_corpus(sounds(tmp_path / "a"))
-    main("data", "split", tmp_path / "a", "{train: 0.5, valid: 0.25, test: 0.25}", "--pattern", "^([^_]+)_")
+    main(
+        "data",
+        "split",
+        tmp_path / "a",
+        "{train: 0.5, valid: 0.25, test: 0.25}",
+        "--pattern",
+        "^([^_]+)_",
+    )
     corpus = load_corpus(tmp_path / "a")
     assert corpus.table["group"].to_pylist() == ["a", "a", "b", "b"]
     split = corpus.table["split"].to_pylist()
@@ -147,7 +162,14 @@ def test_the_command_split_groups_by_a_pattern(tmp_path: Path, main: Main, capsy
 def test_the_commands_pack_describe_and_verify_work_on_one_another(
     tmp_path: Path, main: Main, capsys: pytest.CaptureFixture[str]
 ):
-    main("data", "pack", sounds(tmp_path / "a"), tmp_path / "out", "--sample_rate=4000", "--shard_mb=1")
+    main(
+        "data",
+        "pack",
+        sounds(tmp_path / "a"),
+        tmp_path / "out",
+        "--sample_rate=4000",
+        "--shard_mb=1",
+    )
     assert "4 files in 1 shards, 0 left out" in capsys.readouterr().out
     main("data", "describe", tmp_path / "out")
     assert "4000 Hz: 4" in capsys.readouterr().out

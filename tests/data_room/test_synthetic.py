@@ -6,20 +6,43 @@ import numpy as np
 import pytest
 import soundfile
 
-from jepa_audio.data.synthetic import FAMILIES, INSTRUMENTS, Note, Settings, render, synthesize_corpus
+from jepa_audio.data.synthetic import (
+    FAMILIES,
+    INSTRUMENTS,
+    Note,
+    Settings,
+    render,
+    synthesize_corpus,
+)
 
 SPLITS = ("train", "valid", "test")
-NSYNTH_FIELDS = {"note", "note_str", "pitch", "velocity", "sample_rate", "qualities", "qualities_str"} | {
-    f"instrument{part}{form}" for part in ("", "_family", "_source") for form in ("", "_str")
-}
+NSYNTH_FIELDS = {
+    "note",
+    "note_str",
+    "pitch",
+    "velocity",
+    "sample_rate",
+    "qualities",
+    "qualities_str",
+} | {f"instrument{part}{form}" for part in ("", "_family", "_source") for form in ("", "_str")}
 NSYNTH_FAMILIES = "bass brass flute guitar keyboard mallet organ reed string synth_lead vocal"
 HALF = Settings({"train": 0, "valid": 0, "test": 0}, 0.5, 16000, 5)
 SECOND = Settings({"train": 0, "valid": 0, "test": 0}, 1.0, 16000, 5)
 
 
 def synthesize_tiny(directory: Path, seed: int = 3, num_workers: int = 0) -> dict[str, bytes]:
-    synthesize_corpus(directory, num_train=20, num_valid=4, num_test=6, seconds=0.5, seed=seed, num_workers=num_workers)
-    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+    synthesize_corpus(
+        directory,
+        num_train=20,
+        num_valid=4,
+        num_test=6,
+        seconds=0.5,
+        seed=seed,
+        num_workers=num_workers,
+    )
+    return {
+        str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()
+    }
 
 
 def examples_of(directory: Path, split: str) -> dict[str, dict]:
@@ -41,9 +64,17 @@ def test_layout_and_fields_are_nsynths(corpus: Path):
         for name, example in examples.items():
             assert set(example) == NSYNTH_FIELDS
             assert name == example["note_str"]
-            assert name == f"{example['instrument_str']}-{example['pitch']:03d}-{example['velocity']:03d}"
-            assert name.startswith(f"{example['instrument_family_str']}_{example['instrument_source_str']}_")
-            assert NSYNTH_FAMILIES.split()[example["instrument_family"]] == example["instrument_family_str"]
+            assert (
+                name
+                == f"{example['instrument_str']}-{example['pitch']:03d}-{example['velocity']:03d}"
+            )
+            assert name.startswith(
+                f"{example['instrument_family_str']}_{example['instrument_source_str']}_"
+            )
+            assert (
+                NSYNTH_FAMILIES.split()[example["instrument_family"]]
+                == example["instrument_family_str"]
+            )
             assert len(example["qualities"]) == 10
             assert sum(example["qualities"]) == len(example["qualities_str"])
             assert 36 <= example["pitch"] <= 84
@@ -52,7 +83,12 @@ def test_layout_and_fields_are_nsynths(corpus: Path):
 def test_every_file_is_16_bit_pcm_of_the_right_length_without_clipping_or_silence(corpus: Path):
     for path in corpus.rglob("*.wav"):
         info = soundfile.info(path)
-        assert (info.frames, info.samplerate, info.channels, info.subtype) == (8000, 16000, 1, "PCM_16")
+        assert (info.frames, info.samplerate, info.channels, info.subtype) == (
+            8000,
+            16000,
+            1,
+            "PCM_16",
+        )
         samples = soundfile.read(path, dtype="int16")[0].astype(int)
         assert 300 < np.abs(samples).max() < 32767 * 0.9
 
@@ -72,7 +108,9 @@ def test_same_note_sounds_different_under_another_seed():
 
 def test_a_smaller_corpus_is_the_beginning_of_a_larger_one():
     large = Settings({"train": 50, "valid": 0, "test": 0}, 1.0, 16000, 0).notes("train")
-    assert Settings({"train": 20, "valid": 0, "test": 0}, 1.0, 16000, 0).notes("train") == large[:20]
+    assert (
+        Settings({"train": 20, "valid": 0, "test": 0}, 1.0, 16000, 0).notes("train") == large[:20]
+    )
 
 
 def test_no_instrument_of_one_split_is_heard_in_another_and_no_note_comes_twice():
@@ -100,7 +138,9 @@ def cents_of_the_strongest_period(samples: np.ndarray, pitch: int) -> float:
     return float((cents + 600) % 1200 - 600)
 
 
-@pytest.mark.parametrize("family", ["bass", "brass", "guitar", "keyboard", "organ", "reed", "string", "vocal"])
+@pytest.mark.parametrize(
+    "family", ["bass", "brass", "guitar", "keyboard", "organ", "reed", "string", "vocal"]
+)
 def test_label_says_the_pitch_modulo_octave(family: str):
     index = list(FAMILIES).index(family)
     pitches = range(45, 69, 2)
@@ -132,7 +172,9 @@ def test_families_differ_in_the_spectrum_of_one_pitch():
 def test_velocity_makes_every_family_brighter_and_louder(family: int):
     def sound(velocity: int) -> tuple[float, float]:
         centroids, levels = [], []
-        for number in range(12):  # equal numbers share all chance, so that the velocity is the only difference
+        for number in range(
+            12
+        ):  # equal numbers share all chance, so that the velocity is the only difference
             samples = render(Note(0, number, family, 0, 50, velocity), HALF)[0].astype(float)
             magnitude = np.abs(np.fft.rfft(samples))
             centroids.append(np.average(np.arange(magnitude.size), weights=magnitude**2))
@@ -195,12 +237,16 @@ def test_real_nsynth_is_never_written_over(tmp_path: Path):
         ({}, 1.0, 4000, "sample_rate"),
     ],
 )
-def test_impossible_corpora_are_refused(counts: dict[str, int], seconds: float, sample_rate: int, name: str):
+def test_impossible_corpora_are_refused(
+    counts: dict[str, int], seconds: float, sample_rate: int, name: str
+):
     with pytest.raises(ValueError, match=f"`{name}`"):
         Settings({"train": 1, "valid": 1, "test": 1} | counts, seconds, sample_rate, 0)
 
 
-def test_progress_away_from_a_terminal_is_a_line_every_tenth(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+def test_progress_away_from_a_terminal_is_a_line_every_tenth(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
     synthesize_tiny(tmp_path)
     lines = capfd.readouterr().err.splitlines()
     assert [int(line.split()[1]) for line in lines] == list(range(3, 31, 3))

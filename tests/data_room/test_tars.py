@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import webdataset
 
-from jepa_audio.data import index as index_module
-from jepa_audio.data.index import index_corpus
-from jepa_audio.data.read import Member, read
-from jepa_audio.data.sources import Found, find, members
+from jepa_audio.data.audio.read import Member, read
+from jepa_audio.data.corpus import index as index_module
+from jepa_audio.data.corpus.index import index_corpus
+from jepa_audio.data.corpus.sources import DiscoveredFile, find, members
 from tests.sounds import FORMATS, RATE, audio, noise, pairs, tar, write
 
 BLOCK = tarfile.BLOCKSIZE
@@ -31,15 +31,17 @@ NAMES = {
 }
 
 
-def listed(path: Path) -> list[Found]:
+def listed(path: Path) -> list[DiscoveredFile]:
     (entry,) = find([str(path)], path.parent)
     return members(entry, path.parent)
 
 
-def good(path: Path) -> dict[int, Found]:
+def good(path: Path) -> dict[int, DiscoveredFile]:
     """The files that nothing speaks against, by the number of their sound: all decode to just what was written."""
     entries = [entry for entry in listed(path) if not entry.reason]
-    numbered = {int(Path(entry.member).name.split(".")[0]): entry for entry in entries if entry.member}
+    numbered = {
+        int(Path(entry.member).name.split(".")[0]): entry for entry in entries if entry.member
+    }
     assert len(numbered) == len(entries)
     for number, entry in numbered.items():
         samples, rate = read(Member(path, entry.member, entry.offset, entry.num_bytes))
@@ -82,7 +84,9 @@ def test_every_format_of_tar_gives_back_what_was_written(tmp_path: Path, kind: s
 
 
 def test_the_json_of_the_same_key_tells_group_and_split_in_whatever_order(tmp_path: Path):
-    facts = {key: json.dumps({"group": key, "split": "dev"}).encode() for key in ("a/x", "b/x", "v1.0/x")}
+    facts = {
+        key: json.dumps({"group": key, "split": "dev"}).encode() for key in ("a/x", "b/x", "v1.0/x")
+    }
     files = {
         "a/x.json": facts["a/x"],
         "a/x.wav": audio(0),
@@ -94,7 +98,9 @@ def test_the_json_of_the_same_key_tells_group_and_split_in_whatever_order(tmp_pa
         "x.wav": audio(4),
         "a/x.txt": b"words",
     }
-    entries = {entry.member: (entry.group, entry.split) for entry in listed(tar(tmp_path / "t.tar", files))}
+    entries = {
+        entry.member: (entry.group, entry.split) for entry in listed(tar(tmp_path / "t.tar", files))
+    }
     assert entries == {
         "a/x.wav": ("a/x", "valid"),
         "b/x.left.wav": ("b/x", "valid"),
@@ -108,7 +114,9 @@ def test_shards_of_the_webdataset_package_are_read(tmp_path: Path):
     with webdataset.TarWriter(str(tmp_path / "w.tar")) as writer:
         for number in range(3):
             record = {"group": f"g{number}", "split": "validation"}
-            writer.write({"__key__": f"sub/{number}", "wav": audio(number), "json": record, "cls": number})
+            writer.write(
+                {"__key__": f"sub/{number}", "wav": audio(number), "json": record, "cls": number}
+            )
     assert not bad(tmp_path / "w.tar")
     entries = good(tmp_path / "w.tar")
     assert [entry.member for entry in entries.values()] == ["sub/0.wav", "sub/1.wav", "sub/2.wav"]
@@ -119,7 +127,11 @@ def test_shards_of_the_webdataset_package_are_read(tmp_path: Path):
 
 def test_what_is_no_file_in_a_tar_is_passed_over(tmp_path: Path):
     with tarfile.open(tmp_path / "t.tar", "w") as archive:
-        for name, kind in (("d.wav", tarfile.DIRTYPE), ("l.wav", tarfile.SYMTYPE), ("p.wav", tarfile.FIFOTYPE)):
+        for name, kind in (
+            ("d.wav", tarfile.DIRTYPE),
+            ("l.wav", tarfile.SYMTYPE),
+            ("p.wav", tarfile.FIFOTYPE),
+        ):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "0.wav"
             archive.addfile(info)
@@ -131,14 +143,19 @@ def test_what_is_no_file_in_a_tar_is_passed_over(tmp_path: Path):
 
 
 def test_tars_written_one_after_the_other_are_one(tmp_path: Path):
-    one, two = tar(tmp_path / "1.tar", pairs(2)), tar(tmp_path / "2.tar", {"x/2.wav": audio(2)}, "pax")
+    one, two = (
+        tar(tmp_path / "1.tar", pairs(2)),
+        tar(tmp_path / "2.tar", {"x/2.wav": audio(2)}, "pax"),
+    )
     both = write(tmp_path / "both.tar", one.read_bytes() + two.read_bytes())
     assert list(good(both)) == [0, 1, 2]
     assert not bad(both)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_wherever_a_tar_is_cut_all_before_the_cut_is_found_and_nothing_is_half(tmp_path: Path, kind: str):
+def test_wherever_a_tar_is_cut_all_before_the_cut_is_found_and_nothing_is_half(
+    tmp_path: Path, kind: str
+):
     files = pairs(3)
     whole = tar(tmp_path / "whole.tar", files, kind)
     starts = headers(whole)
@@ -171,9 +188,18 @@ CUTS = {
     "inside a header": ({0, 1}, {"byte {cut}": "a broken header: the file behind it is lost"}),
     "inside the JSON": ({0}, {"1.wav": "1.json beside it holds no JSON"}),
     "on a border": ({0, 1}, {"byte {cut}": "the tar ends without an end mark: it is cut off"}),
-    "between audio and its JSON": ({0, 1}, {"byte {cut}": "the tar ends without an end mark: it is cut off"}),
-    "before the end mark": ({0, 1, 2}, {"byte {cut}": "the tar ends without an end mark: it is cut off"}),
-    "in the padding behind audio": ({0, 1, 2}, {"byte {cut}": "the tar ends without an end mark: it is cut off"}),
+    "between audio and its JSON": (
+        {0, 1},
+        {"byte {cut}": "the tar ends without an end mark: it is cut off"},
+    ),
+    "before the end mark": (
+        {0, 1, 2},
+        {"byte {cut}": "the tar ends without an end mark: it is cut off"},
+    ),
+    "in the padding behind audio": (
+        {0, 1, 2},
+        {"byte {cut}": "the tar ends without an end mark: it is cut off"},
+    ),
 }
 
 
@@ -184,16 +210,25 @@ def test_a_cut_is_noticed_wherever_it_is(tmp_path: Path, where: str):
     path = write(tmp_path / "cut.tar", whole.read_bytes()[:cut])
     found, expected = CUTS[where]
     assert set(good(path)) == found
-    named = {name: reason.partition(":")[0] if "JSON" in reason else reason for name, reason in bad(path).items()}
+    named = {
+        name: reason.partition(":")[0] if "JSON" in reason else reason
+        for name, reason in bad(path).items()
+    }
     if "padding" in where:
         assert named  # in whatever words
     else:
-        assert named == {name.format(cut=cut // BLOCK * BLOCK): reason for name, reason in expected.items()}
+        assert named == {
+            name.format(cut=cut // BLOCK * BLOCK): reason for name, reason in expected.items()
+        }
 
 
-@pytest.mark.parametrize("lost", [f"{number}.{suffix}" for number in range(4) for suffix in ("wav", "json")])
+@pytest.mark.parametrize(
+    "lost", [f"{number}.{suffix}" for number in range(4) for suffix in ("wav", "json")]
+)
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_broken_header_costs_the_file_behind_it_and_no_other(tmp_path: Path, kind: str, lost: str):
+def test_a_broken_header_costs_the_file_behind_it_and_no_other(
+    tmp_path: Path, kind: str, lost: str
+):
     path = tar(tmp_path / "t.tar", pairs(4), kind)
     place = headers(path)[lost]
     overwritten(path, place)
@@ -205,7 +240,9 @@ def test_a_broken_header_costs_the_file_behind_it_and_no_other(tmp_path: Path, k
 
 
 @pytest.mark.parametrize(("kind", "prefix"), [("gnu", LONG), ("pax", LONG), ("pax", "ä")])
-def test_a_broken_header_behind_a_long_name_costs_no_other_file_either(tmp_path: Path, kind: str, prefix: str):
+def test_a_broken_header_behind_a_long_name_costs_no_other_file_either(
+    tmp_path: Path, kind: str, prefix: str
+):
     files = {f"{prefix}/{number}.wav": audio(number) for number in range(4)}
     path = tar(tmp_path / "t.tar", files, kind)
     overwritten(path, headers(path)[f"{prefix}/1.wav"])
@@ -256,7 +293,10 @@ NO_TARS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "gzip": (gzip.compress, "a compressed tar cannot be read at an offset: unpack it"),
     "bzip2": (bzip2, "a compressed tar cannot be read at an offset: unpack it"),
     "xz": (lzma.compress, "a compressed tar cannot be read at an offset: unpack it"),
-    "zstd": (lambda raw: b"\x28\xb5\x2f\xfd" + raw, "a compressed tar cannot be read at an offset: unpack it"),
+    "zstd": (
+        lambda raw: b"\x28\xb5\x2f\xfd" + raw,
+        "a compressed tar cannot be read at an offset: unpack it",
+    ),
     "end mark only": (lambda raw: bytes(20 * BLOCK), "a tar without audio files"),
     "zero bytes": (lambda raw: b"", "the tar ends without an end mark: it is cut off"),
     "text": (lambda raw: b"not a tar " * 300, "a broken header: the file behind it is lost"),
@@ -285,10 +325,12 @@ def test_a_name_that_is_no_text_costs_its_file_only(tmp_path: Path, kind: str):
     assert index_corpus(path).is_usable.tolist() == [True, False, True]
 
 
-def test_only_a_tar_that_has_changed_is_listed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_only_a_tar_that_has_changed_is_listed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     looked_at: list[str] = []
 
-    def counted(entry: Found, root: Path) -> list[Found]:
+    def counted(entry: DiscoveredFile, root: Path) -> list[DiscoveredFile]:
         looked_at.append(entry.source)
         return members(entry, root)
 

@@ -11,14 +11,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from jepa_audio.cli import JEPACLI, main
-from jepa_audio.encode import load_frozen
-from jepa_audio.grid import Masks
+from jepa_audio.cli.main import JEPACLI, main
+from jepa_audio.errors import MissingFileError
+from jepa_audio.inference.encode import load_encoder
 from jepa_audio.interop import WeightsError, export_weights, import_weights
 from jepa_audio.interop.convert import load_weights
-from jepa_audio.interop.layout import Given
+from jepa_audio.interop.layout import SizeHints
 from jepa_audio.interop.published import conv_layers_of, open_published
-from jepa_audio.jepa import JEPA
+from jepa_audio.steps.grid import Masks
+from jepa_audio.training.jepa import JEPA
 
 DATA = Path(__file__).parent.parent / "data"
 LAYOUTS = ("wavjepa", "pupujepa")
@@ -28,7 +29,9 @@ def state_of(layout: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The published weights of a parity file and its metadata."""
     with safe_open(DATA / f"{layout}.safetensors", "pt") as file:
         names = [name for name in file.keys() if name.startswith("state/")]  # noqa: SIM118 (a handle is no mapping)
-        return {name.removeprefix("state/"): file.get_tensor(name) for name in names}, file.metadata()
+        return {
+            name.removeprefix("state/"): file.get_tensor(name) for name in names
+        }, file.metadata()
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -61,12 +64,21 @@ def test_import_of_export_is_the_same_bit_for_bit(layout: str, published: Path, 
     assert ours.keys() == theirs.keys(), "every published name is written, no other"
     for name, value in theirs.items():
         assert ours[name].shape == value.shape, name
-        torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-6 if "pos_encoding" in name else 0)
+        torch.testing.assert_close(
+            ours[name], value, rtol=0, atol=1e-6 if "pos_encoding" in name else 0
+        )
 
 
-def test_a_run_of_ours_is_exported_and_comes_back(tmp_path: Path, tiny_cli: Callable[..., JEPACLI], fit):
-    final = ("--model.encoder.final_norm_eps=1e-5", "--model.predictor.trunk.init_args.final_norm_eps=1e-5")
-    cli = tiny_cli("wave", *final, "--model.encoder.norm_eps=1e-3", "--model.predictor.trunk.init_args.depth=2")
+def test_a_run_of_ours_is_exported_and_comes_back(
+    tmp_path: Path, tiny_cli: Callable[..., JEPACLI], fit
+):
+    final = (
+        "--model.encoder.final_norm_eps=1e-5",
+        "--model.predictor.trunk.init_args.final_norm_eps=1e-5",
+    )
+    cli = tiny_cli(
+        "wave", *final, "--model.encoder.norm_eps=1e-3", "--model.predictor.trunk.init_args.depth=2"
+    )
     fit(cli)
     checkpoint = Path(cli.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
     export_weights("wavjepa", checkpoint, tmp_path / "theirs")
@@ -78,7 +90,7 @@ def test_a_run_of_ours_is_exported_and_comes_back(tmp_path: Path, tiny_cli: Call
     again = import_weights("wavjepa", tmp_path / "theirs", tmp_path / "again", recipe=recipe)
     assert_equal(weights_of(again), configuration["state_dict"])
     clip = torch.randn(1, 1, 500)
-    ours, back = (load_frozen(path).encode(clip).layers[-1] for path in (checkpoint, again))
+    ours, back = (load_encoder(path).encode(clip).layers[-1] for path in (checkpoint, again))
     assert torch.equal(ours, back)
 
 
@@ -89,21 +101,31 @@ def test_the_statistics_of_the_log_mel_come_back(tmp_path: Path):
     recipe["model"]["front_end"]["init_args"]["mean"] = -9.0
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     own = import_weights(
-        "pupujepa", tmp_path / "published.safetensors", tmp_path / "ours", recipe=tmp_path / "recipe.yaml"
+        "pupujepa",
+        tmp_path / "published.safetensors",
+        tmp_path / "ours",
+        recipe=tmp_path / "recipe.yaml",
     )
     export_weights("pupujepa", own, tmp_path / "theirs")
-    again = JEPA.load_from_checkpoint(import_weights("pupujepa", tmp_path / "theirs", tmp_path / "again"))
+    again = JEPA.load_from_checkpoint(
+        import_weights("pupujepa", tmp_path / "theirs", tmp_path / "again")
+    )
     assert again.front_end.mean == -9.0
 
 
 def test_a_run_is_not_overwritten(layout: str, published: Path, tmp_path: Path):
     import_weights(layout, published, tmp_path / "ours")
-    with pytest.raises(WeightsError, match=r"last.ckpt exists and is not overwritten: give another folder with `-o`"):
+    with pytest.raises(
+        WeightsError,
+        match=r"last.ckpt exists and is not overwritten: give another folder with `-o`",
+    ):
         import_weights(layout, published, tmp_path / "ours")
 
 
-def test_a_broken_configuration_and_a_missing_recipe_are_named(layout: str, published: Path, tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match=r"no recipe at .*nowhere.yaml"):
+def test_a_broken_configuration_and_a_missing_recipe_are_named(
+    layout: str, published: Path, tmp_path: Path
+):
+    with pytest.raises(MissingFileError, match=r"no recipe at .*nowhere.yaml"):
         import_weights(layout, published, tmp_path / "ours", recipe=tmp_path / "nowhere.yaml")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(WeightsError, match=r"config.json is no JSON object"):
@@ -119,16 +141,23 @@ def test_wrappers_and_the_lightning_way_to_pack_are_seen_through(
     if layout == "wavjepa":
         packed["resampler_48k.kernel"] = torch.zeros(3, 1, 5)
     sizes = {name: json.loads(value) for name, value in metadata.items()}
-    torch.save({"state_dict": packed, "hyper_parameters": sizes, "epoch": 3}, tmp_path / "lightning.ckpt")
+    torch.save(
+        {"state_dict": packed, "hyper_parameters": sizes, "epoch": 3}, tmp_path / "lightning.ckpt"
+    )
     direct = import_weights(layout, published, tmp_path / "direct")
-    assert_equal(weights_of(import_weights(layout, tmp_path / "lightning.ckpt", tmp_path / "b")), weights_of(direct))
+    assert_equal(
+        weights_of(import_weights(layout, tmp_path / "lightning.ckpt", tmp_path / "b")),
+        weights_of(direct),
+    )
 
 
 def test_sizes_are_read_from_the_hugging_face_configuration(tmp_path: Path):
     state, _ = state_of("wavjepa")
     folder = tmp_path / "hub"
     folder.mkdir()
-    save_file({f"model.{name}": value for name, value in state.items()}, folder / "model.safetensors")
+    save_file(
+        {f"model.{name}": value for name, value in state.items()}, folder / "model.safetensors"
+    )
     config = {
         "extractor_config": {"conv_layers_spec": "[(16,10,5)] + [(16,3,2)]*4 + [(16,2,2)]"},
         "encoder_layers_cfg": {"nhead": 4},
@@ -145,11 +174,15 @@ def test_what_no_shape_tells_is_asked_for(layout: str, published: Path, tmp_path
     save_file(state, published)
     with pytest.raises(WeightsError, match=r"how many attention heads.*--num_heads N"):
         import_weights(layout, published, tmp_path / "ours")
-    given = Given(num_heads=2, predictor_num_heads=2, conv_strides=(5, 2, 2, 2, 2, 2))
-    jepa = JEPA.load_from_checkpoint(import_weights(layout, published, tmp_path / "ours", given=given))
+    given = SizeHints(num_heads=2, predictor_num_heads=2, conv_strides=(5, 2, 2, 2, 2, 2))
+    jepa = JEPA.load_from_checkpoint(
+        import_weights(layout, published, tmp_path / "ours", given=given)
+    )
     assert jepa.encoder.num_heads == 2
     with pytest.raises(WeightsError, match="do not divide the width"):
-        import_weights(layout, published, tmp_path / "odd", given=Given(num_heads=5, predictor_num_heads=2))
+        import_weights(
+            layout, published, tmp_path / "odd", given=SizeHints(num_heads=5, predictor_num_heads=2)
+        )
 
 
 def test_strides_that_nobody_tells_are_asked_for(tmp_path: Path):
@@ -159,20 +192,30 @@ def test_strides_that_nobody_tells_are_asked_for(tmp_path: Path):
     with pytest.raises(WeightsError, match="--conv_strides"):
         import_weights("wavjepa", tmp_path / "published.safetensors", tmp_path / "ours")
     with pytest.raises(WeightsError, match="2 strides were given for the 6 convolutions"):
-        given = Given(conv_strides=(5, 2))
-        import_weights("wavjepa", tmp_path / "published.safetensors", tmp_path / "ours", given=given)
+        given = SizeHints(conv_strides=(5, 2))
+        import_weights(
+            "wavjepa", tmp_path / "published.safetensors", tmp_path / "ours", given=given
+        )
 
 
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
         (lambda state, name: state.pop(name), r"missing \(1\): {name}"),
-        (lambda state, name: state.update({"stranger": torch.zeros(2)}), r"not known here \(1\): stranger"),
-        (lambda state, name: state.update({name: state[name][:-1]}), r"of another shape \(1\): {name} \["),
+        (
+            lambda state, name: state.update({"stranger": torch.zeros(2)}),
+            r"not known here \(1\): stranger",
+        ),
+        (
+            lambda state, name: state.update({name: state[name][:-1]}),
+            r"of another shape \(1\): {name} \[",
+        ),
     ],
     ids=["missing", "extra", "misshapen"],
 )
-def test_differences_are_refused_and_listed(layout: str, published: Path, tmp_path: Path, damage, said: str):
+def test_differences_are_refused_and_listed(
+    layout: str, published: Path, tmp_path: Path, damage, said: str
+):
     state, metadata = state_of(layout)
     name = "encoder.layers.1.linear2.bias" if layout == "wavjepa" else "student.blocks.1.norm2.bias"
     damage(state, name)
@@ -211,7 +254,7 @@ def test_files_that_are_none_are_named(tmp_path: Path):
     for name in ("short.safetensors", "short.ckpt", "text.ckpt"):
         with pytest.raises(WeightsError, match=rf"{name} is no whole"):
             open_published(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="no file of weights at"):
+    with pytest.raises(MissingFileError, match="no file of weights at"):
         open_published(tmp_path / "nowhere.ckpt")
     (tmp_path / "empty").mkdir()
     with pytest.raises(WeightsError, match="holds no file of weights"):
@@ -239,13 +282,23 @@ def test_fairseq_layers_are_never_evaluated(spec: str):
 
 
 @pytest.mark.parametrize("held", ["student", "teacher"])
-def test_a_subset_is_completed_and_said(tmp_path: Path, held: str, caplog: pytest.LogCaptureFixture):
+def test_a_subset_is_completed_and_said(
+    tmp_path: Path, held: str, caplog: pytest.LogCaptureFixture
+):
     state, metadata = state_of("pupujepa")
-    subset = {name: value for name, value in state.items() if name.startswith((f"{held}.", "patch_embed."))}
+    subset = {
+        name: value
+        for name, value in state.items()
+        if name.startswith((f"{held}.", "patch_embed."))
+    }
     save_file(subset, tmp_path / "subset.safetensors", metadata)
-    weights = weights_of(import_weights("pupujepa", tmp_path / "subset.safetensors", tmp_path / "ours"))
+    weights = weights_of(
+        import_weights("pupujepa", tmp_path / "subset.safetensors", tmp_path / "ours")
+    )
     for part in ("encoder", "target_encoder"):
-        assert torch.equal(weights[f"{part}.blocks.1.mlp.fc1.weight"], state[f"{held}.blocks.1.mlp.fc1.weight"])
+        assert torch.equal(
+            weights[f"{part}.blocks.1.mlp.fc1.weight"], state[f"{held}.blocks.1.mlp.fc1.weight"]
+        )
     assert "starts as a copy" in caplog.text
     assert "holds no predictor: it is drawn" in caplog.text
     JEPA.load_from_checkpoint(tmp_path / "ours" / "checkpoints" / "last.ckpt")
@@ -253,7 +306,11 @@ def test_a_subset_is_completed_and_said(tmp_path: Path, held: str, caplog: pytes
 
 def test_a_file_without_an_encoder_is_refused(tmp_path: Path):
     state, metadata = state_of("pupujepa")
-    save_file({"patch_embed.proj.weight": state["patch_embed.proj.weight"]}, tmp_path / "part.safetensors", metadata)
+    save_file(
+        {"patch_embed.proj.weight": state["patch_embed.proj.weight"]},
+        tmp_path / "part.safetensors",
+        metadata,
+    )
     with pytest.raises(WeightsError, match=r"holds no `teacher.norm.weight`"):
         import_weights("pupujepa", tmp_path / "part.safetensors", tmp_path / "ours")
 
@@ -274,15 +331,24 @@ def test_a_file_without_an_encoder_is_refused(tmp_path: Path):
     ],
 )
 def test_a_model_that_the_layout_cannot_hold_is_refused(
-    flavour: str, layout_name: str, setting: str, said: str, tmp_path: Path, tiny_cli: Callable[..., JEPACLI]
+    flavour: str,
+    layout_name: str,
+    setting: str,
+    said: str,
+    tmp_path: Path,
+    tiny_cli: Callable[..., JEPACLI],
 ):
     cli = tiny_cli(flavour, setting, "--trainer.max_steps=2")
     cli.trainer.fit(cli.model, cli.datamodule)
     with pytest.raises(WeightsError, match=said):
-        export_weights(layout_name, Path(cli.trainer.default_root_dir) / "checkpoints" / "last.ckpt", tmp_path)
+        export_weights(
+            layout_name, Path(cli.trainer.default_root_dir) / "checkpoints" / "last.ckpt", tmp_path
+        )
 
 
-def test_a_run_that_starts_from_weights_begins_at_their_loss(tmp_path: Path, tiny_cli: Callable[..., JEPACLI], fit):
+def test_a_run_that_starts_from_weights_begins_at_their_loss(
+    tmp_path: Path, tiny_cli: Callable[..., JEPACLI], fit
+):
     trained = tiny_cli("wave", "--trainer.max_steps=20")
     fit(trained)
     checkpoint = Path(trained.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
@@ -291,7 +357,9 @@ def test_a_run_that_starts_from_weights_begins_at_their_loss(tmp_path: Path, tin
     reference = JEPA.load_from_checkpoint(checkpoint)
     first: list[tuple[Tensor, Masks]] = []
     loss = further.model.loss
-    further.model.loss = lambda waveform, masks: first.append((waveform, masks)) or loss(waveform, masks)
+    further.model.loss = lambda waveform, masks: (
+        first.append((waveform, masks)) or loss(waveform, masks)
+    )
     losses = fit(further)
     reference.train()
     assert losses[0] == pytest.approx(float(reference.loss(*first[0]).detach()), rel=1e-6)
@@ -300,17 +368,36 @@ def test_a_run_that_starts_from_weights_begins_at_their_loss(tmp_path: Path, tin
 
 
 def test_the_command_line_imports_trains_further_and_exports(
-    wavs: Path, tmp_path: Path, tiny_cli: Callable[..., JEPACLI], monkeypatch: pytest.MonkeyPatch, capsys
+    wavs: Path,
+    tmp_path: Path,
+    tiny_cli: Callable[..., JEPACLI],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys,
 ):
     state, metadata = state_of("wavjepa")
     save_file(state, tmp_path / "published.safetensors", metadata)
     monkeypatch.chdir(tmp_path)
     main(["import", "wavjepa", "published.safetensors", "-o", "imported"])
     assert "jepa-audio fit --config imported/config.yaml" in capsys.readouterr().out
-    small = ["--data.root", str(wavs), "--data.batch_size=2", "--data.num_workers=0", "--trainer.max_steps=2"]
+    small = [
+        "--data.root",
+        str(wavs),
+        "--data.batch_size=2",
+        "--data.num_workers=0",
+        "--trainer.max_steps=2",
+    ]
     small += ["--model.lr_schedule.init_args.warmup_steps=1"]
-    small += ["--model.targets.top_k=2", "--trainer.logger=false", "--trainer.precision=32-true", "--run_dir=further"]
-    quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
+    small += [
+        "--model.targets.top_k=2",
+        "--trainer.logger=false",
+        "--trainer.precision=32-true",
+        "--run_dir=further",
+    ]
+    quiet = [
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+        "--trainer.accelerator=cpu",
+    ]
     main(["fit", "--config", "imported/config.yaml", *small, *quiet, "--data.crops_per_clip=1"])
     before, after = (
         weights_of(Path("imported/checkpoints/last.ckpt")),
@@ -322,13 +409,15 @@ def test_the_command_line_imports_trains_further_and_exports(
     assert load_file("published/model.safetensors").keys() == {f"model.{name}" for name in state}
 
 
-def test_weights_of_another_model_are_refused(tmp_path: Path, tiny_cli: Callable[..., JEPACLI], fit):
+def test_weights_of_another_model_are_refused(
+    tmp_path: Path, tiny_cli: Callable[..., JEPACLI], fit
+):
     cli = tiny_cli("wave", "--trainer.max_steps=2")
     fit(cli)
     other = tiny_cli("wave", "--model.encoder.depth=3")
     with pytest.raises(WeightsError, match=r"missing \(\d+\): encoder.blocks.2"):
         load_weights(other.model, Path(cli.trainer.default_root_dir) / "checkpoints" / "last.ckpt")
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint at nowhere.ckpt"):
+    with pytest.raises(MissingFileError, match=r"no checkpoint at nowhere.ckpt"):
         load_weights(other.model, Path("nowhere.ckpt"))
 
 
@@ -337,7 +426,11 @@ def nat(tmp_path: Path) -> dict[str, Tensor]:
     """The mono parity model with a stack of convolutions for each ear, in WavJEPA-Nat's names."""
     state, _ = state_of("wavjepa")
     ears = {name: value for name, value in state.items() if name.startswith("extract_audio.cnn.")}
-    both = {name: value for name, value in state.items() if name not in ears and "pos_encoding" not in name}
+    both = {
+        name: value
+        for name, value in state.items()
+        if name not in ears and "pos_encoding" not in name
+    }
     for ear in (0, 1):
         for name, value in ears.items():
             both[name.replace("cnn.", f"cnns.{ear}.")] = value + 0.01 * ear
@@ -349,7 +442,9 @@ def test_wavjepa_nat_comes_in_and_goes_out(nat: dict[str, Tensor], tmp_path: Pat
     checkpoint = import_weights("wavjepa", tmp_path / "nat.safetensors", tmp_path / "ours")
     jepa = JEPA.load_from_checkpoint(checkpoint)
     assert jepa.front_end.num_channels == 2
-    assert torch.equal(jepa.front_end.stacks[1][2][0].weight, nat["extract_audio.cnns.1.2.0.weight"])
+    assert torch.equal(
+        jepa.front_end.stacks[1][2][0].weight, nat["extract_audio.cnns.1.2.0.weight"]
+    )
     export_weights("wavjepa", checkpoint, tmp_path / "theirs")
     written = open_published(tmp_path / "theirs").tensors
     assert written.keys() - nat.keys() == {"pos_encoding_encoder", "pos_encoding_decoder"}
@@ -359,22 +454,35 @@ def test_wavjepa_nat_comes_in_and_goes_out(nat: dict[str, Tensor], tmp_path: Pat
     assert torch.equal(left[:, : width // 2], right[:, : width // 2])
     assert not left[:, width // 2 :].any()
     assert right[:, -width // 4 :].eq(1).all()
-    assert_equal(weights_of(import_weights("wavjepa", tmp_path / "theirs", tmp_path / "again")), weights_of(checkpoint))
+    assert_equal(
+        weights_of(import_weights("wavjepa", tmp_path / "theirs", tmp_path / "again")),
+        weights_of(checkpoint),
+    )
 
 
 def test_every_weight_of_the_published_transformer_has_its_place():
     """Torch's own encoder, filled by the names of the layout, computes what ours computes."""
     torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(8, 2, 32, dropout=0.0, activation="gelu", layer_norm_eps=1e-6, batch_first=True)
-    theirs = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(8), enable_nested_tensor=False).eval()
-    from jepa_audio.grid import Grid
+    layer = nn.TransformerEncoderLayer(
+        8, 2, 32, dropout=0.0, activation="gelu", layer_norm_eps=1e-6, batch_first=True
+    )
+    theirs = nn.TransformerEncoder(
+        layer, 2, norm=nn.LayerNorm(8), enable_nested_tensor=False
+    ).eval()
     from jepa_audio.interop.wavjepa import WavJEPALayout
-    from jepa_audio.positions import SinCosPositions
-    from jepa_audio.transformer import Encoder
+    from jepa_audio.steps.encoder.positions import SinCosPositions
+    from jepa_audio.steps.encoder.transformer import Transformer
+    from jepa_audio.steps.grid import Grid
 
-    ours = Encoder(8, 2, 2, SinCosPositions(), norm="post", norm_eps=1e-6, final_norm_eps=1e-5).eval()
+    ours = Transformer(
+        8, 2, 2, SinCosPositions(), norm="post", norm_eps=1e-6, final_norm_eps=1e-5
+    ).eval()
     names = {name: WavJEPALayout().published_name(f"encoder.{name}") for name in ours.state_dict()}
     state = theirs.state_dict()
-    ours.load_state_dict({name: state[published.removeprefix("encoder.")] for name, published in names.items()})
+    ours.load_state_dict(
+        {name: state[published.removeprefix("encoder.")] for name, published in names.items()}
+    )
     tokens, grid = torch.randn(2, 5, 8), Grid(1, 5)
-    torch.testing.assert_close(ours(tokens, grid), theirs(ours.embed(tokens, grid)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        ours(tokens, grid), theirs(ours.embed(tokens, grid)), rtol=1e-5, atol=1e-6
+    )

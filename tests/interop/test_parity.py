@@ -1,6 +1,7 @@
 """The published numbers: what WavJEPA's and PupuJEPA's own code computes with small weights, through our importer.
 
-Every size is read from the files' metadata: another file of the same kind can be put in their place.
+Every size is read from the files' metadata: another file of the same kind can be put in their
+place.
 """
 
 import dataclasses
@@ -14,12 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from jepa_audio.front_ends import SpectrogramFrontEnd
-from jepa_audio.front_ends.transforms import LogMel
-from jepa_audio.grid import Grid, Masks, TokenSet
 from jepa_audio.interop import import_weights
-from jepa_audio.jepa import JEPA
-from jepa_audio.targets import Targets
+from jepa_audio.steps.front_ends import SpectrogramFrontEnd
+from jepa_audio.steps.front_ends.transforms import LogMel
+from jepa_audio.steps.grid import Grid, Masks, TokenSet
+from jepa_audio.steps.targets import Targets
+from jepa_audio.training.jepa import JEPA
 
 
 class Published(NamedTuple):
@@ -35,7 +36,11 @@ def publish(name: str, folder: Path) -> Published:
     with safe_open(Path(__file__).parent.parent / "data" / f"{name}.safetensors", "pt") as file:
         values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (a handle is no mapping)
         metadata = file.metadata()
-    state = {key.removeprefix("state/"): value for key, value in values.items() if key.startswith("state/")}
+    state = {
+        key.removeprefix("state/"): value
+        for key, value in values.items()
+        if key.startswith("state/")
+    }
     save_file(state, folder / f"{name}.safetensors", metadata)
     checkpoint = import_weights(name, folder / f"{name}.safetensors", folder / name)
     sizes = {key: json.loads(value) for key, value in metadata.items()}
@@ -52,7 +57,9 @@ def assert_same(ours: Tensor, published: Tensor, tolerance: float = 1e-5) -> Non
 def wave(tmp_path_factory: pytest.TempPathFactory) -> Published:
     published = publish("wavjepa", tmp_path_factory.mktemp("wavjepa"))
     published.jepa.front_end.standardize = False  # the published input is normalised already
-    published.jepa.targets = dataclasses.replace(published.jepa.targets, top_k=published.sizes["top_k"])
+    published.jepa.targets = dataclasses.replace(
+        published.jepa.targets, top_k=published.sizes["top_k"]
+    )
     return published
 
 
@@ -76,7 +83,9 @@ def test_wavjepa_front_end(wave: Published):
 def test_wavjepa_context_predictions_targets_and_loss(wave: Published, wave_masks: Masks):
     output = wave.jepa(wave.values["audio"], wave_masks)
     seen, asked = valid(wave_masks.context), valid(wave_masks.targets)
-    assert_same(wave.jepa.predictor.proj_in(output.context)[seen], wave.values["contextual_features"])
+    assert_same(
+        wave.jepa.predictor.proj_in(output.context)[seen], wave.values["contextual_features"]
+    )
     planes = wave.values["preds"].unflatten(0, asked.shape[:2])
     assert_same(output.prediction[asked], wave_masks.targets.gather(planes)[asked])
     targets = wave.values["teacher_targets"][:, None].expand(-1, asked.shape[1], -1, -1)
@@ -94,7 +103,10 @@ def test_wavjepa_targets_of_the_whole_clip(wave: Published):
 
 def test_wavjepa_representation(wave: Published):
     grid = Grid(1, wave.sizes["tokens"])
-    assert_same(wave.jepa.encoder(wave.jepa.front_end(wave.values["audio"]), grid), wave.values["representation"])
+    assert_same(
+        wave.jepa.encoder(wave.jepa.front_end(wave.values["audio"]), grid),
+        wave.values["representation"],
+    )
 
 
 def test_wavjepa_gradients(wave: Published, wave_masks: Masks):
@@ -121,7 +133,9 @@ def mel(tmp_path_factory: pytest.TempPathFactory) -> Published:
 @pytest.fixture(scope="module")
 def mel_masks(mel: Published) -> Masks:
     targets = mel.values["target_index"]
-    return Masks(TokenSet(mel.values["context_index"]), TokenSet(targets[:, None]), float(targets.shape[1]))
+    return Masks(
+        TokenSet(mel.values["context_index"]), TokenSet(targets[:, None]), float(targets.shape[1])
+    )
 
 
 def mel_grid(mel: Published) -> Grid:
@@ -141,7 +155,9 @@ def test_pupujepa_context_encoder_and_predictor(mel: Published, mel_masks: Masks
 
 def test_pupujepa_targets(mel: Published, mel_masks: Masks):
     assert mel.jepa.targets == Targets("targets"), "what the recipe says of the targets"
-    ours = mel.jepa.targets(mel.jepa.target_encoder, mel.values["patch_tokens"], mel_grid(mel), mel_masks.targets)
+    ours = mel.jepa.targets(
+        mel.jepa.target_encoder, mel.values["patch_tokens"], mel_grid(mel), mel_masks.targets
+    )
     assert_same(ours[:, 0], mel.values["teacher_targets"])
 
 
@@ -166,4 +182,6 @@ def test_pupujepa_log_mel_of_the_metadata(mel: Published):
     front_end = SpectrogramFrontEnd(log_mel, 32, mean=told["mean"], std=told["std"])
     audio = mel.values["mel/audio"][:, None]
     assert_same(log_mel(audio)[:, 0], mel.values["mel/log_mel"], tolerance=1e-4)
-    assert_same(front_end.image(audio)[:, 0], mel.values["mel/normalised"].transpose(-1, -2), tolerance=1e-4)
+    assert_same(
+        front_end.image(audio)[:, 0], mel.values["mel/normalised"].transpose(-1, -2), tolerance=1e-4
+    )

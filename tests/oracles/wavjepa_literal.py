@@ -1,8 +1,9 @@
 """WavJEPA's training step to the letter: all positions computed, keys masked; the slow twin of the fast path.
 
-Written from the paper (arXiv:2509.23238) with torch's own transformer. The context encoder runs over every token of the
-clip and forbids the hidden ones as keys; the predictor runs over every position once for each target group and allows
-the context and that group as keys; the loss then picks the targets.
+Written from the paper (arXiv:2509.23238) with torch's own transformer. The context encoder runs
+over every token of the clip and forbids the hidden ones as keys; the predictor runs over every
+position once for each target group and allows the context and that group as keys; the loss then
+picks the targets.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jepa_audio.jepa import JEPA
-from jepa_audio.transformer import Encoder
+from jepa_audio.steps.encoder.transformer import Transformer
+from jepa_audio.training.jepa import JEPA
 
 
-def torch_transformer(encoder: Encoder) -> nn.TransformerEncoder:
+def torch_transformer(encoder: Transformer) -> nn.TransformerEncoder:
     """The same network with the same weights (copied) as `torch.nn.TransformerEncoder`."""
     block = encoder.blocks[0]
     assert not block.pre_norm and isinstance(block.mlp.fc1, nn.Linear)
@@ -70,12 +71,18 @@ class LiteralWavJEPA(nn.Module):
             grid, jepa.encoder.embed_dim, waveform.device
         )
 
-        seen = predictor.proj_in(self.encoder(features, src_key_padding_mask=~context))  # [B, N, D']
+        seen = predictor.proj_in(
+            self.encoder(features, src_key_padding_mask=~context)
+        )  # [B, N, D']
         plane = torch.where(context[..., None], seen, predictor.mask_token)
-        plane = plane + predictor.trunk.positions.additive(grid, predictor.trunk.embed_dim, waveform.device)
+        plane = plane + predictor.trunk.positions.additive(
+            grid, predictor.trunk.embed_dim, waveform.device
+        )
         plane = plane[:, None].expand(-1, groups, -1, -1).flatten(0, 1)  # [B * M, N, D']
         allowed = (context[:, None] | targets).flatten(0, 1)
-        prediction = predictor.proj_out(self.trunk(plane, src_key_padding_mask=~allowed)).unflatten(0, (batch, groups))
+        prediction = predictor.proj_out(self.trunk(plane, src_key_padding_mask=~allowed)).unflatten(
+            0, (batch, groups)
+        )
 
         target = self.target(features.detach())[:, None].expand_as(prediction)
         return F.mse_loss(prediction[targets], target[targets])

@@ -25,10 +25,13 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def probed(roots: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Probed]:
+def probed(
+    roots: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Probed]:
     """What the oracle and the constant encoder make of a task; all tasks of a data set in one call, each once."""
     from jepa_audio.probing.run import probe
     from jepa_audio.probing.tasks import TASKS
+    from jepa_audio.report.leaderboard import write_leaderboard
 
     done: dict[str, Probed] = {}
 
@@ -37,17 +40,12 @@ def probed(roots: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactor
         name = tiny.build.__name__
         if name not in done:
             root, output = roots(task) / tiny.root, tmp_path_factory.mktemp(f"{name}-results")
-            encoders = [f"tests.probing.oracle_encoders:{encoder}" for encoder in (tiny.oracle, "constant")]
+            encoders = [
+                f"tests.probing.oracle_encoders:{encoder}" for encoder in (tiny.oracle, "constant")
+            ]
             tasks = [one for one in tiny.num_test if one in TASKS]
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("jepa_audio.probing.run.draw_all", lambda results: [])
-                done[name] = Probed(root, output, probe(encoders, tasks, root, output, preset="linear"))
+            done[name] = Probed(root, output, probe(encoders, tasks, root, output, preset="linear"))
+            write_leaderboard(output / "results.jsonl")
         return done[name]
 
     return of
-
-
-@pytest.fixture
-def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A probe that draws nothing: pictures take ten times as long as all the rest of a tiny one."""
-    monkeypatch.setattr("jepa_audio.probing.run.draw_all", lambda results: [])

@@ -69,7 +69,9 @@ def _at_notes(power: Tensor, notes: range) -> Tensor:
 
 
 def _note_shares(power: Tensor) -> Tensor:
-    share = _at_notes(power, range(LOWEST, HIGHEST + 1)) / power.sum(-1, keepdim=True).clamp_min(1e-12)
+    share = _at_notes(power, range(LOWEST, HIGHEST + 1)) / power.sum(-1, keepdim=True).clamp_min(
+        1e-12
+    )
     return (share + 1e-3).log10() / 3 + 1
 
 
@@ -93,6 +95,7 @@ def _triads(waveform: Tensor) -> Tensor:
     level = (_at_notes(_frames(around, 2000, 400), range(60, 84)) + 1e-2).log10()
     octaves = level.unflatten(-1, (2, 12)).amax(dim=-2)  # [B, T, 12]
     triads = [
-        torch.stack([octaves.roll(-up, dims=-1) for up in (0, third, 7)], dim=-1).amin(dim=-1) for third in (4, 3)
+        torch.stack([octaves.roll(-up, dims=-1) for up in (0, third, 7)], dim=-1).amin(dim=-1)
+        for third in (4, 3)
     ]
     return torch.cat(triads, dim=-1) / 4

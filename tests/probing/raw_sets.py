@@ -11,7 +11,18 @@ import numpy as np
 import soundfile as sf
 
 RATE = 16_000
-GENRES = ("blues", "classical", "country", "disco", "hiphop", "jazz", "metal", "pop", "reggae", "rock")
+GENRES = (
+    "blues",
+    "classical",
+    "country",
+    "disco",
+    "hiphop",
+    "jazz",
+    "metal",
+    "pop",
+    "reggae",
+    "rock",
+)
 
 
 def sound(path: Path, seconds: float = 0.2) -> Path:
@@ -35,7 +46,9 @@ def gtzan(raw: Path, folder: str = "genres", suffix: str = ".wav") -> Path:
         for number in range(3):
             sound(raw / folder / genre / f"{genre}.{number:05}{suffix}")
     for number, name in enumerate(("train", "valid", "test")):
-        text(raw / f"{name}_filtered.txt", *(f"{genre}/{genre}.{number:05}.wav" for genre in GENRES))
+        text(
+            raw / f"{name}_filtered.txt", *(f"{genre}/{genre}.{number:05}.wav" for genre in GENRES)
+        )
     return raw
 
 
@@ -50,7 +63,12 @@ def artists(part_of_val: bool) -> Iterator[str]:
 def giantsteps(raw: Path) -> Path:
     """Four songs to test; ten others, of which two are not sure and two have two keys."""
     test, mtg = raw / "giantsteps-key-dataset", raw / "giantsteps-mtg-key-dataset"
-    for number, key in {10089: "D# minor", 1234749: "Bb major", 61415: "f minor", 877345: "Eb major\n"}.items():
+    for number, key in {
+        10089: "D# minor",
+        1234749: "Bb major",
+        61415: "f minor",
+        877345: "Eb major\n",
+    }.items():
         text(test / "annotations" / "key" / f"{number}.LOFI.key").write_text(key)
         sound(test / "audio" / f"{number}.LOFI.mp3")
     one, two, three, four = islice(artists(part_of_val=False), 4)
@@ -68,7 +86,11 @@ def giantsteps(raw: Path) -> Path:
         20: (two, "G minor", "2"),
     }
     heads = "ID\tARTIST\tSONG TITLE\tMIX\tLABEL"
-    text(mtg / "annotations" / "beatport_metadata.txt", heads, *(f"{n}\t{s[0]}\tSong\tMix" for n, s in songs.items()))
+    text(
+        mtg / "annotations" / "beatport_metadata.txt",
+        heads,
+        *(f"{n}\t{s[0]}\tSong\tMix" for n, s in songs.items()),
+    )
     lines = (f"{n}\t{key}\t{sure}" for n, (_, key, sure) in songs.items())
     text(mtg / "annotations" / "annotations.txt", "ID\tMANUAL KEY\tC", *lines)
     for number, (_, _, sure) in songs.items():
@@ -80,10 +102,15 @@ def giantsteps(raw: Path) -> Path:
 def emomusic(raw: Path, folder: str = "") -> Path:
     """Twelve songs, the last three of the evaluation set."""
     heads = "song_id,file_name,Artist,Song title,start of the segment (min.sec),end of the segment (min.sec),Genre,"
-    info, annotated = [heads + "Mediaeval 2013 set"], ["song_id,mean_arousal,std_arousal,mean_valence,std_valence"]
+    info, annotated = (
+        [heads + "Mediaeval 2013 set"],
+        ["song_id,mean_arousal,std_arousal,mean_valence,std_valence"],
+    )
     for song in range(2, 14):
         name = "evaluation" if song > 10 else "development"
-        info.append(f'{song},{song}.mp3,"The Käse  Band {chr(64 + song)}\t",A title ,0.05,0.50,Blues,{name}')
+        info.append(
+            f'{song},{song}.mp3,"The Käse  Band {chr(64 + song)}\t",A title ,0.05,0.50,Blues,{name}'
+        )
         annotated.append(f"{song},{3 + song % 5},1.5,{8 - song / 3},1.2")
         sound(raw / "clips_45seconds" / f"{song}.mp3")
     text(raw / folder / "songs_info.csv", *info)

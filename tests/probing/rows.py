@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from jepa_audio.probing.intervals import Difference, interval
-from jepa_audio.probing.results import Evidence, ProbeRow, Score, append_jsonl, save_evidence
+from jepa_audio.probing.rows import Evidence, ProbeRow, Score, append_jsonl, save_evidence
 
 
 def a_row(**changes: object) -> ProbeRow:
@@ -51,12 +51,19 @@ def a_row(**changes: object) -> ProbeRow:
 
 def baseline(**changes: object) -> ProbeRow:
     """Log-mel statistics: one layer, no twin."""
-    one_layer = {"layer": "statistics", "layers": ("statistics",), "valid_grid": ((0.2, 0.3),), "valid": 0.3}
+    one_layer = {
+        "layer": "statistics",
+        "layers": ("statistics",),
+        "valid_grid": ((0.2, 0.3),),
+        "valid": 0.3,
+    }
     names = {"encoder": "log-mel", "variant": "statistics", "against_random": None}
     return a_row(**(names | one_layer | changes))
 
 
-def evidence_of(draws: dict[str, np.ndarray], num_units: int = 5, uids: tuple[str, ...] = ()) -> Evidence:
+def evidence_of(
+    draws: dict[str, np.ndarray], num_units: int = 5, uids: tuple[str, ...] = ()
+) -> Evidence:
     answers = np.zeros((num_units, 5), dtype=np.float32)
     names = uids or tuple(f"clip {i}" for i in range(num_units))
     return Evidence(answers, np.zeros(num_units, dtype=np.int64), names, draws)
@@ -67,7 +74,9 @@ def add(results: Path, value: float, draws: np.ndarray, **changes: object) -> Pr
     return add_scores(results, {str(changes.get("metric", "accuracy")): (value, draws)}, **changes)
 
 
-def add_scores(results: Path, scores: dict[str, tuple[float, np.ndarray]], **changes: object) -> ProbeRow:
+def add_scores(
+    results: Path, scores: dict[str, tuple[float, np.ndarray]], **changes: object
+) -> ProbeRow:
     """The same for several metrics; the weights are named after encoder and variant if they are not given."""
     number = len(results.read_text().splitlines()) if results.exists() else 0
     said = {name: Score(value, *interval(draws)) for name, (value, draws) in scores.items()}

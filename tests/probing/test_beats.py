@@ -30,7 +30,9 @@ def f_measure(reference: np.ndarray, frames: np.ndarray) -> float:
     return mir_eval.beat.f_measure(reference / RATE, frames / RATE)
 
 
-def literal_viterbi(activations: np.ndarray, intervals: range, change: float, observation: int) -> list[int]:
+def literal_viterbi(
+    activations: np.ndarray, intervals: range, change: float, observation: int
+) -> list[int]:
     """First frames of the beats of the best path: every state, every frame, the whole matrix of transitions."""
     states = [(interval, position) for interval in intervals for position in range(interval)]
     transition = np.full((len(states), len(states)), -np.inf)
@@ -48,7 +50,9 @@ def literal_viterbi(activations: np.ndarray, intervals: range, change: float, ob
             steps = scores[:, None] + transition
             back.append(steps.argmax(axis=0))
             scores = steps.max(axis=0)
-        scores = scores + np.where(in_beat, math.log(activation), math.log((1 - activation) / (observation - 1)))
+        scores = scores + np.where(
+            in_beat, math.log(activation), math.log((1 - activation) / (observation - 1))
+        )
     path = [int(scores.argmax())]
     for pointers in reversed(back):
         path.append(int(pointers[path[-1]]))
@@ -61,7 +65,13 @@ def test_the_best_path_is_that_of_a_literal_viterbi(num_frames: int, change: flo
     generator = torch.Generator().manual_seed(num_frames)
     activations = torch.rand(30, num_frames, generator=generator, dtype=torch.float64) * 0.9 + 0.05
     found = decode_beats_dbn(
-        activations, 10.0, 600 / 7, 600 / 3, transition_lambda=change, observation_lambda=4, correct=False
+        activations,
+        10.0,
+        600 / 7,
+        600 / 3,
+        transition_lambda=change,
+        observation_lambda=4,
+        correct=False,
     )
     for track, frames in zip(activations, found, strict=True):
         assert frames.tolist() == literal_viterbi(track.numpy(), range(3, 8), change, 4)
@@ -78,7 +88,8 @@ def test_a_steady_pulse_is_found_within_a_frame(bpm: float):
 @pytest.mark.parametrize("bpm", [18, 30, 72])
 def test_downbeats_are_found_among_slow_tempi(bpm: float):
     truth = every(bpm)
-    # Lower, and the twenty frames that a slow beat has to explain would cost more than one impulse gains.
+    # Lower, and the twenty frames that a slow beat has to explain would cost more than one impulse
+    # gains.
     (found,) = decode_beats_dbn(impulses(truth, 3000, low=0.05), RATE, 18.0, 72.0)
     assert found.tolist() == truth.tolist()
 
@@ -110,7 +121,10 @@ def test_silence_has_no_beats_and_does_no_harm_beside_a_pulse():
     silent, heard = decode_beats_dbn(both, RATE, *BEATS)
     assert silent.tolist() == []
     assert heard.tolist() == truth.tolist()
-    assert [track.tolist() for track in decode_beats_dbn(torch.zeros(2, 1), RATE, *BEATS)] == [[], []]
+    assert [track.tolist() for track in decode_beats_dbn(torch.zeros(2, 1), RATE, *BEATS)] == [
+        [],
+        [],
+    ]
     assert decode_beats_peaks(both, RATE, 0.5, BEATS[1])[0].tolist() == []
 
 
@@ -133,9 +147,14 @@ def test_many_tracks_are_decoded_as_one_by_one(monkeypatch: pytest.MonkeyPatch):
     together = decode_beats_dbn(activations, RATE, *BEATS, lengths=lengths)
     assert [track.tolist() for track in together] == alone
     monkeypatch.setattr(beats, "_MAX_SCORES", 250_000)  # two tracks at a time
-    assert [track.tolist() for track in decode_beats_dbn(activations, RATE, *BEATS, lengths=lengths)] == alone
+    assert [
+        track.tolist() for track in decode_beats_dbn(activations, RATE, *BEATS, lengths=lengths)
+    ] == alone
     peaks = decode_beats_peaks(activations, RATE, 0.5, BEATS[1], lengths=lengths)
-    assert [len(track) > 0 and track.max() >= length for track, length in zip(peaks, lengths, strict=True)] == [0] * 6
+    assert [
+        len(track) > 0 and track.max() >= length
+        for track, length in zip(peaks, lengths, strict=True)
+    ] == [0] * 6
 
 
 def test_half_precision_is_good_enough():

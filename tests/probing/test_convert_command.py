@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 
+from jepa_audio.errors import MissingFileError
 from jepa_audio.probing import convert as convert_room
 from jepa_audio.probing.convert import convert
 from jepa_audio.probing.metrics import Accuracy
@@ -30,7 +31,10 @@ TREES = {
 def items_of(task: Task, root: Path) -> dict[str, list[tuple[Path, object, float, float | None]]]:
     splits = task.load(root).splits
     return {
-        name: [(item.path.resolve(), item.label, item.start_seconds, item.end_seconds) for item in split.items]
+        name: [
+            (item.path.resolve(), item.label, item.start_seconds, item.end_seconds)
+            for item in split.items
+        ]
         for name, split in splits.items()
     }
 
@@ -48,16 +52,23 @@ def test_what_is_converted_loads_as_the_raw_data_set_does(
     monkeypatch.chdir(folder)  # relative paths do not start from where the user is
     assert items_of(task, folder) == expected
     records = read_records(folder / f"{task.stem}.train.jsonl")
-    assert all(Path(record["audio_path"]).is_absolute() == (output == "beside") for record in records.values())
+    assert all(
+        Path(record["audio_path"]).is_absolute() == (output == "beside")
+        for record in records.values()
+    )
 
 
 def test_records_and_raw_data_move_together(tmp_path: Path):
     convert("gtzan", raw_sets.gtzan(tmp_path / "data" / "gtzan"), tmp_path / "data")
     (tmp_path / "data").rename(tmp_path / "moved")
-    assert items_of(TASKS["gtzan_genre"], tmp_path / "moved")["train"][0][0].is_relative_to(tmp_path / "moved")
+    assert items_of(TASKS["gtzan_genre"], tmp_path / "moved")["train"][0][0].is_relative_to(
+        tmp_path / "moved"
+    )
 
 
-def test_records_lie_in_the_raw_data_set_if_no_folder_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_records_lie_in_the_raw_data_set_if_no_folder_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(raw_sets.gtzan(tmp_path))
     expected = items_of(TASKS["gtzan_genre"], Path())
     convert("gtzan", Path())
@@ -90,7 +101,12 @@ def test_bits_of_a_sample_are_those_of_the_file(tmp_path: Path):
     raw = raw_sets.gtzan(tmp_path / "raw")
     for number, subtype in enumerate(("PCM_24", "FLOAT", "PCM_U8")):
         name = raw_sets.GENRES[number]
-        sf.write(raw / "genres" / name / f"{name}.00000.wav", np.full((40, 2), 0.1), 8000, subtype=subtype)
+        sf.write(
+            raw / "genres" / name / f"{name}.00000.wav",
+            np.full((40, 2), 0.1),
+            8000,
+            subtype=subtype,
+        )
     convert("gtzan", raw, tmp_path)
     records = list(read_records(tmp_path / "GTZAN" / "GTZANGenre.train.jsonl").values())
     assert [record["bit_depth"] for record in records[:4]] == [24, 32, 8, 16]
@@ -131,7 +147,9 @@ def test_of_many_files_that_are_left_out_some_are_named_and_the_others_counted(
     assert said[2] == f"3 more are left out, all are in {tmp_path / 'gtzan.bad.txt'}"
 
 
-def test_too_many_bad_files_are_an_error_that_names_the_list(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_too_many_bad_files_are_an_error_that_names_the_list(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     raw = raw_sets.gtzan(tmp_path / "raw")
     for genre in ("blues", "metal"):
         (raw / "genres" / genre / f"{genre}.00002.wav").write_bytes(b"")
@@ -149,15 +167,22 @@ def test_sizes_that_equal_the_published_ones_are_said(
     task = Task("own", "GTZAN/GTZANGenre", Multiclass(), (Accuracy(),), {}, num_units=(10, 10, 10))
     monkeypatch.setitem(TASKS, "gtzan_genre", task)
     convert("gtzan", raw_sets.gtzan(tmp_path / "raw"), tmp_path)
-    assert capsys.readouterr().out.endswith("GTZANGenre.*.jsonl: 10 train, 10 val, 10 test (as published)\n")
+    assert capsys.readouterr().out.endswith(
+        "GTZANGenre.*.jsonl: 10 train, 10 val, 10 test (as published)\n"
+    )
     convert("emomusic", raw_sets.emomusic(tmp_path / "emo"), tmp_path)
     assert "7 train, 2 val, 3 test (the published sizes are not known)" in capsys.readouterr().out
 
 
 def test_an_unknown_name_or_folder_is_named(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"no data set called 'gztan', only .*nsynth.*; did you mean 'gtzan'\?$"):
+    with pytest.raises(
+        ValueError, match=r"no data set called 'gztan', only .*nsynth.*; did you mean 'gtzan'\?$"
+    ):
         convert("gztan", tmp_path, tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere: give that of the raw data set gtzan"):
+    with pytest.raises(
+        MissingFileError,
+        match=r"there is no folder .*nowhere: give that of the raw data set gtzan",
+    ):
         convert("gtzan", tmp_path / "nowhere", tmp_path)
 
 
@@ -170,7 +195,9 @@ def own_table(path: Path, header: str, *lines: str) -> Path:
 
 def labels_of(path: Path, *args: object) -> dict[str, dict[str, object]]:
     splits = table_task(path, *args).splits
-    return {name: {item.path.name: item.label for item in split.items} for name, split in splits.items()}
+    return {
+        name: {item.path.name: item.label for item in split.items} for name, split in splits.items()
+    }
 
 
 def test_a_table_with_splits_is_a_task(tmp_path: Path):
@@ -243,7 +270,9 @@ def test_without_groups_the_files_themselves_are_divided(tmp_path: Path):
     assert len(splits["train"]) > len(splits["val"]) > 0
 
 
-def test_a_group_in_two_of_the_users_splits_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_group_in_two_of_the_users_splits_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     rows = ("1.wav,a,train,X", "2.wav,a,val,X", "3.wav,a,test,Y", "4.wav,b,train,")
     with caplog.at_level(logging.WARNING):
         table_task(own_table(tmp_path / "t.csv", "path,label,split,group", *rows), "multiclass")
@@ -268,8 +297,18 @@ def spoilt(line: int, content: str) -> list[str]:
             (),
             r"t\.csv, line 3, column `split`: 'dev' must be one of train, val",
         ),
-        (spoilt(2, "2.wav,,train"), "multiclass", (), r"t\.csv, line 3, column `label`: must name a class, is empty"),
-        (spoilt(2, ",2,train"), "multiclass", (), r"t\.csv, line 3, column `path`: must name a file, is empty"),
+        (
+            spoilt(2, "2.wav,,train"),
+            "multiclass",
+            (),
+            r"t\.csv, line 3, column `label`: must name a class, is empty",
+        ),
+        (
+            spoilt(2, ",2,train"),
+            "multiclass",
+            (),
+            r"t\.csv, line 3, column `path`: must name a file, is empty",
+        ),
         (
             spoilt(2, "2.wav,two,train"),
             "regression",
@@ -288,15 +327,55 @@ def spoilt(line: int, content: str) -> list[str]:
             (),
             r"t\.csv: no row is in the split 'test'; some rows need `split` test",
         ),
-        (spoilt(4, "1.wav,1,test"), "multiclass", (), r"line 5: 1\.wav is in test, but in train in .*line 2"),
-        (spoilt(2, "1.wav,2,train"), "multiclass", (), r"line 3: `1\.wav` is labelled '2', but '1' in .*line 2"),
-        (spoilt(0, "name,label,split"), "multiclass", (), r"line 1: there is no column `path` or `file` or"),
-        (spoilt(0, "path,class,split"), "multiclass", (), r"line 1: there is no column `label`, only `path`, `class`"),
-        (spoilt(0, "path,path,split"), "multiclass", (), r"line 1: there are two columns called `path`"),
-        (GOOD, "multiclass", ("bird",), r"line 1: there is no column `bird`, only `path`, `label`, `split`"),
-        (GOOD, "multilabel", ("label", "split"), r"`columns` names 2 columns .* only a regression has several"),
+        (
+            spoilt(4, "1.wav,1,test"),
+            "multiclass",
+            (),
+            r"line 5: 1\.wav is in test, but in train in .*line 2",
+        ),
+        (
+            spoilt(2, "1.wav,2,train"),
+            "multiclass",
+            (),
+            r"line 3: `1\.wav` is labelled '2', but '1' in .*line 2",
+        ),
+        (
+            spoilt(0, "name,label,split"),
+            "multiclass",
+            (),
+            r"line 1: there is no column `path` or `file` or",
+        ),
+        (
+            spoilt(0, "path,class,split"),
+            "multiclass",
+            (),
+            r"line 1: there is no column `label`, only `path`, `class`",
+        ),
+        (
+            spoilt(0, "path,path,split"),
+            "multiclass",
+            (),
+            r"line 1: there are two columns called `path`",
+        ),
+        (
+            GOOD,
+            "multiclass",
+            ("bird",),
+            r"line 1: there is no column `bird`, only `path`, `label`, `split`",
+        ),
+        (
+            GOOD,
+            "multilabel",
+            ("label", "split"),
+            r"`columns` names 2 columns .* only a regression has several",
+        ),
         (GOOD[:1], "multiclass", (), r"t\.csv holds no row"),
-        (["path,label", "1.wav,1", "2.wav,1"], "multiclass", (), r"the groups are too few: add a column `split`"),
+        (
+            ["path,label", "1.wav,1", "2.wav,1"],
+            "multiclass",
+            (),
+            r"the groups are too few: add a column `split`",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_table_is_named(
@@ -311,9 +390,17 @@ def test_what_is_wrong_with_a_table_is_named(
 @pytest.mark.parametrize(
     ("spoil", "error", "message"),
     [
-        (lambda table: table.with_name("3.wav").unlink(), FileNotFoundError, r"t\.csv, line 4: .*3\.wav is missing"),
-        (lambda table: table.unlink(), FileNotFoundError, r"t\.csv is missing"),
-        (lambda table: table.write_bytes(b"path,label\n\xff.wav,1\n"), ValueError, r"t\.csv is not UTF-8"),
+        (
+            lambda table: table.with_name("3.wav").unlink(),
+            MissingFileError,
+            r"t\.csv, line 4: .*3\.wav is missing",
+        ),
+        (lambda table: table.unlink(), MissingFileError, r"t\.csv is missing"),
+        (
+            lambda table: table.write_bytes(b"path,label\n\xff.wav,1\n"),
+            ValueError,
+            r"t\.csv is not UTF-8",
+        ),
     ],
 )
 def test_missing_files_and_foreign_letters_are_named(
@@ -328,6 +415,12 @@ def test_missing_files_and_foreign_letters_are_named(
 def test_lines_of_json_hold_what_the_converter_found(tmp_path: Path):
     convert("emomusic", raw_sets.emomusic(tmp_path / "raw"), tmp_path)
     lines = (tmp_path / "EMO" / "EMO.train.jsonl").read_text().splitlines()
-    assert {"audio_path", "label", "duration", "sample_rate", "num_samples", "channels", "bit_depth"} == set(
-        json.loads(lines[0])
-    )
+    assert {
+        "audio_path",
+        "label",
+        "duration",
+        "sample_rate",
+        "num_samples",
+        "channels",
+        "bit_depth",
+    } == set(json.loads(lines[0]))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from torchaudio.datasets import gtzan as torchaudio_gtzan
 
+from jepa_audio.errors import MissingFileError
 from jepa_audio.probing.tasks import splits
 from jepa_audio.probing.tasks.base import ProbeData, Task
 from jepa_audio.probing.tasks.emomusic import EMOMUSIC_EMOTION
@@ -36,7 +37,9 @@ def replace_in(path: Path, old: str, new: str) -> None:
     path.write_text(content.replace(old, new, 1))
 
 
-@pytest.mark.parametrize(("folder", "suffix"), [("genres", ".wav"), ("genres_original", ".wav"), (".", ".au")])
+@pytest.mark.parametrize(
+    ("folder", "suffix"), [("genres", ".wav"), ("genres_original", ".wav"), (".", ".au")]
+)
 def test_gtzan_is_split_by_the_lists_beside_it(tmp_path: Path, folder: str, suffix: str):
     data = GTZAN_GENRE.load(raw_sets.gtzan(tmp_path, folder, suffix))
     for number, split in enumerate(("train", "val", "test")):
@@ -58,7 +61,11 @@ def test_the_split_in_the_package_is_the_fault_filtered_one(tmp_path: Path):
     raw_sets.sound(tmp_path / "genres" / "jazz" / "jazz.00054.wav")
     files = split_files(tmp_path)
     assert tuple(map(len, files.values())) == GTZAN_GENRE.num_units
-    of_torchaudio = (torchaudio_gtzan.filtered_train, torchaudio_gtzan.filtered_valid, torchaudio_gtzan.filtered_test)
+    of_torchaudio = (
+        torchaudio_gtzan.filtered_train,
+        torchaudio_gtzan.filtered_valid,
+        torchaudio_gtzan.filtered_test,
+    )
     assert [list(names) for names in files.values()] == [list(names) for names in of_torchaudio]
 
 
@@ -88,7 +95,7 @@ def test_the_file_that_is_broken_in_most_copies_is_left_out(
 def test_any_other_missing_file_of_gtzan_is_an_error(tmp_path: Path):
     raw_sets.gtzan(tmp_path)
     (tmp_path / "genres" / "rock" / "rock.00001.wav").unlink()
-    with pytest.raises(FileNotFoundError, match=r"val 9: .*rock\.00001\.wav is missing"):
+    with pytest.raises(MissingFileError, match=r"val 9: .*rock\.00001\.wav is missing"):
         GTZAN_GENRE.load(tmp_path)
 
 
@@ -96,7 +103,12 @@ def test_giantsteps_parts_the_sure_songs_by_artist_and_keeps_collaborators_toget
     data = GIANTSTEPS_KEY.load(raw_sets.giantsteps(tmp_path))
     assert labels_of(data, "train") == {"0005881": "A major", "0010359": "Db major"}
     # 5061 and 20 come to val by an artist who made 7217 with an artist of val.
-    in_val = {"0005061": "Eb minor", "0007217": "F minor", "6574410": "B major", "0000020": "G minor"}
+    in_val = {
+        "0005061": "Eb minor",
+        "0007217": "F minor",
+        "6574410": "B major",
+        "0000020": "G minor",
+    }
     assert labels_of(data, "val") == in_val
     assert labels_of(data, "test") == {
         "0010089": "Eb minor",
@@ -104,7 +116,10 @@ def test_giantsteps_parts_the_sure_songs_by_artist_and_keeps_collaborators_toget
         "0877345": "Eb major",
         "1234749": "Bb major",
     }
-    assert data.splits["test"].items[0].path == tmp_path / "giantsteps-key-dataset" / "audio" / "10089.LOFI.mp3"
+    assert (
+        data.splits["test"].items[0].path
+        == tmp_path / "giantsteps-key-dataset" / "audio" / "10089.LOFI.mp3"
+    )
     assert len(data.labels.names) == 24
 
 
@@ -119,16 +134,24 @@ def test_folders_named_as_github_names_its_archives_are_found(tmp_path: Path):
 
 
 @pytest.mark.parametrize("folder", ["", "annotations"])
-def test_emomusic_is_split_by_artist_and_standardised_without_the_test_songs(tmp_path: Path, folder: str):
+def test_emomusic_is_split_by_artist_and_standardised_without_the_test_songs(
+    tmp_path: Path, folder: str
+):
     data = EMOMUSIC_EMOTION.load(raw_sets.emomusic(tmp_path, folder))
-    songs = {split: {int(item.path.stem): item.label for item in data.splits[split].items} for split in data.splits}
+    songs = {
+        split: {int(item.path.stem): item.label for item in data.splits[split].items}
+        for split in data.splits
+    }
     assert set(songs["test"]) == {11, 12, 13}
-    # The sha1 checksums of "the kse band b" to "the kse band j" (a to z only), modulo 10: 4 6 0 8 2 0 9 4 2.
+    # The sha1 checksums of "the kse band b" to "the kse band j" (a to z only), modulo 10: 4 6 0 8 2
+    # 0 9 4 2.
     assert (set(songs["train"]), set(songs["val"])) == ({2, 3, 4, 6, 7, 9, 10}, {5, 8})
     raw = {song: (3 + song % 5, 8 - song / 3) for song in range(2, 14)}
     known = np.array([raw[song] for song in range(2, 11)])
     for song, label in (songs["train"] | songs["val"] | songs["test"]).items():
-        np.testing.assert_allclose(label, (np.array(raw[song]) - known.mean(axis=0)) / known.std(axis=0))
+        np.testing.assert_allclose(
+            label, (np.array(raw[song]) - known.mean(axis=0)) / known.std(axis=0)
+        )
 
 
 def test_mtt_takes_the_50_most_frequent_tags_and_keeps_clips_without_one(
@@ -136,10 +159,18 @@ def test_mtt_takes_the_50_most_frequent_tags_and_keeps_clips_without_one(
 ):
     data = MTT_TAGS.load(raw_sets.mtt(tmp_path))
     assert set(data.labels.names) == {f"tag {n}" for n in range(50)}
-    assert {split: len(data.splits[split]) for split in data.splits} == {"train": 47, "val": 4, "test": 12}
-    folders = {split: {item.path.parent.name for item in data.splits[split].items} for split in data.splits}
+    assert {split: len(data.splits[split]) for split in data.splits} == {
+        "train": 47,
+        "val": 4,
+        "test": 12,
+    }
+    folders = {
+        split: {item.path.parent.name for item in data.splits[split].items} for split in data.splits
+    }
     assert (folders["val"], folders["test"]) == ({"c"}, set("def"))
-    label_of = {item.path.name: item.label for split in data.splits.values() for item in split.items}
+    label_of = {
+        item.path.name: item.label for split in data.splits.values() for item in split.items
+    }
     assert label_of["song-60.mp3"] == [], "tag 50 is as frequent as tag 49, and stands behind it"
     assert label_of["song-59.mp3"] == ["tag 0"]
     assert len(label_of["song-0.mp3"]) == 50
@@ -150,19 +181,19 @@ WRONG: list[tuple[str, Callable[[Path], object], type[Exception], str]] = [
     (
         "gtzan",
         lambda raw: (raw / "genres").rename(raw / "music"),
-        FileNotFoundError,
+        MissingFileError,
         r"genres/blues is missing: give",
     ),
     (
         "gtzan",
         lambda raw: (raw / "genres" / "pop").rename(raw / "pop"),
-        FileNotFoundError,
+        MissingFileError,
         r"genres/pop is missing: give",
     ),
     (
         "gtzan",
         lambda raw: (raw / "valid_filtered.txt").unlink(),
-        FileNotFoundError,
+        MissingFileError,
         r"valid_filtered\.txt is missing beside the other lists",
     ),
     (
@@ -180,52 +211,65 @@ WRONG: list[tuple[str, Callable[[Path], object], type[Exception], str]] = [
     (
         "giantsteps",
         lambda raw: (raw / "giantsteps-mtg-key-dataset" / "audio").rename(raw / "audio"),
-        FileNotFoundError,
+        MissingFileError,
         r"giantsteps-mtg-key-dataset/audio is missing: give",
     ),
     (
         "giantsteps",
         lambda raw: (raw / "giantsteps-key-dataset").rename(raw / "key-dataset"),
-        FileNotFoundError,
+        MissingFileError,
         r"giantsteps-key-dataset is missing: give",
     ),
     (
         "giantsteps",
         lambda raw: (raw / "giantsteps-mtg-key-dataset" / "audio" / "7217.LOFI.mp3").unlink(),
-        FileNotFoundError,
+        MissingFileError,
         r"val 1: .*7217\.LOFI\.mp3 is missing",
     ),
     (
         "giantsteps",
         lambda raw: replace_in(
-            raw / "giantsteps-mtg-key-dataset/annotations/annotations.txt", "F minor\t2", "H minor\t2"
+            raw / "giantsteps-mtg-key-dataset/annotations/annotations.txt",
+            "F minor\t2",
+            "H minor\t2",
         ),
         ValueError,
         r"annotations\.txt, line 4: 'H minor' is no key",
     ),
     (
         "giantsteps",
-        lambda raw: replace_in(raw / "giantsteps-key-dataset/annotations/key/1234749.LOFI.key", "major", "lydian"),
+        lambda raw: replace_in(
+            raw / "giantsteps-key-dataset/annotations/key/1234749.LOFI.key", "major", "lydian"
+        ),
         ValueError,
         r"1234749\.LOFI\.key, line 1: 'Bb lydian' is no key; a key is like",
     ),
     (
         "giantsteps",
-        lambda raw: replace_in(raw / "giantsteps-mtg-key-dataset/annotations/annotations.txt", "7217", "7218"),
+        lambda raw: replace_in(
+            raw / "giantsteps-mtg-key-dataset/annotations/annotations.txt", "7217", "7218"
+        ),
         ValueError,
         r"annotations\.txt, line 4: song 7218 has no line in .*beatport_metadata\.txt",
     ),
     (
         "giantsteps",
-        lambda raw: replace_in(raw / "giantsteps-mtg-key-dataset/annotations/beatport_metadata.txt", "ARTIST", "BAND"),
+        lambda raw: replace_in(
+            raw / "giantsteps-mtg-key-dataset/annotations/beatport_metadata.txt", "ARTIST", "BAND"
+        ),
         ValueError,
         r"beatport_metadata\.txt, line 1: there is no column `ARTIST`, only `ID`, `BAND`",
     ),
-    ("emomusic", lambda raw: (raw / "songs_info.csv").unlink(), FileNotFoundError, r"songs_info\.csv is missing"),
+    (
+        "emomusic",
+        lambda raw: (raw / "songs_info.csv").unlink(),
+        MissingFileError,
+        r"songs_info\.csv is missing",
+    ),
     (
         "emomusic",
         lambda raw: (raw / "clips_45seconds").rename(raw / "clips"),
-        FileNotFoundError,
+        MissingFileError,
         r"clips_45seconds is missing: give",
     ),
     (
@@ -249,7 +293,7 @@ WRONG: list[tuple[str, Callable[[Path], object], type[Exception], str]] = [
     (
         "mtt",
         lambda raw: (raw / "annotations_final.csv").unlink(),
-        FileNotFoundError,
+        MissingFileError,
         r"annotations_final\.csv is missing",
     ),
     (
@@ -273,7 +317,9 @@ WRONG: list[tuple[str, Callable[[Path], object], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "spoil", "error", "message"), WRONG, ids=[f"{w[0]}: {w[3]}" for w in WRONG])
+@pytest.mark.parametrize(
+    ("name", "spoil", "error", "message"), WRONG, ids=[f"{w[0]}: {w[3]}" for w in WRONG]
+)
 def test_what_is_missing_or_wrong_is_named(
     tmp_path: Path, name: str, spoil: Callable[[Path], object], error: type[Exception], message: str
 ):
@@ -285,24 +331,36 @@ def test_what_is_missing_or_wrong_is_named(
 
 MARBLE_LINES = {
     "gtzan": ("genres/blues/blues.00029.wav", "blues", {"bit_depth": 16}),
-    "giantsteps": ("giantsteps_clips/wav/0010089-0.wav", "Eb minor", {"bit_depth": 16, "ori_uid": "0010089"}),
+    "giantsteps": (
+        "giantsteps_clips/wav/0010089-0.wav",
+        "Eb minor",
+        {"bit_depth": 16, "ori_uid": "0010089"},
+    ),
     "emomusic": ("wav/2.wav", [-0.83, 0.52], {"bit_depth": 16}),
     "mtt": ("mp3/0/song.mp3", ["guitar", "slow"], {"bit_depth": None, "bitrate": 32}),
 }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_lines_of_marble_are_read_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str):
+def test_the_lines_of_marble_are_read_unchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+):
     (task, _), (name, label, more) = FAMILIES[family], MARBLE_LINES[family]
     root, other = tmp_path / "data", [1.5, -0.2] if family == "emomusic" else label
     for split in ("train", "val", "test"):
         lines = []
         for number, of_line in enumerate((label, other)):
-            path = Path("data") / Path(task.stem).parent / name.replace("/", f"/{split}{number}/", 1)
+            path = (
+                Path("data") / Path(task.stem).parent / name.replace("/", f"/{split}{number}/", 1)
+            )
             raw_sets.sound(tmp_path / path)
             own = {"ori_uid": f"{split}{number}"} if "ori_uid" in more else {}
             of_audio = {"duration": 0.2, "sample_rate": 16000, "num_samples": 3200, "channels": 1}
-            lines.append(json.dumps({"audio_path": path.as_posix(), "label": of_line, **of_audio, **more, **own}))
+            lines.append(
+                json.dumps(
+                    {"audio_path": path.as_posix(), "label": of_line, **of_audio, **more, **own}
+                )
+            )
         raw_sets.text(root / f"{task.stem}.{split}.jsonl", *lines)
     for folder in (tmp_path, tmp_path / "data" / "GTZAN"):  # as MARBLE runs, and from elsewhere
         folder.mkdir(exist_ok=True)
@@ -322,7 +380,9 @@ def test_every_family_has_both_presets_and_knows_its_raw_data(family: str):
     assert task.data_set is not None
 
 
-def test_sizes_that_differ_from_the_published_ones_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_sizes_that_differ_from_the_published_ones_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     with caplog.at_level(logging.WARNING):
         GTZAN_GENRE.load(raw_sets.gtzan(tmp_path))
     assert "(10, 10, 10) units in train, val and test" in caplog.text

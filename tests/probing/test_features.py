@@ -10,8 +10,8 @@ import soundfile as sf
 import torch
 from torch import Tensor
 
-from jepa_audio.data.read import AudioReadError
-from jepa_audio.encode import LayerFeatures
+from jepa_audio.data.audio.read import AudioReadError
+from jepa_audio.inference.encode import LayerFeatures
 from jepa_audio.probing.encoders import FunctionEncoder, LogMelStatistics, ProbeEncoder
 from jepa_audio.probing.features import Features, FeatureStore, Preparation, load_waveform
 from jepa_audio.probing.robustness.conditions import Gain
@@ -55,20 +55,42 @@ def features_of(
     encoder: ProbeEncoder | None = None,
     batch_seconds: float = 4.0,
 ) -> Features:
-    return FeatureStore(folder, encoder or Counting(), preparation).features(split, batch_seconds, "test")
+    return FeatureStore(folder, encoder or Counting(), preparation).features(
+        split, batch_seconds, "test"
+    )
 
 
 def tables(folder: Path) -> dict[str, str]:
-    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
 
 
 def test_rows_stand_for_windows_in_order_and_nothing_is_padded(tmp_path: Path):
     split = split_of(tmp_path / "audio")
     features = features_of(split, tmp_path / "features", Preparation(Windows(1.0, min_ratio=0.5)))
-    assert features.rows.item.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 3, 4, 4]  # the last 0.2 s of 2.2 are dropped
+    assert features.rows.item.tolist() == [
+        0,
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+        2,
+        3,
+        4,
+        4,
+    ]  # the last 0.2 s of 2.2 are dropped
     assert features.rows.window.tolist() == list(range(11))
-    np.testing.assert_allclose(features.rows.seconds, [0.5, 1.5, 2.5, 0.5, 1.25, 0.5, 1.5, 2.5, 0.35, 0.5, 1.5])
-    for row, (item, seconds) in enumerate(zip(features.rows.item, features.rows.seconds, strict=True)):
+    np.testing.assert_allclose(
+        features.rows.seconds, [0.5, 1.5, 2.5, 0.5, 1.25, 0.5, 1.5, 2.5, 0.35, 0.5, 1.5]
+    )
+    for row, (item, seconds) in enumerate(
+        zip(features.rows.item, features.rows.seconds, strict=True)
+    ):
         whole = load_waveform(split.items[item], RATE, 1)[0]
         half = 0.25 if row == 4 else 0.35 if row == 8 else 0.5
         heard = whole[round((seconds - half) * RATE) : round((seconds + half) * RATE)]
@@ -113,7 +135,9 @@ def test_a_changed_file_another_function_or_preparation_is_heard_anew(tmp_path: 
         def _said(self, waveform: Tensor) -> list[Tensor]:
             return super()._said(-waveform)
 
-    torch.testing.assert_close(features_of(split, folder, Preparation(Windows()), Opposite()).of(0), -after)
+    torch.testing.assert_close(
+        features_of(split, folder, Preparation(Windows()), Opposite()).of(0), -after
+    )
 
 
 def test_a_killed_extraction_goes_on_where_it_was(tmp_path: Path):
@@ -121,7 +145,10 @@ def test_a_killed_extraction_goes_on_where_it_was(tmp_path: Path):
     whole = features_of(split, tmp_path / "whole", Preparation(Windows(1.0, min_ratio=0.5)))
     features_of(Split(split.items[:3]), folder, Preparation(Windows(1.0, min_ratio=0.5)))
     (store,) = folder.iterdir()
-    for name in ("layer-00", "seconds"):  # killed between two tables, and within a line of the index
+    for name in (
+        "layer-00",
+        "seconds",
+    ):  # killed between two tables, and within a line of the index
         with (store / name).open("ab") as file:
             file.write(b"half a row")
     with (store / "index.jsonl").open("a") as file:
@@ -153,11 +180,15 @@ def test_columns_of_time_are_interpolated_to_the_grid(tmp_path: Path):
             return LayerFeatures((layer,), times, torch.ones_like(times, dtype=torch.bool))
 
     encoder = Rising(lambda waveform: waveform.mT, "rising", RATE)
-    on_grid = features_of(split, tmp_path / "grid", Preparation(Windows(1.0), in_time=True, grid_hz=25.0), encoder)
+    on_grid = features_of(
+        split, tmp_path / "grid", Preparation(Windows(1.0), in_time=True, grid_hz=25.0), encoder
+    )
     assert on_grid.rows.item.tolist() == [0] * 50 + [1] * 25
     assert on_grid.rows.window.tolist() == [0] * 25 + [1] * 25 + [2] * 25
     np.testing.assert_allclose(on_grid.rows.seconds[:50], (np.arange(50) + 0.5) / 25, rtol=1e-6)
-    expected = np.clip((np.arange(25) + 0.5) / 25 * 10 - 0.5, 0, 9)  # between columns a straight line
+    expected = np.clip(
+        (np.arange(25) + 0.5) / 25 * 10 - 0.5, 0, 9
+    )  # between columns a straight line
     np.testing.assert_allclose(on_grid.of(0)[:25, 0].numpy(), expected, atol=4e-3)
     own = features_of(split, tmp_path / "own", Preparation(Windows(1.0), in_time=True), encoder)
     assert len(own) == 30
@@ -168,7 +199,10 @@ def test_features_that_do_not_fit_the_disk_are_refused_with_the_way_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("jepa_audio.probing.features._SPARE_BYTES", 2**62)
-    with pytest.raises(ValueError, match=r"features of 2 layers would take .* GB are free: keep fewer with `--layers`"):
+    with pytest.raises(
+        ValueError,
+        match=r"features of 2 layers would take .* GB are free: keep fewer with `--layers`",
+    ):
         features_of(split_of(tmp_path / "audio"), tmp_path / "features", Preparation(Windows()))
     assert not list((tmp_path / "features").rglob("layer-*"))
 
@@ -176,7 +210,9 @@ def test_features_that_do_not_fit_the_disk_are_refused_with_the_way_out(
 def test_features_that_are_no_numbers_are_refused(tmp_path: Path):
     encoder = FunctionEncoder(lambda waveform: waveform.mean(-1) / 0, "broken", RATE)
     with pytest.raises(ValueError, match="record 3: broken gives features that are not finite"):
-        features_of(split_of(tmp_path / "audio"), tmp_path / "features", Preparation(Windows()), encoder)
+        features_of(
+            split_of(tmp_path / "audio"), tmp_path / "features", Preparation(Windows()), encoder
+        )
 
 
 def test_an_encoder_gives_the_layers_it_names(tmp_path: Path):
@@ -185,8 +221,12 @@ def test_an_encoder_gives_the_layers_it_names(tmp_path: Path):
             features = super().encode(waveform, lengths)
             return LayerFeatures(features.layers * 2, features.times, features.valid)
 
-    with pytest.raises(ValueError, match=r"record 3: counting gives 4 layers and names \['mean', 'last'\]"):
-        features_of(split_of(tmp_path / "audio"), tmp_path / "features", Preparation(Windows()), Careless())
+    with pytest.raises(
+        ValueError, match=r"record 3: counting gives 4 layers and names \['mean', 'last'\]"
+    ):
+        features_of(
+            split_of(tmp_path / "audio"), tmp_path / "features", Preparation(Windows()), Careless()
+        )
 
 
 def test_large_tables_stay_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -204,7 +244,9 @@ def test_a_stretch_is_cut_out_and_fills_the_channels_of_the_encoder(tmp_path: Pa
     path = tmp_path / "stereo.wav"
     sf.write(path, stereo, RATE, subtype="FLOAT")
     part = Item(path, 0, "a", "record 0", start_seconds=0.5, end_seconds=0.75)
-    np.testing.assert_allclose(load_waveform(part, RATE, 1)[0], stereo[500:750].mean(axis=1), atol=1e-7)
+    np.testing.assert_allclose(
+        load_waveform(part, RATE, 1)[0], stereo[500:750].mean(axis=1), atol=1e-7
+    )
     assert load_waveform(part, 2 * RATE, 2).shape == (2, 500)
     with pytest.raises(ValueError, match=r"stereo\.wav has 2 channels, the encoder takes 3"):
         load_waveform(part, RATE, 3)
@@ -214,7 +256,9 @@ def test_a_stretch_is_cut_out_and_fills_the_channels_of_the_encoder(tmp_path: Pa
 
 def test_log_mel_statistics_are_those_of_each_clip_alone(tmp_path: Path):
     split = split_of(tmp_path / "audio")
-    together = features_of(split, tmp_path / "features", Preparation(Windows()), LogMelStatistics(RATE))
+    together = features_of(
+        split, tmp_path / "features", Preparation(Windows()), LogMelStatistics(RATE)
+    )
     for row, item in enumerate(split.items):
         alone = LogMelStatistics(RATE).clip_vectors(load_waveform(item, RATE, 1)[None])[0][0]
         torch.testing.assert_close(together.of(0)[row], alone, atol=1e-4, rtol=1e-4)
@@ -222,7 +266,11 @@ def test_log_mel_statistics_are_those_of_each_clip_alone(tmp_path: Path):
 
 
 def test_the_index_is_what_it_says(tmp_path: Path):
-    features_of(split_of(tmp_path / "audio"), tmp_path / "features", Preparation(Windows(1.0, min_ratio=0.5)))
+    features_of(
+        split_of(tmp_path / "audio"),
+        tmp_path / "features",
+        Preparation(Windows(1.0, min_ratio=0.5)),
+    )
     (index,) = (tmp_path / "features").rglob("index.jsonl")
     spans = [json.loads(line)[1:] for line in index.read_text().splitlines()]
     assert spans == [[0, 3], [3, 2], [5, 3], [8, 1], [9, 2]]

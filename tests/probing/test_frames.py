@@ -11,9 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from jepa_audio.errors import MissingFileError
 from jepa_audio.probing.tasks.beats import decode_beats_peaks
 from jepa_audio.probing.tasks.chords import CHORDS1217
-from jepa_audio.probing.tasks.frames import BEAT_COLUMNS, CHORD_COLUMNS, CHORDS, IGNORED, Beats, Chords, FrameLabels
+from jepa_audio.probing.tasks.frames import (
+    BEAT_COLUMNS,
+    CHORD_COLUMNS,
+    CHORDS,
+    IGNORED,
+    Beats,
+    Chords,
+    FrameLabels,
+)
 from jepa_audio.probing.tasks.labels import Rows
 from jepa_audio.probing.tasks.records import Item, Split
 from jepa_audio.probing.tasks.rhythm import GTZAN_BEAT, GTZAN_RHYTHM
@@ -80,11 +89,15 @@ def chord_logits(classes: np.ndarray | Tensor) -> Tensor:
 def test_frames_near_a_beat_are_targets_as_wide_as_published():
     split = split_of({"beat": [0.5], "downbeat": []})
     rows = rows_of(1.0, rate=75.0)
-    hard, soft = Beats().row_targets(split, rows), Beats(neighbours=(0.5, 0.25)).row_targets(split, rows)
+    hard, soft = (
+        Beats().row_targets(split, rows),
+        Beats(neighbours=(0.5, 0.25)).row_targets(split, rows),
+    )
     assert hard[:, 0].nonzero()[:, 0].tolist() == [36, 37, 38]
     assert soft[34:41, 0].tolist() == [0, 0.25, 0.5, 1, 0.5, 0.25, 0]
     assert not hard[:, 1].any()
-    # On the task's own grid the target lasts as long: 40 ms. On a coarse one a beat has at least its own frame.
+    # On the task's own grid the target lasts as long: 40 ms. On a coarse one a beat has at least
+    # its own frame.
     assert len(Beats().row_targets(split, rows_of(1.0, rate=100.0))[:, 0].nonzero()) == 4
     coarse = Beats(neighbours=()).row_targets(split, rows_of(1.0, rate=10.0))
     assert coarse[:, 0].any()
@@ -98,15 +111,24 @@ def test_targets_do_not_end_at_the_border_of_a_window():
 
 def test_the_loss_is_that_of_torch_on_every_head():
     generator = torch.Generator().manual_seed(0)
-    logits, targets = torch.randn(7, 3, 2, generator=generator), torch.rand(7, 2, generator=generator)
-    expected = [torch.nn.functional.binary_cross_entropy_with_logits(logits[:, k], targets) for k in range(3)]
+    logits, targets = (
+        torch.randn(7, 3, 2, generator=generator),
+        torch.rand(7, 2, generator=generator),
+    )
+    expected = [
+        torch.nn.functional.binary_cross_entropy_with_logits(logits[:, k], targets)
+        for k in range(3)
+    ]
     torch.testing.assert_close(Beats().losses(logits, targets), torch.stack(expected))
 
 
 @pytest.mark.parametrize("decoder", ["dbn", "peaks"])
 def test_who_hears_every_beat_scores_one_at_any_length(decoder: str):
     labels = [beat_label(100, 30.0), beat_label(141, 20.01), beat_label(75, 9.5)]
-    split, rows = split_of(*labels), rows_of(30.0, 20.01, 9.5, rate=100.0)  # one window has a single frame
+    split, rows = (
+        split_of(*labels),
+        rows_of(30.0, 20.01, 9.5, rate=100.0),
+    )  # one window has a single frame
     beats = Beats(decoder=decoder)
     answers = beats.answers(logits_of(beats.row_targets(split, rows)), split, rows, "file")
     assert answers.shape == (3, 1, len(BEAT_COLUMNS))
@@ -115,7 +137,9 @@ def test_who_hears_every_beat_scores_one_at_any_length(decoder: str):
         if name == "beat" or decoder == "peaks":
             assert answers[:, 0, output].tolist() == expected
         else:  # the model may start a track within a bar, and pass over what sounds in that only
-            torch.testing.assert_close(answers[:, 0, output], torch.tensor(expected).float(), atol=1, rtol=0)
+            torch.testing.assert_close(
+                answers[:, 0, output], torch.tensor(expected).float(), atol=1, rtol=0
+            )
     truth = beats.truth(split, rows, "file")
     assert GTZAN_BEAT.metrics[0](answers, truth).tolist() == [1.0]
     assert beats.decoder == decoder
@@ -129,7 +153,9 @@ def test_scores_are_those_of_mir_eval_on_the_same_events():
     peaks = Beats(decoder="peaks")
     logits[:, 1] += 3 * peaks.row_targets(split, rows)
     answers = peaks.answers(logits, split, rows, "file")
-    f1, pooled = (metric(answers, peaks.truth(split, rows, "file")) for metric in GTZAN_BEAT.metrics[:2])
+    f1, pooled = (
+        metric(answers, peaks.truth(split, rows, "file")) for metric in GTZAN_BEAT.metrics[:2]
+    )
     for k in range(2):
         of_tracks, counts = [], np.zeros(3)
         for n, label in enumerate(labels):
@@ -137,7 +163,11 @@ def test_scores_are_those_of_mir_eval_on_the_same_events():
             (frames,) = decode_beats_peaks(logits[mine, k, 0].sigmoid()[None], 100.0, 0.5, 215.0)
             estimated, reference = rows.seconds[mine][frames].astype(float), np.array(label["beat"])
             of_tracks.append(mir_eval.beat.f_measure(reference, estimated))
-            counts += len(mir_eval.util.match_events(reference, estimated, 0.07)), len(estimated), len(reference)
+            counts += (
+                len(mir_eval.util.match_events(reference, estimated, 0.07)),
+                len(estimated),
+                len(reference),
+            )
         assert f1[k].item() == pytest.approx(np.mean(of_tracks))
         assert pooled[k].item() == pytest.approx(2 * counts[0] / (counts[1] + counts[2]))
     assert f1[1] > f1[0] + 0.1
@@ -147,7 +177,9 @@ def test_heads_are_scored_apart_and_who_hears_nothing_scores_nothing():
     split, rows = split_of(beat_label(100, 20.0)), rows_of(20.0, rate=100.0)
     beats = Beats(decoder="peaks")
     good = logits_of(beats.row_targets(split, rows))
-    answers = beats.answers(torch.cat([torch.full_like(good, -9.0), good], dim=1), split, rows, "file")
+    answers = beats.answers(
+        torch.cat([torch.full_like(good, -9.0), good], dim=1), split, rows, "file"
+    )
     assert GTZAN_BEAT.metrics[0](answers, beats.truth(split, rows, "file")).tolist() == [0.0, 1.0]
     assert answers[0, 0, BEAT].tolist() == [0, 0, 33]
 
@@ -156,7 +188,9 @@ def test_heads_are_chosen_by_beats_alone():
     split, rows = split_of(beat_label(100, 20.0)), rows_of(20.0, rate=100.0)
     beats = Beats()
     logits = logits_of(beats.row_targets(split, rows))
-    whole, chosen = (labels.answers(logits, split, rows, "file") for labels in (beats, beats.for_first_metric()))
+    whole, chosen = (
+        labels.answers(logits, split, rows, "file") for labels in (beats, beats.for_first_metric())
+    )
     assert GTZAN_BEAT.metrics[0](chosen, beats.truth(split, rows, "file")).tolist() == [1.0]
     assert torch.equal(chosen[..., BEAT], whole[..., BEAT])
     assert whole[0, 0, DOWNBEAT].min() > 0
@@ -179,7 +213,11 @@ def test_annotations_count_from_the_start_of_the_file():
     beats = Beats()
     targets = beats.row_targets(split, rows)
     assert targets[4:6, 0].tolist() == [1, 1]  # the beat of 10.25 s, 0.05 s after the start
-    assert beats.answers(logits_of(targets), split, rows, "file")[0, 0, BEAT].tolist() == [20, 20, 20]
+    assert beats.answers(logits_of(targets), split, rows, "file")[0, 0, BEAT].tolist() == [
+        20,
+        20,
+        20,
+    ]
 
 
 def test_tracks_without_downbeats_are_no_fault():
@@ -211,8 +249,20 @@ def test_beats_that_are_none_are_refused_with_their_record(label: Any, message: 
 @pytest.mark.parametrize(
     ("chord", "name"),
     [
-        *[("C", "C:maj"), ("C:maj/5", "C:maj"), ("Cb:7", "B:maj"), ("B#:min", "C:min"), ("Db:min7/b3", "C#:min")],
-        *[("E#:maj6", "F:maj"), ("G:(1,3,5)", "G:maj"), ("A:minmaj7", "A:min"), ("C/2", "C:maj"), ("N", "N")],
+        *[
+            ("C", "C:maj"),
+            ("C:maj/5", "C:maj"),
+            ("Cb:7", "B:maj"),
+            ("B#:min", "C:min"),
+            ("Db:min7/b3", "C#:min"),
+        ],
+        *[
+            ("E#:maj6", "F:maj"),
+            ("G:(1,3,5)", "G:maj"),
+            ("A:minmaj7", "A:min"),
+            ("C/2", "C:maj"),
+            ("N", "N"),
+        ],
         *[(chord, None) for chord in ("X", "C:sus4", "C:aug", "C:dim", "C:hdim7", "F:5", "G:1")],
     ],
 )
@@ -277,13 +327,17 @@ def test_seconds_are_weighed_as_mir_eval_weighs_them(rate: float):
             expected = majmin_of(SONG, mine, rate)
             assert (answers[n, k, 0] / answers[n, k, 1]).item() == pytest.approx(expected, abs=1e-4)
     assert (answers[..., 2] / answers[..., 3])[:, 0].tolist() == [1.0, 1.0]
-    assert (answers[..., 0] / answers[..., 1])[:, 0].min() > 0.95  # frames cannot tell where within them a chord ends
+    assert (answers[..., 0] / answers[..., 1])[
+        :, 0
+    ].min() > 0.95  # frames cannot tell where within them a chord ends
 
 
 def test_a_chord_that_changes_between_frames_is_weighed_by_its_seconds():
     song = [region(0.0, 0.3, "C"), region(0.3, 1.0, "A:min")]
     split, rows = split_of(song), rows_of(1.0, rate=2.0)
-    answers = Chords().answers(chord_logits(np.array([CHORDS.index("A:min")] * 2)), split, rows, "file")
+    answers = Chords().answers(
+        chord_logits(np.array([CHORDS.index("A:min")] * 2)), split, rows, "file"
+    )
     assert answers[0, 0].tolist() == pytest.approx([0.7, 1.0, 1, 2])
 
 
@@ -291,7 +345,9 @@ def test_a_constant_answer_scores_the_share_of_its_chord():
     split, rows = split_of(SONG), rows_of(12.0, rate=20.0, window_seconds=5.0)
     constant = chord_logits(np.full(len(rows), CHORDS.index("N")))
     answers = Chords().answers(constant, split, rows, "file")
-    majmin, frames = (metric(answers, Chords().truth(split, rows, "file")).item() for metric in CHORDS1217.metrics)
+    majmin, frames = (
+        metric(answers, Chords().truth(split, rows, "file")).item() for metric in CHORDS1217.metrics
+    )
     assert answers.shape == (1, 1, len(CHORD_COLUMNS))
     assert answers[0, 0, :2].tolist() == pytest.approx([1.03 + 1.21, 6.0 + 1.02], abs=1e-4)
     assert majmin == pytest.approx(2.24 / 7.02, abs=1e-4)
@@ -302,14 +358,18 @@ def test_windows_of_a_song_can_be_scored_apart_and_a_last_one_of_one_frame_works
     song = [region(0.0, 10.05, "C")]
     split, rows = split_of(song), rows_of(10.05, rate=20.0, window_seconds=5.0)
     assert np.bincount(rows.window).tolist() == [100, 100, 1]
-    by_window = Chords().answers(chord_logits(np.zeros(len(rows), dtype=np.int64)), split, rows, "window")
+    by_window = Chords().answers(
+        chord_logits(np.zeros(len(rows), dtype=np.int64)), split, rows, "window"
+    )
     assert by_window[:, 0, 1].tolist() == pytest.approx([5.0, 5.0, 0.05], abs=1e-4)
     assert by_window[:, 0, 3].tolist() == [100, 100, 1]
 
 
 def test_a_song_without_anything_to_compare_counts_nothing():
     split, rows = split_of([], [region(0.0, 1.0, "X")]), rows_of(1.0, 1.0, rate=20.0)
-    answers = Chords().answers(chord_logits(np.zeros(len(rows), dtype=np.int64)), split, rows, "file")
+    answers = Chords().answers(
+        chord_logits(np.zeros(len(rows), dtype=np.int64)), split, rows, "file"
+    )
     assert not answers.any()
 
 
@@ -317,12 +377,18 @@ def test_a_song_without_anything_to_compare_counts_nothing():
     ("label", "message"),
     [
         ("C:maj", "must be a list of chords"),
-        ([{"start_time": 0.0, "chord_str": "C"}], "must have `start_time`, `end_time` and `chord_str`"),
+        (
+            [{"start_time": 0.0, "chord_str": "C"}],
+            "must have `start_time`, `end_time` and `chord_str`",
+        ),
         ([region(1.0, 0.5, "C")], "must be seconds, in this order"),
         ([region("0", 0.5, "C")], "must be seconds, in this order"),
         ([region(0.0, 1.0, "H:moll")], "'H:moll' is no chord"),
         ([region(0.0, 1.0, None)], "`chord_str` is None"),
-        ([region(0.0, 2.0, "C"), region(1.0, 3.0, "D")], "'D' starts at 1.0 s, but the one before ends at 2.0 s"),
+        (
+            [region(0.0, 2.0, "C"), region(1.0, 3.0, "D")],
+            "'D' starts at 1.0 s, but the one before ends at 2.0 s",
+        ),
     ],
 )
 def test_chords_that_are_none_are_refused_with_their_record(label: Any, message: str):
@@ -339,7 +405,11 @@ def test_times_that_were_rounded_may_overlap_by_a_millisecond():
 
 @pytest.mark.parametrize("labels", [Beats(), Chords()])
 def test_the_annotations_of_a_split_can_be_shuffled(labels: FrameLabels):
-    of_task = (beat_label(100, 5.0), beat_label(180, 5.0)) if isinstance(labels, Beats) else (SONG, SONG[:2])
+    of_task = (
+        (beat_label(100, 5.0), beat_label(180, 5.0))
+        if isinstance(labels, Beats)
+        else (SONG, SONG[:2])
+    )
     split, rows = split_of(*of_task).shuffled(seed=0), rows_of(5.0, 5.0, rate=20.0)
     logits = torch.zeros(len(rows), 2, labels.num_outputs)
     assert labels.answers(logits, split, rows, "file").shape[:2] == (2, 2)
@@ -350,12 +420,20 @@ def test_the_annotations_of_a_split_can_be_shuffled(labels: FrameLabels):
 
 def write_jams(folder: Path, stem: str, annotations: list[dict[str, Any]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{stem}.wav.jams").write_text(json.dumps({"annotations": annotations, "file_metadata": {}}))
+    (folder / f"{stem}.wav.jams").write_text(
+        json.dumps({"annotations": annotations, "file_metadata": {}})
+    )
 
 
 def jams_of(kind: str | None, *times: float, namespace: str = "beat") -> dict[str, Any]:
-    data = [{"time": time, "duration": 0.0, "value": 1.0, "confidence": float("nan")} for time in times]
-    return {"namespace": namespace, "data": data, "sandbox": {"annotation_type": kind} if kind else {}}
+    data = [
+        {"time": time, "duration": 0.0, "value": 1.0, "confidence": float("nan")} for time in times
+    ]
+    return {
+        "namespace": namespace,
+        "data": data,
+        "sandbox": {"annotation_type": kind} if kind else {},
+    }
 
 
 def rhythm(raw: Path) -> Path:
@@ -367,14 +445,22 @@ def rhythm(raw: Path) -> Path:
                 jams_of("downbeat", *([0.1] if take else [])),
                 jams_of(None, 0.0, namespace="tag_open"),
             ]
-            write_jams(raw / "GTZAN-Rhythm_v2_ismir2015_lbd" / "jams", f"{genre}.{take:05}", annotations)
+            write_jams(
+                raw / "GTZAN-Rhythm_v2_ismir2015_lbd" / "jams", f"{genre}.{take:05}", annotations
+            )
     return raw
 
 
-def test_gtzan_rhythm_becomes_the_records_of_marble(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_gtzan_rhythm_becomes_the_records_of_marble(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     with caplog.at_level(logging.WARNING):
         data = GTZAN_BEAT.load(rhythm(tmp_path))
-    assert {name: len(split) for name, split in data.splits.items()} == {"train": 10, "val": 10, "test": 10}
+    assert {name: len(split) for name, split in data.splits.items()} == {
+        "train": 10,
+        "val": 10,
+        "test": 10,
+    }
     first, last = data.splits["train"].items[0], data.splits["test"].items[-1]
     assert first.label == {"beat": [0.05, 0.1], "downbeat": []}
     assert last.label == {"beat": [0.1, 0.14], "downbeat": [0.1]}
@@ -387,15 +473,19 @@ def test_what_is_missing_of_gtzan_rhythm_is_named(tmp_path: Path):
     raw = rhythm(tmp_path)
     jams = raw / "GTZAN-Rhythm_v2_ismir2015_lbd" / "jams"
     (jams / "pop.00001.wav.jams").unlink()
-    with pytest.raises(FileNotFoundError, match=r"pop\.00001\.wav\.jams is missing: give the folder"):
+    with pytest.raises(
+        MissingFileError, match=r"pop\.00001\.wav\.jams is missing: give the folder"
+    ):
         GTZAN_RHYTHM.convert(raw)
     write_jams(jams, "pop.00001", [jams_of("beat", 0.1)])
-    with pytest.raises(ValueError, match=r"pop\.00001\.wav\.jams has no annotation of the kind 'downbeat'"):
+    with pytest.raises(
+        ValueError, match=r"pop\.00001\.wav\.jams has no annotation of the kind 'downbeat'"
+    ):
         GTZAN_RHYTHM.convert(raw)
     (jams / "pop.00001.wav.jams").write_text("[]")
     with pytest.raises(ValueError, match=r"pop\.00001\.wav\.jams is no JAMS file"):
         GTZAN_RHYTHM.convert(raw)
     for file in jams.iterdir():
         file.unlink()
-    with pytest.raises(FileNotFoundError, match="GTZAN-Rhythm_v2_ismir2015_lbd/jams is missing"):
+    with pytest.raises(MissingFileError, match="GTZAN-Rhythm_v2_ismir2015_lbd/jams is missing"):
         GTZAN_RHYTHM.convert(raw)

@@ -52,8 +52,12 @@ def test_every_resampling_takes_as_many_units_as_there_are_and_each_equally_ofte
 
 
 def test_two_encoders_are_compared_on_the_same_resamplings():
-    np.testing.assert_array_equal(draw_counts(50, draws=20, seed=3), draw_counts(50, draws=20, seed=3))
-    np.testing.assert_array_equal(draw_counts(50, draws=20, seed=3)[:5], draw_counts(50, draws=5, seed=3))
+    np.testing.assert_array_equal(
+        draw_counts(50, draws=20, seed=3), draw_counts(50, draws=20, seed=3)
+    )
+    np.testing.assert_array_equal(
+        draw_counts(50, draws=20, seed=3)[:5], draw_counts(50, draws=5, seed=3)
+    )
     assert (draw_counts(50, draws=20, seed=3) != draw_counts(50, draws=20, seed=4)).any()
 
 
@@ -72,7 +76,9 @@ def test_nothing_to_draw_is_refused(num_units: int, draws: int):
 
 def test_the_interval_is_that_of_clips_drawn_one_by_one(answers: tuple[np.ndarray, np.ndarray]):
     better, worse = answers
-    np.testing.assert_allclose(bootstrap_interval(better), literal_bootstrap(better, 4000), atol=0.008)
+    np.testing.assert_allclose(
+        bootstrap_interval(better), literal_bootstrap(better, 4000), atol=0.008
+    )
     gap = paired_difference(better, worse)
     literal = literal_bootstrap(better.astype(int) - worse, 4000)
     np.testing.assert_allclose((gap.low, gap.high), literal, atol=0.008)
@@ -101,7 +107,9 @@ def test_the_interval_of_an_area_under_a_curve_covers_the_truth_in_some_95_of_10
     rng = np.random.default_rng(0)
     counts = draw_counts(100, draws=300)
     truth = np.repeat([[1.0], [0.0]], 50, axis=0)
-    real = 0.5 * math.erfc(-1 / 2)  # normal logits a deviation apart: the chance that a hit is above a miss
+    real = 0.5 * math.erfc(
+        -1 / 2
+    )  # normal logits a deviation apart: the chance that a hit is above a miss
     covered = 0
     for _ in range(300):
         low, high = interval(AUROC().resampled(rng.normal(size=(100, 1)) + truth, truth, counts))
@@ -133,7 +141,9 @@ def test_a_difference_on_the_same_resamplings_is_narrower_than_on_others():
     truth = (rng.random((200, 3)) < 0.3).astype(np.float64)
     common = truth + rng.normal(size=truth.shape)
     said, other = (common + 0.3 * rng.normal(size=truth.shape) for _ in range(2))
-    values = [float(AUROC()(torch.from_numpy(logits)[:, None], truth)[0]) for logits in (said, other)]
+    values = [
+        float(AUROC()(torch.from_numpy(logits)[:, None], truth)[0]) for logits in (said, other)
+    ]
     draws, same, others = (
         AUROC().resampled(logits, truth, draw_counts(200, draws=400, seed=seed))
         for logits, seed in ((said, 0), (other, 0), (other, 1))

@@ -54,7 +54,12 @@ def features_of(*tables: np.ndarray) -> Features:
 
 def data_of(labels: list[np.ndarray], numbers: bool = False) -> ProbeData:
     splits = {
-        split: Split(tuple(Item(Path("x"), label, f"{split} {i}", "here") for i, label in enumerate(of.tolist())))
+        split: Split(
+            tuple(
+                Item(Path("x"), label, f"{split} {i}", "here")
+                for i, label in enumerate(of.tolist())
+            )
+        )
         for split, of in zip(SPLITS, labels, strict=True)
     }
     kind = Regression() if numbers else Multiclass()
@@ -62,14 +67,23 @@ def data_of(labels: list[np.ndarray], numbers: bool = False) -> ProbeData:
     return ProbeData(task, kind.fitted(splits["train"]), splits, "")
 
 
-def fitted(layers: list[Layer], labels: list[np.ndarray], kind: str, numbers: bool = False) -> list[Head]:
-    features = {split: features_of(*(layer[i] for layer in layers)) for i, split in enumerate(SPLITS)}
+def fitted(
+    layers: list[Layer], labels: list[np.ndarray], kind: str, numbers: bool = False
+) -> list[Head]:
+    features = {
+        split: features_of(*(layer[i] for layer in layers)) for i, split in enumerate(SPLITS)
+    }
     names = tuple(f"layer {i}" for i in range(len(layers)))
     return list(Linear().fit(Fit(features, data_of(labels, numbers), names, (0,), "cpu", ""))[kind])
 
 
 def accuracy(choice: Choice, layers: list[Layer], labels: list[np.ndarray]) -> float:
-    said = choice.heads[0].logits(features_of(*(layer[2] for layer in layers)))[:, 0].argmax(dim=1).numpy()
+    said = (
+        choice.heads[0]
+        .logits(features_of(*(layer[2] for layer in layers)))[:, 0]
+        .argmax(dim=1)
+        .numpy()
+    )
     return float((said == labels[2]).mean())
 
 
@@ -87,7 +101,9 @@ def test_a_layer_that_holds_the_label_is_chosen_and_scores_one(kind: str, rng: n
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("jitter", [0.0, 1e-7])
-def test_a_constant_encoder_scores_chance_rounding_noise_or_not(kind: str, jitter: float, rng: np.random.Generator):
+def test_a_constant_encoder_scores_chance_rounding_noise_or_not(
+    kind: str, jitter: float, rng: np.random.Generator
+):
     labels = clips(rng, 200, 100, 500)
     constant = [(100 + y[:, None] * np.full(3, jitter)).astype(np.float32) for y in labels]
     choice = choose(fitted([constant], labels, kind))
@@ -104,7 +120,9 @@ def test_shuffled_labels_score_chance(kind: str, rng: np.random.Generator):
 
 
 @pytest.mark.parametrize("width", [12, 150])
-def test_the_logistic_head_is_scikit_learns_also_with_more_columns_than_clips(width: int, rng: np.random.Generator):
+def test_the_logistic_head_is_scikit_learns_also_with_more_columns_than_clips(
+    width: int, rng: np.random.Generator
+):
     labels = clips(rng, 120, 50, 400)
     train, _, test = clouds(rng, labels, width, noise=2.0)
     (maps,) = fit_logistic(features_of(train), torch.from_numpy(labels[0]), NUM_CLASSES)
@@ -127,15 +145,23 @@ def test_the_ridge_head_is_scikit_learns_also_far_from_zero(width: int, rng: np.
     (maps,) = fit_ridge(features_of(train), torch.from_numpy(targets))
     scaler = StandardScaler().fit(train.astype(np.float64))
     for strength, read in zip(RIDGE_STRENGTHS, maps, strict=True):
-        theirs = Ridge(alpha=120 * strength).fit(scaler.transform(train.astype(np.float64)), targets)
+        theirs = Ridge(alpha=120 * strength).fit(
+            scaler.transform(train.astype(np.float64)), targets
+        )
         expected = theirs.predict(scaler.transform(test.astype(np.float64)))
         np.testing.assert_allclose(read(torch.from_numpy(test)).numpy(), expected, atol=5e-3)
 
 
-def test_a_hard_separable_problem_converges(rng: np.random.Generator, caplog: pytest.LogCaptureFixture):
+def test_a_hard_separable_problem_converges(
+    rng: np.random.Generator, caplog: pytest.LogCaptureFixture
+):
     labels = clips(rng, 300, 50, 50)
     train = clouds(rng, labels, 40, noise=0.01)[0]
-    list(fit_logistic(features_of(train), torch.from_numpy(labels[0]), NUM_CLASSES, strengths=(1e-6, 1e-4)))
+    list(
+        fit_logistic(
+            features_of(train), torch.from_numpy(labels[0]), NUM_CLASSES, strengths=(1e-6, 1e-4)
+        )
+    )
     assert not caplog.records
 
 
@@ -146,7 +172,11 @@ def test_the_knn_head_agrees_with_scikit_learn_and_the_nearest_wins_a_tie(rng: n
     rows = torch.nn.functional.normalize(scale(torch.from_numpy(train)), dim=1)
     votes = torch.eye(NUM_CLASSES)[torch.from_numpy(labels[0])]
     scaler = StandardScaler().fit(train)
-    order = np.argsort(-rows.numpy() @ torch.nn.functional.normalize(scale(torch.from_numpy(test)), dim=1).numpy().T, 0)
+    order = np.argsort(
+        -rows.numpy()
+        @ torch.nn.functional.normalize(scale(torch.from_numpy(test)), dim=1).numpy().T,
+        0,
+    )
     for k in (1, 2, 5):
         head = NeighbourHead(Source("layer 0", (0,)), float(k), 0, 0.0, features_of(train), votes)
         ours = head.logits(features_of(test))[:, 0].argmax(dim=1).numpy()
@@ -173,7 +203,10 @@ def test_layers_fitted_together_are_those_fitted_alone(rng: np.random.Generator)
 
 def test_numbers_are_told_and_a_constant_layer_tells_nothing(rng: np.random.Generator):
     numbers = [rng.standard_normal(size) for size in (100, 50, 80)]
-    telling = [np.stack([5 + 3 * y, rng.standard_normal(len(y))], axis=1).astype(np.float32) for y in numbers]
+    telling = [
+        np.stack([5 + 3 * y, rng.standard_normal(len(y))], axis=1).astype(np.float32)
+        for y in numbers
+    ]
     constant = [np.ones((len(y), 2), dtype=np.float32) for y in numbers]
     for kind, least in (("ridge", 0.99), ("knn", 0.8)):
         heads = fitted([constant, telling], numbers, kind, numbers=True)

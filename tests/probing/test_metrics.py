@@ -45,7 +45,9 @@ def tags(num_units: int = NUM_UNITS, num_tags: int = 4, seed: int = 0) -> np.nda
 def tied_logits(truth: np.ndarray, num_heads: int = NUM_HEADS) -> torch.Tensor:
     """Logits that say something of the truth, with many ties and some near-ties that bfloat16 makes."""
     rng = torch.Generator().manual_seed(1)
-    said = torch.from_numpy(truth)[:, None] + torch.randn(len(truth), num_heads, truth.shape[1], generator=rng)
+    said = torch.from_numpy(truth)[:, None] + torch.randn(
+        len(truth), num_heads, truth.shape[1], generator=rng
+    )
     said[:, 0] = said[:, 0].round()
     return said.bfloat16().float()
 
@@ -69,7 +71,9 @@ def event_counts() -> tuple[torch.Tensor, np.ndarray]:
     """Hits, estimated events, true events, and a number that some units lack."""
     rng = np.random.default_rng(0)
     hits = rng.integers(0, 6, (NUM_UNITS, NUM_HEADS))
-    reference = np.broadcast_to(hits.max(axis=1, keepdims=True) + rng.integers(0, 3, (NUM_UNITS, 1)), hits.shape).copy()
+    reference = np.broadcast_to(
+        hits.max(axis=1, keepdims=True) + rng.integers(0, 3, (NUM_UNITS, 1)), hits.shape
+    ).copy()
     reference[0], hits[0] = 0, 0
     error = rng.random(hits.shape)
     error[3:6] = np.nan
@@ -97,11 +101,15 @@ METRICS: list[tuple[Metric, Example]] = [
     (PooledF1("pooled", 0, 1, 2), event_counts),
     (MeanF1("by_track", 0, 1, 2), event_counts),
 ]
-every_metric = pytest.mark.parametrize(("metric", "example"), METRICS, ids=[metric.name for metric, _ in METRICS])
+every_metric = pytest.mark.parametrize(
+    ("metric", "example"), METRICS, ids=[metric.name for metric, _ in METRICS]
+)
 
 
 @every_metric
-def test_heads_are_scored_together_as_each_alone(metric: Metric, example: Example, monkeypatch: pytest.MonkeyPatch):
+def test_heads_are_scored_together_as_each_alone(
+    metric: Metric, example: Example, monkeypatch: pytest.MonkeyPatch
+):
     answers, truth = example()
     together = metric(answers, truth)
     alone = [metric(answers[:, [head]], truth) for head in range(NUM_HEADS)]
@@ -116,7 +124,9 @@ def test_a_resampling_is_scored_as_the_units_that_were_drawn(
     metric: Metric, example: Example, monkeypatch: pytest.MonkeyPatch
 ):
     answers, truth = example()
-    counts = np.concatenate([np.ones((1, NUM_UNITS), dtype=np.int16), draw_counts(NUM_UNITS, draws=20)])
+    counts = np.concatenate(
+        [np.ones((1, NUM_UNITS), dtype=np.int16), draw_counts(NUM_UNITS, draws=20)]
+    )
     for head in range(NUM_HEADS):
         scores = metric.resampled(answers[:, head].numpy(), truth, counts)
         assert scores[0] == pytest.approx(float(metric(answers[:, [head]], truth)), rel=1e-6)
@@ -124,7 +134,9 @@ def test_a_resampling_is_scored_as_the_units_that_were_drawn(
         literal = [float(metric(answers[units][:, [head]], truth[units])) for units in drawn]
         np.testing.assert_allclose(scores, literal, rtol=1e-6)
     monkeypatch.setattr(base, "_DRAWS_AT_ONCE", 4 * NUM_UNITS)
-    np.testing.assert_allclose(metric.resampled(answers[:, head].numpy(), truth, counts), scores, rtol=1e-6)
+    np.testing.assert_allclose(
+        metric.resampled(answers[:, head].numpy(), truth, counts), scores, rtol=1e-6
+    )
 
 
 def test_accuracy_is_the_libraries_micro_accuracy_where_all_classes_are_known():
@@ -136,7 +148,9 @@ def test_accuracy_is_the_libraries_micro_accuracy_where_all_classes_are_known():
         literal = multiclass_accuracy(logits[known][:, head], target, 24, average="micro")
         assert float(scores[head]) == pytest.approx(float(literal))
     assert 0 < known.sum() < len(truth)
-    torch.testing.assert_close(Accuracy()(logits, truth), scores * known.mean())  # the unknown are wrong
+    torch.testing.assert_close(
+        Accuracy()(logits, truth), scores * known.mean()
+    )  # the unknown are wrong
 
 
 def literal_credit(true: int, estimate: int) -> float:
@@ -156,7 +170,9 @@ def test_the_key_table_is_the_rule():
     literal = [[literal_credit(true, estimate) for estimate in range(24)] for true in range(24)]
     np.testing.assert_array_equal(key_credits(False), literal)
     named = {
-        (true, estimate): key_credits(False)[i, j] for i, true in enumerate(KEYS) for j, estimate in enumerate(KEYS)
+        (true, estimate): key_credits(False)[i, j]
+        for i, true in enumerate(KEYS)
+        for j, estimate in enumerate(KEYS)
     }
     assert named["C major", "G major"] == 0.5
     assert named["C major", "F major"] == 0.0
@@ -169,7 +185,9 @@ def test_the_key_table_is_the_rule():
 
 
 def test_the_symmetric_key_table_also_credits_the_fifth_below():
-    literal = np.array([[literal_credit(true, estimate) for estimate in range(24)] for true in range(24)])
+    literal = np.array(
+        [[literal_credit(true, estimate) for estimate in range(24)] for true in range(24)]
+    )
     for true in range(24):
         literal[true, 12 * (true // 12) + (true % 12 - 7) % 12] = 0.5
     np.testing.assert_array_equal(key_credits(True), literal)
@@ -180,10 +198,15 @@ def test_the_symmetric_key_table_also_credits_the_fifth_below():
 def test_the_key_score_is_the_mean_credit_and_none_for_an_unknown_key(symmetric: bool):
     logits, truth = classes()
     credit = [
-        [0.0 if true < 0 else key_credits(symmetric)[true, said] for said in logits[unit].argmax(dim=-1)]
+        [
+            0.0 if true < 0 else key_credits(symmetric)[true, said]
+            for said in logits[unit].argmax(dim=-1)
+        ]
         for unit, true in enumerate(truth)
     ]
-    np.testing.assert_allclose(KeyScore(symmetric)(logits, truth), np.mean(credit, axis=0), rtol=1e-12)
+    np.testing.assert_allclose(
+        KeyScore(symmetric)(logits, truth), np.mean(credit, axis=0), rtol=1e-12
+    )
     with pytest.raises(ValueError, match="24 classes"):
         KeyScore(symmetric)(logits[..., :12], truth)
 
@@ -198,7 +221,9 @@ def test_the_key_score_is_the_mean_credit_and_none_for_an_unknown_key(symmetric:
     ids=["auroc", "ap", "f1_macro"],
 )
 def test_scores_of_tags_are_the_libraries_with_ties_and_without_the_empty_tag(
-    metric: Metric, sklearn_score: Callable[..., float], torchmetrics_score: Callable[..., torch.Tensor]
+    metric: Metric,
+    sklearn_score: Callable[..., float],
+    torchmetrics_score: Callable[..., torch.Tensor],
 ):
     truth = tags(num_tags=5)
     truth[:, 2] = 0
@@ -213,7 +238,9 @@ def test_scores_of_tags_are_the_libraries_with_ties_and_without_the_empty_tag(
         by_torchmetrics = torchmetrics_score(probabilities, target, num_labels=5, average=None)
         assert float(score) == pytest.approx(float(by_torchmetrics[scored].mean()), abs=1e-5)
         every_tag = torchmetrics_score(probabilities, target, num_labels=5, average="macro")
-        assert float(score) > float(every_tag) + 0.01, "the library's own mean counts the empty tag as 0"
+        assert float(score) > float(every_tag) + 0.01, (
+            "the library's own mean counts the empty tag as 0"
+        )
 
 
 @pytest.mark.parametrize(
@@ -221,12 +248,19 @@ def test_scores_of_tags_are_the_libraries_with_ties_and_without_the_empty_tag(
     [(AUROC(), roc_auc_score), (AveragePrecision(), average_precision_score)],
     ids=["auroc", "ap"],
 )
-def test_resampled_ranks_are_the_librarys_weighted_ones(metric: Metric, sklearn_score: Callable[..., float]):
+def test_resampled_ranks_are_the_librarys_weighted_ones(
+    metric: Metric, sklearn_score: Callable[..., float]
+):
     truth = tags()
     logits = tied_logits(truth, num_heads=1)[:, 0].numpy()
     counts = draw_counts(NUM_UNITS, draws=50, seed=3)
     literal = [
-        np.mean([sklearn_score(truth[:, tag], logits[:, tag], sample_weight=weight) for tag in range(truth.shape[1])])
+        np.mean(
+            [
+                sklearn_score(truth[:, tag], logits[:, tag], sample_weight=weight)
+                for tag in range(truth.shape[1])
+            ]
+        )
         for weight in counts
     ]
     np.testing.assert_allclose(metric.resampled(logits, truth, counts), literal, rtol=1e-10)
@@ -256,17 +290,22 @@ def test_a_tag_that_all_have_counts_for_the_precision_alone():
     logits = tied_logits(truth)
     torch.testing.assert_close(AUROC()(logits, truth), AUROC()(logits[..., 1:], truth[:, 1:]))
     torch.testing.assert_close(
-        AveragePrecision()(logits, truth), (1 + 3 * AveragePrecision()(logits[..., 1:], truth[:, 1:])) / 4
+        AveragePrecision()(logits, truth),
+        (1 + 3 * AveragePrecision()(logits[..., 1:], truth[:, 1:])) / 4,
     )
 
 
-@pytest.mark.parametrize("metric", [AUROC(), AveragePrecision(), F1("macro"), F1("micro")], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "metric", [AUROC(), AveragePrecision(), F1("macro"), F1("micro")], ids=lambda m: m.name
+)
 def test_no_tag_at_all_is_refused(metric: Metric):
     logits, truth = multilabel()
     with pytest.raises(ValueError, match=f"`{metric.name}`"):
         metric(logits, np.zeros_like(truth))
     with pytest.raises(ValueError, match=f"`{metric.name}`"):
-        metric.resampled(logits[:, 0].numpy(), np.zeros_like(truth), draw_counts(NUM_UNITS, draws=2))
+        metric.resampled(
+            logits[:, 0].numpy(), np.zeros_like(truth), draw_counts(NUM_UNITS, draws=2)
+        )
 
 
 def test_large_logits_keep_their_order_where_probabilities_are_all_one():
@@ -285,7 +324,9 @@ def test_a_diverged_head_is_at_chance_or_below_whatever_the_order_of_the_records
     assert F1("macro")(nothing, truth).item() == 0
     assert R2()(nothing[..., :2], numbers()[1]).item() == -np.inf
     one_missing = torch.tensor([3.0, torch.nan, -5.0])[:, None, None]
-    assert AUROC()(one_missing, np.array([[1], [0], [1]])).item() == 1, "the unit without a logit is the last"
+    assert AUROC()(one_missing, np.array([[1], [0], [1]])).item() == 1, (
+        "the unit without a logit is the last"
+    )
 
 
 def test_f1_of_all_tags_in_one_pool_is_the_librarys():
@@ -293,7 +334,9 @@ def test_f1_of_all_tags_in_one_pool_is_the_librarys():
     truth[:, 2] = 0
     logits = tied_logits(truth)
     for head, score in enumerate(F1("micro")(logits, truth)):
-        assert float(score) == pytest.approx(f1_score(truth, logits[:, head] > 0, average="micro"), abs=1e-12)
+        assert float(score) == pytest.approx(
+            f1_score(truth, logits[:, head] > 0, average="micro"), abs=1e-12
+        )
     assert F1("micro").num_scored(truth) is None
 
 
@@ -302,10 +345,14 @@ def test_r2_is_that_of_the_whole_split_and_not_the_mean_of_batches():
     target = torch.from_numpy(truth)
     for head in range(NUM_HEADS):
         by_output = torchmetrics_r2(answers[:, head], target, multioutput="raw_values")
-        np.testing.assert_allclose(by_output, r2_score(truth, answers[:, head], multioutput="raw_values"), rtol=1e-4)
+        np.testing.assert_allclose(
+            by_output, r2_score(truth, answers[:, head], multioutput="raw_values"), rtol=1e-4
+        )
         assert float(R2()(answers, truth)[head]) == pytest.approx(float(by_output.mean()), rel=1e-4)
         for output in (0, 1):
-            assert float(R2(output)(answers, truth)[head]) == pytest.approx(float(by_output[output]), rel=1e-4)
+            assert float(R2(output)(answers, truth)[head]) == pytest.approx(
+                float(by_output[output]), rel=1e-4
+            )
         batches = zip(answers[:, head].split(16), target.split(16), strict=True)
         of_batches = np.mean([float(torchmetrics_r2(*batch)) for batch in batches])
         assert abs(of_batches - float(R2()(answers, truth)[head])) > 0.01
@@ -317,7 +364,9 @@ def test_resampled_r2_is_the_librarys_weighted_one_about_the_mean_of_the_draw():
     answers, truth = numbers()
     counts = draw_counts(NUM_UNITS, draws=20, seed=4)
     literal = [r2_score(truth, answers[:, 0], sample_weight=weight) for weight in counts]
-    np.testing.assert_allclose(R2().resampled(answers[:, 0].numpy(), truth, counts), literal, rtol=1e-6)
+    np.testing.assert_allclose(
+        R2().resampled(answers[:, 0].numpy(), truth, counts), literal, rtol=1e-6
+    )
 
 
 def test_r2_of_truth_that_does_not_vary_is_refused_and_such_a_draw_is_left_out():
@@ -333,7 +382,9 @@ def test_r2_of_truth_that_does_not_vary_is_refused_and_such_a_draw_is_left_out()
 
 
 def test_counts_of_events_are_pooled_or_scored_by_unit():
-    answers = torch.tensor([[3, 4, 6, 2.0], [1, 1, 1, torch.nan], [0, 2, 0, 4.0], [0, 0, 5, 0.0]])[:, None]
+    answers = torch.tensor([[3, 4, 6, 2.0], [1, 1, 1, torch.nan], [0, 2, 0, 4.0], [0, 0, 5, 0.0]])[
+        :, None
+    ]
     truth = np.zeros(4, dtype=np.int64)
     assert Share("share", 0, 2)(answers, truth).item() == pytest.approx(4 / 12)
     assert PooledF1("pooled", 0, 1, 2)(answers, truth).item() == pytest.approx(2 * 4 / (7 + 12))

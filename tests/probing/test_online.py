@@ -35,7 +35,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def online(corpus: Path, **settings: int | str) -> OnlineProbe:
-    return OnlineProbe(str(corpus), every_n_steps=2, num_train=16, num_valid=12, batch_size=5, **settings)
+    return OnlineProbe(
+        str(corpus), every_n_steps=2, num_train=16, num_valid=12, batch_size=5, **settings
+    )
 
 
 @pytest.mark.parametrize(("flavour", "which"), [("wave", "context"), ("mel", "target")])
@@ -63,7 +65,9 @@ def test_training_goes_on_as_if_nobody_looked(
     assert sorted(probe.differences) == [0, 2, 4]
 
 
-def test_before_the_first_step_encoder_and_twin_are_one(tiny_cli: Callable, fit: Callable, corpus: Path):
+def test_before_the_first_step_encoder_and_twin_are_one(
+    tiny_cli: Callable, fit: Callable, corpus: Path
+):
     probe = online(corpus)
     fit(tiny_cli("mel", "--trainer.max_steps=2"), None, probe)
     first = probe.differences[0]
@@ -98,11 +102,16 @@ def test_what_is_printed_is_logged(tiny_cli: Callable, fit: Callable, corpus: Pa
     fit(cli, None, probe)
     lines = (tmp_path / "metrics.csv").read_text().splitlines()
     columns = lines[0].split(",")
-    place = {name: columns.index(f"probe/nsynth_instrument/{name}") for name in ("accuracy", "twin", "difference")}
+    place = {
+        name: columns.index(f"probe/nsynth_instrument/{name}")
+        for name in ("accuracy", "twin", "difference")
+    }
     logged = [line.split(",") for line in lines[1:] if line.split(",")[place["twin"]]]
     assert [int(line[columns.index("step")]) for line in logged] == [0, 2, 4]
     for line, difference in zip(logged, probe.differences.values(), strict=True):
-        accuracy, twin, stated = (float(line[place[name]]) for name in ("accuracy", "twin", "difference"))
+        accuracy, twin, stated = (
+            float(line[place[name]]) for name in ("accuracy", "twin", "difference")
+        )
         assert stated == pytest.approx(accuracy - twin) == pytest.approx(difference.value)
 
 

@@ -8,14 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jepa_audio.probing.results import ProbeRow, read_jsonl
-from jepa_audio.probing.results.pictures import draw_all
 from jepa_audio.probing.robustness import SWEEPS
+from jepa_audio.probing.rows import ProbeRow, read_jsonl
 from jepa_audio.probing.run import probe
 from jepa_audio.probing.tasks import TASKS
+from jepa_audio.report.pictures import draw_all
 from tests.probing.tiny_sets import SET_OF, Probed, rows_of
-
-pytestmark = pytest.mark.usefixtures("without_pictures")
 
 ENCODERS = "tests.probing.oracle_encoders:"
 MARBLES = {
@@ -39,7 +37,15 @@ def test_marbles_protocols_hear_each_kind_of_label(
     protocol = TASKS[task].protocols[preset]
     size = 1 if task == "chords1217" else None  # a song has every chord, and its frames take long
     (row,) = rows_of(
-        probe(ENCODERS + tiny.oracle, task, clean.root, tmp_path, preset=preset, seeds=(0,), max_train=size),
+        probe(
+            ENCODERS + tiny.oracle,
+            task,
+            clean.root,
+            tmp_path,
+            preset=preset,
+            seeds=(0,),
+            max_train=size,
+        ),
         task,
         tiny.oracle,
     )
@@ -61,17 +67,27 @@ def test_heads_have_the_seeds_that_are_asked_for(probed: Callable[[str], Probed]
     (tmp_path / "features").symlink_to(clean.output / "features")
     encoder = ENCODERS + "loudness"
     chosen, usual = (
-        rows_of(probe(encoder, "emomusic", clean.root, tmp_path, preset="marble-v2", **seeds), "emomusic", "loudness")
+        rows_of(
+            probe(encoder, "emomusic", clean.root, tmp_path, preset="marble-v2", **seeds),
+            "emomusic",
+            "loudness",
+        )
         for seeds in ({"seeds": (0, 1, 2)}, {})
     )
     assert [row.seed for row in chosen] == [0, 1, 2]
-    assert [row.seed for row in usual] == [1234, 1235, 1236]  # the default where the test split is small
+    assert [row.seed for row in usual] == [
+        1234,
+        1235,
+        1236,
+    ]  # the default where the test split is small
     assert len({row.value for row in chosen}) == 3
     assert len({row.evidence for row in [*chosen, *usual]}) == 6
     assert len(read_jsonl(tmp_path / "results.jsonl")) == 12  # log-mel statistics beside
 
 
-def test_fewer_training_units_are_taken_and_tasks_lie_in_several_folders(roots: Callable[[str], Path], tmp_path: Path):
+def test_fewer_training_units_are_taken_and_tasks_lie_in_several_folders(
+    roots: Callable[[str], Path], tmp_path: Path
+):
     rows = probe(
         ENCODERS + "spectrum",
         "gtzan_genre,nsynth_pitch",
@@ -91,14 +107,24 @@ def test_fewer_training_units_are_taken_and_tasks_lie_in_several_folders(roots: 
 def contents(folder: Path) -> dict[Path, object]:
     """When each index was last written, and what the tables hold."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != "lock"]
-    return {path: path.stat().st_mtime_ns if path.name == "index.jsonl" else path.read_bytes() for path in files}
+    return {
+        path: path.stat().st_mtime_ns if path.name == "index.jsonl" else path.read_bytes()
+        for path in files
+    }
 
 
 def test_nothing_is_heard_twice_and_degraded_clips_leave_the_clean_score_alone(
     roots: Callable[[str], Path], tmp_path: Path
 ):
     def ask(tasks: str, **settings: list[str]) -> list[ProbeRow]:
-        return probe(ENCODERS + "spectrum", tasks, roots("nsynth_pitch"), tmp_path, preset="linear", **settings)
+        return probe(
+            ENCODERS + "spectrum",
+            tasks,
+            roots("nsynth_pitch"),
+            tmp_path,
+            preset="linear",
+            **settings,
+        )
 
     first = ask("nsynth_pitch")
     heard = contents(tmp_path / "features")
@@ -110,12 +136,21 @@ def test_nothing_is_heard_twice_and_degraded_clips_leave_the_clean_score_alone(
     assert heard.items() <= contents(tmp_path / "features").items()
     assert read_jsonl(tmp_path / "results.jsonl") == [*first, *second, *degraded]
     for clean, row in zip(second, degraded, strict=True):
-        assert (clean.value, clean.low, clean.high, clean.valid) == (row.value, row.low, row.high, row.valid)
+        assert (clean.value, clean.low, clean.high, clean.valid) == (
+            row.value,
+            row.low,
+            row.high,
+            row.valid,
+        )
         assert {name: [level for level, _ in curve] for name, curve in row.robustness.items()} == {
             name: [condition.level for condition in SWEEPS[name]] for name in ("gain", "low_pass")
         }
-    pitch, family = (rows_of(degraded, f"nsynth_{name}", "spectrum")[0] for name in ("pitch", "instrument"))
-    assert {score for _, score in pitch.robustness["gain"]} == {1.0}  # shares of the power do not know the level
+    pitch, family = (
+        rows_of(degraded, f"nsynth_{name}", "spectrum")[0] for name in ("pitch", "instrument")
+    )
+    assert {score for _, score in pitch.robustness["gain"]} == {
+        1.0
+    }  # shares of the power do not know the level
     low_pass = dict(family.robustness["low_pass"])
     assert low_pass[8000.0] == low_pass[4000.0] == family.value  # nothing is there to lose
     assert low_pass[500.0] < 0.5  # families are told apart by what is higher,
@@ -130,7 +165,10 @@ def test_nothing_is_heard_twice_and_degraded_clips_leave_the_clean_score_alone(
     ("settings", "said"),
     [
         ({"tasks": "nsynth_mood"}, "'nsynth_mood'; there are gtzan_genre"),
-        ({"preset": "marble-v3"}, "`preset` is 'marble-v3', must be one of marble-v1, linear, marble-v2"),
+        (
+            {"preset": "marble-v3"},
+            "`preset` is 'marble-v3', must be one of marble-v1, linear, marble-v2",
+        ),
         ({"preset": "marble-v2"}, "nsynth_pitch has no protocol marble-v2"),
         ({"preset": "linear", "select": "last"}, "`select` is 'last'"),
         ({"robustness": ["rain"]}, "`robustness` holds rain; there are white_noise"),
@@ -142,7 +180,11 @@ def test_nothing_is_heard_twice_and_degraded_clips_leave_the_clean_score_alone(
 def test_what_is_not_there_is_refused_by_name(
     settings: dict[str, str], said: str, roots: Callable[[str], Path], tmp_path: Path
 ):
-    usual = {"encoder": ENCODERS + "constant", "tasks": "nsynth_pitch", "data": roots("nsynth_pitch")}
+    usual = {
+        "encoder": ENCODERS + "constant",
+        "tasks": "nsynth_pitch",
+        "data": roots("nsynth_pitch"),
+    }
     with pytest.raises(ValueError, match=said):
         probe(**{**usual, "output": tmp_path / "results", **settings})
     assert not (tmp_path / "results").exists()
@@ -164,14 +206,25 @@ def test_layers_of_a_checkpoint_are_chosen_by_their_places(
     rows = ask(0, 2)
     assert {row.variant for row in rows} == {"random", "target", "statistics"}
     for row in rows:
-        assert row.layers == (("statistics",) if row.variant == "statistics" else ("input", "block 2"))
+        assert row.layers == (
+            ("statistics",) if row.variant == "statistics" else ("input", "block 2")
+        )
         assert (row.against_random is not None) == (row.variant == "target")
     with pytest.raises(ValueError, match=r"`layers` is \[3\]"):
         ask(3)
 
 
-def test_layers_of_a_function_are_chosen_by_their_places(roots: Callable[[str], Path], tmp_path: Path):
-    rows = probe(ENCODERS + "spectrum", "nsynth_pitch", roots("nsynth_pitch"), tmp_path, preset="linear", layers=(0,))
+def test_layers_of_a_function_are_chosen_by_their_places(
+    roots: Callable[[str], Path], tmp_path: Path
+):
+    rows = probe(
+        ENCODERS + "spectrum",
+        "nsynth_pitch",
+        roots("nsynth_pitch"),
+        tmp_path,
+        preset="linear",
+        layers=(0,),
+    )
     assert rows[0].layers == ("nothing",)
 
 

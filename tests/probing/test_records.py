@@ -8,6 +8,7 @@ import pytest
 import soundfile as sf
 import torch
 
+from jepa_audio.errors import MissingFileError
 from jepa_audio.probing.tasks.labels import UNKNOWN, Multiclass, Multilabel, Regression, Rows
 from jepa_audio.probing.tasks.records import Item, Split, read_split, write_records
 from jepa_audio.probing.tasks.windows import Windows
@@ -15,7 +16,9 @@ from jepa_audio.probing.tasks.windows import Windows
 RATE = 100
 
 
-def spans_by_the_rule(num_samples: int, rate: int, seconds: float, ratio: float) -> list[tuple[int, int]]:
+def spans_by_the_rule(
+    num_samples: int, rate: int, seconds: float, ratio: float
+) -> list[tuple[int, int]]:
     """MARBLE's slices, as the facts have them: whole ones, and the remainder if it is long enough."""
     length = int(seconds * rate)
     whole, rest = divmod(num_samples, length)
@@ -50,7 +53,13 @@ def records(tmp_path: Path) -> list[dict]:
     lines = []
     for i in range(4):
         sf.write(tmp_path / "data" / "X" / "audio" / f"{i}.wav", np.full(50, 0.1), RATE)
-        lines.append({"audio_path": f"data/X/audio/{i}.wav", "label": "ab"[i // 2], "ori_uid": f"song {i // 2}"})
+        lines.append(
+            {
+                "audio_path": f"data/X/audio/{i}.wav",
+                "label": "ab"[i // 2],
+                "ori_uid": f"song {i // 2}",
+            }
+        )
     return lines
 
 
@@ -60,7 +69,9 @@ def written(records: list[dict], tmp_path: Path) -> Path:
     return path
 
 
-def test_paths_start_from_a_folder_above_and_units_from_the_key(records: list[dict], tmp_path: Path):
+def test_paths_start_from_a_folder_above_and_units_from_the_key(
+    records: list[dict], tmp_path: Path
+):
     path = written(records, tmp_path)
     split = read_split(path, "ori_uid")
     assert split.uids == ("song 0", "song 1")
@@ -79,7 +90,10 @@ def test_stretches_of_one_file_are_items_of_their_own(records: list[dict], tmp_p
         {"audio_path": same, "label": "b", "uid": "second", "start": 0.2},
     ]
     split = read_split(written(stretches, tmp_path))
-    assert [(item.start_seconds, item.end_seconds) for item in split.items] == [(0.0, 0.2), (0.2, None)]
+    assert [(item.start_seconds, item.end_seconds) for item in split.items] == [
+        (0.0, 0.2),
+        (0.2, None),
+    ]
     assert split.uids == ("first", "second")
 
 
@@ -91,7 +105,11 @@ def test_what_is_wrong_is_named_with_file_and_line(records: list[dict], tmp_path
         with pytest.raises(error, match=match):
             read_split(path, "ori_uid")
 
-    refused(r"X\.train\.jsonl, line 2: .*audio/9\.wav is missing", FileNotFoundError, audio_path="data/X/audio/9.wav")
+    refused(
+        r"X\.train\.jsonl, line 2: .*audio/9\.wav is missing",
+        MissingFileError,
+        audio_path="data/X/audio/9.wav",
+    )
     refused(r"line 2: `song 0` is labelled 'c', but 'a' in .*line 1; give", label="c")
     refused(r"line 2: `start` \(3\) and `end` \(2\) must be seconds", start=3, end=2)
     refused(r"line 2: `start` \('now'\)", start="now")
@@ -104,12 +122,16 @@ def test_what_is_wrong_is_named_with_file_and_line(records: list[dict], tmp_path
     path.write_text("\n")
     with pytest.raises(ValueError, match="holds no record"):
         read_split(path)
-    with pytest.raises(FileNotFoundError, match=r"there is no .*Y\.train\.jsonl"):
+    with pytest.raises(MissingFileError, match=r"there is no .*Y\.train\.jsonl"):
         read_split(tmp_path / "Y.train.jsonl")
 
 
 def split_of(*labels: object) -> Split:
-    return Split(tuple(Item(Path("x"), label, f"unit {i}", f"line {i + 1}") for i, label in enumerate(labels)))
+    return Split(
+        tuple(
+            Item(Path("x"), label, f"unit {i}", f"line {i + 1}") for i, label in enumerate(labels)
+        )
+    )
 
 
 def test_subsets_and_shuffles_keep_units_whole():
@@ -122,7 +144,9 @@ def test_subsets_and_shuffles_keep_units_whole():
     assert split.subset(None, 0) is split
     shuffled = split.shuffled(seed=1)
     assert [item.uid for item in shuffled.items] == [item.uid for item in split.items]
-    assert sorted(item.label for item in shuffled.items) == sorted(item.label for item in split.items)
+    assert sorted(item.label for item in shuffled.items) == sorted(
+        item.label for item in split.items
+    )
     assert [item.label for item in shuffled.items] != [item.label for item in split.items]
     with pytest.raises(ValueError, match="at least one unit, got 0"):
         split.subset(0, 0)
@@ -135,7 +159,9 @@ def test_classes_are_those_of_the_training_split_in_order_and_others_are_unknown
     assert Multiclass(("x", "y")).fitted(split_of("x")).names == ("x", "y")
     with pytest.raises(ValueError, match="line 1: `label` is 'z', must be one of x, y"):
         Multiclass(("x", "y")).encoded(split_of("z").items)
-    with pytest.raises(ValueError, match=r"line 1: `label` is \['a'\], must be the name or the number of one class"):
+    with pytest.raises(
+        ValueError, match=r"line 1: `label` is \['a'\], must be the name or the number of one class"
+    ):
         labels.encoded(split_of(["a"]).items)
 
 
@@ -143,21 +169,31 @@ def test_unknown_classes_say_nothing_in_the_loss():
     logits = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(0))
     targets = torch.tensor([0, UNKNOWN, 2, 1, UNKNOWN])
     known = targets != UNKNOWN
-    expected = [torch.nn.functional.cross_entropy(logits[known, k], targets[known]) for k in range(2)]
-    torch.testing.assert_close(Multiclass(("a", "b", "c")).losses(logits, targets), torch.stack(expected))
+    expected = [
+        torch.nn.functional.cross_entropy(logits[known, k], targets[known]) for k in range(2)
+    ]
+    torch.testing.assert_close(
+        Multiclass(("a", "b", "c")).losses(logits, targets), torch.stack(expected)
+    )
     assert Multiclass(("a", "b", "c")).losses(logits, torch.full((5,), UNKNOWN)).tolist() == [0, 0]
 
 
 def test_tags_may_be_none_and_numbers_are_standardised_on_the_training_split():
     tags = Multilabel().fitted(split_of(["b", "a"], [], ["b"]))
-    assert tags.encoded(split_of([], ["a", "other"], ["a", "b"]).items).tolist() == [[0, 0], [1, 0], [1, 1]]
+    assert tags.encoded(split_of([], ["a", "other"], ["a", "b"]).items).tolist() == [
+        [0, 0],
+        [1, 0],
+        [1, 1],
+    ]
     with pytest.raises(ValueError, match="line 1: `label` is 'a', must be a list of tags"):
         tags.encoded(split_of("a").items)
     numbers = Regression(("x", "y")).fitted(split_of([1, 10], [3, 30]))
     np.testing.assert_allclose(numbers.encoded(split_of([2, 40]).items), [[0, 2]])
     with pytest.raises(ValueError, match=r"line 1: `label` is \[1\], must be 2 finite numbers"):
         numbers.encoded(split_of([1]).items)
-    with pytest.raises(ValueError, match="number 1 of the labels is the same in all of the training split"):
+    with pytest.raises(
+        ValueError, match="number 1 of the labels is the same in all of the training split"
+    ):
         Regression().fitted(split_of([1, 5], [2, 5]))
 
 

@@ -50,7 +50,12 @@ def likeness(clip: Tensor, degraded: Tensor) -> float:
 
 
 def tone(hertz: float, num_samples: int = RATE, rate: int = RATE) -> Tensor:
-    return 0.5 * torch.sin(2 * torch.pi * hertz * torch.arange(num_samples, dtype=torch.float64) / rate).float()[None]
+    return (
+        0.5
+        * torch.sin(
+            2 * torch.pi * hertz * torch.arange(num_samples, dtype=torch.float64) / rate
+        ).float()[None]
+    )
 
 
 def impulse(num_samples: int, place: int = 0) -> Tensor:
@@ -70,12 +75,16 @@ def music() -> Tensor:
         for channel, ratio in enumerate((1.0, 1.5)):
             for overtone in range(1, 9):
                 phase = 2 * torch.pi * root * ratio * overtone * since
-                clip[channel] += 0.2 / overtone * torch.sin(phase) * torch.exp(-4 * since) * (time >= onset)
+                clip[channel] += (
+                    0.2 / overtone * torch.sin(phase) * torch.exp(-4 * since) * (time >= onset)
+                )
     return clip * (time >= 0.1)
 
 
 @pytest.mark.parametrize("condition", ALL, ids=named)
-def test_every_condition_keeps_shape_and_kind_and_leaves_its_input_alone(condition: Condition, music: Tensor):
+def test_every_condition_keeps_shape_and_kind_and_leaves_its_input_alone(
+    condition: Condition, music: Tensor
+):
     before = music.clone()
     degraded = condition(music, RATE, 1)
     assert degraded.shape == music.shape
@@ -88,7 +97,14 @@ def test_every_condition_keeps_shape_and_kind_and_leaves_its_input_alone(conditi
 @pytest.mark.parametrize("condition", ALL, ids=named)
 def test_every_condition_takes_clips_of_a_few_samples_and_odd_rates(condition: Condition):
     rng = torch.Generator().manual_seed(0)
-    for num_samples, rate in ((1, 24_000), (10, 24_000), (100, 24_000), (10, 1_000), (100, 11_025), (1, 96_000)):
+    for num_samples, rate in (
+        (1, 24_000),
+        (10, 24_000),
+        (100, 24_000),
+        (10, 1_000),
+        (100, 11_025),
+        (1, 96_000),
+    ):
         clip = 2.5 * torch.randn(2, num_samples, generator=rng)
         degraded = condition(clip, rate, 7)
         assert degraded.shape == clip.shape
@@ -212,11 +228,18 @@ def test_reverberation_falls_by_60_db_in_its_time(rt60: float):
 
 def test_reverberation_keeps_level_and_times_and_the_share_of_the_direct_path(music: Tensor):
     assert rms(Reverberation(0.8)(music, RATE, 3)) == pytest.approx(rms(music), rel=1e-4)
-    for rt60, direct_db, expected in ((0.4, 0.0, 0.0), (0.4, 10.0, 10.0), (0.8, 0.0, -3.01), (0.2, 0.0, 3.01)):
+    for rt60, direct_db, expected in (
+        (0.4, 0.0, 0.0),
+        (0.4, 10.0, 10.0),
+        (0.8, 0.0, -3.01),
+        (0.2, 0.0, 3.01),
+    ):
         heard = Reverberation(rt60, direct_db)(impulse(RATE, 1_000), RATE, 3)[0]
         assert int(heard.abs().argmax()) == 1_000
         assert heard[:1_000].abs().max() < 1e-6
-        assert decibels(float(heard[1_000] / heard[1_001:].norm())) == pytest.approx(expected, abs=0.05)
+        assert decibels(float(heard[1_000] / heard[1_001:].norm())) == pytest.approx(
+            expected, abs=0.05
+        )
 
 
 def heard_direct(room: Reverberation) -> Tensor:
@@ -224,13 +247,19 @@ def heard_direct(room: Reverberation) -> Tensor:
 
 
 def test_rooms_of_a_sweep_are_one_noise_that_decays_faster_or_slower():
-    short, long = (Reverberation(rt60)(impulse(2 * RATE), RATE, 3)[0, 1 : RATE // 5] for rt60 in (0.4, 1.6))
+    short, long = (
+        Reverberation(rt60)(impulse(2 * RATE), RATE, 3)[0, 1 : RATE // 5] for rt60 in (0.4, 1.6)
+    )
     seconds = torch.arange(1, RATE // 5) / RATE
     ratio = short / long * 10 ** (3 * seconds * (1 / 0.4 - 1 / 1.6))
     kept = long.abs() > 1e-3  # where rounding does not matter
-    torch.testing.assert_close(ratio[kept], ratio[kept].median().expand(int(kept.sum())), rtol=2e-3, atol=0.0)
+    torch.testing.assert_close(
+        ratio[kept], ratio[kept].median().expand(int(kept.sum())), rtol=2e-3, atol=0.0
+    )
     density = (
-        short[:100].norm() / heard_direct(Reverberation(0.4)) / (long[:100].norm() / heard_direct(Reverberation(1.6)))
+        short[:100].norm()
+        / heard_direct(Reverberation(0.4))
+        / (long[:100].norm() / heard_direct(Reverberation(1.6)))
     )
     assert float(density) == pytest.approx(1.0, abs=0.05)
 
@@ -278,7 +307,9 @@ def test_gain_is_exact_and_clips_nothing(level: float, music: Tensor):
 
 
 @pytest.mark.parametrize("level", [1.0, 5.0, 10.0, 25.0, 50.0])
-def test_the_share_of_samples_that_is_asked_is_clipped_and_the_level_kept(level: float, music: Tensor):
+def test_the_share_of_samples_that_is_asked_is_clipped_and_the_level_kept(
+    level: float, music: Tensor
+):
     degraded = Clipping(level)(music, RATE, 0)
     sounding = int((music != 0).sum())
     clipped = int((degraded.abs() >= degraded.abs().max() * (1 - 1e-6)).sum())
@@ -307,7 +338,10 @@ def test_codecs_keep_length_and_alignment(codec: Condition, rate: int):
     decoded = codec(clip, rate, 0)
     assert decoded.shape == clip.shape
     length = 2 * clip.shape[1]
-    spectra = torch.fft.rfft(decoded[0].double(), length) * torch.fft.rfft(clip[0].double(), length).conj()
+    spectra = (
+        torch.fft.rfft(decoded[0].double(), length)
+        * torch.fft.rfft(clip[0].double(), length).conj()
+    )
     lag = int(torch.fft.irfft(spectra, length).roll(100).argmax()) - 100
     assert abs(lag) <= (1e-4 * rate if codec.name == "opus" else 0)
     assert likeness(clip, decoded) > 0.8
@@ -324,7 +358,9 @@ def test_codecs_lose_more_at_harder_levels(mild: Condition, hard: Condition, mus
 @pytest.mark.parametrize("codec", [Mp3(64.0), Vorbis(5.0), Opus(64.0)])
 def test_codecs_take_loud_clips_for_their_shape(codec: Condition, music: Tensor):
     full_scale = music / music.abs().max()
-    torch.testing.assert_close(codec(8 * full_scale, RATE, 0), 8 * codec(full_scale, RATE, 0), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        codec(8 * full_scale, RATE, 0), 8 * codec(full_scale, RATE, 0), atol=1e-3, rtol=1e-3
+    )
 
 
 def test_codecs_take_minutes_of_audio():

@@ -10,14 +10,22 @@ import soundfile as sf
 import torch
 from torch import Tensor
 
-from jepa_audio.cli import main
-from jepa_audio.encode import FrozenEncoder
-from jepa_audio.probing.encoders import FunctionEncoder, JEPAEncoder, LogMelStatistics, run_name, state_hash
+from jepa_audio.cli.main import main
+from jepa_audio.errors import MissingFileError
+from jepa_audio.inference.encode import Encoder
+from jepa_audio.probing.encoders import (
+    FunctionEncoder,
+    JEPAEncoder,
+    LogMelStatistics,
+    run_name,
+    state_hash,
+)
 from jepa_audio.probing.intervals import difference
 from jepa_audio.probing.presets import preset_of
-from jepa_audio.probing.results import ProbeRow, load_evidence, read_jsonl
+from jepa_audio.probing.rows import ProbeRow, load_evidence, read_jsonl
 from jepa_audio.probing.run import probe
 from jepa_audio.probing.tasks import TASKS
+from jepa_audio.report.leaderboard import write_leaderboard
 
 RATE, PITCHES, FAMILIES = 1000, (60, 62, 64, 65), ("bass", "reed")
 
@@ -35,7 +43,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
             time = np.arange(600 + 40 * (i % 3)) / RATE
             wave = np.sin(2 * np.pi * 50 * (pitch - 59) * time)
             wave += (family == "reed") * np.sin(2 * np.pi * 450 * time)
-            sf.write(audio / f"note_{i:03}.wav", 0.3 * wave + 0.01 * noise.standard_normal(len(time)), RATE)
+            sf.write(
+                audio / f"note_{i:03}.wav",
+                0.3 * wave + 0.01 * noise.standard_normal(len(time)),
+                RATE,
+            )
             notes[f"note_{i:03}"] = {"pitch": pitch, "instrument_family_str": family}
         (audio.parent / "examples.json").write_text(json.dumps(notes))
     return root
@@ -46,7 +58,9 @@ def checkpoint(tiny_cli: Callable, fit: Callable, tmp_path: Path) -> tuple[Path,
     """Of a run of three steps; and the hash of what it began with."""
     cli = tiny_cli("mel", "--trainer.max_steps=3")
     window = round(0.5 * RATE)
-    before = state_hash(FrozenEncoder(cli.model.front_end, cli.model.encoder, window).requires_grad_(True))
+    before = state_hash(
+        Encoder(cli.model.front_end, cli.model.encoder, window).requires_grad_(True)
+    )
     cli.model.target_encoder.requires_grad_(False)
     cli.model.train()
     fit(cli)
@@ -82,7 +96,9 @@ def test_a_probe_compares_every_encoder_with_what_the_run_began_with(
         ("mel", "target"),
         ("log-mel", "statistics"),
     ]
-    assert {(row.task, row.head) for row in rows} == {(task, head) for task in tasks for head in ("logistic", "knn")}
+    assert {(row.task, row.head) for row in rows} == {
+        (task, head) for task in tasks for head in ("logistic", "knn")
+    }
     assert {row.variant for row in rows if row.against_random} == {"context", "target"}
     hashes = {row.variant: row.encoder_hash for row in rows}
     assert hashes["random"] == before
@@ -92,11 +108,16 @@ def test_a_probe_compares_every_encoder_with_what_the_run_began_with(
     for row in rows:
         if row.against_random is not None:
             twin = twins[row.task, row.head]
-            draws = [load_evidence(output / each.evidence).draws["accuracy"] for each in (row, twin)]
+            draws = [
+                load_evidence(output / each.evidence).draws["accuracy"] for each in (row, twin)
+            ]
             expected = difference(row.value, twin.value, *draws)
             assert row.against_random.value == pytest.approx(expected.value)
-            assert (row.against_random.low, row.against_random.high) == pytest.approx((expected.low, expected.high))
+            assert (row.against_random.low, row.against_random.high) == pytest.approx(
+                (expected.low, expected.high)
+            )
     assert len(list((output / "features").iterdir())) == 5, "both tasks share the features"
+    write_leaderboard(output / "results.jsonl")
     text = (output / "leaderboard.md").read_text()
     assert all(word in text for word in ("nsynth_pitch", "nsynth_instrument", "log-mel", "random"))
 
@@ -105,14 +126,34 @@ def test_the_command_takes_lists_by_commas_and_prints_what_it_found(
     checkpoint: tuple[Path, str], corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     output = tmp_path / "probe"
-    words = ["--encoder", str(checkpoint[0]), "--tasks", "nsynth_pitch,nsynth_instrument", "--data", str(corpus)]
+    words = [
+        "--encoder",
+        str(checkpoint[0]),
+        "--tasks",
+        "nsynth_pitch,nsynth_instrument",
+        "--data",
+        str(corpus),
+    ]
     main(
-        ["probe", *words, "--output", str(output), "--variants", "[context]", "--max_train", "30", "--layers", "[1, 2]"]
+        [
+            "probe",
+            *words,
+            "--output",
+            str(output),
+            "--variants",
+            "[context]",
+            "--max_train",
+            "30",
+            "--layers",
+            "[1, 2]",
+        ]
     )
     printed = capsys.readouterr().out
     rows = read_jsonl(output / "results.jsonl")
     assert {row.preset for row in rows} == {"marble-v1"}
-    assert {row.layers for row in rows if row.encoder == "mel"} == {("block 1", "block 2", "weighted sum")}
+    assert {row.layers for row in rows if row.encoder == "mel"} == {
+        ("block 1", "block 2", "weighted sum")
+    }
     assert rows[0].settings == (5e-5, 1e-4, 5e-4, 1e-3, 5e-3, 1e-2)
     check_rows(rows, output)
     assert "nsynth_pitch" in printed
@@ -122,7 +163,9 @@ def test_the_command_takes_lists_by_commas_and_prints_what_it_found(
 def test_marble_v2_reads_all_layers_at_once_and_scores_the_last_state_if_asked(
     checkpoint: tuple[Path, str], corpus: Path, tmp_path: Path
 ):
-    with pytest.raises(ValueError, match="nsynth_pitch has no protocol marble-v2, it has marble-v1"):
+    with pytest.raises(
+        ValueError, match="nsynth_pitch has no protocol marble-v2, it has marble-v1"
+    ):
         probe(str(checkpoint[0]), "nsynth_pitch", corpus, tmp_path / "probe", preset="marble-v2")
     assert preset_of("marble-v2", "last").select == "last"
     with pytest.raises(ValueError, match="only marble-v2 lets choose"):
@@ -154,15 +197,28 @@ def spectrum() -> FunctionEncoder:
 
 
 def test_a_function_and_a_table_of_ones_own_are_probed(corpus: Path, tmp_path: Path):
-    rows = probe("tests.probing.test_run:spectrum", str(table_of(corpus, tmp_path)), [], tmp_path, preset="linear")
+    rows = probe(
+        "tests.probing.test_run:spectrum",
+        str(table_of(corpus, tmp_path)),
+        [],
+        tmp_path,
+        preset="linear",
+    )
     row = rows[0]
-    assert (row.encoder, row.variant, row.task, row.layer) == ("spectrum", "function", "mine", "spectrum")
+    assert (row.encoder, row.variant, row.task, row.layer) == (
+        "spectrum",
+        "function",
+        "mine",
+        "spectrum",
+    )
     assert row.value == 1
     assert row.against_random is None
     assert row.chance == 0.5
 
 
-def test_degraded_clips_are_heard_by_heads_that_learnt_from_clean_ones(corpus: Path, tmp_path: Path):
+def test_degraded_clips_are_heard_by_heads_that_learnt_from_clean_ones(
+    corpus: Path, tmp_path: Path
+):
     rows = probe(
         "tests.probing.test_run:spectrum",
         "nsynth_pitch",
@@ -171,7 +227,13 @@ def test_degraded_clips_are_heard_by_heads_that_learnt_from_clean_ones(corpus: P
         preset="linear",
         robustness=["gain", "high_pass", "low_pass"],
     )
-    clean = probe("tests.probing.test_run:spectrum", "nsynth_pitch", corpus, tmp_path / "clean", preset="linear")
+    clean = probe(
+        "tests.probing.test_run:spectrum",
+        "nsynth_pitch",
+        corpus,
+        tmp_path / "clean",
+        preset="linear",
+    )
     row = rows[0]
     assert row.scores == clean[0].scores
     assert row.robustness is not None
@@ -179,13 +241,29 @@ def test_degraded_clips_are_heard_by_heads_that_learnt_from_clean_ones(corpus: P
     assert row.value == 1
     assert row.robustness["gain"] == ((10.0, 1.0), (-10.0, 1.0), (-20.0, 1.0), (-30.0, 1.0))
     assert row.robustness_area["gain"] == 1
-    assert [level for level, _ in row.robustness["high_pass"]] == [125.0, 250.0, 500.0, 1000.0, 2000.0]
+    assert [level for level, _ in row.robustness["high_pass"]] == [
+        125.0,
+        250.0,
+        500.0,
+        1000.0,
+        2000.0,
+    ]
     scores = [score for _, score in row.robustness["high_pass"]]
     assert 1 > scores[0] > scores[-1]
-    assert row.robustness_area["high_pass"] == pytest.approx((0.5 + sum(scores[:-1]) + scores[-1] / 2) / 5)
-    assert {level for level, _ in row.robustness["low_pass"][:5]} == {8000.0, 4000.0, 2000.0, 1000.0, 500.0}
+    assert row.robustness_area["high_pass"] == pytest.approx(
+        (0.5 + sum(scores[:-1]) + scores[-1] / 2) / 5
+    )
+    assert {level for level, _ in row.robustness["low_pass"][:5]} == {
+        8000.0,
+        4000.0,
+        2000.0,
+        1000.0,
+        500.0,
+    }
     assert {score for _, score in row.robustness["low_pass"]} == {1.0}
-    assert len(list((tmp_path / "features").iterdir())) == 2 * (1 + 4 + 5), "what changes nothing is not heard"
+    assert len(list((tmp_path / "features").iterdir())) == 2 * (1 + 4 + 5), (
+        "what changes nothing is not heard"
+    )
 
 
 def test_what_cannot_be_meant_is_refused_before_anything_is_heard(corpus: Path, tmp_path: Path):
@@ -200,19 +278,30 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_heard(corpus: Path, 
             probe(**known | settings)
         assert not (tmp_path / "out").exists()
 
-    refused(r"no task 'gtzan_genres'; there are gtzan_genre.*; did you mean 'gtzan_genre'\?$", tasks="gtzan_genres")
+    refused(
+        r"no task 'gtzan_genres'; there are gtzan_genre.*; did you mean 'gtzan_genre'\?$",
+        tasks="gtzan_genres",
+    )
     refused("different names", encoder="a/x.ckpt,b/x.ckpt")
     refused("`preset` is 'marble', must be one of marble-v1, linear, marble-v2", preset="marble")
     refused("`robustness` holds rain; there are white_noise", robustness=["rain"])
-    refused("no checkpoint at a/x.ckpt", FileNotFoundError, encoder="tests.probing.test_run:spectrum,a/x.ckpt")
+    refused(
+        "no checkpoint at a/x.ckpt",
+        MissingFileError,
+        encoder="tests.probing.test_run:spectrum,a/x.ckpt",
+    )
     refused("`tasks` must have different names", tasks="nsynth_pitch,nsynth_pitch")
     refused("give a checkpoint, or MODULE:FUNCTION", encoder="nowhere:nothing")
     refused("returns str, not a `ProbeEncoder`", encoder="tests.probing.test_run:no_encoder")
-    refused("GTZANGenre|genres", FileNotFoundError, tasks="gtzan_genre")
+    refused("GTZANGenre|genres", MissingFileError, tasks="gtzan_genre")
 
 
-def test_a_layer_that_is_not_there_is_named(checkpoint: tuple[Path, str], corpus: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match=r"`layers` is \[9\], mel has 0 \(input\), 1 \(block 1\), 2 \(block 2\)"):
+def test_a_layer_that_is_not_there_is_named(
+    checkpoint: tuple[Path, str], corpus: Path, tmp_path: Path
+):
+    with pytest.raises(
+        ValueError, match=r"`layers` is \[9\], mel has 0 \(input\), 1 \(block 1\), 2 \(block 2\)"
+    ):
         probe(str(checkpoint[0]), "nsynth_pitch", corpus, tmp_path, layers=(9,))
 
 
@@ -224,8 +313,14 @@ def test_a_run_is_named_by_its_folder():
 
 def test_encoders_that_differ_in_what_they_do_have_different_hashes(checkpoint: tuple[Path, str]):
     path = checkpoint[0]
-    encoders = [JEPAEncoder.from_checkpoint(path, "context"), JEPAEncoder.from_checkpoint(path, "context", "concat")]
-    encoders += [JEPAEncoder.from_checkpoint(path, "target"), JEPAEncoder.from_checkpoint(path, "random")]
+    encoders = [
+        JEPAEncoder.from_checkpoint(path, "context"),
+        JEPAEncoder.from_checkpoint(path, "context", "concat"),
+    ]
+    encoders += [
+        JEPAEncoder.from_checkpoint(path, "target"),
+        JEPAEncoder.from_checkpoint(path, "random"),
+    ]
     encoders += [JEPAEncoder.from_checkpoint(path, "context").keep((1,)), LogMelStatistics(RATE)]
     shorter = JEPAEncoder.from_checkpoint(path, "context")
     shorter.frozen.window_samples //= 2

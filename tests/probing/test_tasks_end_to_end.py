@@ -11,16 +11,15 @@ import numpy as np
 import pytest
 import soundfile as sf
 
+from jepa_audio.errors import MissingFileError
 from jepa_audio.probing.convert import convert
 from jepa_audio.probing.features import FeatureStore
 from jepa_audio.probing.presets import preset_of
-from jepa_audio.probing.results import load_evidence, read_jsonl
+from jepa_audio.probing.rows import load_evidence, read_jsonl
 from jepa_audio.probing.run import probe
 from jepa_audio.probing.tasks import TASKS
 from tests.probing import oracle_encoders
 from tests.probing.tiny_sets import SET_OF, Probed, rows_of, write_json_lines, write_notes
-
-pytestmark = pytest.mark.usefixtures("without_pictures")
 
 ENCODERS = "tests.probing.oracle_encoders:"
 CLIP_TASKS = [name for name, task in TASKS.items() if task.grid_hz is None]
@@ -53,7 +52,8 @@ def off_beat(label: dict[str, list[float]]) -> dict[str, list[float]]:
 def shuffle_labels(path: Path) -> None:
     """Every record gets another's label.
 
-    Beats go between two clicks instead: a head that weighs clicks however little finds the true ones.
+    Beats go between two clicks instead: a head that weighs clicks however little finds the true
+    ones.
     """
     records = [json.loads(line) for line in path.read_text().splitlines()]
     labels = [record["label"] for record in records]
@@ -63,7 +63,9 @@ def shuffle_labels(path: Path) -> None:
         labels = [*labels[1:], labels[0]]  # no song keeps its own
     else:
         random.Random(0).shuffle(labels)
-    write_json_lines(path, [{**record, "label": label} for record, label in zip(records, labels, strict=True)])
+    write_json_lines(
+        path, [{**record, "label": label} for record, label in zip(records, labels, strict=True)]
+    )
 
 
 # Every task
@@ -83,7 +85,9 @@ def test_an_encoder_that_hears_the_label_scores_one(task: str, probed: Callable[
         assert row.layers == ("nothing", tiny.oracle)
         assert row.value > 0.5 * (1 + row.chance)
         assert row.metric == TASKS[task].metrics[0].name
-        assert row.low - 1e-5 <= row.value <= row.high + 1e-5  # the value is rounded to 32 bits, its ends are not
+        assert (
+            row.low - 1e-5 <= row.value <= row.high + 1e-5
+        )  # the value is rounded to 32 bits, its ends are not
         assert row.num_test == tiny.num_test[task]
         assert row.against_random is None
 
@@ -104,7 +108,9 @@ def test_an_encoder_that_hears_nothing_is_at_chance(task: str, probed: Callable[
             assert row.chance <= 0
 
 
-@pytest.mark.parametrize("task", [name for name in CLIP_TASKS if TASKS[name].labels.kind != "numbers"])
+@pytest.mark.parametrize(
+    "task", [name for name in CLIP_TASKS if TASKS[name].labels.kind != "numbers"]
+)
 def test_chance_is_what_a_blind_guess_scores(task: str, probed: Callable[[str], Probed]):
     expected = {
         "gtzan_genre": 1 / 10,
@@ -130,7 +136,9 @@ def test_shuffled_labels_are_at_chance(task: str, probed: Callable[[str], Probed
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "features").symlink_to(clean.output / "features")
     rows = rows_of(
-        probe(ENCODERS + tiny.oracle, task, records, tmp_path / "results", preset="linear"), task, tiny.oracle
+        probe(ENCODERS + tiny.oracle, task, records, tmp_path / "results", preset="linear"),
+        task,
+        tiny.oracle,
     )
     clean_row = rows_of(clean.rows, task, tiny.oracle)[0]
     assert rows[0].num_test == clean_row.num_test
@@ -154,26 +162,30 @@ def test_rows_and_leaderboard_are_there_to_be_read(task: str, probed: Callable[[
 def test_a_missing_sound_is_named(task: str, roots: Callable[[str], Path], tmp_path: Path):
     tiny, copy = SET_OF[task], linked(roots(task), tmp_path / "copy")
     (copy / tiny.audio).unlink()
-    with pytest.raises(FileNotFoundError, match=Path(tiny.audio).name):
+    with pytest.raises(MissingFileError, match=Path(tiny.audio).name):
         probe(ENCODERS + "constant", task, copy / tiny.root, tmp_path / "results", preset="linear")
 
 
 @pytest.mark.parametrize("task", ["vocalset_singer", "vocalset_technique"])
-def test_a_missing_sound_of_converted_records_is_named(task: str, roots: Callable[[str], Path], tmp_path: Path):
+def test_a_missing_sound_of_converted_records_is_named(
+    task: str, roots: Callable[[str], Path], tmp_path: Path
+):
     copy = linked(roots(task), tmp_path / "copy")
     as_records(task, copy, copy)
     sound = copy / "FULL" / "male3" / "scales" / "belt" / "m3_scales_belt_a.wav"
     sound.unlink()
-    with pytest.raises(FileNotFoundError, match=sound.name):
+    with pytest.raises(MissingFileError, match=sound.name):
         probe(ENCODERS + "constant", task, copy, tmp_path / "results", preset="linear")
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_what_is_missing_beside_the_sounds_is_named(task: str, roots: Callable[[str], Path], tmp_path: Path):
+def test_what_is_missing_beside_the_sounds_is_named(
+    task: str, roots: Callable[[str], Path], tmp_path: Path
+):
     tiny, copy = SET_OF[task], linked(roots(task), tmp_path / "copy")
     said = copy / tiny.said.format(stem=TASKS[task].stem)
     said.rename(tmp_path / "away")
-    with pytest.raises(FileNotFoundError, match=said.name):
+    with pytest.raises(MissingFileError, match=said.name):
         probe(ENCODERS + "constant", task, copy / tiny.root, tmp_path / "results", preset="linear")
     assert not (tmp_path / "results").exists()
 
@@ -183,7 +195,7 @@ def test_missing_records_are_named(task: str, roots: Callable[[str], Path], tmp_
     copy = linked(roots(task), tmp_path / "copy") / "data"
     records = copy / f"{TASKS[task].stem}.train.jsonl"
     records.unlink()
-    with pytest.raises(FileNotFoundError, match=records.name):
+    with pytest.raises(MissingFileError, match=records.name):
         probe(ENCODERS + "constant", task, copy, tmp_path / "results", preset="linear")
 
 
@@ -202,9 +214,13 @@ def test_missing_records_are_named(task: str, roots: Callable[[str], Path], tmp_
         ("mtg_top50", {1: 31, 3: 1}),  # 62 s: a rest of 2 s counts
     ],
 )
-def test_encoders_hear_the_windows_of_the_protocol(task: str, windows: dict[int, int], probed: Callable[[str], Probed]):
+def test_encoders_hear_the_windows_of_the_protocol(
+    task: str, windows: dict[int, int], probed: Callable[[str], Probed]
+):
     encoder = getattr(oracle_encoders, SET_OF[task].oracle)()
-    store = FeatureStore(probed(task).output / "features", encoder, preset_of("linear").preparation(TASKS[task]))
+    store = FeatureStore(
+        probed(task).output / "features", encoder, preset_of("linear").preparation(TASKS[task])
+    )
     rows = store.features(TASKS[task].load(probed(task).root).splits["test"], 240.0, task).rows
     num_windows, num_items = np.unique(np.bincount(rows.item), return_counts=True)
     assert dict(zip(num_windows.tolist(), num_items.tolist(), strict=True)) == windows
@@ -223,7 +239,8 @@ def test_silence_within_a_song_is_no_chord(probed: Callable[[str], Probed]):
     of = probed("chords1217")
     row = rows_of(of.rows, "chords1217", "triads")[0]
     assert set(row.scores) == {"majmin", "frame_accuracy"}
-    # Eight of 33 regions have no chord, one is ignored: whoever takes them for the chord before is below this.
+    # Eight of 33 regions have no chord, one is ignored: whoever takes them for the chord before is
+    # below this.
     assert min(score.value for score in row.scores.values()) > 1 - 5 / 32
     assert rows_of(of.rows, "chords1217", "constant")[0].value == pytest.approx(8 / 32, abs=1e-3)
 
@@ -235,18 +252,32 @@ def test_chunks_and_files_of_singers_are_both_scored(probed: Callable[[str], Pro
             assert row.unit == "window"
     takes = TASKS["vocalset_singer"].load(probed("vocalset_singer").root).splits["test"]
     num_long = sum(sf.info(item.path).duration > 3 for item in takes.items)
-    assert rows_of(probed("vocalset_singer").rows, "vocalset_singer", "spectrum")[0].num_test == len(takes) + num_long
+    assert (
+        rows_of(probed("vocalset_singer").rows, "vocalset_singer", "spectrum")[0].num_test
+        == len(takes) + num_long
+    )
 
 
 def test_tracks_of_each_tag_set_are_those_of_its_table(probed: Callable[[str], Probed]):
-    tables = {"top50": "top50tags", "genre": "genre", "instrument": "instrument", "mood": "moodtheme"}
+    tables = {
+        "top50": "top50tags",
+        "genre": "genre",
+        "instrument": "instrument",
+        "mood": "moodtheme",
+    }
     for name, table in tables.items():
         of = probed(f"mtg_{name}")
-        lines = (of.root / "data" / "splits" / "split-0" / f"autotagging_{table}-test.tsv").read_text().splitlines()
+        lines = (
+            (of.root / "data" / "splits" / "split-0" / f"autotagging_{table}-test.tsv")
+            .read_text()
+            .splitlines()
+        )
         assert rows_of(of.rows, f"mtg_{name}", "spectrum")[0].num_test == len(lines) - 1
 
 
-def test_clips_of_one_song_are_one_unit_and_hooks_of_one_song_are_not(roots: Callable[[str], Path], tmp_path: Path):
+def test_clips_of_one_song_are_one_unit_and_hooks_of_one_song_are_not(
+    roots: Callable[[str], Path], tmp_path: Path
+):
     keys = ("C major", "A minor", "Gb major")
     for split, songs in {"train": 9, "val": 3, "test": 6}.items():
         records = []
@@ -254,10 +285,15 @@ def test_clips_of_one_song_are_one_unit_and_hooks_of_one_song_are_not(roots: Cal
             for clip in range(2):
                 path = tmp_path / "GS" / "giantsteps_clips" / "wav" / f"{split}{song}-{clip}.wav"
                 write_notes(path, [60 + 4 * (song % 3)])
-                said = {"audio_path": f"GS/giantsteps_clips/wav/{path.name}", "ori_uid": f"{split}{song}"}
+                said = {
+                    "audio_path": f"GS/giantsteps_clips/wav/{path.name}",
+                    "ori_uid": f"{split}{song}",
+                }
                 records.append({**said, "label": keys[song % 3]})
         write_json_lines(tmp_path / "GS" / f"GS.{split}.jsonl", records)
-    row = probe(ENCODERS + "spectrum", "giantsteps_key", tmp_path, tmp_path / "results", preset="linear")[0]
+    row = probe(
+        ENCODERS + "spectrum", "giantsteps_key", tmp_path, tmp_path / "results", preset="linear"
+    )[0]
     assert (row.value, row.num_train, row.num_valid, row.num_test) == (1.0, 9, 3, 6)
     hooks = TASKS["hooktheory_key"].load(roots("hooktheory_key") / "data").splits["test"]
     songs = [

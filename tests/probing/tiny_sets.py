@@ -1,6 +1,7 @@
 """Every labelled data set in small, as it lies on the disk: one can hear in each sound what it is labelled.
 
-Sounds are notes (MIDI numbers) that stand for classes and tags, levels, clicks and triads; see `oracle_encoders`.
+Sounds are notes (MIDI numbers) that stand for classes and tags, levels, clicks and triads; see
+`oracle_encoders`.
 """
 
 from __future__ import annotations
@@ -20,10 +21,21 @@ import numpy as np
 import soundfile as sf
 
 if TYPE_CHECKING:
-    from jepa_audio.probing.results import ProbeRow
+    from jepa_audio.probing.rows import ProbeRow
 
 RATE = 8000
-GENRES = ("blues", "classical", "country", "disco", "hiphop", "jazz", "metal", "pop", "reggae", "rock")
+GENRES = (
+    "blues",
+    "classical",
+    "country",
+    "disco",
+    "hiphop",
+    "jazz",
+    "metal",
+    "pop",
+    "reggae",
+    "rock",
+)
 TONICS = ("C", "Db", "D", "Eb", "E", "F", "Gb", "G", "Ab", "A", "Bb", "B")
 SHARPS = {"Db": "C#", "Eb": "D#", "Gb": "F#", "Ab": "G#", "Bb": "A#"}
 CARRIER = 98  # in every sound, so that one without any tag is not silent
@@ -33,7 +45,9 @@ JAMS = "GTZAN-Rhythm_v2_ismir2015_lbd/jams"
 
 def note(number: float, seconds: float) -> np.ndarray:
     """A sine."""
-    return np.sin(2 * np.pi * 440 * 2 ** ((number - 69) / 12) * np.arange(round(seconds * RATE)) / RATE)
+    return np.sin(
+        2 * np.pi * 440 * 2 ** ((number - 69) / 12) * np.arange(round(seconds * RATE)) / RATE
+    )
 
 
 def write(path: Path, wave: np.ndarray) -> Path:
@@ -86,14 +100,23 @@ def gtzan_rhythm(raw: Path) -> Path:
         for _ in range(size):
             stem = f"{GENRES[number % 10]}.{number:05}"
             seconds = 10.8 if name == "test" else 6.0  # a window and a rest, or less than a window
-            write_rhythm(raw, stem, seconds, 60 / rng.uniform(80, 120), rng.uniform(0.1, 0.5), rng.randrange(4))
+            write_rhythm(
+                raw,
+                stem,
+                seconds,
+                60 / rng.uniform(80, 120),
+                rng.uniform(0.1, 0.5),
+                rng.randrange(4),
+            )
             files.append(f"{stem.partition('.')[0]}/{stem}.wav")
             number += 1
         write_lines(raw / f"{name}_filtered.txt", files)
     return raw
 
 
-def write_rhythm(raw: Path, stem: str, seconds: float, period: float, first: float, upbeats: int) -> None:
+def write_rhythm(
+    raw: Path, stem: str, seconds: float, period: float, first: float, upbeats: int
+) -> None:
     """One track and its annotation."""
     beats = np.arange(first, seconds - 0.1, period)
     downbeats = beats[upbeats::4]
@@ -108,17 +131,25 @@ def write_rhythm(raw: Path, stem: str, seconds: float, period: float, first: flo
         {
             "namespace": "beat",
             "sandbox": {"annotation_type": kind},
-            "data": [{"time": float(event), "duration": 0.0, "value": 1, "confidence": None} for event in events],
+            "data": [
+                {"time": float(event), "duration": 0.0, "value": 1, "confidence": None}
+                for event in events
+            ],
         }
         for kind, events in {"beat": beats, "downbeat": downbeats}.items()
     ]
-    write_lines(raw / JAMS / f"{stem}.wav.jams", [json.dumps({"annotations": annotations, "file_metadata": {}})])
+    write_lines(
+        raw / JAMS / f"{stem}.wav.jams",
+        [json.dumps({"annotations": annotations, "file_metadata": {}})],
+    )
 
 
 def names_where(wanted: Callable[[int], bool], prefix: str = "artist") -> list[str]:
     """Names of artists whose sha1 is wanted."""
     names = (f"{prefix} {''.join(chr(97 + int(digit)) for digit in str(i))}" for i in count())
-    return list(islice((n for n in names if wanted(int(hashlib.sha1(n.encode()).hexdigest(), 16))), 6))
+    return list(
+        islice((n for n in names if wanted(int(hashlib.sha1(n.encode()).hexdigest(), 16))), 6)
+    )
 
 
 def key_notes(tonic: int, mode: str) -> list[int]:
@@ -134,18 +165,24 @@ def giantsteps(raw: Path) -> Path:
         "val": names_where(lambda n: n % 116 >= 100),
     }
     metadata, keys = ["ID\tARTIST\tSONG TITLE\tMIX\tLABEL\tGENRE"], ["ID\tMANUAL KEY\tC\tAUTO KEY"]
-    for place, (tonic, mode) in enumerate((tonic, mode) for mode in ("major", "minor") for tonic in range(12)):
+    for place, (tonic, mode) in enumerate(
+        (tonic, mode) for mode in ("major", "minor") for tonic in range(12)
+    ):
         name, notes = f"{SHARPS.get(TONICS[tonic], TONICS[tonic])} {mode}", key_notes(tonic, mode)
         for take in range(2):
             song = 1000 + 24 * take + place
             seconds = 61.0 if song < 1002 else 0.6
             write_notes(test / "audio" / f"{song}.LOFI.mp3", notes, seconds)
             (test / "annotations" / "key").mkdir(parents=True, exist_ok=True)
-            (test / "annotations" / "key" / f"{song}.LOFI.key").write_text(f"{TONICS[tonic]} {mode}")
+            (test / "annotations" / "key" / f"{song}.LOFI.key").write_text(
+                f"{TONICS[tonic]} {mode}"
+            )
         for take in range(4):
             song = 5000 + 24 * take + place
             write_notes(mtg / "audio" / f"{song}.LOFI.mp3", notes)
-            metadata.append(f"{song}\t{artists['val' if take == 3 else 'train'][place % 6]}\tTitle\tMix\tLabel\tHouse")
+            metadata.append(
+                f"{song}\t{artists['val' if take == 3 else 'train'][place % 6]}\tTitle\tMix\tLabel\tHouse"
+            )
             keys.append(f"{song}\t{name}\t2\t-")
     write_lines(mtg / "annotations" / "beatport_metadata.txt", metadata)
     write_lines(mtg / "annotations" / "annotations.txt", keys)
@@ -155,7 +192,10 @@ def giantsteps(raw: Path) -> Path:
 def emomusic(raw: Path) -> Path:
     """Arousal is the level, valence the height of a tone; every eighth song is a window and a rest, one has 32 s."""
     rng = random.Random(1)
-    artists = {"train": names_where(lambda n: n % 10 < 8), "val": names_where(lambda n: n % 10 >= 8)}
+    artists = {
+        "train": names_where(lambda n: n % 10 < 8),
+        "val": names_where(lambda n: n % 10 >= 8),
+    }
     info = [["song_id", "file_name", "Artist", "Song title", "Mediaeval 2013 set"]]
     values = [["song_id", "mean_arousal", "std_arousal", "mean_valence", "std_valence"]]
     for song in range(1, 73):
@@ -163,9 +203,20 @@ def emomusic(raw: Path) -> Path:
         arousal, valence = rng.uniform(1, 9), rng.uniform(1, 9)
         artist = artists["val" if split == "val" else "train"][song % 6]
         seconds = 32.0 if song == 72 else 6.2 if song % 8 == 0 else 1.2
-        info.append([str(song), f"{song}.mp3", artist, "Title", "evaluation" if split == "test" else "development"])
+        info.append(
+            [
+                str(song),
+                f"{song}.mp3",
+                artist,
+                "Title",
+                "evaluation" if split == "test" else "development",
+            ]
+        )
         values.append([str(song), str(arousal), "1.0", str(valence), "1.0"])
-        write(raw / "clips_45seconds" / f"{song}.mp3", 10 ** (arousal / 8 - 1.4) * note(60 + 3 * valence, seconds))
+        write(
+            raw / "clips_45seconds" / f"{song}.mp3",
+            10 ** (arousal / 8 - 1.4) * note(60 + 3 * valence, seconds),
+        )
     for name, rows in {"songs_info.csv": info, "static_annotations.csv": values}.items():
         with (raw / name).open("w", newline="") as file:
             csv.writer(file).writerows(rows)
@@ -199,7 +250,11 @@ def nsynth(raw: Path) -> Path:
         for i in range(72 * takes):
             pitch, family = 60 + i % 12, i // 12 % 6
             name = f"{families[family]}_synthetic_{i:03}-{pitch:03}-100"
-            notes[name] = {"pitch": pitch, "instrument_family_str": families[family], "instrument_family": family}
+            notes[name] = {
+                "pitch": pitch,
+                "instrument_family_str": families[family],
+                "instrument_family": family,
+            }
             write_notes(raw / f"nsynth-{split}" / "audio" / f"{name}.wav", [pitch, 76 + 3 * family])
         write_lines(raw / f"nsynth-{split}" / "examples.json", [json.dumps(notes)])
     return raw
@@ -207,14 +262,30 @@ def nsynth(raw: Path) -> Path:
 
 def vocalset(raw: Path) -> Path:
     """Twenty singers by ten techniques; long takes are a window, and a rest that is one for the singer."""
-    techniques = (*LONG_TAKES, "belt", "breathy", "inhaled", "lip_trill", "spoken", "trill", "trillo", "vocal_fry")
+    techniques = (
+        *LONG_TAKES,
+        "belt",
+        "breathy",
+        "inhaled",
+        "lip_trill",
+        "spoken",
+        "trill",
+        "trillo",
+        "vocal_fry",
+    )
     singers = [*(("female", i) for i in range(1, 10)), *(("male", i) for i in range(1, 12))]
-    voices = product(range(58, 68, 2), range(70, 78, 2))  # two notes each, none of which is one singer's alone
+    voices = product(
+        range(58, 68, 2), range(70, 78, 2)
+    )  # two notes each, none of which is one singer's alone
     for (sex, number), voice in zip(singers, voices, strict=True):
         for (other, technique), vowel in product(enumerate(techniques), "ae"):
             path = raw / "FULL" / f"{sex}{number}" / "scales" / technique
             seconds = 4.1 if technique in LONG_TAKES and vowel == "a" else 0.6
-            write_notes(path / f"{sex[0]}{number}_scales_{technique}_{vowel}.wav", [*voice, 80 + other], seconds)
+            write_notes(
+                path / f"{sex[0]}{number}_scales_{technique}_{vowel}.wav",
+                [*voice, 80 + other],
+                seconds,
+            )
     return raw
 
 
@@ -238,16 +309,27 @@ def mtg(raw: Path) -> Path:
                 add_track(tables[kind], number, path, names)
             add_track(tables["top50tags"], number, path, top)
             long = split == "test" and not take
-            write_notes(raw / "audio-low" / path.replace(".mp3", ".low.mp3"), notes, 62.0 if long else 0.6)
+            write_notes(
+                raw / "audio-low" / path.replace(".mp3", ".low.mp3"), notes, 62.0 if long else 0.6
+            )
         for name, lines in tables.items():
-            write_lines(raw / "data" / "splits" / "split-0" / f"autotagging_{name}-{split}.tsv", lines)
+            write_lines(
+                raw / "data" / "splits" / "split-0" / f"autotagging_{name}-{split}.tsv", lines
+            )
     return raw
 
 
 def add_track(table: list[str], number: int, path: str, tags: Sequence[str]) -> None:
     """A line of a table, if there is a tag to say: the real ones hold no other tracks."""
     if tags:
-        cells = (f"track_{number:07}", f"artist_{number:06}", f"album_{number:06}", path, "100.0", *tags)
+        cells = (
+            f"track_{number:07}",
+            f"artist_{number:06}",
+            f"album_{number:06}",
+            path,
+            "100.0",
+            *tags,
+        )
         table.append("\t".join(cells))
 
 
@@ -263,9 +345,16 @@ def hooktheory(raw: Path) -> Path:
             section, name = i % 7, f"{split}{i:03}"
             path = f"data/HookTheory/hooktheory_clips/{name}.mp3"
             write_notes(raw / path, [*key_notes(tonic, mode), 88 + section])
-            record = {"audio_path": path, "ori_uid": f"song-{split}-{i // 2}", "sample_rate": RATE, "channels": 1}
+            record = {
+                "audio_path": path,
+                "ori_uid": f"song-{split}-{i // 2}",
+                "sample_rate": RATE,
+                "channels": 1,
+            }
             of_key.append({**record, "label": f"{TONICS[tonic]} {mode}"})
-            of_section.append({**record, "label": sections[section], "segment_start": 40.0, "segment_end": 40.6})
+            of_section.append(
+                {**record, "label": sections[section], "segment_start": 40.0, "segment_end": 40.6}
+            )
         write_json_lines(folder / f"HookTheoryKey.{split}.jsonl", of_key)
         write_json_lines(folder / f"HookTheoryStructure.{split}.jsonl", of_section)
     return raw
@@ -280,7 +369,9 @@ def chords1217(raw: Path) -> Path:
         for _ in range(size):
             number += 1
             path = f"data/Chords1217/audio/{number}.flac"
-            records.append({"audio_path": path, "label": write_song(raw / path, rng), "sample_rate": RATE})
+            records.append(
+                {"audio_path": path, "label": write_song(raw / path, rng), "sample_rate": RATE}
+            )
         write_json_lines(folder / f"Chords1217.{split}.jsonl", records)
     return raw
 
@@ -295,9 +386,17 @@ def write_song(path: Path, rng: random.Random, seconds: float = 1.5) -> list[dic
     for place, (root, mode) in enumerate(chords):
         third = {"maj": 4, "min": 3, "sus4": 5, "N": 0}[mode]
         notes = [] if root is None else [60 + (root + up) % 12 for up in (0, third, 7)]
-        parts.append(0.1 * sum((note(number, seconds) for number in notes), np.zeros(round(seconds * RATE))))
-        name = "N" if root is None else f"{TONICS[root]}:{rng.choice(('min', 'min7')) if mode == 'min' else mode}"
-        label.append({"start_time": place * seconds, "end_time": (place + 1) * seconds, "chord_str": name})
+        parts.append(
+            0.1 * sum((note(number, seconds) for number in notes), np.zeros(round(seconds * RATE)))
+        )
+        name = (
+            "N"
+            if root is None
+            else f"{TONICS[root]}:{rng.choice(('min', 'min7')) if mode == 'min' else mode}"
+        )
+        label.append(
+            {"start_time": place * seconds, "end_time": (place + 1) * seconds, "chord_str": name}
+        )
     write(path, np.concatenate(parts))
     return label
 
@@ -310,8 +409,8 @@ class TinySet:
         build: writes it below a folder.
         oracle: function of `oracle_encoders` that hears its labels.
         num_test: scored units of the test split, by task.
-        said: a file (or folder) of annotations or of a split, without which there is nothing to probe; `{stem}` is the
-            task's.
+        said: a file (or folder) of annotations or of a split, without which there is nothing to
+            probe; `{stem}` is the task's.
         audio: a sound of the test split; "" where the sounds that lie there say what there is.
         root: folder that a user gives, below the one that was written.
     """
@@ -325,7 +424,9 @@ class TinySet:
 
 
 SETS = (
-    TinySet(gtzan, "spectrum", {"gtzan_genre": 30}, "test_filtered.txt", "genres/pop/pop.00007.wav"),
+    TinySet(
+        gtzan, "spectrum", {"gtzan_genre": 30}, "test_filtered.txt", "genres/pop/pop.00007.wav"
+    ),
     TinySet(
         giantsteps,
         "spectrum",
@@ -333,7 +434,9 @@ SETS = (
         "giantsteps-mtg-key-dataset/annotations/annotations.txt",
         "giantsteps-key-dataset/audio/1005.LOFI.mp3",
     ),
-    TinySet(emomusic, "loudness", {"emomusic": 20}, "static_annotations.csv", "clips_45seconds/60.mp3"),
+    TinySet(
+        emomusic, "loudness", {"emomusic": 20}, "static_annotations.csv", "clips_45seconds/60.mp3"
+    ),
     TinySet(mtt, "spectrum", {"mtt": 18}, "annotations_final.csv", "mp3/e/clip-14.mp3"),
     TinySet(
         nsynth,

@@ -18,15 +18,23 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
-from jepa_audio.data.corpus import Corpus, CorpusError, load_corpus
-from jepa_audio.data.dataset import ClipDataset, Collate, CropDataset, Fetched, Mono, collate
-from jepa_audio.data.files import Files
-from jepa_audio.data.index import check_bad_share, index_corpus
-from jepa_audio.data.loader import BadReads, EvaluationLoader, ResumableLoader
-from jepa_audio.data.sampler import EveryNthBatch, GlobalOrderSampler
-from jepa_audio.data.scenes import SceneBatch, SceneDataset, Scenes, collate_scenes, prepare_scenes
-from jepa_audio.data.workers import num_cores, worker_arguments
-from jepa_audio.grid import AudioBatch
+from jepa_audio.data.corpus.index import check_bad_share, index_corpus
+from jepa_audio.data.corpus.table import Corpus, CorpusError, load_corpus
+from jepa_audio.data.loading.crops import ClipDataset, Collate, CropDataset, Fetched, Mono, collate
+from jepa_audio.data.loading.loader import BadReads, EvaluationLoader, ResumableLoader
+from jepa_audio.data.loading.order import EveryNthBatch, GlobalOrderSampler
+from jepa_audio.data.loading.shared_table import Files
+from jepa_audio.data.loading.workers import worker_arguments
+from jepa_audio.data.scenes.scenes import (
+    SceneBatch,
+    SceneDataset,
+    Scenes,
+    collate_scenes,
+    prepare_scenes,
+)
+from jepa_audio.errors import UserError
+from jepa_audio.parallel import num_cores
+from jepa_audio.steps.grid import AudioBatch
 
 log = logging.getLogger(__name__)
 
@@ -36,30 +44,36 @@ class AudioDataModule(LightningDataModule):
 
     Args:
         root: folder of audio files or tars, searched with its subfolders; or another source, see
-            `jepa_audio.data.sources.find`; or a table (`.parquet`) that `jepa-audio data index` has made, which is
-            believed as it is. A list of sources is one corpus; a mapping from sources to weights is a mixture, whose
-            clips come from each in that proportion, whatever their sizes.
+            `jepa_audio.data.corpus.sources.find`; or a table (`.parquet`) that `jepa-audio data
+            index` has made, which is believed as it is. A list of sources is one corpus; a mapping
+            from sources to weights is a mixture, whose clips come from each in that proportion,
+            whatever their sizes.
         sample_rate: of the crops, in Hz; files of other rates are resampled.
         crop_seconds: length of a crop.
         num_channels: of the crops; for more than one see `mono`.
-        mono: "mean", "first" or "random" channel of a file, or "keep" for files of `num_channels` channels.
+        mono: "mean", "first" or "random" channel of a file, or "keep" for files of `num_channels`
+            channels.
         crops_per_clip: crops of one file that go into a batch together.
         clip_seconds: window of a file that its crops come from; `None` for the whole file.
         loudness_dbfs: RMS level given to every clip; `None` leaves the level.
-        mask_padding: a file shorter than a crop is filled up with zeros; True keeps them from the model, False lets it
-            hear them as silence.
+        mask_padding: a file shorter than a crop is filled up with zeros; True keeps them from the
+            model, False lets it hear them as silence.
         scenes: rooms and noise that the clips are put into; `None` leaves them as they are.
         batch_size: clips of one process's micro-batch; it has `batch_size * crops_per_clip` rows.
-        num_workers: reading processes of each training process; `None` for its share of the cores, up to 8.
-        valid_share: share of the files held out, where the table does not say which, see `Corpus.parts`; 0 holds out
-            none.
-        valid_root: source of the validation files instead; then nothing of `root` is held out but what its table has
-            for validation or test.
-        test_root: source of the test files; if `None`, those of the table, or else the validation files.
-        num_valid_clips: at most about so many of the held-out files are used in a validation, as many of each corpus.
+        num_workers: reading processes of each training process; `None` for its share of the cores,
+            up to 8.
+        valid_share: share of the files held out, where the table does not say which, see
+            `Corpus.parts`; 0 holds out none.
+        valid_root: source of the validation files instead; then nothing of `root` is held out but
+            what its table has for validation or test.
+        test_root: source of the test files; if `None`, those of the table, or else the validation
+            files.
+        num_valid_clips: at most about so many of the held-out files are used in a validation, as
+            many of each corpus.
         min_seconds: shorter files are skipped.
         max_seconds: longer files are skipped; `None` for no bound.
-        max_bad_share: above this share of skipped files, or of failed reads, the run stops with a list.
+        max_bad_share: above this share of skipped files, or of failed reads, the run stops with a
+            list.
         seed: of order and crops.
     """
 
@@ -95,8 +109,10 @@ class AudioDataModule(LightningDataModule):
         if isinstance(scenes, Scenes):
             self.hparams["scenes"] = asdict(scenes)
         if scenes is not None and mask_padding:
-            raise ValueError("`scenes` fill every clip with sound: leave `mask_padding` false")
-        self.sources = [str(source) for source in root] if isinstance(root, list | dict) else [str(root)]
+            raise UserError("`scenes` fill every clip with sound: leave `mask_padding` false")
+        self.sources = (
+            [str(source) for source in root] if isinstance(root, list | dict) else [str(root)]
+        )
         self.weights = list(root.values()) if isinstance(root, dict) else None
         self.valid_root = None if valid_root is None else str(valid_root)
         self.test_root = None if test_root is None else str(test_root)
@@ -118,7 +134,9 @@ class AudioDataModule(LightningDataModule):
         self.max_bad_share = max_bad_share
         self.seed = seed
         self._refuse_the_impossible()
-        self.prepare_data_per_node = False  # one process indexes; the table is shared as the audio is
+        self.prepare_data_per_node = (
+            False  # one process indexes; the table is shared as the audio is
+        )
         self._files: dict[str, Files] = {}
         self._description = ""
         self._bad_reads = BadReads(max_bad_share)
@@ -126,33 +144,47 @@ class AudioDataModule(LightningDataModule):
 
     def _refuse_the_impossible(self) -> None:
         if not (self.sources and all(self.sources)):
-            raise ValueError("`root` names no source of audio")
+            raise UserError("`root` names no source of audio")
         if not 0 <= self.valid_share < 1:
-            raise ValueError(f"`valid_share` ({self.valid_share}) must be in [0, 1)")
+            raise UserError(f"`valid_share` ({self.valid_share}) must be in [0, 1)")
         for name in ("batch_size", "num_valid_clips"):
             if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` ({getattr(self, name)}) must be >= 1")
+                raise UserError(f"`{name}` ({getattr(self, name)}) must be >= 1")
         if self.num_samples < 1:
-            raise ValueError(f"`crop_seconds` must be at least a sample at {self.sample_rate} Hz")
+            raise UserError(f"`crop_seconds` must be at least a sample at {self.sample_rate} Hz")
 
     def prepare_data(self) -> None:
         """Index every source but tables; the first run decodes all files, a later one only what has changed."""
-        for source in dict.fromkeys(source for source in (*self.sources, self.valid_root, self.test_root) if source):
+        for source in dict.fromkeys(
+            source for source in (*self.sources, self.valid_root, self.test_root) if source
+        ):
             if not source.endswith(".parquet"):
-                index_corpus(source, num_workers=num_cores(), max_bad_share=self.max_bad_share, **self._fitness)
+                index_corpus(
+                    source,
+                    num_workers=num_cores(),
+                    max_bad_share=self.max_bad_share,
+                    **self._fitness,
+                )
         if self.scenes is not None:
             prepare_scenes(self.scenes, self.num_channels, self.sample_rate, num_cores())
 
     def setup(self, stage: str) -> None:
         """Read the tables and divide them; every process comes to the same division."""
         corpora = [load_corpus(source) for source in self.sources]
-        usable = [self._usable(source, corpus) for source, corpus in zip(self.sources, corpora, strict=True)]
+        usable = [
+            self._usable(source, corpus)
+            for source, corpus in zip(self.sources, corpora, strict=True)
+        ]
         _refuse_overlap(self.sources, usable)
         parts = [corpus.parts(0.0 if self.valid_root else self.valid_share) for corpus in usable]
-        train, valid, test = ([getattr(part, name) for part in parts] for name in ("train", "valid", "test"))
+        train, valid, test = (
+            [getattr(part, name) for part in parts] for name in ("train", "valid", "test")
+        )
         for source, corpus in zip(self.sources, train, strict=True):
             if not len(corpus):
-                raise CorpusError(f"no file of {source} is for training: its table puts them all elsewhere")
+                raise CorpusError(
+                    f"no file of {source} is for training: its table puts them all elsewhere"
+                )
         if self.valid_root is not None:
             valid = [self._usable(self.valid_root).shuffled()]
         num_each = -(-self.num_valid_clips // len(valid))
@@ -163,7 +195,9 @@ class AudioDataModule(LightningDataModule):
         chosen = {"train": train, "valid": valid, "test": test}
         self._files = {name: Files(part) for name, part in chosen.items() if sum(map(len, part))}
         num_usable = sum(map(len, usable))
-        self._description = _described(self.sources, train, valid, sum(map(len, corpora)) - num_usable)
+        self._description = _described(
+            self.sources, train, valid, sum(map(len, corpora)) - num_usable
+        )
         del corpora, usable, parts, train, valid, test, chosen
         pa.default_memory_pool().release_unused()  # a gigabyte, of millions of files, that the run never needs again
         if self._rank == 0:
@@ -201,7 +235,9 @@ class AudioDataModule(LightningDataModule):
         batches_per_epoch = num_steps * accumulated
         loader = self._loader(dataset, batch_sampler=sampler)
         fingerprint = dataset.files.fingerprint
-        self._train_loader = ResumableLoader(loader, self._bad_reads, batches_per_epoch, fingerprint)
+        self._train_loader = ResumableLoader(
+            loader, self._bad_reads, batches_per_epoch, fingerprint
+        )
         return self._train_loader
 
     def val_dataloader(self) -> list[EvaluationLoader]:
@@ -249,7 +285,9 @@ class AudioDataModule(LightningDataModule):
             return partial(collate_scenes, num_samples=self.num_samples)
         return partial(collate, mask_padding=self.mask_padding)
 
-    def on_after_batch_transfer(self, batch: AudioBatch | SceneBatch, dataloader_idx: int) -> AudioBatch:
+    def on_after_batch_transfer(
+        self, batch: AudioBatch | SceneBatch, dataloader_idx: int
+    ) -> AudioBatch:
         """Scenes are rendered where the model is."""
         return batch.render() if isinstance(batch, SceneBatch) else batch
 
@@ -269,21 +307,29 @@ class AudioDataModule(LightningDataModule):
             num_workers=num_workers,
             collate_fn=Collate(self._collate),
             pin_memory=torch.cuda.is_available(),
-            persistent_workers=num_workers > 0 and sampler is not None,  # training has but one iterator
-            # Else the workers' seeds are drawn from the global generator, and disturb the model's numbers.
+            persistent_workers=num_workers > 0
+            and sampler is not None,  # training has but one iterator
+            # Else the workers' seeds are drawn from the global generator, and disturb the model's
+            # numbers.
             generator=torch.Generator(),
             **worker_arguments(num_workers),
         )
 
     def _usable(self, source: str, corpus: Corpus | None = None) -> Corpus:
         fit = (corpus or load_corpus(source)).fit_for(**self._fitness)
-        check_bad_share(fit, source, self.max_bad_share, f"; `jepa-audio data describe {source}` tells more")
+        check_bad_share(
+            fit, source, self.max_bad_share, f"; `jepa-audio data describe {source}` tells more"
+        )
         return fit.take(fit.is_usable)
 
     @property
     def _fitness(self) -> dict[str, Any]:
         channels = self.num_channels if self.mono == "keep" else None
-        return {"min_seconds": self.min_seconds, "max_seconds": self.max_seconds, "num_channels": channels}
+        return {
+            "min_seconds": self.min_seconds,
+            "max_seconds": self.max_seconds,
+            "num_channels": channels,
+        }
 
     def _worker_count(self) -> int:
         if self.num_workers is not None:
@@ -307,13 +353,18 @@ def _refuse_overlap(sources: list[str], corpora: list[Corpus]) -> None:
         for other, source in zip(corpora[number + 1 :], sources[number + 1 :], strict=True):
             both = own.filter(pc.is_in(own, other.absolute_names))
             if len(both):
-                raise CorpusError(f"{sources[number]} and {source} both hold {both[0]}: give every file once")
+                raise CorpusError(
+                    f"{sources[number]} and {source} both hold {both[0]}: give every file once"
+                )
 
 
-def _described(sources: list[str], train: list[Corpus], valid: list[Corpus], num_skipped: int) -> str:
+def _described(
+    sources: list[str], train: list[Corpus], valid: list[Corpus], num_skipped: int
+) -> str:
     hours = sum(float(corpus.seconds.sum()) for corpus in train) / 3600
     rates, counts = np.unique(
-        np.concatenate([corpus.table["sample_rate"].to_numpy() for corpus in train]), return_counts=True
+        np.concatenate([corpus.table["sample_rate"].to_numpy() for corpus in train]),
+        return_counts=True,
     )
     return (
         f"{', '.join(sources)}: {sum(map(len, train))} files to train on, {hours:.2f} hours, "

@@ -20,11 +20,19 @@ from scipy.fft import irfft, next_fast_len, rfft
 from scipy.signal import iirpeak, lfilter, sosfilt
 from threadpoolctl import threadpool_limits
 
+from jepa_audio.errors import UserError
+
 PITCHES = range(36, 85)
 VELOCITIES = (25, 50, 75, 100, 127)
-INSTRUMENTS = {"train": range(64), "valid": range(64, 80), "test": range(80, 112)}  # of every family
+INSTRUMENTS = {
+    "train": range(64),
+    "valid": range(64, 80),
+    "test": range(80, 112),
+}  # of every family
 
-_RECIPE = 1  # has to grow with every change of the sound, so that corpora of two recipes are never mixed
+_RECIPE = (
+    1  # has to grow with every change of the sound, so that corpora of two recipes are never mixed
+)
 _INSTRUMENT_STREAM, _PLAN_STREAM = 3, 4  # of random numbers, after the three of the splits
 _TABLE_SIZE = 1 << 14
 Signal = NDArray[np.float64]
@@ -93,7 +101,9 @@ def _cycle(phase: Signal, amplitudes: Signal) -> Signal:
     return table[(phase * (_TABLE_SIZE / (2 * np.pi))).astype(np.int64) & (_TABLE_SIZE - 1)]
 
 
-def _resonate(wave: Signal, frequencies_hz: Signal, q: float, gains: Signal, sample_rate: int) -> Signal:
+def _resonate(
+    wave: Signal, frequencies_hz: Signal, q: float, gains: Signal, sample_rate: int
+) -> Signal:
     """Parallel resonators; those above the Nyquist frequency are silent."""
     heard = [(f, g) for f, g in zip(frequencies_hz, gains, strict=True) if f < 0.48 * sample_rate]
     return sum((g * lfilter(*iirpeak(f, q, fs=sample_rate), wave) for f, g in heard), 0 * wave)
@@ -125,7 +135,11 @@ def _brass(s: Score) -> Signal:
     """Modified FM: the louder, the more harmonics."""
     depth = s.timbre.uniform(2, 6) * (0.3 + s.brightness) * s.envelope ** s.timbre.uniform(0.5, 2)
     depth = np.minimum(depth, 0.05 * s.harmonics.size**2)  # or it aliases
-    return s.envelope * np.exp(depth * (np.cos(s.phase) - 1)) * np.sin(s.phase + s.timbre.uniform(0, np.pi))
+    return (
+        s.envelope
+        * np.exp(depth * (np.cos(s.phase) - 1))
+        * np.sin(s.phase + s.timbre.uniform(0, np.pi))
+    )
 
 
 def _flute(s: Score) -> Signal:
@@ -142,7 +156,10 @@ def _guitar(s: Score) -> Signal:
     whole, fraction = divmod(s.sample_rate / s.f0_hz - 1, 1)  # the loss filter delays by one sample
     loop = np.convolve([damping / 2, 1 - damping, damping / 2], [1 - fraction, fraction])
     denominator = np.zeros(int(whole) + 4)
-    denominator[0], denominator[int(whole) :] = 1, -loop * 10 ** (-3 / (s.f0_hz * s.timbre.uniform(1, 6)))
+    denominator[0], denominator[int(whole) :] = (
+        1,
+        -loop * 10 ** (-3 / (s.f0_hz * s.timbre.uniform(1, 6))),
+    )
     burst = s.noise * (s.time > 0) * (s.time < s.timbre.uniform(0.5, 1) / s.f0_hz)
     burst = lfilter([s.brightness], [1, s.brightness - 1], burst)
     return s.envelope * lfilter([1.0], denominator, burst)
@@ -162,10 +179,14 @@ def _mallet(s: Score) -> Signal:
     """Modes of a struck body, from a free bar to a bell: inharmonic, high ones dying first."""
     bar, bell = np.array([1, 2.76, 5.40, 8.93, 13.3]), np.array([1, 1.19, 1.5, 2.0, 2.67])
     ratios = bar + s.timbre.uniform(0, 1) * (bell - bar)
-    gains = s.timbre.uniform(0.3, 1, 5) * (s.timbre.uniform(0.2, 0.7) * (0.6 + s.brightness)) ** np.arange(5)
+    gains = s.timbre.uniform(0.3, 1, 5) * (
+        s.timbre.uniform(0.2, 0.7) * (0.6 + s.brightness)
+    ) ** np.arange(5)
     gains *= ratios * s.f0_hz < 0.48 * s.sample_rate
     losses = s.timbre.uniform(1, 8) * ratios ** s.timbre.uniform(0.3, 1)
-    modes = gains[:, None] * np.exp(-np.outer(losses, s.time)) * np.sin(np.outer(ratios, s.phase))  # [5, S]
+    modes = (
+        gains[:, None] * np.exp(-np.outer(losses, s.time)) * np.sin(np.outer(ratios, s.phase))
+    )  # [5, S]
     return s.envelope**0.5 * modes.sum(axis=0)
 
 
@@ -181,17 +202,26 @@ def _organ(s: Score) -> Signal:
 
 def _reed(s: Score) -> Signal:
     """A waveshaped sine: odd harmonics, and a few even ones by a bias."""
-    drive, bias = s.timbre.uniform(1, 5) * (0.2 + s.brightness) * (0.3 + s.envelope), s.timbre.uniform(0, 0.6)
-    reed = np.tanh(np.minimum(drive, 0.3 * s.harmonics.size) * np.sin(s.phase) + bias) - np.tanh(bias)
+    drive, bias = (
+        s.timbre.uniform(1, 5) * (0.2 + s.brightness) * (0.3 + s.envelope),
+        s.timbre.uniform(0, 0.6),
+    )
+    reed = np.tanh(np.minimum(drive, 0.3 * s.harmonics.size) * np.sin(s.phase) + bias) - np.tanh(
+        bias
+    )
     return s.envelope * reed * (1 + s.timbre.uniform(0, 0.2) * s.noise)
 
 
 def _string(s: Score) -> Signal:
     """A bowed sawtooth through the resonances of a body."""
-    saw = _cycle(s.phase, s.harmonics ** -s.timbre.uniform(0.8, 1.4) * s.brightness ** (s.harmonics / 40))
+    saw = _cycle(
+        s.phase, s.harmonics ** -s.timbre.uniform(0.8, 1.4) * s.brightness ** (s.harmonics / 40)
+    )
     bowed = saw + s.timbre.uniform(0, 0.15) * s.noise
     modes = s.timbre.uniform(0.6, 1.5) * np.array([280, 460, 700, 1200, 2300, 3200])
-    body = _resonate(bowed, modes, s.timbre.uniform(3, 8), s.timbre.uniform(0.5, 3, 6), s.sample_rate)
+    body = _resonate(
+        bowed, modes, s.timbre.uniform(3, 8), s.timbre.uniform(0.5, 3, 6), s.sample_rate
+    )
     return s.envelope * (0.3 * bowed + body)
 
 
@@ -205,14 +235,35 @@ def _synth_lead(s: Score) -> Signal:
 
 def _vocal(s: Score) -> Signal:
     """Glottal pulses through the formants of a vowel."""
-    vowels = [(730, 1090, 2440), (270, 2290, 3010), (530, 1840, 2480), (570, 840, 2410), (300, 870, 2240)]
+    vowels = [
+        (730, 1090, 2440),
+        (270, 2290, 3010),
+        (530, 1840, 2480),
+        (570, 840, 2410),
+        (300, 870, 2240),
+    ]
     formants = s.timbre.uniform(0.85, 1.25) * np.array(vowels[s.rng.integers(5)])
-    pulses = _cycle(s.phase, s.harmonics ** -(1.6 - 0.8 * s.brightness)) + s.timbre.uniform(0, 0.1) * s.noise
+    pulses = (
+        _cycle(s.phase, s.harmonics ** -(1.6 - 0.8 * s.brightness))
+        + s.timbre.uniform(0, 0.1) * s.noise
+    )
     q, gains = s.timbre.uniform(4, 12), np.array([1, 0.7, 0.4]) * s.timbre.uniform(0.6, 1.4, 3)
     return s.envelope * (0.05 * pulses + _resonate(pulses, formants, q, gains, s.sample_rate))
 
 
-_VOICES = (_bass, _brass, _flute, _guitar, _keyboard, _mallet, _organ, _reed, _string, _synth_lead, _vocal)
+_VOICES = (
+    _bass,
+    _brass,
+    _flute,
+    _guitar,
+    _keyboard,
+    _mallet,
+    _organ,
+    _reed,
+    _string,
+    _synth_lead,
+    _vocal,
+)
 FAMILIES: dict[str, Callable[[Score], Signal]] = {voice.__name__[1:]: voice for voice in _VOICES}
 """NSynth's eleven families in NSynth's order, each with a way of synthesis of its own."""
 
@@ -230,11 +281,17 @@ class Settings:
     def __post_init__(self) -> None:
         for split, count in self.counts.items():
             if not 0 <= count <= (available := prod(self._choices(split))):
-                raise ValueError(f"`num_{split}` ({count}) must be 0 to {available}: ask for fewer notes")
+                raise UserError(
+                    f"`num_{split}` ({count}) must be 0 to {available}: ask for fewer notes"
+                )
         if self.seconds < 0.2:
-            raise ValueError(f"`seconds` ({self.seconds}) must be at least 0.2: ask for longer clips")
+            raise UserError(
+                f"`seconds` ({self.seconds}) must be at least 0.2: ask for longer clips"
+            )
         if self.sample_rate < 8000:
-            raise ValueError(f"`sample_rate` ({self.sample_rate}) must be at least 8000: ask for more")
+            raise UserError(
+                f"`sample_rate` ({self.sample_rate}) must be at least 8000: ask for more"
+            )
 
     def notes(self, split: str) -> list[Note]:
         """The notes of a split, none twice; a smaller corpus holds the first notes of a larger one."""
@@ -242,7 +299,14 @@ class Settings:
         order = np.random.default_rng([self.seed, _PLAN_STREAM, number]).permutation(prod(choices))
         chosen = np.stack(np.unravel_index(order[: self.counts[split]], choices), axis=1).tolist()
         return [
-            Note(number, i, family, INSTRUMENTS[split][instrument], PITCHES[pitch], VELOCITIES[velocity])
+            Note(
+                number,
+                i,
+                family,
+                INSTRUMENTS[split][instrument],
+                PITCHES[pitch],
+                VELOCITIES[velocity],
+            )
             for i, (family, instrument, pitch, velocity) in enumerate(chosen)
         ]
 
@@ -251,7 +315,9 @@ class Settings:
         return len(FAMILIES), len(INSTRUMENTS[split]), len(PITCHES), len(VELOCITIES)
 
 
-def _score(note: Note, play: dict[str, float], settings: Settings, rng: np.random.Generator) -> Score:
+def _score(
+    note: Note, play: dict[str, float], settings: Settings, rng: np.random.Generator
+) -> Score:
     rate, seconds = settings.sample_rate, settings.seconds
     time = np.maximum(np.arange(round(seconds * rate)) / rate - play["onset"] * seconds, 0)
     lengths = [0, np.exp(play["attack"]), play["decay"], play["hold"], play["release"]]
@@ -269,12 +335,16 @@ def _score(note: Note, play: dict[str, float], settings: Settings, rng: np.rando
         f0_hz=f0_hz,
         brightness=0.15 + 0.7 * note.velocity / 127 + play["brightness"],
         sample_rate=rate,
-        timbre=np.random.default_rng([settings.seed, _INSTRUMENT_STREAM, note.family, note.instrument]),
+        timbre=np.random.default_rng(
+            [settings.seed, _INSTRUMENT_STREAM, note.family, note.instrument]
+        ),
         rng=rng,
     )
 
 
-def _record(dry: Signal, play: dict[str, float], sample_rate: int, rng: np.random.Generator) -> Signal:
+def _record(
+    dry: Signal, play: dict[str, float], sample_rate: int, rng: np.random.Generator
+) -> Signal:
     """The note in a room, through an uneven microphone, over coloured noise."""
     tail = np.arange(1, round(play["room_seconds"] * sample_rate)) / sample_rate
     echoes = rng.standard_normal(tail.size) * np.exp(-6.9 * tail / play["room_seconds"])
@@ -283,7 +353,9 @@ def _record(dry: Signal, play: dict[str, float], sample_rate: int, rng: np.rando
     hz = np.arange(size // 2 + 1) * sample_rate / size
     octaves = np.log2(np.maximum(hz, 50) / 1000)
     ripple = play["ripple_db"] * np.sin(octaves * rng.uniform(1, 4) + rng.uniform(0, 2 * np.pi))
-    gain = 10 ** ((play["tilt_db"] * octaves + ripple) / 20) * (hz > 25)  # a bias in the wave is not heard
+    gain = 10 ** ((play["tilt_db"] * octaves + ripple) / 20) * (
+        hz > 25
+    )  # a bias in the wave is not heard
     wet = irfft(rfft(dry, size) * rfft(room, size) * gain, size)[: dry.size]
     colour = 2 ** (-0.5 * play["noise_slope"] * octaves)
     noise = irfft(rfft(rng.standard_normal(size)) * colour, size)[: dry.size]
@@ -336,7 +408,9 @@ def _write(note: Note, directory: Path, settings: Settings) -> dict[str, object]
 def _watch(examples: Iterable[dict[str, object]], total: int) -> Iterator[dict[str, object]]:
     """The same examples, while a bar or, away from a terminal, a line every tenth of the way says how far."""
     console = Console(stderr=True)
-    bar = track(examples, "synthesising notes", total, console=console, disable=not console.is_terminal)
+    bar = track(
+        examples, "synthesising notes", total, console=console, disable=not console.is_terminal
+    )
     for done, example in enumerate(bar, 1):
         yield example
         if not console.is_terminal and 10 * done // total > 10 * (done - 1) // total:
@@ -349,10 +423,14 @@ def _claim(directory: Path, settings: Settings) -> bool:
     for name in ("corpus.json", "corpus.partial.json"):
         if (directory / name).exists():
             if (found := json.loads((directory / name).read_text())) != wanted:
-                raise ValueError(f"`directory` ({directory}) holds {found}: delete it or name another one")
+                raise UserError(
+                    f"`directory` ({directory}) holds {found}: delete it or name another one"
+                )
             return name != "corpus.json"
     if strange := [path.name for path in directory.glob("nsynth-*")]:
-        raise ValueError(f"`directory` ({directory}) holds {strange} of another origin: name another one")
+        raise UserError(
+            f"`directory` ({directory}) holds {strange} of another origin: name another one"
+        )
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "corpus.partial.json").write_text(json.dumps(wanted, indent=2))
     return True
@@ -371,30 +449,39 @@ def synthesize_corpus(
 ) -> None:
     """Write labelled notes as 16-bit wav files and `examples.json`, in NSynth's layout.
 
-    Every note has random numbers of its own, so the files do not depend on the number of workers. A complete
-    corpus of the same settings is left as it is, an unfinished one is written anew, any other is refused.
+    Every note has random numbers of its own, so the files do not depend on the number of workers. A
+    complete corpus of the same settings is left as it is, an unfinished one is written anew, any
+    other is refused.
 
     Args:
-        directory: gets `nsynth-train`, `nsynth-valid` and `nsynth-test`, and at the very end `corpus.json`.
+        directory: gets `nsynth-train`, `nsynth-valid` and `nsynth-test`, and at the very end
+            `corpus.json`.
         num_train: notes of 64 instruments a family.
         num_valid: notes of 16 others.
         num_test: notes of 32 others again.
         seed: another seed is another corpus, instruments included.
         seconds: length of every clip.
         sample_rate: in Hz.
-        num_workers: processes, 0 for none. They are spawned, so a script needs its `__main__` guard.
+        num_workers: processes, 0 for none. They are spawned, so a script needs its `__main__`
+            guard.
     """
-    settings = Settings({"train": num_train, "valid": num_valid, "test": num_test}, seconds, sample_rate, seed)
+    settings = Settings(
+        {"train": num_train, "valid": num_valid, "test": num_test}, seconds, sample_rate, seed
+    )
     if not _claim(directory, settings):
         return
     for split in INSTRUMENTS:
         (directory / f"nsynth-{split}" / "audio").mkdir(parents=True, exist_ok=True)
     notes = [note for split in INSTRUMENTS for note in settings.notes(split)]
     write = partial(_write, directory=directory, settings=settings)
-    with ProcessPoolExecutor(max(num_workers, 1), get_context("spawn"), threadpool_limits, (1,)) as pool:
+    with ProcessPoolExecutor(
+        max(num_workers, 1), get_context("spawn"), threadpool_limits, (1,)
+    ) as pool:
         written = pool.map(write, notes, chunksize=16) if num_workers > 0 else map(write, notes)
         examples = list(_watch(written, len(notes)))
     for i, split in enumerate(INSTRUMENTS):
-        of_split = {e["note_str"]: e for note, e in zip(notes, examples, strict=True) if note.split == i}
+        of_split = {
+            e["note_str"]: e for note, e in zip(notes, examples, strict=True) if note.split == i
+        }
         (directory / f"nsynth-{split}" / "examples.json").write_text(json.dumps(of_split, indent=2))
     (directory / "corpus.partial.json").rename(directory / "corpus.json")

@@ -17,14 +17,17 @@ from lightning.pytorch.cli import instantiate_module
 from safetensors.torch import save_file
 from torch import Tensor
 
-from jepa_audio import losses, masking, positions, schedules  # noqa: F401 (recipes name their classes shortly)
-from jepa_audio.checkpointing import AtomicCheckpointIO
-from jepa_audio.encode import window_of
-from jepa_audio.interop.layout import Given, Layout, Settings, merged
+from jepa_audio.errors import MissingFileError
+from jepa_audio.inference.encode import window_of
+from jepa_audio.interop.layout import Layout, Settings, SizeHints, merged
 from jepa_audio.interop.published import Published, WeightsError, open_published
 from jepa_audio.interop.pupujepa import PupuJEPALayout
 from jepa_audio.interop.wavjepa import WavJEPALayout
-from jepa_audio.jepa import JEPA
+from jepa_audio.steps import losses, masking  # noqa: F401
+from jepa_audio.steps.encoder import positions  # noqa: F401
+from jepa_audio.training import schedules  # noqa: F401 (recipes name their classes shortly)
+from jepa_audio.training.checkpointing import AtomicCheckpointIO
+from jepa_audio.training.jepa import JEPA
 
 log = logging.getLogger(__name__)
 
@@ -35,12 +38,18 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def import_weights(
-    layout: str, source: Path, output: Path, *, recipe: Path | None = None, given: Given | None = None
+    layout: str,
+    source: Path,
+    output: Path,
+    *,
+    recipe: Path | None = None,
+    given: SizeHints | None = None,
 ) -> Path:
     """A published model as a checkpoint of ours, with the configuration to train it further.
 
-    What the file holds is taken to the last bit or refused. A part that it does not hold at all is made: a missing
-    encoder or target encoder is a copy of the other one, a missing predictor is drawn from the recipe's seed.
+    What the file holds is taken to the last bit or refused. A part that it does not hold at all is
+    made: a missing encoder or target encoder is a copy of the other one, a missing predictor is
+        drawn from the recipe's seed.
 
     Args:
         layout: a name in `LAYOUTS`.
@@ -53,15 +62,20 @@ def import_weights(
         The checkpoint.
 
     Raises:
-        WeightsError: if the file is damaged, does not tell a size, or holds other weights than the model has.
+        WeightsError: if the file is damaged, does not tell a size, or holds other weights than the
+            model has.
     """
     checkpoint = output / "checkpoints" / "last.ckpt"
     if checkpoint.exists():
-        raise WeightsError(f"{checkpoint} exists and is not overwritten: give another folder with `-o`")
+        raise WeightsError(
+            f"{checkpoint} exists and is not overwritten: give another folder with `-o`"
+        )
     published = open_published(source)
     rules = _layout(layout).variant_of_file(published)
     recipe_settings = _read_recipe(recipe or _recipe(rules))
-    settings = merged(recipe_settings, rules.sizes(published, given or Given(), recipe_settings))
+    settings = merged(
+        recipe_settings, rules.sizes(published, given or SizeHints(), recipe_settings)
+    )
     model = settings["model"]
     state = _state(rules, published, model)
     content = {
@@ -89,21 +103,26 @@ def export_weights(layout: str, checkpoint: Path, output: Path) -> Path:
 
     Raises:
         WeightsError: if the layout cannot say what the model is.
-        ValueError: if the checkpoint does not tell the length of its crops.
+        UserError: if the checkpoint does not tell the length of its crops.
     """
     jepa = JEPA.load_from_checkpoint(checkpoint, map_location="cpu")
     rules = _layout(layout).variant_of_model(jepa)
     if jepa.target_front_end is not None:
         raise WeightsError(f"{layout}'s layout has no place for `target_front_end: momentum`")
     config = rules.config(jepa)
-    tensors = {rules.published_name(name): value.contiguous() for name, value in jepa.state_dict().items()}
+    tensors = {
+        rules.published_name(name): value.contiguous() for name, value in jepa.state_dict().items()
+    }
     tensors |= rules.formulas(jepa, window_of(checkpoint, jepa))
     tensors = {
-        name: value.reshape(1, 1, -1) if name.endswith("mask_token") else value for name, value in tensors.items()
+        name: value.reshape(1, 1, -1) if name.endswith("mask_token") else value
+        for name, value in tensors.items()
     }
     output.mkdir(parents=True, exist_ok=True)
     file = output / "model.safetensors"
-    save_file({f"{rules.prefix}{name}": value for name, value in tensors.items()}, file, {"format": "pt"})
+    save_file(
+        {f"{rules.prefix}{name}": value for name, value in tensors.items()}, file, {"format": "pt"}
+    )
     (output / "config.json").write_text(json.dumps(config, indent=2))
     return file
 
@@ -112,11 +131,11 @@ def load_weights(jepa: JEPA, checkpoint: Path) -> None:
     """Start from the weights of a checkpoint, all of them.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        UserError: if there is no such file.
         WeightsError: if it holds other weights than `jepa` has, with the list of differences.
     """
     if not checkpoint.is_file():
-        raise FileNotFoundError(f"no checkpoint at {checkpoint}")
+        raise MissingFileError(f"no checkpoint at {checkpoint}")
     published = open_published(checkpoint)
     own = jepa.state_dict()
     _refuse_differences(published.path, {name: name for name in own}, own, published.tensors)
@@ -134,12 +153,14 @@ def _recipe(layout: Layout) -> Path:
     for folder in folders:
         if (folder / layout.recipe).is_file():
             return folder / layout.recipe
-    raise WeightsError(f"no recipe {layout.recipe} in {folders[0]} or {folders[1]}: give `--recipe FILE`")
+    raise WeightsError(
+        f"no recipe {layout.recipe} in {folders[0]} or {folders[1]}: give `--recipe FILE`"
+    )
 
 
 def _read_recipe(recipe: Path) -> Settings:
     if not recipe.is_file():
-        raise FileNotFoundError(f"no recipe at {recipe}")
+        raise MissingFileError(f"no recipe at {recipe}")
     settings = yaml.safe_load(recipe.read_text())
     if not isinstance(settings, dict) or not {"model", "data"} <= settings.keys():
         raise WeightsError(f"{recipe} is no recipe: it needs `model` and `data`")
@@ -157,14 +178,20 @@ def _state(rules: Layout, published: Published, model: Settings) -> dict[str, Te
         )
     wanted = {name: theirs for name, theirs in names.items() if name.partition(".")[0] in held}
     rules.check_formulas(published)
-    tensors = {name: value for name, value in published.tensors.items() if not re.match(rules.ignored, name)}
+    tensors = {
+        name: value
+        for name, value in published.tensors.items()
+        if not re.match(rules.ignored, name)
+    }
     _refuse_differences(published.path, wanted, own, tensors, rules.formula_names)
     state = {name: tensors[theirs].reshape(own[name].shape) for name, theirs in wanted.items()}
     return state | _made_up(published.path, own, state, held, model)
 
 
 def _fresh_state(model: Settings) -> dict[str, Tensor]:
-    return instantiate_module(JEPA, copy.deepcopy(model)).state_dict()  # the parser writes into what it parses
+    return instantiate_module(
+        JEPA, copy.deepcopy(model)
+    ).state_dict()  # the parser writes into what it parses
 
 
 def _refuse_differences(
@@ -196,11 +223,17 @@ def _squeezed(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _listed(names: list[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f", ... and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(names[:most]) + (
+        f", ... and {len(names) - most} more" if len(names) > most else ""
+    )
 
 
 def _made_up(
-    path: Path, own: Mapping[str, Tensor], state: Mapping[str, Tensor], held: set[str], model: Settings
+    path: Path,
+    own: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    held: set[str],
+    model: Settings,
 ) -> dict[str, Tensor]:
     made: dict[str, Tensor] = {}
     for part, twin in (("encoder", "target_encoder"), ("target_encoder", "encoder")):

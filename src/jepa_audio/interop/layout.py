@@ -11,15 +11,15 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from jepa_audio.interop.published import Published, WeightsError
-from jepa_audio.jepa import JEPA
-from jepa_audio.positions import Positions
-from jepa_audio.transformer import Block, Encoder
+from jepa_audio.steps.encoder.positions import Positions
+from jepa_audio.steps.encoder.transformer import Block, Transformer
+from jepa_audio.training.jepa import JEPA
 
 Settings = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Given:
+class SizeHints:
     """What the user says because a file of weights cannot.
 
     Attributes:
@@ -38,8 +38,8 @@ class Layout(ABC):
 
     Attributes:
         recipe: file in `configs/` with all settings that are no sizes.
-        names: (pattern, replacement) pairs that turn our name of a weight into the published one; the first one that
-            fits is taken.
+        names: (pattern, replacement) pairs that turn our name of a weight into the published one;
+            the first one that fits is taken.
         ignored: pattern of published tensors that are no weights.
         formula_names: published tensors that are computed here.
         prefix: of all names in a written file.
@@ -65,10 +65,12 @@ class Layout(ABC):
             renamed, count = re.subn(pattern, replacement, name)
             if count:
                 return renamed
-        raise WeightsError(f"{type(self).__name__} has no place for the weight `{name}` of this model")
+        raise WeightsError(
+            f"{type(self).__name__} has no place for the weight `{name}` of this model"
+        )
 
     @abstractmethod
-    def sizes(self, published: Published, given: Given, recipe: Settings) -> Settings:
+    def sizes(self, published: Published, given: SizeHints, recipe: Settings) -> Settings:
         """What the file tells, to be laid over the settings of the recipe.
 
         Raises:
@@ -138,7 +140,9 @@ def encoder_sizes(
     }
 
 
-def number_of_heads(published: Published, given: int | None, flag: str, places: tuple[str, ...], width: int) -> int:
+def number_of_heads(
+    published: Published, given: int | None, flag: str, places: tuple[str, ...], width: int
+) -> int:
     """Attention heads, which no shape tells: the user's word, or the file's."""
     heads = given if given is not None else published.told(*places)
     if heads is None:
@@ -147,11 +151,13 @@ def number_of_heads(published: Published, given: int | None, flag: str, places: 
             f"(looked for {', '.join(places)} in its configuration): give `{flag} N`"
         )
     if int(heads) < 1 or width % int(heads):
-        raise WeightsError(f"{heads} attention heads do not divide the width {width} of {published.path}")
+        raise WeightsError(
+            f"{heads} attention heads do not divide the width {width} of {published.path}"
+        )
     return int(heads)
 
 
-def first_block(encoder: Encoder) -> Block:
+def first_block(encoder: Transformer) -> Block:
     """All blocks have the sizes of the first."""
     block = encoder.blocks[0]
     assert isinstance(block, Block)
@@ -160,7 +166,7 @@ def first_block(encoder: Encoder) -> Block:
 
 def check_blocks(
     part: str,
-    encoder: Encoder,
+    encoder: Transformer,
     *,
     pre_norm: bool,
     gated: bool,

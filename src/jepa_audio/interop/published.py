@@ -15,13 +15,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from jepa_audio.errors import MissingFileError, UserError
+
 CONFIG_NAMES = ("config.json", "args.json")
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _STATE_NAMES = ("state_dict", "model", "model_state_dict")
 _WRAPPERS = ("_orig_mod.", "module.")  # of torch.compile and of DistributedDataParallel
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """A file of weights that cannot be taken, said in one sentence or as a list of differences."""
 
 
@@ -31,8 +33,10 @@ class Published:
 
     Attributes:
         path: the file.
-        tensors: by name, without the wrappers of torch.compile, DistributedDataParallel and Hugging Face.
-        config: what the file itself and a `config.json` or `args.json` beside it say of sizes; nested as found.
+        tensors: by name, without the wrappers of torch.compile, DistributedDataParallel and Hugging
+            Face.
+        config: what the file itself and a `config.json` or `args.json` beside it say of sizes;
+            nested as found.
     """
 
     path: Path
@@ -47,10 +51,14 @@ class Published:
     def shape(self, name: str, num_axes: int) -> tuple[int, ...]:
         """Of a tensor; `WeightsError` if there is none of that name, or if it has other than `num_axes` axes."""
         if name not in self.tensors:
-            raise WeightsError(f"{self.path} holds no `{name}`, which tells a size; it holds {_some(self.tensors)}")
+            raise WeightsError(
+                f"{self.path} holds no `{name}`, which tells a size; it holds {_some(self.tensors)}"
+            )
         shape = tuple(self.tensors[name].shape)
         if len(shape) != num_axes:
-            raise WeightsError(f"`{name}` of {self.path} has the shape {list(shape)}, {num_axes} axes were expected")
+            raise WeightsError(
+                f"`{name}` of {self.path} has the shape {list(shape)}, {num_axes} axes were expected"
+            )
         return shape
 
     def told(self, *places: str) -> Any | None:
@@ -68,13 +76,15 @@ def open_published(path: Path) -> Published:
     """Open a `.safetensors` file, a torch file (weights only: no code of the file is run), or a folder with one.
 
     Raises:
-        FileNotFoundError: if there is nothing at `path`.
+        UserError: if there is nothing at `path`.
         WeightsError: if it is no such file, or would need more than weights to be unpacked.
     """
     if not path.exists():
-        raise FileNotFoundError(f"no file of weights at {path}")
+        raise MissingFileError(f"no file of weights at {path}")
     file = _only_file(path) if path.is_dir() else path
-    tensors, config = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
+    tensors, config = (
+        _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
+    )
     for name in CONFIG_NAMES:
         beside = file.with_name(name)
         if beside.is_file():
@@ -112,7 +122,9 @@ def _only_file(folder: Path) -> Path:
     for suffix in SUFFIXES:
         found = sorted(folder.glob(f"*{suffix}"))
         if len(found) > 1:
-            raise WeightsError(f"{folder} holds {len(found)} files {suffix}; name the one that is meant")
+            raise WeightsError(
+                f"{folder} holds {len(found)} files {suffix}; name the one that is meant"
+            )
         if found:
             return found[0]
     raise WeightsError(f"{folder} holds no file of weights ({', '.join(SUFFIXES)})")
@@ -122,7 +134,9 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(file, "pt") as content:
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (a handle is no mapping)
-            return tensors, {name: _json_or_text(text) for name, text in (content.metadata() or {}).items()}
+            return tensors, {
+                name: _json_or_text(text) for name, text in (content.metadata() or {}).items()
+            }
     except SafetensorError as error:
         raise WeightsError(f"{file} is no whole safetensors file: {error}") from error
 
@@ -133,20 +147,30 @@ def _read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         if wanted is None:
-            raise WeightsError(f"{file} is no whole torch file, or is packed in a way that needs more") from error
+            raise WeightsError(
+                f"{file} is no whole torch file, or is packed in a way that needs more"
+            ) from error
         raise WeightsError(
             f"{file} holds more than weights and would run code of its own ({wanted[1]}) when it is opened. It is "
             "refused; where you trust it, keep its tensors alone: "
             "`torch.save({'state_dict': torch.load(FILE, weights_only=False)['state_dict']}, OTHER)`"
         ) from error
     except (RuntimeError, EOFError, KeyError) as error:
-        raise WeightsError(f"{file} is no whole torch file: {str(error).splitlines()[0]}") from error
+        raise WeightsError(
+            f"{file} is no whole torch file: {str(error).splitlines()[0]}"
+        ) from error
     if not isinstance(content, Mapping):
-        raise WeightsError(f"{file} holds a {type(content).__name__}, a mapping of names to tensors was expected")
-    state = next((content[name] for name in _STATE_NAMES if isinstance(content.get(name), Mapping)), content)
+        raise WeightsError(
+            f"{file} holds a {type(content).__name__}, a mapping of names to tensors was expected"
+        )
+    state = next(
+        (content[name] for name in _STATE_NAMES if isinstance(content.get(name), Mapping)), content
+    )
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise WeightsError(f"{file} holds no tensors, neither by themselves nor under {', '.join(_STATE_NAMES)}")
+        raise WeightsError(
+            f"{file} holds no tensors, neither by themselves nor under {', '.join(_STATE_NAMES)}"
+        )
     config = content.get("hyper_parameters", {})
     return tensors, dict(config) if isinstance(config, Mapping) else {}
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from jepa_audio.front_ends import SpectrogramFrontEnd
-from jepa_audio.front_ends.transforms import LogMel
-from jepa_audio.interop.layout import Given, Layout, Settings, check_blocks, encoder_sizes
+from jepa_audio.interop.layout import Layout, Settings, SizeHints, check_blocks, encoder_sizes
 from jepa_audio.interop.published import Published, WeightsError
-from jepa_audio.jepa import JEPA
-from jepa_audio.positions import RotaryPositions
+from jepa_audio.steps.encoder.positions import RotaryPositions
+from jepa_audio.steps.front_ends import SpectrogramFrontEnd
+from jepa_audio.steps.front_ends.transforms import LogMel
+from jepa_audio.training.jepa import JEPA
 
 _BLOCKS = ("blocks", "mlp.fc2.weight")
 
@@ -25,7 +25,7 @@ class PupuJEPALayout(Layout):
         (r"^predictor\.(proj_in|proj_out|mask_token)", r"predictor.\1"),
     )
 
-    def sizes(self, published: Published, given: Given, recipe: Settings) -> Settings:
+    def sizes(self, published: Published, given: SizeHints, recipe: Settings) -> Settings:
         """See `Layout`."""
         encoder = encoder_sizes(
             published,
@@ -42,14 +42,22 @@ class PupuJEPALayout(Layout):
             "patch_frames": patch_frames,
             "patch_bands": patch_bands,
         }
-        for name, told in (("mean", published.told("mel_mean")), ("std", published.told("mel_std"))):
+        for name, told in (
+            ("mean", published.told("mel_mean")),
+            ("std", published.told("mel_std")),
+        ):
             if told is not None:
                 patches[name] = float(told)
         changes = {"front_end": patches, "encoder": encoder, "predictor": {"embed_dim": width}}
         if "predictor.norm.weight" in published.tensors:
             places = ("decoder_num_heads", "model.decoder_num_heads", "predictor.heads")
             trunk = encoder_sizes(
-                published, "predictor", *_BLOCKS, given.predictor_num_heads, "--predictor_num_heads", places
+                published,
+                "predictor",
+                *_BLOCKS,
+                given.predictor_num_heads,
+                "--predictor_num_heads",
+                places,
             )
             changes["predictor"] = {"embed_dim": width, "trunk": trunk}
         return {"model": changes}
@@ -57,8 +65,12 @@ class PupuJEPALayout(Layout):
     def config(self, jepa: JEPA) -> Settings:
         """See `Layout`; as `args.json` names them."""
         front_end = jepa.front_end
-        if not isinstance(front_end, SpectrogramFrontEnd) or not isinstance(front_end.spectrogram, LogMel):
-            raise WeightsError("PupuJEPA's layout holds a SpectrogramFrontEnd over LogMel, no other front end")
+        if not isinstance(front_end, SpectrogramFrontEnd) or not isinstance(
+            front_end.spectrogram, LogMel
+        ):
+            raise WeightsError(
+                "PupuJEPA's layout holds a SpectrogramFrontEnd over LogMel, no other front end"
+            )
         for name, encoder in (("encoder", jepa.encoder), ("predictor", jepa.predictor.trunk)):
             check_blocks(
                 name,
@@ -70,7 +82,9 @@ class PupuJEPALayout(Layout):
                 norm_eps=1e-5,
             )
         if _sizes_of(front_end.spectrogram) != _sizes_of(LogMel()):
-            raise WeightsError("PupuJEPA's layout has no place for `front_end.spectrogram` other than `LogMel()`")
+            raise WeightsError(
+                "PupuJEPA's layout has no place for `front_end.spectrogram` other than `LogMel()`"
+            )
         return {
             "embed_dim": jepa.encoder.embed_dim,
             "depth": jepa.encoder.depth,
@@ -86,5 +100,7 @@ class PupuJEPALayout(Layout):
 
 
 def _sizes_of(spectrogram: LogMel) -> tuple[object, ...]:
-    plain = {name: value for name, value in vars(spectrogram).items() if isinstance(value, int | float)}
+    plain = {
+        name: value for name, value in vars(spectrogram).items() if isinstance(value, int | float)
+    }
     return (*sorted(plain.items()), tuple(spectrogram.bank.sum(dim=1).tolist()))

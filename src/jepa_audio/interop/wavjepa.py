@@ -9,13 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jepa_audio.front_ends import WaveformFrontEnd
-from jepa_audio.grid import Grid
-from jepa_audio.interop.layout import Given, Layout, Settings, arguments, check_blocks, encoder_sizes, first_block
+from jepa_audio.interop.layout import (
+    Layout,
+    Settings,
+    SizeHints,
+    arguments,
+    check_blocks,
+    encoder_sizes,
+    first_block,
+)
 from jepa_audio.interop.published import Published, WeightsError, conv_layers_of
-from jepa_audio.jepa import JEPA
-from jepa_audio.positions import BinauralPositions, SinCosPositions
-from jepa_audio.transformer import Encoder
+from jepa_audio.steps.encoder.positions import BinauralPositions, SinCosPositions
+from jepa_audio.steps.encoder.transformer import Transformer
+from jepa_audio.steps.front_ends import WaveformFrontEnd
+from jepa_audio.steps.grid import Grid
+from jepa_audio.training.jepa import JEPA
 
 _BLOCK = (
     ("attn.qkv.", "self_attn.in_proj_"),
@@ -25,7 +33,11 @@ _BLOCK = (
     ("norm1.", "norm1."),
     ("norm2.", "norm2."),
 )
-_ENCODERS = (("encoder", "encoder"), ("target_encoder", "teacher_encoder"), ("predictor.trunk", "decoder"))
+_ENCODERS = (
+    ("encoder", "encoder"),
+    ("target_encoder", "teacher_encoder"),
+    ("predictor.trunk", "decoder"),
+)
 _FINAL_NORM_EPS = 1e-5  # torch's default, which the published code leaves
 _LAYERS = ("layers", "linear2.weight")
 _TABLES = {"pos_encoding_encoder": "encoder", "pos_encoding_decoder": "predictor.trunk"}
@@ -33,7 +45,10 @@ _NAMES = (
     (r"^front_end\.norm\.", "feature_norms."),
     (r"^front_end\.projection\.", "post_extraction_mapper."),
     *(
-        (rf"^{re.escape(ours)}\.blocks\.(\d+)\.{re.escape(part)}", rf"{theirs}.layers.\1.{published}")
+        (
+            rf"^{re.escape(ours)}\.blocks\.(\d+)\.{re.escape(part)}",
+            rf"{theirs}.layers.\1.{published}",
+        )
         for ours, theirs in _ENCODERS
         for part, published in _BLOCK
     ),
@@ -70,7 +85,7 @@ class WavJEPALayout(Layout):
         separate = isinstance(jepa.front_end, WaveformFrontEnd) and len(jepa.front_end.stacks) == 2
         return WavJEPANatLayout() if separate else WavJEPALayout()
 
-    def sizes(self, published: Published, given: Given, recipe: Settings) -> Settings:
+    def sizes(self, published: Published, given: SizeHints, recipe: Settings) -> Settings:
         """See `Layout`."""
         part = "encoder" if "encoder.norm.weight" in published.tensors else "teacher_encoder"
         encoder = _transformer(published, part, "encoder", given.num_heads, "--num_heads")
@@ -78,19 +93,31 @@ class WavJEPALayout(Layout):
         predictor: Settings = {"embed_dim": width}
         if "decoder.norm.weight" in published.tensors:
             heads = given.predictor_num_heads
-            predictor["trunk"] = _transformer(published, "decoder", "decoder", heads, "--predictor_num_heads")
+            predictor["trunk"] = _transformer(
+                published, "decoder", "decoder", heads, "--predictor_num_heads"
+            )
         front_end = self._front_end(published, given, arguments(recipe["model"]["front_end"]))
         return {
-            "model": {"front_end": {**front_end, "embed_dim": width}, "encoder": encoder, "predictor": predictor},
+            "model": {
+                "front_end": {**front_end, "embed_dim": width},
+                "encoder": encoder,
+                "predictor": predictor,
+            },
             "data": _clip_length(published, front_end, recipe),
         }
 
-    def _front_end(self, published: Published, given: Given, recipe: Settings) -> Settings:
+    def _front_end(self, published: Published, given: SizeHints, recipe: Settings) -> Settings:
         stack = f"extract_audio.{self.stack}"
         count = published.layers(rf"{re.escape(stack)}\.(\d+)\.0\.weight")
         shapes = [published.shape(f"{stack}.{i}.0.weight", 3) for i in range(max(count, 1))]
-        told = published.told("extractor_config.conv_layers_spec", "conv_layers_spec", "conv_layers")
-        spec = conv_layers_of(told) if told is not None else [tuple(layer) for layer in recipe["conv_layers"]]
+        told = published.told(
+            "extractor_config.conv_layers_spec", "conv_layers_spec", "conv_layers"
+        )
+        spec = (
+            conv_layers_of(told)
+            if told is not None
+            else [tuple(layer) for layer in recipe["conv_layers"]]
+        )
         kernels = [(channels, kernel) for channels, _, kernel in shapes]
         if given.conv_strides is not None:
             strides = list(given.conv_strides)
@@ -106,7 +133,9 @@ class WavJEPALayout(Layout):
                 f"{len(strides)} strides were given for the {len(kernels)} convolutions of {published.path}"
             )
         return {
-            "conv_layers": [[*kernel, stride] for kernel, stride in zip(kernels, strides, strict=True)],
+            "conv_layers": [
+                [*kernel, stride] for kernel, stride in zip(kernels, strides, strict=True)
+            ],
             "bias": f"{stack}.0.0.bias" in published.tensors,
             "num_channels": shapes[0][1] * self.ears,
             "separate_channels": self.ears > 1,
@@ -126,7 +155,9 @@ class WavJEPALayout(Layout):
             gap = float((_channel_major(ours, grid) - published.tensors[name]).abs().max())
             if gap > 1e-5:
                 own = type(self.positions).__name__
-                raise WeightsError(f"`{name}` of {published.path} is not the table of {own}: off by {gap:.1e}")
+                raise WeightsError(
+                    f"`{name}` of {published.path} is not the table of {own}: off by {gap:.1e}"
+                )
 
     def config(self, jepa: JEPA) -> Settings:
         """See `Layout`; the groups of the Hugging Face file."""
@@ -149,7 +180,12 @@ class WavJEPALayout(Layout):
         }
         for name, encoder in (("encoder", jepa.encoder), ("decoder", jepa.predictor.trunk)):
             check_blocks(
-                name, encoder, pre_norm=False, gated=False, positions=(self.positions,), final_norm_eps=_FINAL_NORM_EPS
+                name,
+                encoder,
+                pre_norm=False,
+                gated=False,
+                positions=(self.positions,),
+                final_norm_eps=_FINAL_NORM_EPS,
             )
             layers = {
                 "d_model": encoder.embed_dim,
@@ -179,7 +215,9 @@ class WavJEPANatLayout(WavJEPALayout):
     )
 
 
-def _transformer(published: Published, part: str, told: str, heads: int | None, flag: str) -> Settings:
+def _transformer(
+    published: Published, part: str, told: str, heads: int | None, flag: str
+) -> Settings:
     """Sizes of the transformer `part`, of which the configuration speaks as of the `told`."""
     ours = "encoder" if told == "encoder" else "predictor"
     places = (f"{told}_layers_cfg.nhead", f"{told}_nhead", f"{ours}.heads")
@@ -206,11 +244,14 @@ def _clip_length(published: Published, sizes: Settings, recipe: Settings) -> Set
     if front_end.grid(round(seconds * sample_rate)).num_tokens == num_tokens:
         return {}
     num_time = num_tokens // len(front_end.stacks)
-    return {"crop_seconds": (front_end.receptive_field + (num_time - 1) * front_end.stride) / sample_rate}
+    return {
+        "crop_seconds": (front_end.receptive_field + (num_time - 1) * front_end.stride)
+        / sample_rate
+    }
 
 
 def _table(encoder: nn.Module, grid: Grid) -> Tensor:
-    assert isinstance(encoder, Encoder)
+    assert isinstance(encoder, Transformer)
     table = encoder.positions.additive(grid, encoder.embed_dim, torch.device("cpu"))
     assert table is not None  # `check_blocks` has seen to it
     return _channel_major(table, grid)[None].contiguous()

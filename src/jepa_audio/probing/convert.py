@@ -11,13 +11,12 @@ from pathlib import Path
 
 import soundfile as sf
 
-from jepa_audio.data.index import map_threads, track_progress
-from jepa_audio.data.read import AudioReadError, inspect
-from jepa_audio.data.workers import num_cores
+from jepa_audio.data.audio.read import AudioReadError, inspect
+from jepa_audio.errors import MissingFileError, UserError, did_you_mean
+from jepa_audio.parallel import map_threads, num_cores, track_progress
 from jepa_audio.probing.tasks import DATA_SETS, TASKS
 from jepa_audio.probing.tasks.base import Conversion, differ_from_published
 from jepa_audio.probing.tasks.records import Record, write_records
-from jepa_audio.suggest import did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +27,9 @@ _BAD_SHOWN = 10
 _BITS = {"S8": 8, "U8": 8, "16": 16, "24": 24, "32": 32, "FLOAT": 32, "DOUBLE": 64}
 
 
-def convert(name: str, raw: Path, output: Path | None = None, num_workers: int = num_cores()) -> None:
+def convert(
+    name: str, raw: Path, output: Path | None = None, num_workers: int = num_cores()
+) -> None:
     """Write the records of a labelled data set as MARBLE's JSON lines, which `probe` reads; every file is decoded once.
 
     Files that cannot be decoded are left out, and listed with their reasons in OUTPUT/NAME.bad.txt.
@@ -36,34 +37,54 @@ def convert(name: str, raw: Path, output: Path | None = None, num_workers: int =
     Args:
         name: of the data set, such as "gtzan" or "nsynth".
         raw: folder of the data set as it is downloaded and unpacked.
-        output: folder to write (-o), the root of all records: `OUTPUT/GTZAN/GTZANGenre.train.jsonl`; `raw` itself if
-            not given. If `raw` lies in it, both can be moved together.
+        output: folder to write (-o), the root of all records:
+            `OUTPUT/GTZAN/GTZANGenre.train.jsonl`; `raw` itself if not given. If `raw` lies in it,
+            both can be moved together.
         num_workers: files decoded at the same time.
 
     Raises:
-        FileNotFoundError: naming the file or folder of the data set that is missing.
-        ValueError: for a name that is unknown, for a line of the data set that is wrong, and if more than 5 % of the
-            files cannot be decoded.
+        UserError: naming the file or folder of the data set that is missing.
+        UserError: for a name that is unknown, for a line of the data set that is wrong, and if
+            more than 5 % of the files cannot be decoded.
     """
     if name not in DATA_SETS:
         known = ", ".join(sorted(DATA_SETS))
-        raise ValueError(f"there is no data set called {name!r}, only {known}{did_you_mean(name, DATA_SETS)}")
+        raise UserError(
+            f"there is no data set called {name!r}, only {known}{did_you_mean(name, DATA_SETS)}"
+        )
     if not raw.is_dir():
-        raise FileNotFoundError(f"there is no folder {raw}: give that of the raw data set {name}")
+        raise MissingFileError(f"there is no folder {raw}: give that of the raw data set {name}")
     output = output or raw
     conversion = DATA_SETS[name].convert(raw)
     paths = list(dict.fromkeys(str(record["audio_path"]) for record in _all_records(conversion)))
     inspected = map_threads(lambda path: _inspect(raw / path), paths, num_workers)
     files = dict(zip(paths, track_progress(inspected, f"Decoding {name}", len(paths)), strict=True))
-    _report_bad(name, raw, output, {path: file for path, file in files.items() if isinstance(file, str)}, len(files))
+    _report_bad(
+        name,
+        raw,
+        output,
+        {path: file for path, file in files.items() if isinstance(file, str)},
+        len(files),
+    )
     good = {path: file for path, file in files.items() if isinstance(file, _File)}
     for stem, splits in conversion.items():
-        kept = {split: [r for r in records if str(r["audio_path"]) in good] for split, records in splits.items()}
+        kept = {
+            split: [r for r in records if str(r["audio_path"]) in good]
+            for split, records in splits.items()
+        }
         for split, records in kept.items():
             if not records:
-                raise ValueError(f"{name}: no file of the split {split!r} of {stem} in {raw} can be used")
+                raise UserError(
+                    f"{name}: no file of the split {split!r} of {stem} in {raw} can be used"
+                )
             path = output / f"{stem}.{split}.jsonl"
-            write_records(path, [_whole(record, good[str(record["audio_path"])], raw, output) for record in records])
+            write_records(
+                path,
+                [
+                    _whole(record, good[str(record["audio_path"])], raw, output)
+                    for record in records
+                ],
+            )
         print(_summary(stem, kept, output))
 
 
@@ -78,7 +99,12 @@ class _File:
 
 
 def _all_records(conversion: Conversion) -> list[Record]:
-    return [record for splits in conversion.values() for records in splits.values() for record in records]
+    return [
+        record
+        for splits in conversion.values()
+        for records in splits.values()
+        for record in records
+    ]
 
 
 def _inspect(path: Path) -> _File | str:
@@ -101,10 +127,12 @@ def _report_bad(name: str, raw: Path, output: Path, bad: Mapping[str, str], num_
     if not bad:
         return
     output.mkdir(parents=True, exist_ok=True)
-    report.write_text("".join(f"{raw / path}\t{reason}\n" for path, reason in bad.items()), encoding="utf-8")
+    report.write_text(
+        "".join(f"{raw / path}\t{reason}\n" for path, reason in bad.items()), encoding="utf-8"
+    )
     if len(bad) > MAX_BAD_SHARE * num_files:
         path, reason = next(iter(bad.items()))
-        raise ValueError(
+        raise UserError(
             f"{name}: {len(bad)} of {num_files} files are missing or cannot be decoded, more than {MAX_BAD_SHARE:.0%}; "
             f"all are in {report}, first {raw / path}: {reason}"
         )
@@ -132,7 +160,10 @@ def _whole(record: Record, file: _File, raw: Path, output: Path) -> Record:
 def _summary(stem: str, splits: Mapping[str, list[Record]], output: Path) -> str:
     """Units of every split, and whether they are those of published numbers."""
     task = next(task for task in TASKS.values() if task.stem == stem)
-    sizes = tuple(len({str(r.get("uid", r.get(task.group_by, r["audio_path"]))) for r in splits[s]}) for s in splits)
+    sizes = tuple(
+        len({str(r.get("uid", r.get(task.group_by, r["audio_path"]))) for r in splits[s]})
+        for s in splits
+    )
     said = ", ".join(f"{size} {split}" for size, split in zip(sizes, splits, strict=True))
     if task.num_units[2] is None:
         published = "the published sizes are not known"

@@ -18,9 +18,10 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from jepa_audio.data.index import map_threads, track_progress
-from jepa_audio.data.read import read
-from jepa_audio.data.resample import resample
+from jepa_audio.data.audio.read import read
+from jepa_audio.data.audio.resample import resample
+from jepa_audio.errors import UserError
+from jepa_audio.parallel import map_threads, track_progress
 from jepa_audio.probing.encoders import ProbeEncoder
 from jepa_audio.probing.robustness.conditions import Condition
 from jepa_audio.probing.tasks.labels import Rows
@@ -44,7 +45,8 @@ class Preparation:
     Args:
         windows: what it hears at a time.
         in_time: False for one row a window; True for one row a column of time.
-        grid_hz: columns are interpolated to so many rows a second; `None` leaves them at the encoder's own times.
+        grid_hz: columns are interpolated to so many rows a second; `None` leaves them at the
+            encoder's own times.
         condition: what is done to the waveform; `None` for nothing.
     """
 
@@ -77,7 +79,9 @@ class Features:
     def __len__(self) -> int:
         return len(self.place)
 
-    def of(self, layer: int, rows: Int64[np.ndarray, " n"] | slice = slice(None)) -> Float32[Tensor, "n D"]:
+    def of(
+        self, layer: int, rows: Int64[np.ndarray, " n"] | slice = slice(None)
+    ) -> Float32[Tensor, "n D"]:
         """Some rows of a layer."""
         return torch.from_numpy(self.layers[layer][self.place[rows]]).float()
 
@@ -90,14 +94,17 @@ class Features:
         width = sum(layer.shape[1] * layer.dtype.itemsize for layer in self.layers)
         if width * len(self) > _IN_MEMORY_BYTES:
             return self
-        return Features([layer[self.place] for layer in self.layers], np.arange(len(self)), self.rows)
+        return Features(
+            [layer[self.place] for layer in self.layers], np.arange(len(self)), self.rows
+        )
 
 
 class FeatureStore:
     """The features of one encoder under one preparation: tables that only grow.
 
-    A row stands there for every window (or column of time) of every stretch of audio that was ever asked for, and an
-    index says which rows are whose. A stopped extraction goes on where it was; tasks on the same audio share it.
+    A row stands there for every window (or column of time) of every stretch of audio that was ever
+    asked for, and an index says which rows are whose. A stopped extraction goes on where it was;
+    tasks on the same audio share it.
 
     Args:
         folder: of all stores.
@@ -118,13 +125,17 @@ class FeatureStore:
 
         Raises:
             AudioReadError: if a file cannot be read.
-            ValueError: if there is no room on the disk.
+            UserError: if there is no room on the disk.
         """
         keys = [_key(item) for item in split.items]
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._locked():
             self._read_index()
-            missing = {key: item for key, item in zip(keys, split.items, strict=True) if key not in self._index}
+            missing = {
+                key: item
+                for key, item in zip(keys, split.items, strict=True)
+                if key not in self._index
+            }
             if missing:
                 self._extract(missing, batch_seconds, description)
         return self._gathered(keys)
@@ -134,16 +145,22 @@ class FeatureStore:
         place = np.concatenate([np.arange(first, first + count) for first, count in spans])
         item = np.repeat(np.arange(len(spans)), [count for _, count in spans])
         within, seconds = (self._table(name, dtype, 1)[place, 0] for name, dtype in _ABOUT.items())
-        starts = np.flatnonzero(np.diff(item, prepend=-1).astype(bool) | np.diff(within, prepend=-1).astype(bool))
+        starts = np.flatnonzero(
+            np.diff(item, prepend=-1).astype(bool) | np.diff(within, prepend=-1).astype(bool)
+        )
         window = np.zeros(len(place), dtype=np.int64)
         window[starts[1:]] = 1
         rows = Rows(item, window.cumsum(), seconds)
         widths = json.loads((self.folder / "widths.json").read_text())
-        layers = [self._table(f"layer-{i:02}", self._dtype, width) for i, width in enumerate(widths)]
+        layers = [
+            self._table(f"layer-{i:02}", self._dtype, width) for i, width in enumerate(widths)
+        ]
         return Features(layers, place, rows).in_memory()
 
     def _table(self, name: str, dtype: np.dtype, width: int) -> np.ndarray:
-        num_rows = sum(count for _, count in self._index.values())  # another process may be writing more
+        num_rows = sum(
+            count for _, count in self._index.values()
+        )  # another process may be writing more
         return np.memmap(self.folder / name, dtype=dtype, mode="r", shape=(num_rows, width))
 
     def _read_index(self) -> None:
@@ -159,7 +176,8 @@ class FeatureStore:
         sizes = {name: dtype.itemsize for name, dtype in _ABOUT.items()}
         if widths.is_file():
             sizes |= {
-                f"layer-{i:02}": width * self._dtype.itemsize for i, width in enumerate(json.loads(widths.read_text()))
+                f"layer-{i:02}": width * self._dtype.itemsize
+                for i, width in enumerate(json.loads(widths.read_text()))
             }
         for name, row_bytes in sizes.items():
             table = self.folder / name
@@ -170,16 +188,22 @@ class FeatureStore:
     def _extract(self, missing: dict[str, Item], batch_seconds: float, description: str) -> None:
         """Append the rows of some stretches, a handful at a time."""
         num_rows = sum(count for _, count in self._index.values())
-        heard = map_threads(self._heard, missing.values(), _READERS, num_held=2 * _AT_ONCE)
+        heard = map_threads(self._heard, missing.values(), _READERS, num_submitted=2 * _AT_ONCE)
         progress = track_progress(zip(missing, heard, strict=True), description, total=len(missing))
         items, checked = list(missing.values()), False
         while handful := list(islice(progress, _AT_ONCE)):
-            layers, about, counts = self._encoded(items, [waveform for _, waveform in handful], batch_seconds)
+            layers, about, counts = self._encoded(
+                items, [waveform for _, waveform in handful], batch_seconds
+            )
             items = items[len(handful) :]
             if not checked:
                 checked = True
-                self._check_room(sum(layer.nbytes for layer in layers) / len(handful) * len(missing))
-                (self.folder / "widths.json").write_text(json.dumps([layer.shape[1] for layer in layers]))
+                self._check_room(
+                    sum(layer.nbytes for layer in layers) / len(handful) * len(missing)
+                )
+                (self.folder / "widths.json").write_text(
+                    json.dumps([layer.shape[1] for layer in layers])
+                )
             tables = {f"layer-{i:02}": layer for i, layer in enumerate(layers)} | about
             for name, table in tables.items():
                 with (self.folder / name).open("ab") as file:
@@ -202,17 +226,30 @@ class FeatureStore:
     ) -> tuple[list[np.ndarray], dict[str, np.ndarray], list[int]]:
         """Rows of every layer, windows and seconds of the rows, and how many each waveform has."""
         rate, windows = self.encoder.sample_rate, self.preparation.windows
-        spans = [(i, *span) for i, waveform in enumerate(waveforms) for span in windows.spans(waveform.shape[-1], rate)]
+        spans = [
+            (i, *span)
+            for i, waveform in enumerate(waveforms)
+            for span in windows.spans(waveform.shape[-1], rate)
+        ]
         parts = self._encoded_spans(items, waveforms, spans, batch_seconds)
         counts = [0] * len(waveforms)
         within = np.concatenate(
-            [np.full(len(seconds), number) for number, (_, seconds) in zip(_numbers(spans), parts, strict=True)]
+            [
+                np.full(len(seconds), number)
+                for number, (_, seconds) in zip(_numbers(spans), parts, strict=True)
+            ]
         )
         for (i, *_), (_, seconds) in zip(spans, parts, strict=True):
             counts[i] += len(seconds)
-        layers = [np.concatenate(tables) for tables in zip(*(layers for layers, _ in parts), strict=True)]
+        layers = [
+            np.concatenate(tables) for tables in zip(*(layers for layers, _ in parts), strict=True)
+        ]
         seconds = np.concatenate([seconds for _, seconds in parts])
-        return layers, {"window": within.astype(np.int32), "seconds": seconds.astype(np.float32)}, counts
+        return (
+            layers,
+            {"window": within.astype(np.int32), "seconds": seconds.astype(np.float32)},
+            counts,
+        )
 
     def _encoded_spans(
         self,
@@ -229,14 +266,22 @@ class FeatureStore:
             alike = np.flatnonzero(lengths == length).tolist()
             for first in range(0, len(alike), at_once):
                 places = alike[first : first + at_once]
-                clips = torch.stack([waveforms[spans[k][0]][:, spans[k][1] : spans[k][2]] for k in places])
+                clips = torch.stack(
+                    [waveforms[spans[k][0]][:, spans[k][1] : spans[k][2]] for k in places]
+                )
                 try:
                     layers, times = self._vectors(clips)
                 except ValueError as error:
-                    raise ValueError(f"{items[spans[places[0]][0]].where}: {error}") from error
+                    raise UserError(f"{items[spans[places[0]][0]].where}: {error}") from error
                 for row, k in enumerate(places):
-                    start_seconds, where = spans[k][1] / self.encoder.sample_rate, items[spans[k][0]].where
-                    parts[k] = [self._stored(layer[row], where) for layer in layers], start_seconds + times
+                    start_seconds, where = (
+                        spans[k][1] / self.encoder.sample_rate,
+                        items[spans[k][0]].where,
+                    )
+                    parts[k] = (
+                        [self._stored(layer[row], where) for layer in layers],
+                        start_seconds + times,
+                    )
         return [parts[k] for k in range(len(spans))]
 
     def _vectors(
@@ -259,14 +304,14 @@ class FeatureStore:
     def _stored(self, rows: Float[Tensor, "rows D"], where: str) -> np.ndarray:
         stored = rows.float().cpu().numpy().astype(self._dtype)
         if not np.isfinite(stored).all():
-            raise ValueError(
+            raise UserError(
                 f"{where}: {self.encoder.name} gives features that are not finite, or too large for {self._dtype}"
             )
         return stored
 
     def _check_layers(self, layers: Sequence[Tensor]) -> None:
         if len(layers) != len(self.encoder.layer_names):
-            raise ValueError(
+            raise UserError(
                 f"{self.encoder.name} gives {len(layers)} layers and names {list(self.encoder.layer_names)}; `encode` "
                 "must give those in `layers`, in that order"
             )
@@ -274,7 +319,7 @@ class FeatureStore:
     def _check_room(self, num_bytes: float) -> None:
         free = shutil.disk_usage(self.folder).free
         if num_bytes + _SPARE_BYTES > free:
-            raise ValueError(
+            raise UserError(
                 f"features of {len(self.encoder.layer_names)} layers would take {num_bytes / 1e9:.1f} GB in "
                 f"{self.folder}, {free / 1e9:.1f} GB are free: keep fewer with `--layers`, or give another `--output`"
             )
@@ -292,17 +337,18 @@ def load_waveform(item: Item, sample_rate: int, num_channels: int) -> Float32[Te
 
     Raises:
         AudioReadError: if the file cannot be read.
-        ValueError: if the file has several channels, but not `num_channels`; if the stretch lies behind its end.
+        UserError: if the file has several channels, but not `num_channels`; if the stretch lies
+            behind its end.
     """
     samples, rate = read(item.path)
     stop = None if item.end_seconds is None else round(item.end_seconds * rate)
     waveform = torch.from_numpy(samples[:, round(item.start_seconds * rate) : stop])
     if not waveform.shape[-1]:
-        raise ValueError(f"{item.where}: starts at {item.start_seconds} s, {item.path} ends before")
+        raise UserError(f"{item.where}: starts at {item.start_seconds} s, {item.path} ends before")
     if num_channels == 1:
         waveform = waveform.mean(dim=0, keepdim=True)
     elif len(waveform) not in (1, num_channels):
-        raise ValueError(
+        raise UserError(
             f"{item.path} has {len(waveform)} channels, the encoder takes {num_channels}: give 1 or as many"
         )
     return resample(waveform, rate, sample_rate).expand(num_channels, -1)
@@ -317,7 +363,9 @@ def _key(item: Item) -> str:
 
 def _numbers(spans: Sequence[tuple[int, int, int]]) -> list[int]:
     """Of the windows of each waveform, from 0."""
-    return [number for _, of_one in groupby(spans, key=itemgetter(0)) for number, _ in enumerate(of_one)]
+    return [
+        number for _, of_one in groupby(spans, key=itemgetter(0)) for number, _ in enumerate(of_one)
+    ]
 
 
 def _interpolated(

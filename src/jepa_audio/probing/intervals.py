@@ -8,6 +8,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int
 
+from jepa_audio.errors import UserError
+
 _PERCENTILES = (2.5, 97.5)
 
 
@@ -36,16 +38,17 @@ class Difference:
 def draw_counts(num_units: int, draws: int = 2000, seed: int = 0) -> Int[np.ndarray, "draws units"]:
     """How often each unit occurs in resamplings of all units with replacement; see `Metric.resampled`.
 
-    The same number of units and the same seed give the same resamplings: two scores that are resampled by them are
-    paired. More draws go on where fewer ended.
+    The same number of units and the same seed give the same resamplings: two scores that are
+    resampled by them are paired. More draws go on where fewer ended.
 
     Raises:
-        ValueError: if there is no unit or no draw.
+        UserError: if there is no unit or no draw.
     """
     if min(num_units, draws) < 1:
-        raise ValueError(f"`num_units` ({num_units}) and `draws` ({draws}) must be at least 1")
+        raise UserError(f"`num_units` ({num_units}) and `draws` ({draws}) must be at least 1")
     rng = np.random.default_rng(seed)
-    # No count exceeds the number of units. The small type is for the memory: 2000 draws of 10,000 units are 40 MB.
+    # No count exceeds the number of units. The small type is for the memory: 2000 draws of 10,000
+    # units are 40 MB.
     counts = np.empty((draws, num_units), dtype=np.int16 if num_units < 2**15 else np.int32)
     for row in counts:
         row[:] = np.bincount(rng.integers(0, num_units, num_units), minlength=num_units)
@@ -55,7 +58,8 @@ def draw_counts(num_units: int, draws: int = 2000, seed: int = 0) -> Int[np.ndar
 def interval(draws: Float[np.ndarray, " draws"]) -> tuple[float, float]:
     """Percentile interval, 95 %, of a score on resamplings (Efron, 1979).
 
-    Resamplings that could not be scored (NaN) are left out; if that is all of them, so are both ends.
+    Resamplings that could not be scored (NaN) are left out; if that is all of them, so are both
+    ends.
     """
     scored = draws[~np.isnan(draws)]
     if len(scored) == 0:

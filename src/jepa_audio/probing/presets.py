@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from jepa_audio.errors import UserError
 from jepa_audio.probing.features import Features, Preparation
 from jepa_audio.probing.heads import Head, Source
 from jepa_audio.probing.heads.linear import (
@@ -84,7 +85,9 @@ class Preset(ABC):
     def protocol(self, task: Task) -> Protocol:
         """What the preset takes from the task; `ValueError` if the task knows nothing of it."""
         if self.name not in task.protocols:
-            raise ValueError(f"{task.name} has no protocol {self.name}, it has {', '.join(task.protocols)}")
+            raise UserError(
+                f"{task.name} has no protocol {self.name}, it has {', '.join(task.protocols)}"
+            )
         return task.protocols[self.name]
 
     def preparation(self, task: Task) -> Preparation:
@@ -99,9 +102,9 @@ class Preset(ABC):
 class MarbleV1(Preset):
     """The constrained track of MARBLE's first version (Yuan et al., 2023, arXiv:2306.10548, appendix A).
 
-    One hidden layer of 512 units on each layer and on the softmax-weighted sum of all blocks, six learning rates; the
-    best validation epoch is kept. For annotations in time the weighted sum alone, as there, unless the encoder has one
-    layer.
+    One hidden layer of 512 units on each layer and on the softmax-weighted sum of all blocks, six
+    learning rates; the best validation epoch is kept. For annotations in time the weighted sum
+    alone, as there, unless the encoder has one layer.
     """
 
     name = "marble-v1"
@@ -111,9 +114,13 @@ class MarbleV1(Preset):
         task, blocks = fit.data.task, fit.all_blocks()
         each = fit.each_layer()
         widths = {fit.features["train"].layers[layer].shape[1] for layer in blocks}
-        mix = [Source("weighted sum", blocks, "mix")] if len(blocks) > 1 and len(widths) == 1 else []
+        mix = (
+            [Source("weighted sum", blocks, "mix")] if len(blocks) > 1 and len(widths) == 1 else []
+        )
         if len(widths) > 1:
-            log.warning("%s: layers of widths %s have no weighted sum", fit.description, sorted(widths))
+            log.warning(
+                "%s: layers of widths %s have no weighted sum", fit.description, sorted(widths)
+            )
         sources = mix if mix and task.grid_hz is not None else each + mix
         return {"mlp": _grid(fit, sources, _training(self.protocol(task), self.select))}
 
@@ -121,8 +128,8 @@ class MarbleV1(Preset):
 class MarbleV2(Preset):
     """MARBLE's second version, for cross-checks: all layers side by side through a linear map, one learning rate.
 
-    Its own checkpoint called best is that of the last epoch; `select` says which is wanted. Padding, which enters its
-    averages, does not enter ours.
+    Its own checkpoint called best is that of the last epoch; `select` says which is wanted.
+    Padding, which enters its averages, does not enter ours.
     """
 
     name = "marble-v2"
@@ -138,15 +145,17 @@ class MarbleV2(Preset):
         """See `Preset`."""
         layers = tuple(range(len(fit.layer_names)))
         one = len(layers) == 1
-        source = Source(fit.layer_names[0], layers) if one else Source("all layers", layers, "reduce")
+        source = (
+            Source(fit.layer_names[0], layers) if one else Source("all layers", layers, "reduce")
+        )
         return {"mlp": _grid(fit, [source], _training(self.protocol(fit.data.task), self.select))}
 
 
 class Linear(Preset):
     """Heads without a seed on standardised features, for tracking: seconds a task.
 
-    Logistic regression for classes, ridge regression for tags and numbers; and nearest neighbours. Annotations in time
-    get ridge regression alone.
+    Logistic regression for classes, ridge regression for tags and numbers; and nearest neighbours.
+    Annotations in time get ridge regression alone.
     """
 
     name = "linear"
@@ -168,11 +177,17 @@ class Linear(Preset):
 
 def preset_of(name: str, select: Select = "best") -> Preset:
     """By name; `ValueError` if there is none, or if it has no last state to select."""
-    presets: dict[str, Preset] = {"marble-v1": MarbleV1(), "linear": Linear(), "marble-v2": MarbleV2(select)}
+    presets: dict[str, Preset] = {
+        "marble-v1": MarbleV1(),
+        "linear": Linear(),
+        "marble-v2": MarbleV2(select),
+    }
     if name not in presets:
-        raise ValueError(f"`preset` is {name!r}, must be one of {', '.join(presets)}")
+        raise UserError(f"`preset` is {name!r}, must be one of {', '.join(presets)}")
     if select != "best" and name != "marble-v2":
-        raise ValueError(f"`select` is {select!r}: {name} scores the best state; only marble-v2 lets choose")
+        raise UserError(
+            f"`select` is {select!r}: {name} scores the best state; only marble-v2 lets choose"
+        )
     return presets[name]
 
 
@@ -189,7 +204,9 @@ def _training(protocol: Protocol, select: Select) -> Training:
 
 
 def _grid(fit: Fit, sources: Sequence[Source], training: Training) -> Sequence[Head]:
-    return fit_grid(fit.features, fit.data, sources, training, fit.seeds, fit.device, fit.description)
+    return fit_grid(
+        fit.features, fit.data, sources, training, fit.seeds, fit.device, fit.description
+    )
 
 
 def _known(fit: Fit) -> tuple[Features, Tensor]:
@@ -214,15 +231,23 @@ def _as_numbers(fit: Fit, targets: Tensor) -> Float[Tensor, "n C"]:
 
 def _logistic(fit: Fit) -> list[Head]:
     train, labels = _known(fit)
-    return _linear_heads(fit, L2_STRENGTHS, fit_logistic(train, labels, fit.data.labels.num_outputs, device=fit.device))
+    return _linear_heads(
+        fit,
+        L2_STRENGTHS,
+        fit_logistic(train, labels, fit.data.labels.num_outputs, device=fit.device),
+    )
 
 
 def _ridge(fit: Fit) -> list[Head]:
     train, targets = _known(fit)
-    return _linear_heads(fit, RIDGE_STRENGTHS, fit_ridge(train, _as_numbers(fit, targets), device=fit.device))
+    return _linear_heads(
+        fit, RIDGE_STRENGTHS, fit_ridge(train, _as_numbers(fit, targets), device=fit.device)
+    )
 
 
-def _linear_heads(fit: Fit, strengths: Sequence[float], fitted: Iterable[Sequence[LinearMap]]) -> list[Head]:
+def _linear_heads(
+    fit: Fit, strengths: Sequence[float], fitted: Iterable[Sequence[LinearMap]]
+) -> list[Head]:
     return [
         _scored(fit, LinearHead(source, strength, fit.seeds[0], 0.0, read))
         for source, maps in zip(fit.each_layer(), fitted, strict=True)

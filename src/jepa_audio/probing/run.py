@@ -11,22 +11,27 @@ from typing import Literal
 
 import torch
 
-from jepa_audio.probing.encoders import Frequency, LogMelStatistics, ProbeEncoder, check_source, encoders_of, run_name
+from jepa_audio.errors import UserError, did_you_mean
+from jepa_audio.probing.encoders import (
+    Frequency,
+    LogMelStatistics,
+    ProbeEncoder,
+    check_source,
+    encoders_of,
+    run_name,
+)
 from jepa_audio.probing.features import Features, FeatureStore, Preparation
 from jepa_audio.probing.heads import Choice, Head, choose
 from jepa_audio.probing.heads.sweep import Select
 from jepa_audio.probing.intervals import Difference, difference
 from jepa_audio.probing.presets import SETTING_NAMES, Fit, Kind, Preset, preset_of
-from jepa_audio.probing.results import ProbeRow, append_jsonl, save_evidence
-from jepa_audio.probing.results.leaderboard import write_leaderboard
-from jepa_audio.probing.results.pictures import draw_all
 from jepa_audio.probing.robustness import SWEEPS, Condition, area, noise_sweep
-from jepa_audio.probing.scoring import Judgement, chance, judge
+from jepa_audio.probing.rows import ProbeRow, append_jsonl, save_evidence
+from jepa_audio.probing.scoring import TestResult, chance, judge
 from jepa_audio.probing.tasks import ProbeData, load_task
 from jepa_audio.probing.tasks.table import Kind as TableKind
-from jepa_audio.suggest import did_you_mean
 
-_Judged = dict[tuple[str, str, Kind, int], tuple[float, Judgement]]
+_Judged = dict[tuple[str, str, Kind, int], tuple[float, TestResult]]
 """By task, checksum of its records, kind of head and seed."""
 
 
@@ -50,16 +55,22 @@ class Probing:
     batch_seconds: float
     device: str
 
-    def features(self, encoder: ProbeEncoder, data: ProbeData, split: str, preparation: Preparation) -> Features:
+    def features(
+        self, encoder: ProbeEncoder, data: ProbeData, split: str, preparation: Preparation
+    ) -> Features:
         """Of one split, from the disk where they are known."""
         store = FeatureStore(self.output / "features", encoder, preparation)
         description = f"{encoder.name} {encoder.variant}: {data.task.name}, {split}"
         return store.features(data.splits[split], self.batch_seconds, description)
 
-    def fit(self, encoder: ProbeEncoder, data: ProbeData) -> tuple[dict[str, Features], dict[Kind, Choice]]:
+    def fit(
+        self, encoder: ProbeEncoder, data: ProbeData
+    ) -> tuple[dict[str, Features], dict[Kind, Choice]]:
         """Features of all splits, and of each kind of head the one that is best on the validation split."""
         preparation = self.preset.preparation(data.task)
-        features = {split: self.features(encoder, data, split, preparation) for split in data.splits}
+        features = {
+            split: self.features(encoder, data, split, preparation) for split in data.splits
+        }
         seeds = self.seeds or tuple(range(1234, 1234 + data.task.num_seeds))
         description = f"{encoder.name} {encoder.variant}: {data.task.name}, heads"
         fit = Fit(features, data, encoder.layer_names, seeds, self.device, description)
@@ -75,7 +86,11 @@ class Probing:
             if condition.changes(encoder.sample_rate):
                 preparation = replace(self.preset.preparation(data.task), condition=condition)
                 features = self.features(encoder, data, "test", preparation)
-                said = float(data.scores(head.logits(features, self.device), data.splits["test"], features.rows))
+                said = float(
+                    data.scores(
+                        head.logits(features, self.device), data.splits["test"], features.rows
+                    )
+                )
             scores.append((condition.level, said))
         return tuple(scores)
 
@@ -102,25 +117,29 @@ def probe(
 ) -> list[ProbeRow]:
     """Ask frozen encoders for labels, and the same networks as they were before step 0.
 
-    For every checkpoint the random-init twin is probed first, then its encoders; log-mel statistics once for each
-    sample rate. Layer and learning rate (or penalty) are chosen on the validation split, the chosen head is reported
-    on the test split. Rows are appended to `results.jsonl`, all of which `leaderboard.md`, `.html` and `pictures/`
-    show. Features are kept in `features/`, and nothing that was heard once is heard again.
+    For every checkpoint the random-init twin is probed first, then its encoders; log-mel statistics
+    once for each sample rate. Layer and learning rate (or penalty) are chosen on the validation
+    split, the chosen head is reported on the test split. Rows are appended to `results.jsonl`, all
+    of which `leaderboard.md`, `.html` and `pictures/` show. Features are kept in `features/`, and
+    nothing that was heard once is heard again.
 
     Args:
-        encoder: checkpoints, as `runs/NAME/checkpoints/last.ckpt`, or MODULE:FUNCTION for a function that returns a
-            `ProbeEncoder`; several with commas between them.
-        tasks: names of the tasks, or tables of your own (.csv, .tsv; see `table_task`); several with commas.
-        data: folder of records in MARBLE's layout, or of a raw data set that `data convert` knows; several with commas;
-            needless for tables, which say where their files are.
+        encoder: checkpoints, as `runs/NAME/checkpoints/last.ckpt`, or MODULE:FUNCTION for a
+            function that returns a `ProbeEncoder`; several with commas between them.
+        tasks: names of the tasks, or tables of your own (.csv, .tsv; see `table_task`); several
+            with commas.
+        data: folder of records in MARBLE's layout, or of a raw data set that `data convert` knows;
+            several with commas; needless for tables, which say where their files are.
         output: folder of the results.
-        preset: "marble-v1" (each layer and the weighted sum by six learning rates), "linear" (logistic or ridge
-            regression and nearest neighbours, for tracking), or "marble-v2" (for cross-checks).
+        preset: "marble-v1" (each layer and the weighted sum by six learning rates), "linear"
+            (logistic or ridge regression and nearest neighbours, for tracking), or "marble-v2" (for
+            cross-checks).
         select: state of a head that is scored; "last" is MARBLE v2's own, and for it alone.
         variants: which encoders of a checkpoint, besides its random-init twin.
-        frequency: how a spectrogram encoder's tokens of one time become one vector: "mean" averages them, "concat"
-            keeps them side by side.
-        layers: places of the layers that are probed, 0 for what enters the first block; all if empty.
+        frequency: how a spectrogram encoder's tokens of one time become one vector: "mean" averages
+            them, "concat" keeps them side by side.
+        layers: places of the layers that are probed, 0 for what enters the first block; all if
+            empty.
         max_train: use so many random training units instead of all.
         seeds: of the heads; by default 1234, and 1235 and 1236 for tasks of few test files.
         random_seeds: of further random-init twins, beside the run's own.
@@ -132,12 +151,18 @@ def probe(
     """
     chosen = preset_of(preset, select)
     sources, loaded = _sources(encoder), _tasks(tasks, data, table_kind, max_train, chosen)
-    probing = Probing(chosen, output, tuple(seeds), _sweeps(robustness, noise), batch_seconds, _device(device))
-    encoders = (encoders_of(source, variants, frequency, random_seeds, layers) for source in sources)
+    probing = Probing(
+        chosen, output, tuple(seeds), _sweeps(robustness, noise), batch_seconds, _device(device)
+    )
+    encoders = (
+        encoders_of(source, variants, frequency, random_seeds, layers) for source in sources
+    )
     return _ask(probing, encoders, loaded)
 
 
-def _ask(probing: Probing, encoders: Iterable[Iterator[ProbeEncoder]], loaded: Sequence[ProbeData]) -> list[ProbeRow]:
+def _ask(
+    probing: Probing, encoders: Iterable[Iterator[ProbeEncoder]], loaded: Sequence[ProbeData]
+) -> list[ProbeRow]:
     """Every encoder of every source on every task, each beside the twin of its own source."""
     results = probing.output / "results.jsonl"
     rows: list[ProbeRow] = []
@@ -152,8 +177,6 @@ def _ask(probing: Probing, encoders: Iterable[Iterator[ProbeEncoder]], loaded: S
                     twin |= judged
                 append_jsonl(results, new)
                 rows += new
-    write_leaderboard(results)
-    draw_all(results)
     return rows
 
 
@@ -170,17 +193,25 @@ def _rows(
     guess = chance(data, features["train"].rows, test.rows)
     compared = encoder.variant in ("context", "target")
     by = data.task.units[0]
-    sizes = tuple(len(set(of.rows.unit(data.splits[split], by).tolist())) for split, of in features.items())
+    sizes = tuple(
+        len(set(of.rows.unit(data.splits[split], by).tolist())) for split, of in features.items()
+    )
     for kind, choice in choices.items():
         for head in choice.heads:
-            judgement = judge(head.logits(test, probing.device), data, data.splits["test"], test.rows)
+            judgement = judge(
+                head.logits(test, probing.device), data, data.splits["test"], test.rows
+            )
             key = data.task.name, data.checksum, kind, head.seed
             value = judgement.scores[data.task.metrics[0].name].value
             judged[key] = value, judgement
-            against = _against(data, value, judgement, *twin[key]) if compared and key in twin else None
+            against = (
+                _against(data, value, judgement, *twin[key]) if compared and key in twin else None
+            )
             row = _row(probing, encoder, data, kind, choice, head, sizes, judgement, guess, against)
             if probing.sweeps:
-                curves = {name: probing.curve(encoder, data, head, value, name) for name in probing.sweeps}
+                curves = {
+                    name: probing.curve(encoder, data, head, value, name) for name in probing.sweeps
+                }
                 areas = {name: area([s for _, s in curve], value) for name, curve in curves.items()}
                 row = replace(row, robustness=curves, robustness_area=areas)
             save_evidence(probing.output / row.evidence, judgement.evidence)
@@ -188,9 +219,13 @@ def _rows(
     return rows, judged
 
 
-def _against(data: ProbeData, value: float, judgement: Judgement, other: float, of_twin: Judgement) -> Difference:
+def _against(
+    data: ProbeData, value: float, judgement: TestResult, other: float, of_twin: TestResult
+) -> Difference:
     metric = data.task.metrics[0].name
-    return difference(value, other, judgement.evidence.draws[metric], of_twin.evidence.draws[metric])
+    return difference(
+        value, other, judgement.evidence.draws[metric], of_twin.evidence.draws[metric]
+    )
 
 
 def _row(
@@ -201,13 +236,27 @@ def _row(
     choice: Choice,
     head: Head,
     sizes: tuple[int, ...],
-    judgement: Judgement,
+    judgement: TestResult,
     guess: float,
     against: Difference | None,
 ) -> ProbeRow:
     task = data.task
-    said = (encoder.name, encoder.variant, encoder.encoder_hash, encoder.frequency, encoder.layer_names)
-    what = (task.name, data.checksum, sizes, probing.preset.name, probing.preset.select, kind, head.seed)
+    said = (
+        encoder.name,
+        encoder.variant,
+        encoder.encoder_hash,
+        encoder.frequency,
+        encoder.layer_names,
+    )
+    what = (
+        task.name,
+        data.checksum,
+        sizes,
+        probing.preset.name,
+        probing.preset.select,
+        kind,
+        head.seed,
+    )
     name = hashlib.sha256(repr((said, what)).encode()).hexdigest()[:16]
     return ProbeRow(
         encoder=encoder.name,
@@ -240,7 +289,10 @@ def _row(
         robustness=None,
         robustness_area=None,
         split_checksum=data.checksum,
-        versions={package: importlib.metadata.version(package) for package in ("jepa-audio", "torch", "torchmetrics")},
+        versions={
+            package: importlib.metadata.version(package)
+            for package in ("jepa-audio", "torch", "torchmetrics")
+        },
     )
 
 
@@ -259,14 +311,20 @@ def _device(name: str) -> str:
 def _sources(encoder: list[str] | str) -> list[str]:
     """What is named, if it is all there and every run has a name of its own."""
     sources = _listed(encoder)
-    _check_apart("encoder", [run_name(Path(source)) for source in sources if source.endswith(".ckpt")])
+    _check_apart(
+        "encoder", [run_name(Path(source)) for source in sources if source.endswith(".ckpt")]
+    )
     for source in sources:
         check_source(source)
     return sources
 
 
 def _tasks(
-    tasks: list[str] | str, data: Sequence[Path] | Path, table_kind: TableKind, max_train: int | None, preset: Preset
+    tasks: list[str] | str,
+    data: Sequence[Path] | Path,
+    table_kind: TableKind,
+    max_train: int | None,
+    preset: Preset,
 ) -> list[ProbeData]:
     """The tasks, if the preset knows them all and each has a name of its own."""
     roots = [Path(root) for root in _listed(data)]
@@ -279,7 +337,9 @@ def _tasks(
 
 def _check_apart(key: str, names: Sequence[str]) -> None:
     if len(set(names)) < len(names):
-        raise ValueError(f"`{key}` must have different names in the results, these are called {list(names)}")
+        raise UserError(
+            f"`{key}` must have different names in the results, these are called {list(names)}"
+        )
 
 
 def _sweeps(robustness: bool | list[str], noise: Path | None) -> dict[str, tuple[Condition, ...]]:
@@ -288,7 +348,9 @@ def _sweeps(robustness: bool | list[str], noise: Path | None) -> dict[str, tuple
     unknown = [name for name in names if name not in SWEEPS]
     if unknown:
         guess = did_you_mean(unknown[0], SWEEPS)
-        raise ValueError(f"`robustness` holds {', '.join(unknown)}; there are {', '.join(SWEEPS)}{guess}")
+        raise UserError(
+            f"`robustness` holds {', '.join(unknown)}; there are {', '.join(SWEEPS)}{guess}"
+        )
     sweeps = {name: SWEEPS[name] for name in names}
     return sweeps if noise is None else sweeps | {"recorded_noise": noise_sweep(noise)}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from jepa_audio.probing.intervals import draw_counts, interval
-from jepa_audio.probing.results import Evidence, Score
+from jepa_audio.probing.rows import Evidence, Score
 from jepa_audio.probing.tasks.base import ProbeData
 from jepa_audio.probing.tasks.labels import UNKNOWN, Rows, Unit
 from jepa_audio.probing.tasks.records import Split
@@ -21,7 +21,7 @@ _DRAWS_SEED = 0  # the same for every row ever written: only so can any two be c
 
 
 @dataclass(frozen=True)
-class Judgement:
+class TestResult:
     """Scores of one head.
 
     Attributes:
@@ -33,12 +33,17 @@ class Judgement:
     evidence: Evidence
 
 
-def judge(logits: Float[Tensor, "rows 1 C"], data: ProbeData, split: Split, rows: Rows) -> Judgement:
+def judge(
+    logits: Float[Tensor, "rows 1 C"], data: ProbeData, split: Split, rows: Rows
+) -> TestResult:
     """Every metric of a task, on every unit that it scores, with 95 % intervals of the bootstrap over units."""
     scores: dict[str, Score] = {}
     draws: dict[str, np.ndarray] = {}
     for by in data.task.units:
-        answers, truth = data.labels.answers(logits, split, rows, by).cpu(), data.labels.truth(split, rows, by)
+        answers, truth = (
+            data.labels.answers(logits, split, rows, by).cpu(),
+            data.labels.truth(split, rows, by),
+        )
         counts = draw_counts(len(answers), NUM_DRAWS, _DRAWS_SEED)
         for metric in data.task.metrics:
             name = metric.name if by == data.task.units[0] else f"{by}_{metric.name}"
@@ -47,7 +52,9 @@ def judge(logits: Float[Tensor, "rows 1 C"], data: ProbeData, split: Split, rows
             scores[name] = Score(value, *interval(draws[name]), metric.num_scored(truth))
         if by == data.task.units[0]:
             kept = answers[:, 0].float().numpy(), truth
-    return Judgement(scores, Evidence(*kept, uids=_names(split, rows, data.task.units[0]), draws=draws))
+    return TestResult(
+        scores, Evidence(*kept, uids=_names(split, rows, data.task.units[0]), draws=draws)
+    )
 
 
 def chance(data: ProbeData, train: Rows, test: Rows) -> float:
@@ -57,7 +64,9 @@ def chance(data: ProbeData, train: Rows, test: Rows) -> float:
         targets = F.one_hot(targets[targets != UNKNOWN], data.labels.num_outputs).float()
     usual = targets.float().mean(dim=0)
     logits = torch.logit(usual, eps=1e-6) if data.labels.kind == "tags" else usual
-    return float(data.scores(logits.expand(len(test), 1, -1).contiguous(), data.splits["test"], test))
+    return float(
+        data.scores(logits.expand(len(test), 1, -1).contiguous(), data.splits["test"], test)
+    )
 
 
 def _names(split: Split, rows: Rows, by: Unit) -> tuple[str, ...]:

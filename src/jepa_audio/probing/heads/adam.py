@@ -22,7 +22,9 @@ class StackedAdam:
 
     def __init__(self, heads: Heads) -> None:
         self.weights = [parameter.detach() for parameter in heads.parameters()]
-        self.first, self.second = ([torch.zeros_like(weight) for weight in self.weights] for _ in range(2))
+        self.first, self.second = (
+            [torch.zeros_like(weight) for weight in self.weights] for _ in range(2)
+        )
         self.steps = [torch.zeros(len(weight), device=weight.device) for weight in self.weights]
 
     def keep(self, heads: Sequence[int], left: Heads) -> None:
@@ -34,12 +36,16 @@ class StackedAdam:
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], learning_rates: Sequence[float]) -> None:
         """One step of every head, by gradients of all weights."""
-        laid = [gradient.contiguous() for gradient in gradients]  # fused Adam reads them as the weights lie
+        laid = [
+            gradient.contiguous() for gradient in gradients
+        ]  # fused Adam reads them as the weights lie
         stacked = (self.weights, laid, self.first, self.second, self.steps)
         by_head = [[tensor.unbind() for tensor in tensors] for tensors in stacked]
         for rate in dict.fromkeys(learning_rates):
             heads = [head for head, own in enumerate(learning_rates) if own == rate]
-            weights, given, first, second, steps = ([t[head] for t in of for head in heads] for of in by_head)
+            weights, given, first, second, steps = (
+                [t[head] for t in of for head in heads] for of in by_head
+            )
             adam(
                 weights,
                 given,

@@ -47,7 +47,9 @@ class Head(ABC):
     valid: float
 
     @abstractmethod
-    def logits(self, features: Features, device: torch.device | str = "cpu") -> Float[Tensor, "rows 1 C"]:
+    def logits(
+        self, features: Features, device: torch.device | str = "cpu"
+    ) -> Float[Tensor, "rows 1 C"]:
         """What it says of every row of a split."""
 
 
@@ -75,6 +77,8 @@ def choose(heads: Sequence[Head]) -> Choice:
     points: dict[tuple[Source, float], list[Head]] = {}
     for head in heads:
         points.setdefault((head.source, head.setting), []).append(head)
-    valid = np.array([[np.mean([h.valid for h in points[source, s]]) for s in settings] for source in sources])
+    valid = np.array(
+        [[np.mean([h.valid for h in points[source, s]]) for s in settings] for source in sources]
+    )
     source, setting = np.unravel_index(valid.argmax(), valid.shape)
     return Choice(tuple(points[sources[source], settings[setting]]), sources, settings, valid)

@@ -45,14 +45,21 @@ class Standardisation:
         """That of some rows, in 64 bits."""
         parts = rows.split(_ROWS_AT_ONCE)  # all of them at once would take twice their room again
         mean = torch.stack([part.double().sum(dim=0) for part in parts]).sum(dim=0) / len(rows)
-        squares = torch.stack([(part.double() - mean).square().sum(dim=0) for part in parts]).sum(dim=0)
+        squares = torch.stack([(part.double() - mean).square().sum(dim=0) for part in parts]).sum(
+            dim=0
+        )
         std = (squares / len(rows)).sqrt()
         factor = torch.where(std > 1e-6 * mean.abs() + 1e-12, 1 / std.clamp_min(1e-12), 0)
         return Standardisation(mean, factor)
 
     def __call__(self, rows: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
         """Of other rows."""
-        return torch.cat([((part.double() - self.mean) * self.factor).float() for part in rows.split(_ROWS_AT_ONCE)])
+        return torch.cat(
+            [
+                ((part.double() - self.mean) * self.factor).float()
+                for part in rows.split(_ROWS_AT_ONCE)
+            ]
+        )
 
 
 @dataclass(frozen=True)
@@ -69,9 +76,13 @@ class LinearMap:
     weight: Float[Tensor, "D C"]
     bias: Float[Tensor, " C"]
 
-    def __call__(self, rows: Float[Tensor, "n D"], device: torch.device | str = "cpu") -> Float[Tensor, "n C"]:
+    def __call__(
+        self, rows: Float[Tensor, "n D"], device: torch.device | str = "cpu"
+    ) -> Float[Tensor, "n C"]:
         """Of some rows."""
-        return torch.addmm(self.bias.to(device), self.scale(rows).to(device), self.weight.to(device))
+        return torch.addmm(
+            self.bias.to(device), self.scale(rows).to(device), self.weight.to(device)
+        )
 
 
 @dataclass(frozen=True)
@@ -84,10 +95,14 @@ class LinearHead(Head):
 
     read: LinearMap
 
-    def logits(self, features: Features, device: torch.device | str = "cpu") -> Float[Tensor, "rows 1 C"]:
+    def logits(
+        self, features: Features, device: torch.device | str = "cpu"
+    ) -> Float[Tensor, "rows 1 C"]:
         """See `Head`."""
         rows = (slice(row, row + _ROWS_AT_ONCE) for row in range(0, len(features), _ROWS_AT_ONCE))
-        return torch.cat([self.read(features.of(self.source.layers[0], some), device) for some in rows])[:, None]
+        return torch.cat(
+            [self.read(features.of(self.source.layers[0], some), device) for some in rows]
+        )[:, None]
 
 
 @dataclass(frozen=True)
@@ -102,7 +117,9 @@ class NeighbourHead(Head):
     train: Features
     votes: Float[Tensor, "n C"]
 
-    def logits(self, features: Features, device: torch.device | str = "cpu") -> Float[Tensor, "rows 1 C"]:
+    def logits(
+        self, features: Features, device: torch.device | str = "cpu"
+    ) -> Float[Tensor, "rows 1 C"]:
         """Mean of the votes of the nearest rows; where two outputs have as many, the nearer ones win."""
         votes, k = self.votes.to(device), int(self.setting)
         of_layer = self.train.of(self.source.layers[0])
@@ -112,9 +129,13 @@ class NeighbourHead(Head):
         rows = range(0, len(features), _QUERIES_AT_ONCE)
         parts = []
         for row in rows:
-            query = scale(features.of(self.source.layers[0], slice(row, row + _QUERIES_AT_ONCE))).to(device)
+            query = scale(
+                features.of(self.source.layers[0], slice(row, row + _QUERIES_AT_ONCE))
+            ).to(device)
             nearest = (F.normalize(query, dim=1) @ train.T).topk(k, dim=1).indices
-            parts.append((votes[nearest].double() * (1 + ahead)[:, None]).sum(dim=1) / (1 + ahead).sum())
+            parts.append(
+                (votes[nearest].double() * (1 + ahead)[:, None]).sum(dim=1) / (1 + ahead).sum()
+            )
         return torch.cat(parts).float()[:, None]
 
 
@@ -127,8 +148,9 @@ def fit_logistic(
 ) -> Iterator[list[LinearMap]]:
     """Multinomial logistic regression on standardised features: for each layer one map for every strength.
 
-    The objective is the mean cross-entropy plus `strength / 2` times the squared weights, the bias free:
-    scikit-learn's `LogisticRegression` with `C = 1 / (n * strength)`. It is convex, so nothing is drawn.
+    The objective is the mean cross-entropy plus `strength / 2` times the squared weights, the bias
+    free: scikit-learn's `LogisticRegression` with `C = 1 / (n * strength)`. It is convex, so
+        nothing is drawn.
     """
     target = F.one_hot(labels.to(device), num_classes).float()
     l2 = torch.tensor(strengths, device=device, dtype=torch.float32)
@@ -136,7 +158,9 @@ def fit_logistic(
     for first in range(0, len(train.layers), at_once):
         rows = [train.of(layer) for layer in range(first, min(first + at_once, len(train.layers)))]
         scales = [Standardisation.of(layer) for layer in rows]
-        rotated = [_rotated(scale(layer).to(device)) for scale, layer in zip(scales, rows, strict=True)]
+        rotated = [
+            _rotated(scale(layer).to(device)) for scale, layer in zip(scales, rows, strict=True)
+        ]
         weight = _logistic_regression(_stacked([x for x, _ in rotated]), target, l2)
         for of_layer, scale, (_, axes) in zip(weight, scales, rotated, strict=True):
             bias, in_axes = of_layer[0], of_layer[1 : axes.shape[1] + 1]  # [K, C], [axes, K, C]
@@ -151,7 +175,8 @@ def fit_ridge(
 ) -> Iterator[list[LinearMap]]:
     """Ridge regression on standardised features: for each layer one map for every strength.
 
-    The objective is the mean squared error plus `strength` times the squared weights, the bias free.
+    The objective is the mean squared error plus `strength` times the squared weights, the bias
+    free.
     """
     centred = (targets - targets.mean(dim=0)).double().to(device)
     for layer in range(len(train.layers)):
@@ -160,7 +185,9 @@ def fit_ridge(
         x = scale(rows).to(device)
         spectrum, axes = torch.linalg.eigh(_accumulated(x, x) / len(x))
         along = axes.T @ (_accumulated(x, centred) / len(x))
-        weights = [axes @ (along / (spectrum.clamp_min(0) + strength)[:, None]) for strength in strengths]
+        weights = [
+            axes @ (along / (spectrum.clamp_min(0) + strength)[:, None]) for strength in strengths
+        ]
         bias = targets.mean(dim=0).to(device)
         yield [LinearMap(scale, weight.float(), bias) for weight in weights]
 
@@ -174,8 +201,8 @@ def _accumulated(x: Float[Tensor, "n D"], y: Float[Tensor, "n C"]) -> Float[Tens
 def _rotated(train: Float[Tensor, "n D"]) -> tuple[Float[Tensor, "n E"], Float[Tensor, "D A"]]:
     """The rows in their principal axes, with a column of ones for the bias; and the axes.
 
-    The penalty does not know a rotation, and weights outside of the space of the training rows are zero: the
-    solution is the same, but the axes are uncorrelated and no more than there are rows.
+    The penalty does not know a rotation, and weights outside of the space of the training rows are
+    zero: the solution is the same, but the axes are uncorrelated and no more than there are rows.
     """
     if train.shape[0] < train.shape[1]:
         axes = torch.linalg.svd(train, full_matrices=False).Vh.T
@@ -195,8 +222,8 @@ def _logistic_regression(
 ) -> Float[Tensor, "L E K C"]:
     """Weights of L * K independent problems, the first row of E being the bias.
 
-    Conjugate gradients (Polak & Ribière, 1969), preconditioned by the diagonal of the Hessian, which says
-    most of it because the columns of `x` are uncorrelated.
+    Conjugate gradients (Polak & Ribière, 1969), preconditioned by the diagonal of the Hessian,
+    which says most of it because the columns of `x` are uncorrelated.
     """
     shape, per_clip = (len(l2), target.shape[1]), 1 / len(target)
     penalty = l2[:, None].repeat(x.shape[2], 1, 1)  # [E, K, 1]
@@ -215,18 +242,24 @@ def _logistic_regression(
         last, decrement = decrement, _dot(gradient, step)
         if decrement.max() < _TOLERANCE:
             return weight
-        momentum = 0 if restart else (_dot(gradient - before, step) / last.clamp_min(1e-30)).clamp_min(0)
+        momentum = (
+            0 if restart else (_dot(gradient - before, step) / last.clamp_min(1e-30)).clamp_min(0)
+        )
         direction = momentum * direction - step
         direction = torch.where(_dot(gradient, direction) < 0, direction, -step)
         change = _up(x, direction)
         slope, ridge = _dot(gradient, direction), _dot(penalty * direction, direction)
         size = _step_size(logits, share, change, slope, ridge)
         weight, logits = weight + size * direction, logits + size * change
-    log.warning("logistic regression stopped after %d iterations at %.1e", _MAX_ITERATIONS, decrement.max())
+    log.warning(
+        "logistic regression stopped after %d iterations at %.1e", _MAX_ITERATIONS, decrement.max()
+    )
     return weight
 
 
-def _step_size(logits: Tensor, share: Tensor, change: Tensor, slope: Tensor, ridge: Tensor) -> Tensor:
+def _step_size(
+    logits: Tensor, share: Tensor, change: Tensor, slope: Tensor, ridge: Tensor
+) -> Tensor:
     """How far to go along `change`: a Newton step, halved until the loss falls, `[L, 1, K, 1]`."""
     per_clip = 1 / logits.shape[1]
     mean = (share * change).sum(dim=-1, keepdim=True)  # [L, n, K, 1]
@@ -237,7 +270,11 @@ def _step_size(logits: Tensor, share: Tensor, change: Tensor, slope: Tensor, rid
     normaliser = logits.logsumexp(dim=-1, keepdim=True)
     for _ in range(30):
         moved = (logits + size * change).logsumexp(dim=-1, keepdim=True)
-        loss = (moved - normaliser).mean(dim=1, keepdim=True) + size * linear + 0.5 * size.square() * ridge
+        loss = (
+            (moved - normaliser).mean(dim=1, keepdim=True)
+            + size * linear
+            + 0.5 * size.square() * ridge
+        )
         falls = loss <= 1e-4 * size * slope + 1e-6  # float32 knows the loss no better
         if falls.all():
             break
@@ -249,7 +286,9 @@ def _up(x: Float[Tensor, "L n E"], weight: Float[Tensor, "L E K C"]) -> Float[Te
     return (x @ weight.flatten(2)).unflatten(2, weight.shape[2:])
 
 
-def _down(x: Float[Tensor, "L n E"], of_clips: Float[Tensor, "L n K C"]) -> Float[Tensor, "L E K C"]:
+def _down(
+    x: Float[Tensor, "L n E"], of_clips: Float[Tensor, "L n K C"]
+) -> Float[Tensor, "L E K C"]:
     return _up(x.mT, of_clips)
 
 

@@ -34,8 +34,8 @@ class Shape:
 class _Products(torch.autograd.Function):
     """Linear maps whose weights' gradient is written to the same memory in every step.
 
-    Autograd would ask for fresh memory, 120 MB for 78 heads on 768 features. The system hands it out page by page,
-    which can take a core as long as the product itself.
+    Autograd would ask for fresh memory, 120 MB for 78 heads on 768 features. The system hands it
+    out page by page, which can take a core as long as the product itself.
     """
 
     @staticmethod
@@ -74,13 +74,21 @@ class LinearMaps(nn.Module):
         generator: draws the weights.
     """
 
-    def __init__(self, in_features: int, out_features: int, num_heads: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, num_heads: int, generator: torch.Generator
+    ) -> None:
         super().__init__()
         bound = 1 / math.sqrt(in_features)
         shapes = ((out_features, in_features), (out_features,))
-        drawn = [torch.empty(shape).uniform_(-bound, bound, generator=generator) for shape in shapes]
-        self.weight, self.bias = (nn.Parameter(one.expand(num_heads, *one.shape).clone()) for one in drawn)
-        self.register_buffer("gradient", torch.empty_like(self.weight, requires_grad=False), persistent=False)
+        drawn = [
+            torch.empty(shape).uniform_(-bound, bound, generator=generator) for shape in shapes
+        ]
+        self.weight, self.bias = (
+            nn.Parameter(one.expand(num_heads, *one.shape).clone()) for one in drawn
+        )
+        self.register_buffer(
+            "gradient", torch.empty_like(self.weight, requires_grad=False), persistent=False
+        )
 
     def forward(self, rows: Float[Tensor, "K n I"]) -> Float[Tensor, "K n O"]:
         """What every head says of rows of its own."""
@@ -90,8 +98,8 @@ class LinearMaps(nn.Module):
 class Heads(nn.Module):
     """Heads of one hidden layer on the same windows: linear, ReLU, dropout, linear.
 
-    All heads begin alike, as separate runs of one seed do; a unit that is dropped is dropped in all of them. So each is
-    exactly what it would be by itself.
+    All heads begin alike, as separate runs of one seed do; a unit that is dropped is dropped in all
+    of them. So each is exactly what it would be by itself.
 
     Args:
         in_features: width of what the hidden layer reads.
@@ -118,7 +126,11 @@ class Heads(nn.Module):
         """Logits of every head."""
         units = self.inner(self.read(rows))
         if self.training and self.dropout:
-            kept = torch.rand(units.shape[1:], generator=self.generator).ge_(self.dropout).div_(1 - self.dropout)
+            kept = (
+                torch.rand(units.shape[1:], generator=self.generator)
+                .ge_(self.dropout)
+                .div_(1 - self.dropout)
+            )
             units = units.mul_(kept.to(units.device))  # before ReLU: the same
         return self.outer(units.relu_()).transpose(0, 1)
 
@@ -129,7 +141,10 @@ class Heads(nn.Module):
 
     def state_of(self, head: int) -> dict[str, Tensor]:
         """A copy of one head's weights, of leading size 1."""
-        return {name: parameter.detach()[head : head + 1].clone() for name, parameter in self.named_parameters()}
+        return {
+            name: parameter.detach()[head : head + 1].clone()
+            for name, parameter in self.named_parameters()
+        }
 
 
 class LayerHeads(Heads):
@@ -142,7 +157,9 @@ class LayerHeads(Heads):
         generator: see `Heads`.
     """
 
-    def __init__(self, layer_of: Sequence[int], in_features: int, shape: Shape, generator: torch.Generator) -> None:
+    def __init__(
+        self, layer_of: Sequence[int], in_features: int, shape: Shape, generator: torch.Generator
+    ) -> None:
         super().__init__(in_features, shape, generator)
         self.layer_of = list(layer_of)
 
@@ -168,7 +185,9 @@ class MixHeads(Heads):
         generator: see `Heads`; draws the mixing logits (normal) last.
     """
 
-    def __init__(self, num_layers: int, in_features: int, shape: Shape, generator: torch.Generator) -> None:
+    def __init__(
+        self, num_layers: int, in_features: int, shape: Shape, generator: torch.Generator
+    ) -> None:
         super().__init__(in_features, shape, generator)
         drawn = torch.empty(num_layers).normal_(generator=generator)
         self.mixing = nn.Parameter(drawn.expand(shape.num_heads, -1).clone())
@@ -188,7 +207,9 @@ class ReduceHeads(Heads):
         generator: see `Heads`.
     """
 
-    def __init__(self, in_features: int, reduced: int, shape: Shape, generator: torch.Generator) -> None:
+    def __init__(
+        self, in_features: int, reduced: int, shape: Shape, generator: torch.Generator
+    ) -> None:
         super().__init__(reduced, shape, generator)
         self.reduce = LinearMaps(in_features, reduced, shape.num_heads, generator)
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from jepa_audio.data.index import progress_bar
+from jepa_audio.errors import UserError
+from jepa_audio.parallel import progress_bar
 from jepa_audio.probing.features import Features
 from jepa_audio.probing.heads.adam import StackedAdam
 from jepa_audio.probing.heads.base import Head, Source
@@ -27,7 +28,9 @@ from jepa_audio.probing.tasks.base import ProbeData
 
 _NUMBERS_AT_ONCE = 2**27  # of the hidden units of all heads: half a gigabyte
 _LAYERS_ON_A_CORE = 3  # more are no faster
-_GROUPS_LEFT = 4  # into which, at least, the layers that are left are divided: no core waits long for the last
+_GROUPS_LEFT = (
+    4  # into which, at least, the layers that are left are divided: no core waits long for the last
+)
 Select = Literal["best", "last"]
 
 
@@ -72,11 +75,15 @@ class MLPHead(Head):
     state: dict[str, Tensor]
     training: Training
 
-    def logits(self, features: Features, device: torch.device | str = "cpu") -> Float[Tensor, "rows 1 C"]:
+    def logits(
+        self, features: Features, device: torch.device | str = "cpu"
+    ) -> Float[Tensor, "rows 1 C"]:
         """See `Head`."""
         widths = features.widths(self.source.layers)
         num_outputs = self.state["outer.bias"].shape[1]
-        heads = make_heads([self.source], widths, num_outputs, 1, self.training, self.seed).to(device)
+        heads = make_heads([self.source], widths, num_outputs, 1, self.training, self.seed).to(
+            device
+        )
         heads.load_state_dict(self.state)
         return read_all(heads, self.source.layers, features, device)
 
@@ -91,13 +98,22 @@ class Batches:
         device: on which batches are wanted.
     """
 
-    def __init__(self, features: Features, data: ProbeData, split: str, device: torch.device | str) -> None:
-        self.features, self.data, self.split, self.device = features, data, data.splits[split], device
+    def __init__(
+        self, features: Features, data: ProbeData, split: str, device: torch.device | str
+    ) -> None:
+        self.features, self.data, self.split, self.device = (
+            features,
+            data,
+            data.splits[split],
+            device,
+        )
         self.targets = data.labels.row_targets(self.split, features.rows)
         self._first = np.flatnonzero(np.diff(features.rows.window, prepend=-1))
         self._count = np.diff(self._first, append=len(features))
 
-    def orders(self, batch_size: int, generator: torch.Generator) -> Iterator[Int64[np.ndarray, " rows"]]:
+    def orders(
+        self, batch_size: int, generator: torch.Generator
+    ) -> Iterator[Int64[np.ndarray, " rows"]]:
         """The rows of every batch of an epoch."""
         order = torch.randperm(len(self._first), generator=generator).numpy()
         for start in range(0, len(order), batch_size):
@@ -105,7 +121,9 @@ class Batches:
             if len(self._first) == len(self.features):
                 yield windows
             else:
-                yield np.concatenate([np.arange(self._first[w], self._first[w] + self._count[w]) for w in windows])
+                yield np.concatenate(
+                    [np.arange(self._first[w], self._first[w] + self._count[w]) for w in windows]
+                )
 
     @property
     def rows_of_a_window(self) -> int:
@@ -134,9 +152,14 @@ class _Contender:
         self.curve: list[float] = []
         self.best, self.waited = -math.inf, 0
         self.state: dict[str, Tensor] = {}
-        self._rate = Optimizer([torch.empty(0)], {"lr": learning_rate})  # all that a schedule needs of an optimizer
+        self._rate = Optimizer(
+            [torch.empty(0)], {"lr": learning_rate}
+        )  # all that a schedule needs of an optimizer
         self._schedule = ReduceLROnPlateau(
-            self._rate, mode="max", factor=training.plateau_factor, patience=training.plateau_patience
+            self._rate,
+            mode="max",
+            factor=training.plateau_factor,
+            patience=training.plateau_patience,
         )
 
     @property
@@ -152,24 +175,42 @@ class _Contender:
         if score > self.best or not self.state or self.training.select == "last":
             self.state = heads.state_of(place)
         self.best = max(self.best, score)
-        return self.waited >= self.training.stop_patience or len(self.curve) >= self.training.max_epochs
+        return (
+            self.waited >= self.training.stop_patience
+            or len(self.curve) >= self.training.max_epochs
+        )
 
     def trained(self) -> MLPHead:
         """The head as it is scored."""
         valid = self.best if self.training.select == "best" else self.curve[-1]
-        return MLPHead(self.source, self.setting, self.seed, valid, tuple(self.curve), self.state, self.training)
+        return MLPHead(
+            self.source,
+            self.setting,
+            self.seed,
+            valid,
+            tuple(self.curve),
+            self.state,
+            self.training,
+        )
 
 
 class _Group:
     """Heads of one kind with one seed: one for each source and learning rate, fewer as they stop."""
 
     def __init__(
-        self, sources: Sequence[Source], seed: int, training: Training, train: Batches, valid: Batches
+        self,
+        sources: Sequence[Source],
+        seed: int,
+        training: Training,
+        train: Batches,
+        valid: Batches,
     ) -> None:
         self.seed, self.train, self.valid, self.batch_size = seed, train, valid, training.batch_size
         self.layers = [layer for source in sources for layer in source.layers]
         widths, num_rates = train.features.widths(self.layers), len(training.learning_rates)
-        self.heads = make_heads(sources, widths, train.data.labels.num_outputs, num_rates, training, seed)
+        self.heads = make_heads(
+            sources, widths, train.data.labels.num_outputs, num_rates, training, seed
+        )
         self.heads.to(train.device)
         self.adam = StackedAdam(self.heads)
         grid = product(sources, training.learning_rates)
@@ -182,7 +223,10 @@ class _Group:
             for rows in self.train.orders(self.batch_size, order):
                 if ended.is_set():
                     return
-                self._step([self.train.layer(layer, rows) for layer in self.layers], self.train.target(rows))
+                self._step(
+                    [self.train.layer(layer, rows) for layer in self.layers],
+                    self.train.target(rows),
+                )
             yield self._close_epoch()
 
     def _step(self, rows: Sequence[Float[Tensor, "n _"]], targets: Shaped[Tensor, "n ..."]) -> None:
@@ -193,9 +237,13 @@ class _Group:
 
     def _close_epoch(self) -> list[MLPHead]:
         """Score every head; those that have ended leave."""
-        scores = self.valid.scores(read_all(self.heads, self.layers, self.valid.features, self.valid.device))
+        scores = self.valid.scores(
+            read_all(self.heads, self.layers, self.valid.features, self.valid.device)
+        )
         left, staying = [], []
-        for place, (contender, score) in enumerate(zip(self.contenders, scores.tolist(), strict=True)):
+        for place, (contender, score) in enumerate(
+            zip(self.contenders, scores.tolist(), strict=True)
+        ):
             if contender.has_ended(score, self.heads, place):
                 left.append(contender.trained())
             else:
@@ -218,10 +266,10 @@ def fit_grid(
 ) -> list[MLPHead]:
     """Train a head for every source, learning rate and seed.
 
-    All heads of a seed see the same batches and begin alike, as separate runs with that seed do; each has a learning
-    rate, a plateau schedule, an early stop and a best state of its own, and leaves when it stops. Those that read one
-    layer, whichever, share products, a few layers on each core. The result is that of separate runs, but for the
-    rounding of sums.
+    All heads of a seed see the same batches and begin alike, as separate runs with that seed do;
+    each has a learning rate, a plateau schedule, an early stop and a best state of its own, and
+    leaves when it stops. Those that read one layer, whichever, share products, a few layers on each
+    core. The result is that of separate runs, but for the rounding of sums.
 
     Args:
         features: of the splits "train" and "val".
@@ -253,12 +301,20 @@ def fit_grid(
     return [at[point] for point in product(seeds, sources, training.learning_rates)]
 
 
-def together(sources: Sequence[Source], train: Batches, training: Training, apart: bool) -> list[list[Source]]:
+def together(
+    sources: Sequence[Source], train: Batches, training: Training, apart: bool
+) -> list[list[Source]]:
     """The sources whose heads are trained in the same products: some layers of one width, as many as memory bears.
 
-    If they go to cores apart, they are fewer, what takes longest comes first, and the last are the smallest.
+    If they go to cores apart, they are fewer, what takes longest comes first, and the last are the
+    smallest.
     """
-    numbers_of_a_layer = len(training.learning_rates) * training.batch_size * train.rows_of_a_window * training.hidden
+    numbers_of_a_layer = (
+        len(training.learning_rates)
+        * training.batch_size
+        * train.rows_of_a_window
+        * training.hidden
+    )
     at_once = max(1, _NUMBERS_AT_ONCE // numbers_of_a_layer)
     by_width: dict[int, list[Source]] = {}
     groups = []
@@ -270,7 +326,11 @@ def together(sources: Sequence[Source], train: Batches, training: Training, apar
             groups.append([source])
     for alike in by_width.values():
         while alike:
-            share = min(at_once, _LAYERS_ON_A_CORE, math.ceil(len(alike) / _GROUPS_LEFT)) if apart else at_once
+            share = (
+                min(at_once, _LAYERS_ON_A_CORE, math.ceil(len(alike) / _GROUPS_LEFT))
+                if apart
+                else at_once
+            )
             groups.append(alike[:share])
             del alike[:share]
     return groups
@@ -280,8 +340,9 @@ def together(sources: Sequence[Source], train: Batches, training: Training, apar
 def _cores(apart: bool) -> Iterator[tuple[ThreadPoolExecutor, Event]]:
     """As many threads as torch has, of which each computes by itself: products of 64 rows are too small to divide.
 
-    If not apart (on another device, and for the thousands of rows of annotations in time), one hands out the work. Work
-    that still runs at the end, as something failed or was interrupted, is told so.
+    If not apart (on another device, and for the thousands of rows of annotations in time), one
+    hands out the work. Work that still runs at the end, as something failed or was interrupted, is
+    told so.
     """
     num_threads, ended = torch.get_num_threads(), Event()
     try:
@@ -330,7 +391,7 @@ def make_heads(
         seed: of their weights and dropout.
 
     Raises:
-        ValueError: if layers of unlike widths are to be summed.
+        UserError: if layers of unlike widths are to be summed.
     """
     generator = torch.Generator().manual_seed(seed)
     shape = Shape(training.hidden, num_outputs, len(sources) * num_heads, training.dropout)
@@ -338,7 +399,12 @@ def make_heads(
     if source.kind == "reduce":
         return ReduceHeads(sum(widths), max(widths), shape, generator)
     if len(set(widths)) > 1:
-        raise ValueError(f"{source.name} needs layers of one width, these have {list(widths)}")
+        raise UserError(f"{source.name} needs layers of one width, these have {list(widths)}")
     if source.kind == "mix":
         return MixHeads(len(widths), widths[0], shape, generator)
-    return LayerHeads([place for place in range(len(sources)) for _ in range(num_heads)], widths[0], shape, generator)
+    return LayerHeads(
+        [place for place in range(len(sources)) for _ in range(num_heads)],
+        widths[0],
+        shape,
+        generator,
+    )

@@ -17,8 +17,8 @@ _DRAWS_AT_ONCE = 2**18  # counts; larger blocks leave the cache of a core
 class Metric(ABC):
     """A number that says how good the answers to a whole split are; higher is better.
 
-    `answers` and `truth` are what the `Labels` of a task make of logits and of records; see there. Metrics compute in
-    64 bits, on the device of the answers.
+    `answers` and `truth` are what the `Labels` of a task make of logits and of records; see there.
+    Metrics compute in 64 bits, on the device of the answers.
     """
 
     name: str
@@ -76,7 +76,10 @@ class SumMetric(Metric):
     ) -> Float[np.ndarray, " draws"]:
         """See `Metric`."""
         parts = self.parts(torch.from_numpy(answers)[:, None], torch.from_numpy(truth))[:, 0]
-        sums = [torch.tensordot(torch.from_numpy(few).double(), parts, dims=1) for few in blocks_of_draws(counts)]
+        sums = [
+            torch.tensordot(torch.from_numpy(few).double(), parts, dims=1)
+            for few in blocks_of_draws(counts)
+        ]
         return self.of_sums(torch.cat(sums)).numpy()
 
 
@@ -93,7 +96,9 @@ def with_ones(values: Shaped[Tensor, "units k"]) -> Float[Tensor, "units k 2"]:
     return torch.stack([values.double(), torch.ones_like(values, dtype=torch.float64)], dim=-1)
 
 
-def blocks_of_draws(counts: Int[np.ndarray, "draws units"]) -> Iterator[Int[np.ndarray, "few units"]]:
+def blocks_of_draws(
+    counts: Int[np.ndarray, "draws units"],
+) -> Iterator[Int[np.ndarray, "few units"]]:
     """The resamplings, a few at a time: memory stays bounded however many there are."""
     few = max(1, _DRAWS_AT_ONCE // counts.shape[1])
     for start in range(0, len(counts), few):

@@ -13,6 +13,7 @@ from mir_eval.key import weighted_score
 from torch import Tensor
 from torchmetrics.functional.regression import r2_score
 
+from jepa_audio.errors import UserError
 from jepa_audio.probing.metrics.base import MeanMetric, SumMetric, with_ones
 
 _TONICS = ("C", "Db", "D", "Eb", "E", "F", "Gb", "G", "Ab", "A", "Bb", "B")
@@ -26,7 +27,9 @@ class Accuracy(MeanMetric):
 
     name = "accuracy"
 
-    def parts(self, answers: Float[Tensor, "units k C"], truth: Int[Tensor, " units"]) -> Float[Tensor, "units k 2"]:
+    def parts(
+        self, answers: Float[Tensor, "units k C"], truth: Int[Tensor, " units"]
+    ) -> Float[Tensor, "units k 2"]:
         """See `SumMetric`."""
         return with_ones(answers.argmax(dim=-1) == truth[:, None])
 
@@ -35,18 +38,22 @@ class KeyScore(MeanMetric):
     """Mean credit for a key: 1 for the right one, some for a related one (mir_eval's `key.weighted_score`).
 
     Args:
-        symmetric: mir_eval gives credit for a key a fifth above the true one and none for a key a fifth below. If set,
-            the one counts as the other.
+        symmetric: mir_eval gives credit for a key a fifth above the true one and none for a key a
+            fifth below. If set, the one counts as the other.
     """
 
     def __init__(self, symmetric: bool = False) -> None:
         self.symmetric = symmetric
         self.name = "key_weighted_symmetric" if symmetric else "key_weighted"
 
-    def parts(self, answers: Float[Tensor, "units k C"], truth: Int[Tensor, " units"]) -> Float[Tensor, "units k 2"]:
+    def parts(
+        self, answers: Float[Tensor, "units k C"], truth: Int[Tensor, " units"]
+    ) -> Float[Tensor, "units k 2"]:
         """See `SumMetric`; `ValueError` if the classes cannot be the `KEYS`."""
         if answers.shape[-1] != len(KEYS):
-            raise ValueError(f"`{self.name}` is of {len(KEYS)} classes, the `KEYS`, and not of {answers.shape[-1]}")
+            raise UserError(
+                f"`{self.name}` is of {len(KEYS)} classes, the `KEYS`, and not of {answers.shape[-1]}"
+            )
         credit = torch.from_numpy(key_credits(self.symmetric)).to(answers.device)
         known = truth[:, None] >= 0
         return with_ones(credit[truth.clamp_min(0)[:, None], answers.argmax(dim=-1)] * known)
@@ -63,10 +70,11 @@ class F1(SumMetric):
     """F1 of tags, claimed where their logit is above 0 (their probability above 0.5).
 
     Args:
-        average: "macro" for the mean over the tags that some unit has, "micro" for all tags in one pool.
+        average: "macro" for the mean over the tags that some unit has, "micro" for all tags in one
+            pool.
 
     Raises:
-        ValueError: when called, if no unit has any tag.
+        UserError: when called, if no unit has any tag.
     """
 
     def __init__(self, average: Literal["macro", "micro"]) -> None:
@@ -83,14 +91,16 @@ class F1(SumMetric):
         """See `SumMetric`."""
         claimed, so = answers > 0, (truth > 0)[:, None].expand_as(answers)
         if not so.any():
-            raise ValueError(
+            raise UserError(
                 f"`{self.name}`: none of {len(so)} units has any of the {so.shape[-1]} tags; take more units"
             )
         return torch.stack([claimed & so, claimed, so], dim=-1).double()
 
     def of_sums(self, sums: Float[Tensor, "k C 3"]) -> Float[Tensor, " k"]:
         """See `SumMetric`; a tag that no unit has in a draw is left out of the mean of that draw."""
-        hits, claimed, so = (sums if self.average == "macro" else sums.sum(dim=1, keepdim=True)).unbind(dim=-1)
+        hits, claimed, so = (
+            sums if self.average == "macro" else sums.sum(dim=1, keepdim=True)
+        ).unbind(dim=-1)
         return torch.where(so > 0, 2 * hits / (claimed + so), torch.nan).nanmean(dim=-1)
 
 
@@ -105,7 +115,7 @@ class R2(SumMetric):
         name: of the metric.
 
     Raises:
-        ValueError: when called, if the truth does not vary.
+        UserError: when called, if the truth does not vary.
     """
 
     output: int | None = None
@@ -115,7 +125,9 @@ class R2(SumMetric):
         """Outputs that enter the mean."""
         return truth.shape[1] if self.output is None else None
 
-    def __call__(self, answers: Float[Tensor, "units K A"], truth: Float[np.ndarray, "units A"]) -> Float[Tensor, " K"]:
+    def __call__(
+        self, answers: Float[Tensor, "units K A"], truth: Float[np.ndarray, "units A"]
+    ) -> Float[Tensor, " K"]:
         """See `Metric`; scored by torchmetrics."""
         outputs = self._outputs(truth)
         said = answers[..., outputs].double().nan_to_num(-torch.inf).flatten(1)
@@ -128,8 +140,12 @@ class R2(SumMetric):
         """See `SumMetric`."""
         outputs = self._outputs(truth.numpy())
         answers, so = answers[..., outputs].double(), truth[:, None, outputs].double()
-        errors = (answers.nan_to_num(-torch.inf) - so).square()  # a head that has diverged is the worst, not NaN
-        centred = (so - so.mean(dim=0)).expand_as(errors)  # or `of_sums` would lose digits where the mean is large
+        errors = (
+            answers.nan_to_num(-torch.inf) - so
+        ).square()  # a head that has diverged is the worst, not NaN
+        centred = (so - so.mean(dim=0)).expand_as(
+            errors
+        )  # or `of_sums` would lose digits where the mean is large
         return torch.stack([errors, centred, centred.square(), torch.ones_like(errors)], dim=-1)
 
     def of_sums(self, sums: Float[Tensor, "k A 4"]) -> Float[Tensor, " k"]:
@@ -144,7 +160,7 @@ class R2(SumMetric):
         outputs = list(range(truth.shape[1])) if self.output is None else [self.output]
         constant = [number for number in outputs if (truth[:, number] == truth[0, number]).all()]
         if constant:
-            raise ValueError(
+            raise UserError(
                 f"`{self.name}`: output {constant[0]} is the same in all {len(truth)} units; take more units"
             )
         return outputs

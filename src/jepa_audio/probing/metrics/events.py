@@ -82,6 +82,10 @@ class MeanF1(MeanMetric):
         self, answers: Float[Tensor, "units k A"], truth: Shaped[Tensor, "units ..."]
     ) -> Float[Tensor, "units k 2"]:
         """See `SumMetric`."""
-        hits, estimated, reference = answers[..., [self.hits, self.estimated, self.reference]].double().unbind(dim=-1)
+        hits, estimated, reference = (
+            answers[..., [self.hits, self.estimated, self.reference]].double().unbind(dim=-1)
+        )
         scored = reference > 0
-        return torch.stack([2 * hits / (estimated + reference).clamp_min(1) * scored, scored.double()], dim=-1)
+        return torch.stack(
+            [2 * hits / (estimated + reference).clamp_min(1) * scored, scored.double()], dim=-1
+        )

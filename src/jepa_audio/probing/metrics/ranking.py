@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multilabel_auroc, multilabel_average_precision
 
+from jepa_audio.errors import UserError
 from jepa_audio.probing.metrics.base import Metric, blocks_of_draws
 
 
@@ -37,8 +38,9 @@ class Ranked:
 class RankMetric(Metric):
     """Mean over classes of a score of the order into which a head brings the units.
 
-    The units as they are, are scored by torchmetrics (in 32 bits). It gets ranks: they order the units as probabilities
-    do, without the ties where those saturate. It knows no weights, so resamplings are scored here, all at once.
+    The units as they are, are scored by torchmetrics (in 32 bits). It gets ranks: they order the
+    units as probabilities do, without the ties where those saturate. It knows no weights, so
+    resamplings are scored here, all at once.
     """
 
     @abstractmethod
@@ -46,7 +48,9 @@ class RankMetric(Metric):
         """Classes that enter the mean."""
 
     @abstractmethod
-    def of_classes(self, ranks: Float[Tensor, "units N"], truth: Int[Tensor, "units N"]) -> Float[Tensor, " N"]:
+    def of_classes(
+        self, ranks: Float[Tensor, "units N"], truth: Int[Tensor, "units N"]
+    ) -> Float[Tensor, " N"]:
         """Scores by torchmetrics of each of N classes; the ranks are in [0, 1], a tie is the same rank."""
 
     @abstractmethod
@@ -59,7 +63,12 @@ class RankMetric(Metric):
         """See `Metric`; `ValueError` if no class can be scored."""
         scored = self._scored(truth)
         ranks = _ranks(answers[:, :, scored].flatten(1))
-        so = torch.from_numpy(truth[:, scored] > 0).long().to(answers.device).repeat(1, answers.shape[1])
+        so = (
+            torch.from_numpy(truth[:, scored] > 0)
+            .long()
+            .to(answers.device)
+            .repeat(1, answers.shape[1])
+        )
         # torchmetrics wants two columns at least.
         columns = [torch.cat([both, both[:, :1]], dim=1) for both in (ranks, so)]
         scores = self.of_classes(*columns)[:-1].double()
@@ -73,7 +82,9 @@ class RankMetric(Metric):
     ) -> Float[np.ndarray, " draws"]:
         """See `Metric`; a class that cannot be scored in a draw is left out of the mean of that draw."""
         falling = _falling(torch.from_numpy(answers)).numpy()
-        classes = [_Order.of(falling[:, number], truth[:, number] > 0) for number in self._scored(truth)]
+        classes = [
+            _Order.of(falling[:, number], truth[:, number] > 0) for number in self._scored(truth)
+        ]
         scores = []
         for few in blocks_of_draws(counts):
             with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN that is wanted
@@ -81,18 +92,26 @@ class RankMetric(Metric):
             scores.append(torch.from_numpy(of_classes).nanmean(dim=0).numpy())
         return np.concatenate(scores)
 
-    def _resampled(self, order: _Order, counts: Int[np.ndarray, "few units"]) -> Float[np.ndarray, " few"]:
+    def _resampled(
+        self, order: _Order, counts: Int[np.ndarray, "few units"]
+    ) -> Float[np.ndarray, " few"]:
         """Scores of one class in a few draws."""
         weight = counts[:, order.hits]
         hits, misses = _running_sums(weight), _running_sums(counts[:, order.misses])
-        ranks = hits[:, order.hits_through], misses[:, order.misses_before], misses[:, order.misses_through]
-        return self.of_resampled(Ranked(*(sums.astype(np.float64) for sums in (weight, *ranks, misses[:, -1]))))
+        ranks = (
+            hits[:, order.hits_through],
+            misses[:, order.misses_before],
+            misses[:, order.misses_through],
+        )
+        return self.of_resampled(
+            Ranked(*(sums.astype(np.float64) for sums in (weight, *ranks, misses[:, -1])))
+        )
 
     def _scored(self, truth: Shaped[np.ndarray, "units C"]) -> list[int]:
         """Numbers of the classes that enter the mean."""
         scored = [number for number in range(truth.shape[1]) if self.num_scored(truth[:, [number]])]
         if not scored:
-            raise ValueError(
+            raise UserError(
                 f"`{self.name}` can score none of {truth.shape[1]} classes on {len(truth)} units: "
                 "each of them is true of no unit, or else of all; take more units"
             )
@@ -108,7 +127,9 @@ class AUROC(RankMetric):
         """See `Metric`."""
         return int(((truth > 0).any(axis=0) & (truth <= 0).any(axis=0)).sum())
 
-    def of_classes(self, ranks: Float[Tensor, "units N"], truth: Int[Tensor, "units N"]) -> Float[Tensor, " N"]:
+    def of_classes(
+        self, ranks: Float[Tensor, "units N"], truth: Int[Tensor, "units N"]
+    ) -> Float[Tensor, " N"]:
         """See `RankMetric`."""
         return multilabel_auroc(ranks, truth, ranks.shape[1], average=None, thresholds=None)
 
@@ -128,14 +149,20 @@ class AveragePrecision(RankMetric):
         """See `Metric`."""
         return int((truth > 0).any(axis=0).sum())
 
-    def of_classes(self, ranks: Float[Tensor, "units N"], truth: Int[Tensor, "units N"]) -> Float[Tensor, " N"]:
+    def of_classes(
+        self, ranks: Float[Tensor, "units N"], truth: Int[Tensor, "units N"]
+    ) -> Float[Tensor, " N"]:
         """See `RankMetric`."""
-        return multilabel_average_precision(ranks, truth, ranks.shape[1], average=None, thresholds=None)
+        return multilabel_average_precision(
+            ranks, truth, ranks.shape[1], average=None, thresholds=None
+        )
 
     def of_resampled(self, ranked: Ranked) -> Float[np.ndarray, " few"]:
         """Share of hits among the units whose logit is not lower, at each hit; then their mean."""
         units = ranked.hits + ranked.misses
-        precision = ranked.hits / (units + (units == 0))  # where there is no unit, this hit has no weight
+        precision = ranked.hits / (
+            units + (units == 0)
+        )  # where there is no unit, this hit has no weight
         return (ranked.weight * precision).sum(-1) / ranked.weight.sum(-1)
 
 
@@ -158,7 +185,9 @@ class _Order:
     misses_through: Int[np.ndarray, " hits"]
 
     @classmethod
-    def of(cls, falling: Float[np.ndarray, " units"], is_hit: Shaped[np.ndarray, " units"]) -> _Order:
+    def of(
+        cls, falling: Float[np.ndarray, " units"], is_hit: Shaped[np.ndarray, " units"]
+    ) -> _Order:
         """From what rises where logits fall."""
         order = falling.argsort()
         hits, misses = order[is_hit[order]], order[~is_hit[order]]
@@ -173,7 +202,8 @@ class _Order:
 
 def _falling(logits: Tensor) -> Tensor:
     """What rises where logits fall."""
-    # NaN goes last and is a tie: units that a diverged head does not order must not stay in the order of the records.
+    # NaN goes last and is a tie: units that a diverged head does not order must not stay in the
+    # order of the records.
     return -torch.nan_to_num(logits, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jepa_audio.data.resample import resample
+from jepa_audio.data.audio.resample import resample
+from jepa_audio.errors import UserError
 from jepa_audio.probing.robustness.conditions import Condition
 
 _CODER_BLOCK = 1 << 14
@@ -20,7 +21,8 @@ _CODER_BLOCK = 1 << 14
 
 _MP3_DELAY = 1105
 """Samples that LAME (576) and a decoder (529) put before the first. The tag that tells a decoder to drop them, and the
-filling at the end, does not fit into frames of low bit rates: what comes back is then longer than what went in."""
+filling at the end, does not fit into frames of low bit rates: what comes back is then longer than
+what went in."""
 
 _MP3_RATES = (
     ((8_000, 11_025, 12_000), (8, 16, 24, 32, 40, 48, 56, 64)),
@@ -36,9 +38,9 @@ _OPUS_KBITS = (6, 256)  # for one channel, by libsndfile
 class Codec(Condition):
     """Coded and decoded again by libsndfile, every channel as a mono stream of its own.
 
-    What comes back is as long as what went in and not moved in time (by Opus, at low bit rates, up to 0.1 ms). Sample
-    rates that the codec does not know are resampled there and back. A clip that is louder than full scale is coded at
-    full scale.
+    What comes back is as long as what went in and not moved in time (by Opus, at low bit rates, up
+    to 0.1 ms). Sample rates that the codec does not know are resampled there and back. A clip that
+    is louder than full scale is coded at full scale.
     """
 
     _container: ClassVar[str]
@@ -56,22 +58,28 @@ class Codec(Condition):
 
     def _degraded(self, waveform: Tensor, sample_rate: int, generator: torch.Generator) -> Tensor:
         if not sf.check_format(self._container, self._subtype):
-            raise ValueError(
+            raise UserError(
                 f"libsndfile {sf.__libsndfile_version__} cannot write {self.name}: install a wheel of soundfile, which "
                 "brings one that can"
             )
         rate, compression = self._settings(sample_rate)
         samples = resample(waveform.cpu(), sample_rate, rate)
         loudness = samples.abs().max().clamp_min(1.0)
-        decoded = torch.stack([self._round_trip(channel, rate, compression) for channel in samples / loudness])
-        return _of_length(resample(decoded * loudness, rate, sample_rate), waveform.shape[1]).to(waveform)
+        decoded = torch.stack(
+            [self._round_trip(channel, rate, compression) for channel in samples / loudness]
+        )
+        return _of_length(resample(decoded * loudness, rate, sample_rate), waveform.shape[1]).to(
+            waveform
+        )
 
     def _round_trip(self, samples: Tensor, rate: int, compression: float) -> Tensor:
         content = io.BytesIO()
         settings = {
             "format": self._container,
             "subtype": self._subtype,
-            "compression_level": min(compression, 0.9999),  # at 1 libsndfile refuses what it takes just below
+            "compression_level": min(
+                compression, 0.9999
+            ),  # at 1 libsndfile refuses what it takes just below
             "bitrate_mode": self._bitrate_mode,
         }
         with sf.SoundFile(content, "w", rate, 1, **settings) as coder:
@@ -87,8 +95,8 @@ class Codec(Condition):
 class Mp3(Codec):
     """MP3 of a constant bit rate, `level` for every channel; harder as it falls. See `Codec`.
 
-    MP3 has low bit rates at low sample rates only: 16 kbit/s of a clip of 48 kHz is coded at 24 kHz. The coder
-    makes a clip softer by up to 0.45 dB, as it does for everyone.
+    MP3 has low bit rates at low sample rates only: 16 kbit/s of a clip of 48 kHz is coded at 24
+    kHz. The coder makes a clip softer by up to 0.45 dB, as it does for everyone.
     """
 
     level: float
@@ -101,10 +109,17 @@ class Mp3(Codec):
     def __post_init__(self) -> None:
         known = sorted({kbits for _, bit_rates in _MP3_RATES for kbits in bit_rates})
         if self.level not in known:
-            raise ValueError(f"`level` ({self.level}) must be a bit rate of MP3 in kbit/s: one of {known}")
+            raise UserError(
+                f"`level` ({self.level}) must be a bit rate of MP3 in kbit/s: one of {known}"
+            )
 
     def _settings(self, sample_rate: int) -> tuple[int, float]:
-        able = [(rate, rates) for version, rates in _MP3_RATES for rate in version if self.level in rates]
+        able = [
+            (rate, rates)
+            for version, rates in _MP3_RATES
+            for rate in version
+            if self.level in rates
+        ]
         rate, rates = next((row for row in able if row[0] >= sample_rate), able[-1])
         return rate, (rates[-1] - self.level) / (rates[-1] - rates[0])
 
@@ -121,7 +136,7 @@ class Vorbis(Codec):
 
     def __post_init__(self) -> None:
         if not 0 <= self.level <= 10:
-            raise ValueError(f"`level` ({self.level}) must be a quality from 0 to 10")
+            raise UserError(f"`level` ({self.level}) must be a quality from 0 to 10")
 
     def _settings(self, sample_rate: int) -> tuple[int, float]:
         # Beyond these bounds the coder has no tables of its own.
@@ -140,7 +155,7 @@ class Opus(Codec):
 
     def __post_init__(self) -> None:
         if not _OPUS_KBITS[0] <= self.level <= _OPUS_KBITS[1]:
-            raise ValueError(f"`level` ({self.level}) must be a bit rate from 6 to 256 kbit/s")
+            raise UserError(f"`level` ({self.level}) must be a bit rate from 6 to 256 kbit/s")
 
     def _settings(self, sample_rate: int) -> tuple[int, float]:
         lowest, highest = _OPUS_KBITS

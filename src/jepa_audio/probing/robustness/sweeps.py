@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jepa_audio.errors import UserError
 from jepa_audio.probing.robustness.codecs import Mp3, Opus, Vorbis
 from jepa_audio.probing.robustness.conditions import (
     Clipping,
@@ -50,13 +51,13 @@ SWEEPS: dict[str, tuple[Condition, ...]] = {
 def area(levels_scores: Sequence[float], clean: float) -> float:
     """Mean height of the curve of scores along a sweep, by trapezoids over equally spaced steps.
 
-    The curve begins at the clean score: of c, s1 ... sn it is (c / 2 + s1 + ... + s(n-1) + sn / 2) / n. Levels count
-    alike, whatever their units. It is in the score's own unit: a curve that never falls has `clean`, scores below 0
-    (R² of answers worse than the mean) count as they are.
+    The curve begins at the clean score: of c, s1 ... sn it is (c / 2 + s1 + ... + s(n-1) + sn / 2)
+    / n. Levels count alike, whatever their units. It is in the score's own unit: a curve that never
+    falls has `clean`, scores below 0 (R² of answers worse than the mean) count as they are.
 
     Raises:
-        ValueError: if there is no level.
+        UserError: if there is no level.
     """
     if not levels_scores:
-        raise ValueError("the area of a curve needs the score of at least one level")
+        raise UserError("the area of a curve needs the score of at least one level")
     return float(np.trapezoid([clean, *levels_scores])) / len(levels_scores)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from jepa_audio.errors import MissingFileError, UserError, did_you_mean
 from jepa_audio.probing.tasks import (
     chords,
     emomusic,
@@ -19,7 +20,6 @@ from jepa_audio.probing.tasks import (
 )
 from jepa_audio.probing.tasks.base import DataSet, ProbeData, Protocol, Task
 from jepa_audio.probing.tasks.table import Kind, table_task
-from jepa_audio.suggest import did_you_mean
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -69,24 +69,29 @@ def load_task(name: str, roots: Sequence[Path], table_kind: Kind = "multiclass")
         table_kind: of the labels in a table.
 
     Raises:
-        FileNotFoundError: if no folder holds it, with what each one lacks.
-        ValueError: if there is no such task, no folder is given for it, or a record is not what it needs.
+        UserError: if no folder holds it, with what each one lacks.
+        UserError: if there is no such task, no folder is given for it, or a record is not what it
+            needs.
     """
     if Path(name).suffix in (".csv", ".tsv"):
         return table_task(Path(name), table_kind)
     if name not in TASKS:
         known = ", ".join(TASKS)
         guess = did_you_mean(name, TASKS)
-        raise ValueError(f"there is no task {name!r}; there are {known}, and tables (.csv, .tsv){guess}")
+        raise UserError(
+            f"there is no task {name!r}; there are {known}, and tables (.csv, .tsv){guess}"
+        )
     if not roots:
-        raise ValueError(f"`data` is needed for {name}: the folder of its records, or of the data set as downloaded")
+        raise UserError(
+            f"`data` is needed for {name}: the folder of its records, or of the data set as downloaded"
+        )
     missing = []
     for root in roots:
         try:
             return TASKS[name].load(root)
-        except FileNotFoundError as error:
+        except MissingFileError as error:
             missing.append(str(error))
-    raise FileNotFoundError("; ".join(missing))
+    raise MissingFileError("; ".join(missing))
 
 
 __all__ = ["DATA_SETS", "TASKS", "DataSet", "ProbeData", "Protocol", "Task", "load_task"]

@@ -10,9 +10,17 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
+from jepa_audio.errors import MissingFileError
 from jepa_audio.probing.metrics import Metric
 from jepa_audio.probing.tasks.labels import Labels, Rows, Unit
-from jepa_audio.probing.tasks.records import SPLITS, Record, Split, checksum_of, read_split, split_of
+from jepa_audio.probing.tasks.records import (
+    SPLITS,
+    Record,
+    Split,
+    checksum_of,
+    read_split,
+    split_of,
+)
 from jepa_audio.probing.tasks.windows import Windows
 
 log = logging.getLogger(__name__)
@@ -29,7 +37,8 @@ class Protocol:
         windows: what the encoder hears at a time.
         max_epochs: of a head.
         stop_patience: epochs without a better validation score after which a head stops.
-        plateau_patience: epochs without a better one after which its learning rate is multiplied by `plateau_factor`.
+        plateau_patience: epochs without a better one after which its learning rate is multiplied by
+            `plateau_factor`.
         plateau_factor: see there.
         learning_rates: those tried.
         batch_size: rows of a step; for annotations in time, windows.
@@ -57,8 +66,8 @@ class DataSet:
 
     Args:
         name: what `jepa-audio data convert` calls it.
-        convert: folder → records of every task on it. `FileNotFoundError` names the file or folder that is missing,
-            `ValueError` the line that is not what the data set's own files hold.
+        convert: folder → records of every task on it. `FileNotFoundError` names the file or folder
+            that is missing, `ValueError` the line that is not what the data set's own files hold.
     """
 
     name: str
@@ -71,7 +80,8 @@ class Task:
 
     Args:
         name: of the task.
-        stem: of its records, `ROOT/{stem}.{train,val,test}.jsonl`; its folder is the one under MARBLE's `data/`.
+        stem: of its records, `ROOT/{stem}.{train,val,test}.jsonl`; its folder is the one under
+            MARBLE's `data/`.
         labels: what a head has to say.
         metrics: the first chooses epoch, layer and learning rate; all are reported.
         protocols: by preset, "marble-v1" and "marble-v2".
@@ -79,7 +89,8 @@ class Task:
         units: what is scored; the first unit is the one that chooses.
         grid_hz: rows a second for annotations in time; `None` for one row a window.
         num_seeds: of the heads, unless told otherwise: more where the test split is small.
-        num_units: scored units of train, val and test in the published split; `None` where they are not known.
+        num_units: scored units of train, val and test in the published split; `None` where they are
+            not known.
         data_set: makes records of the raw data set; `None` where only records are known.
     """
 
@@ -99,8 +110,8 @@ class Task:
         """The splits, from records under `root` or from the raw data set, if that is what lies there.
 
         Raises:
-            FileNotFoundError: if there are neither, or if an audio file is missing.
-            ValueError: naming the record that is not what the task needs.
+            UserError: if there are neither, or if an audio file is missing.
+            UserError: naming the record that is not what the task needs.
         """
         folder, stem = self._folder(root), Path(self.stem).name
         if folder is not None:
@@ -108,10 +119,16 @@ class Task:
             return self._data([read_split(path, self.group_by) for path in paths])
         if self.data_set is None:
             wanted = root / f"{self.stem}.train.jsonl"
-            raise FileNotFoundError(f"{self.name} needs {wanted}, with .val.jsonl and .test.jsonl beside it")
+            raise MissingFileError(
+                f"{self.name} needs {wanted}, with .val.jsonl and .test.jsonl beside it"
+            )
         records = self.data_set.convert(root)[self.stem]
         splits = [
-            split_of({f"{root}, {split} {i}": record for i, record in enumerate(records[split])}, root, self.group_by)
+            split_of(
+                {f"{root}, {split} {i}": record for i, record in enumerate(records[split])},
+                root,
+                self.group_by,
+            )
             for split in SPLITS
         ]
         return self._data(splits)
@@ -120,7 +137,9 @@ class Task:
         """Where the records lie: as in MARBLE's `data/`, or in `root` itself."""
         stem = Path(self.stem)
         folders = (root / stem.parent, root)
-        return next((folder for folder in folders if (folder / f"{stem.name}.train.jsonl").is_file()), None)
+        return next(
+            (folder for folder in folders if (folder / f"{stem.name}.train.jsonl").is_file()), None
+        )
 
     def _data(self, splits: Sequence[Split]) -> ProbeData:
         sizes = tuple(len(split.uids) for split in splits)
@@ -132,14 +151,18 @@ class Task:
                 self.num_units,
             )
         return ProbeData(
-            self, self.labels.fitted(splits[0]), dict(zip(SPLITS, splits, strict=True)), checksum_of(splits)
+            self,
+            self.labels.fitted(splits[0]),
+            dict(zip(SPLITS, splits, strict=True)),
+            checksum_of(splits),
         )
 
 
 def differ_from_published(sizes: Sequence[int], published: Sizes) -> bool:
     """Whether a split is of more than 1 % other size than the published one, as far as that is known.
 
-    A file or two that cannot be decoded do not make another data set: MARBLE itself leaves one out of GTZAN.
+    A file or two that cannot be decoded do not make another data set: MARBLE itself leaves one out
+    of GTZAN.
     """
     pairs = zip(sizes, published, strict=True)
     return any(known is not None and abs(size - known) > 0.01 * known for size, known in pairs)
@@ -161,11 +184,17 @@ class ProbeData:
     splits: Mapping[str, Split]
     checksum: str
 
-    def scores(self, logits: Float[Tensor, "rows K C"], split: Split, rows: Rows) -> Float[Tensor, " K"]:
+    def scores(
+        self, logits: Float[Tensor, "rows K C"], split: Split, rows: Rows
+    ) -> Float[Tensor, " K"]:
         """What the first metric of the task says of K heads, on the unit that it scores first."""
         labels, unit = self.labels.for_first_metric(), self.task.units[0]
-        return self.task.metrics[0](labels.answers(logits, split, rows, unit), labels.truth(split, rows, unit))
+        return self.task.metrics[0](
+            labels.answers(logits, split, rows, unit), labels.truth(split, rows, unit)
+        )
 
     def with_train(self, size: int | None, seed: int = 0) -> ProbeData:
         """With `size` random units of the training split, all if `None` or too few."""
-        return replace(self, splits={**self.splits, "train": self.splits["train"].subset(size, seed)})
+        return replace(
+            self, splits={**self.splits, "train": self.splits["train"].subset(size, seed)}
+        )

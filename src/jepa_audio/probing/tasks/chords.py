@@ -14,15 +14,22 @@ CHORDS1217 = Task(
     "Chords1217/Chords1217",
     Chords(),
     (
-        Share("majmin", CHORD_COLUMNS.index("majmin_seconds"), CHORD_COLUMNS.index("comparable_seconds")),
+        Share(
+            "majmin",
+            CHORD_COLUMNS.index("majmin_seconds"),
+            CHORD_COLUMNS.index("comparable_seconds"),
+        ),
         Share("frame_accuracy", CHORD_COLUMNS.index("frame_hits"), CHORD_COLUMNS.index("frames")),
     ),
     {
-        # MARBLE's first version has no chords: this is its second's with the first's learning rates.
+        # MARBLE's first version has no chords: this is its second's with the first's learning
+        # rates.
         "marble-v1": Protocol(_WINDOWS, max_epochs=50, stop_patience=10, plateau_patience=5),
-        "marble-v2": Protocol(_WINDOWS, max_epochs=50, stop_patience=10, plateau_patience=5, learning_rates=(1e-3,)),
+        "marble-v2": Protocol(
+            _WINDOWS, max_epochs=50, stop_patience=10, plateau_patience=5, learning_rates=(1e-3,)
+        ),
     },
-    # A change of chord is missed by 12.5 ms on average, under 1 % of chords that last 2 s; 100 Hz would need five times
-    # the memory for that.
+    # A change of chord is missed by 12.5 ms on average, under 1 % of chords that last 2 s; 100 Hz
+    # would need five times the memory for that.
     grid_hz=20.0,
 )

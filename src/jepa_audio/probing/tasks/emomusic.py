@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.probing.metrics import R2
 from jepa_audio.probing.tasks.base import Conversion, DataSet, Protocol, Task
 from jepa_audio.probing.tasks.labels import Regression
@@ -25,30 +26,40 @@ _DOWNLOAD = "give the folder that holds clips_45seconds/, songs_info.csv and sta
 def convert(raw: Path) -> Conversion:
     """Records of arousal and valence, see `DataSet`.
 
-    The test split is the evaluation set of MediaEval 2013; the others are parted 8:2 by the sha1 checksum of the
-    artist, modulo 10, as in MARBLE's first version. The labels are its too: less the mean, over the standard deviation
-    of all songs that are not for testing.
+    The test split is the evaluation set of MediaEval 2013; the others are parted 8:2 by the sha1
+    checksum of the artist, modulo 10, as in MARBLE's first version. The labels are its too: less
+    the mean, over the standard deviation of all songs that are not for testing.
     """
     info = _annotations(raw, "songs_info.csv")
     songs = dict(read_rows(info, ("song_id", "Artist", _SET), errors="replace"))
     splits = {_song(row, where): _split(row, where) for where, row in songs.items()}
     values = {}
-    for where, row in read_rows(_annotations(raw, "static_annotations.csv"), ("song_id", *_QUANTITIES)):
+    for where, row in read_rows(
+        _annotations(raw, "static_annotations.csv"), ("song_id", *_QUANTITIES)
+    ):
         song = _song(row, where)
         if song not in splits:
-            raise ValueError(f"{where}: song {song} has no line in {info}")
+            raise UserError(f"{where}: song {song} has no line in {info}")
         values[song] = [number_in(row, name, where) for name in _QUANTITIES]
     for where, row in songs.items():
         if _song(row, where) not in values:
-            raise ValueError(f"{where}: song {_song(row, where)} has no line in static_annotations.csv")
+            raise UserError(
+                f"{where}: song {_song(row, where)} has no line in static_annotations.csv"
+            )
     return {"EMO/EMO": _records(raw, splits, _normalised(values, splits))}
 
 
-def _records(raw: Path, splits: dict[int, str], labels: dict[int, list[float]]) -> dict[str, list[Record]]:
+def _records(
+    raw: Path, splits: dict[int, str], labels: dict[int, list[float]]
+) -> dict[str, list[Record]]:
     folder = next((raw / name for name in _CLIPS if (raw / name).is_dir()), None)
     if folder is None:
-        raise FileNotFoundError(f"{raw / _CLIPS[0]} is missing: {_DOWNLOAD}")
-    clips = {path.stem: path.name for path in sorted(folder.iterdir(), reverse=True) if path.suffix in _SUFFIXES}
+        raise MissingFileError(f"{raw / _CLIPS[0]} is missing: {_DOWNLOAD}")
+    clips = {
+        path.stem: path.name
+        for path in sorted(folder.iterdir(), reverse=True)
+        if path.suffix in _SUFFIXES
+    }
     records: dict[str, list[Record]] = {"train": [], "val": [], "test": []}
     for song, split in sorted(splits.items()):
         name = clips.get(str(song), f"{song}.mp3")
@@ -59,31 +70,42 @@ def _records(raw: Path, splits: dict[int, str], labels: dict[int, list[float]]) 
 def _normalised(values: dict[int, list[float]], splits: dict[int, str]) -> dict[int, list[float]]:
     known = np.array([value for song, value in values.items() if splits[song] != "test"])
     if len(known) == 0 or (known.std(axis=0) == 0).any():
-        raise ValueError("emoMusic: arousal or valence is the same in all songs that are not for testing")
+        raise UserError(
+            "emoMusic: arousal or valence is the same in all songs that are not for testing"
+        )
     mean, deviation = known.mean(axis=0), known.std(axis=0)
     return {song: ((np.array(value) - mean) / deviation).tolist() for song, value in values.items()}
 
 
 def _annotations(raw: Path, name: str) -> Path:
-    found = next((path for path in (raw / name, raw / "annotations" / name) if path.is_file()), None)
+    found = next(
+        (path for path in (raw / name, raw / "annotations" / name) if path.is_file()), None
+    )
     if found is None:
-        raise FileNotFoundError(f"{raw / name} is missing: {_DOWNLOAD}")
+        raise MissingFileError(f"{raw / name} is missing: {_DOWNLOAD}")
     return found
 
 
 def _song(row: Row, where: str) -> int:
     if not row["song_id"].isdecimal():
-        raise ValueError(f"{where}, column `song_id`: {row['song_id']!r} must be the number of a song")
+        raise UserError(
+            f"{where}, column `song_id`: {row['song_id']!r} must be the number of a song"
+        )
     return int(row["song_id"])
 
 
 def _split(row: Row, where: str) -> str:
     if row[_SET] not in ("development", "evaluation"):
-        raise ValueError(f"{where}, column `{_SET}`: {row[_SET]!r} must be development or evaluation")
+        raise UserError(
+            f"{where}, column `{_SET}`: {row[_SET]!r} must be development or evaluation"
+        )
     if row[_SET] == "evaluation":
         return "test"
-    # Of the artist's name only a to z and spaces count: its spelling differs between copies of the table.
-    letters = "".join(c for c in row["Artist"].lower() if c.isascii() and (c.isalpha() or c.isspace()))
+    # Of the artist's name only a to z and spaces count: its spelling differs between copies of the
+    # table.
+    letters = "".join(
+        c for c in row["Artist"].lower() if c.isascii() and (c.isalpha() or c.isspace())
+    )
     digest = hashlib.sha1(" ".join(letters.split()).encode(), usedforsecurity=False).hexdigest()
     return _SPLITS_OF_ARTISTS[int(digest, 16) % len(_SPLITS_OF_ARTISTS)]
 
@@ -98,7 +120,10 @@ EMOMUSIC_EMOTION = Task(
     {
         # Features of 5 s each; a shorter rest counts from 1 s on.
         "marble-v1": Protocol(
-            Windows(5.0, min_ratio=0.2, first_seconds=30.0), max_epochs=100, stop_patience=20, plateau_patience=5
+            Windows(5.0, min_ratio=0.2, first_seconds=30.0),
+            max_epochs=100,
+            stop_patience=20,
+            plateau_patience=5,
         ),
         "marble-v2": Protocol(
             Windows(15.0, min_ratio=0.8),

@@ -16,6 +16,7 @@ from mir_eval.util import match_events
 from torch import Tensor
 from torch.nn import functional as F
 
+from jepa_audio.errors import UserError
 from jepa_audio.probing.tasks.beats import decode_beats_dbn, decode_beats_peaks
 from jepa_audio.probing.tasks.labels import Labels, Rows, Unit
 from jepa_audio.probing.tasks.records import Item, Split
@@ -66,8 +67,8 @@ class _Stretch:
 class FrameLabels(Labels):
     """An annotation in time: every row is a frame with a target of its own, and what is scored is counted by unit.
 
-    Annotations count seconds from the start of their file, whatever part of it a record names. What no frame covers,
-    such as an end that is too short for a window, is not scored.
+    Annotations count seconds from the start of their file, whatever part of it a record names. What
+    no frame covers, such as an end that is too short for a window, is not scored.
     """
 
     def truth(self, split: Split, rows: Rows, by: Unit) -> Shaped[np.ndarray, " units"]:
@@ -79,17 +80,20 @@ class FrameLabels(Labels):
 class Beats(FrameLabels):
     """Beats and downbeats, of records that are labelled `{"beat": [seconds], "downbeat": [seconds]}`.
 
-    A unit is decoded as a whole, its windows joined, and compared with the annotated seconds as they stand. Its first
-    5 s count as any others: MARBLE does not cut them off, though mir_eval advises it.
+    A unit is decoded as a whole, its windows joined, and compared with the annotated seconds as
+    they stand. Its first 5 s count as any others: MARBLE does not cut them off, though mir_eval
+    advises it.
 
     Args:
-        neighbours: targets of the frames 1, 2, … steps away from a beat; MARBLE's second version has (0.5, 0.25).
-        neighbour_seconds: a step, or a frame if that is longer; MERT's frame, whose published numbers are those to
-            compare with.
+        neighbours: targets of the frames 1, 2, … steps away from a beat; MARBLE's second version
+            has (0.5, 0.25).
+        neighbour_seconds: a step, or a frame if that is longer; MERT's frame, whose published
+            numbers are those to compare with.
         decoder: how beats are found in activations.
         threshold: lowest activation of a beat, for "peaks".
         beat_bpm: slowest and fastest tempo of beats.
-        downbeat_bpm: the same of downbeats; MARBLE's second version takes that of beats for them too.
+        downbeat_bpm: the same of downbeats; MARBLE's second version takes that of beats for them
+            too.
         decoded: the outputs that are decoded and counted.
     """
 
@@ -120,14 +124,22 @@ class Beats(FrameLabels):
         for stretch in _stretches(split, rows, "file"):
             for output, name in enumerate(self.names):
                 away = _distance(stretch.seconds, _events(stretch.item, name)) / step
-                steps = np.ceil(away - 0.501)  # nearest step; a beat half way between two frames belongs to both
-                targets[stretch.rows, output] = values[np.minimum(steps, len(values) - 1).astype(np.int64)]
+                steps = np.ceil(
+                    away - 0.501
+                )  # nearest step; a beat half way between two frames belongs to both
+                targets[stretch.rows, output] = values[
+                    np.minimum(steps, len(values) - 1).astype(np.int64)
+                ]
         return torch.from_numpy(targets)
 
-    def losses(self, logits: Float[Tensor, "n K C"], targets: Float[Tensor, "n C"]) -> Float[Tensor, " K"]:
+    def losses(
+        self, logits: Float[Tensor, "n K C"], targets: Float[Tensor, "n C"]
+    ) -> Float[Tensor, " K"]:
         """Binary cross-entropy, mean over frames and outputs."""
         expanded = targets[:, None].expand_as(logits)
-        return F.binary_cross_entropy_with_logits(logits, expanded, reduction="none").mean(dim=(0, 2))
+        return F.binary_cross_entropy_with_logits(logits, expanded, reduction="none").mean(
+            dim=(0, 2)
+        )
 
     def answers(
         self, logits: Float[Tensor, "rows K C"], split: Split, rows: Rows, by: Unit
@@ -138,15 +150,22 @@ class Beats(FrameLabels):
         for output, name in enumerate(self.names):
             if name not in self.decoded:
                 continue
-            frames = self._frames(logits[:, :, output].detach().sigmoid(), stretches, name, frame_rate)
+            frames = self._frames(
+                logits[:, :, output].detach().sigmoid(), stretches, name, frame_rate
+            )
             for unit, parts in itertools.groupby(
                 sorted(zip(stretches, frames, strict=True), key=_unit_of), key=_unit_of
             ):
-                counts[unit, :, 3 * output : 3 * output + 3] = self._counted(list(parts), name, frame_rate)
+                counts[unit, :, 3 * output : 3 * output + 3] = self._counted(
+                    list(parts), name, frame_rate
+                )
         return counts.to(logits.device)
 
     def _counted(
-        self, parts: list[tuple[_Stretch, list[Int64[np.ndarray, " _"]]]], name: str, frame_rate: float
+        self,
+        parts: list[tuple[_Stretch, list[Int64[np.ndarray, " _"]]]],
+        name: str,
+        frame_rate: float,
     ) -> Float[Tensor, "K 3"]:
         """Hits, estimated and annotated events of one unit, by head, from the frames that each head names."""
         annotated = [_events(stretch.item, name) for stretch, _ in parts]
@@ -157,24 +176,34 @@ class Beats(FrameLabels):
         reference = np.unique(np.concatenate(heard))
         counts = []
         for k in range(len(parts[0][1])):
-            estimated = np.sort(np.concatenate([stretch.seconds[frames[k]] for stretch, frames in parts]))
+            estimated = np.sort(
+                np.concatenate([stretch.seconds[frames[k]] for stretch, frames in parts])
+            )
             counts.append((_num_hits(reference, estimated), len(estimated), len(reference)))
         return torch.tensor(counts, dtype=torch.float32)
 
     def _frames(
-        self, activations: Float[Tensor, "rows K"], stretches: list[_Stretch], name: str, frame_rate: float
+        self,
+        activations: Float[Tensor, "rows K"],
+        stretches: list[_Stretch],
+        name: str,
+        frame_rate: float,
     ) -> list[list[Int64[np.ndarray, " _"]]]:
         """Frames of the events, by stretch and head."""
         min_bpm, max_bpm = self.beat_bpm if name == "beat" else self.downbeat_bpm
         num_heads = activations.shape[1]
         lengths = np.array([len(stretch.rows) for stretch in stretches])
-        place = np.stack([np.pad(stretch.rows, (0, lengths.max() - len(stretch.rows))) for stretch in stretches])
+        place = np.stack(
+            [np.pad(stretch.rows, (0, lengths.max() - len(stretch.rows))) for stretch in stretches]
+        )
         tracks = activations[torch.from_numpy(place).to(activations.device)].mT.flatten(0, 1)
         of_heads = lengths.repeat(num_heads)
         if self.decoder == "dbn":
             beats = decode_beats_dbn(tracks, frame_rate, min_bpm, max_bpm, lengths=of_heads)
         else:
-            beats = decode_beats_peaks(tracks, frame_rate, self.threshold, max_bpm, lengths=of_heads)
+            beats = decode_beats_peaks(
+                tracks, frame_rate, self.threshold, max_bpm, lengths=of_heads
+            )
         return [beats[start : start + num_heads] for start in range(0, len(beats), num_heads)]
 
 
@@ -182,9 +211,9 @@ class Beats(FrameLabels):
 class Chords(FrameLabels):
     """One of `CHORDS`, of records labelled with a list of `{"start_time", "end_time", "chord_str"}`.
 
-    A chord that contains a major triad is that triad, else one that contains a minor triad is that one; other chords
-    are ignored, and so are moments without annotation. No-chord stays no-chord, wherever it stands. A frame answers for
-    half a step on either side of its centre.
+    A chord that contains a major triad is that triad, else one that contains a minor triad is that
+    one; other chords are ignored, and so are moments without annotation. No-chord stays no-chord,
+    wherever it stands. A frame answers for half a step on either side of its centre.
     """
 
     kind: ClassVar[Literal["class", "tags", "numbers"]] = "class"
@@ -203,7 +232,9 @@ class Chords(FrameLabels):
             targets[stretch.rows[inside]] = chords.classes[place[inside]]
         return torch.from_numpy(targets)
 
-    def losses(self, logits: Float[Tensor, "n K C"], targets: Int64[Tensor, " n"]) -> Float[Tensor, " K"]:
+    def losses(
+        self, logits: Float[Tensor, "n K C"], targets: Int64[Tensor, " n"]
+    ) -> Float[Tensor, " K"]:
         """Cross-entropy, mean over the frames that are not ignored."""
         expanded = targets[:, None].expand(-1, logits.shape[1])
         of_rows = F.cross_entropy(logits.mT, expanded, reduction="none", ignore_index=IGNORED)
@@ -214,14 +245,16 @@ class Chords(FrameLabels):
     ) -> Float[Tensor, "units K A"]:
         """Seconds that mir_eval's `majmin` gives each head of those that can be compared, and frames: `CHORD_COLUMNS`.
 
-        Every chord of the annotation is compared with the 25 answers once; what mir_eval would then sum over merged
-        intervals is summed over their parts, of all heads together.
+        Every chord of the annotation is compared with the 25 answers once; what mir_eval would then
+        sum over merged intervals is summed over their parts, of all heads together.
         """
         said, device = logits.detach().argmax(dim=-1), logits.device
         targets = self.row_targets(split, rows).to(device)
         counted = targets != IGNORED
         hit = (said == targets[:, None]) & counted[:, None]
-        row, seconds, credit = (torch.from_numpy(array).to(device) for array in self._parts(split, rows))
+        row, seconds, credit = (
+            torch.from_numpy(array).to(device) for array in self._parts(split, rows)
+        )
         unit = torch.from_numpy(rows.unit(split, by)).to(device)
         right = credit.clamp_min(0).gather(1, said[row]) * seconds[:, None]
         comparable = seconds.where(credit[:, 0] >= 0, seconds.new_zeros(()))
@@ -236,7 +269,9 @@ class Chords(FrameLabels):
 
     def _parts(
         self, split: Split, rows: Rows
-    ) -> tuple[Int64[np.ndarray, " parts"], Float[np.ndarray, " parts"], Float[np.ndarray, "parts C"]]:
+    ) -> tuple[
+        Int64[np.ndarray, " parts"], Float[np.ndarray, " parts"], Float[np.ndarray, "parts C"]
+    ]:
         """Where one frame meets one chord: row, seconds, and what every answer would earn (-1: not comparable)."""
         row, seconds = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
         credit, half = [np.empty((0, len(CHORDS)), np.float32)], 0.5 / _frame_rate(rows)
@@ -276,7 +311,7 @@ class _Timeline:
         regions = [_region(item, region) for region in _checked_list(item)]
         for (_, end, _), (start, _, chord) in itertools.pairwise(regions):
             if start < end - _ROUNDING_SECONDS:
-                raise ValueError(
+                raise UserError(
                     f"{item.where}: chord {chord!r} starts at {start} s, but the one before ends at {end} s; chords "
                     "must stand in order of time and not overlap"
                 )
@@ -285,9 +320,13 @@ class _Timeline:
         ends = np.array([end for _, end, _ in heard], dtype=np.float64)
         classes = np.array([_class_of(chord) for _, _, chord in heard], dtype=np.int64)
         credit = [_credit_of(chord) for _, _, chord in heard]
-        return cls(starts, ends, classes, np.array(credit, dtype=np.float32).reshape(-1, len(CHORDS)))
+        return cls(
+            starts, ends, classes, np.array(credit, dtype=np.float32).reshape(-1, len(CHORDS))
+        )
 
-    def at(self, seconds: Float[np.ndarray, " n"]) -> tuple[Int64[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
+    def at(
+        self, seconds: Float[np.ndarray, " n"]
+    ) -> tuple[Int64[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
         """Place of the chord at some times, and whether there is one."""
         place = np.searchsorted(self.starts, seconds, side="right") - 1
         inside = place >= 0
@@ -297,7 +336,9 @@ class _Timeline:
 
 def _checked_list(item: Item) -> list[Any]:
     if not isinstance(item.label, list):
-        raise ValueError(f"{item.where}: `label` is {item.label!r}, must be a list of chords with start and end")
+        raise UserError(
+            f"{item.where}: `label` is {item.label!r}, must be a list of chords with start and end"
+        )
     return item.label
 
 
@@ -305,16 +346,24 @@ def _region(item: Item, region: Any) -> tuple[float, float, str]:
     """Start, end and chord."""
     keys = ("start_time", "end_time", "chord_str")
     if not isinstance(region, dict) or any(key not in region for key in keys):
-        raise ValueError(f"{item.where}: chord {region!r} must have `start_time`, `end_time` and `chord_str`")
+        raise UserError(
+            f"{item.where}: chord {region!r} must have `start_time`, `end_time` and `chord_str`"
+        )
     start, end, chord = (region[key] for key in keys)
     if not _is_time(start) or not _is_time(end) or end < start:
-        raise ValueError(f"{item.where}: `start_time` and `end_time` of {region!r} must be seconds, in this order")
+        raise UserError(
+            f"{item.where}: `start_time` and `end_time` of {region!r} must be seconds, in this order"
+        )
     if not isinstance(chord, str):
-        raise ValueError(f"{item.where}: `chord_str` is {chord!r}, must be a chord such as 'A:min7/b3' or 'N'")
+        raise UserError(
+            f"{item.where}: `chord_str` is {chord!r}, must be a chord such as 'A:min7/b3' or 'N'"
+        )
     try:
         _class_of(chord)
     except mir_chord.InvalidChordException as error:
-        raise ValueError(f"{item.where}: {chord!r} is no chord such as 'A:min7/b3' or 'N' ({error})") from error
+        raise UserError(
+            f"{item.where}: {chord!r} is no chord such as 'A:min7/b3' or 'N' ({error})"
+        ) from error
     return float(start), float(end), chord
 
 
@@ -339,19 +388,23 @@ def _events(item: Item, name: str) -> Float[np.ndarray, " events"]:
     """The seconds of the beats or of the downbeats; `ValueError` naming the record, if there are none such."""
     label = item.label
     if not isinstance(label, dict) or not isinstance(label.get(name), list):
-        raise ValueError(f"{item.where}: `label` must be an object whose `{name}` is a list of seconds, is {label!r}")
+        raise UserError(
+            f"{item.where}: `label` must be an object whose `{name}` is a list of seconds, is {label!r}"
+        )
     wrong = [time for time in label[name] if not _is_time(time)]
     if wrong:
-        raise ValueError(f"{item.where}: `{name}` holds {wrong[0]!r}, must hold seconds")
+        raise UserError(f"{item.where}: `{name}` holds {wrong[0]!r}, must hold seconds")
     events = np.array(label[name], dtype=np.float64)
     if (np.diff(events) < 0).any():
         late = events[1:][np.diff(events) < 0][0]
-        raise ValueError(f"{item.where}: `{name}` must rise, but {late} s comes after a later one")
+        raise UserError(f"{item.where}: `{name}` must rise, but {late} s comes after a later one")
     return events
 
 
 def _is_time(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+    )
 
 
 def _num_hits(reference: Float[np.ndarray, " n"], estimated: Float[np.ndarray, " m"]) -> int:
@@ -361,7 +414,9 @@ def _num_hits(reference: Float[np.ndarray, " n"], estimated: Float[np.ndarray, "
     return len(match_events(reference, estimated, TOLERANCE_SECONDS))
 
 
-def _distance(times: Float[np.ndarray, " n"], others: Float[np.ndarray, " m"]) -> Float[np.ndarray, " n"]:
+def _distance(
+    times: Float[np.ndarray, " n"], others: Float[np.ndarray, " m"]
+) -> Float[np.ndarray, " n"]:
     """From each time to the nearest of the others, which rise."""
     around = np.concatenate([[-np.inf], others, [np.inf]])
     after = np.searchsorted(around, times).clip(1)
@@ -375,7 +430,12 @@ def _stretches(split: Split, rows: Rows, by: Unit) -> Iterator[_Stretch]:
     unit = rows.unit(split, by)
     for part in np.split(order, np.flatnonzero(np.diff(key[order])) + 1):
         item = split.items[rows.item[part[0]]]
-        yield _Stretch(item, int(unit[part[0]]), part, item.start_seconds + rows.seconds[part].astype(np.float64))
+        yield _Stretch(
+            item,
+            int(unit[part[0]]),
+            part,
+            item.start_seconds + rows.seconds[part].astype(np.float64),
+        )
 
 
 def _frame_rate(rows: Rows) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import mir_eval
 
+from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.probing.metrics import KEYS, Accuracy, KeyScore
 from jepa_audio.probing.tasks.base import Conversion, DataSet, Protocol, Task
 from jepa_audio.probing.tasks.labels import Multiclass
@@ -22,17 +23,22 @@ _AUDIO_FOLDERS = ("audio", "wav")
 _SUFFIXES = (".mp3", ".wav", ".flac")
 _FLATS = ("C", "Db", "D", "Eb", "E", "F", "Gb", "G", "Ab", "A", "Bb", "B")
 _CONFIDENT = "2"  # of 0, 1 and 2
-_PARTS, _PARTS_FOR_TRAINING = 116, 100  # of the artists: about 80 % of the songs, for collaborators come along
+_PARTS, _PARTS_FOR_TRAINING = (
+    116,
+    100,
+)  # of the artists: about 80 % of the songs, for collaborators come along
 _DOWNLOAD = (
-    f"give the folder that holds {TEST_FOLDER} and {TRAIN_FOLDER}, as on GitHub, each with the mp3 files in its audio/"
+    f"give the folder that holds {TEST_FOLDER} and {TRAIN_FOLDER}, as on GitHub, each with the mp3 files "
+    "in its audio/"
 )
 
 
 def convert(raw: Path) -> Conversion:
     """Records of the keys, see `DataSet`; sharps become flats.
 
-    The test split is the GiantSteps key data set. Train and val are those songs of the GiantSteps MTG key data set that
-    have a single key of the greatest confidence, parted by artist as in MARBLE's first version: see `split_by_artist`.
+    The test split is the GiantSteps key data set. Train and val are those songs of the GiantSteps
+    MTG key data set that have a single key of the greatest confidence, parted by artist as in
+    MARBLE's first version: see `split_by_artist`.
     """
     mtg = _folder(raw, TRAIN_FOLDER)
     metadata = mtg / "annotations" / "beatport_metadata.txt"
@@ -40,33 +46,42 @@ def convert(raw: Path) -> Conversion:
     split_of_song = split_by_artist({_number(row, where): row["ARTIST"] for where, row in songs})
     audio = _audio(mtg)
     splits: dict[str, list[Record]] = {"train": [], "val": [], "test": _test_records(raw)}
-    annotated = read_rows(mtg / "annotations" / "annotations.txt", ("ID", "MANUAL KEY", "C"), "\t", ragged=True)
+    annotated = read_rows(
+        mtg / "annotations" / "annotations.txt", ("ID", "MANUAL KEY", "C"), "\t", ragged=True
+    )
     for where, row in annotated:
         if row["C"] != _CONFIDENT or "/" in row["MANUAL KEY"]:
             continue
         number = _number(row, where)
         if number not in split_of_song:
-            raise ValueError(f"{where}: song {number} has no line in {metadata}")
-        splits[split_of_song[number]].append(_record(raw, mtg, audio, number, _key(row["MANUAL KEY"], where)))
+            raise UserError(f"{where}: song {number} has no line in {metadata}")
+        splits[split_of_song[number]].append(
+            _record(raw, mtg, audio, number, _key(row["MANUAL KEY"], where))
+        )
     return {"GS/GS": splits}
 
 
 def split_by_artist(artists: Mapping[int, str]) -> dict[int, str]:
     """Train or val for every song.
 
-    An artist belongs to train if the sha1 checksum of the name in lower case, modulo 116, is below 100, else to val.
-    Then, song by song in their order and twice over, whoever made a song with an artist of val comes to val too.
+    An artist belongs to train if the sha1 checksum of the name in lower case, modulo 116, is below
+    100, else to val. Then, song by song in their order and twice over, whoever made a song with an
+    artist of val comes to val too.
 
     Args:
         artists: of every song, with commas between several.
     """
     names = {song: [name.strip() for name in line.split(",")] for song, line in artists.items()}
-    in_val = {name for of_song in names.values() for name in of_song if _part(name) >= _PARTS_FOR_TRAINING}
+    in_val = {
+        name for of_song in names.values() for name in of_song if _part(name) >= _PARTS_FOR_TRAINING
+    }
     for _ in range(2):
         for of_song in names.values():
             if in_val.intersection(of_song):
                 in_val.update(of_song)
-    return {song: "val" if in_val.intersection(of_song) else "train" for song, of_song in names.items()}
+    return {
+        song: "val" if in_val.intersection(of_song) else "train" for song, of_song in names.items()
+    }
 
 
 def _part(artist: str) -> int:
@@ -78,9 +93,9 @@ def _folder(raw: Path, name: str) -> Path:
     """Also as GitHub names an archive of a branch or of a commit."""
     found = sorted(folder for folder in raw.glob(f"{name}*") if folder.is_dir())
     if not found:
-        raise FileNotFoundError(f"{raw / name} is missing: {_DOWNLOAD}")
+        raise MissingFileError(f"{raw / name} is missing: {_DOWNLOAD}")
     if len(found) > 1:
-        raise ValueError(
+        raise UserError(
             f"{raw} holds {len(found)} folders called {name}: {', '.join(f.name for f in found)}; keep one"
         )
     return found[0]
@@ -90,10 +105,16 @@ def _test_records(raw: Path) -> list[Record]:
     folder = _folder(raw, TEST_FOLDER)
     keys = sorted((folder / "annotations" / "key").glob("*.key"), key=_number_of)
     if not keys:
-        raise FileNotFoundError(f"{folder / 'annotations' / 'key'} holds no .key file: {_DOWNLOAD}")
+        raise MissingFileError(f"{folder / 'annotations' / 'key'} holds no .key file: {_DOWNLOAD}")
     audio = _audio(folder)
     return [
-        _record(raw, folder, audio, _number_of(path), _key(path.read_text(encoding="utf-8"), f"{path}, line 1"))
+        _record(
+            raw,
+            folder,
+            audio,
+            _number_of(path),
+            _key(path.read_text(encoding="utf-8"), f"{path}, line 1"),
+        )
         for path in keys
     ]
 
@@ -102,26 +123,37 @@ def _audio(folder: Path) -> dict[int, str]:
     """The audio files of a folder by the numbers of their songs."""
     folders = [folder / name for name in _AUDIO_FOLDERS if (folder / name).is_dir()]
     if not folders:
-        raise FileNotFoundError(f"{folder / _AUDIO_FOLDERS[0]} is missing: {_DOWNLOAD}")
-    files = [path for each in folders for path in sorted(each.iterdir()) if path.suffix.lower() in _SUFFIXES]
+        raise MissingFileError(f"{folder / _AUDIO_FOLDERS[0]} is missing: {_DOWNLOAD}")
+    files = [
+        path
+        for each in folders
+        for path in sorted(each.iterdir())
+        if path.suffix.lower() in _SUFFIXES
+    ]
     return {_number_of(path): path.relative_to(folder).as_posix() for path in reversed(files)}
 
 
 def _record(raw: Path, folder: Path, audio: Mapping[int, str], number: int, key: str) -> Record:
     file = audio.get(number, f"{_AUDIO_FOLDERS[0]}/{number}.LOFI.mp3")
-    return {"audio_path": f"{folder.relative_to(raw).as_posix()}/{file}", "label": key, "ori_uid": f"{number:07}"}
+    return {
+        "audio_path": f"{folder.relative_to(raw).as_posix()}/{file}",
+        "label": key,
+        "ori_uid": f"{number:07}",
+    }
 
 
 def _number_of(path: Path) -> int:
     digits = path.name.partition(".")[0]
     if not digits.isdecimal():
-        raise ValueError(f"{path}: the name must begin with the number of a song, such as 1234749.LOFI{path.suffix}")
+        raise UserError(
+            f"{path}: the name must begin with the number of a song, such as 1234749.LOFI{path.suffix}"
+        )
     return int(digits)
 
 
 def _number(row: Row, where: str) -> int:
     if not row["ID"].isdecimal():
-        raise ValueError(f"{where}, column `ID`: {row['ID']!r} must be the number of a song")
+        raise UserError(f"{where}, column `ID`: {row['ID']!r} must be the number of a song")
     return int(row["ID"])
 
 
@@ -131,7 +163,9 @@ def _key(text: str, where: str) -> str:
     semitone = mir_eval.key.KEY_TO_SEMITONE.get(tonic.lower())
     key = "" if semitone is None else f"{_FLATS[semitone]} {mode.strip().lower()}"
     if key not in KEYS:
-        raise ValueError(f"{where}: {text.strip()!r} is no key; a key is like `Bb major` or `F# minor`")
+        raise UserError(
+            f"{where}: {text.strip()!r} is no key; a key is like `Bb major` or `F# minor`"
+        )
     return key
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from jepa_audio.data.read import AudioReadError, inspect
+from jepa_audio.data.audio.read import AudioReadError, inspect
+from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.probing.metrics import Accuracy
 from jepa_audio.probing.tasks.base import Conversion, DataSet, Protocol, Task
 from jepa_audio.probing.tasks.labels import Multiclass
@@ -15,7 +16,18 @@ from jepa_audio.probing.tasks.windows import Windows
 
 log = logging.getLogger(__name__)
 
-GENRES = ("blues", "classical", "country", "disco", "hiphop", "jazz", "metal", "pop", "reggae", "rock")
+GENRES = (
+    "blues",
+    "classical",
+    "country",
+    "disco",
+    "hiphop",
+    "jazz",
+    "metal",
+    "pop",
+    "reggae",
+    "rock",
+)
 FILES_PER_GENRE = 100
 
 _LISTS = {"train": "train_filtered.txt", "val": "valid_filtered.txt", "test": "test_filtered.txt"}
@@ -28,13 +40,17 @@ _DOWNLOAD = "give the folder that holds genres/ (or genres_original/) with its t
 def convert(raw: Path) -> Conversion:
     """Records of the genres, see `DataSet`.
 
-    The split is the fault-filtered one (Kereliuk, Sturm and Larsen, 2015, arXiv:1507.04761): its three lists beside the
-    audio if they lie there, else those of this package. The copy that most people have holds a broken jazz.00054, which
-    is left out if it cannot be decoded; MARBLE's first version leaves it out always.
+    The split is the fault-filtered one (Kereliuk, Sturm and Larsen, 2015, arXiv:1507.04761): its
+    three lists beside the audio if they lie there, else those of this package. The copy that most
+    people have holds a broken jazz.00054, which is left out if it cannot be decoded; MARBLE's first
+    version leaves it out always.
     """
     return {
         "GTZAN/GTZANGenre": {
-            split: [{"audio_path": path, "label": stem.partition(".")[0]} for stem, path in files.items()]
+            split: [
+                {"audio_path": path, "label": stem.partition(".")[0]}
+                for stem, path in files.items()
+            ]
             for split, files in split_files(raw).items()
         }
     }
@@ -44,8 +60,8 @@ def split_files(raw: Path) -> dict[str, dict[str, str]]:
     """The paths of the files of every split, from `raw`, by their names without suffix such as "blues.00029".
 
     Raises:
-        FileNotFoundError: if there is no folder of genres, or only some of the lists of files.
-        ValueError: naming list and line that is no file of GTZAN.
+        UserError: if there is no folder of genres, or only some of the lists of files.
+        UserError: naming list and line that is no file of GTZAN.
     """
     folder = _audio_folder(raw)
     present = {
@@ -59,10 +75,16 @@ def split_files(raw: Path) -> dict[str, dict[str, str]]:
         reason = _unusable(folder, present.get(_OFTEN_CORRUPT))
         if reason:
             log.warning("%s is left out: %s", _OFTEN_CORRUPT, reason)
-            lists = {split: [stem for stem in stems if stem != _OFTEN_CORRUPT] for split, stems in lists.items()}
+            lists = {
+                split: [stem for stem in stems if stem != _OFTEN_CORRUPT]
+                for split, stems in lists.items()
+            }
     prefix = "" if folder == raw else f"{folder.relative_to(raw).as_posix()}/"
     return {
-        split: {stem: prefix + present.get(stem, f"{stem.partition('.')[0]}/{stem}.wav") for stem in stems}
+        split: {
+            stem: prefix + present.get(stem, f"{stem.partition('.')[0]}/{stem}.wav")
+            for stem in stems
+        }
         for split, stems in lists.items()
     }
 
@@ -71,10 +93,10 @@ def _audio_folder(raw: Path) -> Path:
     candidates = [raw / name for name in _AUDIO_FOLDERS]
     folder = next((folder for folder in candidates if (folder / GENRES[0]).is_dir()), None)
     if folder is None:
-        raise FileNotFoundError(f"{raw / _AUDIO_FOLDERS[0] / GENRES[0]} is missing: {_DOWNLOAD}")
+        raise MissingFileError(f"{raw / _AUDIO_FOLDERS[0] / GENRES[0]} is missing: {_DOWNLOAD}")
     for genre in GENRES:
         if not (folder / genre).is_dir():
-            raise FileNotFoundError(f"{folder / genre} is missing: {_DOWNLOAD}")
+            raise MissingFileError(f"{folder / genre} is missing: {_DOWNLOAD}")
     return folder
 
 
@@ -94,9 +116,14 @@ def _lists(raw: Path) -> dict[str, list[str]]:
     missing = [path for path in paths.values() if not path.is_file()]
     if len(missing) == len(paths):
         shipped = load_splits("gtzan")
-        return {split: [f"{genre}.{n:05}" for genre in GENRES for n in shipped[split][genre]] for split in SPLITS}
+        return {
+            split: [f"{genre}.{n:05}" for genre in GENRES for n in shipped[split][genre]]
+            for split in SPLITS
+        }
     if missing:
-        raise FileNotFoundError(f"{missing[0]} is missing beside the other lists: all three are needed, or none")
+        raise MissingFileError(
+            f"{missing[0]} is missing beside the other lists: all three are needed, or none"
+        )
     return {split: _read_list(path) for split, path in paths.items()}
 
 
@@ -111,8 +138,13 @@ def _stem(line: str, where: str) -> str:
         place, number = divmod(int(line) - 1, FILES_PER_GENRE)
         return f"{GENRES[place]}.{number:05}"
     genre, _, digits = Path(line).name.removesuffix(Path(line).suffix).partition(".")
-    if genre not in GENRES or len(digits) != 5 or not digits.isdecimal() or int(digits) >= FILES_PER_GENRE:
-        raise ValueError(
+    if (
+        genre not in GENRES
+        or len(digits) != 5
+        or not digits.isdecimal()
+        or int(digits) >= FILES_PER_GENRE
+    ):
+        raise UserError(
             f"{where}: {line!r} is no file of GTZAN; a line is like blues/blues.00029.wav, or a number from 1 to "
             f"{FILES_PER_GENRE * len(GENRES)}; the genres are {', '.join(GENRES)}"
         )

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from jepa_audio.errors import UserError
 from jepa_audio.probing.metrics import KEYS, Accuracy, KeyScore
 from jepa_audio.probing.tasks.base import MARBLE_LEARNING_RATES, ProbeData, Protocol, Task
 from jepa_audio.probing.tasks.labels import Multiclass
@@ -35,13 +36,14 @@ _KEY = re.compile(r"(C|Db|D|Eb|E|F|Gb|G|Ab|A|Bb|B) [A-Za-z]+")
 class HookTask(Task):
     """A task on hooks, as the annotated clips are called, of which every one is scored by itself.
 
-    Several hooks may be of one song, which `ori_uid` names, and may differ in what they are: MARBLE averages its
-    key heads over a song and takes the first hook's label for all, here nothing is averaged over a song. The files in
-    MARBLE's records are cut already; `segment_start` and `segment_end` say where in the song, and are not read.
+    Several hooks may be of one song, which `ori_uid` names, and may differ in what they are: MARBLE
+    averages its key heads over a song and takes the first hook's label for all, here nothing is
+    averaged over a song. The files in MARBLE's records are cut already; `segment_start` and
+    `segment_end` say where in the song, and are not read.
 
     Args:
-        class_of: what an item's label means, `None` for an item that is left out; `ValueError` naming its record if it
-            is no label of this data set.
+        class_of: what an item's label means, `None` for an item that is left out; `ValueError`
+            naming its record if it is no label of this data set.
     """
 
     class_of: Callable[[Item], str | None] = field(kw_only=True)
@@ -53,10 +55,16 @@ class HookTask(Task):
         """The items that have a class, labelled with it."""
         _check_apart(split)
         classes = [self.class_of(item) for item in split.items]
-        kept = [replace(item, label=name) for item, name in zip(split.items, classes, strict=True) if name is not None]
+        kept = [
+            replace(item, label=name)
+            for item, name in zip(split.items, classes, strict=True)
+            if name is not None
+        ]
         where = split.items[0].where.rpartition(",")[0]
         if not kept:
-            raise ValueError(f"{where}: no record has a label that is one of the classes of {self.name}")
+            raise UserError(
+                f"{where}: no record has a label that is one of the classes of {self.name}"
+            )
         if len(kept) < len(split):
             log.warning(
                 "%s: %d of the %d records of %s are left out, their labels are no classes of the task",
@@ -72,7 +80,7 @@ def _check_apart(split: Split) -> None:
     uid, count = Counter(item.uid for item in split.items).most_common(1)[0]
     if count > 1:
         first, second = [item.where for item in split.items if item.uid == uid][:2]
-        raise ValueError(
+        raise UserError(
             f"{second}: `{uid}` is in {first} already, and hooks are scored apart: give each its own clip, or its "
             "own `uid` with its `start` and `end` in the file"
         )
@@ -81,7 +89,7 @@ def _check_apart(split: Split) -> None:
 def _key_of(item: Item) -> str | None:
     """The key, if it is major or minor."""
     if not isinstance(item.label, str) or not _KEY.fullmatch(item.label):
-        raise ValueError(
+        raise UserError(
             f"{item.where}: `label` is {item.label!r}, must be a tonic (C Db D Eb E F Gb G Ab A Bb B) and a mode, such "
             "as 'Eb minor'"
         )
@@ -93,7 +101,9 @@ def _section_of(item: Item) -> str:
     words = item.label if isinstance(item.label, list) else [item.label]
     section = _SECTION_OF.get("_".join(map(str, words)))
     if section is None:
-        raise ValueError(f"{item.where}: `label` is {item.label!r}, must be a list such as {list(_SECTION_OF)} gives")
+        raise UserError(
+            f"{item.where}: `label` is {item.label!r}, must be a list such as {list(_SECTION_OF)} gives"
+        )
     return section
 
 

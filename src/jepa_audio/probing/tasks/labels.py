@@ -13,6 +13,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
+from jepa_audio.errors import UserError
 from jepa_audio.probing.tasks.records import Item, Split
 
 UNKNOWN = -1
@@ -47,10 +48,10 @@ class Rows:
 class Labels(ABC):
     """What a head says of a row of features, and what it is held to.
 
-    A head gives `num_outputs` numbers for every row (called logits whatever they mean). For learning, `row_targets` and
-    `losses` hold them to the truth row by row. For scoring, `answers` says what is claimed of every unit (for clips
-    the mean of the logits of its rows; for annotations in time counts of what was hit), `truth` what is so; metrics
-    compare the two.
+    A head gives `num_outputs` numbers for every row (called logits whatever they mean). For
+    learning, `row_targets` and `losses` hold them to the truth row by row. For scoring, `answers`
+    says what is claimed of every unit (for clips the mean of the logits of its rows; for
+    annotations in time counts of what was hit), `truth` what is so; metrics compare the two.
 
     Attributes:
         kind: of a row's target: the number of a class, "tags" (each 0 to 1), or "numbers".
@@ -86,11 +87,13 @@ class Labels(ABC):
         """What `losses` compares the rows of some split with.
 
         Raises:
-            ValueError: naming the record, if a label is none of this kind.
+            UserError: naming the record, if a label is none of this kind.
         """
 
     @abstractmethod
-    def losses(self, logits: Float[Tensor, "n K C"], targets: Shaped[Tensor, "n ..."]) -> Float[Tensor, " K"]:
+    def losses(
+        self, logits: Float[Tensor, "n K C"], targets: Shaped[Tensor, "n ..."]
+    ) -> Float[Tensor, " K"]:
         """Mean over the rows, of K heads."""
 
     @abstractmethod
@@ -121,7 +124,9 @@ class ClipLabels(Labels):
         """The mean of the logits of a unit's rows."""
         unit = torch.from_numpy(rows.unit(split, by)).to(logits.device)
         total = logits.new_zeros(int(unit.max()) + 1, *logits.shape[1:], dtype=torch.float64)
-        total.index_add_(0, unit, logits.double())  # in 64 bits the mean of equal numbers is that number
+        total.index_add_(
+            0, unit, logits.double()
+        )  # in 64 bits the mean of equal numbers is that number
         return (total / unit.bincount()[:, None, None]).to(logits)
 
     def truth(self, split: Split, rows: Rows, by: Unit) -> Shaped[np.ndarray, "units ..."]:
@@ -161,17 +166,26 @@ class Multiclass(ClipLabels):
         """Number of each item's class, `UNKNOWN` for one of no training example.
 
         Raises:
-            ValueError: naming the record, if its class is not one of those that the task gives.
+            UserError: naming the record, if its class is not one of those that the task gives.
         """
         number = {name: i for i, name in enumerate(self.classes)}
-        if self.are_given and (strange := next((item for item in items if _word(item) not in number), None)):
-            raise ValueError(f"{strange.where}: `label` is {strange.label!r}, must be one of {', '.join(self.classes)}")
+        if self.are_given and (
+            strange := next((item for item in items if _word(item) not in number), None)
+        ):
+            raise UserError(
+                f"{strange.where}: `label` is {strange.label!r}, must be one of {', '.join(self.classes)}"
+            )
         return np.array([number.get(_word(item), UNKNOWN) for item in items], dtype=np.int64)
 
-    def losses(self, logits: Float[Tensor, "n K C"], targets: Shaped[Tensor, " n"]) -> Float[Tensor, " K"]:
+    def losses(
+        self, logits: Float[Tensor, "n K C"], targets: Shaped[Tensor, " n"]
+    ) -> Float[Tensor, " K"]:
         """Cross-entropy; rows of no known class say nothing."""
         of_rows = F.cross_entropy(
-            logits.mT, targets[:, None].expand(-1, logits.shape[1]), reduction="none", ignore_index=UNKNOWN
+            logits.mT,
+            targets[:, None].expand(-1, logits.shape[1]),
+            reduction="none",
+            ignore_index=UNKNOWN,
         )
         return of_rows.sum(dim=0) / (targets != UNKNOWN).sum().clamp_min(1)
 
@@ -195,7 +209,11 @@ class Multilabel(ClipLabels):
 
     def fitted(self, train: Split) -> Multilabel:
         """With the tags of the training split, if none were given."""
-        return self if self.tags else replace(self, tags=_in_order({tag for i in train.items for tag in _tags(i)}))
+        return (
+            self
+            if self.tags
+            else replace(self, tags=_in_order({tag for i in train.items for tag in _tags(i)}))
+        )
 
     def encoded(self, items: Sequence[Item]) -> Float[np.ndarray, "items C"]:
         """1 for every tag an item has, 0 for the others."""
@@ -205,10 +223,14 @@ class Multilabel(ClipLabels):
             encoded[row, [number[tag] for tag in _tags(item) if tag in number]] = 1
         return encoded
 
-    def losses(self, logits: Float[Tensor, "n K C"], targets: Float[Tensor, "n C"]) -> Float[Tensor, " K"]:
+    def losses(
+        self, logits: Float[Tensor, "n K C"], targets: Float[Tensor, "n C"]
+    ) -> Float[Tensor, " K"]:
         """Binary cross-entropy, mean over tags."""
         expanded = targets[:, None].expand_as(logits)
-        return F.binary_cross_entropy_with_logits(logits, expanded, reduction="none").mean(dim=(0, 2))
+        return F.binary_cross_entropy_with_logits(logits, expanded, reduction="none").mean(
+            dim=(0, 2)
+        )
 
 
 @dataclass(frozen=True)
@@ -237,16 +259,22 @@ class Regression(ClipLabels):
         values = np.array([self._numbers(item) for item in train.items])
         deviation = values.std(axis=0)
         if constant := [number for number, spread in enumerate(deviation) if spread == 0]:
-            raise ValueError(f"number {constant[0]} of the labels is the same in all of the training split")
+            raise UserError(
+                f"number {constant[0]} of the labels is the same in all of the training split"
+            )
         names = self.quantities or tuple(f"number {i}" for i in range(values.shape[1]))
-        return Regression(names, tuple(map(float, values.mean(axis=0))), tuple(map(float, deviation)))
+        return Regression(
+            names, tuple(map(float, values.mean(axis=0))), tuple(map(float, deviation))
+        )
 
     def encoded(self, items: Sequence[Item]) -> Float[np.ndarray, "items C"]:
         """Mean 0 and deviation 1 on the training split."""
         values = np.array([self._numbers(item) for item in items])
         return ((values - self.mean) / self.deviation).astype(np.float32)
 
-    def losses(self, logits: Float[Tensor, "n K C"], targets: Float[Tensor, "n C"]) -> Float[Tensor, " K"]:
+    def losses(
+        self, logits: Float[Tensor, "n K C"], targets: Float[Tensor, "n C"]
+    ) -> Float[Tensor, " K"]:
         """Squared error, mean over the numbers."""
         return (logits - targets[:, None]).square().mean(dim=(0, 2))
 
@@ -255,22 +283,28 @@ class Regression(ClipLabels):
         expected = len(self.quantities) or len(label)
         good = all(isinstance(value, int | float) and np.isfinite(value) for value in label)
         if not good or len(label) != expected:
-            raise ValueError(f"{item.where}: `label` is {item.label!r}, must be {expected} finite numbers")
+            raise UserError(
+                f"{item.where}: `label` is {item.label!r}, must be {expected} finite numbers"
+            )
         return [float(value) for value in label]
 
 
 def _word(item: Item) -> str:
     if isinstance(item.label, bool) or not isinstance(item.label, str | int):
-        raise ValueError(f"{item.where}: `label` is {item.label!r}, must be the name or the number of one class")
+        raise UserError(
+            f"{item.where}: `label` is {item.label!r}, must be the name or the number of one class"
+        )
     return str(item.label)
 
 
 def _tags(item: Item) -> list[str]:
     if not isinstance(item.label, list) or not all(isinstance(tag, str) for tag in item.label):
-        raise ValueError(f"{item.where}: `label` is {item.label!r}, must be a list of tags")
+        raise UserError(f"{item.where}: `label` is {item.label!r}, must be a list of tags")
     return item.label
 
 
 def _in_order(names: set[str]) -> tuple[str, ...]:
     """By number where all are numbers, else by the alphabet."""
-    return tuple(sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names))
+    return tuple(
+        sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+    )

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.probing.metrics import AUROC, F1, AveragePrecision
 from jepa_audio.probing.tasks.base import Conversion, DataSet, Protocol, Task
 from jepa_audio.probing.tasks.labels import Multilabel
@@ -52,7 +53,7 @@ def convert(raw: Path) -> Conversion:
 def _first_folder(raw: Path, candidates: Sequence[str]) -> str:
     found = next((name for name in candidates if (raw / name).is_dir()), None)
     if found is None:
-        raise FileNotFoundError(f"{raw} holds none of {', '.join(candidates)}: {_DOWNLOAD}")
+        raise MissingFileError(f"{raw} holds none of {', '.join(candidates)}: {_DOWNLOAD}")
     return found
 
 
@@ -64,15 +65,17 @@ def _record(audio: str, path: str, tags: list[str]) -> Record:
 def _read_tracks(table: Path) -> Iterator[tuple[str, list[str]]]:
     """Path and tags of every track of one split, in the order of the table."""
     if not table.is_file():
-        raise FileNotFoundError(f"{table} is missing: {_DOWNLOAD}")
+        raise MissingFileError(f"{table} is missing: {_DOWNLOAD}")
     lines = table.read_text(encoding="utf-8").splitlines()
     if len(lines) < 2 or lines[0].split("\t") != _COLUMNS:
-        raise ValueError(f"{table}, line 1: must name the columns {' '.join(_COLUMNS)}, and tracks must follow")
+        raise UserError(
+            f"{table}, line 1: must name the columns {' '.join(_COLUMNS)}, and tracks must follow"
+        )
     for number, line in enumerate(lines[1:], start=2):
         fields = line.rstrip().split("\t")
         path, tags = "".join(fields[3:4]), fields[5:]
         if not _PATH.fullmatch(path) or not tags or not all("---" in tag for tag in tags):
-            raise ValueError(
+            raise UserError(
                 f"{table}, line {number}: `{line}` must have a PATH such as 48/948.mp3 in its fourth field and tags "
                 "such as genre---rock from its sixth on, parted by tabs; fetch the file anew"
             )
@@ -82,7 +85,9 @@ def _read_tracks(table: Path) -> Iterator[tuple[str, list[str]]]:
 MTG = DataSet("mtg", convert)
 
 _PROTOCOLS = {
-    "marble-v1": Protocol(Windows(30.0, min_ratio=1 / 30), max_epochs=100, stop_patience=10, plateau_patience=3),
+    "marble-v1": Protocol(
+        Windows(30.0, min_ratio=1 / 30), max_epochs=100, stop_patience=10, plateau_patience=3
+    ),
     # 32 rows on each of four devices
     "marble-v2": Protocol(
         Windows(30.0, min_ratio=0.8),

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.probing.metrics import AUROC, F1, AveragePrecision
 from jepa_audio.probing.tasks.base import Conversion, DataSet, Protocol, Task
 from jepa_audio.probing.tasks.labels import Multilabel
@@ -21,19 +22,22 @@ NUM_TAGS = 50
 
 _OTHER_COLUMNS = ("clip_id", "mp3_path")
 _SPLITS = {"0123456789ab": "train", "c": "val", "def": "test"}
-_DOWNLOAD = "give the folder that holds annotations_final.csv and mp3/ with its folders from 0/ to f/"
+_DOWNLOAD = (
+    "give the folder that holds annotations_final.csv and mp3/ with its folders from 0/ to f/"
+)
 
 
 def convert(raw: Path) -> Conversion:
     """Records of the tags, see `DataSet`.
 
-    Clips in the folders 0 to b train, those in c validate, those in d to f test. The tags are the 50 that most clips of
-    all splits have; of tags with equally many, that whose column stands first. Clips without any of them stay: nothing
-    is said of them, but heads should say so. Empty files are left out: the archive has three.
+    Clips in the folders 0 to b train, those in c validate, those in d to f test. The tags are the
+    50 that most clips of all splits have; of tags with equally many, that whose column stands
+    first. Clips without any of them stay: nothing is said of them, but heads should say so. Empty
+    files are left out: the archive has three.
     """
     table = raw / "annotations_final.csv"
     if not table.is_file():
-        raise FileNotFoundError(f"{table} is missing: {_DOWNLOAD}")
+        raise MissingFileError(f"{table} is missing: {_DOWNLOAD}")
     clips = dict(_clips(table))
     tags = _most_frequent(clips.values())
     sizes = _sizes(raw)
@@ -61,15 +65,20 @@ def _clips(table: Path) -> Iterator[tuple[str, _Clip]]:
         columns = columns or tuple(name for name in row if name not in _OTHER_COLUMNS)
         for tag in columns:
             if row[tag] not in ("0", "1"):
-                raise ValueError(f"{where}, column `{tag}`: {row[tag]!r} must be 0 or 1")
-        yield where, _Clip(row["mp3_path"], frozenset(tag for tag in columns if row[tag] == "1"), columns)
+                raise UserError(f"{where}, column `{tag}`: {row[tag]!r} must be 0 or 1")
+        yield (
+            where,
+            _Clip(row["mp3_path"], frozenset(tag for tag in columns if row[tag] == "1"), columns),
+        )
 
 
 def _most_frequent(clips: Collection[_Clip]) -> list[str]:
     """Names of the tags, in the order of their columns."""
     columns = next(iter(clips)).columns
     count = Counter(tag for clip in clips for tag in clip.tags)
-    chosen = sorted(columns, key=lambda tag: -count[tag])[:NUM_TAGS]  # a stable sort: the first of equals comes first
+    chosen = sorted(columns, key=lambda tag: -count[tag])[
+        :NUM_TAGS
+    ]  # a stable sort: the first of equals comes first
     return sorted(chosen, key=columns.index)
 
 
@@ -79,15 +88,24 @@ def _sizes(raw: Path) -> dict[str, int]:
     names = [name for group in _SPLITS for name in group]
     present = [folder / name for name in names if (folder / name).is_dir()]
     if not present:
-        raise FileNotFoundError(f"{folder / names[0]} is missing: {_DOWNLOAD}")
-    return {f"{path.parent.name}/{path.name}": path.stat().st_size for each in present for path in each.iterdir()}
+        raise MissingFileError(f"{folder / names[0]} is missing: {_DOWNLOAD}")
+    return {
+        f"{path.parent.name}/{path.name}": path.stat().st_size
+        for each in present
+        for path in each.iterdir()
+    }
 
 
 def _split(path: str, where: str) -> str:
     folder, _, name = path.partition("/")
-    split = next((split for folders, split in _SPLITS.items() if len(folder) == 1 and folder in folders), None)
+    split = next(
+        (split for folders, split in _SPLITS.items() if len(folder) == 1 and folder in folders),
+        None,
+    )
     if split is None or not name:
-        raise ValueError(f"{where}, column `mp3_path`: {path!r} must be a file in one of the folders 0 to f")
+        raise UserError(
+            f"{where}, column `mp3_path`: {path!r} must be a file in one of the folders 0 to f"
+        )
     return split
 
 

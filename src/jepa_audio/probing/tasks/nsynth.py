@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.probing.metrics import Accuracy
 from jepa_audio.probing.tasks.base import Conversion, DataSet, Protocol, Task
 from jepa_audio.probing.tasks.labels import Multiclass
@@ -24,7 +25,10 @@ def convert(raw: Path) -> Conversion:
     """Records of both tasks, see `DataSet`; the splits are NSynth's own."""
     notes = {split: _read_examples(raw / folder) for split, folder in FOLDERS.items()}
     return {
-        stem: {split: [_record(raw, split, name, note, key) for name, note in notes[split].items()] for split in notes}
+        stem: {
+            split: [_record(raw, split, name, note, key) for name, note in notes[split].items()]
+            for split in notes
+        }
         for stem, key in _KEYS.items()
     }
 
@@ -32,7 +36,9 @@ def convert(raw: Path) -> Conversion:
 def _record(raw: Path, split: str, name: str, note: dict[str, Any], key: str) -> Record:
     label, folder = note.get(key), FOLDERS[split]
     if label is None:
-        raise ValueError(f"{raw / folder / 'examples.json'}: note {name} has no `{key}`; use NSynth's own file")
+        raise UserError(
+            f"{raw / folder / 'examples.json'}: note {name} has no `{key}`; use NSynth's own file"
+        )
     return {"audio_path": f"{folder}/audio/{name}.wav", "label": label}
 
 
@@ -41,13 +47,19 @@ def _read_examples(folder: Path) -> dict[str, dict[str, Any]]:
     examples, audio = folder / "examples.json", folder / "audio"
     for path in (folder, examples, audio):
         if not path.exists():
-            raise FileNotFoundError(f"{path} is missing: {_DOWNLOAD}")
+            raise MissingFileError(f"{path} is missing: {_DOWNLOAD}")
     try:
         notes = json.loads(examples.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{examples} is not JSON ({error}): unpack the archive anew") from error
-    if not isinstance(notes, dict) or not notes or not all(isinstance(note, dict) for note in notes.values()):
-        raise ValueError(f"{examples} must hold one object for each note, by name: unpack the archive anew")
+        raise UserError(f"{examples} is not JSON ({error}): unpack the archive anew") from error
+    if (
+        not isinstance(notes, dict)
+        or not notes
+        or not all(isinstance(note, dict) for note in notes.values())
+    ):
+        raise UserError(
+            f"{examples} must hold one object for each note, by name: unpack the archive anew"
+        )
     return dict(sorted(notes.items()))
 
 

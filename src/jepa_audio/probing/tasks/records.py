@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
+from jepa_audio.errors import MissingFileError, UserError
+
 SPLITS = ("train", "val", "test")
 """Of every task, by the names that MARBLE's files bear."""
 
@@ -28,7 +30,8 @@ class Item:
 
     Attributes:
         path: the file.
-        label: as it stands in the record: a string, a list of tags, of numbers, or an annotation in time.
+        label: as it stands in the record: a string, a list of tags, of numbers, or an annotation in
+            time.
         uid: of the unit that is scored; what is said of items of one uid is averaged.
         where: file and line that say so.
         start_seconds: where in the file it begins.
@@ -48,19 +51,19 @@ class Split:
     """The items of one split, in the order of their records.
 
     Raises:
-        ValueError: if there are none, or if two items of one uid have different labels.
+        UserError: if there are none, or if two items of one uid have different labels.
     """
 
     items: tuple[Item, ...]
 
     def __post_init__(self) -> None:
         if not self.items:
-            raise ValueError("a split needs at least one item")
+            raise UserError("a split needs at least one item")
         first: dict[str, Item] = {}
         for item in self.items:
             leader = first.setdefault(item.uid, item)
             if item.label != leader.label:
-                raise ValueError(
+                raise UserError(
                     f"{item.where}: `{item.uid}` is labelled {item.label!r}, but {leader.label!r} in {leader.where}; "
                     "give records that are scored apart a `uid` of their own"
                 )
@@ -88,13 +91,16 @@ class Split:
     def subset(self, size: int | None, seed: int) -> Split:
         """The items of `size` random units in their own order (all, if `None` or too few).
 
-        The choice depends on the number of units and the seed alone: tasks on the same audio choose the same.
+        The choice depends on the number of units and the seed alone: tasks on the same audio choose
+        the same.
         """
         if size is None or size >= len(self.uids):
             return self
         if size < 1:
-            raise ValueError(f"a subset needs at least one unit, got {size}")
-        kept = np.isin(self.unit, np.random.default_rng(seed).choice(len(self.uids), size, replace=False))
+            raise UserError(f"a subset needs at least one unit, got {size}")
+        kept = np.isin(
+            self.unit, np.random.default_rng(seed).choice(len(self.uids), size, replace=False)
+        )
         return Split(tuple(self.items[place] for place in np.flatnonzero(kept)))
 
     def shuffled(self, seed: int) -> Split:
@@ -103,7 +109,14 @@ class Split:
         labels = [self.leaders[place].label for place in order]
         return Split(
             tuple(
-                Item(item.path, labels[unit], item.uid, item.where, item.start_seconds, item.end_seconds)
+                Item(
+                    item.path,
+                    labels[unit],
+                    item.uid,
+                    item.where,
+                    item.start_seconds,
+                    item.end_seconds,
+                )
                 for item, unit in zip(self.items, self.unit, strict=True)
             )
         )
@@ -113,11 +126,11 @@ def read_records(path: Path) -> dict[str, Record]:
     """The objects of a JSON-lines file, by the place where each of them stands.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: naming file and line, if a line is not an object with `audio_path` and `label`.
+        UserError: if there is no such file.
+        UserError: naming file and line, if a line is not an object with `audio_path` and `label`.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}")
+        raise MissingFileError(f"there is no {path}")
     records = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
@@ -126,13 +139,13 @@ def read_records(path: Path) -> dict[str, Record]:
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{where}: not JSON ({error})") from error
+            raise UserError(f"{where}: not JSON ({error})") from error
         missing = [key for key in _NEEDED if not isinstance(record, dict) or key not in record]
         if missing:
-            raise ValueError(f"{where}: no {' and no '.join(f'`{key}`' for key in missing)}")
+            raise UserError(f"{where}: no {' and no '.join(f'`{key}`' for key in missing)}")
         records[where] = record
     if not records:
-        raise ValueError(f"{path} holds no record")
+        raise UserError(f"{path} holds no record")
     return records
 
 
@@ -148,16 +161,16 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
 def read_split(path: Path, group_by: str = "audio_path") -> Split:
     """The items of a JSON-lines file.
 
-    A relative `audio_path` is looked for from the working directory, as MARBLE does, then from the folder of the
-    records and from the folders above it; the first record decides for all.
+    A relative `audio_path` is looked for from the working directory, as MARBLE does, then from the
+    folder of the records and from the folders above it; the first record decides for all.
 
     Args:
         path: the file.
         group_by: key whose value is the unit that is scored; a record's own `uid` goes before it.
 
     Raises:
-        FileNotFoundError: naming the record, if an audio file is missing.
-        ValueError: as `read_records` and `split_of`.
+        UserError: naming the record, if an audio file is missing.
+        UserError: as `read_records` and `split_of`.
     """
     records = read_records(path)
     first = str(next(iter(records.values()))["audio_path"])
@@ -168,16 +181,27 @@ def split_of(records: Mapping[str, Record], root: Path, group_by: str = "audio_p
     """The items of some records, by the place where each of them stands.
 
     Raises:
-        FileNotFoundError: naming the record, if an audio file is missing.
-        ValueError: naming the record, if `start` and `end` are no times; as `Split`.
+        UserError: naming the record, if an audio file is missing.
+        UserError: naming the record, if `start` and `end` are no times; as `Split`.
     """
     items = []
     for where, record in records.items():
         start, end = record.get("start", 0.0), record.get("end")
         if not _is_time(start) or not (end is None or (_is_time(end) and end > start)):
-            raise ValueError(f"{where}: `start` ({start!r}) and `end` ({end!r}) must be seconds, in this order")
+            raise UserError(
+                f"{where}: `start` ({start!r}) and `end` ({end!r}) must be seconds, in this order"
+            )
         uid = record.get("uid", record.get(group_by, record["audio_path"]))
-        items.append(Item(root / str(record["audio_path"]), record["label"], str(uid), where, float(start), end))
+        items.append(
+            Item(
+                root / str(record["audio_path"]),
+                record["label"],
+                str(uid),
+                where,
+                float(start),
+                end,
+            )
+        )
     _check_files(items)
     return Split(tuple(items))
 
@@ -198,7 +222,9 @@ def checksum_of(splits: Sequence[Split]) -> str:
 
 
 def _is_time(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+    )
 
 
 def _root_of(audio_path: str, records: Path) -> Path:
@@ -212,13 +238,21 @@ def _check_files(items: Sequence[Item]) -> None:
     missing = []
     for item in items:
         folder = item.path.parent
-        if folder not in present:  # one listing a folder: a look at every file takes minutes on a network drive
-            present[folder] = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+        if (
+            folder not in present
+        ):  # one listing a folder: a look at every file takes minutes on a network drive
+            present[folder] = (
+                {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+            )
         if item.path.name not in present[folder]:
             missing.append(item)
     if missing:
-        more = f", as are {len(missing) - 1} more of the {len(items)} files" if len(missing) > 1 else ""
-        raise FileNotFoundError(
+        more = (
+            f", as are {len(missing) - 1} more of the {len(items)} files"
+            if len(missing) > 1
+            else ""
+        )
+        raise MissingFileError(
             f"{missing[0].where}: {missing[0].path} is missing{more}; relative paths start from the working directory "
             "or from a folder above the records"
         )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.probing.metrics import Accuracy
 from jepa_audio.probing.tasks.base import Conversion, DataSet, Protocol, Task
 from jepa_audio.probing.tasks.labels import Multiclass, Unit
@@ -69,18 +70,21 @@ class _Take:
 def convert(raw: Path) -> Conversion:
     """Records of both tasks, see `DataSet`.
 
-    MARBLE's lists hang on a random generator and on where silence is heard, so the splits here have its rules and its
-    shares, but not its lists. Each take goes where a number between 0 and 99 sends it, sha256 modulo 100 of
-    `singer/context/technique/stem` such as `f1/scales/belt/f1_scales_belt_a`:
+    MARBLE's lists hang on a random generator and on where silence is heard, so the splits here have
+    its rules and its shares, but not its lists. Each take goes where a number between 0 and 99
+    sends it, sha256 modulo 100 of `singer/context/technique/stem` such as
+    `f1/scales/belt/f1_scales_belt_a`:
 
-    - singer: below 48 train, below 80 val, else test; nearly 180 takes each put everybody in all splits;
+    - singer: below 48 train, below 80 val, else test; nearly 180 takes each put everybody in all
+    splits;
     - technique: all takes of `TEST_SINGERS` test; of the others below 60 train, else val.
 
-    Other differences: MARBLE gives the takes of all techniques that have the same place in their folders to one split.
-    It cuts silence off the start of each take, and drops a take that is too short for a window. Of the copies, named
-    such as `f2_scales_vibrato_a(1).wav`, it leaves out one, here all are left out. It leaves out four takes that the
-    paper does not list, and where name and folder of a take are of two singers it believes the name: here the four are
-    kept, and such a take is left out.
+    Other differences: MARBLE gives the takes of all techniques that have the same place in their
+    folders to one split. It cuts silence off the start of each take, and drops a take that is too
+    short for a window. Of the copies, named such as `f2_scales_vibrato_a(1).wav`, it leaves out
+    one, here all are left out. It leaves out four takes that the paper does not list, and where
+    name and folder of a take are of two singers it believes the name: here the four are kept, and
+    such a take is left out.
     """
     takes = _read_takes(raw)
     sung = [take for take in takes if take.technique in TECHNIQUES]
@@ -115,13 +119,15 @@ def _read_takes(raw: Path) -> list[_Take]:
     """Those whose singer is certain, in the order of their paths."""
     tree = next((raw / name for name in _TREES if (raw / name).is_dir()), None)
     if tree is None:
-        raise FileNotFoundError(f"{raw} holds neither {' nor '.join(_TREES)}: {_DOWNLOAD}")
+        raise MissingFileError(f"{raw} holds neither {' nor '.join(_TREES)}: {_DOWNLOAD}")
     files = sorted(path for path in tree.glob("*/*/*/*.wav") if not path.name.startswith("."))
     if not files:
-        raise FileNotFoundError(f"{tree} holds no singer/context/technique/*.wav: {_DOWNLOAD}")
+        raise MissingFileError(f"{tree} holds no singer/context/technique/*.wav: {_DOWNLOAD}")
     takes = {path: _take(raw, path) for path in files}
     doubtful = [
-        path for path, take in takes.items() if _COPY.search(path.stem) or _singer(path.stem) not in (take.singer, None)
+        path
+        for path, take in takes.items()
+        if _COPY.search(path.stem) or _singer(path.stem) not in (take.singer, None)
     ]
     if doubtful:
         log.warning(
@@ -139,10 +145,14 @@ def _take(raw: Path, path: Path) -> _Take:
     singer_folder, context, folder = path.parts[-4:-1]
     singer, technique = _singer(singer_folder), _MISSPELT.get(folder, folder)
     if singer not in SINGERS:
-        raise ValueError(f"{path}: `{singer_folder}` is none of the singers female1 to female9 and male1 to male11")
+        raise UserError(
+            f"{path}: `{singer_folder}` is none of the singers female1 to female9 and male1 to male11"
+        )
     if technique not in (*TECHNIQUES, *DYNAMICS):
         known = ", ".join((*TECHNIQUES, *DYNAMICS))
-        raise ValueError(f"{path}: `{folder}` is no technique; rename it to one of {known}, or move it away")
+        raise UserError(
+            f"{path}: `{folder}` is no technique; rename it to one of {known}, or move it away"
+        )
     return _Take(path.relative_to(raw).as_posix(), singer, context, technique)
 
 
@@ -154,11 +164,13 @@ def _singer(name: str) -> str | None:
 
 VOCALSET = DataSet("vocalset", convert)
 
-# Each window counts, as every one is a file of its own in MARBLE, where it is brought to mean 0 and deviation 1: here
-# that is the encoder's own matter. A rest of at least a second at the end of a take is kept for the singer and dropped
-# for the technique: what MARBLE found best for each.
+# Each window counts, as every one is a file of its own in MARBLE, where it is brought to mean 0 and
+# deviation 1: here that is the encoder's own matter. A rest of at least a second at the end of a
+# take is kept for the singer and dropped for the technique: what MARBLE found best for each.
 _UNITS: tuple[Unit, ...] = ("window", "file")
-_SINGER_V1 = Protocol(Windows(3.0, min_ratio=1 / 3), max_epochs=100, stop_patience=20, plateau_patience=5)
+_SINGER_V1 = Protocol(
+    Windows(3.0, min_ratio=1 / 3), max_epochs=100, stop_patience=20, plateau_patience=5
+)
 _TECHNIQUE_V1 = Protocol(Windows(3.0), max_epochs=100, stop_patience=10, plateau_patience=5)
 
 VOCALSET_SINGER = Task(

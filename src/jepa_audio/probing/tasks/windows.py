@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jepa_audio.errors import UserError
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -11,7 +13,8 @@ class Windows:
 
     Args:
         seconds: of a window; `None` for the whole stretch.
-        min_ratio: the last window may be shorter: it is kept if it has at least this share of `seconds`.
+        min_ratio: the last window may be shorter: it is kept if it has at least this share of
+            `seconds`.
         first_seconds: only so much of the stretch is heard; `None` for all of it.
     """
 
@@ -21,7 +24,7 @@ class Windows:
 
     def __post_init__(self) -> None:
         if not 0 < self.min_ratio <= 1 or min(self.seconds or 1, self.first_seconds or 1) <= 0:
-            raise ValueError(
+            raise UserError(
                 f"`min_ratio` ({self.min_ratio}) must be in (0, 1], `seconds` ({self.seconds}) and `first_seconds` "
                 f"({self.first_seconds}) positive or None"
             )
@@ -29,8 +32,8 @@ class Windows:
     def spans(self, num_samples: int, sample_rate: int) -> list[tuple[int, int]]:
         """First sample and first sample behind, of every window of a stretch of `num_samples`.
 
-        A stretch that is shorter than a window needs to be is one window all the same: nothing that is scored vanishes.
-        No window is filled up: see `LayerFeatures`.
+        A stretch that is shorter than a window needs to be is one window all the same: nothing that
+        is scored vanishes. No window is filled up: see `LayerFeatures`.
         """
         if self.first_seconds is not None:
             num_samples = min(num_samples, round(self.first_seconds * sample_rate))

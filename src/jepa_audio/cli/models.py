@@ -1,0 +1,88 @@
+"""The commands on models that need no Trainer; their docstrings are their `--help`."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from jepa_audio.data.datamodule import AudioDataModule
+from jepa_audio.errors import UserError
+from jepa_audio.interop import export_weights, import_weights
+from jepa_audio.interop.layout import SizeHints
+from jepa_audio.parallel import track_progress
+from jepa_audio.steps.front_ends import FrontEnd, SpectrogramFrontEnd
+from jepa_audio.steps.front_ends.spectrogram import measure_statistics
+
+
+def import_published(
+    layout: Literal["wavjepa", "pupujepa"],
+    source: Path,
+    output: Path | None = None,
+    recipe: Path | None = None,
+    num_heads: int | None = None,
+    predictor_num_heads: int | None = None,
+    conv_strides: list[int] | None = None,
+) -> None:
+    """Make a checkpoint of published weights, to probe, to encode with and to train further.
+
+    Args:
+        layout: whose files: "wavjepa" (WavJEPA-Nat's too) or "pupujepa".
+        source: `.safetensors`, `.ckpt`, `.pt` or `.bin` file, or a folder with one and its
+            `config.json`.
+        output: folder to write (-o); `runs/NAME` if not given.
+        recipe: YAML of all that is no weight; the paper's own in `configs/` if not given.
+        num_heads: attention heads of the encoder, where the file does not tell.
+        predictor_num_heads: the same of the predictor.
+        conv_strides: of the convolutions, where the file does not tell.
+    """
+    output = output or Path("runs") / source.stem
+    given = SizeHints(
+        num_heads, predictor_num_heads, None if conv_strides is None else tuple(conv_strides)
+    )
+    checkpoint = import_weights(layout, source, output, recipe=recipe, given=given)
+    print(
+        f"{checkpoint}\n"
+        f"  probe:         jepa-audio probe --encoder {checkpoint} --tasks nsynth_pitch --data DIR --output DIR\n"
+        f"  train further: jepa-audio fit --config {output / 'config.yaml'} --data.root DIR --run_dir runs/further"
+    )
+
+
+def export_published(
+    layout: Literal["wavjepa", "pupujepa"], checkpoint: Path, output: Path | None = None
+) -> None:
+    """Write a checkpoint as the published model of that layout: `model.safetensors` and `config.json`.
+
+    Args:
+        layout: "wavjepa" (WavJEPA-Nat's too) or "pupujepa".
+        checkpoint: `.ckpt` of a run or of an import.
+        output: folder to write (-o); `exported/` in the folder of the run if not given.
+    """
+    print(export_weights(layout, checkpoint, output or checkpoint.parent.parent / "exported"))
+
+
+def stats(front_end: FrontEnd, data: AudioDataModule, num_clips: int) -> None:
+    """Print the mean and standard deviation that a `SpectrogramFrontEnd` should normalise with.
+
+    Args:
+        front_end: of the run; its own `mean` and `std` are not used.
+        data: of the run; its training crops are measured.
+        num_clips: crops to measure.
+
+    Raises:
+        UserError: if the front end normalises nothing.
+    """
+    if not isinstance(front_end, SpectrogramFrontEnd):
+        raise UserError(
+            f"a {type(front_end).__name__} has no statistics to measure, only a SpectrogramFrontEnd has"
+        )
+    data.batch_size = 1
+    data.prepare_data()
+    data.setup("fit")
+    loader = islice(data.train_dataloader(), num_clips)
+    waveforms = (
+        data.on_after_batch_transfer(batch, 0).waveform
+        for batch in track_progress(loader, "measuring", num_clips)
+    )
+    mean, std = measure_statistics(front_end.spectrogram, waveforms)
+    print(f"model:\n  front_end:\n    init_args:\n      mean: {mean:.6f}\n      std: {std:.6f}")

@@ -1,0 +1,1 @@
+"""Corpora: find, index, describe, verify and pack audio files."""

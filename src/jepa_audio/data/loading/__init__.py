@@ -1,0 +1,1 @@
+"""From a corpus to batches: crops, their order, loaders and worker processes."""

@@ -1,0 +1,1 @@
+"""Clips placed in rooms with noise."""

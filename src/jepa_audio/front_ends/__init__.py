@@ -1,7 +1,0 @@
-"""Front ends: waveform → tokens on a grid."""
-
-from jepa_audio.front_ends.base import FrontEnd
-from jepa_audio.front_ends.spectrogram import SpectrogramFrontEnd
-from jepa_audio.front_ends.waveform import WaveformFrontEnd
-
-__all__ = ["FrontEnd", "SpectrogramFrontEnd", "WaveformFrontEnd"]

@@ -1,0 +1,1 @@
+"""Use of a pretrained encoder."""

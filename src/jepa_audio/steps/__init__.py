@@ -1,0 +1,1 @@
+"""The six steps of a JEPA: front ends, masking, encoder, targets, predictor, losses."""

@@ -1,0 +1,1 @@
+"""Step 3: the transformer and its positions."""

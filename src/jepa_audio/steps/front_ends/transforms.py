@@ -1,0 +1,420 @@
+"""Spectrograms with fixed kernels: waveform → log magnitudes, in float32 also under autocast."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import partial
+from math import ceil, log2
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from nnAudio.features.cqt import CQT1992v2, CQT2010v2
+from nnAudio.features.vqt import VQT as NNAudioVQT  # noqa: N811
+from nnAudio.librosa_functions import get_gammatone
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchaudio.functional import melscale_fbanks
+
+from jepa_audio.errors import UserError
+
+
+class Spectrogram(nn.Module, ABC):
+    """Log magnitudes on a plane of bands and frames.
+
+    A subclass sets the attributes and writes `log_magnitude`. Kernels are formulas and no weights:
+    they are buffers outside of the `state_dict`.
+
+    Attributes:
+        sample_rate: in Hz, of the waveforms it takes.
+        num_bands: frequency bands F that it gives, lowest first.
+        hop_length: samples from one frame to the next.
+        window_length: samples that one frame covers.
+        padding: samples reflected at either end of the clip.
+        min_samples: length of the shortest clip that it takes.
+    """
+
+    def __init__(
+        self,
+        *,
+        sample_rate: int,
+        num_bands: int,
+        hop_length: int,
+        window_length: int,
+        padding: int,
+        min_samples: int,
+    ) -> None:
+        super().__init__()
+        if min(sample_rate, num_bands, hop_length) < 1:
+            raise UserError(
+                f"`sample_rate` ({sample_rate}), `hop_length` ({hop_length}) and the number of bands "
+                f"({num_bands}) must be positive"
+            )
+        self.sample_rate = sample_rate
+        self.num_bands = num_bands
+        self.hop_length = hop_length
+        self.window_length = window_length
+        self.padding = padding
+        self.min_samples = min_samples
+
+    def num_frames(self, num_samples: int) -> int:
+        """Number of frames T of a clip: a formula, never a forward pass.
+
+        Raises:
+            UserError: if the clip is shorter than `min_samples`.
+        """
+        if num_samples < self.min_samples:
+            raise UserError(
+                f"a clip of {num_samples} samples is too short for {type(self).__name__}: window and reflect "
+                f"padding take at least {self.min_samples} samples "
+                f"({1e3 * self.min_samples / self.sample_rate:.4g} ms at {self.sample_rate} Hz)"
+            )
+        return 1 + (num_samples + 2 * self.padding - self.window_length) // self.hop_length
+
+    @abstractmethod
+    def log_magnitude(self, waveform: Float[Tensor, "R S"]) -> Float[Tensor, "R F T"]:
+        """Natural logarithm of the magnitudes of R float32 signals."""
+
+    def forward(self, waveform: Float[Tensor, "B C S"]) -> Float[Tensor, "B C F T"]:
+        """Log magnitudes of every channel, `T == num_frames(S)`."""
+        self.num_frames(waveform.shape[-1])
+        with torch.autocast(device_type=waveform.device.type, enabled=False):
+            spectrum = self.log_magnitude(waveform.flatten(0, 1).float())
+        return spectrum.unflatten(0, waveform.shape[:2])
+
+
+class _FilterBank(Spectrogram):
+    """Bands as weighted sums over the bins of a short-time Fourier transform."""
+
+    bank: Tensor
+    window: Tensor
+
+    def __init__(
+        self,
+        bank: Float[Tensor, "F bins"],
+        sample_rate: int,
+        n_fft: int,
+        win_length: int | None,
+        hop_length: int,
+        power: float,
+        floor: float,
+        magnitude_eps: float,
+        center: bool,
+    ) -> None:
+        win_length = n_fft if win_length is None else win_length
+        if not 1 <= hop_length <= win_length <= n_fft:
+            raise UserError(
+                f"`hop_length` ({hop_length}) must be in [1, `win_length` ({win_length})] and `win_length` "
+                f"at most `n_fft` ({n_fft}): lower the hop or take a longer window"
+            )
+        if power <= 0 or floor <= 0:
+            raise UserError(f"`power` ({power}) and `floor` ({floor}) must be positive")
+        padding = n_fft // 2 if center else (n_fft - hop_length) // 2
+        super().__init__(
+            sample_rate=sample_rate,
+            num_bands=len(bank),
+            hop_length=hop_length,
+            window_length=n_fft,
+            padding=padding,
+            min_samples=max(padding + 1, n_fft - 2 * padding),
+        )
+        self.win_length = win_length
+        self.power = power
+        self.floor = floor
+        self.magnitude_eps = magnitude_eps
+        self.register_buffer("bank", bank, persistent=False)
+        self.register_buffer("window", torch.hann_window(win_length), persistent=False)
+
+    def log_magnitude(self, waveform: Float[Tensor, "R S"]) -> Float[Tensor, "R F T"]:
+        """Logarithm of the bank's sums, `floor` at least."""
+        padded = F.pad(waveform, (self.padding, self.padding), mode="reflect")
+        sizes = (self.window_length, self.hop_length, self.win_length)
+        spectrum = torch.stft(padded, *sizes, self.window, center=False, return_complex=True)
+        energy = spectrum.real.square() + spectrum.imag.square() + self.magnitude_eps
+        return (self.bank @ energy.pow(self.power / 2)).clamp(min=self.floor).log()
+
+
+class LogMel(_FilterBank):
+    """Log-mel spectrogram; the defaults are those of PupuJEPA (Gu et al., 2026, arXiv:2606.25713).
+
+    Args:
+        sample_rate: in Hz.
+        n_fft: samples of the Fourier transform.
+        win_length: samples of the Hann window, `n_fft` when None.
+        hop_length: samples from one frame to the next.
+        n_mels: number of bands.
+        f_min_hz: lower edge of the lowest band.
+        f_max_hz: upper edge of the highest band, half of `sample_rate` when None.
+        mel_scale: `slaney` is linear below 1 kHz (librosa's default), `htk` logarithmic throughout.
+        norm: `slaney` gives every filter the same area, None the same height.
+        power: of the magnitudes that the filters sum, 1 or 2.
+        floor: smallest value of which the logarithm is taken.
+        magnitude_eps: added to the energy of every bin, which keeps the gradient finite on silence.
+        center: reflect n_fft / 2 samples at the ends, so that frame t is centred on sample t * hop
+            (librosa); else (n_fft - hop) / 2, which gives S / hop frames.
+    """
+
+    def __init__(
+        self,
+        sample_rate: int = 24000,
+        n_fft: int = 1024,
+        win_length: int | None = None,
+        hop_length: int = 240,
+        n_mels: int = 128,
+        f_min_hz: float = 0.0,
+        f_max_hz: float | None = None,
+        mel_scale: Literal["slaney", "htk"] = "slaney",
+        norm: Literal["slaney"] | None = "slaney",
+        power: float = 1.0,
+        floor: float = 1e-5,
+        magnitude_eps: float = 1e-9,
+        center: bool = False,
+    ) -> None:
+        f_max_hz = _checked_f_max(sample_rate, f_min_hz, f_max_hz)
+        with torch.device("cpu"):  # the library looks at its values, which a meta tensor has not
+            bank = melscale_fbanks(
+                n_fft // 2 + 1, f_min_hz, f_max_hz, n_mels, sample_rate, norm, mel_scale
+            )
+        super().__init__(
+            bank.T.contiguous(),
+            sample_rate,
+            n_fft,
+            win_length,
+            hop_length,
+            power,
+            floor,
+            magnitude_eps,
+            center,
+        )
+
+
+class Gammatone(_FilterBank):
+    """Log spectrogram of fourth-order gammatone filters, spaced by equivalent rectangular bandwidth.
+
+    Args:
+        sample_rate: in Hz.
+        n_fft: samples of the Fourier transform.
+        win_length: samples of the Hann window, `n_fft` when None.
+        hop_length: samples from one frame to the next.
+        n_bins: number of bands.
+        f_min_hz: centre of the lowest band.
+        f_max_hz: just above the centre of the highest band, half of `sample_rate` when None.
+        power: of the magnitudes that the filters sum, 1 or 2.
+        floor: smallest value of which the logarithm is taken.
+        magnitude_eps: added to the energy of every bin, which keeps the gradient finite on silence.
+        center: as in `LogMel`.
+    """
+
+    def __init__(
+        self,
+        sample_rate: int = 16000,
+        n_fft: int = 1024,
+        win_length: int | None = None,
+        hop_length: int = 160,
+        n_bins: int = 64,
+        f_min_hz: float = 20.0,
+        f_max_hz: float | None = None,
+        power: float = 1.0,
+        floor: float = 1e-5,
+        magnitude_eps: float = 1e-9,
+        center: bool = False,
+    ) -> None:
+        f_max_hz = _checked_f_max(sample_rate, f_min_hz, f_max_hz)
+        bank = torch.from_numpy(
+            get_gammatone(sample_rate, n_fft, n_bins, f_min_hz, f_max_hz)
+        ).float()
+        super().__init__(
+            bank, sample_rate, n_fft, win_length, hop_length, power, floor, magnitude_eps, center
+        )
+
+
+class _ConstantQ(Spectrogram):
+    """Bands at a constant ratio, each with a window as long as its frequency asks for.
+
+    `kernel_widths` are those of the octaves, highest first: octave i reads the clip at 1 / 2^i of
+    its rate, and what is left of the clip has to be longer than half the kernel.
+    """
+
+    def __init__(
+        self,
+        transform: nn.Module,
+        kernel_widths: list[int],
+        sample_rate: int,
+        hop_length: int,
+        n_bins: int,
+        floor: float,
+    ) -> None:
+        if floor <= 0:
+            raise UserError(f"`floor` ({floor}) must be positive")
+        super().__init__(
+            sample_rate=sample_rate,
+            num_bands=n_bins,
+            hop_length=hop_length,
+            window_length=kernel_widths[0],
+            padding=kernel_widths[0] // 2,
+            min_samples=max(
+                (width // 2 + 1) << octave for octave, width in enumerate(kernel_widths)
+            ),
+        )
+        self.transform = exclude_from_state(transform)
+        self.floor = floor
+
+    def log_magnitude(self, waveform: Float[Tensor, "R S"]) -> Float[Tensor, "R F T"]:
+        """Logarithm of the magnitudes, `floor` at least."""
+        # From the energy, since the gradient of the magnitude itself is NaN at 0.
+        energy = self.transform(waveform, output_format="Complex").square().sum(dim=-1)
+        return energy.clamp(min=self.floor**2).log() / 2
+
+
+class CQT(_ConstantQ):
+    """Log constant-Q transform (Brown, 1991), scaled as librosa scales it.
+
+    Args:
+        sample_rate: in Hz.
+        hop_length: samples from one frame to the next.
+        f_min_hz: centre of the lowest band; 32.703 is the note C1.
+        n_bins: number of bands.
+        bins_per_octave: resolution.
+        algorithm: `1992v2` applies all kernels at the full rate and is exact at any hop. `2010v2`
+            applies one octave's kernels to the clip halved again and again (Schörkhuber & Klapuri,
+            2010), which is faster when there are many octaves, and asks for a hop that can be
+            halved as often.
+        floor: smallest magnitude of which the logarithm is taken.
+    """
+
+    def __init__(
+        self,
+        sample_rate: int,
+        hop_length: int,
+        f_min_hz: float = 32.703,
+        n_bins: int = 84,
+        bins_per_octave: int = 12,
+        algorithm: Literal["1992v2", "2010v2"] = "1992v2",
+        floor: float = 1e-5,
+    ) -> None:
+        _check_bands(sample_rate, f_min_hz, n_bins, bins_per_octave)
+        make, octaves = CQT1992v2, 1
+        if algorithm == "2010v2":
+            octaves = _checked_octaves(n_bins, bins_per_octave, hop_length)
+            # Where earlydownsample sets in, the library's magnitudes are off by the root of its
+            # factor.
+            make = partial(CQT2010v2, earlydownsample=False)
+        elif algorithm != "1992v2":
+            raise UserError(f"`algorithm` ({algorithm!r}) must be '1992v2' or '2010v2'")
+        transform = make(
+            sample_rate,
+            hop_length,
+            f_min_hz,
+            n_bins=n_bins,
+            bins_per_octave=bins_per_octave,
+            verbose=False,
+        )
+        kernel_widths = [transform.get_buffer("cqt_kernels_real").shape[-1]] * octaves
+        super().__init__(transform, kernel_widths, sample_rate, hop_length, n_bins, floor)
+
+
+class VQT(_ConstantQ):
+    """Log variable-Q transform: a constant-Q transform whose low bands are wider, hence shorter in time.
+
+    Args:
+        sample_rate: in Hz.
+        hop_length: samples from one frame to the next; has to be halved once per octave.
+        f_min_hz: centre of the lowest band; 32.703 is the note C1.
+        n_bins: number of bands.
+        bins_per_octave: resolution.
+        gamma: in Hz, added to every bandwidth; 0 is the constant-Q transform.
+        floor: smallest magnitude of which the logarithm is taken.
+    """
+
+    def __init__(
+        self,
+        sample_rate: int,
+        hop_length: int,
+        f_min_hz: float = 32.703,
+        n_bins: int = 84,
+        bins_per_octave: int = 12,
+        gamma: float = 0.0,
+        floor: float = 1e-5,
+    ) -> None:
+        _check_bands(sample_rate, f_min_hz, n_bins, bins_per_octave)
+        if gamma < 0:
+            raise UserError(
+                f"`gamma` ({gamma}) must not be negative: use 0 for the constant-Q transform"
+            )
+        # At other hops the library interpolates complex values between frames: their magnitudes are
+        # lost.
+        octaves = _checked_octaves(n_bins, bins_per_octave, hop_length)
+        # Where earlydownsample sets in, the library's kernels are still those of the full rate.
+        transform = NNAudioVQT(
+            sample_rate,
+            hop_length,
+            f_min_hz,
+            n_bins=n_bins,
+            bins_per_octave=bins_per_octave,
+            gamma=gamma,
+            earlydownsample=False,
+            verbose=False,
+        )
+        kernel_widths = [
+            transform.get_buffer(f"cqt_kernels_real_{i}").shape[-1] for i in range(octaves)
+        ]
+        super().__init__(transform, kernel_widths, sample_rate, hop_length, n_bins, floor)
+
+
+def exclude_from_state(module: nn.Module) -> nn.Module:
+    """Turn all parameters and buffers, nested ones too, into buffers outside of the `state_dict`."""
+    for part in module.modules():
+        for name, tensor in [
+            *part.named_parameters(recurse=False),
+            *part.named_buffers(recurse=False),
+        ]:
+            delattr(part, name)
+            part.register_buffer(name, tensor.detach(), persistent=False)
+    return module
+
+
+def _checked_f_max(sample_rate: int, f_min_hz: float, f_max_hz: float | None) -> float:
+    nyquist = sample_rate / 2
+    f_max_hz = nyquist if f_max_hz is None else f_max_hz
+    if f_max_hz > nyquist:
+        raise UserError(
+            f"`f_max_hz` ({f_max_hz:g}) must not exceed {nyquist:g}, "
+            f"the Nyquist frequency of `sample_rate` ({sample_rate})"
+        )
+    if not 0 <= f_min_hz < f_max_hz:
+        raise UserError(f"`f_min_hz` ({f_min_hz:g}) must be in [0, `f_max_hz` ({f_max_hz:g}))")
+    return f_max_hz
+
+
+def _check_bands(sample_rate: int, f_min_hz: float, n_bins: int, bins_per_octave: int) -> None:
+    nyquist = sample_rate / 2
+    if not 0 < f_min_hz <= nyquist or n_bins < 1 or bins_per_octave < 1:
+        raise UserError(
+            f"`f_min_hz` ({f_min_hz:g}) must be in (0, {nyquist:g}], `n_bins` ({n_bins}) and "
+            f"`bins_per_octave` ({bins_per_octave}) must be positive"
+        )
+    f_max_hz = f_min_hz * 2 ** ((n_bins - 1) / bins_per_octave)
+    if f_max_hz > nyquist:
+        most = 1 + int(bins_per_octave * log2(nyquist / f_min_hz))
+        raise UserError(
+            f"the top band ({f_max_hz:.0f} Hz) must not exceed the Nyquist frequency of `sample_rate` "
+            f"({sample_rate}), {nyquist:g} Hz: lower `n_bins` ({n_bins}) to {most}, or lower `f_min_hz`"
+        )
+
+
+def _checked_octaves(n_bins: int, bins_per_octave: int, hop_length: int) -> int:
+    remedy = "CQT with `algorithm`='1992v2', which takes any"
+    if n_bins < bins_per_octave:
+        raise UserError(
+            f"`n_bins` ({n_bins}) must fill an octave (`bins_per_octave`, {bins_per_octave}), since the "
+            f"kernels are those of a whole one: add bins, or use {remedy} number"
+        )
+    octaves = ceil(n_bins / bins_per_octave)
+    divisor = 2 ** (octaves - 1)
+    if hop_length % divisor:
+        nearest = divisor * max(1, round(hop_length / divisor))
+        raise UserError(
+            f"`hop_length` ({hop_length}) must be a multiple of {divisor}, since it is halved for each of "
+            f"the {octaves} octaves but the first: use {nearest}, or {remedy} hop"
+        )
+    return octaves

@@ -1,0 +1,106 @@
+"""Step 4 of a JEPA, its end: which latents of the target encoder are the targets, and how they are normalised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from jepa_audio.errors import UserError
+from jepa_audio.steps.encoder.transformer import Transformer
+from jepa_audio.steps.grid import Grid, TokenSet
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the predictor has to hit.
+
+    Args:
+        view: "clip" shows the target encoder the whole clip (WavJEPA, I-JEPA, data2vec); "targets"
+            shows it only the tokens of the target group (M2D, PupuJEPA).
+        top_k: the mean over the last `top_k` blocks, before the final norm; `None` for the last
+            block after it.
+        normalization: of each of those layers, without learned parameters: "none"; "layer" over the
+            channels of each token; "instance" over the tokens of a clip for each channel
+            (data2vec); "joint_instance" over tokens and channels together (what WavJEPA's published
+            code computes).
+        eps: added to the variance.
+    """
+
+    view: Literal["clip", "targets"] = "clip"
+    top_k: int | None = None
+    normalization: Literal["none", "layer", "instance", "joint_instance"] = "none"
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(
+                f"`top_k` ({self.top_k}) must be at least 1, or null for the last layer after the norm"
+            )
+
+    def __call__(
+        self,
+        encoder: Transformer,
+        tokens: Float[Tensor, "B N D"],
+        grid: Grid,
+        where: TokenSet,
+        present: TokenSet | None = None,
+    ) -> Float[Tensor, "B M K D"]:
+        """Targets at `where` (`[B, M, K]`); with the view "targets" each group is encoded on its own.
+
+        The view "clip" is of the `present` tokens, see `Masks`.
+
+        Raises:
+            UserError: if the encoder has fewer than `top_k` blocks.
+        """
+        batch, groups, _ = where.index.shape
+        if self.view == "clip":
+            latents = self._latents(encoder, tokens, grid, present)[:, None].expand(
+                -1, groups, -1, -1
+            )
+            return where.gather(latents)
+        alone = TokenSet(
+            where.index.flatten(0, 1), None if where.valid is None else where.valid.flatten(0, 1)
+        )
+        repeated = tokens[:, None].expand(-1, groups, -1, -1).flatten(0, 1)
+        return self._latents(encoder, repeated, grid, alone).unflatten(0, (batch, groups))
+
+    def _latents(
+        self, encoder: Transformer, tokens: Tensor, grid: Grid, keep: TokenSet | None
+    ) -> Tensor:
+        valid = None if keep is None else keep.valid
+        if self.top_k is None:
+            return self.normalize(encoder(tokens, grid, keep), valid)
+        if self.top_k > encoder.depth:
+            raise UserError(
+                f"`top_k` ({self.top_k}) exceeds the encoder's `depth` ({encoder.depth})"
+            )
+        layers = encoder.layers(tokens, grid, keep)[-self.top_k :]
+        return sum(
+            (self.normalize(layer, valid) for layer in layers[1:]), self.normalize(layers[0], valid)
+        ) / len(layers)
+
+    def normalize(
+        self, latents: Float[Tensor, "B K D"], valid: Tensor | None
+    ) -> Float[Tensor, "B K D"]:
+        """One layer's latents, normalised in float32 over valid tokens."""
+        latents = latents.float()
+        if self.normalization == "none":
+            return latents
+        if self.normalization == "layer":
+            return F.layer_norm(latents, latents.shape[-1:], eps=self.eps)
+        axes = (1,) if self.normalization == "instance" else (1, 2)
+        if valid is None:
+            mean, variance = (
+                latents.mean(axes, keepdim=True),
+                latents.var(axes, keepdim=True, unbiased=False),
+            )
+        else:
+            weight = valid[..., None].expand_as(latents).float()
+            count = weight.sum(axes, keepdim=True)
+            mean = (latents * weight).sum(axes, keepdim=True) / count
+            variance = ((latents - mean).square() * weight).sum(axes, keepdim=True) / count
+        return (latents - mean) * (variance + self.eps).rsqrt()

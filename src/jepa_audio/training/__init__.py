@@ -1,0 +1,1 @@
+"""What trains a JEPA: the LightningModule, its callbacks, schedules and checkpoints."""

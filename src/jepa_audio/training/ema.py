@@ -1,0 +1,88 @@
+"""The momentum update of the target encoder, once per optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Protocol, cast, runtime_checkable
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from jepa_audio.errors import UserError
+from jepa_audio.training.schedules import Schedule
+
+
+@runtime_checkable
+class HasMomentumCopies(Protocol):
+    """What the callback needs of the module it works on."""
+
+    @property
+    def online_modules(self) -> Mapping[str, nn.Module]:
+        """The modules that learn, by name."""
+
+    @property
+    def target_modules(self) -> Mapping[str, nn.Module]:
+        """Their momentum copies, by the same names."""
+
+
+class TargetEncoderEMA(Callback):
+    """Moves every target module towards its online twin: target = m * target + (1 - m) * online.
+
+    Exactly one update per *optimizer* step, after it, whatever the accumulation. The momentum m is
+    a function of `trainer.global_step` alone, so the callback has no state and a resumed run is the
+    same run. Buffers that are floating point are averaged like parameters, others copied.
+
+    Args:
+        momentum: m by optimizer step, within [0, 1].
+    """
+
+    def __init__(self, momentum: Schedule) -> None:
+        self.momentum = momentum
+        self._updated_at = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count from where the run stands: 0, or the step of the checkpoint."""
+        self._updated_at = trainer.global_step
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
+    ) -> None:
+        """Update if this batch ended with an optimizer step."""
+        if trainer.global_step == self._updated_at:
+            return
+        self._updated_at = trainer.global_step
+        momentum = self.momentum(trainer.global_step - 1, trainer.max_steps)
+        self.update(cast(HasMomentumCopies, pl_module), momentum)
+        pl_module.log("train/momentum", momentum)
+
+    @staticmethod
+    @torch.no_grad()
+    def update(module: HasMomentumCopies, momentum: float) -> None:
+        """One update with the given momentum; `ValueError` if that is not within [0, 1]."""
+        if not 0 <= momentum <= 1:
+            raise UserError(
+                f"the momentum ({momentum}) must be within [0, 1]: look at the schedule `ema.momentum`"
+            )
+        targets: list[Tensor] = []
+        onlines: list[Tensor] = []
+        for target, online in tensor_pairs(module):
+            if target.is_floating_point():
+                targets.append(target)
+                onlines.append(online.to(target.dtype))
+            else:
+                target.copy_(online)
+        torch._foreach_lerp_(targets, onlines, 1.0 - momentum)
+
+
+def tensor_pairs(module: HasMomentumCopies) -> Iterator[tuple[Tensor, Tensor]]:
+    """(target, online) for every parameter and every buffer that the momentum update moves."""
+    for name, target in module.target_modules.items():
+        online = module.online_modules[name]
+        yield from zip(target.parameters(), online.parameters(), strict=True)
+        yield from zip(target.buffers(), online.buffers(), strict=True)

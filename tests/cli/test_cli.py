@@ -1,0 +1,252 @@
+"""The command line: misspelt words, users' mistakes in one sentence, a run from start to resumed end."""
+
+from __future__ import annotations
+
+import csv
+import multiprocessing
+import resource
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+
+DEMO = Path(__file__).parents[2] / "configs" / "demo" / "wavjepa.yaml"
+TINY = (
+    "--model.encoder.embed_dim=16",
+    "--model.encoder.num_heads=2",
+    "--model.encoder.depth=1",
+    "--model.targets.top_k=1",
+    "--model.predictor.trunk.embed_dim=8",
+    "--model.predictor.trunk.num_heads=2",
+    "--model.predictor.trunk.depth=1",
+    "--model.front_end.init_args.conv_layers=[[8,20,10],[8,8,4],[8,8,8]]",
+    "--model.lr_schedule.init_args.warmup_steps=1",
+    "--data.batch_size=2",
+    "--data.num_workers=0",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--checkpoint.every_n_train_steps=2",
+    "--monitor.every_n_steps=2",
+    "--trainer.val_check_interval=2",
+    "--trainer.log_every_n_steps=1",
+)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("--trainer.max_stps=5", "trainer.max_steps"),
+        ("--model.masker.context_lenght=5", "context_length"),
+        ("--model.distance=SmoothL2", "SmoothL1"),
+        ("--model.masker=SpanMaskr", "SpanMasker"),
+    ],
+)
+def test_a_misspelt_option_is_refused_with_the_right_word(
+    wrong: str, right: str, capsys: pytest.CaptureFixture[str]
+):
+    from jepa_audio.cli.main import main
+
+    with pytest.raises(SystemExit):
+        main(["fit", f"--config={DEMO}", "--data.root=unused", wrong])
+    assert f"did you mean '{right}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("model: {encoder: {embd_dim: 192}}", "embed_dim"),
+        ("modle: {seed: 1}", "model.seed"),
+        ("data: {batchsize: 3}", "data.batch_size"),
+        ("model: {targets: {topk: 3}}", "model.targets.top_k"),
+        ("model: {encodr: {depth: 3}}", "model.encoder"),
+    ],
+)
+def test_a_misspelt_key_is_refused_with_the_right_word(
+    text: str, right: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    from jepa_audio.cli.main import main
+
+    (tmp_path / "typo.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        main(
+            ["fit", f"--config={DEMO}", f"--config={tmp_path / 'typo.yaml'}", "--data.root=unused"]
+        )
+    assert f"did you mean '{right}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda folder: None, "does not exist"),
+        (lambda folder: folder.mkdir(), "no audio files"),
+        (lambda folder: (folder.mkdir(), (folder / "a.wav").write_text("not audio")), "a.wav"),
+    ],
+    ids=["missing", "empty", "junk"],
+)
+def test_a_useless_folder_ends_in_one_sentence(
+    make, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    from jepa_audio.cli.main import main
+
+    make(tmp_path / "sounds")
+    with pytest.raises(SystemExit) as ended:
+        main(
+            [
+                "fit",
+                f"--config={DEMO}",
+                f"--data.root={tmp_path / 'sounds'}",
+                f"--run_dir={tmp_path / 'run'}",
+                *TINY,
+            ]
+        )
+    told = " ".join(capsys.readouterr().err.split())
+    assert ended.value.code == 1
+    assert sentence in told
+    assert "Traceback" not in told
+
+
+def test_unknown_commands_and_no_command(capsys: pytest.CaptureFixture[str]):
+    from jepa_audio.cli.main import main
+
+    main([])
+    assert "pretrain" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["data", "indx"])
+
+
+def test_ctrl_c_ends_a_command_without_a_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    from jepa_audio.cli import main as cli
+
+    def interrupted(corpus: Path) -> None:
+        """Describe."""
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.FUNCTIONS, ("data", "describe"), interrupted)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["data", "describe", "x"])
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "jepa-audio: stopped\n"
+
+
+def test_a_run_leaves_its_config_metrics_and_last_checkpoint_and_goes_on(tmp_path: Path):
+    from jepa_audio.cli.main import main
+
+    (tmp_path / "sounds").mkdir()
+    for i in range(8):
+        noise = np.random.default_rng(i).standard_normal(20_000) / 10
+        sf.write(tmp_path / "sounds" / f"{i}.wav", noise, 16_000)
+    run = [
+        "--run_dir",
+        str(tmp_path / "run"),
+        "--data.root",
+        str(tmp_path / "sounds"),
+        "--data.valid_share=0.3",
+    ]
+    main(["fit", f"--config={DEMO}", *run, *TINY, "--trainer.max_steps=4"])
+    files = {
+        path.relative_to(tmp_path / "run").as_posix()
+        for path in (tmp_path / "run").rglob("*")
+        if path.is_file()
+    }
+    assert {"config.yaml", "checkpoints/last.ckpt", "metrics/version_0/metrics.csv"} <= files
+    with (tmp_path / "run" / "metrics" / "version_0" / "metrics.csv").open() as file:
+        columns = set(next(csv.reader(file)))
+    assert {
+        "valid/loss",
+        "collapse/context_rank",
+        "collapse/loss_mean_target",
+        "train/loss",
+    } <= columns
+
+    main(
+        [
+            "fit",
+            "--config",
+            str(tmp_path / "run" / "config.yaml"),
+            "--ckpt_path",
+            "last",
+            "--trainer.max_steps=6",
+        ]
+    )
+    with (tmp_path / "run" / "metrics" / "version_1" / "metrics.csv").open() as file:
+        assert {int(row["step"]) for row in csv.DictReader(file)} & {4, 5, 6}
+
+
+def main_with_a_limit(args: list[str], num_bytes: int, stderr: Path) -> None:
+    from jepa_audio.cli.main import main
+
+    sys.stderr = stderr.open("w")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+    main(args)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork")
+@pytest.mark.parametrize(
+    "loggers_fail", [False, True], ids=["checkpoint fails", "loggers fail after it"]
+)
+def test_a_full_disk_ends_the_run_in_one_sentence_and_the_former_checkpoint_goes_on(
+    tmp_path: Path, loggers_fail: bool, monkeypatch: pytest.MonkeyPatch
+):
+    from lightning.pytorch.loggers import CSVLogger
+
+    from jepa_audio.cli.main import main
+
+    for i in range(4):
+        sf.write(
+            tmp_path / f"{i}.wav", np.random.default_rng(i).standard_normal(20_000) / 10, 16_000
+        )
+    run = [
+        "fit",
+        f"--config={DEMO}",
+        *TINY,
+        f"--data.root={tmp_path}",
+        f"--run_dir={tmp_path / 'run'}",
+    ]
+    main([*run, "--trainer.max_steps=2"])
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    if loggers_fail:
+        monkeypatch.setattr(CSVLogger, "finalize", lambda *_: (tmp_path / "run").read_bytes())
+    more = [*run, "--trainer.max_steps=6", "--ckpt_path=last"]
+    limited = multiprocessing.get_context("fork").Process(
+        target=main_with_a_limit, args=(more, last.stat().st_size - 100, tmp_path / "stderr")
+    )
+    limited.start()
+    limited.join(60)
+    told = " ".join((tmp_path / "stderr").read_text().split())
+    assert limited.exitcode == 1, told
+    assert "Traceback" not in told
+    sentence = told.partition("jepa-audio: ")[2]
+    for word in (
+        "last.ckpt could not be written",
+        "File too large",
+        "the one of before is whole",
+        "--ckpt_path last",
+    ):
+        assert word in sentence
+    assert torch.load(last, weights_only=True)["global_step"] == 2
+    monkeypatch.undo()
+    main(more)
+    assert torch.load(last, weights_only=True)["global_step"] == 6
+
+
+def test_statistics_are_measured_with_the_configuration_of_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    from jepa_audio.cli.main import main
+
+    for i in range(4):
+        sf.write(
+            tmp_path / f"{i}.wav", np.random.default_rng(i).standard_normal(40_000) / 10, 16_000
+        )
+    config = DEMO.with_name("pupujepa.yaml")
+    main(["data", "stats", f"--config={config}", f"--data.root={tmp_path}", "--data.num_workers=0"])
+    out = capsys.readouterr().out
+    mean, std = (float(out.split(f"{name}: ")[1].split()[0]) for name in ("mean", "std"))
+    assert -6 < mean < 2
+    assert 0.1 < std < 3

@@ -1,0 +1,308 @@
+import csv
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+
+from jepa_audio.cli.main import JEPACLI
+from jepa_audio.errors import MissingFileError
+from jepa_audio.probing.intervals import Difference
+from jepa_audio.probing.rows import ProbeRow, Score, append_jsonl
+from jepa_audio.report.runs import draw_masks_of, write_report
+from tests.probing import rows
+
+AHEAD, BEHIND, UNDECIDED = (
+    Difference(0.1, 0.05, 0.15),
+    Difference(-0.1, -0.15, -0.05),
+    Difference(0.0, -0.05, 0.05),
+)
+
+
+def write_metrics(folder: Path, lines: list[dict[str, float]]) -> None:
+    """Sparse rows, as Lightning's CSVLogger writes them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    keys = sorted({key for line in lines for key in line})
+    with (folder / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, keys, restval="")
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def monitored(step: int, alarm: float = 0.0, loss: float = 0.5) -> dict[str, float]:
+    trivial = {"collapse/loss_mean_target": 1.0, "collapse/loss_nearest_context": 2.0}
+    return {
+        "step": step,
+        "collapse/alarm": alarm,
+        "collapse/loss": loss,
+        "collapse/context_rank": 3.0,
+        **trivial,
+    }
+
+
+def a_run(folder: Path, **last_look: float) -> None:
+    lines: list[dict[str, float]] = [
+        {"step": step, "epoch": 0, "train/loss": 1 / (step + 1)} for step in range(10)
+    ]
+    lines += [{"step": 4, "valid/loss": 0.7}, monitored(1), monitored(9, **last_look)]
+    write_metrics(folder, lines)
+
+
+def a_row(encoder: str, task: str, against: Difference | None, **changes: object) -> ProbeRow:
+    variant = "random" if against is None else "context"
+    return rows.a_row(
+        **(
+            {"encoder": encoder, "task": task, "variant": variant, "against_random": against}
+            | changes
+        )
+    )
+
+
+def probed(directory: Path, *probe_rows: ProbeRow) -> None:
+    append_jsonl(directory / "probe" / "results.jsonl", probe_rows)
+
+
+def text_of(page: Path) -> str:
+    """What a reader sees, without pictures and markup, whitespace collapsed."""
+    body = page.read_text().split("</style>")[1]
+    return " ".join(re.sub(r"<[^>]*>", " ", body).split())
+
+
+def test_the_page_needs_no_other_file(tmp_path):
+    a_run(tmp_path / "mel")
+    probed(tmp_path, a_row("mel", "pitch", None), a_row("mel", "pitch", AHEAD))
+    page = write_report(tmp_path)
+    assert page == tmp_path / "report.html"
+    html = page.read_text()
+    figures = sorted((tmp_path / "figures").iterdir())
+    assert [figure.name for figure in figures] == ["layers.png", "mel-curves.png", "probe.png"]
+    assert html.count("data:image/png;base64,") == len(figures)
+    assert not re.search(r'(src|href)="(?!data:)', html)
+
+
+def test_won_and_lost_tasks_are_both_told(tmp_path):
+    a_run(tmp_path / "mel")
+    gaps = {"family": AHEAD, "pitch": BEHIND, "octave": UNDECIDED}
+    probed(
+        tmp_path, *(a_row("mel", task, against) for task in gaps for against in (None, gaps[task]))
+    )
+    page = write_report(tmp_path)
+    text = text_of(page)
+    assert (
+        "Ahead of its random-init twin: context encoder on family (+0.100 [+0.050, +0.150])."
+        in text
+    )
+    assert (
+        "Behind its random-init twin: context encoder on pitch (-0.100 [-0.150, -0.050])." in text
+    )
+    assert "Not told apart from its random-init twin: context encoder on octave" in text
+    assert "pitch: accuracy, chance 0.200, 77 files" in text
+    html = page.read_text()
+    assert html.count('<span class="ahead">') == 1
+    assert html.count('<span class="behind">') == 1
+    assert "3 differences were tested" in text
+
+
+def test_the_badge_says_the_verdict(tmp_path):
+    verdicts = {
+        "up": [AHEAD],
+        "down": [BEHIND],
+        "even": [UNDECIDED],
+        "both": [AHEAD, BEHIND, UNDECIDED],
+        "unasked": [],
+    }
+    for name, gaps in verdicts.items():
+        write_metrics(tmp_path / name, [{"step": 1}])
+        probed(tmp_path, *(a_row(name, f"{k}", gap) for k, gap in enumerate(gaps)))
+    html = write_report(tmp_path).read_text()
+    badges = dict(re.findall(r"<h3>(\w+) <span[^>]*>([^<]*)</span>", html))
+    assert badges == {
+        "up": "learned",
+        "down": "worse than untrained",
+        "even": "not told apart from untrained",
+        "both": "ahead and behind",
+        "unasked": "not probed",
+    }
+
+
+def test_trained_heads_decide_and_the_last_answer_counts(tmp_path):
+    a_run(tmp_path / "mel")
+    probed(tmp_path, a_row("mel", "pitch", AHEAD), a_row("mel", "pitch", AHEAD, head="knn"))
+    probed(tmp_path, a_row("mel", "pitch", BEHIND, scores={"accuracy": Score(0.123, 0.1, 0.2)}))
+    page = write_report(tmp_path)
+    assert ">worse than untrained</span>" in page.read_text()
+    assert "Ahead of its random-init twin" not in text_of(page).split("Probes")[0]
+    assert "0.350 [0.300, 0.400] block 1" in text_of(page), "the other head stays in the table"
+    assert "0.123" in text_of(page)
+
+
+def test_seeds_of_a_head_are_one_answer_and_protocols_are_several(tmp_path):
+    a_run(tmp_path / "mel")
+    seeds = [Difference(0.1, 0.05, 0.15), Difference(0.3, 0.25, 0.35)]
+    probed(tmp_path, *(a_row("mel", "pitch", gap, seed=seed) for seed, gap in enumerate(seeds)))
+    assert "context encoder on pitch (+0.200 [+0.150, +0.250])." in text_of(write_report(tmp_path))
+    probed(tmp_path, a_row("mel", "pitch", BEHIND, preset="marble-v1", head="mlp"))
+    text = text_of(write_report(tmp_path))
+    assert "Ahead of its random-init twin: context encoder on pitch, linear (+0.200" in text
+    assert "Behind its random-init twin: context encoder on pitch, marble-v1 (-0.100" in text
+    names = {path.stem for path in (tmp_path / "figures").iterdir()}
+    assert {"probe-linear", "probe-marble-v1", "layers-linear", "layers-marble-v1"} <= names
+
+
+def test_losses_and_alarms_are_told(tmp_path):
+    a_run(tmp_path / "good", loss=1.5)
+    a_run(tmp_path / "bad", alarm=1.0)
+    text = text_of(write_report(tmp_path))
+    assert "The last loss, 1.5, is not below that of predicting the mean target (1)" in text
+    assert "and below that of copying the nearest context token (2)" in text
+    assert "The last validation loss is 0.7." in text
+    assert "Not collapsed: no alarm at any of 2 looks" in text
+    assert "Collapse alarm at 1 of 2 looks, first at step 9, and still at the last" in text
+
+
+def test_a_run_with_nothing_but_a_training_loss_has_a_page(tmp_path):
+    write_metrics(
+        tmp_path / "mel", [{"step": 0, "train/loss": 1.0}, {"step": 1, "train/loss": float("nan")}]
+    )
+    text = text_of(write_report(tmp_path))
+    assert "not probed" in text
+    assert "Collapse was not watched. The last training loss is not a finite number." in text
+    assert "validation" not in text.split("Probes")[0]
+    assert "No picture of the masks: there is no checkpoint" in text
+
+
+def test_online_probes_stand_in_for_missing_ones(tmp_path):
+    write_metrics(
+        tmp_path / "mel", [{"step": 5, "probe/pitch/accuracy": 0.25, "probe/pitch/twin": 0.125}]
+    )
+    assert "pitch was last at 0.250 (accuracy), its twin at 0.125." in text_of(
+        write_report(tmp_path)
+    )
+
+
+def test_probe_results_alone_have_a_page(tmp_path):
+    probed(
+        tmp_path,
+        a_row("elsewhere", "pitch", UNDECIDED),
+        a_row("log-mel", "pitch", None, variant="statistics"),
+    )
+    text = text_of(write_report(tmp_path))
+    assert "0 runs" in text
+    assert "log-mel statistics" in text
+
+
+def test_a_resumed_run_forgets_what_it_took_back(tmp_path):
+    first = [{"step": step, "train/loss": 1.0, "valid/loss": 9.0} for step in range(8)]
+    second = [{"step": step, "train/loss": 2.0} for step in range(4, 6)]
+    tenth = [{"step": 6, "train/loss": 3.0}]
+    for number, lines in ((0, first), (2, second), (10, tenth)):
+        write_metrics(tmp_path / "mel" / "metrics" / f"version_{number}", lines)
+    (tmp_path / "mel" / "metrics" / "version_10" / "config.yaml").write_text("seed: <7>")
+    page = write_report(tmp_path)
+    assert "6 optimizer steps logged" in text_of(page)
+    assert "seed: &lt;7&gt;" in page.read_text()
+
+
+def test_one_run_can_be_reported_on_too(tmp_path):
+    a_run(tmp_path / "mel")
+    assert "1 run," in text_of(write_report(tmp_path / "mel"))
+
+
+def test_names_are_escaped(tmp_path):
+    name = "<script>alert('&')"
+    a_run(tmp_path / name)
+    probed(tmp_path, a_row(name, "<b>pitch</b>", AHEAD, layer="<i>"))
+    html = write_report(tmp_path).read_text()
+    assert "<script" not in html
+    assert "<b>pitch" not in html
+    assert "<i>" not in html
+    assert "&lt;script&gt;" in html
+
+
+def test_a_folder_that_is_not_there_or_holds_no_runs_is_named(tmp_path):
+    with pytest.raises(MissingFileError, match=r"no folder at .*nowhere"):
+        write_report(tmp_path / "nowhere")
+    (tmp_path / "mel").mkdir()
+    with pytest.raises(ValueError, match="holds no runs"):
+        write_report(tmp_path)
+    assert not (tmp_path / "figures").exists()
+
+
+FIT = """
+seed_everything: 0
+run_dir: {folder}/runs/it
+model:
+  front_end: {front_end}
+  masker: {masker}
+  encoder: {{embed_dim: 8, depth: 1, num_heads: 2, positions: SinCosPositions}}
+  targets: {{view: clip, top_k: 1, normalization: instance}}
+  predictor: {{trunk: {{embed_dim: 8, depth: 1, num_heads: 2, positions: SinCosPositions}}}}
+  distance: MSE
+  ema: {{momentum: {{class_path: Linear, init_args: {{start: 0.9, end: 1.0}}}}}}
+  optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 1.0e-3}}}}
+  lr_schedule: {{class_path: WarmupCosine, init_args: {{warmup_steps: 1}}}}
+data: {{root: {folder}/corpus, crop_seconds: 0.5, batch_size: 2, num_workers: 0}}
+trainer: {{max_steps: 2, accelerator: cpu}}
+"""
+WAVE = """
+    class_path: WaveformFrontEnd
+    init_args: {conv_layers: [[4, 160, 80], [4, 2, 2]], sample_rate: 8000}
+"""
+MEL = """
+    class_path: SpectrogramFrontEnd
+    init_args:
+      spectrogram:
+        class_path: LogMel
+        init_args: {sample_rate: 8000, n_fft: 256, hop_length: 80, n_mels: 16}
+      patch_frames: 4
+      patch_bands: 8
+"""
+
+
+def test_masks_of_a_checkpoint_are_drawn_on_its_corpus(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(4):
+        sf.write(tmp_path / "corpus" / f"{number}.wav", 0.1 * generator.normal(size=12_000), 16_000)
+    config, run = tmp_path / "run.yaml", tmp_path / "runs" / "it"
+    config.write_text(FIT.format(folder=tmp_path, front_end=MEL, masker="RandomMasker"))
+    JEPACLI(["fit", "--config", str(config)])
+    (logged,) = run.glob("metrics/version_*/metrics.csv")
+    logged.write_text("step,train/loss\n1,1.0\n")
+    text = text_of(write_report(tmp_path / "runs"))
+    assert "No picture of the masks" not in text
+    assert "jepa-audio fit --config" in text
+    assert (tmp_path / "runs" / "figures" / "it-masks.png").stat().st_size > 10_000
+    (tmp_path / "corpus").rename(tmp_path / "moved")
+    assert "No picture of the masks" in text_of(write_report(tmp_path / "runs"))
+
+
+def test_masks_of_a_waveform_model_lie_on_a_log_mel_spectrogram(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(FIT.format(folder=tmp_path, front_end=WAVE, masker="SpanMasker"))
+    model = JEPACLI(["--config", str(config)], run=False).model
+    waveform = torch.randn(1, 4000, generator=torch.Generator().manual_seed(0))
+    figure = draw_masks_of(model, waveform, step=0, title="wave")
+    assert len(figure.axes) == 3
+    image, overlay = figure.axes[0].images
+    assert image.get_extent() == [0.0, 0.5, 0.0, 64.0]
+    assert np.asarray(overlay.get_array()).shape == (4, model.front_end.grid(4000).num_time, 4)
+
+
+def test_masks_of_two_ears_are_drawn_once_over_all_frequencies(tiny_jepa):
+    ears = (
+        "--model.front_end.init_args.num_channels=2",
+        "--model.front_end.init_args.separate_channels=true",
+    )
+    places = [
+        f"--model.{part}.positions=BinauralPositions"
+        for part in ("encoder", "predictor.trunk.init_args")
+    ]
+    model = tiny_jepa("wave", *ears, *places)
+    drawn = draw_masks_of(model, torch.randn(1, 1000), step=0, title="ears")
+    mono = draw_masks_of(tiny_jepa("wave"), torch.randn(1, 1000), step=0, title="one")
+    assert [ax.get_title(loc="left") for ax in drawn.axes] == [
+        ax.get_title(loc="left") for ax in mono.axes
+    ]

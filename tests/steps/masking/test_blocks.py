@@ -1,0 +1,147 @@
+"""Block and stripe masks: rectangles, the literal rule, and the published statistics."""
+
+import math
+
+import pytest
+import torch
+
+from jepa_audio.steps.grid import Grid
+from jepa_audio.steps.masking import BlockMasker, MultiBlockMasker, StripeMasker
+from jepa_audio.steps.masking.blocks import _grow
+
+GRID = Grid(8, 256)
+GRIDS = [GRID, Grid(4, 12), Grid(1, 50), Grid(12, 4)]
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def slow_block(grid, uniform, free):
+    area = min(grid.num_tokens * (0.01 + 0.04 * uniform[0]), free)
+    aspect = 2 + 3 * uniform[2] if uniform[1] < 0.5 else 0.2 + 0.3 * uniform[2]
+    return int(math.sqrt(area * aspect)), int(math.sqrt(area / aspect))
+
+
+def slow_stripe(grid, uniform, free):
+    if uniform[0] < grid.num_time / (grid.num_time + grid.num_freq):
+        return min(1 + int(40 * uniform[1]), free // grid.num_freq), grid.num_freq
+    return grid.num_time, min(1, free // grid.num_time)
+
+
+def slow_grow(draw_size, grid, count, uniform):
+    """The rule to the letter, for one clip: a set of tokens, and the blocks that added to it."""
+    covered, placed = set(), []
+    for attempt in uniform:
+        free = count - len(covered)
+        if free == 0:
+            break
+        height, width = draw_size(grid, attempt[:3], free)
+        height, width = min(max(height, 1), grid.num_time), min(max(width, 1), grid.num_freq)
+        first_time = int(attempt[3] * (grid.num_time - height + 1))
+        first_freq = int(attempt[4] * (grid.num_freq - width + 1))
+        block = {
+            time * grid.num_freq + freq
+            for time in range(first_time, first_time + height)
+            for freq in range(first_freq, first_freq + width)
+        }
+        if len(covered | block) > count:
+            break
+        if block - covered:
+            placed.append([height, width])
+        covered |= block
+    return covered, placed
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize(
+    ("masker", "slow_size"), [(BlockMasker(), slow_block), (StripeMasker(), slow_stripe)]
+)
+def test_growing_a_batch_equals_growing_each_clip_to_the_letter(masker, slow_size, grid):
+    uniform = torch.rand(150, 5, 6, generator=generator(), dtype=torch.float64)
+    count = int(0.8 * grid.num_tokens)
+    covered, placed = _grow(masker._size, grid, count, uniform)
+    for row in range(6):
+        tokens, blocks = slow_grow(slow_size, grid, count, uniform[:, :, row].tolist())
+        assert set(covered[row].nonzero().flatten().tolist()) == tokens
+        assert [block for block in placed[:, row].tolist() if block != [0, 0]] == blocks
+
+
+def test_a_clip_does_not_depend_on_the_others_of_its_batch():
+    uniform = torch.rand(150, 5, 6, generator=generator(), dtype=torch.float64)
+    together, _ = _grow(BlockMasker()._size, GRID, 1638, uniform)
+    alone, _ = _grow(BlockMasker()._size, GRID, 1638, uniform[:, :, 2:3].contiguous())
+    assert torch.equal(together[2], alone[0])
+
+
+def statistics(masker, num_draws):
+    uniform = torch.rand(150, 5, num_draws, generator=generator(), dtype=torch.float64)
+    covered, placed = _grow(masker._size, GRID, 1638, uniform)
+    return placed[placed.prod(-1) > 0].float(), 1638 - covered.sum(-1).float().mean().item()
+
+
+def test_pupujepa_block_statistics():
+    # Known from 300 draws to the digits given; our own 300 vary by 0.3 blocks, 0.05 patches and 0.4
+    # points.
+    blocks, random_fill = statistics(BlockMasker(), 300)
+    assert len(blocks) / 300 == pytest.approx(78, abs=1.5)
+    assert blocks[:, 0].mean() == pytest.approx(8.5, abs=0.15)
+    assert blocks[:, 1].mean() == pytest.approx(5.6, abs=0.1)
+    assert (blocks[:, 1] == 8).float().mean() == pytest.approx(0.44, abs=0.015)
+    assert random_fill == pytest.approx(0.1, abs=0.15)
+
+
+def test_pupujepa_stripe_statistics():
+    # Rows differ by 2.5 stripes of time, 0.7 of frequency and, now and then, by a whole row of
+    # random fill.
+    stripes, random_fill = statistics(StripeMasker(), 1000)
+    of_frequency = stripes[:, 0] == 256
+    assert of_frequency.sum() / 1000 == pytest.approx(0.6, abs=0.1)
+    assert (~of_frequency).sum() / 1000 == pytest.approx(15, abs=0.5)
+    assert (stripes[~of_frequency, 1] == 8).all()
+    assert (stripes[of_frequency, 1] == 1).all()
+    assert random_fill == pytest.approx(8, abs=2)
+
+
+@pytest.mark.parametrize("grid", [*GRIDS, Grid(14, 14)], ids=str)
+def test_multi_block_targets_are_rectangles_of_one_size(grid):
+    masks = MultiBlockMasker()(grid, 16, generator(), step=0)
+    assert masks.targets.valid is None
+    planes = masks.targets.to_mask(grid.num_tokens).unflatten(-1, (grid.num_time, grid.num_freq))
+    in_time, in_freq = planes.any(-1), planes.any(-2)
+    assert torch.equal(planes, in_time[..., None] & in_freq[..., None, :])
+    for side in (in_time, in_freq):
+        assert len(side.sum(-1).unique()) == 1
+        assert (side.int().diff(dim=-1).clamp(min=0).sum(-1) + side[..., 0] == 1).all(), "one run"
+
+
+@pytest.mark.parametrize("grid", [GRID, Grid(1, 200), Grid(14, 14)], ids=str)
+def test_multi_block_scale_holds_on_any_shape_of_grid(grid):
+    source = generator()
+    shares = (
+        torch.tensor(
+            [MultiBlockMasker()(grid, 1, source, step=0).targets.index.shape[-1] for _ in range(60)]
+        )
+        / grid.num_tokens
+    )
+    # A block has whole sides: half a column of the widest block is the most by which its area can
+    # be off.
+    slack = 0.5 * grid.num_freq / grid.num_tokens
+    assert shares.min() >= 0.15 - slack
+    assert shares.max() <= 0.2 + slack
+    assert shares.mean() == pytest.approx(0.175, abs=0.012)
+
+
+def test_multi_block_context_is_a_large_block_without_the_targets():
+    grid = Grid(8, 64)
+    masks = MultiBlockMasker(context_scale=(0.5, 0.5))(grid, 32, generator(), step=0)
+    context = masks.context.to_mask(grid.num_tokens).unflatten(-1, (64, 8))
+    targets = masks.targets.to_mask(grid.num_tokens).any(1).unflatten(-1, (64, 8))
+    for seen, predicted in zip(context, targets, strict=True):
+        time, freq = seen.nonzero().T
+        inside = torch.zeros_like(seen)
+        inside[time.min() : time.max() + 1, freq.min() : freq.max() + 1] = True
+        assert torch.equal(seen, inside & ~predicted)
+        assert (
+            inside.sum() <= 43 * 6
+        )  # half of the grid in whole sides: round(8 / √2) = 6 rows, 43 columns

@@ -1,0 +1,233 @@
+"""What holds for every masker on every grid."""
+
+import numpy as np
+import pytest
+import torch
+
+from jepa_audio.steps.grid import Grid, Masks
+from jepa_audio.steps.masking import (
+    BlockMasker,
+    Masker,
+    MixtureMasker,
+    MultiBlockMasker,
+    RandomMasker,
+    SpanMasker,
+    StripeMasker,
+    TargetSpanMasker,
+)
+from jepa_audio.steps.masking.random import draw_accepted, fill_up, floor_share
+
+BATCH = 48
+LONG, SHORT = (Grid(1, 50), Grid(1, 200), Grid(8, 64)), Grid(4, 12)
+ANY_GRID = (
+    RandomMasker(),
+    RandomMasker(target_share=(0.4, 0.6)),
+    MultiBlockMasker(),
+    BlockMasker(),
+    StripeMasker(),
+    MixtureMasker([RandomMasker(), BlockMasker(), StripeMasker()], [0.4, 0.3, 0.3]),
+)
+CASES = [
+    *[(masker, grid) for masker in (SpanMasker(), TargetSpanMasker()) for grid in LONG],
+    (SpanMasker(context_length=2, target_length=2), SHORT),
+    (TargetSpanMasker(target_length=2, min_run=2, num_groups=2), SHORT),
+    *[(masker, grid) for masker in ANY_GRID for grid in (*LONG, SHORT)],
+]
+all_cases = pytest.mark.parametrize(
+    ("masker", "grid"),
+    CASES,
+    ids=[f"{type(m).__name__}-{g.num_freq}x{g.num_time}" for m, g in CASES],
+)
+
+
+def draw(masker: Masker, grid: Grid, seed: int = 0, batch_size: int = BATCH) -> Masks:
+    return masker(grid, batch_size, torch.Generator().manual_seed(seed), step=0)
+
+
+def planes(masks: Masks, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    return masks.context.to_mask(grid.num_tokens), masks.targets.to_mask(grid.num_tokens)
+
+
+@all_cases
+def test_the_generator_alone_decides(masker, grid):
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    first, state = planes(draw(masker, grid), grid), torch.get_rng_state()
+    numpy_state = np.random.get_state()[1].copy()  # noqa: NPY002
+    torch.manual_seed(2)
+    second = planes(draw(masker, grid), grid)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert torch.equal(state, torch.manual_seed(1).get_state())
+    np.random.seed(1)  # noqa: NPY002
+    assert np.array_equal(numpy_state, np.random.get_state()[1])  # noqa: NPY002
+    assert not torch.equal(first[0], planes(draw(masker, grid, seed=3), grid)[0])
+
+
+@all_cases
+def test_indices_are_on_the_grid_and_unique(masker, grid):
+    masks = draw(masker, grid)
+    for tokens in (masks.context, masks.targets):
+        assert tokens.index.dtype == torch.int64
+        assert tokens.index.device.type == "cpu"
+        assert tokens.index.min() >= 0
+        assert tokens.index.max() < grid.num_tokens
+        assert (tokens.index.sort(-1).values.diff(dim=-1) > 0).all()
+    assert masks.context.index.shape[0] == masks.targets.index.shape[0] == BATCH
+    assert masks.targets.index.ndim == 3
+
+
+@all_cases
+def test_context_and_targets_share_no_token_and_are_never_empty(masker, grid):
+    masks = draw(masker, grid)
+    context, targets = planes(masks, grid)
+    assert not (context & targets.any(dim=1)).any()
+    assert masks.context.counts.min() >= 1
+    assert masks.targets.counts.min() >= 1
+
+
+@all_cases
+def test_every_token_is_eventually_context_and_eventually_target(masker, grid):
+    seen, predicted = torch.zeros(2, grid.num_tokens, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        context, targets = planes(masker(grid, BATCH, generator, step=0), grid)
+        seen |= context.any(0)
+        predicted |= targets.any(0).any(0)
+        if seen.all() and predicted.all():
+            return
+    pytest.fail(f"never context: {(~seen).nonzero().T}, never target: {(~predicted).nonzero().T}")
+
+
+@all_cases
+def test_rows_of_a_batch_differ(masker, grid):
+    context, _ = planes(draw(masker, grid), grid)
+    # On 48 tokens two rows may agree by chance; all rows alike, or in pairs, may not.
+    assert len(context.unique(dim=0)) > 0.5 * BATCH
+
+
+@pytest.mark.parametrize("grid", [*LONG, SHORT, Grid(8, 256)])
+@pytest.mark.parametrize("share", [0.3, 0.8])
+@pytest.mark.parametrize("masker_class", [RandomMasker, BlockMasker, StripeMasker])
+def test_the_target_share_is_met_exactly(masker_class, share, grid):
+    masks = draw(masker_class(target_share=share), grid, batch_size=8)
+    num_targets = (
+        grid.num_tokens - floor_share(1 - share, grid.num_tokens)
+        if masker_class is RandomMasker
+        else floor_share(share, grid.num_tokens)
+    )
+    assert masks.targets.index.shape == (8, 1, num_targets)
+    assert masks.context.index.shape == (8, grid.num_tokens - num_targets)
+    assert masks.targets.valid is None
+    assert masks.context.valid is None
+
+
+def test_pupujepa_random_masks_have_409_context_tokens():
+    masks = draw(RandomMasker(), Grid(8, 256))
+    assert (masks.context.index.shape[-1], masks.targets.index.shape[-1]) == (409, 1639)
+
+
+def test_a_range_of_shares_is_drawn_per_call_and_spanned():
+    masker, grid, generator = (
+        RandomMasker(target_share=(0.4, 0.6)),
+        Grid(1, 200),
+        torch.Generator().manual_seed(0),
+    )
+    counts = [masker(grid, 2, generator, step=0).targets.index.shape[-1] for _ in range(100)]
+    assert 80 <= min(counts) <= 85
+    assert 115 <= max(counts) <= 121
+
+
+def test_one_context_token_is_always_left():
+    assert draw(RandomMasker(target_share=0.99), SHORT).context.index.shape[-1] == 1
+
+
+@pytest.mark.parametrize(
+    ("share", "num_tokens", "count"), [(1 - 0.8, 50, 10), (0.57, 100, 57), (0.8, 2048, 1638)]
+)
+def test_shares_are_rounded_down_but_not_by_float_dust(share, num_tokens, count):
+    assert floor_share(share, num_tokens) == count
+
+
+def test_filling_up_keeps_what_is_chosen_and_is_uniform_over_the_rest():
+    chosen = torch.zeros(4000, 12, dtype=torch.bool)
+    chosen[:, :3] = True
+    filled = fill_up(chosen, 6, torch.Generator().manual_seed(0))
+    assert (filled.sum(-1) == 6).all()
+    assert filled[:, :3].all()
+    # 3 of 9 tokens; the standard deviation of the share over 4000 rows is 0.0075.
+    assert torch.allclose(filled[:, 3:].float().mean(0), torch.tensor(1 / 3), atol=0.03)
+
+
+def test_only_rejected_rows_are_drawn_again():
+    asked = []
+
+    def scripted(num_rows):
+        asked.append(num_rows)
+        context = torch.full((num_rows, 4), fill_value=True)
+        context[0] = len(asked) > 2  # the first row of the first two draws is empty
+        return context, torch.full((num_rows, 1, 4), fill_value=True)
+
+    context, _ = draw_accepted(scripted, 5, 0.5, SpanMasker())
+    assert asked == [5, 1, 1]
+    assert context.all()
+
+
+@pytest.mark.parametrize(
+    ("masker", "grid", "message"),
+    [
+        (
+            SpanMasker(context_probability=1.0, min_context=0.9),
+            Grid(1, 50),
+            r"`min_context` \(0.9\).*SpanMasker\(",
+        ),
+        (SpanMasker(context_length=12), SHORT, r"`context_length` \(12\).*num_time=12"),
+        (SpanMasker(context_length=2), Grid(8, 10), r"`target_length` \(10\)"),
+        (TargetSpanMasker(min_run=60), Grid(1, 50), r"`min_run` \(60\)"),
+        (
+            MultiBlockMasker(target_scale=(1.0, 1.0)),
+            SHORT,
+            r"`min_context` \(0.1\).*target_scale=\(1.0, 1.0\)",
+        ),
+        (RandomMasker(), Grid(1, 1), "num_time=1"),
+        (BlockMasker(target_share=0.01), SHORT, r"`target_share` \(0.01\)"),
+        (StripeMasker(target_share=0.01), SHORT, r"`target_share` \(0.01\)"),
+    ],
+)
+def test_impossible_grids_are_refused_by_name_and_value(masker, grid, message, monkeypatch):
+    monkeypatch.setattr("jepa_audio.steps.masking.random.MAX_REDRAWS", 20)
+    with pytest.raises(ValueError, match=message):
+        draw(masker, grid, batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("masker_class", "settings"),
+    [
+        (RandomMasker, {"target_share": 0.0}),
+        (RandomMasker, {"target_share": 1.0}),
+        (RandomMasker, {"target_share": float("nan")}),
+        (RandomMasker, {"target_share": (0.6, 0.4)}),
+        (SpanMasker, {"context_probability": 1.5}),
+        (SpanMasker, {"target_probability": 0.0}),
+        (SpanMasker, {"context_length": 0}),
+        (SpanMasker, {"num_groups": 0}),
+        (SpanMasker, {"min_context": 1.0}),
+        (TargetSpanMasker, {"target_length": 0}),
+        (TargetSpanMasker, {"min_run": 0}),
+        (MultiBlockMasker, {"num_targets": 0}),
+        (MultiBlockMasker, {"target_scale": (0.2, 0.1)}),
+        (MultiBlockMasker, {"context_scale": (0.9, 1.1)}),
+        (MultiBlockMasker, {"target_aspect": (0.0, 1.0)}),
+        (MultiBlockMasker, {"min_context": -0.1}),
+        (BlockMasker, {"target_share": 1.2}),
+        (BlockMasker, {"scale": (0.0, 0.1)}),
+        (BlockMasker, {"long_aspect": (5.0, 2.0)}),
+        (BlockMasker, {"max_attempts": 0}),
+        (StripeMasker, {"max_time_width": 0}),
+        (StripeMasker, {"max_freq_width": 0}),
+    ],
+)
+def test_impossible_settings_are_refused_by_name_and_value(masker_class, settings):
+    ((name, value),) = settings.items()
+    with pytest.raises(ValueError, match=f"`{name}`") as error:
+        masker_class(**settings)
+    assert str(value) in str(error.value)

@@ -1,0 +1,127 @@
+"""Mixtures: one masker a batch, the curriculum, and construction from a configuration."""
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+
+from jepa_audio.steps.grid import Grid
+from jepa_audio.steps.masking import BlockMasker, Masker, MixtureMasker, RandomMasker, SpanMasker
+
+GRID = Grid(2, 30)
+# Told apart by the number of targets.
+SHARES = (0.2, 0.5, 0.8)
+
+
+def mixture(**settings) -> MixtureMasker:
+    return MixtureMasker(
+        [RandomMasker(target_share=share) for share in SHARES], [0.2, 0.5, 0.3], **settings
+    )
+
+
+def chosen(masker: MixtureMasker, step: int, num_draws: int = 400) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    counts = [masker(GRID, 1, generator, step).targets.index.shape[-1] for _ in range(num_draws)]
+    return torch.tensor([counts.count(int(60 * share)) for share in SHARES]) / num_draws
+
+
+def test_maskers_are_drawn_by_their_weights():
+    # The standard deviation of a share over 400 draws is 0.025 at most.
+    assert torch.allclose(chosen(mixture(), step=0), torch.tensor([0.2, 0.5, 0.3]), atol=0.08)
+
+
+def test_the_first_masker_starts_alone_and_the_others_rise_linearly():
+    masker = mixture(warmup_start=100, warmup_end=300)
+    for step in (0, 99, 100):
+        assert masker.weights_at(step) == [1, 0, 0]
+    assert masker.weights_at(150) == pytest.approx([0.8, 0.125, 0.075])
+    assert masker.weights_at(200) == pytest.approx([0.6, 0.25, 0.15])
+    for step in (300, 10**6):
+        assert masker.weights_at(step) == pytest.approx([0.2, 0.5, 0.3])
+    assert torch.equal(chosen(masker, step=99, num_draws=100), torch.tensor([1.0, 0, 0]))
+    assert torch.allclose(chosen(masker, step=200), torch.tensor([0.6, 0.25, 0.15]), atol=0.08)
+
+
+def test_an_empty_ramp_is_a_switch():
+    masker = mixture(warmup_start=100, warmup_end=100)
+    assert masker.weights_at(99) == [1, 0, 0]
+    assert masker.weights_at(100) == pytest.approx([0.2, 0.5, 0.3])
+
+
+def test_a_weight_of_zero_is_never_drawn():
+    masker = MixtureMasker([RandomMasker(target_share=share) for share in SHARES], [0.0, 1.0, 0.0])
+    assert chosen(masker, step=0)[1] == 1
+
+
+def test_a_mixture_of_one_draws_what_its_masker_draws_next():
+    source = torch.Generator().manual_seed(0)
+    masks = MixtureMasker([BlockMasker()], [1.0])(GRID, 4, source, step=0)
+    replay = torch.Generator().manual_seed(0)
+    torch.multinomial(torch.ones(1, dtype=torch.float64), 1, generator=replay)
+    assert torch.equal(masks.context.index, BlockMasker()(GRID, 4, replay, step=0).context.index)
+    assert torch.equal(source.get_state(), replay.get_state())
+
+
+def test_the_step_reaches_a_nested_mixture():
+    masker = MixtureMasker([mixture(warmup_start=10, warmup_end=10)], [1.0])
+    assert torch.equal(chosen(masker, step=9, num_draws=50), torch.tensor([1.0, 0, 0]))
+    assert chosen(masker, step=10, num_draws=50)[0] < 1
+
+
+@pytest.mark.parametrize(
+    ("weights", "settings", "message"),
+    [
+        ([1.0], {}, r"`weights` \(1\) must be as many as `maskers` \(2\)"),
+        ([0.5, 0.6], {}, r"`weights`.*add up to 1, got \[0.5, 0.6\]"),
+        ([1.5, -0.5], {}, r"`weights`.*\[1.5, -0.5\]"),
+        ([float("nan"), 1.0], {}, "`weights`.*nan"),
+        (
+            [0.5, 0.5],
+            {"warmup_start": 5, "warmup_end": 4},
+            r"`warmup_end` \(4\).*`warmup_start` \(5\)",
+        ),
+        ([0.5, 0.5], {"warmup_start": -1}, r"`warmup_start` \(-1\)"),
+    ],
+)
+def test_impossible_mixtures_are_refused(weights, settings, message):
+    with pytest.raises(ValueError, match=message):
+        MixtureMasker([RandomMasker(), BlockMasker()], weights, **settings)
+
+
+def test_no_masker_at_all_is_refused():
+    with pytest.raises(ValueError, match=r"`maskers` \(0\)"):
+        MixtureMasker([], [])
+
+
+@pytest.fixture
+def parser() -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--masker", type=Masker)
+    return parser
+
+
+def test_a_configuration_builds_a_mixture(parser):
+    path = "jepa_audio.steps.masking"
+    config = {
+        "class_path": f"{path}.MixtureMasker",
+        "init_args": {
+            "maskers": [
+                {"class_path": f"{path}.RandomMasker", "init_args": {"target_share": [0.4, 0.6]}},
+                {"class_path": f"{path}.BlockMasker", "init_args": {"scale": [0.02, 0.03]}},
+                {"class_path": f"{path}.SpanMasker"},
+            ],
+            "weights": [0.5, 0.25, 0.25],
+            "warmup_end": 1000,
+        },
+    }
+    built = parser.instantiate_classes(parser.parse_object({"masker": config})).masker
+    maskers = [RandomMasker(target_share=(0.4, 0.6)), BlockMasker(scale=(0.02, 0.03)), SpanMasker()]
+    assert built == MixtureMasker(maskers, [0.5, 0.25, 0.25], warmup_end=1000)
+
+
+def test_short_names_and_misspelt_settings(parser):
+    built = parser.instantiate_classes(
+        parser.parse_args(["--masker=RandomMasker", "--masker.target_share=0.7"])
+    )
+    assert built.masker == RandomMasker(target_share=0.7)
+    with pytest.raises(Exception, match="target_shaer"):
+        parser.parse_args(["--masker=RandomMasker", "--masker.target_shaer=0.7"])

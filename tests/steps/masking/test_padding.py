@@ -1,0 +1,145 @@
+"""Clips shorter than the grid: nothing beyond their end is seen, predicted or normalised with."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from jepa_audio.steps.grid import AudioBatch, Grid
+from jepa_audio.steps.masking import BlockMasker, RandomMasker, SpanMasker, TargetSpanMasker
+from jepa_audio.training.jepa import JEPA
+
+MASKERS = [
+    (SpanMasker(), Grid(1, 100)),
+    (TargetSpanMasker(min_context=0.3), Grid(1, 100)),
+    (RandomMasker(), Grid(4, 20)),
+    (BlockMasker(), Grid(4, 20)),
+]
+
+
+@pytest.mark.parametrize(("masker", "grid"), MASKERS, ids=lambda value: type(value).__name__)
+def test_masks_stay_within_the_clip_and_are_those_of_the_whole_grid(masker, grid: Grid):
+    num_time = torch.tensor(
+        [grid.num_time, grid.num_time * 3 // 4, grid.num_time // 2, grid.num_time]
+    )
+    row = torch.arange(4)
+    whole = masker.for_rows(grid, row, 4, (0,))
+    cut = masker.for_rows(grid, row, 4, (0,), num_time)
+    present = torch.arange(grid.num_tokens) // grid.num_freq < num_time[:, None]
+    assert torch.equal(cut.present.to_mask(grid.num_tokens), present)
+    context = whole.context.to_mask(grid.num_tokens) & present
+    targets = whole.targets.to_mask(grid.num_tokens) & present[:, None]
+    kept = context.any(-1) & targets.any(-1).all(-1)
+    assert kept.sum() >= 3, "few clips lose a group"
+    assert torch.equal(cut.context.to_mask(grid.num_tokens)[kept], context[kept])
+    assert torch.equal(cut.targets.to_mask(grid.num_tokens)[kept], targets[kept])
+    assert cut.targets_per_clip == float(cut.targets.counts.sum()) / 4, (
+        "the loss is the mean over what is left"
+    )
+
+
+def test_a_clip_that_loses_everything_gets_masks_of_its_own_whatever_process_asks():
+    grid, masker = Grid(1, 100), SpanMasker(context_length=5, target_length=5)
+    num_time = torch.full((64,), 12)
+    masks = masker.for_rows(grid, torch.arange(64), 64, (0,), num_time)
+    assert (masks.context.counts > 0).all()
+    assert (masks.targets.counts > 0).all()
+    assert masks.context.to_mask(100)[:, 12:].sum() == 0
+    for rows in (torch.arange(32, 64), torch.tensor([7])):
+        part = masker.for_rows(grid, rows, 64, (0,), num_time[rows])
+        assert torch.equal(part.context.to_mask(100), masks.context.to_mask(100)[rows])
+        assert torch.equal(part.targets.to_mask(100), masks.targets.to_mask(100)[rows])
+
+
+def test_full_clips_need_no_validity():
+    grid = Grid(1, 100)
+    masks = SpanMasker().for_rows(grid, torch.arange(4), 4, (0,), torch.full((4,), 100))
+    assert masks.present is None
+
+
+@pytest.mark.parametrize("view", ["clip", "targets"])
+@pytest.mark.parametrize("normalization", ["instance", "joint_instance"])
+def test_what_lies_in_the_padding_changes_neither_loss_nor_gradient(
+    tiny_jepa: Callable[..., JEPA], view: str, normalization: str, rng: torch.Generator
+):
+    settings = (f"--model.targets.view={view}", f"--model.targets.normalization={normalization}")
+    front_end = (
+        "--model.front_end.init_args.norm=layer",
+        "--model.front_end.init_args.standardize=false",
+    )
+    waveform = torch.randn(4, 1, 500, generator=rng)
+    num_samples = torch.tensor([500, 400, 333, 250])
+    losses, gradients = [], []
+    for filling in (0.0, 5.0):
+        jepa = tiny_jepa("wave", *settings, *front_end).train()
+        padded = waveform.clone()
+        for clip, length in enumerate(num_samples.tolist()):
+            padded[clip, :, length:] = filling
+        batch = AudioBatch(padded, torch.arange(4), num_samples)
+        loss = jepa.loss(padded, jepa.draw_masks(batch, 4))
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append(jepa.encoder.blocks[0].attn.qkv.weight.grad.clone())
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-8)
+
+
+def test_a_padded_clip_is_targeted_as_it_is_alone(
+    tiny_jepa: Callable[..., JEPA], rng: torch.Generator
+):
+    """Targets of a short clip beside a long one are those of the short clip in a batch of its own."""
+    front_end = (
+        "--model.front_end.init_args.norm=layer",
+        "--model.front_end.init_args.standardize=false",
+    )
+    jepa = tiny_jepa("wave", *front_end).eval()
+    waveform = torch.randn(2, 1, 500, generator=rng)
+    waveform[1, :, 300:] = 0
+    masks = jepa.draw_masks(AudioBatch(waveform, torch.arange(2), torch.tensor([500, 300])), 2)
+    together = jepa(waveform, masks)
+    own = masks.rows(slice(1, 2))
+    columns = jepa.front_end.grid(300).num_time
+    valid = own.targets.valid
+    alone = jepa.target_latents(
+        waveform[1:, :, :300],
+        jepa.front_end(waveform[1:, :, :300]),
+        Grid(1, columns),
+        type(own.targets)(own.targets.index.clamp(max=columns - 1), valid),
+    )
+    torch.testing.assert_close(together.target[1:][valid], alone[valid], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "norm", ["--model.front_end.init_args.norm=group", "--model.front_end.init_args.norm=layer"]
+)
+def test_a_front_end_whose_statistics_hear_the_padding_is_refused(
+    tiny_jepa: Callable[..., JEPA], norm: str
+):
+    jepa = tiny_jepa("wave", norm)
+    batch = AudioBatch(torch.randn(2, 1, 500), torch.arange(2), torch.tensor([500, 300]))
+    with pytest.raises(
+        ValueError, match=r"`data.mask_padding`.*`norm` to 'layer' and `standardize` to false"
+    ):
+        jepa.draw_masks(batch, 2)
+
+
+def test_no_column_of_a_spectrogram_that_is_counted_hears_the_padding(
+    tiny_jepa: Callable[..., JEPA],
+):
+    front_end = tiny_jepa("mel").front_end
+    for length in range(200, 500, 7):
+        columns = int(front_end.num_time(torch.tensor([length])))
+        waveform = torch.randn(2, 1, 500)
+        waveform[1, :, :length] = waveform[0, :, :length]
+        one, other = front_end(waveform).unflatten(1, (-1, front_end.grid(500).num_freq))
+        torch.testing.assert_close(one[:columns], other[:columns])
+    with pytest.raises(ValueError, match="raise `min_seconds`"):
+        front_end.num_time(torch.tensor([40]))
+
+
+def test_a_clip_too_short_for_the_masker_says_what_to_raise():
+    with pytest.raises(
+        ValueError,
+        match=r"a clip of 4 time columns is too short to be masked, raise `data.min_seconds`",
+    ):
+        SpanMasker().for_rows(Grid(1, 100), torch.arange(2), 2, (0,), torch.tensor([100, 4]))

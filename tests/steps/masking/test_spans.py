@@ -1,0 +1,114 @@
+"""Span masks: the published shares, and the shape of a span."""
+
+import pytest
+import torch
+
+from jepa_audio.steps.grid import Grid, Masks
+from jepa_audio.steps.masking import SpanMasker, TargetSpanMasker
+from jepa_audio.steps.masking.spans import sample_spans
+
+GRID = Grid(1, 200)
+NUM_DRAWS = 2000
+
+
+def draw(masker, grid=GRID, batch_size=NUM_DRAWS) -> Masks:
+    return masker(grid, batch_size, torch.Generator().manual_seed(0), step=0)
+
+
+def runs(row: torch.Tensor) -> list[int]:
+    """Lengths of the runs of True, counted by hand."""
+    lengths, current = [], 0
+    for value in [*row.tolist(), False]:
+        if not value and current:
+            lengths.append(current)
+        current = current + 1 if value else 0
+    return lengths
+
+
+@pytest.mark.parametrize(
+    ("settings", "percent"),
+    [
+        ({}, 19.5),
+        ({"context_length": 5}, 18.8),
+        ({"context_length": 15}, 19.8),
+        ({"target_length": 5}, 18.7),
+        ({"target_length": 15}, 19.7),
+        ({"target_probability": 0.15}, 28.2),
+        ({"target_probability": 0.20}, 23.2),
+        ({"target_probability": 0.30}, 16.8),
+    ],
+)
+def test_the_context_share_is_the_one_of_wavjepa_table_9(settings, percent):
+    # The share of a row varies by 5 points, the mean of 2000 rows by 0.1; a wrong rule is 1.7 away.
+    counts = draw(SpanMasker(**settings)).context.counts.float()
+    assert counts.mean() / 2 == pytest.approx(percent, abs=0.5)
+
+
+def test_wavjepa_group_and_union_shares_spread_and_acceptance():
+    masks = draw(SpanMasker())
+    assert masks.targets.index.shape[1] == 4
+    assert masks.targets.counts.float().mean() / 2 == pytest.approx(22.7, abs=0.3)
+    union = masks.targets.to_mask(200).any(1).float().mean()
+    assert 100 * union == pytest.approx(63.4, abs=0.6)
+    low, high = torch.quantile(masks.context.counts / 2, torch.tensor([0.025, 0.975]))
+    assert low == pytest.approx(11.0, abs=1.0)
+    assert high == pytest.approx(29.5, abs=1.0)
+    assert masks.context.counts.min() >= 20
+    unfiltered = draw(SpanMasker(min_context=0.0)).context.counts
+    assert (unfiltered >= 20).float().mean() == pytest.approx(0.98, abs=0.01)
+
+
+def test_every_row_is_a_union_of_whole_spans():
+    spans = sample_spans(300, 60, 0.4, 7, torch.Generator().manual_seed(0))
+    assert all(min(runs(row)) >= 7 for row in spans)
+    assert spans.any(0).all(), "spans reach both ends"
+
+
+@pytest.mark.parametrize(
+    ("probability", "length", "fewest", "most"), [(0.5, 1, 25, 25), (0.51, 1, 25, 26)]
+)
+def test_spans_are_drawn_without_replacement_and_as_many_as_asked(
+    probability, length, fewest, most
+):
+    # Of length 1 there is nothing to overlap, so columns count spans: floor(25.0 + U) and
+    # floor(25.5 + U).
+    counts = (
+        sample_spans(2000, 50, probability, length, torch.Generator().manual_seed(0))
+        .sum(-1)
+        .float()
+    )
+    assert (counts.min(), counts.max()) == (fewest, most)
+    assert counts.mean() == pytest.approx(50 * probability, abs=0.05)
+
+
+def test_starts_are_uniform_over_all_places():
+    # One span of 4 in 12 columns: 9 places. The standard deviation of a share over 9000 rows is
+    # 0.0033.
+    spans = sample_spans(9000, 12, 1 / 3, 4, torch.Generator().manual_seed(0))
+    first = spans.float().argmax(-1)
+    assert torch.allclose(
+        torch.bincount(first, minlength=9) / 9000, torch.full((9,), 1 / 9), atol=0.015
+    )
+
+
+@pytest.mark.parametrize("masker", [SpanMasker(), TargetSpanMasker()])
+def test_spans_cover_all_frequency_rows_and_do_not_depend_on_their_number(masker):
+    grid = Grid(4, 64)
+    flat, tall = draw(masker, Grid(1, 64), 16), draw(masker, grid, 16)
+    for one, many in ((flat.context, tall.context), (flat.targets, tall.targets)):
+        columns = many.to_mask(grid.num_tokens).unflatten(-1, (64, 4))
+        assert torch.equal(columns, one.to_mask(64)[..., None].expand_as(columns))
+
+
+def test_target_spans_leave_half_as_context_and_drop_only_short_runs():
+    masks = draw(TargetSpanMasker(), batch_size=64)
+    context, free = masks.context.to_mask(200), ~masks.targets.to_mask(200).any(1)
+    assert context.sum(-1).min() >= 100
+    for kept, rest in zip(context, free, strict=True):
+        assert runs(kept) == [length for length in runs(rest) if length >= 5]
+        assert not (kept & ~rest).any()
+
+
+def test_runs_of_one_column_are_kept_on_request():
+    masks = draw(TargetSpanMasker(min_run=1), batch_size=16)
+    assert torch.equal(masks.context.to_mask(200), ~masks.targets.to_mask(200).any(1))

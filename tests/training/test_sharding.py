@@ -1,0 +1,201 @@
+"""Sharded parameters are the same run: losses, weights, momentum copy and checkpoints of `configs/fsdp.yaml`."""
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch.distributed.tensor import DTensor
+
+from jepa_audio.training.sharding import is_sharded, whole
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork")
+
+FSDP = f"--config={Path(__file__).parents[2] / 'configs' / 'fsdp.yaml'}"
+COMMON = (
+    "--trainer.max_steps=4",
+    "--checkpoint.every_n_train_steps=2",
+    "--checkpoint.keep_all=true",
+)
+COMMON += ("--monitor.every_n_steps=1", "--trainer.gradient_clip_val=0.5")
+
+
+def on_processes(count: int, folder: Path, function: Callable[[], Any]) -> list[Any]:
+    """What a function returns on each of some processes started as `torchrun` starts them, but forked."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+
+    def start(rank: int) -> None:
+        ranks = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "GROUP_RANK": 0,
+            "WORLD_SIZE": count,
+            "LOCAL_WORLD_SIZE": count,
+        }
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+        os.environ |= {name: str(value) for name, value in (ranks | address).items()}
+        torch.save(function(), folder / str(rank))
+
+    processes = [
+        multiprocessing.get_context("fork").Process(target=start, args=(rank,))
+        for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0] * count
+    return [torch.load(folder / str(rank), weights_only=False) for rank in range(count)]
+
+
+@dataclass
+class Seen:
+    """By optimizer step: the loss, and the distance of the momentum copy; and which parameters were sharded."""
+
+    losses: dict[int, float] = field(default_factory=dict)
+    distances: dict[int, float] = field(default_factory=dict)
+    sharded: list[bool] = field(default_factory=list)
+
+
+class Watch(Callback):
+    def __init__(self, seen: Seen, stop_after: int) -> None:
+        self.seen, self.stop_after = seen, stop_after
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.seen.losses[trainer.global_step] = float(outputs["loss"])
+        self.seen.distances[trainer.global_step] = float(
+            trainer.callback_metrics["collapse/ema_distance"]
+        )
+        self.seen.sharded = [isinstance(parameter, DTensor) for parameter in pl_module.parameters()]
+        trainer.should_stop = trainer.global_step >= self.stop_after
+
+
+def train(cli: object, checkpoint: Path | None = None, stop_after: int = 4) -> Seen:
+    seen = Seen()
+    cli.trainer.callbacks.append(Watch(seen, stop_after))
+    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint)
+    return seen
+
+
+def checkpoints(cli: object) -> Path:
+    return Path(cli.trainer.checkpoint_callback.dirpath)
+
+
+def mean(values: list[dict[int, float]]) -> dict[int, float]:
+    return {step: sum(value[step] for value in values) / len(values) for step in values[0]}
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_cli: Callable) -> tuple[Seen, Path]:
+    """The run on one process, and its checkpoints."""
+    cli = tiny_cli("mel", *COMMON)
+    return train(cli), checkpoints(cli)
+
+
+@pytest.fixture(scope="module")
+def sharded(
+    tiny_cli: Callable, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[Seen], Path]:
+    """The run on two processes that share its parameters: two steps, and two resumed ones."""
+    folder = tmp_path_factory.mktemp("sharded")
+    settings = (*COMMON, FSDP, "--trainer.devices=2", "--data.batch_size=2", f"--run_dir={folder}")
+
+    def run() -> Seen:
+        before = train(tiny_cli("mel", *settings), stop_after=2)
+        after = train(tiny_cli("mel", *settings), folder / "checkpoints" / "last.ckpt")
+        assert not before.losses.keys() & after.losses.keys()
+        return Seen(before.losses | after.losses, before.distances | after.distances, after.sharded)
+
+    return on_processes(2, folder, run), folder / "checkpoints"
+
+
+def assert_same_weights(ours: Path, theirs: Path) -> None:
+    ours, theirs = (torch.load(path, weights_only=True)["state_dict"] for path in (ours, theirs))
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_every_parameter_is_sharded(sharded: tuple):
+    for seen in sharded[0]:
+        assert len(seen.sharded) > 50
+        assert all(seen.sharded)
+
+
+def test_losses_and_momentum_copy_are_those_of_one_process_also_across_a_resume(
+    alone: tuple, sharded: tuple
+):
+    assert mean([seen.losses for seen in sharded[0]]) == pytest.approx(alone[0].losses, rel=1e-5)
+    assert mean([seen.distances for seen in sharded[0]]) == pytest.approx(
+        alone[0].distances, rel=1e-5
+    )
+    assert_same_weights(sharded[1] / "last.ckpt", alone[1] / "last.ckpt")
+
+
+def test_a_checkpoint_is_one_file_that_one_process_goes_on_with(
+    tiny_cli: Callable, alone: tuple, sharded: tuple
+):
+    cli = tiny_cli("mel", *COMMON)
+    seen = train(cli, sharded[1] / "step=00000002.ckpt")
+    assert seen.losses == pytest.approx({step: alone[0].losses[step] for step in (3, 4)}, rel=1e-5)
+    assert_same_weights(checkpoints(cli) / "last.ckpt", alone[1] / "last.ckpt")
+
+
+def test_a_checkpoint_of_an_unsharded_run_is_refused_with_what_to_do_instead(
+    tiny_cli: Callable, alone: tuple, tmp_path: Path
+):
+    def run() -> str:
+        settings = FSDP, "--trainer.devices=1", f"--run_dir={tmp_path}"
+        with pytest.raises(ValueError, match="without sharding") as refused:
+            train(tiny_cli("mel", *COMMON, *settings), alone[1] / "last.ckpt")
+        return str(refused.value)
+
+    (sentence,) = on_processes(1, tmp_path, run)
+    assert "--trainer.strategy ddp" in sentence
+    assert f"--weights {alone[1] / 'last.ckpt'}" in sentence
+
+
+def test_a_probe_that_would_copy_the_weights_is_refused(tiny_cli: Callable, tmp_path: Path):
+    from jepa_audio.probing.online import OnlineProbe
+
+    def run() -> str:
+        cli = tiny_cli("mel", *COMMON, FSDP, f"--run_dir={tmp_path}")
+        cli.trainer.callbacks.append(OnlineProbe("nowhere"))
+        with pytest.raises(ValueError, match="OnlineProbe") as refused:
+            train(cli)
+        return str(refused.value)
+
+    assert "jepa-audio probe" in on_processes(1, tmp_path, run)[0]
+
+
+def test_what_is_not_sharded_is_whole(tiny_jepa: Callable):
+    assert not is_sharded(tiny_jepa("mel"))
+    tensor = torch.ones(3)
+    assert whole(tensor) is tensor
+
+
+def test_a_validation_of_an_odd_number_of_batches_does_not_leave_processes_waiting(
+    tiny_cli: Callable, tmp_path: Path, wavs: Path
+):
+    settings = (
+        f"--data.valid_root={wavs}",
+        "--trainer.val_check_interval=1",
+        "--data.num_valid_clips=12",
+    )
+
+    def validate() -> float:  # of 12 clips in batches of 4, each of two processes takes one batch
+        cli = tiny_cli("mel", FSDP, "--trainer.devices=2", "--trainer.max_steps=2", *settings)
+        cli.trainer.fit(cli.model, cli.datamodule)
+        return float(cli.trainer.callback_metrics["valid/loss"])
+
+    first, second = on_processes(2, tmp_path, validate)
+    assert first == second > 0
