@@ -14,7 +14,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -47,6 +47,7 @@ from jepa_audio.training.checkpointing import (
 from jepa_audio.training.collapse_monitor import CollapseMonitor
 from jepa_audio.training.finite_guard import FiniteGuard, NonFiniteError
 from jepa_audio.training.jepa import JEPA
+from jepa_audio.training.progress import RunProgressBar
 
 REPORT_A_FAULT = (
     "jepa-audio: this is a fault of jepa-audio, not of your input. Please report it with the command, "
@@ -104,23 +105,6 @@ class SaveRunConfig(SaveConfigCallback):
                 overwrite=True,
                 multifile=False,
             )
-
-
-class RunProgressBar(RichProgressBar):
-    """One bar for the whole run: an epoch is the run, see `AudioDataModule.train_dataloader`."""
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return "training"
-
-    def get_metrics(
-        self, trainer: Trainer, pl_module: LightningModule
-    ) -> dict[str, int | str | float | dict[str, float]]:
-        """Without the version of the logs."""
-        return {
-            name: value
-            for name, value in super().get_metrics(trainer, pl_module).items()
-            if name != "v_num"
-        }
 
 
 class JEPACLI(LightningCLI):
