@@ -3,11 +3,10 @@
 
 def main() -> None:
     """Run a command; see `jepa_audio.cli.main.main`."""
-    # Not at the top: a reading process runs the script that started the run again, and needs
-    # nothing of this.
-    from jepa_audio.cli.main import main as run  # noqa: PLC0415
+    # Not at the top: a loader process imports this file again and does not need the command.
+    from jepa_audio.cli.main import main as run_command  # noqa: PLC0415
 
-    run()
+    run_command()
 
 
 if __name__ == "__main__":

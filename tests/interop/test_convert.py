@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from jepa_audio.cli.main import JEPACLI, main
 from jepa_audio.errors import MissingFileError
-from jepa_audio.inference.encode import load_encoder
+from jepa_audio.inference.encoder import load_encoder
 from jepa_audio.interop import WeightsError, export_weights, import_weights
 from jepa_audio.interop.convert import load_weights
 from jepa_audio.interop.layout import SizeHints

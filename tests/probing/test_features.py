@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from jepa_audio.data.audio.read import AudioReadError
-from jepa_audio.inference.encode import LayerFeatures
+from jepa_audio.inference.features import LayerFeatures
 from jepa_audio.probing.encoders import FunctionEncoder, LogMelStatistics, ProbeEncoder
 from jepa_audio.probing.features import Features, FeatureStore, Preparation, load_waveform
 from jepa_audio.probing.robustness.conditions import Gain

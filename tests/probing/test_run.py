@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jepa_audio.cli.main import main
 from jepa_audio.errors import MissingFileError
-from jepa_audio.inference.encode import Encoder
+from jepa_audio.inference.encoder import Encoder
 from jepa_audio.probing.encoders import (
     FunctionEncoder,
     JEPAEncoder,

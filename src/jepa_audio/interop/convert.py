@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from jepa_audio.errors import MissingFileError
-from jepa_audio.inference.encode import window_of
+from jepa_audio.inference.encoder import num_crop_samples
 from jepa_audio.interop.layout import Layout, Settings, SizeHints, merged
 from jepa_audio.interop.published import Published, WeightsError, open_published
 from jepa_audio.interop.pupujepa import PupuJEPALayout
@@ -113,7 +113,7 @@ def export_weights(layout: str, checkpoint: Path, output: Path) -> Path:
     tensors = {
         rules.published_name(name): value.contiguous() for name, value in jepa.state_dict().items()
     }
-    tensors |= rules.formulas(jepa, window_of(checkpoint, jepa))
+    tensors |= rules.formulas(jepa, num_crop_samples(checkpoint, jepa))
     tensors = {
         name: value.reshape(1, 1, -1) if name.endswith("mask_token") else value
         for name, value in tensors.items()

@@ -16,7 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from jepa_audio.errors import MissingFileError, UserError
-from jepa_audio.inference.encode import Encoder, LayerFeatures, load_encoder
+from jepa_audio.inference.encoder import Encoder, load_encoder
+from jepa_audio.inference.features import LayerFeatures
 from jepa_audio.steps.front_ends.transforms import LogMel
 
 Variant = Literal["context", "target", "random"]

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from jepa_audio.errors import UserError
-from jepa_audio.inference.encode import Encoder
+from jepa_audio.inference.encoder import Encoder
 from jepa_audio.probing.encoders import JEPAEncoder, state_hash
 from jepa_audio.probing.features import load_waveform
 from jepa_audio.probing.intervals import Difference, difference, draw_counts

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from jepa_audio.errors import MissingFileError
-from jepa_audio.inference.encode import Encoder, LayerFeatures, load_encoder
+from jepa_audio.inference.encoder import Encoder, load_encoder
+from jepa_audio.inference.features import LayerFeatures
 from jepa_audio.steps.encoder.positions import SinCosPositions
 from jepa_audio.steps.encoder.transformer import Transformer
 from jepa_audio.steps.front_ends import WaveformFrontEnd
