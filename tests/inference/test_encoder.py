@@ -68,8 +68,12 @@ def test_the_layers_are_what_enters_the_blocks_what_leaves_them_and_the_final_no
     features = frozen.encode(clips)
     grid = frozen.front_end.grid(WINDOW)
     tokens = frozen.front_end(clips)
-    blocks = frozen.encoder.layers(tokens, grid)
-    expected = [frozen.encoder.embed(tokens, grid), *blocks[:-1], frozen.encoder(tokens, grid)]
+    blocks = frozen.encoder.forward_layers(tokens, grid)
+    expected = [
+        frozen.encoder.add_positions(tokens, grid),
+        *blocks[:-1],
+        frozen.encoder(tokens, grid),
+    ]
     for layer, tokens_of_layer in zip(features.layers, expected, strict=True):
         assert layer.shape == (4, grid.num_time, grid.num_freq, 16)
         torch.testing.assert_close(layer.flatten(1, 2), tokens_of_layer)

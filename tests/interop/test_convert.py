@@ -484,5 +484,5 @@ def test_every_weight_of_the_published_transformer_has_its_place():
     )
     tokens, grid = torch.randn(2, 5, 8), Grid(1, 5)
     torch.testing.assert_close(
-        ours(tokens, grid), theirs(ours.embed(tokens, grid)), rtol=1e-5, atol=1e-6
+        ours(tokens, grid), theirs(ours.add_positions(tokens, grid)), rtol=1e-5, atol=1e-6
     )

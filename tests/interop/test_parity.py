@@ -76,7 +76,7 @@ def valid(tokens: TokenSet) -> Tensor:
 def test_wavjepa_front_end(wave: Published):
     grid = wave.jepa.front_end.grid(wave.values["audio"].shape[-1])
     assert grid == Grid(1, wave.sizes["tokens"])
-    tokens = wave.jepa.encoder.embed(wave.jepa.front_end(wave.values["audio"]), grid)
+    tokens = wave.jepa.encoder.add_positions(wave.jepa.front_end(wave.values["audio"]), grid)
     assert_same(tokens, wave.values["local_features"])
 
 
@@ -163,7 +163,7 @@ def test_pupujepa_targets(mel: Published, mel_masks: Masks):
 
 def test_pupujepa_every_block_of_the_target_encoder(mel: Published):
     tokens, encoder = mel.values["patch_tokens"], mel.jepa.target_encoder
-    for i, layer in enumerate(encoder.layers(tokens, mel_grid(mel))):
+    for i, layer in enumerate(encoder.forward_layers(tokens, mel_grid(mel))):
         assert_same(layer, mel.values[f"teacher_full_block/{i}"])
     assert_same(encoder(tokens, mel_grid(mel)), mel.values["teacher_full"])
 

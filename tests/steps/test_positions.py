@@ -53,7 +53,7 @@ def test_two_ears_share_the_time_and_differ_in_the_other_half():
     with pytest.raises(ValueError, match="two rows, one for each ear"):
         BinauralPositions().additive(Grid(1, 5), 16, CPU)
     with pytest.raises(ValueError, match="multiple of 4"):
-        BinauralPositions().check(18, 2)
+        BinauralPositions().check_width(18, 2)
 
 
 def scores(positions: RotaryPositions, grid: Grid, rng: torch.Generator) -> torch.Tensor:
@@ -115,4 +115,4 @@ def test_a_width_that_cannot_be_told_is_refused(
     positions: SinCosPositions | RotaryPositions, dim: int, message: str
 ):
     with pytest.raises(ValueError, match=message):
-        positions.check(dim, 2)
+        positions.check_width(dim, 2)

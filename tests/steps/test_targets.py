@@ -126,7 +126,7 @@ def test_top_k_is_the_mean_of_the_last_blocks_each_normalised_on_its_own(
     keep = None if view == "clip" else TokenSet(where.index[:, 0])
     layers = [
         torch.stack([literal(clip, normalization) for clip in layer.detach()])
-        for layer in encoder.layers(tokens, GRID, keep)[-2:]
+        for layer in encoder.forward_layers(tokens, GRID, keep)[-2:]
     ]
     mean = (layers[0] + layers[1]) / 2
     expected = TokenSet(where.index[:, 0]).gather(mean) if view == "clip" else mean
@@ -137,7 +137,7 @@ def test_without_top_k_the_last_block_is_taken_after_the_final_norm(
     encoder: Transformer, tokens: Tensor, masks: Masks
 ):
     where = masks.targets.rows(slice(None))
-    last = encoder.layers(tokens, GRID)[-1]
+    last = encoder.forward_layers(tokens, GRID)[-1]
     top_1 = Targets(top_k=1)(encoder, tokens, GRID, where)
     torch.testing.assert_close(top_1, where.gather(last[:, None].expand(-1, 2, -1, -1)))
     torch.testing.assert_close(Targets()(encoder, tokens, GRID, where), encoder.norm(top_1))

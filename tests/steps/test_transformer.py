@@ -37,7 +37,7 @@ VARIANTS = {
 class Nowhere(Positions):
     """Tells nothing."""
 
-    def check(self, dim: int, num_heads: int) -> None:
+    def check_width(self, dim: int, num_heads: int) -> None:
         pass
 
 
@@ -121,14 +121,16 @@ def test_a_short_row_of_a_batch_equals_the_row_alone(
 ):
     encoder.eval()
     together = encoder(tokens, GRID, keep)
-    together_layers = encoder.layers(tokens, GRID, keep)
+    together_layers = encoder.forward_layers(tokens, GRID, keep)
     for row, count in enumerate(keep.counts.tolist()):
         alone = TokenSet(keep.index[row : row + 1, :count])
         one = tokens[row : row + 1]
         torch.testing.assert_close(
             together[row, :count], encoder(one, GRID, alone)[0], rtol=1e-5, atol=1e-5
         )
-        for whole, own in zip(together_layers, encoder.layers(one, GRID, alone), strict=True):
+        for whole, own in zip(
+            together_layers, encoder.forward_layers(one, GRID, alone), strict=True
+        ):
             torch.testing.assert_close(whole[row, :count], own[0], rtol=1e-5, atol=1e-5)
 
 
@@ -158,7 +160,7 @@ def test_all_tokens_is_what_none_means(encoder: Transformer, tokens: Tensor):
 def test_the_output_is_the_norm_of_the_last_layer(
     encoder: Transformer, tokens: Tensor, keep: TokenSet
 ):
-    layers = encoder.eval().layers(tokens, GRID, keep)
+    layers = encoder.eval().forward_layers(tokens, GRID, keep)
     assert len(layers) == encoder.depth
     assert torch.equal(encoder.norm(layers[-1]), encoder(tokens, GRID, keep))
 
@@ -168,9 +170,9 @@ def test_positions_come_from_the_grid(tokens: Tensor, keep: TokenSet):
     blind.load_state_dict(placed.state_dict())
     table = SinCosPositions().additive(GRID, DIM, tokens.device)
     assert torch.equal(placed(tokens, GRID, keep), blind(tokens + table, GRID, keep))
-    torch.testing.assert_close(placed.embed(tokens, GRID), tokens + table)
+    torch.testing.assert_close(placed.add_positions(tokens, GRID), tokens + table)
     torch.testing.assert_close(
-        placed.embed(keep.gather(tokens), GRID, keep), keep.gather(tokens + table)
+        placed.add_positions(keep.gather(tokens), GRID, keep), keep.gather(tokens + table)
     )
 
 
@@ -270,11 +272,11 @@ def test_drop_path_skips_whole_branches_only_while_training_and_more_of_them_dee
 ):
     plain, dropping = make(), make(drop_path=1.0 - 1e-9)
     assert torch.equal(dropping(tokens, GRID), plain(tokens, GRID)) is False
-    first, _, last = dropping.layers(tokens, GRID)
+    first, _, last = dropping.forward_layers(tokens, GRID)
     entered: list[Tensor] = []
     dropping.blocks[-1].register_forward_pre_hook(lambda _, arguments: entered.append(arguments[0]))
-    *_, last = dropping.layers(tokens, GRID)
-    assert torch.equal(first, plain.layers(tokens, GRID)[0])
+    *_, last = dropping.forward_layers(tokens, GRID)
+    assert torch.equal(first, plain.forward_layers(tokens, GRID)[0])
     assert torch.equal(last, entered[0])
     assert torch.equal(dropping.eval()(tokens, GRID), plain.eval()(tokens, GRID))
     assert [block.drop_path.drop_prob for block in make(drop_path=0.2).blocks] == pytest.approx(

@@ -187,8 +187,12 @@ class Encoder(nn.Module):
         return tuple(whole)
 
     def _layers(self, tokens: Tensor, grid: Grid, keep: TokenSet | None) -> list[Tensor]:
-        blocks = self.encoder.layers(tokens, grid, keep)
-        return [self.encoder.embed(tokens, grid), *blocks[:-1], self.encoder.norm(blocks[-1])]
+        blocks = self.encoder.forward_layers(tokens, grid, keep)
+        return [
+            self.encoder.add_positions(tokens, grid),
+            *blocks[:-1],
+            self.encoder.norm(blocks[-1]),
+        ]
 
     def _encode_as_wavjepa(
         self, waveform: Tensor, layers: Sequence[int] | None

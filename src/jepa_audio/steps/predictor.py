@@ -52,7 +52,9 @@ class Predictor(nn.Module):
         seen = seen[:, None].expand(-1, groups, -1, -1).flatten(0, 1)  # [B * M, K, D']
         asked = self.mask_token.expand(batch * groups, num_targets, -1)
         where = _context_then_targets(masks)
-        latents = self.trunk.at(torch.cat([seen, asked.to(seen.dtype)], dim=1), grid, where)
+        latents = self.trunk.forward_gathered(
+            torch.cat([seen, asked.to(seen.dtype)], dim=1), grid, where
+        )
         return self.proj_out(latents[:, seen.shape[1] :]).unflatten(0, (batch, groups))
 
 

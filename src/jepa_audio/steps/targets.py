@@ -78,7 +78,7 @@ class Targets:
             raise UserError(
                 f"`top_k` ({self.top_k}) exceeds the encoder's `depth` ({encoder.depth})"
             )
-        layers = encoder.layers(tokens, grid, keep)[-self.top_k :]
+        layers = encoder.forward_layers(tokens, grid, keep)[-self.top_k :]
         return sum(
             (self.normalize(layer, valid) for layer in layers[1:]), self.normalize(layers[0], valid)
         ) / len(layers)

@@ -29,7 +29,7 @@ class Positions(ABC):
         return None
 
     @abstractmethod
-    def check(self, dim: int, num_heads: int) -> None:
+    def check_width(self, dim: int, num_heads: int) -> None:
         """Raise `ValueError` if a transformer of this width cannot use these positions."""
 
 
@@ -58,7 +58,7 @@ class SinCosPositions(Positions):
             [table for angle in angles for table in (angle.sin(), angle.cos())], dim=-1
         ).float()
 
-    def check(self, dim: int, num_heads: int) -> None:
+    def check_width(self, dim: int, num_heads: int) -> None:
         """See `Positions`."""
         if dim % 4:
             raise UserError(
@@ -120,7 +120,7 @@ class RotaryPositions(Positions):
         sin_cos = torch.cat(table, dim=-1)
         return sin_cos.repeat_interleave(grid.num_freq, dim=0) if time_only else sin_cos
 
-    def check(self, dim: int, num_heads: int) -> None:
+    def check_width(self, dim: int, num_heads: int) -> None:
         """See `Positions`."""
         head_dim = dim // num_heads
         multiple = 2 if self.axes == "time" else 4

@@ -146,7 +146,7 @@ class Transformer(nn.Module):
                 f"`depth` ({depth}) must be at least 1, `checkpoint_every` ({checkpoint_every}) at least 0 and "
                 f"`drop_path` ({drop_path}) in [0, 1)"
             )
-        positions.check(embed_dim, num_heads)
+        positions.check_width(embed_dim, num_heads)
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.head_dim = embed_dim // num_heads
@@ -199,9 +199,9 @@ class Transformer(nn.Module):
         self, tokens: Float[Tensor, "B N D"], grid: Grid, keep: TokenSet | None = None
     ) -> Float[Tensor, "B K D"]:
         """Latents after the last block and the final norm, of the tokens in `keep` (all, if `None`)."""
-        return self.at(tokens if keep is None else keep.gather(tokens), grid, keep)
+        return self.forward_gathered(tokens if keep is None else keep.gather(tokens), grid, keep)
 
-    def at(
+    def forward_gathered(
         self, tokens: Float[Tensor, "B K D"], grid: Grid, where: TokenSet | None
     ) -> Float[Tensor, "B K D"]:
         """As `forward`, for tokens already picked: `tokens[:, k]` lies at `where.index[:, k]`."""
@@ -210,13 +210,13 @@ class Transformer(nn.Module):
             pass
         return self.norm(x)
 
-    def layers(
+    def forward_layers(
         self, tokens: Float[Tensor, "B N D"], grid: Grid, keep: TokenSet | None = None
     ) -> list[Float[Tensor, "B K D"]]:
         """The output of every block, before the final norm."""
         return list(self._blocks(tokens if keep is None else keep.gather(tokens), grid, keep))
 
-    def embed(
+    def add_positions(
         self, tokens: Float[Tensor, "B K D"], grid: Grid, where: TokenSet | None = None
     ) -> Float[Tensor, "B K D"]:
         """What enters the first block: tokens with their additive positions, if there are any."""
@@ -226,7 +226,7 @@ class Transformer(nn.Module):
         return tokens + (table if where is None else table[where.index])
 
     def _blocks(self, tokens: Tensor, grid: Grid, where: TokenSet | None) -> Iterator[Tensor]:
-        x = self.embed(tokens, grid, where)
+        x = self.add_positions(tokens, grid, where)
         rotary = self.positions.rotary(grid, self.head_dim, x.device)
         if rotary is not None:
             rotary = (rotary[None] if where is None else rotary[where.index])[
