@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and readers whose errors name the file and line."""
+"""Atomic writes, and readers of JSON and CSV whose errors name the file and the line."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jepa_audio.errors import UserError
+from jepa_audio.errors import MissingFileError, UserError
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path in the folder of `path`, renamed to `path` at the end of the block.
+    """Yield a temporary path in the folder of `path`; rename it to `path` at the end of the block.
 
-    If the block raises or the process dies, `path` keeps its former content. The folder is made
-    if it does not exist.
+    If the block raises or the process dies, `path` keeps its old content. Missing folders are
+    created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
@@ -33,71 +33,110 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file by a text in UTF-8, whole or not at all."""
+    """Replace the content of a file by UTF-8 text, atomically."""
     with atomic_path(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file.
+    """Read a JSON file.
 
     Raises:
-        UserError: if the file is missing, unreadable or not JSON.
+        MissingFileError: if the file does not exist.
+        UserError: if the file is unreadable or not JSON.
     """
     try:
         return json.loads(path.read_bytes())
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        raise _unreadable(path, error) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) of every line of a JSON Lines file that is not empty.
+def parse_json_object(text: str | bytes) -> dict[str, Any]:
+    """Parse a JSON object.
 
     Raises:
-        UserError: if the file is missing or unreadable, or a line is not a JSON object.
+        UserError: if the text is not JSON or not an object; the caller adds the name of the file.
     """
     try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, _json_object(path, number, line)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: {error}") from None
-
-
-def _json_object(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}, line {number}: not JSON: {error}") from None
+        raise UserError(f"not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}, line {number}: {line.strip()[:40]!r} is not a JSON object")
+        raise UserError(f"not a JSON object, but {type(value).__name__}")
     return value
 
 
-def read_csv(path: Path) -> tuple[list[str], Iterator[tuple[int, dict[str, str | None]]]]:
-    """Column names of a CSV file (tabs if it is `.tsv`), and (line number, row) of every row.
+def scan_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | UserError]]:
+    """Yield (line number from 1, object or its error) for every non-empty line of a JSON Lines file.
 
     Raises:
-        UserError: if the file is missing, unreadable or not UTF-8 CSV, also while rows are read.
+        MissingFileError: if the file does not exist.
+        UserError: if the file is unreadable.
+    """
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    try:
+                        yield number, parse_json_object(line)
+                    except UserError as error:
+                        yield number, error
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number from 1, object) for every non-empty line of a JSON Lines file.
+
+    Raises:
+        MissingFileError: if the file does not exist.
+        UserError: if the file is unreadable, or a line is not a JSON object.
+    """
+    for number, record in scan_jsonl(path):
+        if isinstance(record, UserError):
+            raise UserError(f"{path}, line {number}: {record}")
+        yield number, record
+
+
+def read_csv(
+    path: Path, errors: str = "strict"
+) -> tuple[list[str], Iterator[tuple[int, dict[str, str | None]]]]:
+    """Return the column names of a CSV file and an iterator of (line number, row).
+
+    Args:
+        path: file in UTF-8, with or without a byte order mark; columns of a `.tsv` are separated
+            by tabs, those of other files by commas.
+        errors: what to do with bytes that are not UTF-8; see `open`.
+
+    Raises:
+        MissingFileError: if the file does not exist.
+        UserError: if the file is unreadable, not UTF-8 or not CSV; the iterator raises it too.
     """
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
 
-    def rows() -> Iterator[tuple[int, dict[str, str | None]]]:
+    def lines() -> Iterator[tuple[int, dict[str, str | None]]]:
         try:
-            with path.open(encoding="utf-8-sig", newline="") as file:
+            with path.open(encoding="utf-8-sig", errors=errors, newline="") as file:
                 reader = csv.DictReader(file, delimiter=delimiter)
-                yield 1, dict.fromkeys(reader.fieldnames or ())
-                for row in reader:
-                    yield reader.line_num, row
+                try:
+                    yield 1, dict.fromkeys(reader.fieldnames or ())
+                    for row in reader:
+                        yield reader.line_num, row
+                except csv.Error as error:
+                    number = reader.line_num
+                    raise UserError(f"{path}, after line {number}: not CSV: {error}") from None
         except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from None
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"{path} is not CSV in UTF-8: {error}") from None
+            raise _unreadable(path, error) from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8: {error}") from None
 
-    lines = rows()
-    return list(next(lines)[1]), lines
+    rows = lines()
+    _, header = next(rows)
+    return list(header), rows
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    kind = MissingFileError if isinstance(error, FileNotFoundError) else UserError
+    return kind(f"{path} cannot be read: {error.strerror or error}")

@@ -12,6 +12,7 @@ from jepa_audio.data.corpus import index as index_module
 from jepa_audio.data.corpus.index import index_corpus
 from jepa_audio.data.corpus.sources import DiscoveredFile, find, members
 from jepa_audio.data.corpus.table import Corpus, CorpusError
+from jepa_audio.errors import UserError
 from tests.sounds import audio, noise, pairs, tar, write
 
 
@@ -28,7 +29,7 @@ def reasons(corpus: Corpus) -> dict[str, str]:
 
 
 def refusal(*sources: Path | str) -> str:
-    with pytest.raises(CorpusError) as error:
+    with pytest.raises(UserError) as error:
         found(*sources)
     return str(error.value)
 
@@ -232,7 +233,7 @@ def test_nsynth_groups_its_notes_by_instrument_and_splits_them_by_folder(tmp_pat
         )
 
 
-@pytest.mark.parametrize("content", [b"{", b"[1]"])
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"{}", b'{"note": 1}'])
 def test_a_broken_manifest_of_nsynth_is_refused_by_name(tmp_path: Path, content: bytes):
     assert str(tmp_path / "examples.json") in refusal(write(tmp_path / "examples.json", content))
 

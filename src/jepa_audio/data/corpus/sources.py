@@ -18,6 +18,8 @@ from braceexpand import braceexpand
 
 from jepa_audio.data.audio.read import AUDIO_SUFFIXES
 from jepa_audio.data.corpus.table import CorpusError
+from jepa_audio.errors import UserError
+from jepa_audio.files import read_json
 
 log = logging.getLogger(__name__)
 
@@ -275,20 +277,28 @@ def _labels(record: Mapping[str, Any]) -> Labels:
     return Labels("" if group is None else _shown(str(group)), _SPLITS.get(split, ""), reason)
 
 
+def read_nsynth_examples(path: Path) -> dict[str, dict[str, Any]]:
+    """Read NSynth's `examples.json`: the metadata of every note, by its name, in file order.
+
+    Raises:
+        MissingFileError: if the file does not exist.
+        UserError: if the file is unreadable, or does not hold one JSON object per note.
+    """
+    notes = read_json(path)
+    if not (isinstance(notes, dict) and notes and all(isinstance(n, dict) for n in notes.values())):
+        raise UserError(
+            f"{path} must map the name of each note to an object; extract NSynth's archive again"
+        )
+    return notes
+
+
 def _in_nsynth(manifest: Path, root: Path) -> Iterator[DiscoveredFile]:
     """The notes of `nsynth-SPLIT/examples.json`; notes of one instrument are a group."""
-    notes = _json_object(manifest.read_bytes())
-    if isinstance(notes, str):
-        raise CorpusError(f"{manifest}: {notes}")
-    if not notes:
-        raise CorpusError(f"{manifest} names no audio file")
     split = manifest.parent.name.rpartition("-")[2]
-    for name, note in notes.items():
+    split = split if split in _SPLITS else ""
+    for name, note in read_nsynth_examples(manifest).items():
         path = os.path.join(manifest.parent, "audio", f"{name}.wav")
-        instrument = note.get("instrument_str") if isinstance(note, dict) else None
-        yield _entry(
-            path, root, _labels({"group": instrument, "split": split if split in _SPLITS else ""})
-        )
+        yield _entry(path, root, _labels({"group": note.get("instrument_str"), "split": split}))
 
 
 def members(tar: DiscoveredFile, root: Path) -> list[DiscoveredFile]:
