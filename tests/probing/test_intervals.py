@@ -120,9 +120,9 @@ def test_the_interval_of_an_area_under_a_curve_covers_the_truth_in_some_95_of_10
 def test_a_clear_difference_is_told_from_none(answers: tuple[np.ndarray, np.ndarray]):
     better, worse = answers
     assert paired_difference(better, better) == Difference(0.0, 0.0, 0.0)
-    assert paired_difference(better, better).verdict == "not told apart"
+    assert paired_difference(better, better).verdict == "no significant difference"
     other = np.random.default_rng(2).permutation(better)
-    assert paired_difference(better, other).verdict == "not told apart"
+    assert paired_difference(better, other).verdict == "no significant difference"
     assert paired_difference(better, worse).verdict == "ahead"
     assert paired_difference(worse, better).verdict == "behind"
     assert paired_difference(worse, better).value == pytest.approx(worse.mean() - better.mean())
@@ -162,4 +162,6 @@ def test_the_same_seed_gives_the_same_interval(answers: tuple[np.ndarray, np.nda
 def test_a_difference_is_shown_with_its_verdict():
     assert str(Difference(0.1, 0.05, 0.15)) == "ahead (+0.100 [+0.050, +0.150])"
     assert str(Difference(-0.1, -0.15, -0.05)) == "behind (-0.100 [-0.150, -0.050])"
-    assert str(Difference(0.01, -0.05, 0.15)) == "not told apart (+0.010 [-0.050, +0.150])"
+    assert (
+        str(Difference(0.01, -0.05, 0.15)) == "no significant difference (+0.010 [-0.050, +0.150])"
+    )

@@ -72,7 +72,7 @@ def test_before_the_first_step_encoder_and_twin_are_one(
     fit(tiny_cli("mel", "--trainer.max_steps=2"), None, probe)
     first = probe.differences[0]
     assert (first.value, first.low, first.high) == (0, 0, 0)
-    assert first.verdict == "not told apart"
+    assert first.verdict == "no significant difference"
 
 
 def printed_twins(text: str) -> list[str]:

@@ -156,7 +156,7 @@ def test_twins_and_statistics_stand_beside_without_a_rank(results):
     assert [lines[f"{name}, mean"][0] for name in ("mel random", "log-mel statistics")] == ["", ""]
     assert (lines["wave context, mean"][0], lines["mel context, mean"][0]) == ("**1**", "**2**")
     assert lines["mel context, mean"][4].startswith("-0.400 behind [-0.400")
-    assert lines["mel context, mean"][5].startswith("+0.000 not told apart")
+    assert lines["mel context, mean"][5].startswith("+0.000 no significant difference")
     assert lines["wave context, mean"][4] == "not probed"
     assert (
         "No random-init twin was probed for wave."

@@ -97,7 +97,9 @@ def test_won_and_lost_tasks_are_both_told(tmp_path):
     assert (
         "Behind its random-init twin: context encoder on pitch (-0.100 [-0.150, -0.050])." in text
     )
-    assert "Not told apart from its random-init twin: context encoder on octave" in text
+    assert (
+        "No significant difference to its random-init baseline: context encoder on octave" in text
+    )
     assert "pitch: accuracy, chance 0.200, 77 files" in text
     html = page.read_text()
     assert html.count('<span class="ahead">') == 1
@@ -121,7 +123,7 @@ def test_the_badge_says_the_verdict(tmp_path):
     assert badges == {
         "up": "learned",
         "down": "worse than untrained",
-        "even": "not told apart from untrained",
+        "even": "no significant difference to untrained",
         "both": "ahead and behind",
         "unasked": "not probed",
     }

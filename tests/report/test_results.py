@@ -170,7 +170,7 @@ def test_seeds_are_averaged_and_nothing_else_is():
         pytest.approx(0.1),
         0.0,
         pytest.approx(0.2),
-        "not told apart",
+        "no significant difference",
     )
     assert mean.layer == "block 1, block 2"
 

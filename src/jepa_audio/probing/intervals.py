@@ -25,11 +25,11 @@ class Difference:
     high: float
 
     @property
-    def verdict(self) -> Literal["ahead", "behind", "not told apart"]:
+    def verdict(self) -> Literal["ahead", "behind", "no significant difference"]:
         """On which side of zero the interval lies."""
         if self.low > 0:
             return "ahead"
-        return "behind" if self.high < 0 else "not told apart"
+        return "behind" if self.high < 0 else "no significant difference"
 
     def __str__(self) -> str:
         return f"{self.verdict} ({self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}])"

@@ -275,7 +275,7 @@ def _gaps(block: Block, standing: Standing, metric: str) -> Iterator[Cell]:
 
 
 def _told(of: Difference) -> Cell:
-    look = "quiet" if of.verdict == "not told apart" else of.verdict
+    look = "quiet" if of.verdict == "no significant difference" else of.verdict
     return Cell(f"{of.value:+.3f} {of.verdict}", look, f"[{of.low:+.3f}, {of.high:+.3f}]")
 
 

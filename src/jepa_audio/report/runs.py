@@ -42,7 +42,7 @@ NUM_DRAWS = 3
 VERDICTS = {
     "ahead": "Ahead of its random-init twin",
     "behind": "Behind its random-init twin",
-    "not told apart": "Not told apart from its random-init twin",
+    "no significant difference": "No significant difference to its random-init baseline",
 }
 LIMITS = (
     "The intervals hold the noise of the test split, not that of training seeds: another seed can give"
@@ -221,7 +221,7 @@ def _badge(words: Set[str]) -> tuple[str, str]:
         return ("ahead and behind", "") if "behind" in words else ("learned", "ahead")
     if "behind" in words:
         return "worse than untrained", "behind"
-    return ("not told apart from untrained" if words else "not probed"), ""
+    return ("no significant difference to untrained" if words else "not probed"), ""
 
 
 def _name(row: ProbeRow) -> str:
@@ -316,7 +316,7 @@ def _cell(row: ProbeRow | None) -> str:
     score = f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}] {layer}"
     if (gap := row.against_random) is None:
         return score
-    color = "quiet" if gap.verdict == "not told apart" else gap.verdict
+    color = "quiet" if gap.verdict == "no significant difference" else gap.verdict
     said = f"{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}] {gap.verdict}"
     return f'{score}<br><span class="{color}">{said}</span>'
 

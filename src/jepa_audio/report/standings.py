@@ -181,7 +181,7 @@ def gap(one: Mean, other: Mean) -> Difference:
 
 
 def ranks(means: Sequence[Mean]) -> list[Rank]:
-    """The places that each may hold; those who share some are not told apart, at 95 % for each pair."""
+    """The places that each may hold; those who share some are no significant difference, at 95 % for each pair."""
     signs = np.array([[_sign(gap(one, other)) for other in means] for one in means]).reshape(
         len(means), -1
     )
@@ -190,7 +190,7 @@ def ranks(means: Sequence[Mean]) -> list[Rank]:
 
 
 def _sign(of: Difference) -> int:
-    return {"ahead": 1, "behind": -1, "not told apart": 0}[of.verdict]
+    return {"ahead": 1, "behind": -1, "no significant difference": 0}[of.verdict]
 
 
 def read_blocks(results: Path) -> list[Block]:
