@@ -17,7 +17,7 @@ import pytest
 from jepa_audio.data.audio.read import Member, read
 from jepa_audio.data.corpus.index import index_corpus
 from jepa_audio.data.corpus.table import SCHEMA, Corpus, CorpusError, default_table, load_corpus
-from jepa_audio.data.loading.shared_table import Files
+from jepa_audio.data.loading.file_table import FileTable
 from tests.sounds import audio, made_up, noise, pairs, tar, write
 
 
@@ -295,7 +295,7 @@ def test_shares_that_are_none_are_refused(shares: dict[str, float]):
 def test_files_of_several_corpora_follow_each_other(tmp_path: Path):
     loose = index_corpus(sounds(tmp_path / "loose", 3))
     packed = index_corpus(tar(tmp_path / "t.tar", pairs(2)))
-    files = Files([loose.usable(), loose.take(np.arange(0)), packed.usable()])
+    files = FileTable([loose.usable(), loose.take(np.arange(0)), packed.usable()])
     assert (len(files), files.sizes) == (5, [3, 0, 2])
     assert files.num_channels.tolist() == [1] * 5
     assert [isinstance(file.audio, Member) for file in files] == [False] * 3 + [True] * 2
@@ -309,17 +309,17 @@ def test_files_of_several_corpora_follow_each_other(tmp_path: Path):
     with pytest.raises(IndexError):
         files[5]
     with pytest.raises(CorpusError, match=f"no usable audio file under {loose.root}"):
-        Files([loose.take(np.arange(0))])
+        FileTable([loose.take(np.arange(0))])
 
 
-def tell(files: Files, answer: Connection) -> None:
+def tell(files: FileTable, answer: Connection) -> None:
     """What another process sees of the files."""
     answer.send((len(files), files.sizes, files[777], os.fstat(files._descriptor).st_ino))
 
 
 def test_another_process_maps_the_same_table_instead_of_a_copy():
     names = [f"{number:05}.wav" for number in range(5000)]
-    files = Files([made_up(names, num_frames=list(range(5000)))])
+    files = FileTable([made_up(names, num_frames=list(range(5000)))])
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=tell, args=(files, there))

@@ -69,7 +69,7 @@ def test_a_table_of_bad_files_mostly_is_refused_by_the_run_too(tmp_path: Path):
         module(tmp_path / "c.parquet")
     assert (
         "2 files to train on"
-        in module(tmp_path / "c.parquet", max_bad_share=0.9, valid_share=0.0).describe()
+        in module(tmp_path / "c.parquet", max_bad_share=0.9, valid_share=0.0).summary()
     )
 
 

@@ -199,7 +199,7 @@ def test_a_single_file_is_on_both_sides_with_a_warning(
 def test_a_share_of_zero_holds_out_nothing(levels: Path):
     data = module(levels, crop_seconds=0.01, valid_share=0.0)
     assert data.val_dataloader() == []
-    assert data.describe().startswith(f"{levels}: 12 files to train on")
+    assert data.summary().startswith(f"{levels}: 12 files to train on")
 
 
 def test_files_of_other_folders_are_validated_and_tested_on(
@@ -214,8 +214,8 @@ def test_files_of_other_folders_are_validated_and_tested_on(
     assert torch.cat([batch.waveform for batch in valid]).unique().tolist() == [0.5]
     assert [batch.row.tolist() for batch in valid] == [[0, 1, 2]]
     assert [batch.row.tolist() for batch in test] == [[0, 1, 2, 3], [4]]
-    assert "12 files to train on" in data.describe()
-    assert "3 files to validate on" in data.describe()
+    assert "12 files to train on" in data.summary()
+    assert "3 files to validate on" in data.summary()
 
 
 def level_of(batch: AudioBatch) -> list[int]:
@@ -226,7 +226,7 @@ def test_a_table_is_believed_without_looking_at_the_folder_again(levels: Path, t
     corpus = index_corpus(levels, tmp_path / "corpus.parquet")
     write(levels / "new.wav", np.full((1, 2000), 0.9))
     data = module(tmp_path / "corpus.parquet", 0.01, valid_share=0.0)
-    assert "12 files to train on" in data.describe()
+    assert "12 files to train on" in data.summary()
     assert len(corpus) == 12
     assert not (levels / ".jepa_audio").exists()
 
@@ -242,7 +242,7 @@ def test_a_list_of_sources_is_one_corpus_and_a_mapping_a_mixture(
     mixture = module({str(levels): 1.0, str(other): 3.0}, 0.01, valid_share=0.0, batch_size=1000)
     share = np.mean(np.array(level_of(next(iter(mixture.train_dataloader())))) > 50)
     assert 0.7 < share < 0.8
-    assert f"{levels}, {other}: 14 files to train on" in mixture.describe()
+    assert f"{levels}, {other}: 14 files to train on" in mixture.summary()
 
 
 def test_splits_of_the_table_decide_and_its_test_files_are_tested_on(levels: Path, tmp_path: Path):
@@ -267,7 +267,7 @@ def test_a_source_without_training_files_is_refused(levels: Path, tmp_path: Path
 def test_the_files_behind_rows_can_be_told(levels: Path):
     data = module(levels, 0.01, crops_per_clip=2, valid_share=0.0)
     batch = next(iter(data.train_dataloader()))
-    named = data.files_of(batch.row.tolist())
+    named = data.find_row_files(batch.row.tolist())
     assert [int(Path(name).stem) + 1 for name in named] == level_of(batch)[::2]
 
 

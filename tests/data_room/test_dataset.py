@@ -10,7 +10,7 @@ import torch
 from jepa_audio.data.corpus.index import index_corpus
 from jepa_audio.data.corpus.table import CorpusError
 from jepa_audio.data.loading.crops import BadRead, CropDataset, Crops, collate
-from jepa_audio.data.loading.shared_table import Files
+from jepa_audio.data.loading.file_table import FileTable
 
 RATE = 8000
 
@@ -32,7 +32,9 @@ def ramp(num_frames: int, num_channels: int = 1) -> np.ndarray:
 def dataset(
     root: Path, num_samples: int = 100, sample_rate: int = RATE, **arguments: object
 ) -> CropDataset:
-    return CropDataset(Files([index_corpus(root).usable()]), sample_rate, num_samples, **arguments)
+    return CropDataset(
+        FileTable([index_corpus(root).usable()]), sample_rate, num_samples, **arguments
+    )
 
 
 def drawn(crops: CropDataset, position: int, file: int) -> Crops:

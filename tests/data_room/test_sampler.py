@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from jepa_audio.data.corpus.table import CorpusError
 from jepa_audio.data.loading.crops import BadRead
-from jepa_audio.data.loading.loader import BadReads, EvaluationLoader, ResumableLoader
+from jepa_audio.data.loading.loader import BadReadCounter, EvaluationLoader, ResumableLoader
 from jepa_audio.data.loading.order import EveryNthBatch, GlobalOrderSampler
 from jepa_audio.steps.grid import AudioBatch
 
@@ -96,7 +96,7 @@ def test_impossible_weights_are_refused(weights: list[float]):
 
 
 def test_bad_reads_are_counted_and_each_file_is_named_once(caplog: pytest.LogCaptureFixture):
-    reads = BadReads(0.5)
+    reads = BadReadCounter(0.5)
     assert reads.summary() == ""
     for _ in range(3):
         reads.count(8, [BadRead("a.wav", "worn out"), BadRead("b.wav", "empty")])
@@ -108,7 +108,7 @@ def test_bad_reads_are_counted_and_each_file_is_named_once(caplog: pytest.LogCap
 
 
 def test_above_the_share_of_bad_reads_the_run_stops_with_the_list():
-    reads = BadReads(0.1)
+    reads = BadReadCounter(0.1)
     reads.count(98, [BadRead("a.wav", "worn out")])
     with pytest.raises(
         CorpusError, match=r"31 of 149 reads failed.*0\.1.*a\.wav \(worn out\).*and 11 more"
@@ -181,7 +181,8 @@ def as_batch(places: list[tuple[int, int]]) -> tuple[AudioBatch, list[BadRead]]:
 def loader(num_files: int = 10, batch_size: int = 2, **sampler: int) -> ResumableLoader:
     places = GlobalOrderSampler(num_files, batch_size, seed=5, **sampler)
     return ResumableLoader(
-        DataLoader(Places(num_files), batch_sampler=places, collate_fn=as_batch), BadReads(0.5)
+        DataLoader(Places(num_files), batch_sampler=places, collate_fn=as_batch),
+        BadReadCounter(0.5),
     )
 
 
@@ -236,7 +237,7 @@ def test_a_run_goes_on_with_another_number_of_processes_and_another_batch_size()
 
 def test_a_loader_of_another_order_is_refused():
     with pytest.raises(TypeError, match="GlobalOrderSampler"):
-        ResumableLoader(DataLoader(Places(3), batch_size=2), BadReads(0.5))
+        ResumableLoader(DataLoader(Places(3), batch_size=2), BadReadCounter(0.5))
 
 
 class Recorder(pl.LightningModule):
@@ -314,7 +315,7 @@ def fit(
     trainer.fit(
         module,
         loader(12),
-        EvaluationLoader(valid, BadReads(0.5)) if validate_every else None,
+        EvaluationLoader(valid, BadReadCounter(0.5)) if validate_every else None,
         ckpt_path=ckpt_path,
     )
     return module

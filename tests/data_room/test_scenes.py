@@ -13,7 +13,7 @@ from jepa_audio.cli.models import stats
 from jepa_audio.data.corpus.index import index_corpus
 from jepa_audio.data.corpus.table import CorpusError
 from jepa_audio.data.datamodule import AudioDataModule
-from jepa_audio.data.loading.shared_table import Files
+from jepa_audio.data.loading.file_table import FileTable
 from jepa_audio.data.scenes.rooms import write_rooms
 from jepa_audio.data.scenes.scenes import (
     SceneDataset,
@@ -272,7 +272,7 @@ def test_scenes_need_a_clip_and_one_channel_of_it(folders: dict[str, Path]):
     with pytest.raises(ValueError, match="`scenes` need `clip_seconds`"):
         data_of(folders, scenes_of(folders), clip_seconds=None)._dataset("train", random_crops=True)
     with pytest.raises(ValueError, match="`mono`"):
-        files = Files([index_corpus(folders["noise"]).usable()])
+        files = FileTable([index_corpus(folders["noise"]).usable()])
         SceneDataset(
             scenes_of(folders), files, RATE, 8, num_channels=2, mono="keep", clip_seconds=0.1
         )

@@ -25,7 +25,7 @@ from jepa_audio.data.corpus.index import index_corpus
 from jepa_audio.data.corpus.shards import Packing, pack, read_checksums, sha256_of
 from jepa_audio.data.corpus.table import Corpus, CorpusError, load_corpus
 from jepa_audio.data.loading.crops import CropDataset
-from jepa_audio.data.loading.shared_table import Files
+from jepa_audio.data.loading.file_table import FileTable
 from tests.sounds import audio, noise, pairs, tar, write
 
 STEP = 2**-15  # of 16 bits
@@ -446,7 +446,7 @@ def test_training_gets_the_same_crops_from_shards_as_from_the_files(
     assert in_order.names.to_pylist() == list(facts(tmp_path / "out"))
     loose, packed = (
         CropDataset(
-            Files([files]),
+            FileTable([files]),
             16_000,
             150,
             crops_per_clip=2,

@@ -80,7 +80,9 @@ def test_the_message_names_step_rows_files_the_last_save_and_how_to_have_it_agai
         "wave", RARE, "--checkpoint.every_n_train_steps=2", "--trainer.accumulate_grad_batches=2"
     )
     files = [f"{i}.wav" for i in range(7)]
-    monkeypatch.setattr(type(cli.datamodule), "files_of", lambda self, rows: files, raising=False)
+    monkeypatch.setattr(
+        type(cli.datamodule), "find_row_files", lambda self, rows: files, raising=False
+    )
     with pytest.raises(NonFiniteError) as ended:
         fit(cli, None, Break(20))
     said = str(ended.value)
@@ -96,7 +98,7 @@ def test_the_message_needs_no_data_module_that_knows_its_files(
     tiny_cli: Callable, fit: Callable, monkeypatch: pytest.MonkeyPatch
 ):
     cli = tiny_cli("wave", RARE)
-    monkeypatch.delattr(type(cli.datamodule), "files_of", raising=False)
+    monkeypatch.delattr(type(cli.datamodule), "find_row_files", raising=False)
     with pytest.raises(
         NonFiniteError,
         match=r"rows 8 to 11 of the run in optimizer step 3 is nan.*Nothing has been saved",

@@ -20,10 +20,17 @@ from torch.utils.data import DataLoader
 
 from jepa_audio.data.corpus.index import check_bad_share, index_corpus
 from jepa_audio.data.corpus.table import Corpus, CorpusError, load_corpus
-from jepa_audio.data.loading.crops import ClipDataset, Collate, CropDataset, Fetched, Mono, collate
-from jepa_audio.data.loading.loader import BadReads, EvaluationLoader, ResumableLoader
+from jepa_audio.data.loading.crops import (
+    ChannelMode,
+    ClipDataset,
+    Collate,
+    CropDataset,
+    WithBadReads,
+    collate,
+)
+from jepa_audio.data.loading.file_table import FileTable
+from jepa_audio.data.loading.loader import BadReadCounter, EvaluationLoader, ResumableLoader
 from jepa_audio.data.loading.order import EveryNthBatch, GlobalOrderSampler
-from jepa_audio.data.loading.shared_table import Files
 from jepa_audio.data.loading.workers import worker_arguments
 from jepa_audio.data.scenes.scenes import (
     SceneBatch,
@@ -84,7 +91,7 @@ class AudioDataModule(LightningDataModule):
         crop_seconds: float,
         *,
         num_channels: int = 1,
-        mono: Mono = "mean",
+        mono: ChannelMode = "mean",
         crops_per_clip: int = 1,
         clip_seconds: float | None = None,
         loudness_dbfs: float | None = None,
@@ -137,9 +144,9 @@ class AudioDataModule(LightningDataModule):
         self.prepare_data_per_node = (
             False  # one process indexes; the table is shared as the audio is
         )
-        self._files: dict[str, Files] = {}
+        self._files: dict[str, FileTable] = {}
         self._description = ""
-        self._bad_reads = BadReads(max_bad_share)
+        self._bad_reads = BadReadCounter(max_bad_share)
         self._train_loader: ResumableLoader | None = None
 
     def _refuse_the_impossible(self) -> None:
@@ -193,7 +200,9 @@ class AudioDataModule(LightningDataModule):
             test = [self._usable(self.test_root)]
         test = test if sum(map(len, test)) else valid
         chosen = {"train": train, "valid": valid, "test": test}
-        self._files = {name: Files(part) for name, part in chosen.items() if sum(map(len, part))}
+        self._files = {
+            name: FileTable(part) for name, part in chosen.items() if sum(map(len, part))
+        }
         num_usable = sum(map(len, usable))
         self._description = _described(
             self.sources, train, valid, sum(map(len, corpora)) - num_usable
@@ -205,11 +214,11 @@ class AudioDataModule(LightningDataModule):
             if num_usable == 1 and self.valid_root is None and self.valid_share > 0:
                 log.warning("%s holds one file: it is trained on and validated on", self.sources[0])
 
-    def describe(self) -> str:
+    def summary(self) -> str:
         """What there is to train on, in one line."""
         return self._description
 
-    def files_of(self, rows: Sequence[int]) -> list[str]:
+    def find_row_files(self, rows: Sequence[int]) -> list[str]:
         """The files that stand behind rows of training batches; where one could not be read, that file itself."""
         if self._train_loader is None:
             return []
@@ -297,7 +306,7 @@ class AudioDataModule(LightningDataModule):
         sampler: EveryNthBatch | None = None,
         batch_sampler: GlobalOrderSampler | None = None,
         batch_size: int = 1,
-    ) -> DataLoader[Fetched[Any]]:
+    ) -> DataLoader[WithBadReads[Any]]:
         num_workers = self._worker_count()
         return DataLoader(
             dataset,

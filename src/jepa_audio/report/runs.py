@@ -26,7 +26,7 @@ from torch import Tensor
 from jepa_audio.data.audio.read import read
 from jepa_audio.data.audio.resample import resample
 from jepa_audio.data.corpus.table import load_corpus
-from jepa_audio.data.loading.shared_table import Files
+from jepa_audio.data.loading.file_table import FileTable
 from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.probing.rows import ProbeRow, current, read_jsonl
 from jepa_audio.report.pictures import VARIANTS, draw_layers, draw_probe
@@ -398,7 +398,7 @@ def _clip(source: str, seconds: float, sample_rate: int) -> Float[Tensor, "1 S"]
     corpus = load_corpus(source).usable(min_seconds=seconds)
     if not len(corpus):
         raise UserError(f"no file under {source} is {seconds:g} s long")
-    file = Files([corpus])[int(np.argsort(corpus.table["rms"].to_numpy())[len(corpus) // 2])]
+    file = FileTable([corpus])[int(np.argsort(corpus.table["rms"].to_numpy())[len(corpus) // 2])]
     num_frames = min(math.ceil(seconds * file.sample_rate) + 1, file.num_frames)
     samples, rate = read(file.audio, (file.num_frames - num_frames) // 2, num_frames)
     mono = torch.from_numpy(samples).mean(dim=0, keepdim=True)

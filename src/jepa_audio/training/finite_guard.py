@@ -146,9 +146,9 @@ def _ranges(rows: list[int]) -> str:
 
 
 def _files(trainer: Trainer, rows: list[int]) -> str:
-    files_of = getattr(trainer.datamodule, "files_of", None)  # type: ignore[attr-defined]
-    if files_of is None:
+    find_row_files = getattr(trainer.datamodule, "find_row_files", None)  # type: ignore[attr-defined]
+    if find_row_files is None:
         return ""
-    files = list(dict.fromkeys(files_of(rows)))
+    files = list(dict.fromkeys(find_row_files(rows)))
     more = f" and {len(files) - MAX_FILES} more" if len(files) > MAX_FILES else ""
     return f" ({', '.join(files[:MAX_FILES])}{more})"

@@ -30,7 +30,7 @@ from jepa_audio.data.audio.resample import resample, resampled_length, source_sl
 from jepa_audio.data.corpus.index import examine
 from jepa_audio.data.corpus.sources import DiscoveredFile, members
 from jepa_audio.data.corpus.table import SCHEMA, Corpus, CorpusError, default_table
-from jepa_audio.data.loading.shared_table import File, Files, check_unchanged
+from jepa_audio.data.loading.file_table import FileTable, IndexedFile, check_unchanged
 from jepa_audio.errors import UserError
 from jepa_audio.parallel import map_threads, track_progress
 
@@ -237,7 +237,7 @@ class _Shard:
         skipped: list[DiscoveredFile],
         tick: Callable[[], object],
     ) -> None:
-        files = Files([self._corpus])
+        files = FileTable([self._corpus])
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
             encoded = map_threads(
                 partial(self._encoded, files), range(len(files)), num_workers, 4 * num_workers
@@ -255,7 +255,9 @@ class _Shard:
                 _add(archive, f"{key}.flac", content)
                 _add(archive, f"{key}.json", json.dumps(facts).encode())
 
-    def _encoded(self, files: Files, place: int) -> tuple[bytes, dict[str, Any]] | AudioReadError:
+    def _encoded(
+        self, files: FileTable, place: int
+    ) -> tuple[bytes, dict[str, Any]] | AudioReadError:
         """A file as flac, and what is known of it; or why it cannot be read."""
         group, split = (self._corpus.table[name][place].as_py() for name in ("group", "split"))
         source = self._names[place]
@@ -272,7 +274,7 @@ class _Shard:
         }
 
 
-def _flac(file: File, packing: Packing) -> tuple[bytes, int, float]:
+def _flac(file: IndexedFile, packing: Packing) -> tuple[bytes, int, float]:
     """The file as flac, its rate, and the factor on its samples that keeps them from clipping."""
     rate = packing.sample_rate or file.sample_rate
     num_channels = 1 if packing.mono else file.num_channels
@@ -295,7 +297,7 @@ def _flac(file: File, packing: Packing) -> tuple[bytes, int, float]:
 
 
 def _encode(
-    file: File, rate: int, num_channels: int, packing: Packing, gain: float
+    file: IndexedFile, rate: int, num_channels: int, packing: Packing, gain: float
 ) -> tuple[bytes, float]:
     buffer, peak = io.BytesIO(), 0.0
     how = {"subtype": f"PCM_{packing.bits}", "format": "FLAC", "compression_level": _COMPRESSION}
@@ -313,7 +315,7 @@ def _encode(
     return buffer.getvalue(), peak
 
 
-def _blocks(file: File, rate: int, mono: bool) -> Iterator[Float32[np.ndarray, "C S"]]:
+def _blocks(file: IndexedFile, rate: int, mono: bool) -> Iterator[Float32[np.ndarray, "C S"]]:
     """The file at another rate, in blocks: a day of sound takes no more memory than a minute."""
     length = resampled_length(file.num_frames, file.sample_rate, rate)
     block = _BLOCK_SECONDS * rate

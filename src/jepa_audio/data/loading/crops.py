@@ -15,12 +15,12 @@ from torch.utils.data import Dataset
 from jepa_audio.data.audio.read import AudioReadError, read
 from jepa_audio.data.audio.resample import resample, resampled_length, source_slice
 from jepa_audio.data.corpus.table import CorpusError
-from jepa_audio.data.loading.shared_table import File, Files, check_unchanged
+from jepa_audio.data.loading.file_table import FileTable, IndexedFile, check_unchanged
 from jepa_audio.errors import UserError
 from jepa_audio.steps.grid import AudioBatch
 
-Mono = Literal["mean", "first", "random", "keep"]
-Item = TypeVar("Item")
+ChannelMode = Literal["mean", "first", "random", "keep"]
+Sample = TypeVar("Sample")
 Batch = TypeVar("Batch")
 
 _REPLACEMENTS = 20
@@ -34,7 +34,7 @@ class BadRead(NamedTuple):
     reason: str
 
 
-Fetched = tuple[Item, list[BadRead]]
+WithBadReads = tuple[Sample, list[BadRead]]
 """An item or a batch, and what could not be read on the way to it."""
 
 
@@ -52,7 +52,7 @@ class Crops(NamedTuple):
     num_samples: int
 
 
-class ClipDataset(Dataset[Fetched[Item]], ABC, Generic[Item]):
+class ClipDataset(Dataset[WithBadReads[Sample]], ABC, Generic[Sample]):
     """Something drawn from a file, from (seed, position) alone: the same on any rank, in any worker, in any run.
 
     A file that cannot be read when its turn comes is replaced by another one, drawn from the same
@@ -74,19 +74,19 @@ class ClipDataset(Dataset[Fetched[Item]], ABC, Generic[Item]):
 
     def __init__(
         self,
-        files: Files,
+        files: FileTable,
         sample_rate: int,
         *,
         num_channels: int = 1,
-        mono: Mono = "mean",
+        mono: ChannelMode = "mean",
         loudness_dbfs: float | None = None,
         seed: int = 0,
         random_crops: bool = True,
     ) -> None:
         if seed < 0:
             raise UserError(f"`seed` ({seed}) must be >= 0")
-        if mono not in get_args(Mono):
-            raise UserError(f"`mono` must be one of {get_args(Mono)}, got {mono!r}")
+        if mono not in get_args(ChannelMode):
+            raise UserError(f"`mono` must be one of {get_args(ChannelMode)}, got {mono!r}")
         if num_channels != 1 and mono != "keep":
             raise UserError(
                 f"`mono={mono!r}` makes one channel; set `mono='keep'` for {num_channels}"
@@ -106,7 +106,7 @@ class ClipDataset(Dataset[Fetched[Item]], ABC, Generic[Item]):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, place: tuple[int, int]) -> Fetched[Item]:
+    def __getitem__(self, place: tuple[int, int]) -> WithBadReads[Sample]:
         """What is drawn at (position in the order of the run, file)."""
         position, index = place
         bad: list[BadRead] = []
@@ -128,7 +128,9 @@ class ClipDataset(Dataset[Fetched[Item]], ABC, Generic[Item]):
         )
 
     @abstractmethod
-    def draw(self, file: File, position: int, rng: np.random.Generator, bad: list[BadRead]) -> Item:
+    def draw(
+        self, file: IndexedFile, position: int, rng: np.random.Generator, bad: list[BadRead]
+    ) -> Sample:
         """What is drawn from a file; other files that cannot be read on the way are added to `bad`.
 
         Raises:
@@ -136,7 +138,7 @@ class ClipDataset(Dataset[Fetched[Item]], ABC, Generic[Item]):
         """
 
     def clip(
-        self, file: File, clip_samples: int, rng: np.random.Generator
+        self, file: IndexedFile, clip_samples: int, rng: np.random.Generator
     ) -> Float32[Tensor, "C S"]:
         """A window of the file at the loudness asked for, shorter than asked for if the file is."""
         channel, length = self.channel(file, rng), self.length(file)
@@ -148,11 +150,11 @@ class ClipDataset(Dataset[Fetched[Item]], ABC, Generic[Item]):
             else clip * self.gain(float(clip.square().mean().sqrt()))
         )
 
-    def channel(self, file: File, rng: np.random.Generator) -> int:
+    def channel(self, file: IndexedFile, rng: np.random.Generator) -> int:
         """The channel that is taken, where one is."""
         return int(rng.integers(file.num_channels)) if self.mono == "random" else 0
 
-    def length(self, file: File) -> int:
+    def length(self, file: IndexedFile) -> int:
         """Samples of the file at the rate of what is drawn."""
         return resampled_length(file.num_frames, file.sample_rate, self.sample_rate)
 
@@ -163,7 +165,9 @@ class ClipDataset(Dataset[Fetched[Item]], ABC, Generic[Item]):
             return rng.integers(room, size=count, endpoint=True).tolist()
         return [(2 * crop + 1) * room // (2 * count) for crop in range(count)]
 
-    def read(self, file: File, start: int, length: int, channel: int) -> Float32[Tensor, "C S"]:
+    def read(
+        self, file: IndexedFile, start: int, length: int, channel: int
+    ) -> Float32[Tensor, "C S"]:
         """A part of the file at the rate of what is drawn, filled up with zeros at its end."""
         source = source_slice(start, length, file.num_frames, file.sample_rate, self.sample_rate)
         samples, sample_rate = read(file.audio, source.start, source.num_frames)
@@ -211,14 +215,14 @@ class CropDataset(ClipDataset[Crops]):
 
     def __init__(
         self,
-        files: Files,
+        files: FileTable,
         sample_rate: int,
         num_samples: int,
         *,
         crops_per_clip: int = 1,
         clip_seconds: float | None = None,
         num_channels: int = 1,
-        mono: Mono = "mean",
+        mono: ChannelMode = "mean",
         loudness_dbfs: float | None = None,
         seed: int = 0,
         random_crops: bool = True,
@@ -237,7 +241,7 @@ class CropDataset(ClipDataset[Crops]):
         self.clip_samples = checked_clip(sample_rate, num_samples, crops_per_clip, clip_seconds)
 
     def draw(
-        self, file: File, position: int, rng: np.random.Generator, bad: list[BadRead]
+        self, file: IndexedFile, position: int, rng: np.random.Generator, bad: list[BadRead]
     ) -> Crops:
         """Crops of a clip of the file, or of the whole file."""
         if self.clip_samples is not None:
@@ -272,17 +276,17 @@ def checked_clip(
     return clip_samples
 
 
-class Collate(Generic[Item, Batch]):
+class Collate(Generic[Sample, Batch]):
     """Items → a batch, with all that could not be read on the way.
 
     Args:
         collate: makes a batch of the items' contents.
     """
 
-    def __init__(self, collate: Callable[[list[Item]], Batch]) -> None:
+    def __init__(self, collate: Callable[[list[Sample]], Batch]) -> None:
         self._collate = collate
 
-    def __call__(self, items: Sequence[Fetched[Item]]) -> Fetched[Batch]:
+    def __call__(self, items: Sequence[WithBadReads[Sample]]) -> WithBadReads[Batch]:
         """The batch."""
         return self._collate([item for item, _ in items]), [
             unread for _, bad in items for unread in bad

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 from torch.utils.data import DataLoader
 
 from jepa_audio.data.corpus.table import CorpusError
-from jepa_audio.data.loading.crops import BadRead, Fetched
+from jepa_audio.data.loading.crops import BadRead, WithBadReads
 from jepa_audio.data.loading.order import GlobalOrderSampler
 from jepa_audio.steps.grid import AudioBatch
 
@@ -19,7 +19,7 @@ _READS_BEFORE_JUDGING = 100
 _LISTED = 20
 
 
-class BadReads:
+class BadReadCounter:
     """What could not be read when its turn came: counted, named once, and the end of the run when it is too much.
 
     Args:
@@ -93,8 +93,8 @@ class ResumableLoader:
 
     def __init__(
         self,
-        loader: DataLoader[Fetched[Any]],
-        bad_reads: BadReads,
+        loader: DataLoader[WithBadReads[Any]],
+        bad_reads: BadReadCounter,
         batches_per_epoch: int | None = None,
         files: str = "",
     ) -> None:
@@ -111,7 +111,7 @@ class ResumableLoader:
             sampler.batches_per_pass if batches_per_epoch is None else batches_per_epoch
         )
         self._samples_consumed = sampler.samples_consumed
-        self._batches: Iterator[Fetched[Any]] | None = None
+        self._batches: Iterator[WithBadReads[Any]] | None = None
 
     def __len__(self) -> int:
         return self._batches_per_epoch
@@ -158,7 +158,7 @@ class EvaluationLoader:
         bad_reads: where reads are counted.
     """
 
-    def __init__(self, loader: DataLoader[Fetched[Any]], bad_reads: BadReads) -> None:
+    def __init__(self, loader: DataLoader[WithBadReads[Any]], bad_reads: BadReadCounter) -> None:
         self._loader = loader
         self._bad_reads = bad_reads
 

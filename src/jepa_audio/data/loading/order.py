@@ -11,13 +11,13 @@ from torch.utils.data import Sampler
 
 from jepa_audio.errors import UserError
 
-Place = tuple[int, int]
+SampleIndex = tuple[int, int]
 """(position in the order of the whole run, file to read there)."""
 
 _BLOCK = 10_000
 
 
-class GlobalOrderSampler(Sampler[list[Place]]):
+class GlobalOrderSampler(Sampler[list[SampleIndex]]):
     """Batches of one rank, cut out of one endless order that no rank owns.
 
     The order is one permutation of the files after the other, each a function of (seed, epoch)
@@ -87,7 +87,7 @@ class GlobalOrderSampler(Sampler[list[Place]]):
         """Micro-batches in which all ranks together see about every file once, at least one."""
         return max(1, self.num_files // self.global_batch_size)
 
-    def __iter__(self) -> Iterator[list[Place]]:
+    def __iter__(self) -> Iterator[list[SampleIndex]]:
         """Endless, from `samples_consumed` on."""
         start = self.samples_consumed + self.rank * self.batch_size
         while True:
@@ -150,7 +150,7 @@ def _shuffled_block(
     return corpora, turns
 
 
-class EveryNthBatch(Sampler[Place]):
+class EveryNthBatch(Sampler[SampleIndex]):
     """The files of batches rank, rank + world_size, ... of the table: every batch whole, on one rank.
 
     Whole, because validation masks are drawn for a batch at once: the loss does not depend on the
@@ -182,7 +182,7 @@ class EveryNthBatch(Sampler[Place]):
         own = batches[rank::world_size] or [batches[rank % len(batches)]]
         self._files = [index for batch in own for index in batch]
 
-    def __iter__(self) -> Iterator[Place]:
+    def __iter__(self) -> Iterator[SampleIndex]:
         return ((index, index) for index in self._files)
 
     def __len__(self) -> int:

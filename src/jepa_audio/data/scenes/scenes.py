@@ -18,8 +18,15 @@ from jepa_audio.data.audio.read import Audio, AudioReadError, Member, read
 from jepa_audio.data.audio.resample import resample
 from jepa_audio.data.corpus.index import index_corpus
 from jepa_audio.data.corpus.table import CorpusError, load_corpus
-from jepa_audio.data.loading.crops import BadRead, ClipDataset, CropDataset, Mono, checked_clip, cut
-from jepa_audio.data.loading.shared_table import File, Files
+from jepa_audio.data.loading.crops import (
+    BadRead,
+    ChannelMode,
+    ClipDataset,
+    CropDataset,
+    checked_clip,
+    cut,
+)
+from jepa_audio.data.loading.file_table import FileTable, IndexedFile
 from jepa_audio.data.scenes.rooms import default_rooms, write_rooms
 from jepa_audio.errors import UserError
 from jepa_audio.steps.grid import AudioBatch
@@ -204,14 +211,14 @@ class SceneDataset(ClipDataset[PlacedClip]):
     def __init__(
         self,
         scenes: Scenes,
-        files: Files,
+        files: FileTable,
         sample_rate: int,
         num_samples: int,
         *,
         clip_seconds: float | None,
         num_channels: int = 1,
         crops_per_clip: int = 1,
-        mono: Mono = "mean",
+        mono: ChannelMode = "mean",
         loudness_dbfs: float | None = None,
         seed: int = 0,
         random_crops: bool = True,
@@ -242,13 +249,13 @@ class SceneDataset(ClipDataset[PlacedClip]):
         self._rooms = _rooms(rirs, num_channels)
         self._noise = None
         if noise:
-            recordings = Files([load_corpus(noise[0]).usable()])
+            recordings = FileTable([load_corpus(noise[0]).usable()])
             self._noise = CropDataset(
                 recordings, sample_rate, clip_samples, mono="random", seed=seed
             )
 
     def draw(
-        self, file: File, position: int, rng: np.random.Generator, bad: list[BadRead]
+        self, file: IndexedFile, position: int, rng: np.random.Generator, bad: list[BadRead]
     ) -> PlacedClip:
         """A clip of the file, and what it is put into."""
         clip = self.clip(file, self.clip_samples, rng)

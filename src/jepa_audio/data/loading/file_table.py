@@ -30,7 +30,7 @@ _COLUMNS = (
 )
 
 
-class File(NamedTuple):
+class IndexedFile(NamedTuple):
     """What is known of a file before it is read; see `jepa_audio.data.audio.read.AudioInfo`."""
 
     audio: Audio
@@ -41,7 +41,9 @@ class File(NamedTuple):
     rms: float
 
 
-def check_unchanged(file: File, samples: Float32[np.ndarray, "C S"], sample_rate: int) -> None:
+def check_unchanged(
+    file: IndexedFile, samples: Float32[np.ndarray, "C S"], sample_rate: int
+) -> None:
     """Compare what was read with what is known.
 
     Raises:
@@ -56,7 +58,7 @@ def check_unchanged(file: File, samples: Float32[np.ndarray, "C S"], sample_rate
         )
 
 
-class Files:
+class FileTable:
     """The files of one or several corpora, one after the other.
 
     Millions of them cost a reading process nothing: the table lies in a nameless temporary file
@@ -90,12 +92,12 @@ class Files:
     def __len__(self) -> int:
         return len(self._table)
 
-    def __getitem__(self, index: int) -> File:
+    def __getitem__(self, index: int) -> IndexedFile:
         """The file of a row."""
         row = {name: column[index].as_py() for name, column in self._columns.items()}
         path = self._roots[row["corpus"]] / row["source"]
         audio = located(path, row["member"], row["offset"], row["num_bytes"])
-        return File(
+        return IndexedFile(
             audio,
             row["num_bytes"],
             row["num_frames"],
@@ -142,8 +144,8 @@ class Files:
         self._columns = {name: self._table[name] for name in self._table.column_names}
 
 
-def _attached(roots: list[Path], sizes: list[int], descriptor: Any) -> Files:
-    files = Files.__new__(Files)
+def _attached(roots: list[Path], sizes: list[int], descriptor: Any) -> FileTable:
+    files = FileTable.__new__(FileTable)
     files._roots, files.sizes = roots, sizes
     files._map(descriptor.detach())
     return files
