@@ -14,7 +14,7 @@ from jepa_audio.probing import convert as convert_room
 from jepa_audio.probing.convert import convert
 from jepa_audio.probing.metrics import Accuracy
 from jepa_audio.probing.tasks import TASKS
-from jepa_audio.probing.tasks.base import Task
+from jepa_audio.probing.tasks.base import ProbeData, Task
 from jepa_audio.probing.tasks.labels import Multiclass
 from jepa_audio.probing.tasks.records import read_records
 from jepa_audio.probing.tasks.table import table_task
@@ -29,7 +29,7 @@ TREES = {
 
 
 def items_of(task: Task, root: Path) -> dict[str, list[tuple[Path, object, float, float | None]]]:
-    splits = task.load(root).splits
+    splits = ProbeData.load(task, root).splits
     return {
         name: [
             (item.path.resolve(), item.label, item.start_seconds, item.end_seconds)

@@ -13,7 +13,7 @@ import soundfile as sf
 from jepa_audio.errors import MissingFileError
 from jepa_audio.probing.metrics import KEYS
 from jepa_audio.probing.tasks import hooktheory, mtg, vocalset
-from jepa_audio.probing.tasks.base import Task
+from jepa_audio.probing.tasks.base import ProbeData, Task
 from jepa_audio.probing.tasks.labels import Rows
 from jepa_audio.probing.tasks.records import SPLITS
 
@@ -197,12 +197,12 @@ def test_vocalset_names_what_it_does_not_know(tmp_path: Path):
     ids=["singer", "technique"],
 )
 def test_vocalset_is_scored_by_windows_first(task: Task, num_outputs: int, vocalset_tree: Path):
-    data = task.load(vocalset_tree)
+    data = ProbeData.load(task, vocalset_tree)
     assert data.labels.num_outputs == num_outputs
     assert task.units == ("window", "file")
     test = data.splits["test"]
     rows = Rows(np.array([0, 0, 1]), np.array([0, 1, 2]), np.array([1.5, 4.5, 1.5]))
-    truth = data.labels.truth(test, rows, "window")
+    truth = data.labels.unit_targets(test, rows, "window")
     assert [data.labels.names[i] for i in truth] == [test.items[i].label for i in (0, 0, 1)]
 
 
@@ -269,12 +269,12 @@ def test_jamendo_is_found_where_its_own_script_puts_it(
 def test_jamendo_tracks_are_scored_whole_by_the_tags_of_the_training_split(
     task: Task, tmp_path: Path
 ):
-    data = task.load(write_jamendo(tmp_path))
+    data = ProbeData.load(task, write_jamendo(tmp_path))
     assert data.labels.names == ("genre---jazz", "genre---pop", "genre---rock")
     test = data.splits["test"]
     assert test.uids == ("audio-low/51/1351.low.mp3",)
     rows = Rows(np.array([0, 0]), np.array([0, 1]), np.array([15.0, 45.0]))
-    assert data.labels.truth(test, rows, "file").tolist() == [[1, 0, 0]]
+    assert data.labels.unit_targets(test, rows, "file").tolist() == [[1, 0, 0]]
     assert [metric.name for metric in task.metrics] == ["auroc", "ap", "f1_macro", "f1_micro"]
 
 
@@ -296,7 +296,7 @@ def test_jamendo_names_what_is_missing(tmp_path: Path):
         mtg.convert(raw)
     (write_jamendo(tmp_path) / "audio-low/51/1351.low.mp3").unlink()
     with pytest.raises(MissingFileError, match=r"test 0: .*1351\.low\.mp3 is missing"):
-        mtg.MTG_MOOD.load(raw)
+        ProbeData.load(mtg.MTG_MOOD, raw)
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ def test_marble_lines_of_jamendo_are_read_unchanged(tmp_path: Path):
     }
     for split in SPLITS:
         write_lines(tmp_path / f"data/MTG/MTGGenre.{split}.jsonl", [json.dumps(record)])
-    data = mtg.MTG_GENRE.load(tmp_path / "data")
+    data = ProbeData.load(mtg.MTG_GENRE, tmp_path / "data")
     assert data.splits["test"].items[0].path == tmp_path / "data/MTG/audio-low/48/948.low.mp3"
     assert data.labels.names == ("genre---rock",)
 
@@ -379,18 +379,18 @@ def test_marble_lines_of_keys_are_read_and_other_modes_are_left_out_aloud(
         tmp_path, hooktheory.HOOKTHEORY_KEY.stem, (hook(f"h{i}", key) for i, key in enumerate(keys))
     )
     with caplog.at_level(logging.WARNING):
-        data = hooktheory.HOOKTHEORY_KEY.load(root)
+        data = ProbeData.load(hooktheory.HOOKTHEORY_KEY, root)
     assert data.labels.names == KEYS
     for split in data.splits.values():
         assert [item.label for item in split.items] == ["D major", "Eb minor", "Gb major"]
-    assert "2 of the 5 records of" in caplog.text
+    assert "2 of 5 records are left out" in caplog.text
     assert "HookTheoryKey.val.jsonl" in caplog.text
 
 
 def test_two_hooks_of_one_song_are_scored_apart(tmp_path: Path):
     hooks = [hook("verse", "D major"), hook("chorus", "E major"), hook("outro", "D major")]
-    test = hooktheory.HOOKTHEORY_KEY.load(
-        write_hooks(tmp_path, "HookTheory/HookTheoryKey", hooks)
+    test = ProbeData.load(
+        hooktheory.HOOKTHEORY_KEY, write_hooks(tmp_path, "HookTheory/HookTheoryKey", hooks)
     ).splits["test"]
     assert len(test.uids) == 3
     sections = [
@@ -399,7 +399,7 @@ def test_two_hooks_of_one_song_are_scored_apart(tmp_path: Path):
         section("three", ["chorus"], 30.0),
     ]
     root = write_hooks(tmp_path, "HookTheory/HookTheoryStructure", sections)
-    test = hooktheory.HOOKTHEORY_STRUCTURE.load(root).splits["test"]
+    test = ProbeData.load(hooktheory.HOOKTHEORY_STRUCTURE, root).splits["test"]
     assert len(test.uids) == 3
     assert test.items[0].start_seconds == 0  # the clip is cut already
 
@@ -420,8 +420,9 @@ def test_sections_are_counted_among_the_seven_classes_of_marble(tmp_path: Path):
         ("intro", "verse"): "verse",
     }
     records = (section(f"h{i}", list(words)) for i, words in enumerate(expected))
-    data = hooktheory.HOOKTHEORY_STRUCTURE.load(
-        write_hooks(tmp_path, "HookTheory/HookTheoryStructure", records)
+    data = ProbeData.load(
+        hooktheory.HOOKTHEORY_STRUCTURE,
+        write_hooks(tmp_path, "HookTheory/HookTheoryStructure", records),
     )
     assert data.labels.names == (
         "intro",
@@ -443,12 +444,12 @@ def test_segments_of_one_file_are_never_mixed_up(tmp_path: Path):
     root = write_hooks(tmp_path, "HookTheory/HookTheoryStructure", [first, second])
     with pytest.raises(
         ValueError,
-        match=r"train\.jsonl, line 2: .*one\.mp3` is in .*line 1 already.*`start` and `end`",
+        match=r"train\.jsonl, line 2: .*one\.mp3` is also in .*line 1.*`start` and `end`",
     ):
-        hooktheory.HOOKTHEORY_STRUCTURE.load(root)
+        ProbeData.load(hooktheory.HOOKTHEORY_STRUCTURE, root)
     apart = [first | {"uid": "a", "start": 0.0, "end": 0.1}, second | {"uid": "b", "start": 0.1}]
     write_hooks(tmp_path, "HookTheory/HookTheoryStructure", apart)
-    test = hooktheory.HOOKTHEORY_STRUCTURE.load(root).splits["test"]
+    test = ProbeData.load(hooktheory.HOOKTHEORY_STRUCTURE, root).splits["test"]
     assert [(item.uid, item.start_seconds, item.end_seconds) for item in test.items] == [
         ("a", 0.0, 0.1),
         ("b", 0.1, None),
@@ -474,20 +475,20 @@ def test_a_label_that_is_none_is_named_with_its_line(
 ):
     root = write_hooks(tmp_path, task.stem, [hook("good", good), hook("bad", bad)])
     with pytest.raises(ValueError, match=r"train\.jsonl, line 2: `label` is " + said):
-        task.load(root)
+        ProbeData.load(task, root)
 
 
 def test_hooktheory_names_the_records_it_needs(tmp_path: Path):
     with pytest.raises(
         MissingFileError, match=r"hooktheory_key needs .*HookTheory/HookTheoryKey\.train\.jsonl"
     ):
-        hooktheory.HOOKTHEORY_KEY.load(tmp_path)
+        ProbeData.load(hooktheory.HOOKTHEORY_KEY, tmp_path)
     root = write_hooks(tmp_path, "HookTheory/HookTheoryKey", [hook("h", "A dorian")])
     with pytest.raises(
         ValueError,
-        match=r"HookTheoryKey\.train\.jsonl: no record has a label that is one of the classes",
+        match=r"HookTheoryKey\.train\.jsonl: no record has a label that is a class of the task",
     ):
-        hooktheory.HOOKTHEORY_KEY.load(root)
+        ProbeData.load(hooktheory.HOOKTHEORY_KEY, root)
 
 
 @pytest.mark.parametrize(

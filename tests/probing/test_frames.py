@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from jepa_audio.errors import MissingFileError
+from jepa_audio.probing.tasks.base import ProbeData
 from jepa_audio.probing.tasks.beats import decode_beats_peaks
 from jepa_audio.probing.tasks.chords import CHORDS1217
 from jepa_audio.probing.tasks.frames import (
@@ -130,7 +131,7 @@ def test_who_hears_every_beat_scores_one_at_any_length(decoder: str):
         rows_of(30.0, 20.01, 9.5, rate=100.0),
     )  # one window has a single frame
     beats = Beats(decoder=decoder)
-    answers = beats.answers(logits_of(beats.row_targets(split, rows)), split, rows, "file")
+    answers = beats.predictions(logits_of(beats.row_targets(split, rows)), split, rows, "file")
     assert answers.shape == (3, 1, len(BEAT_COLUMNS))
     for output, name in ((BEAT, "beat"), (DOWNBEAT, "downbeat")):
         expected = [[len(label[name])] * 3 for label in labels]
@@ -140,7 +141,7 @@ def test_who_hears_every_beat_scores_one_at_any_length(decoder: str):
             torch.testing.assert_close(
                 answers[:, 0, output], torch.tensor(expected).float(), atol=1, rtol=0
             )
-    truth = beats.truth(split, rows, "file")
+    truth = beats.unit_targets(split, rows, "file")
     assert GTZAN_BEAT.metrics[0](answers, truth).tolist() == [1.0]
     assert beats.decoder == decoder
 
@@ -152,9 +153,10 @@ def test_scores_are_those_of_mir_eval_on_the_same_events():
     logits = torch.randn(len(rows), 2, 2, generator=generator) - 1
     peaks = Beats(decoder="peaks")
     logits[:, 1] += 3 * peaks.row_targets(split, rows)
-    answers = peaks.answers(logits, split, rows, "file")
+    answers = peaks.predictions(logits, split, rows, "file")
     f1, pooled = (
-        metric(answers, peaks.truth(split, rows, "file")) for metric in GTZAN_BEAT.metrics[:2]
+        metric(answers, peaks.unit_targets(split, rows, "file"))
+        for metric in GTZAN_BEAT.metrics[:2]
     )
     for k in range(2):
         of_tracks, counts = [], np.zeros(3)
@@ -177,10 +179,13 @@ def test_heads_are_scored_apart_and_who_hears_nothing_scores_nothing():
     split, rows = split_of(beat_label(100, 20.0)), rows_of(20.0, rate=100.0)
     beats = Beats(decoder="peaks")
     good = logits_of(beats.row_targets(split, rows))
-    answers = beats.answers(
+    answers = beats.predictions(
         torch.cat([torch.full_like(good, -9.0), good], dim=1), split, rows, "file"
     )
-    assert GTZAN_BEAT.metrics[0](answers, beats.truth(split, rows, "file")).tolist() == [0.0, 1.0]
+    assert GTZAN_BEAT.metrics[0](answers, beats.unit_targets(split, rows, "file")).tolist() == [
+        0.0,
+        1.0,
+    ]
     assert answers[0, 0, BEAT].tolist() == [0, 0, 33]
 
 
@@ -189,9 +194,10 @@ def test_heads_are_chosen_by_beats_alone():
     beats = Beats()
     logits = logits_of(beats.row_targets(split, rows))
     whole, chosen = (
-        labels.answers(logits, split, rows, "file") for labels in (beats, beats.for_first_metric())
+        labels.predictions(logits, split, rows, "file")
+        for labels in (beats, beats.for_first_metric())
     )
-    assert GTZAN_BEAT.metrics[0](chosen, beats.truth(split, rows, "file")).tolist() == [1.0]
+    assert GTZAN_BEAT.metrics[0](chosen, beats.unit_targets(split, rows, "file")).tolist() == [1.0]
     assert torch.equal(chosen[..., BEAT], whole[..., BEAT])
     assert whole[0, 0, DOWNBEAT].min() > 0
     assert chosen[0, 0, DOWNBEAT].tolist() == [0, 0, 0]
@@ -201,10 +207,10 @@ def test_windows_can_be_scored_apart_and_unheard_beats_are_not():
     split, rows = split_of(beat_label(120, 30.0)), rows_of(20.0, rate=100.0)
     beats = Beats()
     logits = logits_of(beats.row_targets(split, rows))
-    assert beats.answers(logits, split, rows, "file")[0, 0, BEAT].tolist() == [40, 40, 40]
-    by_window = beats.answers(logits, split, rows, "window")
+    assert beats.predictions(logits, split, rows, "file")[0, 0, BEAT].tolist() == [40, 40, 40]
+    by_window = beats.predictions(logits, split, rows, "window")
     assert by_window[:, 0, BEAT].tolist() == [[20, 20, 20], [20, 20, 20]]
-    assert len(beats.truth(split, rows, "window")) == 2
+    assert len(beats.unit_targets(split, rows, "window")) == 2
 
 
 def test_annotations_count_from_the_start_of_the_file():
@@ -213,7 +219,7 @@ def test_annotations_count_from_the_start_of_the_file():
     beats = Beats()
     targets = beats.row_targets(split, rows)
     assert targets[4:6, 0].tolist() == [1, 1]  # the beat of 10.25 s, 0.05 s after the start
-    assert beats.answers(logits_of(targets), split, rows, "file")[0, 0, BEAT].tolist() == [
+    assert beats.predictions(logits_of(targets), split, rows, "file")[0, 0, BEAT].tolist() == [
         20,
         20,
         20,
@@ -222,7 +228,7 @@ def test_annotations_count_from_the_start_of_the_file():
 
 def test_tracks_without_downbeats_are_no_fault():
     split, rows = split_of({"beat": [0.5], "downbeat": []}), rows_of(1.0, rate=100.0)
-    answers = Beats().answers(torch.zeros(100, 1, 2), split, rows, "file")
+    answers = Beats().predictions(torch.zeros(100, 1, 2), split, rows, "file")
     assert answers[0, 0, 5] == 0
 
 
@@ -320,7 +326,7 @@ def test_seconds_are_weighed_as_mir_eval_weighs_them(rate: float):
     constant = torch.full_like(ideal, CHORDS.index("F#:maj"))
     said = torch.stack([ideal, random, constant], dim=1)
     logits = torch.cat([chord_logits(column) for column in said.T], dim=1)
-    answers = Chords().answers(logits, split, rows, "file")
+    answers = Chords().predictions(logits, split, rows, "file")
     for k in range(3):
         for n in range(2):
             mine = said[n * num_frames : (n + 1) * num_frames, k].numpy()
@@ -335,7 +341,7 @@ def test_seconds_are_weighed_as_mir_eval_weighs_them(rate: float):
 def test_a_chord_that_changes_between_frames_is_weighed_by_its_seconds():
     song = [region(0.0, 0.3, "C"), region(0.3, 1.0, "A:min")]
     split, rows = split_of(song), rows_of(1.0, rate=2.0)
-    answers = Chords().answers(
+    answers = Chords().predictions(
         chord_logits(np.array([CHORDS.index("A:min")] * 2)), split, rows, "file"
     )
     assert answers[0, 0].tolist() == pytest.approx([0.7, 1.0, 1, 2])
@@ -344,9 +350,10 @@ def test_a_chord_that_changes_between_frames_is_weighed_by_its_seconds():
 def test_a_constant_answer_scores_the_share_of_its_chord():
     split, rows = split_of(SONG), rows_of(12.0, rate=20.0, window_seconds=5.0)
     constant = chord_logits(np.full(len(rows), CHORDS.index("N")))
-    answers = Chords().answers(constant, split, rows, "file")
+    answers = Chords().predictions(constant, split, rows, "file")
     majmin, frames = (
-        metric(answers, Chords().truth(split, rows, "file")).item() for metric in CHORDS1217.metrics
+        metric(answers, Chords().unit_targets(split, rows, "file")).item()
+        for metric in CHORDS1217.metrics
     )
     assert answers.shape == (1, 1, len(CHORD_COLUMNS))
     assert answers[0, 0, :2].tolist() == pytest.approx([1.03 + 1.21, 6.0 + 1.02], abs=1e-4)
@@ -358,7 +365,7 @@ def test_windows_of_a_song_can_be_scored_apart_and_a_last_one_of_one_frame_works
     song = [region(0.0, 10.05, "C")]
     split, rows = split_of(song), rows_of(10.05, rate=20.0, window_seconds=5.0)
     assert np.bincount(rows.window).tolist() == [100, 100, 1]
-    by_window = Chords().answers(
+    by_window = Chords().predictions(
         chord_logits(np.zeros(len(rows), dtype=np.int64)), split, rows, "window"
     )
     assert by_window[:, 0, 1].tolist() == pytest.approx([5.0, 5.0, 0.05], abs=1e-4)
@@ -367,7 +374,7 @@ def test_windows_of_a_song_can_be_scored_apart_and_a_last_one_of_one_frame_works
 
 def test_a_song_without_anything_to_compare_counts_nothing():
     split, rows = split_of([], [region(0.0, 1.0, "X")]), rows_of(1.0, 1.0, rate=20.0)
-    answers = Chords().answers(
+    answers = Chords().predictions(
         chord_logits(np.zeros(len(rows), dtype=np.int64)), split, rows, "file"
     )
     assert not answers.any()
@@ -412,7 +419,7 @@ def test_the_annotations_of_a_split_can_be_shuffled(labels: FrameLabels):
     )
     split, rows = split_of(*of_task).shuffled(seed=0), rows_of(5.0, 5.0, rate=20.0)
     logits = torch.zeros(len(rows), 2, labels.num_outputs)
-    assert labels.answers(logits, split, rows, "file").shape[:2] == (2, 2)
+    assert labels.predictions(logits, split, rows, "file").shape[:2] == (2, 2)
 
 
 # GTZAN-Rhythm
@@ -455,7 +462,7 @@ def test_gtzan_rhythm_becomes_the_records_of_marble(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     with caplog.at_level(logging.WARNING):
-        data = GTZAN_BEAT.load(rhythm(tmp_path))
+        data = ProbeData.load(GTZAN_BEAT, rhythm(tmp_path))
     assert {name: len(split) for name, split in data.splits.items()} == {
         "train": 10,
         "val": 10,

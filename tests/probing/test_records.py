@@ -75,8 +75,8 @@ def test_paths_start_from_a_folder_above_and_units_from_the_key(
     path = written(records, tmp_path)
     split = read_split(path, "ori_uid")
     assert split.uids == ("song 0", "song 1")
-    assert split.unit.tolist() == [0, 0, 1, 1]
-    assert [item.label for item in split.leaders] == ["a", "b"]
+    assert split.unit_index.tolist() == [0, 0, 1, 1]
+    assert [item.label for item in split.unit_items] == ["a", "b"]
     assert all(item.path.is_file() for item in split.items)
     assert len(read_split(path).uids) == 4
     records[1]["uid"] = "apart"
@@ -155,14 +155,14 @@ def test_subsets_and_shuffles_keep_units_whole():
 def test_classes_are_those_of_the_training_split_in_order_and_others_are_unknown():
     labels = Multiclass().fitted(split_of(62, 9, 62, 100))
     assert labels.names == ("9", "62", "100")
-    assert labels.encoded(split_of(100, 9, 61).items).tolist() == [2, 0, UNKNOWN]
+    assert labels.encode(split_of(100, 9, 61).items).tolist() == [2, 0, UNKNOWN]
     assert Multiclass(("x", "y")).fitted(split_of("x")).names == ("x", "y")
     with pytest.raises(ValueError, match="line 1: `label` is 'z', must be one of x, y"):
-        Multiclass(("x", "y")).encoded(split_of("z").items)
+        Multiclass(("x", "y")).encode(split_of("z").items)
     with pytest.raises(
         ValueError, match=r"line 1: `label` is \['a'\], must be the name or the number of one class"
     ):
-        labels.encoded(split_of(["a"]).items)
+        labels.encode(split_of(["a"]).items)
 
 
 def test_unknown_classes_say_nothing_in_the_loss():
@@ -180,17 +180,17 @@ def test_unknown_classes_say_nothing_in_the_loss():
 
 def test_tags_may_be_none_and_numbers_are_standardised_on_the_training_split():
     tags = Multilabel().fitted(split_of(["b", "a"], [], ["b"]))
-    assert tags.encoded(split_of([], ["a", "other"], ["a", "b"]).items).tolist() == [
+    assert tags.encode(split_of([], ["a", "other"], ["a", "b"]).items).tolist() == [
         [0, 0],
         [1, 0],
         [1, 1],
     ]
     with pytest.raises(ValueError, match="line 1: `label` is 'a', must be a list of tags"):
-        tags.encoded(split_of("a").items)
+        tags.encode(split_of("a").items)
     numbers = Regression(("x", "y")).fitted(split_of([1, 10], [3, 30]))
-    np.testing.assert_allclose(numbers.encoded(split_of([2, 40]).items), [[0, 2]])
+    np.testing.assert_allclose(numbers.encode(split_of([2, 40]).items), [[0, 2]])
     with pytest.raises(ValueError, match=r"line 1: `label` is \[1\], must be 2 finite numbers"):
-        numbers.encoded(split_of([1]).items)
+        numbers.encode(split_of([1]).items)
     with pytest.raises(
         ValueError, match="number 1 of the labels is the same in all of the training split"
     ):
@@ -203,8 +203,8 @@ def test_answers_are_means_over_a_unit_and_equal_ones_stay_equal():
     rows = Rows(np.array([0, 0, 1, 2, 3, 3, 3]), np.arange(7), np.zeros(7))
     logits = torch.arange(7.0)[:, None, None].expand(-1, 2, 3)
     labels = Multiclass(("a", "b", "c"))
-    assert labels.answers(logits, split, rows, "file")[:, 0, 0].tolist() == [1.0, 4.5]
-    assert labels.answers(logits, split, rows, "window")[:, 0, 0].tolist() == list(range(7))
-    assert labels.truth(split, rows, "window").tolist() == [0] * 7
+    assert labels.predictions(logits, split, rows, "file")[:, 0, 0].tolist() == [1.0, 4.5]
+    assert labels.predictions(logits, split, rows, "window")[:, 0, 0].tolist() == list(range(7))
+    assert labels.unit_targets(split, rows, "window").tolist() == [0] * 7
     same = torch.full((7, 1, 3), 0.1).log()
-    assert len(labels.answers(same, split, rows, "file").unique()) == 1
+    assert len(labels.predictions(same, split, rows, "file").unique()) == 1

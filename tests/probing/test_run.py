@@ -25,6 +25,7 @@ from jepa_audio.probing.presets import preset_of
 from jepa_audio.probing.rows import ProbeRow, load_evidence, read_jsonl
 from jepa_audio.probing.run import probe
 from jepa_audio.probing.tasks import TASKS
+from jepa_audio.probing.tasks.base import ProbeData
 from jepa_audio.report.leaderboard import write_leaderboard
 
 RATE, PITCHES, FAMILIES = 1000, (60, 62, 64, 65), ("bass", "reed")
@@ -330,7 +331,9 @@ def test_encoders_that_differ_in_what_they_do_have_different_hashes(checkpoint: 
 
 
 def test_the_records_of_notes_are_those_of_the_json(corpus: Path):
-    pitch, family = (TASKS[name].load(corpus) for name in ("nsynth_pitch", "nsynth_instrument"))
+    pitch, family = (
+        ProbeData.load(TASKS[name], corpus) for name in ("nsynth_pitch", "nsynth_instrument")
+    )
     assert pitch.labels.names == ("60", "62", "64", "65")
     assert family.labels.names == ("bass", "reed")
     assert [item.label for item in family.splits["train"].items[:5]] == ["bass"] * 4 + ["reed"]

@@ -191,7 +191,7 @@ def score_plainly(net: nn.Module, data: ProbeData, features: Features) -> float:
     logits = net([features.of(layer) for layer in net.source.layers])
     split = data.splits["val"]
     answers = torch.stack([logits[features.rows.item == i].mean(0) for i in range(len(split))])
-    return float(data.task.metrics[0](answers[:, None], data.labels.encoded(split.items))[0])
+    return float(data.task.metrics[0](answers[:, None], data.labels.encode(split.items))[0])
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_the_state_that_is_kept_is_that_of_the_best_epoch_or_of_the_last():
 def score_head(head: MLPHead, data: ProbeData, features: dict[str, Features]) -> float:
     logits = head.logits(features["val"])
     return float(
-        (logits[:, 0].argmax(1).numpy() == data.labels.encoded(data.splits["val"].items)).mean()
+        (logits[:, 0].argmax(1).numpy() == data.labels.encode(data.splits["val"].items)).mean()
     )
 
 

@@ -18,6 +18,7 @@ from jepa_audio.probing.presets import preset_of
 from jepa_audio.probing.rows import load_evidence, read_jsonl
 from jepa_audio.probing.run import probe
 from jepa_audio.probing.tasks import TASKS
+from jepa_audio.probing.tasks.base import ProbeData
 from tests.probing import oracle_encoders
 from tests.probing.tiny_sets import SET_OF, Probed, rows_of, write_json_lines, write_notes
 
@@ -221,7 +222,9 @@ def test_encoders_hear_the_windows_of_the_protocol(
     store = FeatureStore(
         probed(task).output / "features", encoder, preset_of("linear").preparation(TASKS[task])
     )
-    rows = store.features(TASKS[task].load(probed(task).root).splits["test"], 240.0, task).rows
+    rows = store.features(
+        ProbeData.load(TASKS[task], probed(task).root).splits["test"], 240.0, task
+    ).rows
     num_windows, num_items = np.unique(np.bincount(rows.item), return_counts=True)
     assert dict(zip(num_windows.tolist(), num_items.tolist(), strict=True)) == windows
 
@@ -250,7 +253,7 @@ def test_chunks_and_files_of_singers_are_both_scored(probed: Callable[[str], Pro
         for row in rows_of(probed(task).rows, task, "spectrum"):
             assert set(row.scores) == {"accuracy", "file_accuracy"}
             assert row.unit == "window"
-    takes = TASKS["vocalset_singer"].load(probed("vocalset_singer").root).splits["test"]
+    takes = ProbeData.load(TASKS["vocalset_singer"], probed("vocalset_singer").root).splits["test"]
     num_long = sum(sf.info(item.path).duration > 3 for item in takes.items)
     assert (
         rows_of(probed("vocalset_singer").rows, "vocalset_singer", "spectrum")[0].num_test
@@ -295,7 +298,7 @@ def test_clips_of_one_song_are_one_unit_and_hooks_of_one_song_are_not(
         ENCODERS + "spectrum", "giantsteps_key", tmp_path, tmp_path / "results", preset="linear"
     )[0]
     assert (row.value, row.num_train, row.num_valid, row.num_test) == (1.0, 9, 3, 6)
-    hooks = TASKS["hooktheory_key"].load(roots("hooktheory_key") / "data").splits["test"]
+    hooks = ProbeData.load(TASKS["hooktheory_key"], roots("hooktheory_key") / "data").splits["test"]
     songs = [
         json.loads(line)["ori_uid"]
         for line in (roots("hooktheory_key") / "data" / "HookTheory" / "HookTheoryKey.test.jsonl")

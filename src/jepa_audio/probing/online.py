@@ -25,7 +25,7 @@ from jepa_audio.probing.intervals import Difference, difference, draw_counts
 from jepa_audio.probing.metrics import Metric
 from jepa_audio.probing.tasks import TASKS, ProbeData, load_task
 from jepa_audio.probing.tasks.labels import ClipLabels, Labels
-from jepa_audio.probing.tasks.table import Kind as TableKind
+from jepa_audio.probing.tasks.table import LabelKind
 from jepa_audio.steps.front_ends import FrontEnd
 from jepa_audio.steps.grid import AudioBatch
 from jepa_audio.training.jepa import JEPA
@@ -70,7 +70,7 @@ class OnlineProbe(Callback):
         seed: int = 0,
         which: Literal["context", "target"] = "context",
         batch_size: int = 50,
-        table_kind: TableKind = "multiclass",
+        table_kind: LabelKind = "multiclass",
     ) -> None:
         if min(every_n_steps, num_train, num_valid, batch_size) < 1:
             raise UserError(
@@ -213,15 +213,15 @@ class _Clips:
             data.splits["val"].subset(num_valid, seed),
         )
         assert isinstance(data.labels, ClipLabels)
-        leaders = splits[0].leaders + splits[1].leaders
+        leaders = splits[0].unit_items + splits[1].unit_items
         rate, num_channels = front_end.sample_rate, front_end.num_channels
         return _Clips(
             [load_waveform(item, rate, num_channels).T for item in leaders],
-            data.labels.encoded(leaders),
-            len(splits[0].leaders),
+            data.labels.encode(leaders),
+            len(splits[0].unit_items),
             data.labels,
             data.task.metrics[0],
-            draw_counts(len(splits[1].leaders), seed=seed),
+            draw_counts(len(splits[1].unit_items), seed=seed),
         )
 
     def batches(self, size: int) -> Iterator[tuple[list[Tensor], Tensor]]:

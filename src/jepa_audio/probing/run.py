@@ -29,7 +29,7 @@ from jepa_audio.probing.robustness import SWEEPS, Condition, area, noise_sweep
 from jepa_audio.probing.rows import ProbeRow, append_jsonl, save_evidence
 from jepa_audio.probing.scoring import TestResult, chance, judge
 from jepa_audio.probing.tasks import ProbeData, load_task
-from jepa_audio.probing.tasks.table import Kind as TableKind
+from jepa_audio.probing.tasks.table import LabelKind
 
 _Judged = dict[tuple[str, str, Kind, int], tuple[float, TestResult]]
 """By task, checksum of its records, kind of head and seed."""
@@ -111,7 +111,7 @@ def probe(
     random_seeds: Sequence[int] = (),
     robustness: bool | list[str] = False,
     noise: Path | None = None,
-    table_kind: TableKind = "multiclass",
+    table_kind: LabelKind = "multiclass",
     batch_seconds: float = 240.0,
     device: str = "auto",
 ) -> list[ProbeRow]:
@@ -194,7 +194,8 @@ def _rows(
     compared = encoder.variant in ("context", "target")
     by = data.task.units[0]
     sizes = tuple(
-        len(set(of.rows.unit(data.splits[split], by).tolist())) for split, of in features.items()
+        len(set(of.rows.unit_index(data.splits[split], by).tolist()))
+        for split, of in features.items()
     )
     for kind, choice in choices.items():
         for head in choice.heads:
@@ -322,7 +323,7 @@ def _sources(encoder: list[str] | str) -> list[str]:
 def _tasks(
     tasks: list[str] | str,
     data: Sequence[Path] | Path,
-    table_kind: TableKind,
+    table_kind: LabelKind,
     max_train: int | None,
     preset: Preset,
 ) -> list[ProbeData]:

@@ -41,8 +41,8 @@ def judge(
     draws: dict[str, np.ndarray] = {}
     for by in data.task.units:
         answers, truth = (
-            data.labels.answers(logits, split, rows, by).cpu(),
-            data.labels.truth(split, rows, by),
+            data.labels.predictions(logits, split, rows, by).cpu(),
+            data.labels.unit_targets(split, rows, by),
         )
         counts = draw_counts(len(answers), NUM_DRAWS, _DRAWS_SEED)
         for metric in data.task.metrics:

@@ -16,9 +16,10 @@ from torchmetrics.functional.regression import r2_score
 from jepa_audio.errors import UserError
 from jepa_audio.probing.metrics.base import MeanMetric, SumMetric, with_ones
 
-_TONICS = ("C", "Db", "D", "Eb", "E", "F", "Gb", "G", "Ab", "A", "Bb", "B")
+TONICS = ("C", "Db", "D", "Eb", "E", "F", "Gb", "G", "Ab", "A", "Bb", "B")
+"""Names of the twelve pitch classes from C upwards, with flats."""
 
-KEYS = tuple(f"{tonic} {mode}" for mode in ("major", "minor") for tonic in _TONICS)
+KEYS = tuple(f"{tonic} {mode}" for mode in ("major", "minor") for tonic in TONICS)
 """Classes that `KeyScore` knows, in their order, spelt as in the labels of MARBLE's GS."""
 
 

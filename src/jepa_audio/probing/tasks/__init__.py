@@ -19,7 +19,7 @@ from jepa_audio.probing.tasks import (
     vocalset,
 )
 from jepa_audio.probing.tasks.base import DataSet, ProbeData, Protocol, Task
-from jepa_audio.probing.tasks.table import Kind, table_task
+from jepa_audio.probing.tasks.table import LabelKind, table_task
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -60,7 +60,7 @@ DATA_SETS: dict[str, DataSet] = {
 """Every data set that can be converted, by name."""
 
 
-def load_task(name: str, roots: Sequence[Path], table_kind: Kind = "multiclass") -> ProbeData:
+def load_task(name: str, roots: Sequence[Path], table_kind: LabelKind = "multiclass") -> ProbeData:
     """A task by name, on the first folder that holds it; or the user's own table.
 
     Args:
@@ -88,7 +88,7 @@ def load_task(name: str, roots: Sequence[Path], table_kind: Kind = "multiclass")
     missing = []
     for root in roots:
         try:
-            return TASKS[name].load(root)
+            return ProbeData.load(TASKS[name], root)
         except MissingFileError as error:
             missing.append(str(error))
     raise MissingFileError("; ".join(missing))

@@ -17,8 +17,8 @@ from jepa_audio.probing.tasks.records import (
     SPLITS,
     Record,
     Split,
-    checksum_of,
     read_split,
+    split_checksum,
     split_of,
 )
 from jepa_audio.probing.tasks.windows import Windows
@@ -92,6 +92,7 @@ class Task:
         num_units: scored units of train, val and test in the published split; `None` where they are
             not known.
         data_set: makes records of the raw data set; `None` where only records are known.
+        relabel: applied to each split after it is read.
     """
 
     name: str
@@ -105,57 +106,7 @@ class Task:
     num_seeds: int = 1
     num_units: Sizes = (None, None, None)
     data_set: DataSet | None = None
-
-    def load(self, root: Path) -> ProbeData:
-        """The splits, from records under `root` or from the raw data set, if that is what lies there.
-
-        Raises:
-            UserError: if there are neither, or if an audio file is missing.
-            UserError: naming the record that is not what the task needs.
-        """
-        folder, stem = self._folder(root), Path(self.stem).name
-        if folder is not None:
-            paths = [folder / f"{stem}.{split}.jsonl" for split in SPLITS]
-            return self._data([read_split(path, self.group_by) for path in paths])
-        if self.data_set is None:
-            wanted = root / f"{self.stem}.train.jsonl"
-            raise MissingFileError(
-                f"{self.name} needs {wanted}, with .val.jsonl and .test.jsonl beside it"
-            )
-        records = self.data_set.convert(root)[self.stem]
-        splits = [
-            split_of(
-                {f"{root}, {split} {i}": record for i, record in enumerate(records[split])},
-                root,
-                self.group_by,
-            )
-            for split in SPLITS
-        ]
-        return self._data(splits)
-
-    def _folder(self, root: Path) -> Path | None:
-        """Where the records lie: as in MARBLE's `data/`, or in `root` itself."""
-        stem = Path(self.stem)
-        folders = (root / stem.parent, root)
-        return next(
-            (folder for folder in folders if (folder / f"{stem.name}.train.jsonl").is_file()), None
-        )
-
-    def _data(self, splits: Sequence[Split]) -> ProbeData:
-        sizes = tuple(len(split.uids) for split in splits)
-        if differ_from_published(sizes, self.num_units):
-            log.warning(
-                "%s: %s units in train, val and test, where published numbers are of %s: not comparable with them",
-                self.name,
-                sizes,
-                self.num_units,
-            )
-        return ProbeData(
-            self,
-            self.labels.fitted(splits[0]),
-            dict(zip(SPLITS, splits, strict=True)),
-            checksum_of(splits),
-        )
+    relabel: Callable[[Split], Split] | None = None
 
 
 def differ_from_published(sizes: Sequence[int], published: Sizes) -> bool:
@@ -184,13 +135,54 @@ class ProbeData:
     splits: Mapping[str, Split]
     checksum: str
 
+    @classmethod
+    def load(cls, task: Task, root: Path) -> ProbeData:
+        """Read the splits of a task from the records under `root`, or from the raw data set in `root`.
+
+        Raises:
+            MissingFileError: if there are neither, or if an audio file is missing.
+            UserError: if a record is not what the task needs; names the record.
+        """
+        stem = Path(task.stem)
+        for folder in (root / stem.parent, root):
+            paths = [folder / f"{stem.name}.{split}.jsonl" for split in SPLITS]
+            if paths[0].is_file():
+                return cls.of(task, [read_split(path, task.group_by) for path in paths])
+        if task.data_set is None:
+            raise MissingFileError(
+                f"{task.name} needs {root / task.stem}.train.jsonl, and .val.jsonl and .test.jsonl "
+                "in the same folder"
+            )
+        records = task.data_set.convert(root)[task.stem]
+        wheres = [
+            {f"{root}, {split} {i}": record for i, record in enumerate(records[split])}
+            for split in SPLITS
+        ]
+        return cls.of(task, [split_of(split, root, task.group_by) for split in wheres])
+
+    @classmethod
+    def of(cls, task: Task, splits: Sequence[Split]) -> ProbeData:
+        """A task with its train, val and test split; warns where sizes are not the published ones."""
+        splits = [task.relabel(split) for split in splits] if task.relabel else splits
+        sizes = tuple(len(split.uids) for split in splits)
+        if differ_from_published(sizes, task.num_units):
+            log.warning(
+                "%s: %s units in train, val and test; published scores are on %s units and are "
+                "not comparable",
+                task.name,
+                sizes,
+                task.num_units,
+            )
+        labels = task.labels.fitted(splits[0])
+        return cls(task, labels, dict(zip(SPLITS, splits, strict=True)), split_checksum(splits))
+
     def scores(
         self, logits: Float[Tensor, "rows K C"], split: Split, rows: Rows
     ) -> Float[Tensor, " K"]:
         """What the first metric of the task says of K heads, on the unit that it scores first."""
         labels, unit = self.labels.for_first_metric(), self.task.units[0]
         return self.task.metrics[0](
-            labels.answers(logits, split, rows, unit), labels.truth(split, rows, unit)
+            labels.predictions(logits, split, rows, unit), labels.unit_targets(split, rows, unit)
         )
 
     def with_train(self, size: int | None, seed: int = 0) -> ProbeData:

@@ -71,7 +71,7 @@ class FrameLabels(Labels):
     no frame covers, such as an end that is too short for a window, is not scored.
     """
 
-    def truth(self, split: Split, rows: Rows, by: Unit) -> Shaped[np.ndarray, " units"]:
+    def unit_targets(self, split: Split, rows: Rows, by: Unit) -> Shaped[np.ndarray, " units"]:
         """Zeros: `answers` holds the counts, taken against the annotation itself."""
         return np.zeros(_num_units(split, rows, by))
 
@@ -141,7 +141,7 @@ class Beats(FrameLabels):
             dim=(0, 2)
         )
 
-    def answers(
+    def predictions(
         self, logits: Float[Tensor, "rows K C"], split: Split, rows: Rows, by: Unit
     ) -> Float[Tensor, "units K A"]:
         """How many events each head hit, estimated and should have found, see `BEAT_COLUMNS`; 0 of what is left out."""
@@ -240,7 +240,7 @@ class Chords(FrameLabels):
         of_rows = F.cross_entropy(logits.mT, expanded, reduction="none", ignore_index=IGNORED)
         return of_rows.sum(dim=0) / (targets != IGNORED).sum().clamp_min(1)
 
-    def answers(
+    def predictions(
         self, logits: Float[Tensor, "rows K C"], split: Split, rows: Rows, by: Unit
     ) -> Float[Tensor, "units K A"]:
         """Seconds that mir_eval's `majmin` gives each head of those that can be compared, and frames: `CHORD_COLUMNS`.
@@ -255,7 +255,7 @@ class Chords(FrameLabels):
         row, seconds, credit = (
             torch.from_numpy(array).to(device) for array in self._parts(split, rows)
         )
-        unit = torch.from_numpy(rows.unit(split, by)).to(device)
+        unit = torch.from_numpy(rows.unit_index(split, by)).to(device)
         right = credit.clamp_min(0).gather(1, said[row]) * seconds[:, None]
         comparable = seconds.where(credit[:, 0] >= 0, seconds.new_zeros(()))
         columns = (
@@ -427,7 +427,7 @@ def _stretches(split: Split, rows: Rows, by: Unit) -> Iterator[_Stretch]:
     """The frames of each item, or of each window if that is the unit."""
     key = rows.window if by == "window" else rows.item
     order = np.argsort(key, kind="stable")
-    unit = rows.unit(split, by)
+    unit = rows.unit_index(split, by)
     for part in np.split(order, np.flatnonzero(np.diff(key[order])) + 1):
         item = split.items[rows.item[part[0]]]
         yield _Stretch(
@@ -450,4 +450,4 @@ def _unit_of(part: tuple[_Stretch, Any]) -> int:
 
 
 def _num_units(split: Split, rows: Rows, by: Unit) -> int:
-    return int(rows.unit(split, by).max()) + 1
+    return int(rows.unit_index(split, by).max()) + 1

@@ -1,16 +1,23 @@
-"""HookTheory (Donahue et al., 2022, arXiv:2212.01884): key and section of clips of pop songs."""
+"""HookTheory (Donahue et al., 2022, arXiv:2212.01884): key and section of clips of pop songs.
+
+The annotated clips are called hooks. Each hook is scored on its own, also if several are from one
+song (`ori_uid`); MARBLE averages its key heads over a song and takes the label of the first hook
+for all. The files in MARBLE's records are already cut: `segment_start` and `segment_end` give the
+position of a hook in its song and are not read.
+"""
 
 from __future__ import annotations
 
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 from jepa_audio.errors import UserError
-from jepa_audio.probing.metrics import KEYS, Accuracy, KeyScore
-from jepa_audio.probing.tasks.base import MARBLE_LEARNING_RATES, ProbeData, Protocol, Task
+from jepa_audio.probing.metrics import KEYS, TONICS, Accuracy, KeyScore
+from jepa_audio.probing.tasks.base import MARBLE_LEARNING_RATES, Protocol, Task
 from jepa_audio.probing.tasks.labels import Multiclass
 from jepa_audio.probing.tasks.records import Item, Split
 from jepa_audio.probing.tasks.windows import Windows
@@ -26,85 +33,68 @@ SECTIONS = {
     "outro": ("outro",),
     "inst": ("instrumental", "solo"),
 }
-"""MARBLE's seven classes, and the labels that it counts among each (the words of a list are joined by `_`)."""
+"""MARBLE's seven classes, and the labels that it maps to each (words of a list joined by `_`)."""
 
 _SECTION_OF = {label: section for section, labels in SECTIONS.items() for label in labels}
-_KEY = re.compile(r"(C|Db|D|Eb|E|F|Gb|G|Ab|A|Bb|B) [A-Za-z]+")
+_KEY = re.compile(f"({'|'.join(TONICS)}) [A-Za-z]+")
 
 
-@dataclass(frozen=True)
-class HookTask(Task):
-    """A task on hooks, as the annotated clips are called, of which every one is scored by itself.
-
-    Several hooks may be of one song, which `ori_uid` names, and may differ in what they are: MARBLE
-    averages its key heads over a song and takes the first hook's label for all, here nothing is
-    averaged over a song. The files in MARBLE's records are cut already; `segment_start` and
-    `segment_end` say where in the song, and are not read.
-
-    Args:
-        class_of: what an item's label means, `None` for an item that is left out; `ValueError`
-            naming its record if it is no label of this data set.
-    """
-
-    class_of: Callable[[Item], str | None] = field(kw_only=True)
-
-    def _data(self, splits: Sequence[Split]) -> ProbeData:
-        return super()._data([self._in_classes(split) for split in splits])
-
-    def _in_classes(self, split: Split) -> Split:
-        """The items that have a class, labelled with it."""
-        _check_apart(split)
-        classes = [self.class_of(item) for item in split.items]
-        kept = [
-            replace(item, label=name)
-            for item, name in zip(split.items, classes, strict=True)
-            if name is not None
-        ]
-        where = split.items[0].where.rpartition(",")[0]
-        if not kept:
-            raise UserError(
-                f"{where}: no record has a label that is one of the classes of {self.name}"
-            )
-        if len(kept) < len(split):
-            log.warning(
-                "%s: %d of the %d records of %s are left out, their labels are no classes of the task",
-                self.name,
-                len(split) - len(kept),
-                len(split),
-                where,
-            )
-        return Split(tuple(kept))
+def _label_classes(split: Split, class_of: Callable[[Item], str | None]) -> Split:
+    """Label every item with its class; leave out, with a warning, the items that have none."""
+    _check_uids_unique(split)
+    classes = [class_of(item) for item in split.items]
+    items = tuple(
+        replace(item, label=name)
+        for item, name in zip(split.items, classes, strict=True)
+        if name is not None
+    )
+    file = split.items[0].where.rpartition(",")[0]
+    if not items:
+        raise UserError(f"{file}: no record has a label that is a class of the task")
+    if num_left_out := len(split) - len(items):
+        log.warning(
+            "%s: %d of %d records are left out, their labels are not classes of the task",
+            file,
+            num_left_out,
+            len(split),
+        )
+    return Split(items)
 
 
-def _check_apart(split: Split) -> None:
+def _check_uids_unique(split: Split) -> None:
     uid, count = Counter(item.uid for item in split.items).most_common(1)[0]
     if count > 1:
         first, second = [item.where for item in split.items if item.uid == uid][:2]
         raise UserError(
-            f"{second}: `{uid}` is in {first} already, and hooks are scored apart: give each its own clip, or its "
-            "own `uid` with its `start` and `end` in the file"
+            f"{second}: `{uid}` is also in {first}, but each hook is scored on its own: give each "
+            "its own file, or a unique `uid` with its `start` and `end` in the file"
         )
 
 
-def _key_of(item: Item) -> str | None:
-    """The key, if it is major or minor."""
+def _key_class(item: Item) -> str | None:
+    """The key if it is major or minor."""
     if not isinstance(item.label, str) or not _KEY.fullmatch(item.label):
         raise UserError(
-            f"{item.where}: `label` is {item.label!r}, must be a tonic (C Db D Eb E F Gb G Ab A Bb B) and a mode, such "
-            "as 'Eb minor'"
+            f"{item.where}: `label` is {item.label!r}, must be a tonic ({' '.join(TONICS)}) and a "
+            "mode, such as 'Eb minor'"
         )
     return item.label if item.label in KEYS else None
 
 
-def _section_of(item: Item) -> str:
-    """The class of a section, from its words."""
+def _section_class(item: Item) -> str:
     words = item.label if isinstance(item.label, list) else [item.label]
     section = _SECTION_OF.get("_".join(map(str, words)))
     if section is None:
         raise UserError(
-            f"{item.where}: `label` is {item.label!r}, must be a list such as {list(_SECTION_OF)} gives"
+            f"{item.where}: `label` is {item.label!r}, must be a list of the words of one of "
+            f"{', '.join(_SECTION_OF)}"
         )
     return section
+
+
+def _protocols(v2: Protocol) -> dict[str, Protocol]:
+    """MARBLE's first version has no such tasks: its settings are the second's, with the search."""
+    return {"marble-v1": replace(v2, learning_rates=MARBLE_LEARNING_RATES), "marble-v2": v2}
 
 
 _KEY_V2 = Protocol(
@@ -115,27 +105,20 @@ _KEY_V2 = Protocol(
     plateau_factor=0.1,
     learning_rates=(1e-3,),
 )
-_STRUCTURE_V2 = replace(_KEY_V2, windows=Windows(15.0, min_ratio=0.1))
 
-
-def _protocols(v2: Protocol) -> dict[str, Protocol]:
-    """The first MARBLE has no such tasks: its preset is the second's settings, with its own search."""
-    return {"marble-v1": replace(v2, learning_rates=MARBLE_LEARNING_RATES), "marble-v2": v2}
-
-
-HOOKTHEORY_KEY = HookTask(
+HOOKTHEORY_KEY = Task(
     "hooktheory_key",
     "HookTheory/HookTheoryKey",
     Multiclass(KEYS),
     (KeyScore(), Accuracy(), KeyScore(symmetric=True)),
     _protocols(_KEY_V2),
-    class_of=_key_of,
+    relabel=partial(_label_classes, class_of=_key_class),
 )
-HOOKTHEORY_STRUCTURE = HookTask(
+HOOKTHEORY_STRUCTURE = Task(
     "hooktheory_structure",
     "HookTheory/HookTheoryStructure",
     Multiclass(tuple(SECTIONS)),
     (Accuracy(),),
-    _protocols(_STRUCTURE_V2),
-    class_of=_section_of,
+    _protocols(replace(_KEY_V2, windows=Windows(15.0, min_ratio=0.1))),
+    relabel=partial(_label_classes, class_of=_section_class),
 )

@@ -40,9 +40,9 @@ class Rows:
     def __len__(self) -> int:
         return len(self.item)
 
-    def unit(self, split: Split, by: Unit) -> Int64[np.ndarray, " rows"]:
+    def unit_index(self, split: Split, by: Unit) -> Int64[np.ndarray, " rows"]:
         """Number of each row's unit."""
-        return self.window if by == "window" else split.unit[self.item]
+        return self.window if by == "window" else split.unit_index[self.item]
 
 
 class Labels(ABC):
@@ -97,13 +97,13 @@ class Labels(ABC):
         """Mean over the rows, of K heads."""
 
     @abstractmethod
-    def answers(
+    def predictions(
         self, logits: Float[Tensor, "rows K C"], split: Split, rows: Rows, by: Unit
     ) -> Float[Tensor, "units K A"]:
         """What K heads claim of every unit."""
 
     @abstractmethod
-    def truth(self, split: Split, rows: Rows, by: Unit) -> Shaped[np.ndarray, "units ..."]:
+    def unit_targets(self, split: Split, rows: Rows, by: Unit) -> Shaped[np.ndarray, "units ..."]:
         """What is so of every unit."""
 
 
@@ -111,30 +111,30 @@ class ClipLabels(Labels):
     """One label for the whole of an item: every row is held to it, the mean of the rows' logits is scored."""
 
     @abstractmethod
-    def encoded(self, items: Sequence[Item]) -> Shaped[np.ndarray, "items ..."]:
+    def encode(self, items: Sequence[Item]) -> Shaped[np.ndarray, "items ..."]:
         """The labels as numbers; `ValueError` naming the record of one that is none."""
 
     def row_targets(self, split: Split, rows: Rows) -> Shaped[Tensor, "rows ..."]:
         """See `Labels`."""
-        return torch.from_numpy(self.encoded(split.items)[rows.item])
+        return torch.from_numpy(self.encode(split.items)[rows.item])
 
-    def answers(
+    def predictions(
         self, logits: Float[Tensor, "rows K C"], split: Split, rows: Rows, by: Unit
     ) -> Float[Tensor, "units K C"]:
         """The mean of the logits of a unit's rows."""
-        unit = torch.from_numpy(rows.unit(split, by)).to(logits.device)
+        unit = torch.from_numpy(rows.unit_index(split, by)).to(logits.device)
         total = logits.new_zeros(int(unit.max()) + 1, *logits.shape[1:], dtype=torch.float64)
         total.index_add_(
             0, unit, logits.double()
         )  # in 64 bits the mean of equal numbers is that number
         return (total / unit.bincount()[:, None, None]).to(logits)
 
-    def truth(self, split: Split, rows: Rows, by: Unit) -> Shaped[np.ndarray, "units ..."]:
+    def unit_targets(self, split: Split, rows: Rows, by: Unit) -> Shaped[np.ndarray, "units ..."]:
         """The label of each unit."""
         if by == "file":
-            return self.encoded(split.leaders)
+            return self.encode(split.unit_items)
         _, first = np.unique(rows.window, return_index=True)
-        return self.encoded(split.items)[rows.item[first]]
+        return self.encode(split.items)[rows.item[first]]
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class Multiclass(ClipLabels):
             return self
         return Multiclass(_in_order({_word(item) for item in train.items}), are_given=False)
 
-    def encoded(self, items: Sequence[Item]) -> Int64[np.ndarray, " items"]:
+    def encode(self, items: Sequence[Item]) -> Int64[np.ndarray, " items"]:
         """Number of each item's class, `UNKNOWN` for one of no training example.
 
         Raises:
@@ -215,7 +215,7 @@ class Multilabel(ClipLabels):
             else replace(self, tags=_in_order({tag for i in train.items for tag in _tags(i)}))
         )
 
-    def encoded(self, items: Sequence[Item]) -> Float[np.ndarray, "items C"]:
+    def encode(self, items: Sequence[Item]) -> Float[np.ndarray, "items C"]:
         """1 for every tag an item has, 0 for the others."""
         number = {name: i for i, name in enumerate(self.tags)}
         encoded = np.zeros((len(items), len(self.tags)), dtype=np.float32)
@@ -267,7 +267,7 @@ class Regression(ClipLabels):
             names, tuple(map(float, values.mean(axis=0))), tuple(map(float, deviation))
         )
 
-    def encoded(self, items: Sequence[Item]) -> Float[np.ndarray, "items C"]:
+    def encode(self, items: Sequence[Item]) -> Float[np.ndarray, "items C"]:
         """Mean 0 and deviation 1 on the training split."""
         values = np.array([self._numbers(item) for item in items])
         return ((values - self.mean) / self.deviation).astype(np.float32)

@@ -77,15 +77,15 @@ class Split:
         return tuple(dict.fromkeys(item.uid for item in self.items))
 
     @cached_property
-    def unit(self) -> Int64[np.ndarray, " items"]:
+    def unit_index(self) -> Int64[np.ndarray, " items"]:
         """Place in `uids` of every item's unit."""
         place = {uid: i for i, uid in enumerate(self.uids)}
         return np.array([place[item.uid] for item in self.items], dtype=np.int64)
 
     @cached_property
-    def leaders(self) -> tuple[Item, ...]:
+    def unit_items(self) -> tuple[Item, ...]:
         """The first item of every unit, which has the label of all."""
-        _, first = np.unique(self.unit, return_index=True)
+        _, first = np.unique(self.unit_index, return_index=True)
         return tuple(self.items[i] for i in first)
 
     def subset(self, size: int | None, seed: int) -> Split:
@@ -99,14 +99,14 @@ class Split:
         if size < 1:
             raise UserError(f"a subset needs at least one unit, got {size}")
         kept = np.isin(
-            self.unit, np.random.default_rng(seed).choice(len(self.uids), size, replace=False)
+            self.unit_index, np.random.default_rng(seed).choice(len(self.uids), size, replace=False)
         )
         return Split(tuple(self.items[place] for place in np.flatnonzero(kept)))
 
     def shuffled(self, seed: int) -> Split:
         """The same units, every one with the label of a random other: what chance says."""
         order = np.random.default_rng(seed).permutation(len(self.uids))
-        labels = [self.leaders[place].label for place in order]
+        labels = [self.unit_items[place].label for place in order]
         return Split(
             tuple(
                 Item(
@@ -117,7 +117,7 @@ class Split:
                     item.start_seconds,
                     item.end_seconds,
                 )
-                for item, unit in zip(self.items, self.unit, strict=True)
+                for item, unit in zip(self.items, self.unit_index, strict=True)
             )
         )
 
@@ -206,7 +206,7 @@ def split_of(records: Mapping[str, Record], root: Path, group_by: str = "audio_p
     return Split(tuple(items))
 
 
-def checksum_of(splits: Sequence[Split]) -> str:
+def split_checksum(splits: Sequence[Split]) -> str:
     """sha256 of what is in which split: files by their names and folders' names, stretches and labels, in any order.
 
     So the same split has one checksum wherever it lies, as it is downloaded and as records.

@@ -16,12 +16,12 @@ from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.probing.metrics import AUROC, F1, R2, Accuracy, AveragePrecision, Metric
 from jepa_audio.probing.tasks.base import ProbeData, Protocol, Task
 from jepa_audio.probing.tasks.labels import Labels, Multiclass, Multilabel, Regression
-from jepa_audio.probing.tasks.records import SPLITS, Record, checksum_of, split_of
+from jepa_audio.probing.tasks.records import SPLITS, Record, split_checksum, split_of
 from jepa_audio.probing.tasks.windows import Windows
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["multiclass", "multilabel", "regression"]
+LabelKind = Literal["multiclass", "multilabel", "regression"]
 """What a label is: one class, any number of tags, or numbers."""
 
 Row = dict[str, str]
@@ -99,7 +99,7 @@ def number_in(row: Row, column: str, where: str) -> float:
 
 def table_task(
     path: Path,
-    kind: Kind,
+    kind: LabelKind,
     columns: Sequence[str] = (),
     window_seconds: float | None = 30.0,
 ) -> ProbeData:
@@ -130,7 +130,9 @@ def table_task(
     labels, metrics = _labels_and_metrics(kind, layout.labels)
     task = Task(path.stem, path.stem, labels, metrics, _protocols(window_seconds), num_seeds=3)
     items = {split: split_of(records, path.parent) for split, records in splits.items()}
-    return ProbeData(task, labels.fitted(items["train"]), items, checksum_of(list(items.values())))
+    return ProbeData(
+        task, labels.fitted(items["train"]), items, split_checksum(list(items.values()))
+    )
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ class _Layout:
     group: str
 
     @classmethod
-    def of(cls, table: Path, row: Row, kind: Kind, columns: tuple[str, ...]) -> _Layout:
+    def of(cls, table: Path, row: Row, kind: LabelKind, columns: tuple[str, ...]) -> _Layout:
         if len(columns) > 1 and kind != "regression":
             raise UserError(
                 f"`columns` names {len(columns)} columns ({', '.join(columns)}); only a regression has several"
@@ -260,7 +262,9 @@ def _parted(
     ]
 
 
-def _labels_and_metrics(kind: Kind, columns: tuple[str, ...]) -> tuple[Labels, tuple[Metric, ...]]:
+def _labels_and_metrics(
+    kind: LabelKind, columns: tuple[str, ...]
+) -> tuple[Labels, tuple[Metric, ...]]:
     if kind == "multiclass":
         return Multiclass(), (Accuracy(),)
     if kind == "multilabel":
