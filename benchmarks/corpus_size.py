@@ -74,12 +74,12 @@ def write_files(root: Path, num_files: int) -> list[str]:
 
 def write_table(root: Path, paths: list[str]) -> Path:
     """The table that an index of these files would be."""
-    from jepa_audio.data.corpus.index import examine  # noqa: PLC0415
+    from jepa_audio.data.corpus.index import index_file  # noqa: PLC0415
     from jepa_audio.data.corpus.sources import DiscoveredFile  # noqa: PLC0415
     from jepa_audio.data.corpus.table import SCHEMA, Corpus  # noqa: PLC0415 (a worker would import it with this module)
 
     stat = (root / paths[0]).stat()
-    row = examine(
+    row = index_file(
         root, DiscoveredFile(paths[0], "", 0, stat.st_size, stat.st_size, stat.st_mtime_ns)
     )
     columns = {

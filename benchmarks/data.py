@@ -41,7 +41,7 @@ from torch import Tensor
 from torchaudio.transforms import Resample
 
 from jepa_audio.data.corpus.index import index_corpus
-from jepa_audio.data.corpus.shards import Packing, pack
+from jepa_audio.data.corpus.shards import Packing, write_shards
 from jepa_audio.data.datamodule import AudioDataModule
 from jepa_audio.parallel import map_threads, num_cores
 
@@ -135,12 +135,12 @@ def write_clips(folder: Path, count: int, seconds: int) -> str:
     return f"flac keeps {share:.0%} of the bytes, mp3 {kbps:.0f} kbit/s"
 
 
-def write_shards(folder: Path, setting: Setting) -> None:
+def write_clip_shards(folder: Path, setting: Setting) -> None:
     """Our shards of the clips, mono and at the rate of the crops."""
     corpus = index_corpus(folder / "flac", num_workers=num_cores())
     size = corpus.seconds.sum() * setting.sample_rate * 2 * 0.6 / SHARDS / 1e6
     packing = Packing(sample_rate=setting.sample_rate, mono=True, shard_mb=max(1, math.ceil(size)))
-    pack(corpus, folder / f"shards_{setting.sample_rate}", packing, num_cores())
+    write_shards(corpus, folder / f"shards_{setting.sample_rate}", packing, num_cores())
 
 
 def ours(root: Path, setting: Setting, batch_size: int) -> Iterator[Tensor]:
@@ -329,7 +329,7 @@ def main() -> None:
                 print(
                     f"clips of {setting.file_seconds} s: {write_clips(folder, args.clips, setting.file_seconds)}"
                 )
-                write_shards(folder, setting)
+                write_clip_shards(folder, setting)
         torch.set_num_threads(1)
         for setting in settings:
             print(f"\n{setting.name}: {setting.sample_rate} Hz, {setting.crop_seconds:g} s\n")

@@ -32,7 +32,7 @@ def test_a_rotten_corpus_costs_a_list_of_names(
     with caplog.at_level(logging.WARNING):
         losses = fit(tiny_cli("wave", *settings))
     assert len(losses) == 6
-    corpus = load_corpus(tmp_path / "rotten").fit_for(min_seconds=0.1)
+    corpus = load_corpus(tmp_path / "rotten").mark_unfit(min_seconds=0.1)
     reasons = dict(zip(corpus.names.to_pylist(), corpus.table["reason"].to_pylist(), strict=True))
     assert len(corpus) == len(reasons), "every file is listed once"
     assert {name for name, reason in reasons.items() if not reason} == good

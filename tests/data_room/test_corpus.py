@@ -14,15 +14,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jepa_audio.data.audio.read import Member, read
+from jepa_audio.data.audio.read import TarMember, read
 from jepa_audio.data.corpus.index import index_corpus
-from jepa_audio.data.corpus.table import SCHEMA, Corpus, CorpusError, default_table, load_corpus
+from jepa_audio.data.corpus.table import (
+    SCHEMA,
+    Corpus,
+    CorpusError,
+    default_table_path,
+    load_corpus,
+)
 from jepa_audio.data.loading.file_table import FileTable
 from tests.sounds import audio, made_up, noise, pairs, tar, write
 
 
 def sides(corpus: Corpus, valid_share: float) -> tuple[set[str], set[str], set[str]]:
-    train, valid, test = (set(part.names.to_pylist()) for part in corpus.parts(valid_share))
+    train, valid, test = (set(part.names.to_pylist()) for part in corpus.split(valid_share))
     return train, valid, test
 
 
@@ -101,13 +107,13 @@ def test_what_is_no_table_of_ours_is_refused_with_the_remedy(tmp_path: Path):
 def test_the_place_of_a_table_is_inside_or_beside_its_source_and_its_own(tmp_path: Path):
     folder = tmp_path / "audio"
     folder.mkdir()
-    assert default_table(folder) == folder / ".jepa_audio" / "index.parquet"
-    assert default_table(tmp_path / "t.parquet") == tmp_path / "t.parquet"
+    assert default_table_path(folder) == folder / ".jepa_audio" / "index.parquet"
+    assert default_table_path(tmp_path / "t.parquet") == tmp_path / "t.parquet"
     beside = [folder / name for name in ("a.tar", "b.tar", "m.csv", "{a,b}.tar", "*.tar")]
-    tables = {default_table(source) for source in beside}
+    tables = {default_table_path(source) for source in beside}
     assert {place.parent for place in tables} == {folder / ".jepa_audio"}
     assert len(tables) == len(beside)
-    assert default_table(folder) not in tables
+    assert default_table_path(folder) not in tables
 
 
 @pytest.mark.parametrize("name", ["", "a.tar", "m.csv"])
@@ -120,7 +126,7 @@ def test_the_table_lies_in_the_users_cache_where_the_corpus_cannot_be_written(
     write(tmp_path / "corpus" / "b.wav")
     write(tmp_path / "corpus" / "m.csv", b"path\nb.wav\n")
     corpus = index_corpus(tmp_path / "corpus" / name)
-    place = default_table(tmp_path / "corpus" / name)
+    place = default_table_path(tmp_path / "corpus" / name)
     assert place.is_relative_to(tmp_path / "home" / ".cache" / "jepa_audio")
     assert load_corpus(tmp_path / "corpus" / name) == corpus == Corpus.load(place)
     assert not (tmp_path / "corpus" / ".jepa_audio").exists()
@@ -132,7 +138,7 @@ def test_files_unfit_for_a_use_say_why_and_bad_ones_keep_their_reason():
     lengths, channels = [4000, 8000, 80_000, 8000, 0], [1, 1, 1, 2, 0]
     status = {"status": ["ok"] * 4 + ["bad"], "reason": [""] * 4 + ["silent"]}
     corpus = made_up(list("abcde"), num_frames=lengths, num_channels=channels, **status)
-    fit = corpus.fit_for(min_seconds=0.75, max_seconds=9.5, num_channels=1)
+    fit = corpus.mark_unfit(min_seconds=0.75, max_seconds=9.5, num_channels=1)
     assert fit.table["reason"].to_pylist() == [
         "too short: 0.5000 s, at least 0.75 s are needed",
         "",
@@ -215,13 +221,15 @@ def test_no_group_is_on_two_sides_and_a_file_stays_where_it_is_when_others_come(
 def test_the_shares_of_splits_are_met_roughly_and_no_group_is_divided():
     groups = [f"singer {number // 3}" for number in range(3000)]
     corpus = made_up([f"{number}.wav" for number in range(3000)], group=groups)
-    divided = corpus.with_splits({"train": 0.7, "valid": 0.1, "test": 0.2})
+    divided = corpus.assign_splits({"train": 0.7, "valid": 0.1, "test": 0.2})
     split = divided.table["split"].to_pylist()
     for name, share in (("train", 0.7), ("valid", 0.1), ("test", 0.2)):
         assert split.count(name) / 3000 == pytest.approx(share, abs=0.05)
     assert len(set(zip(groups, split, strict=True))) == 1000
-    assert divided.with_splits({"train": 1.0}) == divided
-    some = corpus.take(np.arange(0, 3000, 7)).with_splits({"train": 0.7, "valid": 0.1, "test": 0.2})
+    assert divided.assign_splits({"train": 1.0}) == divided
+    some = corpus.take(np.arange(0, 3000, 7)).assign_splits(
+        {"train": 0.7, "valid": 0.1, "test": 0.2}
+    )
     assert splits(some).items() <= splits(divided).items()
 
 
@@ -231,9 +239,9 @@ def test_existing_splits_stay_and_their_groups_follow_them():
         group=["x", "x", "y", "y", "z", "w"],
         split=["test", "", "", "valid", "test", ""],
     )
-    divided = corpus.with_splits({"train": 1.0})
+    divided = corpus.assign_splits({"train": 1.0})
     assert divided.table["split"].to_pylist() == ["test", "test", "valid", "valid", "test", "train"]
-    regrouped = corpus.with_splits({"train": 1.0}, groups=["x"] * 2 + ["y"] * 2 + ["w"] * 2)
+    regrouped = corpus.assign_splits({"train": 1.0}, groups=["x"] * 2 + ["y"] * 2 + ["w"] * 2)
     assert regrouped.table["split"].to_pylist() == [
         "test",
         "test",
@@ -249,19 +257,19 @@ def test_a_group_that_is_divided_already_is_refused_and_can_be_divided_anew():
     with pytest.raises(
         CorpusError, match=r"group 'z' holds files for test and for valid: .*--anew"
     ):
-        corpus.with_splits({"train": 1.0})
-    anew = corpus.without_splits().with_splits({"train": 1.0})
+        corpus.assign_splits({"train": 1.0})
+    anew = corpus.clear_splits().assign_splits({"train": 1.0})
     assert anew.table["split"].to_pylist() == ["train"] * 4
 
 
 def test_new_files_without_a_group_are_not_divided_beside_those_with_one():
     corpus = made_up(list("abc"), group=["x", "y", ""], split=["train", "valid", ""])
     with pytest.raises(CorpusError, match="1 of 3 files have no group"):
-        corpus.with_splits({"train": 0.5, "valid": 0.5})
+        corpus.assign_splits({"train": 0.5, "valid": 0.5})
 
 
 def test_a_corpus_of_one_group_is_divided_with_a_warning(caplog: pytest.LogCaptureFixture):
-    train, valid, _ = made_up(list("abcdef"), group=["g"] * 6).parts(0.5)
+    train, valid, _ = made_up(list("abcdef"), group=["g"] * 6).split(0.5)
     assert len(train) + len(valid) == 6
     assert any("all files are of one group" in message for message in caplog.messages)
 
@@ -272,7 +280,10 @@ def test_a_table_that_is_there_is_found_where_the_folder_cannot_be_written(
     corpus = index_corpus(sounds(tmp_path / "audio"))
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     (tmp_path / "audio" / "new.wav").write_bytes(b"")
-    assert default_table(tmp_path / "audio") == tmp_path / "audio" / ".jepa_audio" / "index.parquet"
+    assert (
+        default_table_path(tmp_path / "audio")
+        == tmp_path / "audio" / ".jepa_audio" / "index.parquet"
+    )
     assert index_corpus(tmp_path / "audio") == corpus, "and believed as it is"
 
 
@@ -289,7 +300,7 @@ def test_a_table_that_is_there_is_found_where_the_folder_cannot_be_written(
 )
 def test_shares_that_are_none_are_refused(shares: dict[str, float]):
     with pytest.raises(ValueError, match="together 1"):
-        made_up(["a"]).with_splits(shares)
+        made_up(["a"]).assign_splits(shares)
 
 
 def test_files_of_several_corpora_follow_each_other(tmp_path: Path):
@@ -298,7 +309,7 @@ def test_files_of_several_corpora_follow_each_other(tmp_path: Path):
     files = FileTable([loose.usable(), loose.take(np.arange(0)), packed.usable()])
     assert (len(files), files.sizes) == (5, [3, 0, 2])
     assert files.num_channels.tolist() == [1] * 5
-    assert [isinstance(file.audio, Member) for file in files] == [False] * 3 + [True] * 2
+    assert [isinstance(file.audio, TarMember) for file in files] == [False] * 3 + [True] * 2
     for file, number in zip(files, (0, 2, 1, 0, 1), strict=True):
         assert (file.num_frames, file.sample_rate, file.num_channels) == (
             len(noise(number)),

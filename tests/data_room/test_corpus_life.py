@@ -11,8 +11,8 @@ import soundfile as sf
 from jepa_audio.data.audio.read import AudioInfo, AudioReadError, inspect
 from jepa_audio.data.corpus import index as index_module
 from jepa_audio.data.corpus.index import index_corpus
-from jepa_audio.data.corpus.shards import CHECKSUMS, Packing, pack
-from jepa_audio.data.corpus.survey import verify
+from jepa_audio.data.corpus.shards import CHECKSUMS, Packing, write_shards
+from jepa_audio.data.corpus.survey import verify_corpus
 from jepa_audio.data.corpus.table import CorpusError, load_corpus
 from jepa_audio.data.datamodule import AudioDataModule
 from jepa_audio.data.loading.order import EveryNthBatch
@@ -121,7 +121,7 @@ def test_what_could_not_be_opened_is_tried_again_and_what_is_broken_is_not(
 def test_a_changed_file_keeps_its_group_and_split(tmp_path: Path):
     folder_of(tmp_path / "audio")
     table = tmp_path / "c.parquet"
-    index_corpus(tmp_path / "audio", table).with_splits({"train": 1.0}, ["x"] * 4).save(table)
+    index_corpus(tmp_path / "audio", table).assign_splits({"train": 1.0}, ["x"] * 4).save(table)
     write(tmp_path / "audio" / "2.wav", audio(7))
     corpus = index_corpus(tmp_path / "audio", table)
     assert (
@@ -191,7 +191,7 @@ def test_a_rate_that_flac_does_not_hold_costs_its_file(
 ):
     folder_of(tmp_path / "in", 2)
     sf.write(tmp_path / "in" / "fast.wav", np.full(9000, 0.1), 800_000)
-    packed = pack(index_corpus(tmp_path / "in"), tmp_path / "out", Packing())
+    packed = write_shards(index_corpus(tmp_path / "in"), tmp_path / "out", Packing())
     assert len(packed.usable()) == 2
     assert any("flac does not hold 800000 Hz" in message for message in caplog.messages)
 
@@ -200,7 +200,7 @@ def test_checksums_of_others_are_read_and_theirs_are_left_alone(tmp_path: Path):
     path = tar(tmp_path / "t.tar", pairs(2))
     corpus = index_corpus(tmp_path)
     (tmp_path / CHECKSUMS).write_text(f"\n{'0' * 64} *{path.name}\n{'1' * 64}  elsewhere.bin\n")
-    assert verify(corpus) == [(str(path), f"its SHA-256 is not that in {CHECKSUMS}")]
+    assert verify_corpus(corpus) == [(str(path), f"its SHA-256 is not that in {CHECKSUMS}")]
 
 
 def test_two_runs_that_index_one_corpus_do_not_disturb_each_other(

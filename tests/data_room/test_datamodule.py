@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from jepa_audio.data.corpus.index import index_corpus
-from jepa_audio.data.corpus.table import SCHEMA, Corpus, CorpusError, default_table
+from jepa_audio.data.corpus.table import SCHEMA, Corpus, CorpusError, default_table_path
 from jepa_audio.data.datamodule import AudioDataModule
 from jepa_audio.steps.grid import AudioBatch
 
@@ -159,7 +159,7 @@ def corpus_of(num_files: int) -> Corpus:
 
 
 def divided(num_files: int, share: float) -> tuple[list[str], list[str]]:
-    train, valid, test = corpus_of(num_files).parts(share)
+    train, valid, test = corpus_of(num_files).split(share)
     assert len(test) == 0
     return train.names.to_pylist(), valid.names.to_pylist()
 
@@ -298,7 +298,7 @@ def test_the_table_is_read_from_the_cache_by_processes_that_did_not_make_it(leve
     module(levels, 0.01)
     other = AudioDataModule(levels, RATE, 0.01)
     other.setup("fit")
-    assert default_table(levels).exists()
+    assert default_table_path(levels).exists()
     assert len(other.train_dataloader()) == 1
 
 

@@ -10,10 +10,16 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile as sf
 
-from jepa_audio.data.audio.read import Audio, AudioInfo, inspect
+from jepa_audio.data.audio.read import AudioInfo, AudioLocation, inspect
 from jepa_audio.data.corpus import index as index_module
 from jepa_audio.data.corpus.index import index_corpus
-from jepa_audio.data.corpus.table import SCHEMA, Corpus, CorpusError, default_table, load_corpus
+from jepa_audio.data.corpus.table import (
+    SCHEMA,
+    Corpus,
+    CorpusError,
+    default_table_path,
+    load_corpus,
+)
 
 
 def names(corpus: Corpus) -> list[str]:
@@ -40,7 +46,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that were decoded, in any order."""
     names: list[str] = []
 
-    def counted(audio: Audio) -> AudioInfo:
+    def counted(audio: AudioLocation) -> AudioInfo:
         names.append(audio.name)
         return inspect(audio)
 
@@ -85,7 +91,7 @@ def test_only_new_and_changed_files_are_decoded_again_and_removed_ones_leave(
 def test_an_interrupted_indexing_keeps_what_it_has_decoded(
     root: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    def interrupted(audio: Audio) -> AudioInfo:
+    def interrupted(audio: AudioLocation) -> AudioInfo:
         if audio.name == "a.FLAC":
             raise KeyboardInterrupt
         return counted(audio)
@@ -111,18 +117,18 @@ def test_the_number_of_threads_changes_nothing(root: Path, tmp_path: Path):
 
 def test_a_broken_cache_is_made_anew(root: Path, decoded: list[str]):
     corpus = index_corpus(root)
-    default_table(root).write_bytes(b"half a table")
+    default_table_path(root).write_bytes(b"half a table")
     assert index_corpus(root) == corpus
     assert len(decoded) == 6
 
 
 def test_no_unfinished_file_is_left_beside_the_table(root: Path):
     index_corpus(root)
-    assert sorted(path.name for path in default_table(root).parent.iterdir()) == [
+    assert sorted(path.name for path in default_table_path(root).parent.iterdir()) == [
         "index.parquet",
         "index.skipped.csv",
     ]
-    assert pq.read_schema(default_table(root)).names == SCHEMA.names
+    assert pq.read_schema(default_table_path(root)).names == SCHEMA.names
 
 
 def test_the_table_goes_to_the_home_of_the_user_where_the_corpus_cannot_be_written(
@@ -130,9 +136,9 @@ def test_the_table_goes_to_the_home_of_the_user_where_the_corpus_cannot_be_writt
 ):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    cache = default_table(root)
+    cache = default_table_path(root)
     assert cache.is_relative_to(tmp_path / "home" / ".cache" / "jepa_audio")
-    assert cache != default_table(root / "sub")
+    assert cache != default_table_path(root / "sub")
     index_corpus(root)
     assert cache.exists()
     assert not (root / ".jepa_audio").exists()
@@ -162,7 +168,7 @@ def test_bad_files_are_kept_with_the_reason_listed_and_named_once(
         "text.wav": "cannot be decoded: Format not recognised.",
         "silent.wav": "silent: every sample is zero",
     }
-    with (default_table(root).parent / "index.skipped.csv").open() as file:
+    with (default_table_path(root).parent / "index.skipped.csv").open() as file:
         assert {row["path"]: row["reason"] for row in csv.DictReader(file)} == reasons
     for path, reason in reasons.items():
         assert [path in message and reason in message for message in caplog.messages].count(
@@ -176,8 +182,8 @@ def test_files_unfit_for_one_use_are_bad_for_it_and_not_in_the_cache(root: Path)
     assert table["status"].to_pylist() == ["ok", "bad", "bad"]
     assert table["reason"].to_pylist()[1] == "too short: 0.5000 s, at least 0.75 s are needed"
     assert set(load_corpus(root).table["status"].to_pylist()) == {"ok"}
-    stereo = load_corpus(root).fit_for(num_channels=2).table
-    long = load_corpus(root).fit_for(max_seconds=0.75).table
+    stereo = load_corpus(root).mark_unfit(num_channels=2).table
+    long = load_corpus(root).mark_unfit(max_seconds=0.75).table
     assert long["reason"].to_pylist() == ["too long: 1 s, at most 0.75 s are wanted", "", ""]
     assert stereo["status"].to_pylist() == ["bad", "bad", "ok"]
     assert stereo["reason"].to_pylist()[0] == "1 channels, 2 are needed"
@@ -212,7 +218,7 @@ def test_a_folder_of_bad_files_only_is_refused_with_examples_and_the_place_of_th
         f"none of the 7 audio files of {tmp_path} can be used: 0.wav (the file is empty"
     )
     assert message.count("0 bytes") == 5
-    assert str(default_table(tmp_path).parent / "index.skipped.csv") in message
+    assert str(default_table_path(tmp_path).parent / "index.skipped.csv") in message
 
 
 def test_above_the_share_of_bad_files_the_corpus_is_refused(root: Path):

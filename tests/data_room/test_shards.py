@@ -22,7 +22,7 @@ from jepa_audio.data.audio.resample import resample
 from jepa_audio.data.corpus import index as index_module
 from jepa_audio.data.corpus import shards as shards_module
 from jepa_audio.data.corpus.index import index_corpus
-from jepa_audio.data.corpus.shards import Packing, pack, read_checksums, sha256_of
+from jepa_audio.data.corpus.shards import Packing, read_checksums, sha256_of, write_shards
 from jepa_audio.data.corpus.table import Corpus, CorpusError, load_corpus
 from jepa_audio.data.loading.crops import CropDataset
 from jepa_audio.data.loading.file_table import FileTable
@@ -83,7 +83,7 @@ def faint(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 @pytest.fixture(scope="module")
 def once(faint: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The three shards, packed at once by one worker; to be looked at only."""
-    pack(faint, tmp_path_factory.mktemp("once"), THREE, num_workers=1)
+    write_shards(faint, tmp_path_factory.mktemp("once"), THREE, num_workers=1)
     return tmp_path_factory.getbasetemp() / "once0"
 
 
@@ -98,10 +98,10 @@ THREE = Packing(shard_mb=1)
 
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".aiff"])
 def test_16_bit_audio_comes_back_exactly_and_is_told_what_it_was(tmp_path: Path, suffix: str):
-    corpus = sounds(tmp_path / "in", suffix=suffix).with_splits(
+    corpus = sounds(tmp_path / "in", suffix=suffix).assign_splits(
         {"train": 0.5, "test": 0.5}, groups=list("ababa")
     )
-    packed = pack(corpus, tmp_path / "out", Packing())
+    packed = write_shards(corpus, tmp_path / "out", Packing())
     for number in range(5):
         name = f"sub/{number}{suffix}"
         np.testing.assert_array_equal(samples(tmp_path / "out")[name][0] / STEP, noise(number))
@@ -125,7 +125,7 @@ def test_24_bits_are_kept_when_asked_for(tmp_path: Path):
         (16, 0.5 * STEP),
         (24, 0.0),
     ):  # into the same folder: the shard is made anew
-        pack(index_corpus(tmp_path / "in"), tmp_path / "out", Packing(bits=bits))
+        write_shards(index_corpus(tmp_path / "in"), tmp_path / "out", Packing(bits=bits))
         np.testing.assert_allclose(samples(tmp_path / "out")["a.wav"], wave, atol=tolerance, rtol=0)
 
 
@@ -133,12 +133,12 @@ def test_a_flac_that_stays_as_it_is_is_copied_byte_for_byte(tmp_path: Path):
     sounds(tmp_path / "in", suffix=".flac")
     tar(tmp_path / "in" / "t.tar", {"9.flac": audio(9, "FLAC")})
     corpus = index_corpus(tmp_path / "in")
-    pack(corpus, tmp_path / "same", Packing(sample_rate=RATE, mono=True, bits=24))
+    write_shards(corpus, tmp_path / "same", Packing(sample_rate=RATE, mono=True, bits=24))
     copied = {name: known["content"] for name, known in facts(tmp_path / "same").items()}
     assert copied == {f"sub/{n}.flac": audio(n, "FLAC") for n in range(5)} | {
         "t.tar:9.flac": audio(9, "FLAC")
     }
-    pack(corpus, tmp_path / "other", Packing(sample_rate=RATE // 2))
+    write_shards(corpus, tmp_path / "other", Packing(sample_rate=RATE // 2))
     assert not set(copied.values()) & {
         known["content"] for known in facts(tmp_path / "other").values()
     }
@@ -161,7 +161,7 @@ def test_resampled_audio_is_that_of_the_whole_file_whatever_the_blocks(
         )
         float_file(tmp_path / "in" / f"{name}.wav", wave, before)
     corpus = index_corpus(tmp_path / "in")
-    packed = pack(corpus, tmp_path / "out", Packing(after, mono))
+    packed = write_shards(corpus, tmp_path / "out", Packing(after, mono))
     assert set(packed.table["sample_rate"].to_pylist()) == {after}
     for name, wave in samples(tmp_path / "out").items():
         source = torch.from_numpy(read(tmp_path / "in" / name)[0])
@@ -177,7 +177,7 @@ def test_loud_audio_is_not_clipped_and_the_gain_is_told(tmp_path: Path):
             tmp_path / "in" / f"{name}.wav",
             (peak * np.sin(2 * np.pi * 440 * time))[None].astype(np.float32),
         )
-    pack(index_corpus(tmp_path / "in"), tmp_path / "out", Packing())
+    write_shards(index_corpus(tmp_path / "in"), tmp_path / "out", Packing())
     gains = {name: known["gain"] for name, known in facts(tmp_path / "out").items()}
     assert gains["quiet.wav"] == 1.0
     assert gains["loud.wav"] == pytest.approx(0.999 / 1.9, rel=1e-3)
@@ -191,7 +191,7 @@ def test_16_bit_audio_that_reaches_full_scale_comes_back_exactly_too(tmp_path: P
     full = np.random.default_rng(0).integers(-(2**15), 2**15, 5000, dtype=np.int16)
     (tmp_path / "in").mkdir()
     sf.write(tmp_path / "in" / "a.wav", full, RATE)
-    pack(index_corpus(tmp_path / "in"), tmp_path / "out", Packing())
+    write_shards(index_corpus(tmp_path / "in"), tmp_path / "out", Packing())
     np.testing.assert_array_equal(samples(tmp_path / "out")["a.wav"][0] / STEP, full)
 
 
@@ -201,7 +201,7 @@ def test_resampling_does_not_clip_what_was_not_clipped(tmp_path: Path):
         * np.sign(np.sin(2 * np.pi * 100.3 * np.arange(44_100) / 44_100)).astype(np.float32)[None]
     )
     float_file(tmp_path / "in" / "a.wav", square, 44_100)
-    pack(index_corpus(tmp_path / "in"), tmp_path / "out", Packing(16_000))
+    write_shards(index_corpus(tmp_path / "in"), tmp_path / "out", Packing(16_000))
     gain = facts(tmp_path / "out")["a.wav"]["gain"]
     whole = resample(torch.from_numpy(square), 44_100, 16_000).numpy()
     np.testing.assert_allclose(
@@ -213,14 +213,14 @@ def test_more_channels_than_flac_holds_are_left_out_with_the_remedy(tmp_path: Pa
     sounds(tmp_path / "in", 1)
     float_file(tmp_path / "in" / "nine.wav", np.full((9, 400), 0.1, np.float32))
     corpus = index_corpus(tmp_path / "in")
-    packed = pack(corpus, tmp_path / "out", Packing())
+    packed = write_shards(corpus, tmp_path / "out", Packing())
     (reason,) = packed.table.filter(~packed.is_usable)["reason"].to_pylist()
     assert (
         reason
         == f"left out of the shard: {tmp_path}/in/nine.wav: 9 channels, flac holds 8: pack with `mono`"
     )
     assert list(facts(tmp_path / "out")) == ["sub/0.wav"]
-    assert pack(corpus, tmp_path / "mono", Packing(mono=True)).is_usable.all()
+    assert write_shards(corpus, tmp_path / "mono", Packing(mono=True)).is_usable.all()
     np.testing.assert_allclose(
         samples(tmp_path / "mono")["nine.wav"], np.full((1, 400), 0.1), atol=STEP
     )
@@ -230,16 +230,16 @@ def test_bad_files_are_not_packed_and_nothing_but_bad_ones_is_refused(tmp_path: 
     sounds(tmp_path / "in", 2)
     write(tmp_path / "in" / "bad.wav", b"no audio")
     corpus = index_corpus(tmp_path / "in")
-    assert len(pack(corpus, tmp_path / "out", Packing())) == 2
+    assert len(write_shards(corpus, tmp_path / "out", Packing())) == 2
     with pytest.raises(CorpusError, match="none of the 1 files can be used"):
-        pack(corpus.take(~corpus.is_usable), tmp_path / "none", Packing())
+        write_shards(corpus.take(~corpus.is_usable), tmp_path / "none", Packing())
 
 
 @pytest.mark.parametrize("suffix", [".wav", ".flac"])
 def test_a_file_that_disappears_is_left_out_and_costs_no_other(tmp_path: Path, suffix: str):
     corpus = sounds(tmp_path / "in", suffix=suffix)
     (tmp_path / "in" / "sub" / f"2{suffix}").unlink()
-    packed = pack(corpus, tmp_path / "out", Packing())
+    packed = write_shards(corpus, tmp_path / "out", Packing())
     assert packed.is_usable.sum() == 4
     (reason,) = packed.table.filter(~packed.is_usable)["reason"].to_pylist()
     assert f"sub/2{suffix}: cannot be opened: No such file" in reason
@@ -259,7 +259,7 @@ def test_a_file_with_other_rate_or_channels_than_indexed_is_left_out(
     float_file(
         tmp_path / "in" / "sub" / "2.wav", np.full((num_channels, 9000), 0.1, np.float32), rate
     )
-    packed = pack(corpus, tmp_path / "out", Packing())
+    packed = write_shards(corpus, tmp_path / "out", Packing())
     assert "sub/2.wav" not in facts(tmp_path / "out")
     assert packed.is_usable.sum() == 4
 
@@ -277,7 +277,7 @@ def test_a_member_of_a_tar_that_was_written_anew_is_left_out_as_changed(
     )
     with pytest.raises(AudioReadError, match="changed since it was indexed"):
         read(corpus.audio(2))
-    packed = pack(corpus, tmp_path / "out", Packing())
+    packed = write_shards(corpus, tmp_path / "out", Packing())
     (reason,) = packed.table.filter(~packed.is_usable)["reason"].to_pylist()
     assert "changed since it was indexed" in reason
     assert f"t.tar:2{suffix}" not in facts(tmp_path / "out")
@@ -286,7 +286,7 @@ def test_a_member_of_a_tar_that_was_written_anew_is_left_out_as_changed(
 def test_the_same_corpus_makes_the_same_bytes_whatever_the_number_of_workers(
     faint: Corpus, once: Path, tmp_path: Path
 ):
-    pack(faint, tmp_path / "out", THREE, num_workers=3)
+    write_shards(faint, tmp_path / "out", THREE, num_workers=3)
     content = packed_bytes(once)
     assert packed_bytes(tmp_path / "out") == content
     assert list(content) == ["SHA256SUMS", *(f"shard-00000{number}.tar" for number in range(3))]
@@ -322,14 +322,14 @@ def test_an_interrupted_packing_goes_on_with_the_shard_where_it_was(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(shards_module, "_flac", interrupted)
-        pack(faint, tmp_path / "out", THREE, num_workers=1)
+        write_shards(faint, tmp_path / "out", THREE, num_workers=1)
     assert list(packed_bytes(tmp_path / "out")) == ["shard-000000.tar"]
     finished = mtimes(tmp_path / "out")
-    packed = pack(faint, tmp_path / "out", THREE)
+    packed = write_shards(faint, tmp_path / "out", THREE)
     assert mtimes(tmp_path / "out")[:1] == finished
     assert packed_bytes(tmp_path / "out") == packed_bytes(once)
     after = mtimes(tmp_path / "out")
-    assert pack(faint, tmp_path / "out", THREE) == packed
+    assert write_shards(faint, tmp_path / "out", THREE) == packed
     assert mtimes(tmp_path / "out") == after
 
 
@@ -341,15 +341,15 @@ def test_a_full_disk_leaves_no_half_shard_and_says_how_to_go_on(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     corpus = sounds(tmp_path / "in")
-    pack(corpus, tmp_path / "at once", Packing())
+    write_shards(corpus, tmp_path / "at once", Packing())
     with monkeypatch.context() as patch, pytest.raises(CorpusError) as error:
         patch.setattr(where, failing, full)
-        pack(corpus, tmp_path / "out", Packing())
+        write_shards(corpus, tmp_path / "out", Packing())
     assert str(error.value) == (
         f"{tmp_path / 'out'} cannot be written: No space left on device; the same command again goes on there"
     )
     assert packed_bytes(tmp_path / "out") == {}
-    pack(corpus, tmp_path / "out", Packing())
+    write_shards(corpus, tmp_path / "out", Packing())
     assert packed_bytes(tmp_path / "out") == packed_bytes(tmp_path / "at once")
 
 
@@ -359,7 +359,7 @@ def test_a_shard_that_is_not_as_it_was_left_is_written_anew_and_alone(
 ):
     times = mtimes(shards)
     make(shards / "shard-000001.tar")
-    pack(faint, shards, THREE)
+    write_shards(faint, shards, THREE)
     assert packed_bytes(shards) == packed_bytes(once)
     assert [was == now for was, now in zip(times, mtimes(shards), strict=True)] == [
         True,
@@ -375,7 +375,7 @@ def test_a_source_that_changed_makes_its_shard_anew_and_no_other(
     home = next(name for name, known in facts(shards).items() if known["key"] == "000000005")
     shutil.copytree(faint.root, tmp_path / "in")
     sf.write(tmp_path / "in" / home, np.full((120_000, 2), 0.25), RATE)
-    pack(index_corpus(tmp_path / "in"), shards, THREE)
+    write_shards(index_corpus(tmp_path / "in"), shards, THREE)
     assert [was == now for was, now in zip(times, mtimes(shards), strict=True)] == [
         True,
         False,
@@ -388,15 +388,15 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path):
     corpus = sounds(tmp_path / "in", 2)
     foreign = tar(tmp_path / "out" / "mine.tar", pairs(1)).read_bytes()
     with pytest.raises(CorpusError, match=r"holds other shards \(mine.tar\)"):
-        pack(corpus, tmp_path / "out", Packing())
+        write_shards(corpus, tmp_path / "out", Packing())
     assert packed_bytes(tmp_path / "out") == {"mine.tar": foreign}
     with pytest.raises(CorpusError, match="is a file"):
-        pack(corpus, write(tmp_path / "file"), Packing())
+        write_shards(corpus, write(tmp_path / "file"), Packing())
 
 
 def test_shards_are_never_packed_onto_themselves(once: Path, shards: Path):
     with pytest.raises(CorpusError):
-        pack(load_corpus(shards), shards, Packing(sample_rate=7900, shard_mb=1))
+        write_shards(load_corpus(shards), shards, Packing(sample_rate=7900, shard_mb=1))
     assert packed_bytes(shards) == packed_bytes(once)
 
 
@@ -410,7 +410,7 @@ def test_a_packing_that_makes_no_sense_is_refused_with_its_value(arguments: dict
 def test_the_table_of_the_shards_is_that_of_an_index_and_moves_with_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    packed = pack(sounds(tmp_path / "in"), tmp_path / "out", Packing())
+    packed = write_shards(sounds(tmp_path / "in"), tmp_path / "out", Packing())
     shutil.move(tmp_path / "out", tmp_path / "moved")
     monkeypatch.setattr(
         index_module, "inspect", lambda audio: pytest.fail(f"{audio} is decoded again")
@@ -420,7 +420,7 @@ def test_the_table_of_the_shards_is_that_of_an_index_and_moves_with_them(
 
 
 def test_the_webdataset_package_reads_our_shards(tmp_path: Path):
-    pack(sounds(tmp_path / "in"), tmp_path / "out", Packing())
+    write_shards(sounds(tmp_path / "in"), tmp_path / "out", Packing())
     known = facts(tmp_path / "out")
     by_key = {facts["key"]: facts for facts in known.values()}
     read_by_it = list(
@@ -441,7 +441,7 @@ def test_training_gets_the_same_crops_from_shards_as_from_the_files(
     tmp_path: Path, clip_seconds: float | None
 ):
     corpus = sounds(tmp_path / "in", 8)
-    pack(corpus, tmp_path / "out", Packing())
+    write_shards(corpus, tmp_path / "out", Packing())
     in_order = corpus.shuffled()
     assert in_order.names.to_pylist() == list(facts(tmp_path / "out"))
     loose, packed = (

@@ -10,7 +10,7 @@ import pytest
 
 from jepa_audio.data.corpus import index as index_module
 from jepa_audio.data.corpus.index import index_corpus
-from jepa_audio.data.corpus.sources import DiscoveredFile, find, members
+from jepa_audio.data.corpus.sources import DiscoveredFile, discover_files, list_tar_members
 from jepa_audio.data.corpus.table import Corpus, CorpusError
 from jepa_audio.errors import UserError
 from tests.sounds import audio, noise, pairs, tar, write
@@ -18,9 +18,11 @@ from tests.sounds import audio, noise, pairs, tar, write
 
 def found(*sources: Path | str, root: Path = Path("/nowhere")) -> list[DiscoveredFile]:
     """All that is found, with the members of the tars in their place."""
-    entries = find([str(source) for source in sources], root)
+    entries = discover_files([str(source) for source in sources], root)
     return [
-        file for entry in entries for file in (members(entry, root) if entry.is_tar else [entry])
+        file
+        for entry in entries
+        for file in (list_tar_members(entry, root) if entry.is_tar else [entry])
     ]
 
 

@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from jepa_audio.data.corpus.index import index_corpus
-from jepa_audio.data.corpus.shards import Packing, pack
-from jepa_audio.data.corpus.survey import describe, verify
+from jepa_audio.data.corpus.shards import Packing, write_shards
+from jepa_audio.data.corpus.survey import summarize_corpus, verify_corpus
 from jepa_audio.data.corpus.table import Corpus, load_corpus
 from tests.sounds import audio, made_up, noise, pairs, tar, write
 
@@ -25,7 +25,7 @@ def sounds(folder: Path, count: int = 4) -> Path:
 
 def printed(corpus: Corpus) -> str:
     page = io.StringIO()
-    Console(file=page, width=120).print(describe(corpus))
+    Console(file=page, width=120).print(summarize_corpus(corpus))
     return page.getvalue()
 
 
@@ -69,15 +69,15 @@ def test_the_page_names_files_as_they_are_called(name: str):
 
 
 def packed(tmp_path: Path) -> Corpus:
-    return pack(index_corpus(sounds(tmp_path / "in")), tmp_path / "out", Packing())
+    return write_shards(index_corpus(sounds(tmp_path / "in")), tmp_path / "out", Packing())
 
 
 def test_a_corpus_that_is_as_it_was_is_verified_and_one_file_more_changes_nothing(tmp_path: Path):
     corpus = index_corpus(sounds(tmp_path / "in"))
     write(tmp_path / "in" / "new.wav")
     os.utime(tmp_path / "in" / "a_0.wav")
-    assert verify(corpus) == []
-    assert verify(packed(tmp_path)) == []
+    assert verify_corpus(corpus) == []
+    assert verify_corpus(packed(tmp_path)) == []
 
 
 def test_a_file_that_is_gone_cut_or_another_is_found_by_name(tmp_path: Path):
@@ -86,7 +86,7 @@ def test_a_file_that_is_gone_cut_or_another_is_found_by_name(tmp_path: Path):
     write(tmp_path / "in" / "b_1.wav", audio(9))
     write(tmp_path / "in" / "a_2.wav", audio(2)[:-100])
     write(tmp_path / "in" / "b_3.wav", b"")
-    assert dict(verify(corpus)) == {
+    assert dict(verify_corpus(corpus)) == {
         "a_0.wav": "cannot be opened: No such file or directory",
         "b_1.wav": f"`num_frames` is {len(noise(9))}, the table says {len(noise(1))}",
         "a_2.wav": f"truncated: the header promises {len(noise(2))} frames, {len(noise(2)) - 50} decoded",
@@ -99,7 +99,7 @@ def test_another_sound_of_the_same_length_is_found(tmp_path: Path):
     content = bytearray(audio(0))
     content[44:] = bytes(byte // 2 for byte in content[44:])
     write(tmp_path / "in" / "a_0.wav", bytes(content))
-    assert [name for name, _ in verify(corpus)] == ["a_0.wav"]
+    assert [name for name, _ in verify_corpus(corpus)] == ["a_0.wav"]
 
 
 @pytest.mark.parametrize("what", ["audio", "json", "end"])
@@ -114,11 +114,11 @@ def test_one_other_byte_anywhere_in_a_shard_is_found(tmp_path: Path, what: str):
     }[what]
     content[place] ^= 1
     shard.write_bytes(content)
-    wrong = verify(corpus)
+    wrong = verify_corpus(corpus)
     assert (str(shard), "its SHA-256 is not that in SHA256SUMS") in wrong
     assert len(wrong) == (2 if what == "audio" else 1)
     shard.unlink()
-    assert (str(shard), "named in SHA256SUMS, but not there") in verify(corpus)
+    assert (str(shard), "named in SHA256SUMS, but not there") in verify_corpus(corpus)
 
 
 @pytest.fixture

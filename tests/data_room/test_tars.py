@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import webdataset
 
-from jepa_audio.data.audio.read import Member, read
+from jepa_audio.data.audio.read import TarMember, read
 from jepa_audio.data.corpus import index as index_module
 from jepa_audio.data.corpus.index import index_corpus
-from jepa_audio.data.corpus.sources import DiscoveredFile, find, members
+from jepa_audio.data.corpus.sources import DiscoveredFile, discover_files, list_tar_members
 from tests.sounds import FORMATS, RATE, audio, noise, pairs, tar, write
 
 BLOCK = tarfile.BLOCKSIZE
@@ -32,8 +32,8 @@ NAMES = {
 
 
 def listed(path: Path) -> list[DiscoveredFile]:
-    (entry,) = find([str(path)], path.parent)
-    return members(entry, path.parent)
+    (entry,) = discover_files([str(path)], path.parent)
+    return list_tar_members(entry, path.parent)
 
 
 def good(path: Path) -> dict[int, DiscoveredFile]:
@@ -44,7 +44,7 @@ def good(path: Path) -> dict[int, DiscoveredFile]:
     }
     assert len(numbered) == len(entries)
     for number, entry in numbered.items():
-        samples, rate = read(Member(path, entry.member, entry.offset, entry.num_bytes))
+        samples, rate = read(TarMember(path, entry.member, entry.offset, entry.num_bytes))
         np.testing.assert_array_equal(samples[0] * 2**15, noise(number), err_msg=entry.member)
         assert rate == RATE
     return numbered
@@ -76,7 +76,7 @@ def test_every_format_of_tar_gives_back_what_was_written(tmp_path: Path, kind: s
     assert all(entry.offset % BLOCK == 0 for entry in listed(path))
     for number, entry in enumerate(listed(path)):
         assert path.read_bytes()[entry.offset :][: entry.num_bytes] == audio(number)
-        samples, _ = read(Member(path, entry.member, entry.offset, entry.num_bytes))
+        samples, _ = read(TarMember(path, entry.member, entry.offset, entry.num_bytes))
         np.testing.assert_array_equal(samples[0] * 2**15, noise(number))
     corpus = index_corpus(path)
     assert corpus.is_usable.all()
@@ -332,9 +332,9 @@ def test_only_a_tar_that_has_changed_is_listed_again(
 
     def counted(entry: DiscoveredFile, root: Path) -> list[DiscoveredFile]:
         looked_at.append(entry.source)
-        return members(entry, root)
+        return list_tar_members(entry, root)
 
-    monkeypatch.setattr(index_module, "members", counted)
+    monkeypatch.setattr(index_module, "list_tar_members", counted)
     for name in ("a.tar", "b.tar"):
         tar(tmp_path / name, pairs(2))
     before = index_corpus(tmp_path)

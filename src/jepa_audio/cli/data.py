@@ -9,11 +9,10 @@ from typing import Literal
 import numpy as np
 from rich.console import Console
 
-from jepa_audio.data.corpus import survey
 from jepa_audio.data.corpus.index import index_corpus
-from jepa_audio.data.corpus.shards import Packing
-from jepa_audio.data.corpus.shards import pack as write_shards
-from jepa_audio.data.corpus.table import Corpus, CorpusError, default_table, load_corpus
+from jepa_audio.data.corpus.shards import Packing, write_shards
+from jepa_audio.data.corpus.survey import summarize_corpus, verify_corpus
+from jepa_audio.data.corpus.table import Corpus, CorpusError, default_table_path, load_corpus
 from jepa_audio.data.synthetic import synthesize_corpus
 from jepa_audio.errors import UserError
 from jepa_audio.parallel import num_cores
@@ -37,7 +36,7 @@ def index(
     """
     corpus = index_corpus(sources, output, num_workers=num_workers, max_bad_share=max_bad_share)
     bad = len(corpus) - int(corpus.is_usable.sum())
-    table = output or default_table(sources[0])
+    table = output or default_table_path(sources[0])
     print(
         f"{', '.join(sources)}: {len(corpus)} files, {bad} of them unusable; the table is {table}"
     )
@@ -49,7 +48,7 @@ def describe(source: str) -> None:
     Args:
         source: table (.parquet), or what `data index` takes.
     """
-    Console().print(survey.describe(_indexed(source)))
+    Console().print(summarize_corpus(_indexed(source)))
 
 
 def verify(source: str, num_workers: int = num_cores()) -> None:
@@ -63,7 +62,7 @@ def verify(source: str, num_workers: int = num_cores()) -> None:
         CorpusError: if a file is not what the table says.
     """
     corpus = load_corpus(source)
-    wrong = survey.verify(corpus, num_workers)
+    wrong = verify_corpus(corpus, num_workers)
     for name, reason in wrong:
         print(f"{name}: {reason}")
     if wrong:
@@ -94,14 +93,14 @@ def split(
     """
     corpus = load_corpus(source)
     if anew:
-        corpus = corpus.without_splits()
+        corpus = corpus.clear_splits()
     groups = None
     if pattern is not None:
         groups = [_matched(pattern, name) for name in corpus.names.to_pylist()]
     elif group == "folder":
         groups = [str(Path(name).parent) for name in corpus.names.to_pylist()]
-    divided = corpus.with_splits(shares, groups)
-    divided.save(default_table(source))
+    divided = corpus.assign_splits(shares, groups)
+    divided.save(default_table_path(source))
     seconds, splits = divided.seconds, np.array(divided.table["split"].to_pylist())
     for name in shares:
         print(

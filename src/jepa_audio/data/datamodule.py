@@ -51,7 +51,7 @@ class AudioDataModule(LightningDataModule):
 
     Args:
         root: folder of audio files or tars, searched with its subfolders; or another source, see
-            `jepa_audio.data.corpus.sources.find`; or a table (`.parquet`) that `jepa-audio data
+            `jepa_audio.data.corpus.sources.discover_files`; or a table (`.parquet`) that `jepa-audio data
             index` has made, which is believed as it is. A list of sources is one corpus; a mapping
             from sources to weights is a mixture, whose clips come from each in that proportion,
             whatever their sizes.
@@ -70,7 +70,7 @@ class AudioDataModule(LightningDataModule):
         num_workers: reading processes of each training process; `None` for its share of the cores,
             up to 8.
         valid_share: share of the files held out, where the table does not say which, see
-            `Corpus.parts`; 0 holds out none.
+            `Corpus.split`; 0 holds out none.
         valid_root: source of the validation files instead; then nothing of `root` is held out but
             what its table has for validation or test.
         test_root: source of the test files; if `None`, those of the table, or else the validation
@@ -183,7 +183,7 @@ class AudioDataModule(LightningDataModule):
             for source, corpus in zip(self.sources, corpora, strict=True)
         ]
         _refuse_overlap(self.sources, usable)
-        parts = [corpus.parts(0.0 if self.valid_root else self.valid_share) for corpus in usable]
+        parts = [corpus.split(0.0 if self.valid_root else self.valid_share) for corpus in usable]
         train, valid, test = (
             [getattr(part, name) for part in parts] for name in ("train", "valid", "test")
         )
@@ -325,7 +325,7 @@ class AudioDataModule(LightningDataModule):
         )
 
     def _usable(self, source: str, corpus: Corpus | None = None) -> Corpus:
-        fit = (corpus or load_corpus(source)).fit_for(**self._fitness)
+        fit = (corpus or load_corpus(source)).mark_unfit(**self._fitness)
         check_bad_share(
             fit, source, self.max_bad_share, f"; `jepa-audio data describe {source}` tells more"
         )

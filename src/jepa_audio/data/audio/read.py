@@ -44,7 +44,7 @@ _MP3_WARM_UP = 16 * 1152
 
 
 @dataclass(frozen=True)
-class Member:
+class TarMember:
     """An audio file inside an uncompressed tar, read where it lies.
 
     Attributes:
@@ -63,13 +63,13 @@ class Member:
         return f"{self.path}:{self.name}"
 
 
-Audio = Path | Member
+AudioLocation = Path | TarMember
 """Where an audio file lies."""
 
 
-def located(path: Path, member: str, offset: int, num_bytes: int) -> Audio:
+def audio_location(path: Path, member: str, offset: int, num_bytes: int) -> AudioLocation:
     """The file of a row of a table: `member` is "" for a file by itself."""
-    return Member(path, member, offset, num_bytes) if member else path
+    return TarMember(path, member, offset, num_bytes) if member else path
 
 
 class AudioReadError(UserError):
@@ -80,7 +80,7 @@ class AudioReadError(UserError):
         reason: what is wrong and what was expected, without the name of the file.
     """
 
-    def __init__(self, audio: Audio, reason: str) -> None:
+    def __init__(self, audio: AudioLocation, reason: str) -> None:
         super().__init__(audio, reason)
         self.audio = audio
         self.reason = reason
@@ -109,7 +109,7 @@ class AudioInfo:
 
 
 def read(
-    audio: Audio, start: int = 0, num_frames: int | None = None
+    audio: AudioLocation, start: int = 0, num_frames: int | None = None
 ) -> tuple[Float32[np.ndarray, "C S"], int]:
     """Samples of a file or of a slice of it, and its sample rate.
 
@@ -145,7 +145,7 @@ def read(
         return np.ascontiguousarray(samples.T), file.samplerate
 
 
-def inspect(audio: Audio) -> AudioInfo:
+def inspect(audio: AudioLocation) -> AudioInfo:
     """Decode the whole file once, block by block, and measure it: lengths are counted, never believed.
 
     Raises:
@@ -173,14 +173,14 @@ def inspect(audio: Audio) -> AudioInfo:
         return AudioInfo(count, file.samplerate, file.channels, peak, rms)
 
 
-def read_bytes(audio: Audio) -> bytes:
+def read_bytes(audio: AudioLocation) -> bytes:
     """The file as it is, undecoded.
 
     Raises:
         AudioReadError: if it is gone, or its tar has been written anew.
     """
     try:
-        if not isinstance(audio, Member):
+        if not isinstance(audio, TarMember):
             return audio.read_bytes()
         with _MemberBytes(audio) as content:
             _check_member(audio, content.fileno())
@@ -190,10 +190,10 @@ def read_bytes(audio: Audio) -> bytes:
 
 
 @contextmanager
-def _opened(audio: Audio) -> Iterator[sf.SoundFile]:
+def _opened(audio: AudioLocation) -> Iterator[sf.SoundFile]:
     try:
         with ExitStack() as stack:
-            if isinstance(audio, Member):
+            if isinstance(audio, TarMember):
                 content: Any = stack.enter_context(_MemberBytes(audio))
                 _check_member(audio, content.fileno())
                 num_bytes = audio.num_bytes
@@ -221,7 +221,7 @@ def _opened(audio: Audio) -> Iterator[sf.SoundFile]:
         ) from error
 
 
-def _check_header(audio: Audio, file: sf.SoundFile, num_bytes: int) -> None:
+def _check_header(audio: AudioLocation, file: sf.SoundFile, num_bytes: int) -> None:
     """Refuse what would cost the memory of the machine, before any of it is taken."""
     if file.samplerate not in _SAMPLE_RATES:
         raise AudioReadError(
@@ -250,7 +250,7 @@ def _promised_frames(file: sf.SoundFile) -> int:
     return max(file.frames, int(match[1]) * file.frames // int(match[2]))
 
 
-def _check_member(member: Member, descriptor: int) -> None:
+def _check_member(member: TarMember, descriptor: int) -> None:
     """Look at the header before the member's bytes: the tar may have been written anew."""
     header = os.pread(descriptor, tarfile.BLOCKSIZE, member.offset - tarfile.BLOCKSIZE)
     try:
@@ -269,7 +269,7 @@ def _check_member(member: Member, descriptor: int) -> None:
 class _MemberBytes(io.RawIOBase):
     """The bytes of a tar's member as a file of its own."""
 
-    def __init__(self, member: Member) -> None:
+    def __init__(self, member: TarMember) -> None:
         self._start, self._size, self._position = member.offset, member.num_bytes, 0
         self._descriptor = os.open(member.path, os.O_RDONLY)
 
@@ -321,7 +321,7 @@ def _peak(samples: Float32[np.ndarray, "S C"]) -> float:
     return float(np.maximum(-samples.min(), samples.max()))
 
 
-def _check_peak(audio: Audio, peak: float) -> float:
+def _check_peak(audio: AudioLocation, peak: float) -> float:
     if not math.isfinite(peak):
         raise AudioReadError(audio, "non-finite samples (NaN or infinity)")
     if peak > _LOUDEST:

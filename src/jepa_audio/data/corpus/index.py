@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from jepa_audio.data.audio.read import AudioInfo, AudioReadError, inspect, located
-from jepa_audio.data.corpus.sources import DiscoveredFile, find, members
-from jepa_audio.data.corpus.table import SCHEMA, Corpus, CorpusError, default_table, is_table
+from jepa_audio.data.audio.read import AudioInfo, AudioReadError, audio_location, inspect
+from jepa_audio.data.corpus.sources import DiscoveredFile, discover_files, list_tar_members
+from jepa_audio.data.corpus.table import SCHEMA, Corpus, CorpusError, default_table_path, is_table
 from jepa_audio.errors import UserError
 from jepa_audio.parallel import map_threads, track_progress
 
@@ -49,8 +49,8 @@ def index_corpus(
     decoded is kept in `PATH.parts/` until the table is complete: an interrupted run goes on there.
 
     Args:
-        sources: see `jepa_audio.data.corpus.sources.find`.
-        path: Parquet file of the table; `default_table` of a single source if `None`.
+        sources: see `jepa_audio.data.corpus.sources.discover_files`.
+        path: Parquet file of the table; `default_table_path` of a single source if `None`.
         num_workers: threads that decode.
         min_seconds: shorter files are bad for this use; the table on disk does not remember it.
         max_seconds: longer files likewise.
@@ -74,7 +74,7 @@ def index_corpus(
     known, parts = _known(path, root), _Parts(path)
     if len(known) and not os.access(path.parent, os.W_OK):
         log.info("%s cannot be written: the table is believed as it is", path.parent)
-        corpus = Corpus(root, known).fit_for(min_seconds, max_seconds, num_channels)
+        corpus = Corpus(root, known).mark_unfit(min_seconds, max_seconds, num_channels)
         check_bad_share(corpus, ", ".join(names), max_bad_share)
         return corpus
     found, kept = _listing(names, root, known, num_workers)
@@ -90,7 +90,7 @@ def index_corpus(
         corpus.save(path)
     parts.remove()
     corpus, skipped = (
-        corpus.fit_for(min_seconds, max_seconds, num_channels),
+        corpus.mark_unfit(min_seconds, max_seconds, num_channels),
         path.with_suffix(".skipped.csv"),
     )
     _report(corpus, skipped)
@@ -121,13 +121,13 @@ def check_bad_share(corpus: Corpus, what: str, max_bad_share: float, hint: str =
     )
 
 
-def examine(root: Path, entry: DiscoveredFile) -> dict[str, Any]:
+def index_file(root: Path, entry: DiscoveredFile) -> dict[str, Any]:
     """Decode a file: its row of the table."""
     info, reason = AudioInfo(0, 0, 0, 0.0, 0.0), entry.reason
     if not reason:
         try:
             info = inspect(
-                located(root / entry.source, entry.member, entry.offset, entry.num_bytes)
+                audio_location(root / entry.source, entry.member, entry.offset, entry.num_bytes)
             )
             reason = "silent: every sample is zero" if info.peak == 0 else ""
         except AudioReadError as error:
@@ -151,7 +151,7 @@ def _place_of_table(name: str, path: Path | None) -> tuple[Path, Path]:
     source = Path(os.path.abspath(name))  # noqa: PTH100 (Path.resolve would follow links)
     if path is not None:
         return path, Path(os.path.abspath(path)).parent  # noqa: PTH100
-    return default_table(source), source if source.is_dir() else source.parent
+    return default_table_path(source), source if source.is_dir() else source.parent
 
 
 def _known(path: Path, root: Path) -> pa.Table:
@@ -181,7 +181,7 @@ def _listing(
     batches: list[pa.RecordBatch] = []
 
     def files() -> Iterator[DiscoveredFile]:
-        for entry in find(sources, root):
+        for entry in discover_files(sources, root):
             if not entry.is_tar:
                 yield entry
             # What a manifest says of a tar may have changed without it: then its members are listed
@@ -197,7 +197,7 @@ def _listing(
     waiting = files()
     while chunk := list(islice(waiting, 100_000)):
         batches.append(_as_batch(chunk))
-    listed = map_threads(lambda tar: _as_batch(members(tar, root)), tars, num_workers)
+    listed = map_threads(lambda tar: _as_batch(list_tar_members(tar, root)), tars, num_workers)
     batches += track_progress(listed, "Listing tars", len(tars))
     kept = in_tar.filter(pc.is_in(in_tar["source"], pa.array(sorted(unchanged), pa.string())))
     return pa.Table.from_batches(batches, _FOUND), kept
@@ -272,7 +272,7 @@ def _inspected(root: Path, todo: pa.Table, num_workers: int, what: str) -> Itera
     entries = (
         DiscoveredFile(**row) for batch in todo.to_batches(_CHUNK) for row in batch.to_pylist()
     )
-    rows = map_threads(lambda entry: examine(root, entry), entries, num_workers)
+    rows = map_threads(lambda entry: index_file(root, entry), entries, num_workers)
     return track_progress(rows, f"Indexing {what}", len(todo))
 
 

@@ -27,9 +27,9 @@ from jaxtyping import Float32
 
 from jepa_audio.data.audio.read import AudioReadError, read, read_bytes
 from jepa_audio.data.audio.resample import resample, resampled_length, source_slice
-from jepa_audio.data.corpus.index import examine
-from jepa_audio.data.corpus.sources import DiscoveredFile, members
-from jepa_audio.data.corpus.table import SCHEMA, Corpus, CorpusError, default_table
+from jepa_audio.data.corpus.index import index_file
+from jepa_audio.data.corpus.sources import DiscoveredFile, list_tar_members
+from jepa_audio.data.corpus.table import SCHEMA, Corpus, CorpusError, default_table_path
 from jepa_audio.data.loading.file_table import FileTable, IndexedFile, check_unchanged
 from jepa_audio.errors import UserError
 from jepa_audio.parallel import map_threads, track_progress
@@ -72,7 +72,7 @@ class Packing:
             )
 
 
-def pack(corpus: Corpus, directory: Path, packing: Packing, num_workers: int = 2) -> Corpus:
+def write_shards(corpus: Corpus, directory: Path, packing: Packing, num_workers: int = 2) -> Corpus:
     """Write the usable files of a corpus as shards, and the table of them.
 
     The files are shuffled by a hash of their names, so that a reader of whole shards gets a fair
@@ -125,7 +125,7 @@ def pack(corpus: Corpus, directory: Path, packing: Packing, num_workers: int = 2
         directory.absolute(),
         pa.concat_tables([table.replace_schema_metadata() for table in tables]),
     )
-    packed.save(default_table(directory))
+    packed.save(default_table_path(directory))
     return packed
 
 
@@ -219,10 +219,10 @@ class _Shard:
             part.unlink(missing_ok=True)
         stat = self._path.stat()
         tar = DiscoveredFile(self._path.name, "", 0, -1, stat.st_size, stat.st_mtime_ns)
-        found = members(tar, self._path.parent) if len(skipped) < len(self._corpus) else []
+        found = list_tar_members(tar, self._path.parent) if len(skipped) < len(self._corpus) else []
         found += [tar._replace(member=entry.member, reason=entry.reason) for entry in skipped]
         rows = list(
-            map_threads(lambda entry: examine(self._path.parent, entry), found, num_workers)
+            map_threads(lambda entry: index_file(self._path.parent, entry), found, num_workers)
         )
         metadata = {_DIGEST: self._digest.encode(), _SUM: sha256_of(self._path).encode()}
         table = pa.Table.from_pylist(rows, schema=SCHEMA).replace_schema_metadata(metadata)

@@ -23,7 +23,7 @@ from jepa_audio.files import read_json
 
 log = logging.getLogger(__name__)
 
-TAR = ".tar"
+TAR_SUFFIX = ".tar"
 MANIFEST_SUFFIXES = frozenset({".csv", ".tsv", ".jsonl"})
 NSYNTH_MANIFEST = "examples.json"
 
@@ -46,7 +46,7 @@ _NOT_TEXT = "its name is not UTF-8: rename it"
 _WEBDATASET_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # key, extension
 
 
-class Labels(NamedTuple):
+class FileLabels(NamedTuple):
     """What is known of a file beside its sound; see `DiscoveredFile`."""
 
     group: str = ""
@@ -54,7 +54,7 @@ class Labels(NamedTuple):
     reason: str = ""
 
 
-NO_LABELS = Labels()
+NO_LABELS = FileLabels()
 
 
 class DiscoveredFile(NamedTuple):
@@ -85,11 +85,11 @@ class DiscoveredFile(NamedTuple):
     @property
     def is_tar(self) -> bool:
         """Whether this is a tar whose members are not listed yet."""
-        return self.source.lower().endswith(TAR) and not self.member and not self.reason
+        return self.source.lower().endswith(TAR_SUFFIX) and not self.member and not self.reason
 
 
-def find(sources: Sequence[str], root: Path) -> Iterator[DiscoveredFile]:
-    """Every audio file, and every tar as one; see `members`.
+def discover_files(sources: Sequence[str], root: Path) -> Iterator[DiscoveredFile]:
+    """Every audio file, and every tar as one; see `list_tar_members`.
 
     Args:
         sources: folders (searched with their subfolders; links are followed, hidden folders are
@@ -139,16 +139,16 @@ def _found_in(path: Path, root: Path) -> Iterator[DiscoveredFile]:
         yield from _in_nsynth(path, root)
     elif suffix in MANIFEST_SUFFIXES:
         yield from _in_manifest(path, root)
-    elif suffix in AUDIO_SUFFIXES or suffix == TAR:
+    elif suffix in AUDIO_SUFFIXES or suffix == TAR_SUFFIX:
         yield _entry(str(path), root)
     else:
-        known = ", ".join(sorted(AUDIO_SUFFIXES | MANIFEST_SUFFIXES | {TAR}))
+        known = ", ".join(sorted(AUDIO_SUFFIXES | MANIFEST_SUFFIXES | {TAR_SUFFIX}))
         raise CorpusError(
             f"{path} is no audio source: a folder, {NSYNTH_MANIFEST} or one of {known} was expected"
         )
 
 
-def _entry(path: str, root: Path, labels: Labels = NO_LABELS) -> DiscoveredFile:
+def _entry(path: str, root: Path, labels: FileLabels = NO_LABELS) -> DiscoveredFile:
     where = os.path.abspath(path)  # links are kept
     source = where.removeprefix(str(root) + os.sep)
     if not _is_text(source):
@@ -175,7 +175,7 @@ def _in_folder(folder: Path, root: Path) -> Iterator[DiscoveredFile]:
             suffix = os.path.splitext(name)[1].lower()
             foreign += suffix in _FOREIGN_SUFFIXES
             compressed += name.lower().endswith(_COMPRESSED)
-            if suffix in AUDIO_SUFFIXES or suffix == TAR:
+            if suffix in AUDIO_SUFFIXES or suffix == TAR_SUFFIX:
                 count += 1
                 yield _entry(os.path.join(directory, name), root)
     ignored = [
@@ -190,7 +190,7 @@ def _in_folder(folder: Path, root: Path) -> Iterator[DiscoveredFile]:
         if number
     ]
     if not count:
-        looked_for = ", ".join(sorted(AUDIO_SUFFIXES | {TAR}))
+        looked_for = ", ".join(sorted(AUDIO_SUFFIXES | {TAR_SUFFIX}))
         there_are = "; there are " + " and ".join(ignored) if ignored else ""
         raise CorpusError(f"no audio files under {folder} (looked for {looked_for}){there_are}")
     if ignored:
@@ -270,11 +270,11 @@ def _json_object(text: bytes) -> dict[str, Any] | str:
     )
 
 
-def _labels(record: Mapping[str, Any]) -> Labels:
+def _labels(record: Mapping[str, Any]) -> FileLabels:
     group, split = record.get("group"), _shown(str(record.get("split")).strip().lower())
     # A word that says nothing to us may mean the test: the file is left out rather than trained on.
     reason = "" if split in _SPLITS else f"its split {split!r} is none of train, valid, test"
-    return Labels("" if group is None else _shown(str(group)), _SPLITS.get(split, ""), reason)
+    return FileLabels("" if group is None else _shown(str(group)), _SPLITS.get(split, ""), reason)
 
 
 def read_nsynth_examples(path: Path) -> dict[str, dict[str, Any]]:
@@ -301,7 +301,7 @@ def _in_nsynth(manifest: Path, root: Path) -> Iterator[DiscoveredFile]:
         yield _entry(path, root, _labels({"group": note.get("instrument_str"), "split": split}))
 
 
-def members(tar: DiscoveredFile, root: Path) -> list[DiscoveredFile]:
+def list_tar_members(tar: DiscoveredFile, root: Path) -> list[DiscoveredFile]:
     """The audio files of a tar, with group and split from the JSON beside them in WebDataset's layout.
 
     What is damaged is an entry of its own: a broken header costs the one file it stands before.

@@ -13,9 +13,9 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from jepa_audio.data.corpus.index import examine
+from jepa_audio.data.corpus.index import index_file
 from jepa_audio.data.corpus.shards import CHECKSUMS, read_checksums, sha256_of
-from jepa_audio.data.corpus.sources import TAR, DiscoveredFile
+from jepa_audio.data.corpus.sources import TAR_SUFFIX, DiscoveredFile
 from jepa_audio.data.corpus.table import Corpus
 from jepa_audio.parallel import map_threads, track_progress
 
@@ -27,7 +27,7 @@ _MEASURED = ("num_frames", "sample_rate", "num_channels", "peak", "rms")
 _AS_DECODED = 1e-3  # another version of a decoder of mp3 or ogg may round differently
 
 
-def describe(corpus: Corpus) -> Group:
+def summarize_corpus(corpus: Corpus) -> Group:
     """Hours, rates, channels, lengths, levels, groups and splits of a corpus, and its worst files."""
     usable = corpus.take(corpus.is_usable)
     seconds = usable.seconds
@@ -42,7 +42,7 @@ def describe(corpus: Corpus) -> Group:
     return Group(title, *parts)
 
 
-def verify(corpus: Corpus, num_workers: int = 2) -> list[tuple[str, str]]:
+def verify_corpus(corpus: Corpus, num_workers: int = 2) -> list[tuple[str, str]]:
     """Read every usable file anew: (name, what is wrong) of those that are not what the table says.
 
     Shards are held to the checksums beside them, too.
@@ -50,13 +50,13 @@ def verify(corpus: Corpus, num_workers: int = 2) -> list[tuple[str, str]]:
     usable = corpus.take(corpus.is_usable)
     wrong: list[tuple[str, str]] = []
     sources = pc.unique(usable.table["source"]).to_pylist()
-    for shard in sorted(corpus.root / source for source in sources if source.endswith(TAR)):
+    for shard in sorted(corpus.root / source for source in sources if source.endswith(TAR_SUFFIX)):
         wrong += _wrong_shard(shard)
     rows = (row for batch in usable.table.to_batches(1024) for row in batch.to_pylist())
     entries = (
         DiscoveredFile(**{name: row[name] for name in DiscoveredFile._fields}) for row in rows
     )
-    fresh = map_threads(lambda entry: examine(corpus.root, entry), entries, num_workers)
+    fresh = map_threads(lambda entry: index_file(corpus.root, entry), entries, num_workers)
     known = (row for batch in usable.table.to_batches(1024) for row in batch.to_pylist())
     names = usable.names.to_pylist()
     watched = track_progress(zip(names, known, fresh, strict=True), "Verifying", len(usable))

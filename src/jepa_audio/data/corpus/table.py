@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Float64
 
-from jepa_audio.data.audio.read import Audio, located
+from jepa_audio.data.audio.read import AudioLocation, audio_location
 from jepa_audio.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -47,10 +47,10 @@ _CURRENT = b"2"
 
 
 class CorpusError(UserError):
-    """Audio that cannot be trained on, said in one sentence."""
+    """A corpus that cannot be used for training."""
 
 
-class Parts(NamedTuple):
+class Splits(NamedTuple):
     """The files of a corpus by their use; `test` is empty where nothing says which they are."""
 
     train: Corpus
@@ -124,12 +124,12 @@ class Corpus:
             with suppress(OSError):
                 unfinished.unlink()
 
-    def audio(self, row: int) -> Audio:
+    def audio(self, row: int) -> AudioLocation:
         """Where the file of a row lies."""
         source, member, offset, num_bytes = (
             self.table[name][row].as_py() for name in ("source", "member", "offset", "num_bytes")
         )
-        return located(self.root / source, member, offset, num_bytes)
+        return audio_location(self.root / source, member, offset, num_bytes)
 
     @property
     def names(self) -> pa.ChunkedArray:
@@ -160,7 +160,7 @@ class Corpus:
         """Which files can be trained on."""
         return pc.equal(self.table["status"], "ok").to_numpy()
 
-    def fit_for(
+    def mark_unfit(
         self,
         min_seconds: float = 0.0,
         max_seconds: float | None = None,
@@ -202,8 +202,8 @@ class Corpus:
         max_seconds: float | None = None,
         num_channels: int | None = None,
     ) -> Corpus:
-        """The files that can be used; the arguments are those of `fit_for`."""
-        fit = self.fit_for(min_seconds, max_seconds, num_channels)
+        """The files that can be used; the arguments are those of `mark_unfit`."""
+        fit = self.mark_unfit(min_seconds, max_seconds, num_channels)
         return self.take(fit.is_usable)
 
     def take(self, rows: np.ndarray) -> Corpus:
@@ -217,7 +217,7 @@ class Corpus:
         """The files in the order of a hash of their names: any first few of them are a fair sample."""
         return self.take(np.argsort([_hash(name) for name in self.names.to_pylist()]))
 
-    def parts(self, valid_share: float) -> Parts:
+    def split(self, valid_share: float) -> Splits:
         """Training, validation and test files: as the table says, or else divided by a hash.
 
         A table that names validation files is believed, and files without a split are then left
@@ -237,16 +237,18 @@ class Corpus:
                     "%d files have no split and are left out; `jepa-audio data split` gives them one",
                     without,
                 )
-            return Parts(self.take(split == "train"), self.take(split == "valid").shuffled(), test)
+            return Splits(self.take(split == "train"), self.take(split == "valid").shuffled(), test)
         rest = self.take(split != "test")
         if len(rest) == 0 or valid_share == 0:
-            return Parts(rest, rest.take(np.arange(0)), test)
+            return Splits(rest, rest.take(np.arange(0)), test)
         if len(rest) == 1:
-            return Parts(rest, rest, test)
+            return Splits(rest, rest, test)
         held_out = _held_out(rest, valid_share)
-        return Parts(rest.take(~held_out), rest.take(held_out).shuffled(), test)
+        return Splits(rest.take(~held_out), rest.take(held_out).shuffled(), test)
 
-    def with_splits(self, shares: dict[str, float], groups: Sequence[str] | None = None) -> Corpus:
+    def assign_splits(
+        self, shares: dict[str, float], groups: Sequence[str] | None = None
+    ) -> Corpus:
         """Give every file that has none a split; a group is never divided.
 
         Args:
@@ -280,7 +282,7 @@ class Corpus:
         ]
         return table._with(split=pa.array(splits, pa.string()))
 
-    def without_splits(self) -> Corpus:
+    def clear_splits(self) -> Corpus:
         """The table as if it had never been divided."""
         return self._with(split=pa.array([""] * len(self), pa.string()))
 
@@ -306,7 +308,7 @@ class Corpus:
         return replace(self, table=table)
 
 
-def default_table(source: str | Path) -> Path:
+def default_table_path(source: str | Path) -> Path:
     """Where the table of a source lies: inside or beside it, or in the user's cache where that cannot be written."""
     source = Path(source)
     if source.suffix == ".parquet":
@@ -340,7 +342,7 @@ def load_corpus(source: str | Path) -> Corpus:
     Raises:
         CorpusError: if there is none.
     """
-    path = default_table(source)
+    path = default_table_path(source)
     if not path.exists() and path != Path(source):
         raise CorpusError(
             f"{source} has no table at {path}; `jepa-audio data index {source}` makes one"

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32, Int64
 
-from jepa_audio.data.audio.read import Audio, AudioReadError, Member, located
+from jepa_audio.data.audio.read import AudioLocation, AudioReadError, TarMember, audio_location
 from jepa_audio.data.corpus.table import Corpus, CorpusError
 
 _COLUMNS = (
@@ -33,7 +33,7 @@ _COLUMNS = (
 class IndexedFile(NamedTuple):
     """What is known of a file before it is read; see `jepa_audio.data.audio.read.AudioInfo`."""
 
-    audio: Audio
+    audio: AudioLocation
     num_bytes: int
     num_frames: int
     sample_rate: int
@@ -50,7 +50,7 @@ def check_unchanged(
         AudioReadError: if the file has another size, rate or number of channels.
     """
     # Of a tar's member the size is known from its header, when it is read.
-    if not isinstance(file.audio, Member) and file.audio.stat().st_size != file.num_bytes:
+    if not isinstance(file.audio, TarMember) and file.audio.stat().st_size != file.num_bytes:
         raise AudioReadError(file.audio, "changed since it was indexed: other size")
     if (sample_rate, len(samples)) != (file.sample_rate, file.num_channels):
         raise AudioReadError(
@@ -96,7 +96,7 @@ class FileTable:
         """The file of a row."""
         row = {name: column[index].as_py() for name, column in self._columns.items()}
         path = self._roots[row["corpus"]] / row["source"]
-        audio = located(path, row["member"], row["offset"], row["num_bytes"])
+        audio = audio_location(path, row["member"], row["offset"], row["num_bytes"])
         return IndexedFile(
             audio,
             row["num_bytes"],

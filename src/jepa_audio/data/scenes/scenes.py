@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Float32, Int
 from scipy.fft import next_fast_len
 from torch import Tensor
 
-from jepa_audio.data.audio.read import Audio, AudioReadError, Member, read
+from jepa_audio.data.audio.read import AudioLocation, AudioReadError, TarMember, read
 from jepa_audio.data.audio.resample import resample
 from jepa_audio.data.corpus.index import index_corpus
 from jepa_audio.data.corpus.table import CorpusError, load_corpus
@@ -291,7 +291,7 @@ class SceneDataset(ClipDataset[PlacedClip]):
                 bad.append(BadRead(str(error.audio), error.reason))
         raise CorpusError(f"impulse responses of {_ROOMS_TRIED} rooms in a row cannot be read")
 
-    def _response(self, audio: Audio) -> Float32[Tensor, "C L"]:
+    def _response(self, audio: AudioLocation) -> Float32[Tensor, "C L"]:
         samples, rate = read(audio)
         response = resample(torch.from_numpy(samples), rate, self.sample_rate)
         if len(response) != self._num_ears:
@@ -330,13 +330,13 @@ def collate_scenes(items: Sequence[PlacedClip], num_samples: int) -> SceneBatch:
     )
 
 
-def _rooms(folder: Path, num_channels: int) -> list[list[Audio]]:
-    rooms: dict[Path, list[Audio]] = {}
+def _rooms(folder: Path, num_channels: int) -> list[list[AudioLocation]]:
+    rooms: dict[Path, list[AudioLocation]] = {}
     responses = load_corpus(folder).usable(num_channels=num_channels)
     for row in range(len(responses)):
         response = responses.audio(row)
         rooms.setdefault(
-            response.path if isinstance(response, Member) else response.parent, []
+            response.path if isinstance(response, TarMember) else response.parent, []
         ).append(response)
     if not rooms:
         raise CorpusError(f"no usable impulse response of {num_channels} channels under {folder}")
