@@ -27,7 +27,7 @@ def resident_mib() -> float:
 
 
 def measure(recipe: str, minutes: float) -> None:
-    from jepa_audio.cli.main import JEPACLI  # noqa: PLC0415 (only the processes that measure need it)
+    from jepa_audio.cli.trainer import JEPACLI  # noqa: PLC0415 (only the processes that measure need it)
     from jepa_audio.inference.encoder import Encoder  # noqa: PLC0415
 
     sys.argv[1:] = []

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from jepa_audio.cli.main import JEPACLI
+from jepa_audio.cli.trainer import JEPACLI
 from jepa_audio.steps.grid import AudioBatch, Masks
 from jepa_audio.training.jepa import JEPA
 from tests.oracles.wavjepa_literal import LiteralWavJEPA

@@ -17,7 +17,7 @@ from lightning.pytorch import Callback
 # The package itself is imported inside fixtures only: the hook that checks shapes is not yet in
 # place here.
 if TYPE_CHECKING:
-    from jepa_audio.cli.main import JEPACLI
+    from jepa_audio.cli.trainer import JEPACLI
     from jepa_audio.steps.grid import AudioBatch, Grid, Masks
     from jepa_audio.training.jepa import JEPA
 
@@ -108,7 +108,7 @@ def tiny_cli(wavs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
         (folder / f"{flavour}.yaml").write_text(text)
 
     def make(flavour: str, *settings: str) -> JEPACLI:
-        from jepa_audio.cli.main import JEPACLI
+        from jepa_audio.cli.trainer import JEPACLI
 
         own = f"--run_dir={tmp_path_factory.mktemp('run')}"
         common = [f"--config={folder / flavour}.yaml", f"--data.root={wavs}", own]

@@ -9,7 +9,7 @@ small="$small --checkpoint.every_n_train_steps 6 --monitor.every_n_steps 3"
 make demo DEMO="$folder" NOTES="--num_train 60 --num_valid 20 --num_test 20" FIT="$small"
 again="--config $folder/wavjepa/config.yaml --ckpt_path last"
 .venv/bin/jepa-audio fit $again --trainer.max_steps 14
-.venv/bin/jepa-audio validate --config configs/demo/wavjepa.yaml --data.root "$folder/corpus/nsynth-train" \
+.venv/bin/jepa-audio validate --config demo/wavjepa --data.root "$folder/corpus/nsynth-train" \
   --run_dir "$folder/wavjepa" --ckpt_path last
 .venv/bin/jepa-audio data convert nsynth "$folder/corpus" -o "$folder/records"
 .venv/bin/jepa-audio probe --encoder "$folder/wavjepa/checkpoints/last.ckpt" --tasks nsynth_instrument --data "$folder/records" \

@@ -13,7 +13,9 @@ FILES = sorted(SOURCE.rglob("*.py"))
 RANKS = {
     "errors": 0,
     "files": 1,
+    "old_paths": 1,
     "parallel": 1,
+    "recipes": 1,
     "steps": 2,
     "data": 3,
     "training": 4,

@@ -109,31 +109,6 @@ def test_a_useless_folder_ends_in_one_sentence(
     assert "Traceback" not in told
 
 
-def test_unknown_commands_and_no_command(capsys: pytest.CaptureFixture[str]):
-    from jepa_audio.cli.main import main
-
-    main([])
-    assert "pretrain" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        main(["data", "indx"])
-
-
-def test_ctrl_c_ends_a_command_without_a_traceback(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    from jepa_audio.cli import main as cli
-
-    def interrupted(corpus: Path) -> None:
-        """Describe."""
-        raise KeyboardInterrupt
-
-    monkeypatch.setitem(cli.FUNCTIONS, ("data", "describe"), interrupted)
-    with pytest.raises(SystemExit) as end:
-        cli.main(["data", "describe", "x"])
-    assert end.value.code == 130
-    assert capsys.readouterr().err == "jepa-audio: stopped\n"
-
-
 def test_a_run_leaves_its_config_metrics_and_last_checkpoint_and_goes_on(tmp_path: Path):
     from jepa_audio.cli.main import main
 

@@ -36,7 +36,7 @@ SMALL = (
 
 
 def train_two_steps(wavs: Path, run_dir: Path, *settings: str) -> None:
-    from jepa_audio.cli.main import JEPACLI
+    from jepa_audio.cli.trainer import JEPACLI
 
     has_top_k = any(
         "top_k: " in Path(word.partition("=")[2]).read_text()
@@ -120,7 +120,7 @@ def millions(module: torch.nn.Module) -> float:
 
 
 def on_the_meta_device(*configs: str):
-    from jepa_audio.cli.main import JEPACLI
+    from jepa_audio.cli.trainer import JEPACLI
 
     files = [f"--config={CONFIGS / name}" for name in configs]
     with torch.device("meta"):

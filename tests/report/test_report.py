@@ -7,7 +7,7 @@ import pytest
 import soundfile as sf
 import torch
 
-from jepa_audio.cli.main import JEPACLI
+from jepa_audio.cli.trainer import JEPACLI
 from jepa_audio.errors import MissingFileError
 from jepa_audio.probing.intervals import Difference
 from jepa_audio.probing.rows import ProbeRow, Score, append_jsonl

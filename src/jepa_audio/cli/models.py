@@ -19,7 +19,7 @@ def import_published(
     layout: Literal["wavjepa", "pupujepa"],
     source: Path,
     output: Path | None = None,
-    recipe: Path | None = None,
+    recipe: str | None = None,
     num_heads: int | None = None,
     predictor_num_heads: int | None = None,
     conv_strides: list[int] | None = None,
@@ -31,7 +31,7 @@ def import_published(
         source: `.safetensors`, `.ckpt`, `.pt` or `.bin` file, or a folder with one and its
             `config.json`.
         output: folder to write (-o); `runs/NAME` if not given.
-        recipe: YAML of all that is no weight; the paper's own in `configs/` if not given.
+        recipe: name or YAML file of the settings that weights do not hold; the paper's if not given.
         num_heads: attention heads of the encoder, where the file does not tell.
         predictor_num_heads: the same of the predictor.
         conv_strides: of the convolutions, where the file does not tell.

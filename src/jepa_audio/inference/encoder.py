@@ -14,12 +14,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jepa_audio.errors import MissingFileError, UserError
+from jepa_audio.errors import UserError
 from jepa_audio.inference.features import LayerFeatures
 from jepa_audio.steps.encoder.transformer import Transformer
 from jepa_audio.steps.front_ends import FrontEnd
 from jepa_audio.steps.grid import Grid, TokenSet
 from jepa_audio.training.jepa import JEPA
+from jepa_audio.training.load import load_jepa, read_checkpoint
 
 
 class Encoder(nn.Module):
@@ -246,9 +247,7 @@ def _parts(jepa: JEPA, which: Literal["context", "target"]) -> tuple[FrontEnd, T
 
 def num_crop_samples(checkpoint: Path, jepa: JEPA) -> int:
     """Samples of a crop of the run that a checkpoint is of; `ValueError` if it does not tell."""
-    stored = torch.load(
-        checkpoint, map_location="cpu", weights_only=True, mmap=True
-    )  # no weight is read
+    stored = read_checkpoint(checkpoint)
     seconds = stored.get("datamodule_hyper_parameters", {}).get("crop_seconds")
     if seconds is None:
         raise UserError(
@@ -283,9 +282,7 @@ def load_encoder(
     """
     if which not in ("context", "target", "random"):
         raise UserError(f"`which` ({which!r}) must be 'context', 'target' or 'random'")
-    if not checkpoint.is_file():
-        raise MissingFileError(f"no checkpoint at {checkpoint}")
-    jepa = JEPA.load_from_checkpoint(checkpoint, map_location="cpu")
+    jepa = load_jepa(checkpoint)
     frozen = Encoder(
         *_parts(jepa, "target" if which == "target" else "context"),
         num_crop_samples(checkpoint, jepa),

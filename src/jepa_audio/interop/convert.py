@@ -23,11 +23,14 @@ from jepa_audio.interop.layout import Layout, Settings, SizeHints, merged
 from jepa_audio.interop.published import Published, WeightsError, open_published
 from jepa_audio.interop.pupujepa import PupuJEPALayout
 from jepa_audio.interop.wavjepa import WavJEPALayout
+from jepa_audio.old_paths import with_current_paths
+from jepa_audio.recipes import find_recipe, recipes
 from jepa_audio.steps import losses, masking  # noqa: F401
 from jepa_audio.steps.encoder import positions  # noqa: F401
 from jepa_audio.training import schedules  # noqa: F401 (recipes name their classes shortly)
 from jepa_audio.training.checkpointing import AtomicCheckpointIO
 from jepa_audio.training.jepa import JEPA
+from jepa_audio.training.load import load_jepa
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +45,7 @@ def import_weights(
     source: Path,
     output: Path,
     *,
-    recipe: Path | None = None,
+    recipe: Path | str | None = None,
     given: SizeHints | None = None,
 ) -> Path:
     """A published model as a checkpoint of ours, with the configuration to train it further.
@@ -72,7 +75,7 @@ def import_weights(
         )
     published = open_published(source)
     rules = _layout(layout).variant_of_file(published)
-    recipe_settings = _read_recipe(recipe or _recipe(rules))
+    recipe_settings = _read_recipe(find_recipe(str(recipe)) if recipe else recipes()[rules.recipe])
     settings = merged(
         recipe_settings, rules.sizes(published, given or SizeHints(), recipe_settings)
     )
@@ -105,7 +108,7 @@ def export_weights(layout: str, checkpoint: Path, output: Path) -> Path:
         WeightsError: if the layout cannot say what the model is.
         UserError: if the checkpoint does not tell the length of its crops.
     """
-    jepa = JEPA.load_from_checkpoint(checkpoint, map_location="cpu")
+    jepa = load_jepa(checkpoint)
     rules = _layout(layout).variant_of_model(jepa)
     if jepa.target_front_end is not None:
         raise WeightsError(f"{layout}'s layout has no place for `target_front_end: momentum`")
@@ -148,20 +151,8 @@ def _layout(name: str) -> Layout:
     return LAYOUTS[name]
 
 
-def _recipe(layout: Layout) -> Path:
-    folders = [Path("configs"), Path(__file__).parents[3] / "configs"]
-    for folder in folders:
-        if (folder / layout.recipe).is_file():
-            return folder / layout.recipe
-    raise WeightsError(
-        f"no recipe {layout.recipe} in {folders[0]} or {folders[1]}: give `--recipe FILE`"
-    )
-
-
 def _read_recipe(recipe: Path) -> Settings:
-    if not recipe.is_file():
-        raise MissingFileError(f"no recipe at {recipe}")
-    settings = yaml.safe_load(recipe.read_text())
+    settings = with_current_paths(yaml.safe_load(recipe.read_text(encoding="utf-8")))
     if not isinstance(settings, dict) or not {"model", "data"} <= settings.keys():
         raise WeightsError(f"{recipe} is no recipe: it needs `model` and `data`")
     return settings

@@ -15,7 +15,7 @@ _BLOCKS = ("blocks", "mlp.fc2.weight")
 class PupuJEPALayout(Layout):
     """`sizigi/PupuJEPA`: `patch_embed`, `student`, `teacher` and `predictor`."""
 
-    recipe = "pupujepa.yaml"
+    recipe = "pupujepa"
     names = (
         (r"^front_end\.proj\.", "patch_embed.proj."),
         (r"^front_end\.norm\.", "patch_embed.norm_layer."),

@@ -62,7 +62,7 @@ _NAMES = (
 class WavJEPALayout(Layout):
     """`labhamlet/wavjepa`: torch's own transformer, layers of convolution, dropout, norm, GELU, tables of positions."""
 
-    recipe = "wavjepa.yaml"
+    recipe = "wavjepa"
     ears = 1
     stack = "cnn"
     positions = SinCosPositions()
@@ -204,7 +204,7 @@ class WavJEPALayout(Layout):
 class WavJEPANatLayout(WavJEPALayout):
     """WavJEPA-Nat: a stack of convolutions for each ear, tokens of the left one before those of the right one."""
 
-    recipe = "wavjepa_nat.yaml"
+    recipe = "wavjepa_nat"
     ears = 2
     stack = "cnns.0"
     positions = BinauralPositions()

@@ -35,6 +35,7 @@ from jepa_audio.steps.front_ends import FrontEnd, SpectrogramFrontEnd
 from jepa_audio.steps.front_ends.transforms import LogMel
 from jepa_audio.steps.grid import Grid, Masks
 from jepa_audio.training.jepa import JEPA
+from jepa_audio.training.load import load_jepa, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -336,13 +337,11 @@ def _draw_run_masks(run: RunRecord) -> Figure:
         UserError: if the corpus is gone, or the checkpoint does not tell where it was.
     """
     path = run.folder / "checkpoints" / "last.ckpt"
-    if not path.is_file():
-        raise MissingFileError(f"there is no checkpoint at {path}")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(path)
     data, step = checkpoint.get("datamodule_hyper_parameters", {}), checkpoint["global_step"]
     if not {"root", "crop_seconds"} <= data.keys():
         raise UserError(f"{path} does not tell `root` and `crop_seconds` of the corpus")
-    jepa = JEPA.load_from_checkpoint(path, map_location="cpu")
+    jepa = load_jepa(path)
     root = data["root"]
     source = (
         root if isinstance(root, str) else next(iter(root))

@@ -1,0 +1,61 @@
+"""Class paths of earlier versions, which checkpoints and saved configurations still name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Before the package was divided into `steps`, `training`, `data` and so on (version 0.1.0).
+_MODULES = {
+    "checkpointing": "training.checkpointing",
+    "ema": "training.ema",
+    "finite": "training.finite_guard",
+    "front_ends": "steps.front_ends",
+    "front_ends.base": "steps.front_ends.base",
+    "front_ends.spectrogram": "steps.front_ends.spectrogram",
+    "front_ends.transforms": "steps.front_ends.transforms",
+    "front_ends.waveform": "steps.front_ends.waveform",
+    "jepa": "training.jepa",
+    "losses": "steps.losses",
+    "masking": "steps.masking",
+    "masking.base": "steps.masking.base",
+    "masking.blocks": "steps.masking.blocks",
+    "masking.mixture": "steps.masking.mixture",
+    "masking.random": "steps.masking.random",
+    "masking.spans": "steps.masking.spans",
+    "monitor": "training.collapse_monitor",
+    "positions": "steps.encoder.positions",
+    "predictor": "steps.predictor",
+    "data.scenes": "data.scenes.scenes",
+    "schedules": "training.schedules",
+    "sharding": "training.sharding",
+    "targets": "steps.targets",
+    "transformer": "steps.encoder.transformer",
+}
+_CLASSES = {
+    "cli.RunProgressBar": "training.progress.RunProgressBar",
+    "transformer.Encoder": "steps.encoder.transformer.Transformer",
+}
+
+
+def current_path(path: str) -> str:
+    """The present path of a class of this package; any other text is returned unchanged."""
+    package, _, rest = path.partition(".")
+    module, _, name = rest.rpartition(".")
+    if package != "jepa_audio":
+        return path
+    if rest in _CLASSES:
+        return f"{package}.{_CLASSES[rest]}"
+    return f"{package}.{_MODULES[module]}.{name}" if module in _MODULES else path
+
+
+def with_current_paths(settings: Any) -> Any:
+    """A copy of nested settings in which every text that is an old class path is replaced.
+
+    Texts are replaced wherever they are, because a class without arguments may be written without
+    the key `class_path`.
+    """
+    if isinstance(settings, dict):
+        return {key: with_current_paths(value) for key, value in settings.items()}
+    if isinstance(settings, list | tuple):
+        return type(settings)(with_current_paths(value) for value in settings)
+    return current_path(settings) if isinstance(settings, str) else settings

@@ -1,0 +1,45 @@
+"""Checkpoints of this or an earlier version → the model they hold."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jepa_audio.errors import MissingFileError, UserError
+from jepa_audio.old_paths import with_current_paths
+from jepa_audio.training.jepa import JEPA
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a `.ckpt` of a run; its weights are mapped into memory, not read.
+
+    Raises:
+        UserError: if there is no file, or it is not a checkpoint of a run of jepa-audio.
+    """
+    if not path.is_file():
+        raise MissingFileError(f"no checkpoint at {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"{path} is not a checkpoint, or is incomplete: {str(error).splitlines()[0]}"
+        ) from error
+    if not isinstance(content, dict) or not {"state_dict", "hyper_parameters"} <= content.keys():
+        raise UserError(
+            f"{path} is not a checkpoint of a run of jepa-audio: it holds no `state_dict` and "
+            "`hyper_parameters`; published weights become one by `jepa-audio import`"
+        )
+    return content
+
+
+def load_jepa(checkpoint: Path) -> JEPA:
+    """The model of a checkpoint, on the CPU.
+
+    Raises:
+        UserError: see `read_checkpoint`.
+    """
+    settings = with_current_paths(read_checkpoint(checkpoint)["hyper_parameters"])
+    return JEPA.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True, **settings)
