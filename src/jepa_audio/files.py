@@ -15,14 +15,20 @@ from jepa_audio.errors import MissingFileError, UserError
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, one_writer: bool = False) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; rename it to `path` at the end of the block.
 
     If the block raises or the process dies, `path` keeps its old content. Missing folders are
     created.
+
+    Args:
+        path: the file to replace.
+        one_writer: whether no other process writes `path` at the same time. The temporary name is
+            then fixed, so that the next write replaces what a killed process left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    unique = "" if one_writer else f".{uuid.uuid4().hex}"
+    unfinished = path.with_name(f".{path.name}{unique}.part")
     try:
         yield unfinished
         with unfinished.open("rb") as file:

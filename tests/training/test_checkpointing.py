@@ -88,7 +88,7 @@ def test_a_file_system_that_takes_no_more_leaves_the_former_file_whole(saved: Pa
     writer.join(30)
     assert writer.exitcode == 0
     sentence = told.get()
-    for word in (str(saved), "File too large", "the one of before is whole", "--ckpt_path last"):
+    for word in (str(saved), "File too large", "the previous one is complete", "--ckpt_path last"):
         assert word in sentence
     assert_whole(saved)
     assert [path.name for path in saved.parent.iterdir()] == ["last.ckpt"]

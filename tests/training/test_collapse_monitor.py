@@ -235,21 +235,21 @@ def test_looks_are_taken_at_the_first_step_and_then_every_so_many_steps(
         "--trainer.accumulate_grad_batches=2",
         "--data.batch_size=2",
     )
-    judge = CollapseMonitor._judge
+    check = CollapseMonitor._check
     monkeypatch.setattr(
         CollapseMonitor,
-        "_judge",
+        "_check",
         lambda self, metrics, trainer: (
             looks.append(trainer.global_step),
-            judge(self, metrics, trainer),
+            check(self, metrics, trainer),
         ),
     )
     fit(cli)
     assert looks == [1, 2, 4, 6]
-    first = monitor_of(cli).first_look
+    first = monitor_of(cli).first_metrics
     resumed = CollapseMonitor(every_n_steps=2)
     resumed.load_state_dict(monitor_of(cli).state_dict())
-    assert resumed.first_look == first
+    assert resumed.first_metrics == first
     assert first["collapse/context_std"] > 0
 
 

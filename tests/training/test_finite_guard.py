@@ -9,10 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from jepa_audio.training.finite_guard import FiniteGuard, NonFiniteError, all_finite
+from jepa_audio.training.finite_guard import (
+    FindsRowFiles,
+    FiniteGuard,
+    NonFiniteError,
+    all_finite,
+)
 
 
 class Break(Callback):
@@ -36,13 +41,13 @@ class Looks(Callback):
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.at: list[int] = []
-        looks, own = self, FiniteGuard._look
+        looks, own = self, FiniteGuard._check
 
         def look(self, trainer, module=None) -> None:
             looks.at.append(trainer.global_step)
             own(self, trainer, module)
 
-        monkeypatch.setattr(FiniteGuard, "_look", look)
+        monkeypatch.setattr(FiniteGuard, "_check", look)
 
 
 def last(cli: object) -> Path:
@@ -94,11 +99,22 @@ def test_the_message_names_step_rows_files_the_last_save_and_how_to_have_it_agai
         assert remedy in said
 
 
-def test_the_message_needs_no_data_module_that_knows_its_files(
-    tiny_cli: Callable, fit: Callable, monkeypatch: pytest.MonkeyPatch
+class UnnamedData(LightningDataModule):
+    """The batches of another data module, without its files."""
+
+    def __init__(self, data: LightningDataModule) -> None:
+        super().__init__()
+        self.train_dataloader = data.train_dataloader
+        self.setup = data.setup
+
+
+def test_the_message_works_without_a_data_module_that_finds_files(
+    tiny_cli: Callable, fit: Callable
 ):
     cli = tiny_cli("wave", RARE)
-    monkeypatch.delattr(type(cli.datamodule), "find_row_files", raising=False)
+    assert isinstance(cli.datamodule, FindsRowFiles)
+    cli.datamodule = UnnamedData(cli.datamodule)
+    assert not isinstance(cli.datamodule, FindsRowFiles)
     with pytest.raises(
         NonFiniteError,
         match=r"rows 8 to 11 of the run in optimizer step 3 is nan.*Nothing has been saved",

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Callback
 from torch.distributed.tensor import DTensor
 
-from jepa_audio.training.sharding import is_sharded, whole
+from jepa_audio.training.sharding import full_tensor, is_sharded
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork")
 
@@ -180,7 +180,7 @@ def test_a_probe_that_would_copy_the_weights_is_refused(tiny_cli: Callable, tmp_
 def test_what_is_not_sharded_is_whole(tiny_jepa: Callable):
     assert not is_sharded(tiny_jepa("mel"))
     tensor = torch.ones(3)
-    assert whole(tensor) is tensor
+    assert full_tensor(tensor) is tensor
 
 
 def test_a_validation_of_an_odd_number_of_batches_does_not_leave_processes_waiting(

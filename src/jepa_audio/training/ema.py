@@ -15,7 +15,7 @@ from jepa_audio.training.schedules import Schedule
 
 @runtime_checkable
 class HasMomentumCopies(Protocol):
-    """What the callback needs of the module it works on."""
+    """A module with momentum copies of some of its parts."""
 
     @property
     def online_modules(self) -> Mapping[str, nn.Module]:
@@ -27,11 +27,12 @@ class HasMomentumCopies(Protocol):
 
 
 class TargetEncoderEMA(Callback):
-    """Moves every target module towards its online twin: target = m * target + (1 - m) * online.
+    """Moves every momentum copy towards its module: target = m * target + (1 - m) * online.
 
-    Exactly one update per *optimizer* step, after it, whatever the accumulation. The momentum m is
-    a function of `trainer.global_step` alone, so the callback has no state and a resumed run is the
-    same run. Buffers that are floating point are averaged like parameters, others copied.
+    Updates exactly once per *optimizer* step, after the step, whatever the accumulation. The
+    momentum m is a function of `trainer.global_step` alone: the callback has no state, and a
+    resumed run equals an uninterrupted one. Floating-point buffers are averaged like parameters;
+    other buffers are copied.
 
     Args:
         momentum: m by optimizer step, within [0, 1].
@@ -42,7 +43,7 @@ class TargetEncoderEMA(Callback):
         self._updated_at = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from where the run stands: 0, or the step of the checkpoint."""
+        """Start from the current step: 0, or the step of the checkpoint."""
         self._updated_at = trainer.global_step
 
     def on_train_batch_end(
@@ -64,10 +65,15 @@ class TargetEncoderEMA(Callback):
     @staticmethod
     @torch.no_grad()
     def update(module: HasMomentumCopies, momentum: float) -> None:
-        """One update with the given momentum; `ValueError` if that is not within [0, 1]."""
+        """Update all momentum copies once.
+
+        Raises:
+            UserError: if `momentum` is not within [0, 1].
+        """
         if not 0 <= momentum <= 1:
             raise UserError(
-                f"the momentum ({momentum}) must be within [0, 1]: look at the schedule `ema.momentum`"
+                f"the momentum ({momentum}) must be within [0, 1]: "
+                "correct the schedule `model.ema.momentum`"
             )
         targets: list[Tensor] = []
         onlines: list[Tensor] = []
@@ -81,7 +87,7 @@ class TargetEncoderEMA(Callback):
 
 
 def tensor_pairs(module: HasMomentumCopies) -> Iterator[tuple[Tensor, Tensor]]:
-    """(target, online) for every parameter and every buffer that the momentum update moves."""
+    """(target, online) for every parameter and buffer of the momentum copies."""
     for name, target in module.target_modules.items():
         online = module.online_modules[name]
         yield from zip(target.parameters(), online.parameters(), strict=True)

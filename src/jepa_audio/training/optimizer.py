@@ -1,40 +1,63 @@
-"""What the optimizer is given."""
+"""Parameter groups, learning-rate schedule and gradient clipping."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from jepa_audio.errors import UserError
+from jepa_audio.training.schedules import Schedule
+from jepa_audio.training.sharding import full_tensor
 
 
 def parameter_groups(module: nn.Module, decay_all: bool) -> list[dict[str, Any]]:
-    """Groups of learned parameters, with the optimizer's own weight decay or with none.
+    """Groups of the learned parameters, with the weight decay of the optimizer or without.
 
     Args:
-        module: whose parameters.
-        decay_all: one group, decay for all; else norms, biases and learned tokens get none.
+        module: the module whose parameters are grouped.
+        decay_all: one group with weight decay for all parameters; otherwise norms, biases and
+            learned tokens have none.
     """
     if decay_all:
-        return [
-            {"params": [parameter for parameter in module.parameters() if parameter.requires_grad]}
-        ]
+        return [{"params": [p for p in module.parameters() if p.requires_grad]}]
     learned_tokens = [name for name, _ in module.named_parameters() if name.endswith("registers")]
     groups = param_groups_weight_decay(module, no_weight_decay_list=learned_tokens)
-    del groups[1]["weight_decay"]  # the optimizer's own
+    # The second group takes the weight decay of the optimizer.
+    del groups[1]["weight_decay"]
     return groups
 
 
-def clip_gradients(module: nn.Module, max_norm: float | None, algorithm: str | None) -> Tensor:
-    """Scale the gradients down to a total norm of at most `max_norm` (`None`: leave them); the norm they had.
+def add_schedule(
+    optimizer: Optimizer, schedule: Schedule, max_steps: int
+) -> OptimizerLRSchedulerConfig:
+    """The optimizer with its learning rate times `schedule`, which changes every optimizer step.
 
     Raises:
-        UserError: if `algorithm` is another than "norm".
+        UserError: if the run has no `max_steps`.
+    """
+    if max_steps < 1:
+        raise UserError(f"set `trainer.max_steps` (now {max_steps}): schedules depend on it")
+    last = max_steps - 1
+    scheduler = LambdaLR(optimizer, lambda step: schedule(min(step, last), max_steps))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def clip_gradients(module: nn.Module, max_norm: float | None, algorithm: str | None) -> Tensor:
+    """Scale the gradients to a total norm of at most `max_norm`, and return their norm before.
+
+    Args:
+        module: the module whose gradients are scaled.
+        max_norm: `None` leaves the gradients unchanged.
+        algorithm: of the Trainer; only "norm" is supported.
+
+    Raises:
+        UserError: if `algorithm` is another one.
     """
     if algorithm not in (None, "norm"):
-        raise UserError(f"`trainer.gradient_clip_algorithm` must be 'norm', got '{algorithm}'")
-    norm = nn.utils.clip_grad_norm_(module.parameters(), max_norm or float("inf"))
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        raise UserError(f"`trainer.gradient_clip_algorithm` ({algorithm!r}) must be 'norm'")
+    return full_tensor(nn.utils.clip_grad_norm_(module.parameters(), max_norm or float("inf")))

@@ -1,4 +1,4 @@
-"""Schedules: pure functions of the optimizer step, used for the learning rate, the momentum and the curriculum."""
+"""Schedules: functions of the optimizer step, for learning rate, momentum and curriculum."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from typing_extensions import override
+
 from jepa_audio.errors import UserError
 
 
 class Schedule(ABC):
-    """A number that depends on the optimizer step alone, so that a resumed run is the same run."""
+    """A number that depends on the optimizer step alone, so that a run can be resumed exactly."""
 
     @abstractmethod
     def __call__(self, step: int, max_steps: int) -> float:
@@ -18,7 +20,12 @@ class Schedule(ABC):
 
 
 def _progress(step: int, num_steps: int) -> float:
+    """The share of `num_steps` that is done, in [0, 1]."""
     return min(max(step, 0) / num_steps, 1.0) if num_steps > 0 else 1.0
+
+
+def _half_cosine(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @dataclass(frozen=True)
@@ -26,65 +33,62 @@ class Constant(Schedule):
     """One value for the whole run.
 
     Args:
-        value: the value; for a learning rate a factor on the optimizer's `lr`.
+        value: for a learning rate, a factor on the optimizer's `lr`.
     """
 
     value: float = 1.0
 
+    @override
     def __call__(self, step: int, max_steps: int) -> float:
-        """See `Schedule`."""
         return self.value
 
 
 @dataclass(frozen=True)
 class Linear(Schedule):
-    """From `start` to `end` in a straight line, then constant.
+    """A straight line from `start` to `end`, then constant.
 
     Args:
         start: value at step 0.
         end: value from step `num_steps` on.
-        num_steps: optimizer steps of the ramp; `None` for the whole run.
+        num_steps: optimizer steps of the line; `None` for the whole run.
     """
 
     start: float
     end: float
     num_steps: int | None = None
 
+    @override
     def __call__(self, step: int, max_steps: int) -> float:
-        """See `Schedule`."""
-        num_steps = max_steps if self.num_steps is None else self.num_steps
-        return self.start + (self.end - self.start) * _progress(step, num_steps)
+        progress = _progress(step, max_steps if self.num_steps is None else self.num_steps)
+        return self.start + (self.end - self.start) * progress
 
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    """From `start` to `end` along half a cosine, then constant.
+    """Half a cosine from `start` to `end`, then constant.
 
     Args:
         start: value at step 0.
         end: value from step `num_steps` on.
-        num_steps: optimizer steps of the ramp; `None` for the whole run.
+        num_steps: optimizer steps of the half cosine; `None` for the whole run.
     """
 
     start: float
     end: float
     num_steps: int | None = None
 
+    @override
     def __call__(self, step: int, max_steps: int) -> float:
-        """See `Schedule`."""
-        num_steps = max_steps if self.num_steps is None else self.num_steps
-        return self.end + (self.start - self.end) * 0.5 * (
-            1 + math.cos(math.pi * _progress(step, num_steps))
-        )
+        progress = _progress(step, max_steps if self.num_steps is None else self.num_steps)
+        return _half_cosine(self.start, self.end, progress)
 
 
 @dataclass(frozen=True)
 class WarmupCosine(Schedule):
-    """A linear rise from 0 to 1, then half a cosine down to `end` at the last step: a learning-rate factor.
+    """A learning-rate factor: a linear rise to 1, then half a cosine to `end` at the last step.
 
     Args:
-        warmup_steps: optimizer steps of the rise; the first step already moves (factor 1 /
-            `warmup_steps`).
+        warmup_steps: optimizer steps of the rise; the factor of step 0 is 1 / `warmup_steps`.
         end: factor at the end of the run.
     """
 
@@ -92,20 +96,25 @@ class WarmupCosine(Schedule):
     end: float = 0.0
 
     def __call__(self, step: int, max_steps: int) -> float:
-        """See `Schedule`; `ValueError` if the warm-up does not end before the run does."""
+        """The factor at step `step`.
+
+        Raises:
+            UserError: if the warm-up is not shorter than the run.
+        """
         if self.warmup_steps >= max_steps:
             raise UserError(
-                f"`warmup_steps` ({self.warmup_steps}) must be below `trainer.max_steps` ({max_steps})"
+                f"`warmup_steps` ({self.warmup_steps}) must be below "
+                f"`trainer.max_steps` ({max_steps})"
             )
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         progress = _progress(step - self.warmup_steps, max_steps - self.warmup_steps)
-        return self.end + (1 - self.end) * 0.5 * (1 + math.cos(math.pi * progress))
+        return _half_cosine(1.0, self.end, progress)
 
 
 @dataclass(frozen=True)
 class WarmupConstant(Schedule):
-    """A linear rise from 0 to 1, then constant: a learning-rate factor.
+    """A learning-rate factor: a linear rise to 1, then constant.
 
     Args:
         warmup_steps: optimizer steps of the rise.
@@ -113,6 +122,6 @@ class WarmupConstant(Schedule):
 
     warmup_steps: int
 
+    @override
     def __call__(self, step: int, max_steps: int) -> float:
-        """See `Schedule`."""
         return min((step + 1) / self.warmup_steps, 1.0) if self.warmup_steps > 0 else 1.0

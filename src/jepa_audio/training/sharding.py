@@ -1,4 +1,4 @@
-"""Parameters divided over the processes (FSDP2), for models that one device does not hold."""
+"""Parameters sharded over the processes (FSDP2), for models that do not fit on one device."""
 
 from __future__ import annotations
 
@@ -17,46 +17,50 @@ from jepa_audio.steps.encoder.transformer import Block, Transformer
 
 
 def shard(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard every part of a module, and every transformer block in it on its own; sharded parts are left as they are.
+    """Shard every child of a module, and every transformer block separately.
 
-    A copy is sharded like what it is a copy of, so that the momentum update works on the shards.
+    A momentum copy is sharded like its module, so that the momentum update works on the shards.
+    Children that are sharded already stay unchanged.
 
     Args:
-        module: its parts are sharded, not itself: they are what is called.
-        mesh: replicated along its first axis, sharded along its second.
+        module: its children are sharded, not the module itself, because only they are called.
+        mesh: parameters are replicated along its first axis and sharded along its second.
     """
-    for part in module.children():
-        if isinstance(part, FSDPModule) or not any(True for _ in part.parameters()):
+    for child in module.children():
+        if isinstance(child, FSDPModule) or not any(True for _ in child.parameters()):
             continue
-        for block in (inner for inner in part.modules() if isinstance(inner, Block)):
+        for block in (inner for inner in child.modules() if isinstance(inner, Block)):
             fully_shard(block, mesh=mesh)
-        # Not left whole after a forward pass: the momentum update, which follows one, wants shards
-        # of both copies.
-        fully_shard(part, mesh=mesh, reshard_after_forward=True)
-        if isinstance(part, Transformer):
-            register_fsdp_forward_method(part, "layers")  # it is called by this name too
+        # Shard again after a forward pass: the momentum update, which follows one, needs the
+        # shards of both copies.
+        fully_shard(child, mesh=mesh, reshard_after_forward=True)
+        if isinstance(child, Transformer):
+            # This method is called directly too, like `forward`.
+            register_fsdp_forward_method(child, Transformer.forward_layers.__name__)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor as if nothing were sharded; every process has to ask for it. `float` of a sharded sum is one share."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The complete tensor of a sharded one; all processes must call this.
+
+    `float` of a sharded sum gives the share of this process.
+    """
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether a process holds but its share of some parameter."""
+    """Whether some parameter is sharded over the processes."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Lightning's strategy for parameters divided over processes, as `JEPA.configure_model` divides them.
+    """Lightning's strategy for sharded parameters; `JEPA.configure_model` shards them.
 
-    A checkpoint is one file, as that of any other run; a run that is not sharded goes on with it,
-    too.
+    A checkpoint is one file, like that of every other run; an unsharded run can resume from it.
 
     Args:
-        num_copies: of the parameters; "auto" for one on each machine.
-        num_shards: processes that share a copy; "auto" for those of a machine. Copies times shards
-            are all processes.
+        num_copies: copies of the parameters; "auto" for one on each machine.
+        num_shards: processes that share one copy; "auto" for those of one machine. `num_copies`
+            times `num_shards` is the number of all processes.
     """
 
     def __init__(
@@ -67,24 +71,24 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """See `ModelParallelStrategy`, which takes the optimizer's state to be in the order of the parameters.
+        """Load a checkpoint, except for one of an unsharded run.
 
-        That of an optimizer with groups is in the order of the groups, unless Lightning saved it
-        from a sharded run.
+        `ModelParallelStrategy` expects the optimizer's state in the order of the parameters. An
+        optimizer with several groups orders it by group, unless Lightning saved it from a sharded
+        run.
 
         Raises:
-            UserError: if the checkpoint is of a run that was not sharded, and would be read
-                wrongly.
+            UserError: if the optimizer's state is ordered by group and would be read wrongly.
         """
         path = self.broadcast(checkpoint_path)
-        states = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get(
-            "optimizer_states", []
-        )
-        for groups in (state["param_groups"] for state in states):
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        for state in content.get("optimizer_states", []):
+            groups = state["param_groups"]
             order = [index for group in groups for index in group["params"]]
             if len(groups) > 1 and order == sorted(order):
                 raise UserError(
-                    f"{path} is of a run without sharding and cannot be resumed by one with: resume it with "
-                    f"`--trainer.strategy ddp`, or begin a sharded run from its weights with `--weights {path}`"
+                    f"{path} is the checkpoint of a run without sharding, and a sharded run cannot "
+                    "resume from it: use `--trainer.strategy ddp`, or start a sharded run from "
+                    f"its weights with `--weights {path}`"
                 )
         return super().load_checkpoint(path, weights_only)

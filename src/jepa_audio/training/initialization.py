@@ -1,0 +1,20 @@
+"""Initial weights that depend on a seed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from jepa_audio.steps.encoder.transformer import Transformer
+from jepa_audio.steps.front_ends import FrontEnd
+from jepa_audio.steps.predictor import Predictor
+
+
+def draw_weights(parts: Iterable[FrontEnd | Transformer | Predictor], seed: int) -> None:
+    """Draw the weights of some parts from one generator, in the given order."""
+    with torch.random.fork_rng(devices=[]):
+        # Only the generator of the CPU: no other random state changes.
+        torch.default_generator.manual_seed(seed)
+        for part in parts:
+            part.reset_parameters()
