@@ -50,7 +50,7 @@ def test_two_ears_share_the_time_and_differ_in_the_other_half():
     for time, ear in product(range(5), range(2)):
         expected = literal_sin_cos(time, 8, 1e4) + [0.0] * 4 + [float(ear)] * 4
         torch.testing.assert_close(table[2 * time + ear], torch.tensor(expected), rtol=0, atol=1e-6)
-    with pytest.raises(ValueError, match="two rows, one for each ear"):
+    with pytest.raises(ValueError, match="two rows, one per ear"):
         BinauralPositions().additive(Grid(1, 5), 16, CPU)
     with pytest.raises(ValueError, match="multiple of 4"):
         BinauralPositions().check_width(18, 2)

@@ -1,7 +1,7 @@
-"""The words every room shares: the grid of tokens, a choice of tokens, the masks of a batch.
+"""The shared data types: the grid of tokens, a subset of tokens, the masks of a batch, a batch.
 
-Letters of shapes, here and everywhere: B batch, C channels, S samples, F frequency rows, T time
-columns, N = F * T tokens, K tokens kept, M target groups, D dimensions.
+Letters of shapes in this package: B batch, C channels, S samples, F frequency rows, T time columns,
+N = F * T tokens, K selected tokens, M target groups, D width.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from jepa_audio.errors import UserError
 
 @dataclass(frozen=True)
 class Grid:
-    """The plane on which the tokens of one clip lie.
+    """The arrangement of the tokens of one clip: time columns × frequency rows.
 
-    Its rows are the frequency bands of a spectrogram. A raw waveform is a grid with one row, or
-    with one for each channel, where the channels have tokens of their own.
+    The rows are the frequency bands of a spectrogram. A raw waveform has one row, or one row for
+    each channel if the channels have separate tokens.
 
-    Tokens are counted time-major: token `i` lies at time column `i // num_freq`, frequency row `i %
-    num_freq`.
+    Tokens are in time-major order: token `i` is at time column `i // num_freq` and frequency row
+    `i % num_freq`.
     """
 
     num_freq: int
@@ -47,12 +47,12 @@ class Grid:
 
 @dataclass(frozen=True)
 class TokenSet:
-    """Some of the tokens of each row: the one way in which that is said.
+    """A subset of the tokens of each row of a batch.
 
     Attributes:
-        index: positions on the grid, `[..., K]`. A row shorter than the longest is filled up with
-            other tokens of the clip, so that every index can be gathered.
-        valid: `[..., K]`, False at such filling; `None` when every row is full.
+        index: positions on the grid, `[..., K]`. Rows with fewer tokens than the longest row are
+            padded with other tokens of the clip, so that every index can be gathered.
+        valid: `[..., K]`, False at the padding; `None` if no row is padded.
     """
 
     index: Int[Tensor, "*rows K"]
@@ -63,63 +63,56 @@ class TokenSet:
         """The tokens at which `mask` is True, in grid order, padded to the longest row."""
         count = mask.sum(dim=-1)
         longest = int(count.max())
-        index = torch.argsort(mask.logical_not().to(torch.uint8), dim=-1, stable=True)[
-            ..., :longest
-        ]
+        order = torch.argsort(mask.logical_not().to(torch.uint8), dim=-1, stable=True)
+        index = order[..., :longest]
         if bool((count == longest).all()):
             return TokenSet(index)
         return TokenSet(index, torch.arange(longest, device=mask.device) < count[..., None])
 
     def to_mask(self, num_tokens: int) -> Bool[Tensor, "*rows N"]:
-        """True at the tokens of the set."""
-        mask = torch.zeros(
-            *self.index.shape[:-1], num_tokens, dtype=torch.bool, device=self.index.device
-        )
-        return mask.scatter(
-            -1,
-            self.index,
-            torch.ones_like(self.index, dtype=torch.bool) if self.valid is None else self.valid,
-        )
+        """A mask that is True at the valid tokens of the set."""
+        mask = self.valid_or_true.new_zeros(*self.index.shape[:-1], num_tokens)
+        return mask.scatter(-1, self.index, self.valid_or_true)
+
+    @property
+    def valid_or_true(self) -> Bool[Tensor, "*rows K"]:
+        """`valid`, or all True if it is `None`."""
+        return torch.ones_like(self.index, dtype=torch.bool) if self.valid is None else self.valid
 
     @property
     def counts(self) -> Int[Tensor, "*rows"]:
-        """Number of valid tokens in every row."""
-        if self.valid is not None:
-            return self.valid.sum(dim=-1)
-        return torch.full(self.index.shape[:-1], self.index.shape[-1], device=self.index.device)
+        """Number of valid tokens of every row."""
+        return self.valid_or_true.sum(dim=-1)
 
     def gather(self, tokens: Float[Tensor, "*rows N D"]) -> Float[Tensor, "*rows K D"]:
-        """The tokens of the set; filling is gathered too and has to be masked by `valid`."""
-        return torch.gather(
-            tokens, -2, self.index[..., None].expand(*self.index.shape, tokens.shape[-1])
-        )
+        """Select the tokens of the set; the result includes the padding, see `valid`."""
+        index = self.index[..., None].expand(*self.index.shape, tokens.shape[-1])
+        return torch.gather(tokens, -2, index)
 
     def rows(self, rows: Tensor | slice) -> TokenSet:
-        """The same set for some rows of the batch."""
+        """The set of the selected rows of the batch."""
         return TokenSet(self.index[rows], None if self.valid is None else self.valid[rows])
 
     def to(self, device: torch.device) -> TokenSet:
-        """The same set on another device."""
-        return TokenSet(
-            self.index.to(device, non_blocking=True),
-            None if self.valid is None else self.valid.to(device, non_blocking=True),
-        )
+        """Copy the set to a device."""
+        valid = None if self.valid is None else self.valid.to(device, non_blocking=True)
+        return TokenSet(self.index.to(device, non_blocking=True), valid)
 
 
 @dataclass(frozen=True)
 class Masks:
-    """What a masker draws for a batch: who is seen, and what has to be predicted.
+    """The context and the target groups of a batch.
 
     Attributes:
         context: the tokens that the context encoder sees, `[B, K]`.
-        targets: the tokens to predict, in M groups that the predictor handles each on its own, `[B,
-            M, K']`.
-        targets_per_clip: mean number of target tokens of a clip in the draw that these rows come
-            from. The loss of some rows of a draw divides by it, so that micro-batches and ranks add
-            up to the whole draw's mean. Of clips with padding it is the mean of these rows alone:
-            what others lose to theirs is not known here.
-        present: all tokens of the grid, those in the padding of a shorter clip as filling, `[B,
-            N]`; `None` if the clips fill the grid.
+        targets: the tokens to predict, `[B, M, K']`; the predictor predicts each of the M groups
+            separately.
+        targets_per_clip: mean number of target tokens per clip over the whole draw. The loss
+            divides by it, so that micro-batches and ranks add up to the mean of the whole draw. If
+            clips have padding, it is the mean of these rows only, because the padding of the other
+            rows is not known here.
+        present: all tokens of the grid, with `valid` False in the padding of shorter clips,
+            `[B, N]`; `None` if all clips fill the grid.
     """
 
     context: TokenSet
@@ -129,39 +122,33 @@ class Masks:
 
     @staticmethod
     def from_bool(context: Bool[Tensor, "B N"], targets: Bool[Tensor, "B M N"]) -> Masks:
-        """Masks from boolean planes, True where a token is context or target."""
-        return Masks(
-            TokenSet.from_mask(context),
-            TokenSet.from_mask(targets),
-            float(targets.sum()) / targets.shape[0],
-        )
+        """Masks from boolean masks that are True at context and target tokens."""
+        per_clip = float(targets.sum()) / len(targets)
+        return Masks(TokenSet.from_mask(context), TokenSet.from_mask(targets), per_clip)
 
     def rows(self, rows: Tensor | slice) -> Masks:
-        """The same masks for some rows of the batch."""
+        """The masks of the selected rows of the batch."""
         present = None if self.present is None else self.present.rows(rows)
-        return Masks(
-            self.context.rows(rows), self.targets.rows(rows), self.targets_per_clip, present
-        )
+        context, targets = self.context.rows(rows), self.targets.rows(rows)
+        return Masks(context, targets, self.targets_per_clip, present)
 
     def to(self, device: torch.device) -> Masks:
-        """The same masks on another device."""
+        """Copy the masks to a device."""
         present = None if self.present is None else self.present.to(device)
-        return Masks(
-            self.context.to(device), self.targets.to(device), self.targets_per_clip, present
-        )
+        context, targets = self.context.to(device), self.targets.to(device)
+        return Masks(context, targets, self.targets_per_clip, present)
 
 
 class AudioBatch(NamedTuple):
-    """What the data loader hands to the model.
+    """A batch from the data loader.
 
     Attributes:
-        waveform: float32, at the front end's sample rate.
-        row: the place of every row in the order of the whole run, counted over all ranks and all
-            micro-batches: clip position times crops per clip, plus the crop's number. Masks are
-            drawn by it, so that they belong to the sample and not to the process that happens to
-            train on it.
-        num_samples: of every row, what follows is padding that the model must not hear; `None` if
-            all of it is sound, or padding that counts as silence.
+        waveform: float32, at the sample rate of the front end.
+        row: index of every row in the order of the whole run, counted over all ranks and
+            micro-batches: clip position * crops per clip + index of the crop. Masks depend on
+            this index, and not on the process that trains on the row.
+        num_samples: number of samples of every row before its padding, which the model must not
+            see; `None` if no row is padded, or if the padding counts as silence.
     """
 
     waveform: Float[Tensor, "B C S"]
@@ -169,5 +156,5 @@ class AudioBatch(NamedTuple):
     num_samples: Int[Tensor, " B"] | None = None
 
     def to(self, device: torch.device) -> AudioBatch:
-        """The waveform on another device; the rows are read on the CPU, without waiting for the device."""
+        """Copy the waveform to a device; `row` stays on the CPU, where reading it does not wait."""
         return self._replace(waveform=self.waveform.to(device, non_blocking=True))

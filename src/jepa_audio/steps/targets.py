@@ -1,4 +1,4 @@
-"""Step 4 of a JEPA, its end: which latents of the target encoder are the targets, and how they are normalised."""
+"""Step 4 of a JEPA: select and normalise the latents of the target encoder."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from jepa_audio.steps.grid import Grid, TokenSet
 
 @dataclass(frozen=True)
 class Targets:
-    """What the predictor has to hit.
+    """Settings of the target latents.
 
     Args:
-        view: "clip" shows the target encoder the whole clip (WavJEPA, I-JEPA, data2vec); "targets"
-            shows it only the tokens of the target group (M2D, PupuJEPA).
-        top_k: the mean over the last `top_k` blocks, before the final norm; `None` for the last
-            block after it.
-        normalization: of each of those layers, without learned parameters: "none"; "layer" over the
-            channels of each token; "instance" over the tokens of a clip for each channel
-            (data2vec); "joint_instance" over tokens and channels together (what WavJEPA's published
-            code computes).
+        view: the target encoder's input. "clip": the whole clip (WavJEPA, I-JEPA, data2vec).
+            "targets": only the tokens of the target group (M2D, PupuJEPA).
+        top_k: average the last `top_k` blocks, before the final norm; `None` takes the last block
+            after the final norm.
+        normalization: of each of these layers, without learned parameters: "none"; "layer" over
+            the channels of each token; "instance" over the tokens of a clip for each channel
+            (data2vec); "joint_instance" over tokens and channels together (the published WavJEPA
+            code).
         eps: added to the variance.
     """
 
@@ -37,9 +37,7 @@ class Targets:
 
     def __post_init__(self) -> None:
         if self.top_k is not None and self.top_k < 1:
-            raise UserError(
-                f"`top_k` ({self.top_k}) must be at least 1, or null for the last layer after the norm"
-            )
+            raise UserError(f"`top_k` ({self.top_k}) must be at least 1, or null")
 
     def __call__(
         self,
@@ -49,44 +47,46 @@ class Targets:
         where: TokenSet,
         present: TokenSet | None = None,
     ) -> Float[Tensor, "B M K D"]:
-        """Targets at `where` (`[B, M, K]`); with the view "targets" each group is encoded on its own.
+        """Compute the targets.
 
-        The view "clip" is of the `present` tokens, see `Masks`.
+        Args:
+            encoder: the target encoder.
+            tokens: all tokens of the clips.
+            grid: the grid of one clip.
+            where: the target tokens `[B, M, K]`. The view "targets" encodes each group separately.
+            present: the tokens that the view "clip" encodes; `None` for all, see `Masks`.
 
         Raises:
             UserError: if the encoder has fewer than `top_k` blocks.
         """
         batch, groups, _ = where.index.shape
         if self.view == "clip":
-            latents = self._latents(encoder, tokens, grid, present)[:, None].expand(
-                -1, groups, -1, -1
-            )
-            return where.gather(latents)
-        alone = TokenSet(
-            where.index.flatten(0, 1), None if where.valid is None else where.valid.flatten(0, 1)
-        )
+            latents = self._encode(encoder, tokens, grid, present)
+            return where.gather(latents[:, None].expand(-1, groups, -1, -1))
+        valid = None if where.valid is None else where.valid.flatten(0, 1)
+        keep = TokenSet(where.index.flatten(0, 1), valid)
         repeated = tokens[:, None].expand(-1, groups, -1, -1).flatten(0, 1)
-        return self._latents(encoder, repeated, grid, alone).unflatten(0, (batch, groups))
+        return self._encode(encoder, repeated, grid, keep).unflatten(0, (batch, groups))
 
-    def _latents(
+    def _encode(
         self, encoder: Transformer, tokens: Tensor, grid: Grid, keep: TokenSet | None
     ) -> Tensor:
         valid = None if keep is None else keep.valid
         if self.top_k is None:
             return self.normalize(encoder(tokens, grid, keep), valid)
         if self.top_k > encoder.depth:
-            raise UserError(
-                f"`top_k` ({self.top_k}) exceeds the encoder's `depth` ({encoder.depth})"
-            )
+            depth = encoder.depth
+            raise UserError(f"`top_k` ({self.top_k}) exceeds the encoder's `depth` ({depth})")
         layers = encoder.forward_layers(tokens, grid, keep)[-self.top_k :]
-        return sum(
-            (self.normalize(layer, valid) for layer in layers[1:]), self.normalize(layers[0], valid)
-        ) / len(layers)
+        total = self.normalize(layers[0], valid)
+        for layer in layers[1:]:
+            total = total + self.normalize(layer, valid)
+        return total / len(layers)
 
     def normalize(
         self, latents: Float[Tensor, "B K D"], valid: Tensor | None
     ) -> Float[Tensor, "B K D"]:
-        """One layer's latents, normalised in float32 over valid tokens."""
+        """Normalise the latents of one layer in float32, with statistics of the valid tokens."""
         latents = latents.float()
         if self.normalization == "none":
             return latents
@@ -94,10 +94,8 @@ class Targets:
             return F.layer_norm(latents, latents.shape[-1:], eps=self.eps)
         axes = (1,) if self.normalization == "instance" else (1, 2)
         if valid is None:
-            mean, variance = (
-                latents.mean(axes, keepdim=True),
-                latents.var(axes, keepdim=True, unbiased=False),
-            )
+            mean = latents.mean(axes, keepdim=True)
+            variance = latents.var(axes, keepdim=True, unbiased=False)
         else:
             weight = valid[..., None].expand_as(latents).float()
             count = weight.sum(axes, keepdim=True)

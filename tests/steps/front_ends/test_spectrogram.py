@@ -150,7 +150,7 @@ def test_statistics_weigh_clips_of_unequal_length_by_their_frames() -> None:
 
 
 def test_statistics_of_nothing_are_refused() -> None:
-    with pytest.raises(ValueError, match="`waveforms` must hold at least one clip"):
+    with pytest.raises(ValueError, match="`waveforms` must contain at least one clip"):
         measure_statistics(mel(), [])
 
 
@@ -159,7 +159,7 @@ def test_statistics_of_nothing_are_refused() -> None:
     [
         (
             lambda: SpectrogramFrontEnd(LogMel(), 8, patch_bands=15),
-            r"`patch_bands` \(15\) must divide the number of bands \(128\): use e.g. 8, 16 or 32",
+            r"`patch_bands` \(15\) must divide the number of bands \(128\): use 8, 16 or 32",
         ),
         (lambda: SpectrogramFrontEnd(LogMel(), 8, patch_frames=0), r"`patch_frames` \(0\)"),
         (lambda: SpectrogramFrontEnd(LogMel(), 8, patch_bands=0), r"`patch_bands` \(0\)"),

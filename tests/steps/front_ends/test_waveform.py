@@ -40,7 +40,7 @@ def test_receptive_field_is_exactly_what_one_token_needs() -> None:
     samples = front_end.receptive_field
     assert front_end.grid(samples).num_tokens == 1
     with pytest.raises(
-        ValueError, match=rf"{samples - 1} samples is too short: one token takes {samples}"
+        ValueError, match=rf"{samples - 1} samples is too short: one token needs {samples}"
     ):
         front_end.grid(samples - 1)
     with pytest.raises(ValueError, match="too short"):

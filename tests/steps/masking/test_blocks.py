@@ -7,7 +7,6 @@ import torch
 
 from jepa_audio.steps.grid import Grid
 from jepa_audio.steps.masking import BlockMasker, MultiBlockMasker, StripeMasker
-from jepa_audio.steps.masking.blocks import _grow
 
 GRID = Grid(8, 256)
 GRIDS = [GRID, Grid(4, 12), Grid(1, 50), Grid(12, 4)]
@@ -60,7 +59,7 @@ def slow_grow(draw_size, grid, count, uniform):
 def test_growing_a_batch_equals_growing_each_clip_to_the_letter(masker, slow_size, grid):
     uniform = torch.rand(150, 5, 6, generator=generator(), dtype=torch.float64)
     count = int(0.8 * grid.num_tokens)
-    covered, placed = _grow(masker._size, grid, count, uniform)
+    covered, placed = masker._cover(grid, count, uniform)
     for row in range(6):
         tokens, blocks = slow_grow(slow_size, grid, count, uniform[:, :, row].tolist())
         assert set(covered[row].nonzero().flatten().tolist()) == tokens
@@ -69,14 +68,14 @@ def test_growing_a_batch_equals_growing_each_clip_to_the_letter(masker, slow_siz
 
 def test_a_clip_does_not_depend_on_the_others_of_its_batch():
     uniform = torch.rand(150, 5, 6, generator=generator(), dtype=torch.float64)
-    together, _ = _grow(BlockMasker()._size, GRID, 1638, uniform)
-    alone, _ = _grow(BlockMasker()._size, GRID, 1638, uniform[:, :, 2:3].contiguous())
+    together, _ = BlockMasker()._cover(GRID, 1638, uniform)
+    alone, _ = BlockMasker()._cover(GRID, 1638, uniform[:, :, 2:3].contiguous())
     assert torch.equal(together[2], alone[0])
 
 
 def statistics(masker, num_draws):
     uniform = torch.rand(150, 5, num_draws, generator=generator(), dtype=torch.float64)
-    covered, placed = _grow(masker._size, GRID, 1638, uniform)
+    covered, placed = masker._cover(GRID, 1638, uniform)
     return placed[placed.prod(-1) > 0].float(), 1638 - covered.sum(-1).float().mean().item()
 
 

@@ -15,7 +15,7 @@ from jepa_audio.steps.masking import (
     StripeMasker,
     TargetSpanMasker,
 )
-from jepa_audio.steps.masking.random import draw_accepted, fill_up, floor_share
+from jepa_audio.steps.masking.sampling import add_random_tokens, draw_accepted, floor_share
 
 BATCH = 48
 LONG, SHORT = (Grid(1, 50), Grid(1, 200), Grid(8, 64)), Grid(4, 12)
@@ -151,7 +151,7 @@ def test_shares_are_rounded_down_but_not_by_float_dust(share, num_tokens, count)
 def test_filling_up_keeps_what_is_chosen_and_is_uniform_over_the_rest():
     chosen = torch.zeros(4000, 12, dtype=torch.bool)
     chosen[:, :3] = True
-    filled = fill_up(chosen, 6, torch.Generator().manual_seed(0))
+    filled = add_random_tokens(chosen, 6, torch.Generator().manual_seed(0))
     assert (filled.sum(-1) == 6).all()
     assert filled[:, :3].all()
     # 3 of 9 tokens; the standard deviation of the share over 4000 rows is 0.0075.
@@ -180,7 +180,11 @@ def test_only_rejected_rows_are_drawn_again():
             Grid(1, 50),
             r"`min_context` \(0.9\).*SpanMasker\(",
         ),
-        (SpanMasker(context_length=12), SHORT, r"`context_length` \(12\).*num_time=12"),
+        (
+            SpanMasker(context_length=12),
+            SHORT,
+            r"`context_length` \(12\) must be below the number of time columns \(12\)",
+        ),
         (SpanMasker(context_length=2), Grid(8, 10), r"`target_length` \(10\)"),
         (TargetSpanMasker(min_run=60), Grid(1, 50), r"`min_run` \(60\)"),
         (
@@ -194,7 +198,7 @@ def test_only_rejected_rows_are_drawn_again():
     ],
 )
 def test_impossible_grids_are_refused_by_name_and_value(masker, grid, message, monkeypatch):
-    monkeypatch.setattr("jepa_audio.steps.masking.random.MAX_REDRAWS", 20)
+    monkeypatch.setattr("jepa_audio.steps.masking.sampling.MAX_REDRAWS", 20)
     with pytest.raises(ValueError, match=message):
         draw(masker, grid, batch_size=2)
 

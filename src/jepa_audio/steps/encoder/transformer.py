@@ -1,4 +1,4 @@
-"""Steps 3 and 4 of a JEPA: the transformer that is context encoder, target encoder and trunk of the predictor."""
+"""Steps 3 to 5 of a JEPA: the transformer of the context encoder, target encoder and predictor."""
 
 from __future__ import annotations
 
@@ -18,20 +18,14 @@ from jepa_audio.steps.grid import Grid, TokenSet
 
 
 class Block(nn.Module):
-    """Self-attention and an MLP, each with a residual path, normalised before (pre) or after (post) it.
+    """A transformer block: self-attention and an MLP, each with a residual connection.
+
+    The norm is before each branch ("pre") or after each residual addition ("post"). The arguments
+    are those of `Transformer`, except:
 
     Args:
-        dim: width D.
-        num_heads: attention heads.
-        mlp_ratio: hidden width over D; a SwiGLU has two branches of that width.
-        mlp: "gelu" or "swiglu" (Shazeer, 2020, arXiv:2002.05202).
-        norm: "pre" (ViT) or "post" (the original transformer, WavJEPA).
-        norm_eps: epsilon of the layer norms.
-        qk_norm: layer norm on queries and keys of each head.
-        layer_scale: start value of a learned scale of each branch (Touvron et al., 2021); `None`
-            for none.
-        drop_path: chance that a clip skips a branch while training.
-        num_prefix: tokens at the front that no rotation touches.
+        drop_path: probability that a clip skips a branch of this block in training.
+        num_prefix: number of tokens at the start that are not rotated (the registers).
     """
 
     def __init__(
@@ -60,13 +54,11 @@ class Block(nn.Module):
             norm_layer=norm_layer if qk_norm else None,  # type: ignore[arg-type]
         )
         self.norm2 = norm_layer(dim)
-        self.mlp: nn.Module = (
-            Mlp(dim, hidden)
-            if mlp == "gelu"
-            else GluMlp(
-                dim, 2 * hidden, act_layer=nn.SiLU, gate_last=False
-            )  # the gate comes first, as in timm's EVA
-        )
+        self.mlp: nn.Module
+        if mlp == "gelu":
+            self.mlp = Mlp(dim, hidden)
+        else:  # the gate is the first branch, as in timm's EVA
+            self.mlp = GluMlp(dim, 2 * hidden, act_layer=nn.SiLU, gate_last=False)
         self.scale1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.scale2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.drop_path = DropPath(drop_path)
@@ -77,41 +69,39 @@ class Block(nn.Module):
         rotary: Float[Tensor, "#B 1 P H"] | None,
         key_mask: Bool[Tensor, "B 1 1 K"] | None,
     ) -> Float[Tensor, "B K D"]:
-        """Tokens after the block; keys where `key_mask` is False are attended by nobody."""
+        """Apply the block; no token attends to the keys at which `key_mask` is False."""
+        attend = partial(self.attn, rope=rotary, attn_mask=key_mask)
         if self.pre_norm:
-            x = x + self.drop_path(
-                self.scale1(self.attn(self.norm1(x), rope=rotary, attn_mask=key_mask))
-            )
+            x = x + self.drop_path(self.scale1(attend(self.norm1(x))))
             return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
-        x = self.norm1(
-            x + self.drop_path(self.scale1(self.attn(x, rope=rotary, attn_mask=key_mask)))
-        )
+        x = self.norm1(x + self.drop_path(self.scale1(attend(x))))
         return self.norm2(x + self.drop_path(self.scale2(self.mlp(x))))
 
 
 class Transformer(nn.Module):
-    """A transformer over some tokens of a grid: only the tokens asked for are ever computed.
+    """A transformer that computes only the selected tokens of a grid.
 
     Args:
         embed_dim: width D.
         depth: number of blocks.
         num_heads: attention heads; must divide `embed_dim`.
-        positions: how tokens learn where they lie.
-        mlp_ratio: hidden width of the MLP over `embed_dim`.
-        mlp: "gelu" or "swiglu".
-        norm: "pre" or "post".
-        norm_eps: epsilon of the blocks' layer norms.
+        positions: position encoding.
+        mlp_ratio: hidden width of the MLP over D; a SwiGLU has two branches of that width.
+        mlp: "gelu" or "swiglu" (Shazeer, 2020, arXiv:2002.05202).
+        norm: "pre" (ViT) or "post" (the original transformer, WavJEPA).
+        norm_eps: epsilon of the layer norms in the blocks.
         final_norm_eps: epsilon of the norm after the last block; `None` for `norm_eps`.
-        qk_norm: normalise queries and keys.
-        layer_scale: start value of the learned branch scales, `None` for none.
-        drop_path: chance of skipping a branch at the last block; rises linearly from 0 at the
-            first.
-        num_registers: learned tokens beside the grid (Darcet et al., 2023, arXiv:2309.16588),
-            dropped from the output.
-        checkpoint_every: recompute every k-th block in the backward pass to save memory; 0 for
-            never.
-        init: "trunc_normal" (std 0.02, ViT) or "xavier" (uniform; MAE, PupuJEPA) for the linear
-            weights.
+        qk_norm: layer norm on queries and keys of each head.
+        layer_scale: initial value of the learned scale of each branch (Touvron et al., 2021);
+            `None` for no scale.
+        drop_path: probability of skipping a branch of the last block; rises linearly from 0 at the
+            first block.
+        num_registers: additional learned tokens (Darcet et al., 2023, arXiv:2309.16588); the output
+            does not contain them.
+        checkpoint_every: recompute every k-th block in the backward pass to save memory; 0 for no
+            recomputation.
+        init: initialisation of the linear weights: "trunc_normal" (std 0.02, ViT) or "xavier"
+            (uniform; MAE, PupuJEPA).
     """
 
     def __init__(
@@ -133,18 +123,16 @@ class Transformer(nn.Module):
         init: Literal["trunc_normal", "xavier"] = "trunc_normal",
     ) -> None:
         super().__init__()
-        for name, value, allowed in (
-            ("mlp", mlp, ("gelu", "swiglu")),
-            ("norm", norm, ("pre", "post")),
-        ):
-            if value not in allowed:
-                raise UserError(f"`{name}` ({value!r}) must be one of {allowed}")
+        if mlp not in {"gelu", "swiglu"}:
+            raise UserError(f"`mlp` ({mlp!r}) must be 'gelu' or 'swiglu'")
+        if norm not in {"pre", "post"}:
+            raise UserError(f"`norm` ({norm!r}) must be 'pre' or 'post'")
         if num_heads < 1 or embed_dim % num_heads:
             raise UserError(f"`num_heads` ({num_heads}) must divide `embed_dim` ({embed_dim})")
         if depth < 1 or checkpoint_every < 0 or not 0 <= drop_path < 1:
             raise UserError(
-                f"`depth` ({depth}) must be at least 1, `checkpoint_every` ({checkpoint_every}) at least 0 and "
-                f"`drop_path` ({drop_path}) in [0, 1)"
+                f"`depth` ({depth}) must be at least 1, `checkpoint_every` ({checkpoint_every}) at "
+                f"least 0 and `drop_path` ({drop_path}) in [0, 1)"
             )
         positions.check_width(embed_dim, num_heads)
         self.embed_dim = embed_dim
@@ -171,9 +159,8 @@ class Transformer(nn.Module):
             )
             for i in range(depth)
         )
-        self.norm = nn.LayerNorm(
-            embed_dim, eps=norm_eps if final_norm_eps is None else final_norm_eps
-        )
+        final_norm_eps = norm_eps if final_norm_eps is None else final_norm_eps
+        self.norm = nn.LayerNorm(embed_dim, eps=final_norm_eps)
         self.reset_parameters()
 
     @property
@@ -182,14 +169,10 @@ class Transformer(nn.Module):
         return len(self.blocks)
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew from torch's global generator."""
+        """Initialise all weights again from torch's global generator."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                if self.init == "xavier":
-                    nn.init.xavier_uniform_(module.weight)
-                else:
-                    nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+                init_linear(module, self.init)
             elif isinstance(module, nn.LayerNorm | LayerScale):
                 module.reset_parameters()
         if self.registers is not None:
@@ -198,43 +181,42 @@ class Transformer(nn.Module):
     def forward(
         self, tokens: Float[Tensor, "B N D"], grid: Grid, keep: TokenSet | None = None
     ) -> Float[Tensor, "B K D"]:
-        """Latents after the last block and the final norm, of the tokens in `keep` (all, if `None`)."""
+        """Encode the tokens in `keep` (`None`: all tokens): latents after the final norm."""
         return self.forward_gathered(tokens if keep is None else keep.gather(tokens), grid, keep)
 
     def forward_gathered(
         self, tokens: Float[Tensor, "B K D"], grid: Grid, where: TokenSet | None
     ) -> Float[Tensor, "B K D"]:
-        """As `forward`, for tokens already picked: `tokens[:, k]` lies at `where.index[:, k]`."""
-        x = tokens
-        for x in self._blocks(tokens, grid, where):  # noqa: B007 (the last one is wanted)
-            pass
-        return self.norm(x)
+        """As `forward`, for gathered tokens: `tokens[:, k]` is the token `where.index[:, k]`."""
+        latents = tokens
+        for block_output in self._run_blocks(tokens, grid, where):
+            latents = block_output
+        return self.norm(latents)
 
     def forward_layers(
         self, tokens: Float[Tensor, "B N D"], grid: Grid, keep: TokenSet | None = None
     ) -> list[Float[Tensor, "B K D"]]:
         """The output of every block, before the final norm."""
-        return list(self._blocks(tokens if keep is None else keep.gather(tokens), grid, keep))
+        return list(self._run_blocks(tokens if keep is None else keep.gather(tokens), grid, keep))
 
     def add_positions(
         self, tokens: Float[Tensor, "B K D"], grid: Grid, where: TokenSet | None = None
     ) -> Float[Tensor, "B K D"]:
-        """What enters the first block: tokens with their additive positions, if there are any."""
+        """Add the additive positions, if any, to gathered tokens: the input of the first block."""
         table = self.positions.additive(grid, self.embed_dim, tokens.device)
         if table is None:
             return tokens
         return tokens + (table if where is None else table[where.index])
 
-    def _blocks(self, tokens: Tensor, grid: Grid, where: TokenSet | None) -> Iterator[Tensor]:
+    def _run_blocks(self, tokens: Tensor, grid: Grid, where: TokenSet | None) -> Iterator[Tensor]:
+        """Yield the output of each block, without the registers."""
         x = self.add_positions(tokens, grid, where)
         rotary = self.positions.rotary(grid, self.head_dim, x.device)
-        if rotary is not None:
-            rotary = (rotary[None] if where is None else rotary[where.index])[
-                :, None
-            ]  # [B or 1, 1, K, 2 * head_dim]
-        key_mask = (
-            None if where is None or where.valid is None else where.valid[:, None, None]
-        )  # [B, 1, 1, K]
+        if rotary is not None:  # [N, 2 * head_dim] -> [B or 1, 1, K, 2 * head_dim]
+            rotary = (rotary[None] if where is None else rotary[where.index])[:, None]
+        key_mask = None
+        if where is not None and where.valid is not None:
+            key_mask = where.valid[:, None, None]  # [B, 1, 1, K]
         num_prefix = 0
         if self.registers is not None:
             num_prefix = len(self.registers)
@@ -247,3 +229,12 @@ class Transformer(nn.Module):
             else:
                 x = block(x, rotary, key_mask)
             yield x[:, num_prefix:]
+
+
+def init_linear(linear: nn.Linear, init: str) -> None:
+    """Initialise a linear layer as the `init` of `Transformer` names; the bias is 0."""
+    if init == "xavier":
+        nn.init.xavier_uniform_(linear.weight)
+    else:
+        nn.init.trunc_normal_(linear.weight, std=0.02)
+    nn.init.zeros_(linear.bias)

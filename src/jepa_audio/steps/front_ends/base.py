@@ -12,12 +12,12 @@ from jepa_audio.steps.grid import Grid
 
 
 class FrontEnd(nn.Module, ABC):
-    """Turns a waveform into tokens on a grid.
+    """Converts a waveform to tokens on a grid.
 
     Attributes:
-        sample_rate: in Hz, of the waveforms it takes.
-        num_channels: audio channels C that it takes.
-        embed_dim: width D of the tokens it gives.
+        sample_rate: sample rate of the input, in Hz.
+        num_channels: number of audio channels C of the input.
+        embed_dim: width D of the tokens.
     """
 
     sample_rate: int
@@ -26,28 +26,28 @@ class FrontEnd(nn.Module, ABC):
 
     @abstractmethod
     def grid(self, num_samples: int) -> Grid:
-        """The grid of a clip of `num_samples`: a formula, never a forward pass.
+        """The grid of a clip of `num_samples`, from a formula without a forward pass.
 
         Raises:
             UserError: if the clip is shorter than one token.
         """
 
     def num_time(self, num_samples: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
-        """Time columns of clips padded to one length that hear nothing of the padding.
+        """The number of time columns of padded clips whose receptive fields exclude the padding.
 
         Raises:
-            UserError: as `grid`, or if no column is free of it.
+            UserError: if a clip has no such column, or if all columns depend on the padding.
         """
         return torch.tensor([self.grid(length).num_time for length in num_samples.tolist()])
 
     @abstractmethod
     def times(self, num_samples: int) -> Float[Tensor, " T"]:
-        """Middle of what the tokens of every time column hear, in seconds from the clip's first sample."""
+        """Centre of each column's receptive field, in seconds from the first sample."""
 
     @abstractmethod
     def forward(self, waveform: Float[Tensor, "B C S"]) -> Float[Tensor, "B N D"]:
-        """Tokens in the order of `Grid`, `N == grid(S).num_tokens`, float32 also under autocast."""
+        """Tokens in the order of `Grid`, `N == grid(S).num_tokens`; float32 even under autocast."""
 
     @abstractmethod
     def reset_parameters(self) -> None:
-        """Draw all weights anew from torch's global generator."""
+        """Initialise all weights again from torch's global generator."""

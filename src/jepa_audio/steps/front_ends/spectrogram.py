@@ -1,4 +1,4 @@
-"""Spectrogram front end: fixed log spectrogram, cut into patches of frames and bands."""
+"""Spectrogram front end: a fixed log spectrogram, divided into patches of frames and bands."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from math import log, sqrt
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from typing_extensions import override
 
 from jepa_audio.errors import UserError
 from jepa_audio.steps.front_ends.base import FrontEnd
@@ -18,17 +19,17 @@ from jepa_audio.steps.grid import Grid
 class SpectrogramFrontEnd(FrontEnd):
     """Linear embedding of the patches of a log spectrogram.
 
-    Frames that do not fill the last patch are dropped.
+    Frames after the last complete patch are ignored.
 
     Args:
         spectrogram: the transform.
         embed_dim: width of the tokens.
-        patch_frames: time extent of a patch.
-        patch_bands: frequency extent of a patch, a divisor of the transform's number of bands.
-        mean: of the log spectrogram over the corpus, see `measure_statistics`.
-        std: the same for the standard deviation.
-        num_channels: audio channels, mixed by the embedding.
-        norm: LayerNorm of the tokens.
+        patch_frames: number of frames of a patch.
+        patch_bands: number of bands of a patch; must divide the transform's number of bands.
+        mean: mean of the log spectrogram over the corpus, see `measure_statistics`.
+        std: standard deviation of the log spectrogram over the corpus.
+        num_channels: number of audio channels; the embedding mixes them.
+        norm: apply LayerNorm to the tokens.
     """
 
     def __init__(
@@ -44,13 +45,13 @@ class SpectrogramFrontEnd(FrontEnd):
     ) -> None:
         super().__init__()
         if patch_frames < 1 or patch_bands < 1:
+            sizes = f"`patch_frames` ({patch_frames}) and `patch_bands` ({patch_bands})"
+            raise UserError(f"{sizes} must be positive")
+        num_bands = spectrogram.num_bands
+        if num_bands % patch_bands:
             raise UserError(
-                f"`patch_frames` ({patch_frames}) and `patch_bands` ({patch_bands}) must be positive"
-            )
-        if spectrogram.num_bands % patch_bands:
-            raise UserError(
-                f"`patch_bands` ({patch_bands}) must divide the number of bands ({spectrogram.num_bands}): "
-                f"use e.g. {_nearest_divisors(spectrogram.num_bands, patch_bands)}"
+                f"`patch_bands` ({patch_bands}) must divide the number of bands ({num_bands}): "
+                f"use {_nearest_divisors(num_bands, patch_bands)}"
             )
         if std <= 0:
             raise UserError(f"`std` ({std}) must be positive")
@@ -67,8 +68,9 @@ class SpectrogramFrontEnd(FrontEnd):
         self.norm = nn.LayerNorm(embed_dim) if norm else nn.Identity()
         self.reset_parameters()
 
+    @override
     def reset_parameters(self) -> None:
-        """Xavier-uniform embedding, as of a linear map on the flattened patch; zero bias."""
+        """Initialise the embedding Xavier-uniform over the flattened patch, with zero bias."""
         nn.init.xavier_uniform_(self.proj.weight.flatten(1))
         if self.proj.bias is not None:
             nn.init.zeros_(self.proj.bias)
@@ -80,44 +82,45 @@ class SpectrogramFrontEnd(FrontEnd):
         """Samples from one time column to the next."""
         return self.patch_frames * self.spectrogram.hop_length
 
+    @override
     def grid(self, num_samples: int) -> Grid:
-        """Rows of `patch_bands` bands, columns of `patch_frames` frames."""
+        """The grid of patches: `patch_bands` bands per row and `patch_frames` frames per column."""
         num_frames = self.spectrogram.num_frames(num_samples)
         if num_frames < self.patch_frames:
             raise UserError(
-                f"a clip of {num_samples} samples is too short: one token takes `patch_frames` "
-                f"({self.patch_frames}) frames of {self.spectrogram.hop_length} samples, it has {num_frames}"
+                f"a clip of {num_samples} samples is too short: it has {num_frames} frames of "
+                f"{self.spectrogram.hop_length} samples, one token needs `patch_frames` "
+                f"({self.patch_frames})"
             )
         return Grid(self.spectrogram.num_bands // self.patch_bands, num_frames // self.patch_frames)
 
+    @override
     def num_time(self, num_samples: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
-        """See `FrontEnd`; frames that reach beyond the end of a clip are not counted."""
-        own = self.spectrogram
-        num_frames = 1 + (num_samples + own.padding - own.window_length) // own.hop_length
+        overlap = self.spectrogram.window_length - self.spectrogram.padding
+        num_frames = 1 + (num_samples - overlap) // self.spectrogram.hop_length
         columns = num_frames // self.patch_frames
         if int(columns.min()) < 1:
-            raise UserError(
-                f"a clip of {int(num_samples.min())} samples is shorter than one token: raise `min_seconds`"
-            )
+            clip = f"a clip of {int(num_samples.min())} samples"
+            raise UserError(f"{clip} is shorter than one token: raise `data.min_seconds`")
         return columns
 
+    @override
     def times(self, num_samples: int) -> Float[Tensor, " T"]:
-        """See `FrontEnd`; the middles of the patches' frames."""
         frame = (torch.arange(self.grid(num_samples).num_time) + 0.5) * self.patch_frames - 0.5
         first = self.spectrogram.window_length / 2 - self.spectrogram.padding
         return (frame * self.spectrogram.hop_length + first) / self.sample_rate
 
     def image(self, waveform: Float[Tensor, "B C S"]) -> Float[Tensor, "B C T F"]:
-        """The normalised log spectrogram, time first."""
+        """The normalised log spectrogram, with time before frequency."""
         return (self.spectrogram(waveform).transpose(-1, -2) - self.mean) / (self.std + 1e-8)
 
     def embed_patches(self, image: Float[Tensor, "B C T F"]) -> Float[Tensor, "B N D"]:
-        """Tokens of the patches, time-major."""
+        """The tokens of the patches in time-major order, float32."""
         return self.norm(self.proj(image).flatten(2).transpose(1, 2)).float()
 
+    @override
     def forward(self, waveform: Float[Tensor, "B C S"]) -> Float[Tensor, "B N D"]:
-        """Tokens in the order of `Grid`, float32 also under autocast."""
-        self.grid(waveform.shape[-1])
+        self.grid(waveform.shape[-1])  # raises `UserError` if the clip is too short
         return self.embed_patches(self.image(waveform))
 
 
@@ -125,10 +128,10 @@ class SpectrogramFrontEnd(FrontEnd):
 def measure_statistics(
     spectrogram: Spectrogram, waveforms: Iterable[Tensor]
 ) -> tuple[float, float]:
-    """Mean and standard deviation of the log spectrogram over a corpus of batches `[B, C, S]`.
+    """Measure mean and standard deviation of the log spectrogram over batches `[B, C, S]`.
 
-    Batches are merged in float64 by the pairwise update of Chan, Golub & LeVeque (1983), so that
-    neither their sizes nor their order matter.
+    Batches are merged in float64 with the pairwise update of Chan, Golub & LeVeque (1983), so that
+    the result does not depend on their sizes and order.
     """
     count, mean, squares = 0, 0.0, 0.0
     for waveform in waveforms:
@@ -141,11 +144,12 @@ def measure_statistics(
         mean += difference * values.numel() / total
         count = total
     if count == 0:
-        raise UserError("`waveforms` must hold at least one clip to measure")
+        raise UserError("`waveforms` must contain at least one clip")
     return mean, sqrt(squares / count)
 
 
-def _nearest_divisors(number: int, wanted: int) -> str:
+def _nearest_divisors(number: int, value: int) -> str:
+    """The three divisors of `number` with the smallest ratio to `value`, as text."""
     divisors = [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-    nearest = sorted(sorted(divisors, key=lambda divisor: abs(log(divisor / wanted)))[:3])
+    nearest = sorted(sorted(divisors, key=lambda divisor: abs(log(divisor / value)))[:3])
     return " or ".join(", ".join(map(str, nearest)).rsplit(", ", 1))

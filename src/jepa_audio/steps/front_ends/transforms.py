@@ -1,9 +1,8 @@
-"""Spectrograms with fixed kernels: waveform → log magnitudes, in float32 also under autocast."""
+"""Spectrograms with fixed kernels: waveform → log magnitudes, in float32 even under autocast."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from functools import partial
 from math import ceil, log2
 from typing import Literal
 
@@ -15,23 +14,24 @@ from nnAudio.librosa_functions import get_gammatone
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchaudio.functional import melscale_fbanks
+from typing_extensions import override
 
 from jepa_audio.errors import UserError
 
 
 class Spectrogram(nn.Module, ABC):
-    """Log magnitudes on a plane of bands and frames.
+    """Log magnitudes of frequency bands over frames.
 
-    A subclass sets the attributes and writes `log_magnitude`. Kernels are formulas and no weights:
-    they are buffers outside of the `state_dict`.
+    A subclass sets the attributes and implements `log_magnitude`. Kernels are computed, not
+    trained: they are buffers outside the `state_dict`.
 
     Attributes:
-        sample_rate: in Hz, of the waveforms it takes.
-        num_bands: frequency bands F that it gives, lowest first.
+        sample_rate: sample rate of the input, in Hz.
+        num_bands: number of frequency bands F, lowest first.
         hop_length: samples from one frame to the next.
         window_length: samples that one frame covers.
-        padding: samples reflected at either end of the clip.
-        min_samples: length of the shortest clip that it takes.
+        padding: samples of reflect padding at each end of the clip.
+        min_samples: length of the shortest possible clip.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class Spectrogram(nn.Module, ABC):
         super().__init__()
         if min(sample_rate, num_bands, hop_length) < 1:
             raise UserError(
-                f"`sample_rate` ({sample_rate}), `hop_length` ({hop_length}) and the number of bands "
-                f"({num_bands}) must be positive"
+                f"`sample_rate` ({sample_rate}), `hop_length` ({hop_length}) and the number of "
+                f"bands ({num_bands}) must be positive"
             )
         self.sample_rate = sample_rate
         self.num_bands = num_bands
@@ -58,22 +58,22 @@ class Spectrogram(nn.Module, ABC):
         self.min_samples = min_samples
 
     def num_frames(self, num_samples: int) -> int:
-        """Number of frames T of a clip: a formula, never a forward pass.
+        """Number of frames T of a clip, from a formula without a forward pass.
 
         Raises:
             UserError: if the clip is shorter than `min_samples`.
         """
         if num_samples < self.min_samples:
             raise UserError(
-                f"a clip of {num_samples} samples is too short for {type(self).__name__}: window and reflect "
-                f"padding take at least {self.min_samples} samples "
+                f"a clip of {num_samples} samples is too short for {type(self).__name__}: its "
+                f"window and reflect padding need at least {self.min_samples} samples "
                 f"({1e3 * self.min_samples / self.sample_rate:.4g} ms at {self.sample_rate} Hz)"
             )
         return 1 + (num_samples + 2 * self.padding - self.window_length) // self.hop_length
 
     @abstractmethod
     def log_magnitude(self, waveform: Float[Tensor, "R S"]) -> Float[Tensor, "R F T"]:
-        """Natural logarithm of the magnitudes of R float32 signals."""
+        """Natural logarithm of the magnitudes of R float32 waveforms."""
 
     def forward(self, waveform: Float[Tensor, "B C S"]) -> Float[Tensor, "B C F T"]:
         """Log magnitudes of every channel, `T == num_frames(S)`."""
@@ -84,7 +84,7 @@ class Spectrogram(nn.Module, ABC):
 
 
 class _FilterBank(Spectrogram):
-    """Bands as weighted sums over the bins of a short-time Fourier transform."""
+    """Bands that are weighted sums over the bins of a short-time Fourier transform."""
 
     bank: Tensor
     window: Tensor
@@ -104,8 +104,8 @@ class _FilterBank(Spectrogram):
         win_length = n_fft if win_length is None else win_length
         if not 1 <= hop_length <= win_length <= n_fft:
             raise UserError(
-                f"`hop_length` ({hop_length}) must be in [1, `win_length` ({win_length})] and `win_length` "
-                f"at most `n_fft` ({n_fft}): lower the hop or take a longer window"
+                f"`hop_length` ({hop_length}) must be in [1, `win_length` ({win_length})] and "
+                f"`win_length` at most `n_fft` ({n_fft})"
             )
         if power <= 0 or floor <= 0:
             raise UserError(f"`power` ({power}) and `floor` ({floor}) must be positive")
@@ -125,8 +125,8 @@ class _FilterBank(Spectrogram):
         self.register_buffer("bank", bank, persistent=False)
         self.register_buffer("window", torch.hann_window(win_length), persistent=False)
 
+    @override
     def log_magnitude(self, waveform: Float[Tensor, "R S"]) -> Float[Tensor, "R F T"]:
-        """Logarithm of the bank's sums, `floor` at least."""
         padded = F.pad(waveform, (self.padding, self.padding), mode="reflect")
         sizes = (self.window_length, self.hop_length, self.win_length)
         spectrum = torch.stft(padded, *sizes, self.window, center=False, return_complex=True)
@@ -140,18 +140,18 @@ class LogMel(_FilterBank):
     Args:
         sample_rate: in Hz.
         n_fft: samples of the Fourier transform.
-        win_length: samples of the Hann window, `n_fft` when None.
+        win_length: samples of the Hann window; `None` for `n_fft`.
         hop_length: samples from one frame to the next.
         n_mels: number of bands.
         f_min_hz: lower edge of the lowest band.
-        f_max_hz: upper edge of the highest band, half of `sample_rate` when None.
-        mel_scale: `slaney` is linear below 1 kHz (librosa's default), `htk` logarithmic throughout.
-        norm: `slaney` gives every filter the same area, None the same height.
-        power: of the magnitudes that the filters sum, 1 or 2.
-        floor: smallest value of which the logarithm is taken.
-        magnitude_eps: added to the energy of every bin, which keeps the gradient finite on silence.
-        center: reflect n_fft / 2 samples at the ends, so that frame t is centred on sample t * hop
-            (librosa); else (n_fft - hop) / 2, which gives S / hop frames.
+        f_max_hz: upper edge of the highest band; `None` for half of `sample_rate`.
+        mel_scale: `slaney` is linear below 1 kHz (librosa's default), `htk` is logarithmic.
+        norm: `slaney` gives every filter the same area, `None` the same height.
+        power: exponent of the magnitudes that the filters sum, 1 or 2.
+        floor: lower limit of the sums before the logarithm.
+        magnitude_eps: added to the energy of every bin to keep the gradient finite on silence.
+        center: True pads n_fft / 2 samples at each end: frame t is centred on sample t * hop
+            (librosa). False pads (n_fft - hop) / 2 samples: the clip has S / hop frames.
     """
 
     def __init__(
@@ -170,38 +170,32 @@ class LogMel(_FilterBank):
         magnitude_eps: float = 1e-9,
         center: bool = False,
     ) -> None:
-        f_max_hz = _checked_f_max(sample_rate, f_min_hz, f_max_hz)
-        with torch.device("cpu"):  # the library looks at its values, which a meta tensor has not
-            bank = melscale_fbanks(
-                n_fft // 2 + 1, f_min_hz, f_max_hz, n_mels, sample_rate, norm, mel_scale
-            )
-        super().__init__(
-            bank.T.contiguous(),
-            sample_rate,
-            n_fft,
-            win_length,
-            hop_length,
-            power,
-            floor,
-            magnitude_eps,
-            center,
-        )
+        band = (f_min_hz, _checked_f_max(sample_rate, f_min_hz, f_max_hz))
+        # torchaudio reads the values of the filters, so they cannot be on the meta device.
+        with torch.device("cpu"):
+            filters = melscale_fbanks(n_fft // 2 + 1, *band, n_mels, sample_rate, norm, mel_scale)
+        bank = filters.T.contiguous()
+        sizes = (n_fft, win_length, hop_length)
+        super().__init__(bank, sample_rate, *sizes, power, floor, magnitude_eps, center)
 
 
 class Gammatone(_FilterBank):
-    """Log spectrogram of fourth-order gammatone filters, spaced by equivalent rectangular bandwidth.
+    """Log spectrogram of fourth-order gammatone filters, spaced on the ERB scale.
+
+    ERB is the equivalent rectangular bandwidth.
 
     Args:
         sample_rate: in Hz.
         n_fft: samples of the Fourier transform.
-        win_length: samples of the Hann window, `n_fft` when None.
+        win_length: samples of the Hann window; `None` for `n_fft`.
         hop_length: samples from one frame to the next.
         n_bins: number of bands.
         f_min_hz: centre of the lowest band.
-        f_max_hz: just above the centre of the highest band, half of `sample_rate` when None.
-        power: of the magnitudes that the filters sum, 1 or 2.
-        floor: smallest value of which the logarithm is taken.
-        magnitude_eps: added to the energy of every bin, which keeps the gradient finite on silence.
+        f_max_hz: frequency just above the centre of the highest band; `None` for half of
+            `sample_rate`.
+        power: exponent of the magnitudes that the filters sum, 1 or 2.
+        floor: lower limit of the sums before the logarithm.
+        magnitude_eps: added to the energy of every bin to keep the gradient finite on silence.
         center: as in `LogMel`.
     """
 
@@ -219,20 +213,17 @@ class Gammatone(_FilterBank):
         magnitude_eps: float = 1e-9,
         center: bool = False,
     ) -> None:
-        f_max_hz = _checked_f_max(sample_rate, f_min_hz, f_max_hz)
-        bank = torch.from_numpy(
-            get_gammatone(sample_rate, n_fft, n_bins, f_min_hz, f_max_hz)
-        ).float()
-        super().__init__(
-            bank, sample_rate, n_fft, win_length, hop_length, power, floor, magnitude_eps, center
-        )
+        band = (f_min_hz, _checked_f_max(sample_rate, f_min_hz, f_max_hz))
+        bank = torch.from_numpy(get_gammatone(sample_rate, n_fft, n_bins, *band)).float()
+        sizes = (n_fft, win_length, hop_length)
+        super().__init__(bank, sample_rate, *sizes, power, floor, magnitude_eps, center)
 
 
 class _ConstantQ(Spectrogram):
-    """Bands at a constant ratio, each with a window as long as its frequency asks for.
+    """Bands with a constant frequency ratio; the window of a band depends on its frequency.
 
-    `kernel_widths` are those of the octaves, highest first: octave i reads the clip at 1 / 2^i of
-    its rate, and what is left of the clip has to be longer than half the kernel.
+    `kernel_widths` has the kernel width of each octave, highest octave first. Octave i uses the
+    clip at 1 / 2^i of its sample rate; the reduced clip must be longer than half the kernel.
     """
 
     def __init__(
@@ -246,40 +237,39 @@ class _ConstantQ(Spectrogram):
     ) -> None:
         if floor <= 0:
             raise UserError(f"`floor` ({floor}) must be positive")
+        min_samples = [(width // 2 + 1) << octave for octave, width in enumerate(kernel_widths)]
         super().__init__(
             sample_rate=sample_rate,
             num_bands=n_bins,
             hop_length=hop_length,
             window_length=kernel_widths[0],
             padding=kernel_widths[0] // 2,
-            min_samples=max(
-                (width // 2 + 1) << octave for octave, width in enumerate(kernel_widths)
-            ),
+            min_samples=max(min_samples),
         )
         self.transform = exclude_from_state(transform)
         self.floor = floor
 
+    @override
     def log_magnitude(self, waveform: Float[Tensor, "R S"]) -> Float[Tensor, "R F T"]:
-        """Logarithm of the magnitudes, `floor` at least."""
-        # From the energy, since the gradient of the magnitude itself is NaN at 0.
+        # Computed from the energy, because the gradient of the magnitude is NaN at 0.
         energy = self.transform(waveform, output_format="Complex").square().sum(dim=-1)
         return energy.clamp(min=self.floor**2).log() / 2
 
 
 class CQT(_ConstantQ):
-    """Log constant-Q transform (Brown, 1991), scaled as librosa scales it.
+    """Log constant-Q transform (Brown, 1991), with the scaling of librosa.
 
     Args:
         sample_rate: in Hz.
         hop_length: samples from one frame to the next.
         f_min_hz: centre of the lowest band; 32.703 is the note C1.
         n_bins: number of bands.
-        bins_per_octave: resolution.
+        bins_per_octave: number of bands per octave.
         algorithm: `1992v2` applies all kernels at the full rate and is exact at any hop. `2010v2`
-            applies one octave's kernels to the clip halved again and again (Schörkhuber & Klapuri,
-            2010), which is faster when there are many octaves, and asks for a hop that can be
-            halved as often.
-        floor: smallest magnitude of which the logarithm is taken.
+            applies the kernels of one octave and halves the sample rate for each lower octave
+            (Schörkhuber & Klapuri, 2010). It is faster for many octaves; the hop must be divisible
+            by 2^(octaves - 1).
+        floor: lower limit of the magnitudes before the logarithm.
     """
 
     def __init__(
@@ -292,38 +282,31 @@ class CQT(_ConstantQ):
         algorithm: Literal["1992v2", "2010v2"] = "1992v2",
         floor: float = 1e-5,
     ) -> None:
-        _check_bands(sample_rate, f_min_hz, n_bins, bins_per_octave)
-        make, octaves = CQT1992v2, 1
-        if algorithm == "2010v2":
+        bands = _checked_bands(sample_rate, f_min_hz, n_bins, bins_per_octave)
+        octaves = 1
+        if algorithm == "1992v2":
+            transform = CQT1992v2(sample_rate, hop_length, **bands)
+        elif algorithm == "2010v2":
             octaves = _checked_octaves(n_bins, bins_per_octave, hop_length)
-            # Where earlydownsample sets in, the library's magnitudes are off by the root of its
-            # factor.
-            make = partial(CQT2010v2, earlydownsample=False)
-        elif algorithm != "1992v2":
+            # With early downsampling, nnAudio's magnitudes are wrong by the root of its factor.
+            transform = CQT2010v2(sample_rate, hop_length, **bands, earlydownsample=False)
+        else:
             raise UserError(f"`algorithm` ({algorithm!r}) must be '1992v2' or '2010v2'")
-        transform = make(
-            sample_rate,
-            hop_length,
-            f_min_hz,
-            n_bins=n_bins,
-            bins_per_octave=bins_per_octave,
-            verbose=False,
-        )
         kernel_widths = [transform.get_buffer("cqt_kernels_real").shape[-1]] * octaves
         super().__init__(transform, kernel_widths, sample_rate, hop_length, n_bins, floor)
 
 
 class VQT(_ConstantQ):
-    """Log variable-Q transform: a constant-Q transform whose low bands are wider, hence shorter in time.
+    """Log variable-Q transform: a constant-Q transform with shorter windows for the low bands.
 
     Args:
         sample_rate: in Hz.
-        hop_length: samples from one frame to the next; has to be halved once per octave.
+        hop_length: samples from one frame to the next, divisible by 2^(octaves - 1).
         f_min_hz: centre of the lowest band; 32.703 is the note C1.
         n_bins: number of bands.
-        bins_per_octave: resolution.
-        gamma: in Hz, added to every bandwidth; 0 is the constant-Q transform.
-        floor: smallest magnitude of which the logarithm is taken.
+        bins_per_octave: number of bands per octave.
+        gamma: added to every bandwidth, in Hz; 0 gives the constant-Q transform.
+        floor: lower limit of the magnitudes before the logarithm.
     """
 
     def __init__(
@@ -336,38 +319,23 @@ class VQT(_ConstantQ):
         gamma: float = 0.0,
         floor: float = 1e-5,
     ) -> None:
-        _check_bands(sample_rate, f_min_hz, n_bins, bins_per_octave)
+        bands = _checked_bands(sample_rate, f_min_hz, n_bins, bins_per_octave)
         if gamma < 0:
-            raise UserError(
-                f"`gamma` ({gamma}) must not be negative: use 0 for the constant-Q transform"
-            )
-        # At other hops the library interpolates complex values between frames: their magnitudes are
-        # lost.
+            raise UserError(f"`gamma` ({gamma}) must not be negative; 0 gives the CQT")
+        # At other hops, nnAudio interpolates complex values between frames: magnitudes are wrong.
         octaves = _checked_octaves(n_bins, bins_per_octave, hop_length)
-        # Where earlydownsample sets in, the library's kernels are still those of the full rate.
-        transform = NNAudioVQT(
-            sample_rate,
-            hop_length,
-            f_min_hz,
-            n_bins=n_bins,
-            bins_per_octave=bins_per_octave,
-            gamma=gamma,
-            earlydownsample=False,
-            verbose=False,
-        )
-        kernel_widths = [
-            transform.get_buffer(f"cqt_kernels_real_{i}").shape[-1] for i in range(octaves)
-        ]
+        # With early downsampling, nnAudio would still use the kernels of the full rate.
+        transform = NNAudioVQT(sample_rate, hop_length, **bands, gamma=gamma, earlydownsample=False)
+        kernels = [transform.get_buffer(f"cqt_kernels_real_{i}") for i in range(octaves)]
+        kernel_widths = [kernel.shape[-1] for kernel in kernels]
         super().__init__(transform, kernel_widths, sample_rate, hop_length, n_bins, floor)
 
 
 def exclude_from_state(module: nn.Module) -> nn.Module:
-    """Turn all parameters and buffers, nested ones too, into buffers outside of the `state_dict`."""
+    """Turn all parameters and buffers of a module tree into buffers outside the `state_dict`."""
     for part in module.modules():
-        for name, tensor in [
-            *part.named_parameters(recurse=False),
-            *part.named_buffers(recurse=False),
-        ]:
+        tensors = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
+        for name, tensor in tensors:
             delattr(part, name)
             part.register_buffer(name, tensor.detach(), persistent=False)
     return module
@@ -386,7 +354,10 @@ def _checked_f_max(sample_rate: int, f_min_hz: float, f_max_hz: float | None) ->
     return f_max_hz
 
 
-def _check_bands(sample_rate: int, f_min_hz: float, n_bins: int, bins_per_octave: int) -> None:
+def _checked_bands(
+    sample_rate: int, f_min_hz: float, n_bins: int, bins_per_octave: int
+) -> dict[str, float]:
+    """The nnAudio arguments of valid bands; `UserError` for bands above the Nyquist frequency."""
     nyquist = sample_rate / 2
     if not 0 < f_min_hz <= nyquist or n_bins < 1 or bins_per_octave < 1:
         raise UserError(
@@ -395,26 +366,31 @@ def _check_bands(sample_rate: int, f_min_hz: float, n_bins: int, bins_per_octave
         )
     f_max_hz = f_min_hz * 2 ** ((n_bins - 1) / bins_per_octave)
     if f_max_hz > nyquist:
-        most = 1 + int(bins_per_octave * log2(nyquist / f_min_hz))
+        max_bins = 1 + int(bins_per_octave * log2(nyquist / f_min_hz))
         raise UserError(
-            f"the top band ({f_max_hz:.0f} Hz) must not exceed the Nyquist frequency of `sample_rate` "
-            f"({sample_rate}), {nyquist:g} Hz: lower `n_bins` ({n_bins}) to {most}, or lower `f_min_hz`"
+            f"the top band ({f_max_hz:.0f} Hz) must not exceed the Nyquist frequency of "
+            f"`sample_rate` ({sample_rate}), {nyquist:g} Hz: lower `n_bins` ({n_bins}) to "
+            f"{max_bins}, or lower `f_min_hz`"
         )
+    bands = {"fmin": f_min_hz, "n_bins": n_bins, "bins_per_octave": bins_per_octave}
+    return {**bands, "verbose": False}
 
 
 def _checked_octaves(n_bins: int, bins_per_octave: int, hop_length: int) -> int:
-    remedy = "CQT with `algorithm`='1992v2', which takes any"
+    """The number of octaves of an algorithm that halves the sample rate for each octave."""
+    remedy = "CQT with `algorithm`='1992v2', which accepts any"
     if n_bins < bins_per_octave:
         raise UserError(
-            f"`n_bins` ({n_bins}) must fill an octave (`bins_per_octave`, {bins_per_octave}), since the "
-            f"kernels are those of a whole one: add bins, or use {remedy} number"
+            f"`n_bins` ({n_bins}) must be at least one octave (`bins_per_octave`, "
+            f"{bins_per_octave}), because the kernels cover one octave: increase it, or use "
+            f"{remedy} number"
         )
     octaves = ceil(n_bins / bins_per_octave)
     divisor = 2 ** (octaves - 1)
     if hop_length % divisor:
         nearest = divisor * max(1, round(hop_length / divisor))
         raise UserError(
-            f"`hop_length` ({hop_length}) must be a multiple of {divisor}, since it is halved for each of "
-            f"the {octaves} octaves but the first: use {nearest}, or {remedy} hop"
+            f"`hop_length` ({hop_length}) must be a multiple of {divisor}, because it is halved "
+            f"for each of the {octaves} octaves except the first: use {nearest}, or {remedy} hop"
         )
     return octaves

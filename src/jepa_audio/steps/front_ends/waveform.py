@@ -1,4 +1,4 @@
-"""Learned front end: a convolution stack over the raw waveform."""
+"""Waveform front end: a learned convolution stack over the raw samples."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from typing_extensions import override
 
 from jepa_audio.errors import UserError
 from jepa_audio.steps.front_ends.base import FrontEnd
@@ -16,34 +17,35 @@ from jepa_audio.steps.grid import Grid
 
 
 class ChannelLayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels of a sequence that carries them before time."""
+    """LayerNorm over the channels of `[B, D, T]`, at every time step separately."""
 
-    def forward(self, input: Float[Tensor, "B D T"]) -> Float[Tensor, "B D T"]:  # noqa: A002
-        """Normalise every time step on its own."""
+    @override
+    def forward(self, input: Float[Tensor, "B D T"]) -> Float[Tensor, "B D T"]:
         return super().forward(input.transpose(1, 2)).transpose(1, 2)
 
 
 class WaveformFrontEnd(FrontEnd):
     """Convolutions over the samples, as in wav2vec 2.0 (Baevski et al., 2020, arXiv:2006.11477).
 
-    Each layer is convolution, norm, GELU; then LayerNorm and a linear map to the tokens. No layer
-    pads, so a token depends on `receptive_field` samples, but for `norm="group"` and `standardize`,
-    whose statistics run over the whole clip: there padding changes every token, and a clip has to
-    be given at its true length.
+    Each layer is a convolution, a norm and GELU. LayerNorm and a linear map follow. The layers do
+    not pad, so a token depends on `receptive_field` samples. Exceptions are `norm="group"` and
+    `standardize`: their statistics use the whole clip, so padding changes every token, and clips
+    must be encoded at their true length.
 
     Args:
         conv_layers: (channels, kernel, stride) of every layer.
         embed_dim: width of the tokens.
         sample_rate: in Hz.
-        num_channels: audio channels.
-        separate_channels: False mixes the channels in the first layer; True gives every channel a
-            stack of its own and tokens of its own, a row of the grid each (WavJEPA-Nat's two ears).
-        norm: `group` normalises every channel over time, after the first layer alone (wav2vec 2.0
-            base, WavJEPA); `layer` every time step over the channels, after each layer (wav2vec 2.0
-            large).
-        bias: of the convolutions.
-        standardize: bring every clip to mean 0 and deviation 1, jointly over channels and time,
-            which keeps the level differences between the channels.
+        num_channels: number of audio channels.
+        separate_channels: False mixes the channels in the first layer. True uses a separate stack
+            for each channel; the tokens of a channel are one row of the grid (the two ears of
+            WavJEPA-Nat).
+        norm: `group` normalises every channel over time, only after the first layer (wav2vec 2.0
+            base, WavJEPA). `layer` normalises every time step over the channels, after each layer
+            (wav2vec 2.0 large).
+        bias: bias of the convolutions.
+        standardize: scale every clip to mean 0 and standard deviation 1, jointly over channels and
+            time, which keeps the level differences between the channels.
     """
 
     def __init__(
@@ -60,8 +62,8 @@ class WaveformFrontEnd(FrontEnd):
         super().__init__()
         if not conv_layers or any(min(layer) < 1 for layer in conv_layers):
             raise UserError(
-                f"`conv_layers` ({conv_layers}) must hold at least one layer, "
-                "each as [channels, kernel, stride], all of them positive"
+                f"`conv_layers` ({conv_layers}) must have at least one layer, each one "
+                "[channels, kernel, stride] with positive numbers"
             )
         if norm not in {"group", "layer", "none"}:
             raise UserError(f"`norm` ({norm!r}) must be 'group', 'layer' or 'none'")
@@ -84,8 +86,9 @@ class WaveformFrontEnd(FrontEnd):
         self.projection = nn.Linear(widths[-1], embed_dim)
         self.reset_parameters()
 
+    @override
     def reset_parameters(self) -> None:
-        """Kaiming-normal convolutions; norms and the linear map as torch draws them."""
+        """Initialise the convolutions Kaiming-normal; norms and the linear map as torch does."""
         for module in self.modules():
             if isinstance(module, nn.Conv1d | nn.GroupNorm | nn.LayerNorm | nn.Linear):
                 module.reset_parameters()
@@ -105,43 +108,43 @@ class WaveformFrontEnd(FrontEnd):
             samples = (samples - 1) * stride + kernel
         return samples
 
+    @override
     def grid(self, num_samples: int) -> Grid:
-        """One row, or one for each separate channel; samples that do not fill another token are dropped."""
+        """The grid: one row, or one row per separate channel; remaining samples are ignored."""
         if num_samples < self.receptive_field:
             raise UserError(
-                f"a clip of {num_samples} samples is too short: one token takes {self.receptive_field} "
+                f"a clip of {num_samples} samples is too short: one token needs "
+                f"{self.receptive_field} samples "
                 f"({1e3 * self.receptive_field / self.sample_rate:g} ms at {self.sample_rate} Hz)"
             )
-        return Grid(
-            num_freq=len(self.stacks),
-            num_time=1 + (num_samples - self.receptive_field) // self.stride,
-        )
+        num_time = 1 + (num_samples - self.receptive_field) // self.stride
+        return Grid(num_freq=len(self.stacks), num_time=num_time)
 
+    @override
     def num_time(self, num_samples: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
-        """See `FrontEnd`; `ValueError` if statistics over the whole clip would hear the padding."""
         if self.standardize or any(isinstance(module, nn.GroupNorm) for module in self.modules()):
             raise UserError(
-                "`data.mask_padding` needs a front end that hears one token at a time: set its `norm` to 'layer' and "
-                "`standardize` to false; `data.loudness_dbfs` sets the level instead"
+                "`data.mask_padding` needs a front end without statistics over the whole clip: set "
+                "its `norm` to 'layer' and `standardize` to false; `data.loudness_dbfs` can set "
+                "the level instead"
             )
         return super().num_time(num_samples)
 
+    @override
     def times(self, num_samples: int) -> Float[Tensor, " T"]:
-        """See `FrontEnd`; the middles of the receptive fields."""
         first = torch.arange(self.grid(num_samples).num_time) * self.stride
         return (first + self.receptive_field / 2) / self.sample_rate
 
+    @override
     def forward(self, waveform: Float[Tensor, "B C S"]) -> Float[Tensor, "B N D"]:
-        """Tokens in the order of `Grid`, float32 also under autocast."""
-        self.grid(waveform.shape[-1])
+        self.grid(waveform.shape[-1])  # raises `UserError` if the clip is too short
         features = waveform.float()
         if self.standardize:
             deviation = features.std(dim=(1, 2), keepdim=True)
             features = (features - features.mean(dim=(1, 2), keepdim=True)) / (deviation + 1e-5)
-        heard = features.chunk(
-            len(self.stacks), dim=1
-        )  # each stack its channel, or one stack all of them
-        rows = [stack(channels) for stack, channels in zip(self.stacks, heard, strict=True)]
+        # One stack has all channels; several stacks have one channel each.
+        inputs = features.chunk(len(self.stacks), dim=1)
+        rows = [stack(channels) for stack, channels in zip(self.stacks, inputs, strict=True)]
         features = rearrange(rows, "f b d t -> b (t f) d")
         return self.projection(self.norm(features)).float()
 

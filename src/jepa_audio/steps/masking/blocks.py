@@ -1,22 +1,26 @@
-"""Rectangles on the plane of time and frequency: the masks of spectrogram models."""
+"""Rectangles on the time-frequency grid: masks of spectrogram models."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from typing_extensions import override
 
 from jepa_audio.errors import UserError
 from jepa_audio.steps.grid import Grid, Masks
 from jepa_audio.steps.masking.base import Masker
-from jepa_audio.steps.masking.random import (
+from jepa_audio.steps.masking.sampling import (
+    add_random_tokens,
+    check_at_least_one,
+    check_min_context,
+    check_range,
     check_share,
     draw_accepted,
-    fill_up,
     floor_share,
     single_group,
 )
@@ -24,22 +28,21 @@ from jepa_audio.steps.masking.random import (
 
 @dataclass(frozen=True)
 class MultiBlockMasker(Masker):
-    """Some target blocks, each a group, and as context one large block without them.
+    """Several target blocks, each one a group; the context is one large block without the targets.
 
-    The masks of I-JEPA (Assran et al., 2023, arXiv:2301.08243), with three deviations. A block may
-    lie at the last row and column, which the published code never draws. Aspect ratios are relative
-    to the grid's own shape, the same thing on I-JEPA's square grid, and a side that the grid clips
-    is paid back by the other, so that `scale` holds on a long spectrogram too. Clips keep all their
-    context, not the batch's shortest.
+    The masks of I-JEPA (Assran et al., 2023, arXiv:2301.08243), with three deviations:
+
+    - Blocks can include the last row and column; the published code never draws these.
+    - Aspect ratios are relative to the shape of the grid, which is square in I-JEPA. If the grid
+      limits one side of a block, the other side grows, so that `scale` also holds on a long grid.
+    - Clips keep all their context; I-JEPA shortens it to the shortest of the batch.
 
     Args:
         num_targets: number of target blocks M; they may overlap.
-        target_scale: range of a target block's share of the grid; one draw per call, so groups are
-            equal.
-        target_aspect: range of the ratio of a target block's share of time to its share of
-            frequency.
-        context_scale: range of the context block's share of the grid; its aspect is the grid's.
-        min_context: rows that keep less than this share of context get new places for their blocks.
+        target_scale: range of a target block's share of the grid; one draw per call for all groups.
+        target_aspect: range of a target block's share of time over its share of frequency.
+        context_scale: range of the context block's share of the grid; it has the grid's aspect.
+        min_context: rows with a smaller share of context are drawn again.
     """
 
     num_targets: int = 4
@@ -49,20 +52,14 @@ class MultiBlockMasker(Masker):
     min_context: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.num_targets < 1:
-            raise UserError(
-                f"`num_targets` must be at least 1, got {self.num_targets}: nothing would be predicted"
-            )
-        _check_range("target_scale", self.target_scale, 1.0)
-        _check_range("target_aspect", self.target_aspect, math.inf)
-        _check_range("context_scale", self.context_scale, 1.0)
-        if not 0 <= self.min_context < 1:
-            raise UserError(
-                f"`min_context` must lie in [0, 1), got {self.min_context}: it is a share of the tokens"
-            )
+        check_at_least_one(num_targets=self.num_targets)
+        check_range("target_scale", self.target_scale, 1.0)
+        check_range("target_aspect", self.target_aspect)
+        check_range("context_scale", self.context_scale, 1.0)
+        check_min_context(self.min_context)
 
+    @override
     def __call__(self, grid: Grid, batch_size: int, generator: torch.Generator, step: int) -> Masks:
-        """See `Masker`."""
         uniform = torch.rand(3, generator=generator, dtype=torch.float64)
         ranges = torch.tensor(
             [self.target_scale, self.target_aspect, self.context_scale], dtype=torch.float64
@@ -74,27 +71,91 @@ class MultiBlockMasker(Masker):
         context_size = _block_size(grid, context_scale, 1.0)
 
         def draw(num_rows: int) -> tuple[Tensor, Tensor]:
-            targets = _place(grid, target_size.expand(num_rows, self.num_targets, 2), generator)
-            context = _place(grid, context_size.expand(num_rows, 2), generator)
+            sizes = target_size.expand(num_rows, self.num_targets, 2)
+            targets = _draw_blocks(grid, sizes, generator)
+            context = _draw_blocks(grid, context_size.expand(num_rows, 2), generator)
             return context & ~targets.any(1), targets
 
         return Masks.from_bool(*draw_accepted(draw, batch_size, self.min_context, self))
 
 
-@dataclass(frozen=True)
-class BlockMasker(Masker):
-    """The union of many small blocks as the one target group, and the rest as context.
+class _UnionMasker(Masker):
+    """A union of rectangles as one target group; all other tokens are context.
 
-    PupuJEPA's blocks (Gu et al., 2026, arXiv:2606.25713).
+    Subclasses define the settings `target_share` and `max_attempts`, and draw sizes.
+    """
+
+    target_share: float
+    max_attempts: int
+
+    @override
+    def __call__(self, grid: Grid, batch_size: int, generator: torch.Generator, step: int) -> Masks:
+        count = floor_share(self.target_share, grid.num_tokens)
+        if count < 1:
+            raise UserError(
+                f"`target_share` ({self.target_share}) gives no target on {grid}: raise it, or "
+                "raise `data.crop_seconds`"
+            )
+        size = (self.max_attempts, 5, batch_size)
+        uniform = torch.rand(size, generator=generator, dtype=torch.float64)
+        covered, _ = self._cover(grid, count, uniform)
+        return single_group(add_random_tokens(covered, count, generator))
+
+    @abstractmethod
+    def _draw_size(self, grid: Grid, uniform: Tensor, free: Tensor) -> Tensor:
+        """The (time, frequency) sizes `[B, 2]` of the next rectangles.
+
+        `uniform` `[3, B]` are random numbers; `free` `[B]` counts the tokens still to be covered.
+        """
+
+    def _cover(
+        self, grid: Grid, count: int, uniform: Float[Tensor, "A 5 B"]
+    ) -> tuple[Bool[Tensor, "B N"], Int[Tensor, "placed B 2"]]:
+        """Add rectangles to every row until the next one would exceed `count` covered tokens.
+
+        `uniform` has the random numbers of all A attempts. They are drawn in advance, so that a row
+        does not depend on the number of attempts of other rows.
+
+        Returns:
+            The covered tokens, and the (time, frequency) size of the rectangle of every attempt;
+            the size is 0 if the attempt covered no new token.
+        """
+        shape = torch.tensor([grid.num_time, grid.num_freq])
+        batch_size = uniform.shape[-1]
+        # Floats with the long axis last: broadcast products of bools are ten times slower on a CPU.
+        uncovered = torch.ones(batch_size, grid.num_freq, grid.num_time)
+        free = torch.full((batch_size,), count)
+        is_open = torch.ones(batch_size, dtype=torch.bool)
+        placed = []
+        for attempt in uniform:
+            size = self._draw_size(grid, attempt[:3], free).clamp(min=1).minimum(shape)
+            in_time, in_freq = _extents(grid, (attempt[3:].T * (shape - size + 1)).long(), size)
+            new = uncovered * in_time[:, None, :].float() * in_freq[:, :, None].float()
+            num_new = new.sum(dim=(1, 2)).long()
+            is_open &= num_new <= free
+            uncovered -= new * is_open[:, None, None].float()
+            free -= num_new * is_open
+            placed.append(size * (is_open & (num_new > 0))[:, None])
+            is_open &= free > 0
+            if not is_open.any():
+                break
+        return (uncovered.mT == 0).flatten(1), torch.stack(placed)
+
+
+@dataclass(frozen=True)
+class BlockMasker(_UnionMasker):
+    """The union of many small blocks as one target group; all other tokens are context.
+
+    The block masks of PupuJEPA (Gu et al., 2026, arXiv:2606.25713).
 
     Args:
-        target_share: share of the tokens to predict, met exactly.
-        scale: range of a block's share of the grid; the last blocks are no larger than what is
-            still free.
-        long_aspect: range of time columns per frequency row, for the half of the blocks that run
-            along time.
-        tall_aspect: the same for the half that run along frequency.
-        max_attempts: most blocks drawn per clip; what they leave open is filled with single tokens.
+        target_share: exact share of target tokens.
+        scale: range of a block's share of the grid; the last blocks are limited to the number of
+            tokens that are still to be covered.
+        long_aspect: range of time columns per frequency row, for the half of the blocks that are
+            long in time.
+        tall_aspect: the same for the half that are long in frequency.
+        max_attempts: maximum number of blocks per clip; random single tokens complete the share.
     """
 
     target_share: float = 0.8
@@ -105,41 +166,35 @@ class BlockMasker(Masker):
 
     def __post_init__(self) -> None:
         check_share("target_share", self.target_share)
-        _check_range("scale", self.scale, 1.0)
-        _check_range("long_aspect", self.long_aspect, math.inf)
-        _check_range("tall_aspect", self.tall_aspect, math.inf)
-        _check_attempts(self.max_attempts)
+        check_range("scale", self.scale, 1.0)
+        check_range("long_aspect", self.long_aspect)
+        check_range("tall_aspect", self.tall_aspect)
+        check_at_least_one(max_attempts=self.max_attempts)
 
-    def __call__(self, grid: Grid, batch_size: int, generator: torch.Generator, step: int) -> Masks:
-        """See `Masker`."""
-        count = _target_count(grid, self.target_share)
-        return _covered(self._size, self.max_attempts, grid, count, batch_size, generator)
-
-    def _size(
-        self, grid: Grid, uniform: Float[Tensor, "3 B"], free: Int[Tensor, " B"]
-    ) -> Int[Tensor, "B 2"]:
-        area = (grid.num_tokens * _between(self.scale, uniform[0])).minimum(free)
-        is_long = uniform[1] < 0.5
+    @override
+    def _draw_size(self, grid: Grid, uniform: Tensor, free: Tensor) -> Tensor:
+        area = (grid.num_tokens * _interpolate(self.scale, uniform[0])).minimum(free)
         aspect = torch.where(
-            is_long, _between(self.long_aspect, uniform[2]), _between(self.tall_aspect, uniform[2])
+            uniform[1] < 0.5,
+            _interpolate(self.long_aspect, uniform[2]),
+            _interpolate(self.tall_aspect, uniform[2]),
         )
         return torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], dim=-1).long()
 
 
 @dataclass(frozen=True)
-class StripeMasker(Masker):
-    """The union of stripes across the whole grid as the one target group, and the rest as context.
+class StripeMasker(_UnionMasker):
+    """The union of stripes across the whole grid as one target group; all other tokens are context.
 
-    PupuJEPA's time-frequency masks (Gu et al., 2026, arXiv:2606.25713). A stripe of time is drawn
-    with probability T / (T + F), a stripe of frequency otherwise.
+    The time-frequency masks of PupuJEPA (Gu et al., 2026, arXiv:2606.25713). A stripe covers whole
+    time columns with probability T / (T + F), and whole frequency rows otherwise.
 
     Args:
-        target_share: share of the tokens to predict, met exactly.
-        max_time_width: most time columns of a stripe of time, which is no wider than what is still
-            free.
-        max_freq_width: most frequency rows of a stripe of frequency, likewise.
-        max_attempts: most stripes drawn per clip; what they leave open is filled with single
-            tokens.
+        target_share: exact share of target tokens.
+        max_time_width: maximum number of time columns of a stripe; the last stripes are limited to
+            the number of tokens that are still to be covered.
+        max_freq_width: maximum number of frequency rows of a stripe, with the same limit.
+        max_attempts: maximum number of stripes per clip; random single tokens complete the share.
     """
 
     target_share: float = 0.8
@@ -149,103 +204,37 @@ class StripeMasker(Masker):
 
     def __post_init__(self) -> None:
         check_share("target_share", self.target_share)
-        if self.max_time_width < 1 or self.max_freq_width < 1:
-            raise UserError(
-                f"`max_time_width` ({self.max_time_width}) and `max_freq_width` ({self.max_freq_width}) "
-                f"must be at least 1: a stripe has a width"
-            )
-        _check_attempts(self.max_attempts)
+        check_at_least_one(
+            max_time_width=self.max_time_width,
+            max_freq_width=self.max_freq_width,
+            max_attempts=self.max_attempts,
+        )
 
-    def __call__(self, grid: Grid, batch_size: int, generator: torch.Generator, step: int) -> Masks:
-        """See `Masker`."""
-        count = _target_count(grid, self.target_share)
-        return _covered(self._size, self.max_attempts, grid, count, batch_size, generator)
-
-    def _size(
-        self, grid: Grid, uniform: Float[Tensor, "3 B"], free: Int[Tensor, " B"]
-    ) -> Int[Tensor, "B 2"]:
+    @override
+    def _draw_size(self, grid: Grid, uniform: Tensor, free: Tensor) -> Tensor:
         shape = torch.tensor([grid.num_time, grid.num_freq])
-        widest = torch.tensor([self.max_time_width, self.max_freq_width])
-        # A stripe of one axis runs along the whole other axis, so a width of 1 costs the other
-        # axis' length.
-        width = (1 + (uniform[1, :, None] * widest).long()).minimum(
-            free[:, None] // shape.flip(0)
-        )  # [B, 2]
+        max_width = torch.tensor([self.max_time_width, self.max_freq_width])
+        # One column has `num_freq` tokens and one row has `num_time` tokens.
+        max_free = free[:, None] // shape.flip(0)  # [B, 2]
+        width = (1 + (uniform[1, :, None] * max_width).long()).minimum(max_free)
         is_time = uniform[0] * (grid.num_time + grid.num_freq) < grid.num_time
-        is_across = torch.stack([is_time, ~is_time], dim=-1)
-        return torch.where(is_across, width, shape)
+        return torch.where(torch.stack([is_time, ~is_time], dim=-1), width, shape)
 
 
-def _covered(
-    draw_size: Callable[[Grid, Tensor, Tensor], Tensor],
-    max_attempts: int,
-    grid: Grid,
-    count: int,
-    batch_size: int,
-    generator: torch.Generator,
-) -> Masks:
-    """Blocks, then single tokens up to exactly `count` targets; the rest is context."""
-    uniform = torch.rand(max_attempts, 5, batch_size, generator=generator, dtype=torch.float64)
-    covered, _ = _grow(draw_size, grid, count, uniform)
-    return single_group(fill_up(covered, count, generator))
-
-
-def _grow(
-    draw_size: Callable[[Grid, Tensor, Tensor], Tensor],
-    grid: Grid,
-    count: int,
-    uniform: Float[Tensor, "A 5 B"],
-) -> tuple[Bool[Tensor, "B N"], Int[Tensor, "placed B 2"]]:
-    """Covers the grid block by block, until a row holds `count` tokens or its next block would overshoot.
-
-    Args:
-        draw_size: (grid, uniform `[3, B]`, tokens that may still be covered `[B]`) → (time,
-            frequency) extent `[B, 2]`.
-        grid: the grid.
-        count: tokens to cover, never exceeded.
-        uniform: random numbers for A attempts, drawn beforehand: no row depends on when another one
-            closes.
-
-    Returns:
-        The covered tokens, and the (time, frequency) extent of the block that every attempt placed,
-        zero where it covered nothing new.
-    """
-    shape = torch.tensor([grid.num_time, grid.num_freq])
-    batch_size = uniform.shape[-1]
-    # Floats with the long axis last: bool products that broadcast are ten times slower on a CPU.
-    bare = torch.ones(batch_size, grid.num_freq, grid.num_time)
-    free = torch.full((batch_size,), count)
-    is_open = torch.ones(batch_size, dtype=torch.bool)
-    placed = []
-    for attempt in uniform:
-        size = draw_size(grid, attempt[:3], free).clamp(min=1).minimum(shape)
-        in_time, in_freq = _sides(grid, (attempt[3:].T * (shape - size + 1)).long(), size)
-        new = bare * in_time[:, None, :].float() * in_freq[:, :, None].float()
-        num_new = new.sum(dim=(1, 2)).long()
-        is_open &= num_new <= free
-        bare -= new * is_open[:, None, None].float()
-        free -= num_new * is_open
-        placed.append(size * (is_open & (num_new > 0))[:, None])
-        is_open &= free > 0
-        if not is_open.any():
-            break
-    return (bare.mT == 0).flatten(1), torch.stack(placed)
-
-
-def _place(
+def _draw_blocks(
     grid: Grid, size: Int[Tensor, "*rows 2"], generator: torch.Generator
 ) -> Bool[Tensor, "*rows N"]:
-    """Blocks of the given (time, frequency) extents, anywhere on the grid with equal probability."""
+    """Draw a block of each (time, frequency) size; all positions have the same probability."""
     shape = torch.tensor([grid.num_time, grid.num_freq])
     start = torch.rand(size.shape, generator=generator, dtype=torch.float64) * (shape - size + 1)
-    in_time, in_freq = _sides(grid, start.long(), size)
+    in_time, in_freq = _extents(grid, start.long(), size)
     return (in_time[..., :, None] & in_freq[..., None, :]).flatten(-2)
 
 
-def _sides(
+def _extents(
     grid: Grid, start: Int[Tensor, "*rows 2"], size: Int[Tensor, "*rows 2"]
 ) -> tuple[Bool[Tensor, "*rows T"], Bool[Tensor, "*rows F"]]:
-    """The time columns and the frequency rows of blocks."""
+    """The time columns and the frequency rows that each block covers."""
     end = start + size
     time, freq = torch.arange(grid.num_time), torch.arange(grid.num_freq)
     return (
@@ -255,34 +244,11 @@ def _sides(
 
 
 def _block_size(grid: Grid, scale: float, aspect: float) -> Int[Tensor, " 2"]:
-    """(time, frequency) extent of a block that covers `scale` of the grid, as nearly as whole tokens can."""
+    """The (time, frequency) size in whole tokens that best covers a share `scale` of the grid."""
     num_freq = min(max(round(grid.num_freq * math.sqrt(scale / aspect)), 1), grid.num_freq)
     num_time = min(max(round(grid.num_tokens * scale / num_freq), 1), grid.num_time)
     return torch.tensor([num_time, num_freq])
 
 
-def _between(bounds: tuple[float, float], uniform: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+def _interpolate(bounds: tuple[float, float], uniform: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
     return bounds[0] + (bounds[1] - bounds[0]) * uniform
-
-
-def _target_count(grid: Grid, target_share: float) -> int:
-    count = floor_share(target_share, grid.num_tokens)
-    if count < 1:
-        raise UserError(
-            f"`target_share` ({target_share}) leaves no target on {grid}: raise it or give longer clips"
-        )
-    return count
-
-
-def _check_range(name: str, bounds: tuple[float, float], limit: float) -> None:
-    if not 0 < bounds[0] <= bounds[1] <= limit:
-        raise UserError(
-            f"`{name}` must be (lowest, highest) above 0 and up to {limit}, got {bounds}"
-        )
-
-
-def _check_attempts(max_attempts: int) -> None:
-    if max_attempts < 1:
-        raise UserError(
-            f"`max_attempts` must be at least 1, got {max_attempts}: 0 is what RandomMasker does"
-        )

@@ -1,4 +1,4 @@
-"""Several maskers in turn, brought in by a curriculum."""
+"""A mixture of maskers with a curriculum."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from typing_extensions import override
 
 from jepa_audio.errors import UserError
 from jepa_audio.steps.grid import Grid, Masks
@@ -14,14 +15,14 @@ from jepa_audio.steps.masking.base import Masker
 
 @dataclass(frozen=True)
 class MixtureMasker(Masker):
-    """One of several maskers, drawn anew for every batch (PupuJEPA, Gu et al., 2026, arXiv:2606.25713).
+    """One of several maskers, drawn for each batch (PupuJEPA, Gu et al., 2026, arXiv:2606.25713).
 
     Args:
-        maskers: the maskers; the first is the one that training starts with.
-        weights: their probabilities after the curriculum.
-        warmup_start: optimizer step up to which only the first masker is drawn.
-        warmup_end: optimizer step from which `weights` hold; in between the other maskers' weights
-            rise linearly, and the first keeps the rest.
+        maskers: the maskers; training starts with the first one.
+        weights: probability of each masker after the curriculum.
+        warmup_start: up to this optimizer step, only the first masker is drawn.
+        warmup_end: from this optimizer step, `weights` are used. In between, the weights of the
+            other maskers rise linearly and the first masker has the remaining probability.
     """
 
     maskers: list[Masker]
@@ -32,23 +33,20 @@ class MixtureMasker(Masker):
     def __post_init__(self) -> None:
         if not self.maskers or len(self.maskers) != len(self.weights):
             raise UserError(
-                f"`weights` ({len(self.weights)}) must be as many as `maskers` ({len(self.maskers)}), at "
-                f"least one: give each masker its weight"
+                f"`weights` ({len(self.weights)}) must be as many as `maskers` "
+                f"({len(self.maskers)}), and at least one"
             )
-        if not all(weight >= 0 for weight in self.weights) or not math.isclose(
-            sum(self.weights), 1, abs_tol=1e-6
-        ):
-            raise UserError(
-                f"`weights` must be at least 0 and add up to 1, got {self.weights}: divide by their sum"
-            )
+        is_positive = all(weight >= 0 for weight in self.weights)
+        if not is_positive or not math.isclose(sum(self.weights), 1, abs_tol=1e-6):
+            raise UserError(f"`weights` must be at least 0 and add up to 1, got {self.weights}")
         if not 0 <= self.warmup_start <= self.warmup_end:
             raise UserError(
-                f"`warmup_end` ({self.warmup_end}) must not come before `warmup_start` "
-                f"({self.warmup_start}), nor that before step 0: equal values switch at once"
+                f"`warmup_end` ({self.warmup_end}) must be at least `warmup_start` "
+                f"({self.warmup_start}), and both at least 0"
             )
 
     def weights_at(self, step: int) -> list[float]:
-        """The maskers' probabilities at an optimizer step."""
+        """The probabilities of the maskers at an optimizer step."""
         num_steps = self.warmup_end - self.warmup_start
         if num_steps:
             ramp = min(max((step - self.warmup_start) / num_steps, 0.0), 1.0)
@@ -57,8 +55,8 @@ class MixtureMasker(Masker):
         others = [ramp * weight for weight in self.weights[1:]]
         return [max(1.0 - sum(others), 0.0), *others]
 
+    @override
     def __call__(self, grid: Grid, batch_size: int, generator: torch.Generator, step: int) -> Masks:
-        """See `Masker`."""
         weights = torch.tensor(self.weights_at(step), dtype=torch.float64)
         masker = self.maskers[int(torch.multinomial(weights, 1, generator=generator))]
         return masker(grid, batch_size, generator, step)
