@@ -1,7 +1,8 @@
-"""The features of a batch of clips: the tokens of every layer, with their times, and means over them."""
+"""The features of a batch of clips: tokens of every layer with their times, and pooling."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,13 +15,13 @@ from jepa_audio.errors import UserError
 
 @dataclass(frozen=True)
 class LayerFeatures:
-    """What a frozen encoder says of a batch of clips.
+    """The tokens of every layer of an encoder for a batch of clips.
 
     Attributes:
-        layers: one tensor `[B, T, F, D]` for each layer: 0 is what enters the first block, then the
-            output of every block; the last one is taken after the final norm.
-        times: centre of every time column in seconds, `[B, T]`, rising along a clip.
-        valid: True where a column belongs to the clip, `[B, T]`; the columns that fill up a shorter
+        layers: one tensor `[B, T, F, D]` for each layer: 0 is the input of the first block, the
+            others are the outputs of the blocks; the last one is taken after the final norm.
+        times: centre of every time column in seconds, `[B, T]`, increasing along a clip.
+        valid: True where a column belongs to the clip, `[B, T]`; the columns that pad a shorter
             clip are zeros.
     """
 
@@ -29,54 +30,74 @@ class LayerFeatures:
     valid: Bool[Tensor, "B T"]
 
     def pool(self, frequency: Literal["mean", "concat"] = "mean") -> list[Float[Tensor, "B _"]]:
-        """The mean over time of every layer; frequency rows are averaged, or kept side by side (E = F * D)."""
+        """The mean over time of every layer, with frequency rows averaged or concatenated."""
         return self.pool_regions(1 if frequency == "mean" else self.layers[0].shape[2], 1)
 
     def over_time(
         self, frequency: Literal["mean", "concat"] = "mean"
     ) -> list[Float[Tensor, "B T _"]]:
-        """One vector for each time column; frequency rows are averaged, or kept side by side (E = F * D)."""
-        return [
-            layer.mean(dim=2) if frequency == "mean" else layer.flatten(2) for layer in self.layers
-        ]
+        """One vector for each time column, with frequency rows averaged or concatenated."""
+        mean = frequency == "mean"
+        return [layer.mean(dim=2) if mean else layer.flatten(2) for layer in self.layers]
 
     def pool_regions(self, freq_chunks: int, time_chunks: int) -> list[Float[Tensor, "B _"]]:
-        """Partitioned region pooling, as PupuJEPA is used (Gu et al., 2026, arXiv:2606.25713).
+        """Partitioned region pooling, as for PupuJEPA (Gu et al., 2026, arXiv:2606.25713).
 
-        The plane of a clip's tokens is cut into `freq_chunks` times `time_chunks` regions (of sizes
-        as equal as can be, as of `torch.nn.AdaptiveAvgPool2d`); the means of the regions stand side
-        by side, E = chunks * D: all times of the lowest frequencies first. (1, 1) is the plain
-        mean, (F, 1) keeps every frequency row.
+        The tokens of a clip are divided into `freq_chunks` times `time_chunks` regions of nearly
+        equal size, as in `torch.nn.AdaptiveAvgPool2d`. The means of the regions are concatenated,
+        E = chunks * D: first all times of the lowest frequencies. (1, 1) is the mean of all tokens,
+        (F, 1) keeps every frequency row.
 
         Raises:
-            UserError: if there are fewer rows than `freq_chunks`, or a clip has fewer columns than
-                `time_chunks`.
+            UserError: if there are fewer rows than `freq_chunks`, or if a clip has fewer columns
+                than `time_chunks`.
         """
         num_columns, num_freq = self.valid.sum(dim=1), self.layers[0].shape[2]
-        if not 1 <= freq_chunks <= num_freq or not 1 <= time_chunks <= int(num_columns.min()):
+        shortest = int(num_columns.min())
+        if not 1 <= freq_chunks <= num_freq or not 1 <= time_chunks <= shortest:
             raise UserError(
-                f"`freq_chunks` ({freq_chunks}) must be in [1, {num_freq}], the frequency rows, and `time_chunks` "
-                f"({time_chunks}) in [1, {int(num_columns.min())}], the columns of the shortest clip"
+                f"`freq_chunks` ({freq_chunks}) must be in [1, {num_freq}] (frequency rows) and "
+                f"`time_chunks` ({time_chunks}) in [1, {shortest}] (columns of the shortest clip)"
             )
-        over_time = _chunk_means(num_columns, time_chunks, self.valid.shape[1])  # [B, chunks, T]
-        over_freq = _chunk_means(num_columns.new_tensor([num_freq]), freq_chunks, num_freq)[
-            0
-        ]  # [chunks, F]
         dtype = self.layers[0].dtype
-        weights = over_freq.to(dtype), over_time.to(dtype)
+        time = _mean_weights(num_columns, time_chunks, self.valid.shape[1]).to(dtype)
+        freq = _mean_weights(num_columns.new_tensor([num_freq]), freq_chunks, num_freq)[0].to(dtype)
         return [
-            torch.einsum("btfd,gf,bct->bgcd", layer, *weights).flatten(1) for layer in self.layers
+            torch.einsum("btfd,gf,bct->bgcd", layer, freq, time).flatten(1) for layer in self.layers
         ]
 
 
-def _chunk_means(
+def _mean_weights(
     length: Int[Tensor, " B"], chunks: int, longest: int
 ) -> Float[Tensor, "B chunks L"]:
-    number, place = (
-        torch.arange(chunks, device=length.device),
-        torch.arange(longest, device=length.device),
-    )
-    first = number * length[:, None] // chunks
-    last = -(-(number + 1) * length[:, None] // chunks)  # rounded up: neighbours may share a column
+    """Weights that average the first `length` of `longest` places in `chunks` parts."""
+    chunk = torch.arange(chunks, device=length.device)
+    place = torch.arange(longest, device=length.device)
+    first = chunk * length[:, None] // chunks
+    # Rounded up: neighbours may share a place.
+    last = -(-(chunk + 1) * length[:, None] // chunks)
     within = (place >= first[..., None]) & (place < last[..., None])
     return within / (last - first)[..., None]
+
+
+def pad_features(
+    rows: Sequence[Tensor], parts: Sequence[tuple[tuple[Tensor, ...], Tensor]]
+) -> LayerFeatures:
+    """One batch of clips of different lengths, padded with zeros.
+
+    Args:
+        rows: row indices in the batch of the clips of each part.
+        parts: layers `[b, T, F, D]` and times `[T]` of clips of equal length.
+    """
+    first = parts[0][0]
+    shape = (sum(map(len, rows)), max(len(times) for _, times in parts))
+    layers = tuple(layer.new_zeros(*shape, *layer.shape[2:]) for layer in first)
+    times = torch.zeros(shape, device=first[0].device)
+    valid = torch.zeros(shape, dtype=torch.bool, device=first[0].device)
+    for part_rows, (part_layers, part_times) in zip(rows, parts, strict=True):
+        num_columns = len(part_times)
+        times[part_rows, :num_columns] = part_times.to(times)
+        valid[part_rows, :num_columns] = True
+        for layer, part in zip(layers, part_layers, strict=True):
+            layer[part_rows, :num_columns] = part
+    return LayerFeatures(layers, times, valid)

@@ -1,4 +1,4 @@
-"""Checkpoints of this or an earlier version → the model they hold."""
+"""Checkpoints of this or an earlier version → the model in them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from jepa_audio.training.jepa import JEPA
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a `.ckpt` of a run; its weights are mapped into memory, not read.
+    """The content of the `.ckpt` of a run; the weights are memory-mapped, not read.
 
     Raises:
-        UserError: if there is no file, or it is not a checkpoint of a run of jepa-audio.
+        UserError: if there is no such file, or if it is not a checkpoint of a run of jepa-audio.
     """
     if not path.is_file():
         raise MissingFileError(f"no checkpoint at {path}")
@@ -29,8 +29,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict) or not {"state_dict", "hyper_parameters"} <= content.keys():
         raise UserError(
-            f"{path} is not a checkpoint of a run of jepa-audio: it holds no `state_dict` and "
-            "`hyper_parameters`; published weights become one by `jepa-audio import`"
+            f"{path} is not a checkpoint of a run of jepa-audio: it has no `state_dict` and "
+            "`hyper_parameters`; convert published weights with `jepa-audio import`"
         )
     return content
 
