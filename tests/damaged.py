@@ -63,7 +63,7 @@ LOOSE: dict[str, tuple[str, Callable[[np.random.Generator], bytes], str]] = {
         "cannot be decoded",
     ),
     "nan": (".wav", lambda rng: spoilt(rng, np.nan), "non-finite"),
-    "absurd": (".wav", lambda rng: spoilt(rng, 1e29), "absurd samples"),
+    "implausible": (".wav", lambda rng: spoilt(rng, 1e29), "implausible samples"),
     "one-sample": (".wav", lambda rng: encoded(sound(rng)[:1], "WAV"), "too short"),
     "200-hours": (".flac", lambda rng: claiming_hours(encoded(sound(rng)), 200), "200 hours"),
 }

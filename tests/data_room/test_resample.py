@@ -1,4 +1,4 @@
-"""Laws of resampling: the pitch stays, a slice is a part of the whole, kernels stay small."""
+"""Resampling keeps the pitch, a slice equals that slice of the whole file, kernels stay small."""
 
 import math
 
@@ -29,13 +29,13 @@ def test_a_sine_keeps_its_frequency_and_level(from_rate: int, to_rate: int):
     spectrum = torch.fft.rfft(
         resample(sine, from_rate, to_rate)[0, : to_rate - 100] * torch.hann_window(to_rate - 100)
     )
-    found = spectrum.abs().argmax() * to_rate / (to_rate - 100)
-    assert 1200 * abs(math.log2(found / 1000)) < 2.5  # cents, of which one bin is 1.7
+    frequency = spectrum.abs().argmax() * to_rate / (to_rate - 100)
+    assert 1200 * abs(math.log2(frequency / 1000)) < 2.5  # cents; one bin is 1.7 cents
     assert resample(sine, from_rate, to_rate)[0, 200:-200].abs().max() == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.parametrize(("from_rate", "to_rate"), [pair for pair in PAIRS if pair[0] != 44_101])
-def test_ordinary_rates_are_resampled_exactly_as_torchaudio_does(from_rate: int, to_rate: int):
+def test_common_rates_are_resampled_as_torchaudio_does(from_rate: int, to_rate: int):
     waveform = noise(3000, num_channels=2)
     # Our kernels are computed in float64, those of the function in float32.
     expected = torchaudio.functional.resample(waveform, from_rate, to_rate)
@@ -44,7 +44,7 @@ def test_ordinary_rates_are_resampled_exactly_as_torchaudio_does(from_rate: int,
     )
 
 
-def test_a_rate_is_not_touched_if_it_is_the_right_one():
+def test_equal_rates_return_the_waveform_itself():
     waveform = noise(100)
     assert resample(waveform, 8000, 8000) is waveform
 
@@ -52,7 +52,7 @@ def test_a_rate_is_not_touched_if_it_is_the_right_one():
 @pytest.mark.parametrize(
     ("from_rate", "to_rate"), [*PAIRS, (44_056, 16_000), (47_999, 48_000), (16_001, 44_100)]
 )
-def test_the_ratio_is_within_a_cent_and_the_kernel_small(from_rate: int, to_rate: int):
+def test_the_ratio_is_within_one_cent_and_the_kernel_small(from_rate: int, to_rate: int):
     ratio = rate_ratio(from_rate, to_rate)
     assert 1200 * abs(math.log2(ratio * to_rate / from_rate)) < 1
     assert ratio.denominator <= 1280
@@ -60,32 +60,31 @@ def test_the_ratio_is_within_a_cent_and_the_kernel_small(from_rate: int, to_rate
 
 @pytest.mark.parametrize(("from_rate", "to_rate"), PAIRS)
 @pytest.mark.parametrize("num_frames", [1, 2000, 2003])
-def test_the_length_is_known_beforehand(from_rate: int, to_rate: int, num_frames: int):
+def test_resampled_length_predicts_the_length(from_rate: int, to_rate: int, num_frames: int):
     assert resample(noise(num_frames), from_rate, to_rate).shape[1] == resampled_length(
         num_frames, from_rate, to_rate
     )
 
 
 @pytest.mark.parametrize(("from_rate", "to_rate"), [*PAIRS, (16_000, 16_000)])
-def test_a_slice_of_the_source_resampled_is_the_slice_of_the_whole_resampled(
+def test_a_resampled_source_slice_equals_that_slice_of_the_resampled_file(
     from_rate: int, to_rate: int
 ):
     waveform = noise(from_rate // 2, num_channels=2)
-    whole = resample(waveform, from_rate, to_rate)
+    full = resample(waveform, from_rate, to_rate)
     draws = np.random.default_rng(0)
     for num_samples in (1, 37, 900):
-        ends = whole.shape[1] - num_samples
-        for start in [0, 1, ends, *draws.integers(ends, size=10).tolist()]:
+        last_start = full.shape[1] - num_samples
+        for start in [0, 1, last_start, *draws.integers(last_start, size=10).tolist()]:
             source = source_slice(start, num_samples, waveform.shape[1], from_rate, to_rate)
-            part = waveform[:, source.start : source.start + source.num_frames]
-            assert part.shape[1] == source.num_frames
-            piece = resample(part, from_rate, to_rate)[:, source.skip : source.skip + num_samples]
-            torch.testing.assert_close(
-                piece, whole[:, start : start + num_samples], atol=1e-5, rtol=1e-4
-            )
+            frames = waveform[:, source.start : source.start + source.num_frames]
+            assert frames.shape[1] == source.num_frames
+            samples = resample(frames, from_rate, to_rate)[:, source.skip :][:, :num_samples]
+            expected = full[:, start : start + num_samples]
+            torch.testing.assert_close(samples, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_a_short_slice_needs_a_short_piece_of_the_source():
+def test_a_short_slice_needs_a_short_source_slice():
     source = source_slice(100_000, 32_000, 44_100 * 60, 44_100, 16_000)
     assert source.num_frames < 44_100 * 2 + 2000
 

@@ -1,4 +1,4 @@
-"""One audio file → samples; every way in which a file can be bad becomes one exception that names it."""
+"""Decode one audio file; every defect of a file raises an `AudioReadError` that names the file."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ from jepa_audio.errors import UserError
 
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff"})
 
-# Beyond these bounds the header is wrong, and believing it costs the memory of the machine.
+# A header beyond these bounds is corrupt; decoding by it could exhaust the memory of the machine.
 _SAMPLE_RATES = range(1_000, 1_000_001)
-_LONGEST_SECONDS = 24 * 3600
-_MOST_CHANNELS = 128
-_MOST_FRAMES_PER_BYTE = 10_000  # flac reaches 5,000 in digital silence, by its longest blocks
-_LOUDEST = 1e3
-_BLOCK_FRAMES = 1 << 20
-_AT_ONCE_BYTES = (
-    1 << 22
-)  # a smaller member is read as a whole: the decoder asks for its place at every few bytes
-_BUFFER_BYTES = 1 << 18
+_MAX_HOURS = 24
+_MAX_CHANNELS = 128
+_MAX_FRAMES_PER_BYTE = 10_000  # flac reaches 5,000 in digital silence, with its longest blocks
 
-# What libsndfile says of a wav or aiff whose header promises more than there is. Recorders that
-# write into a pipe leave the largest number there.
-_PROMISED = re.compile(r"^\s*(?:data|SSND)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
+_MAX_PEAK = 1e3
+_BLOCK_FRAMES = 1 << 20
+_BUFFER_BYTES = 1 << 18
+# A smaller tar member is read into memory: libsndfile seeks every few bytes.
+_MAX_BYTES_IN_MEMORY = 1 << 22
+
+# libsndfile's log for a wav or aiff whose header gives more bytes than the file has. A recorder
+# that writes into a pipe does not know the length and leaves the largest number there.
+_HEADER_LENGTH = re.compile(r"^\s*(?:data|SSND)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
 _UNKNOWN_LENGTH = 2**31 - 2**16
 
-# A frame of an mp3 needs bits of up to 23 frames before it, which a decoder that has just jumped
-# does not have: it gives silence or noise in their place. So decoding starts that much earlier.
+# An mp3 frame needs bits of up to 23 earlier frames. A decoder that has just seeked does not have
+# them and outputs silence or noise instead, so decoding starts this many samples earlier.
 _MP3_WARM_UP = 16 * 1152
 
 
 @dataclass(frozen=True)
 class TarMember:
-    """An audio file inside an uncompressed tar, read where it lies.
+    """An audio file inside an uncompressed tar; it is read without extraction.
 
     Attributes:
         path: the tar.
-        name: of the file in it.
-        offset: its first byte in the tar.
-        num_bytes: its size.
+        name: of the file in the tar.
+        offset: first byte of the file in the tar.
+        num_bytes: size of the file.
     """
 
     path: Path
@@ -64,20 +64,20 @@ class TarMember:
 
 
 AudioLocation = Path | TarMember
-"""Where an audio file lies."""
+"""Location of an audio file."""
 
 
 def audio_location(path: Path, member: str, offset: int, num_bytes: int) -> AudioLocation:
-    """The file of a row of a table: `member` is "" for a file by itself."""
+    """Location of the file in a row of a corpus table; `member` is "" outside a tar."""
     return TarMember(path, member, offset, num_bytes) if member else path
 
 
 class AudioReadError(UserError):
-    """A file that cannot be used.
+    """An audio file that cannot be used.
 
     Attributes:
-        audio: the file.
-        reason: what is wrong and what was expected, without the name of the file.
+        audio: location of the file.
+        reason: the defect, without the name of the file.
     """
 
     def __init__(self, audio: AudioLocation, reason: str) -> None:
@@ -91,7 +91,7 @@ class AudioReadError(UserError):
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """What a whole file holds, counted while decoding it.
+    """Measurements of a completely decoded file.
 
     Attributes:
         num_frames: samples per channel.
@@ -111,163 +111,158 @@ class AudioInfo:
 def read(
     audio: AudioLocation, start: int = 0, num_frames: int | None = None
 ) -> tuple[Float32[np.ndarray, "C S"], int]:
-    """Samples of a file or of a slice of it, and its sample rate.
+    """Decode a file or a slice of it; return the samples and the sample rate in Hz.
 
     Args:
-        audio: an audio file that libsndfile knows, by itself or in a tar.
+        audio: file in a format of libsndfile, on its own or in a tar.
         start: first frame.
         num_frames: length of the slice; `None` reads to the end.
 
     Raises:
-        AudioReadError: if the file cannot be decoded, gives fewer frames than asked for, or holds
-            samples that are not finite or absurdly large.
+        AudioReadError: if the file cannot be decoded, has fewer frames than requested, or has
+            samples that are not finite or implausibly large.
     """
     if start < 0 or (num_frames is not None and num_frames < 1):
         raise UserError(
             f"`start` ({start}) must be >= 0 and `num_frames` ({num_frames}) >= 1 or None"
         )
-    with _opened(audio) as file:
-        expected = _promised_frames(file) - start if num_frames is None else num_frames
-        if expected < 1 or start + expected > file.frames:
-            raise AudioReadError(
-                audio,
-                f"too short: frames {start} to {start + expected} were asked for, the file has {file.frames}",
-            )
-        samples = _decoded(file, start, expected)
-        # The frame count in an mp3 header is an estimate, so only a slice of known length is held
-        # to it.
-        exact = num_frames is not None or file.format != "MP3"
-        if len(samples) < (expected if exact else 1):
-            raise AudioReadError(
-                audio, f"truncated: {expected} frames from {start} expected, {len(samples)} decoded"
-            )
+    with _open_audio(audio) as file:
+        expected = _frames_in_header(file) - start if num_frames is None else num_frames
+        end = start + expected
+        if expected < 1 or end > file.frames:
+            reason = f"too short: frames {start} to {end} requested, the file has {file.frames}"
+            raise AudioReadError(audio, reason)
+        samples = _decode(file, start, expected)
+        # The header of an mp3 only estimates the length, so the length to the end may differ.
+        is_exact = num_frames is not None or file.format != "MP3"
+        if len(samples) < (expected if is_exact else 1):
+            reason = f"truncated: {len(samples)} of {expected} frames from {start} decoded"
+            raise AudioReadError(audio, reason)
         _check_peak(audio, _peak(samples))
         return np.ascontiguousarray(samples.T), file.samplerate
 
 
 def inspect(audio: AudioLocation) -> AudioInfo:
-    """Decode the whole file once, block by block, and measure it: lengths are counted, never believed.
+    """Decode a whole file in blocks and measure it; frames are counted, not taken from the header.
 
     Raises:
-        AudioReadError: as `read`; also if a header other than mp3's promises more frames than there
-            are.
+        AudioReadError: as `read`; also if a header gives more frames than there are, except in mp3.
     """
     count, peak, energy = 0, 0.0, 0.0
-    with _opened(audio) as file:
-        while len(block := _decoded(file, count, _BLOCK_FRAMES)):
+    with _open_audio(audio) as file:
+        while len(block := _decode(file, count, _BLOCK_FRAMES)):
             count += len(block)
             peak = max(peak, _check_peak(audio, _peak(block)))
             energy += float(np.vdot(block, block))
             if len(block) < _BLOCK_FRAMES:
                 break
+        expected = _frames_in_header(file)
         if count == 0:
-            raise AudioReadError(
-                audio, f"no sample could be decoded, the header promises {file.frames} frames"
-            )
-        promised = _promised_frames(file)
-        if count < promised and file.format != "MP3":
-            raise AudioReadError(
-                audio, f"truncated: the header promises {promised} frames, {count} decoded"
-            )
+            reason = f"no sample could be decoded, the header gives {file.frames} frames"
+            raise AudioReadError(audio, reason)
+        if count < expected and file.format != "MP3":
+            reason = f"truncated: the header gives {expected} frames, {count} could be decoded"
+            raise AudioReadError(audio, reason)
         rms = math.sqrt(energy / (count * file.channels))
         return AudioInfo(count, file.samplerate, file.channels, peak, rms)
 
 
 def read_bytes(audio: AudioLocation) -> bytes:
-    """The file as it is, undecoded.
+    """Read the encoded bytes of a file.
 
     Raises:
-        AudioReadError: if it is gone, or its tar has been written anew.
+        AudioReadError: if the file does not exist any more, or its tar has changed.
     """
     try:
         if not isinstance(audio, TarMember):
             return audio.read_bytes()
-        with _MemberBytes(audio) as content:
-            _check_member(audio, content.fileno())
+        with _open_member(audio) as content:
             return content.readall()
     except OSError as error:
-        raise AudioReadError(audio, f"cannot be opened: {error.strerror or error}") from error
+        raise _cannot_open(audio, error) from error
 
 
 @contextmanager
-def _opened(audio: AudioLocation) -> Iterator[sf.SoundFile]:
+def _open_audio(audio: AudioLocation) -> Iterator[sf.SoundFile]:
     try:
         with ExitStack() as stack:
+            content: Any = audio
             if isinstance(audio, TarMember):
-                content: Any = stack.enter_context(_MemberBytes(audio))
-                _check_member(audio, content.fileno())
                 num_bytes = audio.num_bytes
-                at_once = num_bytes <= _AT_ONCE_BYTES
+                raw = stack.enter_context(_open_member(audio))
+                is_small = num_bytes <= _MAX_BYTES_IN_MEMORY
                 content = (
-                    io.BytesIO(content.readall())
-                    if at_once
-                    else io.BufferedReader(content, _BUFFER_BYTES)
+                    io.BytesIO(raw.readall()) if is_small else io.BufferedReader(raw, _BUFFER_BYTES)
                 )
             else:
-                content, num_bytes = audio, audio.stat().st_size
+                num_bytes = audio.stat().st_size
             if num_bytes == 0:
                 raise AudioReadError(audio, "the file is empty (0 bytes)")
             file = stack.enter_context(sf.SoundFile(content))
             _check_header(audio, file, num_bytes)
             yield file
     except sf.LibsndfileError as error:
-        # What libsndfile says of a broken mp3 is that it does not exist.
-        unknown = "does not exist" in error.error_string
-        cause = "Format not recognised." if unknown else error.error_string.strip()
+        # libsndfile reports a corrupt mp3 as "does not exist".
+        is_unknown = "does not exist" in error.error_string
+        cause = "Format not recognised." if is_unknown else error.error_string.strip()
         raise AudioReadError(audio, f"cannot be decoded: {cause}") from error
     except (sf.SoundFileError, OSError) as error:
-        raise AudioReadError(
-            audio, f"cannot be opened: {getattr(error, 'strerror', None) or error}"
-        ) from error
+        raise _cannot_open(audio, error) from error
+
+
+def _cannot_open(audio: AudioLocation, error: Exception) -> AudioReadError:
+    # `index_corpus` tries files again whose reason begins with "cannot be opened".
+    reason = f"cannot be opened: {getattr(error, 'strerror', None) or error}"
+    return AudioReadError(audio, reason)
 
 
 def _check_header(audio: AudioLocation, file: sf.SoundFile, num_bytes: int) -> None:
-    """Refuse what would cost the memory of the machine, before any of it is taken."""
+    """Refuse a corrupt header before any memory is allocated by it."""
+    hours = file.frames / max(file.samplerate, 1) / 3600
+    reason = ""
     if file.samplerate not in _SAMPLE_RATES:
-        raise AudioReadError(
-            audio, f"absurd sample rate: {file.samplerate} Hz, expected 1 kHz to 1 MHz"
-        )
-    if file.channels > _MOST_CHANNELS:
-        raise AudioReadError(
-            audio, f"absurd number of channels: {file.channels}, expected up to {_MOST_CHANNELS}"
-        )
-    if file.frames > _LONGEST_SECONDS * file.samplerate:
-        hours = file.frames / file.samplerate / 3600
-        raise AudioReadError(
-            audio, f"the header promises {file.frames} frames, {hours:.3g} hours: more than 24"
-        )
-    if file.frames > _MOST_FRAMES_PER_BYTE * num_bytes:
-        raise AudioReadError(
-            audio, f"the header promises {file.frames} frames in {num_bytes} bytes"
-        )
+        reason = f"implausible sample rate: {file.samplerate} Hz, expected 1 kHz to 1 MHz"
+    elif file.channels > _MAX_CHANNELS:
+        reason = f"implausible number of channels: {file.channels}, at most {_MAX_CHANNELS} allowed"
+    elif hours > _MAX_HOURS:
+        reason = f"too long: the header gives {hours:.3g} hours, at most {_MAX_HOURS} are allowed"
+    elif file.frames > _MAX_FRAMES_PER_BYTE * num_bytes:
+        reason = f"implausible header: {file.frames} frames in {num_bytes} bytes"
+    if reason:
+        raise AudioReadError(audio, reason)
 
 
-def _promised_frames(file: sf.SoundFile) -> int:
-    """Frames by the header, which libsndfile has corrected where the file is shorter."""
-    match = _PROMISED.search(file.extra_info)
+def _frames_in_header(file: sf.SoundFile) -> int:
+    """Number of frames in the header; `file.frames` is lower if libsndfile found fewer bytes."""
+    match = _HEADER_LENGTH.search(file.extra_info)
     if match is None or int(match[1]) >= _UNKNOWN_LENGTH or int(match[2]) == 0:
         return file.frames
     return max(file.frames, int(match[1]) * file.frames // int(match[2]))
 
 
-def _check_member(member: TarMember, descriptor: int) -> None:
-    """Look at the header before the member's bytes: the tar may have been written anew."""
-    header = os.pread(descriptor, tarfile.BLOCKSIZE, member.offset - tarfile.BLOCKSIZE)
+@contextmanager
+def _open_member(member: TarMember) -> Iterator[_MemberBytes]:
+    with _MemberBytes(member) as content:
+        _check_member_header(member, content.fileno())
+        yield content
+
+
+def _check_member_header(member: TarMember, descriptor: int) -> None:
+    """Compare the tar header before the member with the member: the tar may have changed."""
+    start = member.offset - tarfile.BLOCKSIZE
+    header = os.pread(descriptor, tarfile.BLOCKSIZE, start)
+    changed = f"changed since it was indexed: the tar has %s at byte {start}; index it again"
     try:
         found = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
-        raise AudioReadError(
-            member, "changed since it was indexed: the tar has no file there now"
-        ) from error
-    plain = len(member.name) <= tarfile.LENGTH_NAME and member.name.isascii()
-    if found.size != member.num_bytes or (plain and found.name != member.name):
-        raise AudioReadError(
-            member, f"changed since it was indexed: the tar has {found.name} there now"
-        )
+        raise AudioReadError(member, changed % "no file") from error
+    is_plain_name = len(member.name) <= tarfile.LENGTH_NAME and member.name.isascii()
+    if found.size != member.num_bytes or (is_plain_name and found.name != member.name):
+        raise AudioReadError(member, changed % found.name)
 
 
 class _MemberBytes(io.RawIOBase):
-    """The bytes of a tar's member as a file of its own."""
+    """The bytes of a tar member as a file object."""
 
     def __init__(self, member: TarMember) -> None:
         self._start, self._size, self._position = member.offset, member.num_bytes, 0
@@ -283,26 +278,25 @@ class _MemberBytes(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._position = (
-            offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        )
+        origins = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}
+        self._position = origins[whence] + offset
         return self._position
 
     def readall(self) -> bytes:
-        parts = []
-        while part := os.pread(
-            self._descriptor, self._size - self._position, self._start + self._position
-        ):
-            self._position += len(part)
-            parts.append(part)
-        return b"".join(parts)
+        chunks = []
+        while chunk := self._read_at_position(self._size - self._position):
+            chunks.append(chunk)
+        return b"".join(chunks)
 
     def readinto(self, buffer: Any) -> int:
-        length = min(len(buffer), max(self._size - self._position, 0))
-        content = os.pread(self._descriptor, length, self._start + self._position)
-        buffer[: len(content)] = content
-        self._position += len(content)
-        return len(content)
+        chunk = self._read_at_position(min(len(buffer), max(self._size - self._position, 0)))
+        buffer[: len(chunk)] = chunk
+        return len(chunk)
+
+    def _read_at_position(self, num_bytes: int) -> bytes:
+        chunk = os.pread(self._descriptor, num_bytes, self._start + self._position)
+        self._position += len(chunk)
+        return chunk
 
     def close(self) -> None:
         if not self.closed:
@@ -310,20 +304,20 @@ class _MemberBytes(io.RawIOBase):
         super().close()
 
 
-def _decoded(file: sf.SoundFile, start: int, num_frames: int) -> Float32[np.ndarray, "S C"]:
+def _decode(file: sf.SoundFile, start: int, num_frames: int) -> Float32[np.ndarray, "S C"]:
     lead = min(start, _MP3_WARM_UP) if file.format == "MP3" else 0
     file.seek(start - lead)
     return file.read(lead + num_frames, dtype="float32", always_2d=True)[lead:]
 
 
 def _peak(samples: Float32[np.ndarray, "S C"]) -> float:
-    # min and max need no copy of the block, and a NaN wins in both.
+    # min and max need no copy of the block, and both propagate NaN.
     return float(np.maximum(-samples.min(), samples.max()))
 
 
 def _check_peak(audio: AudioLocation, peak: float) -> float:
     if not math.isfinite(peak):
         raise AudioReadError(audio, "non-finite samples (NaN or infinity)")
-    if peak > _LOUDEST:
-        raise AudioReadError(audio, f"absurd samples: the peak is {peak:g}, full scale is 1")
+    if peak > _MAX_PEAK:
+        raise AudioReadError(audio, f"implausible samples: the peak is {peak:g}, full scale is 1")
     return peak
