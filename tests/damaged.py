@@ -69,9 +69,9 @@ LOOSE: dict[str, tuple[str, Callable[[np.random.Generator], bytes], str]] = {
 }
 IN_TAR = {
     "corrupted-member": "cannot be decoded|truncated",
-    "missing-member": "no audio file beside it",
-    "bad-json": "no JSON",
-    "broken-header": "a broken header",
+    "missing-member": "no audio file of this name",
+    "bad-json": "not JSON",
+    "broken-header": "broken header",
 }
 REASONS = {kind: reason for kind, (_, _, reason) in LOOSE.items()} | IN_TAR
 

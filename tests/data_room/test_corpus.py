@@ -1,4 +1,4 @@
-"""Laws of a corpus's table: where it lies, what it believes, how it is divided, and whether it is still true."""
+"""The table of a corpus: its path, its validity, its splits, and sharing it between processes."""
 
 import logging
 import multiprocessing
@@ -27,8 +27,8 @@ from jepa_audio.data.loading.file_table import FileTable
 from tests.sounds import audio, made_up, noise, pairs, tar, write
 
 
-def sides(corpus: Corpus, valid_share: float) -> tuple[set[str], set[str], set[str]]:
-    train, valid, test = (set(part.names.to_pylist()) for part in corpus.split(valid_share))
+def split_names(corpus: Corpus, valid_share: float) -> tuple[set[str], set[str], set[str]]:
+    train, valid, test = (set(files.names.to_pylist()) for files in corpus.split(valid_share))
     return train, valid, test
 
 
@@ -45,7 +45,7 @@ def sounds(folder: Path, count: int = 4) -> Path:
 @pytest.mark.parametrize(
     "where", ["corpus/.jepa_audio/index.parquet", "table.parquet", "corpus/table.parquet"]
 )
-def test_a_folder_moved_together_with_its_table_is_found_again(tmp_path: Path, where: str):
+def test_a_table_can_be_moved_together_with_its_audio(tmp_path: Path, where: str):
     sounds(tmp_path / "old" / "corpus")
     before = index_corpus(
         tmp_path / "old" / "corpus", None if "index" in where else tmp_path / "old" / where
@@ -59,7 +59,7 @@ def test_a_folder_moved_together_with_its_table_is_found_again(tmp_path: Path, w
         )
 
 
-def test_a_table_moved_away_from_its_audio_still_finds_it(tmp_path: Path):
+def test_a_table_can_be_moved_without_its_audio(tmp_path: Path):
     corpus = index_corpus(sounds(tmp_path / "audio"), tmp_path / "tables" / "t.parquet")
     assert all(Path(source).is_absolute() for source in corpus.table["source"].to_pylist())
     (tmp_path / "deeper" / "down").mkdir(parents=True)
@@ -72,15 +72,16 @@ def test_a_table_moved_away_from_its_audio_still_finds_it(tmp_path: Path):
     assert Corpus.load(tmp_path / "deeper" / "other" / "t.parquet") == elsewhere
 
 
-def test_what_is_no_table_of_ours_is_refused_with_the_remedy(tmp_path: Path):
+def test_other_files_and_versions_are_refused_with_the_remedy(tmp_path: Path):
     path = tmp_path / "t.parquet"
     with pytest.raises(
-        CorpusError, match=rf"there is no table .*data index SOURCE -o {path}` makes one"
+        CorpusError,
+        match=rf"does not exist; create it with `jepa-audio data index SOURCE -o {path}`",
     ):
         Corpus.load(path)
-    path.write_bytes(b"no parquet")
+    path.write_bytes(b"not parquet")
     with pytest.raises(
-        CorpusError, match=r"cannot be read as a table of a corpus .*index the corpus anew"
+        CorpusError, match=r"cannot be read as a corpus table .*index the corpus again"
     ):
         Corpus.load(path)
     ours = {b"jepa_audio.index": b"2", b"jepa_audio.root": b"."}
@@ -96,28 +97,29 @@ def test_what_is_no_table_of_ours_is_refused_with_the_remedy(tmp_path: Path):
     ):
         pq.write_table(other, path)
         with pytest.raises(
-            CorpusError, match=r"t.parquet is no table of this version .*index the corpus anew"
+            CorpusError,
+            match=r"t.parquet is not a corpus table of this version .*index the corpus again",
         ):
             Corpus.load(path)
         if other is wrong_version:
-            assert index_corpus(sounds(tmp_path / "audio"), path).is_usable.all()  # makes it anew
+            assert index_corpus(sounds(tmp_path / "audio"), path).is_usable.all()  # rebuilds it
             assert len(Corpus.load(path)) == 4
 
 
-def test_the_place_of_a_table_is_inside_or_beside_its_source_and_its_own(tmp_path: Path):
+def test_every_source_has_its_own_default_table_path(tmp_path: Path):
     folder = tmp_path / "audio"
     folder.mkdir()
     assert default_table_path(folder) == folder / ".jepa_audio" / "index.parquet"
     assert default_table_path(tmp_path / "t.parquet") == tmp_path / "t.parquet"
-    beside = [folder / name for name in ("a.tar", "b.tar", "m.csv", "{a,b}.tar", "*.tar")]
-    tables = {default_table_path(source) for source in beside}
-    assert {place.parent for place in tables} == {folder / ".jepa_audio"}
-    assert len(tables) == len(beside)
+    sources = [folder / name for name in ("a.tar", "b.tar", "m.csv", "{a,b}.tar", "*.tar")]
+    tables = {default_table_path(source) for source in sources}
+    assert {path.parent for path in tables} == {folder / ".jepa_audio"}
+    assert len(tables) == len(sources)
     assert default_table_path(folder) not in tables
 
 
 @pytest.mark.parametrize("name", ["", "a.tar", "m.csv"])
-def test_the_table_lies_in_the_users_cache_where_the_corpus_cannot_be_written(
+def test_the_table_of_a_read_only_corpus_is_in_the_cache_of_the_user(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -126,36 +128,34 @@ def test_the_table_lies_in_the_users_cache_where_the_corpus_cannot_be_written(
     write(tmp_path / "corpus" / "b.wav")
     write(tmp_path / "corpus" / "m.csv", b"path\nb.wav\n")
     corpus = index_corpus(tmp_path / "corpus" / name)
-    place = default_table_path(tmp_path / "corpus" / name)
-    assert place.is_relative_to(tmp_path / "home" / ".cache" / "jepa_audio")
-    assert load_corpus(tmp_path / "corpus" / name) == corpus == Corpus.load(place)
+    path = default_table_path(tmp_path / "corpus" / name)
+    assert path.is_relative_to(tmp_path / "home" / ".cache" / "jepa_audio")
+    assert load_corpus(tmp_path / "corpus" / name) == corpus == Corpus.load(path)
     assert not (tmp_path / "corpus" / ".jepa_audio").exists()
-    shutil.move(place, tmp_path / "t.parquet")  # absolute: it is of the same audio wherever it is
+    shutil.move(path, tmp_path / "t.parquet")  # its root is absolute
     assert Corpus.load(tmp_path / "t.parquet") == corpus
 
 
-def test_files_unfit_for_a_use_say_why_and_bad_ones_keep_their_reason():
+def test_unfit_files_get_a_reason_and_bad_files_keep_theirs():
     lengths, channels = [4000, 8000, 80_000, 8000, 0], [1, 1, 1, 2, 0]
     status = {"status": ["ok"] * 4 + ["bad"], "reason": [""] * 4 + ["silent"]}
     corpus = made_up(list("abcde"), num_frames=lengths, num_channels=channels, **status)
     fit = corpus.mark_unfit(min_seconds=0.75, max_seconds=9.5, num_channels=1)
     assert fit.table["reason"].to_pylist() == [
-        "too short: 0.5000 s, at least 0.75 s are needed",
+        "too short: 0.5000 s, at least 0.75 s are required",
         "",
-        "too long: 10 s, at most 9.5 s are wanted",
-        "2 channels, 1 are needed",
+        "too long: 10 s, at most 9.5 s are allowed",
+        "2 channels, 1 required",
         "silent",
     ]
     assert fit.table["status"].to_pylist() == ["bad", "ok", "bad", "bad", "bad"]
     assert corpus.usable(0.75, 9.5, 1).names.to_pylist() == ["b"]
-    assert corpus.usable(min_seconds=1.0, max_seconds=1.0).names.to_pylist() == [
-        "b",
-        "d",
-    ]  # both bounds are fit
+    # Both bounds are inclusive.
+    assert corpus.usable(min_seconds=1.0, max_seconds=1.0).names.to_pylist() == ["b", "d"]
     assert corpus.usable().names.to_pylist() == list("abcd")
 
 
-def test_shuffling_depends_on_the_names_alone():
+def test_the_shuffled_order_depends_only_on_the_names():
     names = [f"{number}.wav" for number in range(50)]
     order = made_up(names).shuffled().names.to_pylist()
     assert sorted(order) == sorted(names) != order
@@ -165,60 +165,58 @@ def test_shuffling_depends_on_the_names_alone():
     ] == order
 
 
-def test_the_splits_of_a_table_are_believed_and_files_without_one_left_out(
+def test_the_splits_of_a_table_are_used_and_files_without_a_split_are_left_out(
     caplog: pytest.LogCaptureFixture,
 ):
     corpus = made_up(
         list("abcdef"), split=["train", "valid", "test", "", "train", ""], group=["g"] * 6
     )
     with caplog.at_level(logging.WARNING):
-        assert sides(corpus, 0.5) == ({"a", "e"}, {"b"}, {"c"})
-    assert "2 files have no split and are left out" in caplog.text
+        assert split_names(corpus, 0.5) == ({"a", "e"}, {"b"}, {"c"})
+    assert "2 files without a split are left out" in caplog.text
     no_valid = made_up(list("abcd"), split=["train", "", "test", "train"])
     for seed_share in (0.01, 0.5):
-        train, valid, test = sides(no_valid, seed_share)
+        train, valid, test = split_names(no_valid, seed_share)
         assert test == {"c"}
         assert train | valid == {"a", "b", "d"}
         assert not train & valid
         assert valid
 
 
-def test_few_files_are_on_both_sides_only_if_there_is_one():
-    assert sides(made_up(["a"]), 0.1) == ({"a"}, {"a"}, set())
-    assert sides(made_up(["a"]), 0.0) == ({"a"}, set(), set())
+def test_only_a_single_file_is_in_both_splits():
+    assert split_names(made_up(["a"]), 0.1) == ({"a"}, {"a"}, set())
+    assert split_names(made_up(["a"]), 0.0) == ({"a"}, set(), set())
     for share in (1e-9, 0.5, 1.0):
-        train, valid, _ = sides(made_up(["a", "b"]), share)
+        train, valid, _ = split_names(made_up(["a", "b"]), share)
         assert (len(train), len(valid)) == (1, 1)
-        train, valid, _ = sides(
-            made_up(list("abcd"), group=["g"] * 4), share
-        )  # one group has to be divided
+        one_group = made_up(list("abcd"), group=["g"] * 4)  # it must be divided
+        train, valid, _ = split_names(one_group, share)
         assert train
         assert valid
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_no_group_is_on_two_sides_and_a_file_stays_where_it_is_when_others_come(seed: int):
+def test_no_group_is_in_two_splits_and_files_keep_their_split_when_others_are_added(seed: int):
     rng = np.random.default_rng(seed)
     share = rng.uniform(0.05, 0.6)
     group = rng.integers(0, 60, 300)
     names = [f"{number}.wav" for number in range(300)]
-    groups = [
-        "" if number == 0 else f"g{number}" for number in group
-    ]  # those of no group stand for themselves
+    # A file without a group is a group of its own.
+    groups = ["" if number == 0 else f"g{number}" for number in group]
     corpus = made_up(names, group=groups)
-    train, valid, _ = sides(corpus, share)
+    train, valid, _ = split_names(corpus, share)
     assert train | valid == set(names)
     assert not train & valid
     for number in range(1, 60):
         assert (
             len({name in valid for name, of in zip(names, group, strict=True) if of == number}) <= 1
         )
-    fewer = sides(corpus.take(np.flatnonzero(group % 2 == 0)), share)
+    fewer = split_names(corpus.take(np.flatnonzero(group % 2 == 0)), share)
     assert fewer[0] <= train
     assert fewer[1] <= valid
 
 
-def test_the_shares_of_splits_are_met_roughly_and_no_group_is_divided():
+def test_assigned_splits_have_about_their_shares_and_divide_no_group():
     groups = [f"singer {number // 3}" for number in range(3000)]
     corpus = made_up([f"{number}.wav" for number in range(3000)], group=groups)
     divided = corpus.assign_splits({"train": 0.7, "valid": 0.1, "test": 0.2})
@@ -227,13 +225,12 @@ def test_the_shares_of_splits_are_met_roughly_and_no_group_is_divided():
         assert split.count(name) / 3000 == pytest.approx(share, abs=0.05)
     assert len(set(zip(groups, split, strict=True))) == 1000
     assert divided.assign_splits({"train": 1.0}) == divided
-    some = corpus.take(np.arange(0, 3000, 7)).assign_splits(
-        {"train": 0.7, "valid": 0.1, "test": 0.2}
-    )
-    assert splits(some).items() <= splits(divided).items()
+    shares = {"train": 0.7, "valid": 0.1, "test": 0.2}
+    subset = corpus.take(np.arange(0, 3000, 7)).assign_splits(shares)
+    assert splits(subset).items() <= splits(divided).items()
 
 
-def test_existing_splits_stay_and_their_groups_follow_them():
+def test_existing_splits_are_kept_and_extended_to_their_groups():
     corpus = made_up(
         list("abcdef"),
         group=["x", "x", "y", "y", "z", "w"],
@@ -252,29 +249,27 @@ def test_existing_splits_stay_and_their_groups_follow_them():
     ]
 
 
-def test_a_group_that_is_divided_already_is_refused_and_can_be_divided_anew():
+def test_a_group_in_two_splits_is_refused_and_can_be_assigned_again():
     corpus = made_up(list("abcd"), group=["z"] * 4, split=["test", "", "", "valid"])
-    with pytest.raises(
-        CorpusError, match=r"group 'z' holds files for test and for valid: .*--anew"
-    ):
+    with pytest.raises(CorpusError, match=r"group 'z' has files in test and in valid; .*--anew"):
         corpus.assign_splits({"train": 1.0})
-    anew = corpus.clear_splits().assign_splits({"train": 1.0})
-    assert anew.table["split"].to_pylist() == ["train"] * 4
+    reassigned = corpus.clear_splits().assign_splits({"train": 1.0})
+    assert reassigned.table["split"].to_pylist() == ["train"] * 4
 
 
-def test_new_files_without_a_group_are_not_divided_beside_those_with_one():
+def test_splits_are_not_assigned_if_only_some_files_have_a_group():
     corpus = made_up(list("abc"), group=["x", "y", ""], split=["train", "valid", ""])
     with pytest.raises(CorpusError, match="1 of 3 files have no group"):
         corpus.assign_splits({"train": 0.5, "valid": 0.5})
 
 
-def test_a_corpus_of_one_group_is_divided_with_a_warning(caplog: pytest.LogCaptureFixture):
+def test_a_corpus_of_one_group_is_split_with_a_warning(caplog: pytest.LogCaptureFixture):
     train, valid, _ = made_up(list("abcdef"), group=["g"] * 6).split(0.5)
     assert len(train) + len(valid) == 6
-    assert any("all files are of one group" in message for message in caplog.messages)
+    assert any("all files are in one group" in message for message in caplog.messages)
 
 
-def test_a_table_that_is_there_is_found_where_the_folder_cannot_be_written(
+def test_the_existing_table_of_a_read_only_folder_is_used_without_an_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     corpus = index_corpus(sounds(tmp_path / "audio"))
@@ -284,7 +279,7 @@ def test_a_table_that_is_there_is_found_where_the_folder_cannot_be_written(
         default_table_path(tmp_path / "audio")
         == tmp_path / "audio" / ".jepa_audio" / "index.parquet"
     )
-    assert index_corpus(tmp_path / "audio") == corpus, "and believed as it is"
+    assert index_corpus(tmp_path / "audio") == corpus
 
 
 @pytest.mark.parametrize(
@@ -298,12 +293,12 @@ def test_a_table_that_is_there_is_found_where_the_folder_cannot_be_written(
         {"train": float("nan")},
     ],
 )
-def test_shares_that_are_none_are_refused(shares: dict[str, float]):
-    with pytest.raises(ValueError, match="together 1"):
+def test_invalid_shares_are_refused(shares: dict[str, float]):
+    with pytest.raises(ValueError, match="sum to 1"):
         made_up(["a"]).assign_splits(shares)
 
 
-def test_files_of_several_corpora_follow_each_other(tmp_path: Path):
+def test_files_of_several_corpora_are_concatenated(tmp_path: Path):
     loose = index_corpus(sounds(tmp_path / "loose", 3))
     packed = index_corpus(tar(tmp_path / "t.tar", pairs(2)))
     files = FileTable([loose.usable(), loose.take(np.arange(0)), packed.usable()])
@@ -323,21 +318,21 @@ def test_files_of_several_corpora_follow_each_other(tmp_path: Path):
         FileTable([loose.take(np.arange(0))])
 
 
-def tell(files: FileTable, answer: Connection) -> None:
-    """What another process sees of the files."""
-    answer.send((len(files), files.sizes, files[777], os.fstat(files._descriptor).st_ino))
+def send_table(files: FileTable, connection: Connection) -> None:
+    """Send what another process reads from the table."""
+    connection.send((len(files), files.sizes, files[777], os.fstat(files._descriptor).st_ino))
 
 
-def test_another_process_maps_the_same_table_instead_of_a_copy():
+def test_another_process_maps_the_same_table_without_a_copy():
     names = [f"{number:05}.wav" for number in range(5000)]
     files = FileTable([made_up(names, num_frames=list(range(5000)))])
     context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=tell, args=(files, there))
+    receiver, sender = context.Pipe()
+    process = context.Process(target=send_table, args=(files, sender))
     process.start()
     try:
-        assert here.poll(60)
-        assert here.recv() == (5000, [5000], files[777], os.fstat(files._descriptor).st_ino)
+        assert receiver.poll(60)
+        assert receiver.recv() == (5000, [5000], files[777], os.fstat(files._descriptor).st_ino)
     finally:
         process.join(60)
     assert process.exitcode == 0

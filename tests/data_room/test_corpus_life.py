@@ -1,4 +1,4 @@
-"""What befalls a corpus over the years: files change, come and go, are labelled anew, and are given twice."""
+"""Changes of a corpus: files that change, disappear, get new labels, or are listed twice."""
 
 import os
 from itertools import islice
@@ -37,7 +37,7 @@ def folder_of(path: Path, count: int = 4) -> Path:
     return path
 
 
-def test_a_file_in_two_sources_of_a_run_is_refused_by_name(tmp_path: Path):
+def test_a_file_in_two_sources_of_a_run_is_refused(tmp_path: Path):
     folder_of(tmp_path / "all" / "sub")
     write(tmp_path / "all" / "5.wav", audio(5))
     with pytest.raises(CorpusError, match=r"both hold .*sub/0\.wav: give every file once"):
@@ -58,7 +58,7 @@ def test_a_resumed_run_on_another_corpus_is_warned(
     assert any("corpus is not what it was" in message for message in caplog.messages)
 
 
-def test_a_table_of_bad_files_mostly_is_refused_by_the_run_too(tmp_path: Path):
+def test_a_run_refuses_a_table_with_too_many_bad_files(tmp_path: Path):
     folder_of(tmp_path / "audio", 2)
     for number in range(8):
         write(tmp_path / "audio" / f"bad{number}.wav", b"")
@@ -88,16 +88,14 @@ def test_a_replacement_comes_from_the_same_corpus(tmp_path: Path):
     data = module({str(small): 1.0, str(large): 1.0}, valid_share=0.0)
     dataset = data._dataset("train", random_crops=True)
     (small / "0.wav").write_bytes(b"")
-    places = [position for position in range(40) if dataset[position, 0][1]]
-    assert len(places) == 40
-    heard = {dataset[position, 0][0].waveform.sum().item() for position in places}
+    replaced = [position for position in range(40) if dataset[position, 0][1]]
+    assert len(replaced) == 40
+    sums = {dataset[position, 0][0].waveform.sum().item() for position in replaced}
     expected = {dataset[position, 1][0].waveform.sum().item() for position in range(500)}
-    assert len(heard - expected) < len(heard), (
-        "all crops are of the one other file of the small corpus"
-    )
+    assert len(sums - expected) < len(sums), "all crops are from the other file of the small corpus"
 
 
-def test_what_could_not_be_opened_is_tried_again_and_what_is_broken_is_not(
+def test_files_that_could_not_be_opened_are_tried_again_and_broken_files_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     folder_of(tmp_path, 3)
@@ -132,7 +130,7 @@ def test_a_changed_file_keeps_its_group_and_split(tmp_path: Path):
     assert corpus.table["split"].to_pylist() == ["train"] * 4
 
 
-def test_a_manifest_that_labels_its_tars_anew_is_heeded(tmp_path: Path):
+def test_new_labels_of_tars_in_a_manifest_are_applied(tmp_path: Path):
     for name in "ab":
         tar(tmp_path / f"{name}.tar", {f"{name}.wav": audio(ord(name))})
     for splits in (("train", "valid"), ("valid", "train")):
@@ -145,25 +143,25 @@ def test_a_manifest_that_labels_its_tars_anew_is_heeded(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["m.csv", "corpus", "foreign.parquet"])
-def test_a_table_takes_the_place_of_nothing_else(tmp_path: Path, name: str):
+def test_a_table_never_overwrites_another_file(tmp_path: Path, name: str):
     folder_of(tmp_path / "audio")
     (tmp_path / name).write_text("path\naudio/0.wav\n")
-    with pytest.raises(ValueError, match=r"must be called \.parquet|would be overwritten"):
+    with pytest.raises(ValueError, match=r"must end in \.parquet|is not a corpus table"):
         index_corpus(tmp_path / "audio", tmp_path / name)
     assert (tmp_path / name).read_text() == "path\naudio/0.wav\n"
 
 
-def test_a_pipe_among_the_files_does_not_hold_up_the_index(tmp_path: Path):
+def test_pipes_do_not_block_the_index(tmp_path: Path):
     folder_of(tmp_path, 2)
     os.mkfifo(tmp_path / "x.tar")
     os.mkfifo(tmp_path / "y.wav")
     corpus = index_corpus(tmp_path)
     reasons = dict(zip(corpus.names.to_pylist(), corpus.table["reason"].to_pylist(), strict=True))
-    assert reasons["x.tar"] == reasons["y.wav"] == "no file, but a pipe, a device or a folder"
+    assert reasons["x.tar"] == reasons["y.wav"] == "not a file, but a folder, a pipe or a device"
     assert len(corpus.usable()) == 2
 
 
-def test_strange_words_in_a_manifest_cost_their_line(tmp_path: Path):
+def test_invalid_characters_in_a_manifest_affect_only_their_line(tmp_path: Path):
     folder_of(tmp_path, 2)
     lines = [
         b'{"path": "0.wav", "group": "\\ud800"}',
@@ -174,38 +172,36 @@ def test_strange_words_in_a_manifest_cost_their_line(tmp_path: Path):
     corpus = index_corpus(tmp_path / "m.jsonl")
     assert corpus.usable().names.to_pylist() == ["0.wav", "1.wav"]
     reasons = [reason for reason in corpus.table["reason"].to_pylist() if reason]
-    assert reasons == ["no name of a file: embedded null byte"]
+    assert reasons == ["invalid file name: embedded null byte"]
     (tmp_path / "latin.csv").write_bytes("path,group\n0.wav,é\n".encode("latin-1"))
     assert len(index_corpus(tmp_path / "latin.csv").usable()) == 1
 
 
-def test_what_macos_puts_beside_every_file_is_no_audio(tmp_path: Path):
+def test_hidden_files_of_macos_are_skipped(tmp_path: Path):
     folder_of(tmp_path, 2)
     write(tmp_path / "._0.wav", b"\x00\x05\x16\x07")
     tar(tmp_path / "t.tar", {"a.wav": audio(3), "._a.wav": b"\x00\x05\x16\x07"})
     assert index_corpus(tmp_path).names.to_pylist() == ["0.wav", "1.wav", "t.tar:a.wav"]
 
 
-def test_a_rate_that_flac_does_not_hold_costs_its_file(
+def test_a_file_with_a_rate_that_flac_does_not_allow_is_not_packed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     folder_of(tmp_path / "in", 2)
     sf.write(tmp_path / "in" / "fast.wav", np.full(9000, 0.1), 800_000)
     packed = write_shards(index_corpus(tmp_path / "in"), tmp_path / "out", Packing())
     assert len(packed.usable()) == 2
-    assert any("flac does not hold 800000 Hz" in message for message in caplog.messages)
+    assert any("flac does not allow 800000 Hz" in message for message in caplog.messages)
 
 
-def test_checksums_of_others_are_read_and_theirs_are_left_alone(tmp_path: Path):
+def test_checksums_of_other_programs_are_read_and_other_files_ignored(tmp_path: Path):
     path = tar(tmp_path / "t.tar", pairs(2))
     corpus = index_corpus(tmp_path)
     (tmp_path / CHECKSUMS).write_text(f"\n{'0' * 64} *{path.name}\n{'1' * 64}  elsewhere.bin\n")
-    assert verify_corpus(corpus) == [(str(path), f"its SHA-256 is not that in {CHECKSUMS}")]
+    assert verify_corpus(corpus) == [(str(path), f"its SHA-256 differs from {CHECKSUMS}")]
 
 
-def test_two_runs_that_index_one_corpus_do_not_disturb_each_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_two_runs_can_index_one_corpus_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder_of(tmp_path, 12)
     monkeypatch.setattr(index_module, "_SAVE_EVERY_SECONDS", 0.0)
     first, second = map_threads(lambda _: index_corpus(tmp_path), range(2), 2)
@@ -217,23 +213,23 @@ def test_two_runs_that_index_one_corpus_do_not_disturb_each_other(
     ]
 
 
-def test_results_of_threads_come_in_order_and_not_too_many_are_held():
-    begun: list[int] = []
+def test_thread_results_are_in_order_and_few_are_pending():
+    started: list[int] = []
     results = map_threads(
-        lambda item: begun.append(item) or item, range(50), num_workers=3, num_submitted=5
+        lambda item: started.append(item) or item, range(50), num_workers=3, num_submitted=5
     )
     for number, result in enumerate(results):
         assert result == number
-        assert max(begun) <= number + 5
+        assert max(started) <= number + 5
 
 
 @pytest.mark.parametrize("num_batches", [1, 2, 3, 5, 8])
-def test_ranks_that_need_each_other_at_every_batch_get_equally_many(num_batches: int):
+def test_even_ranks_get_equally_many_batches(num_batches: int):
     counts = {len(EveryNthBatch(num_batches, 1, rank, 2, even=True)) for rank in range(2)}
     assert counts == {max(1, num_batches // 2)}
 
 
-def test_a_corpus_that_went_away_is_said_in_one_sentence(tmp_path: Path):
+def test_a_corpus_that_disappears_ends_training_with_a_message(tmp_path: Path):
     folder_of(tmp_path)
     data = module(tmp_path, valid_share=0.0)
     for path in tmp_path.glob("*.wav"):
@@ -244,7 +240,7 @@ def test_a_corpus_that_went_away_is_said_in_one_sentence(tmp_path: Path):
         list(data.train_dataloader())
 
 
-def test_a_table_that_cannot_be_written_is_said_with_the_way_out(tmp_path: Path):
+def test_a_table_that_cannot_be_written_is_an_error_with_the_remedy(tmp_path: Path):
     folder_of(tmp_path / "audio")
     (tmp_path / "file").touch()
     with pytest.raises(
@@ -254,6 +250,6 @@ def test_a_table_that_cannot_be_written_is_said_with_the_way_out(tmp_path: Path)
 
 
 @pytest.mark.parametrize("root", ["", [], {}, [""]])
-def test_a_root_that_names_nothing_is_refused(root: object):
+def test_an_empty_root_is_refused(root: object):
     with pytest.raises(ValueError, match="`root` names no source"):
         AudioDataModule(root, RATE, 0.01)

@@ -130,7 +130,7 @@ def test_kept_channels_leave_only_files_of_just_that_many(
 ):
     data = module(mixture, mono="keep", num_channels=2, max_bad_share=1.0)
     assert next(iter(data.train_dataloader())).waveform.shape == (4, 2, RATE // 2)
-    assert any("LOUD.WAV: 5 channels, 2 are needed" in message for message in caplog.messages)
+    assert any("LOUD.WAV: 5 channels, 2 required" in message for message in caplog.messages)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Laws of the table of a corpus: every file once, bad ones with their reason, nothing decoded twice."""
+"""An index has every file once, bad files with their reason, and decodes no file twice."""
 
 import csv
 import logging
@@ -43,18 +43,18 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the files that were decoded, in any order."""
+    """Names of the decoded files, in any order."""
     names: list[str] = []
 
-    def counted(audio: AudioLocation) -> AudioInfo:
+    def recording_inspect(audio: AudioLocation) -> AudioInfo:
         names.append(audio.name)
         return inspect(audio)
 
-    monkeypatch.setattr(index_module, "inspect", counted)
+    monkeypatch.setattr(index_module, "inspect", recording_inspect)
     return names
 
 
-def test_every_audio_file_is_listed_once_sorted_by_path_with_what_it_holds(root: Path):
+def test_every_audio_file_is_in_the_table_once_sorted_by_path(root: Path):
     corpus = index_corpus(root)
     table = corpus.table
     assert table.schema.equals(SCHEMA)
@@ -68,7 +68,7 @@ def test_every_audio_file_is_listed_once_sorted_by_path_with_what_it_holds(root:
     assert load_corpus(root) == corpus
 
 
-def test_only_new_and_changed_files_are_decoded_again_and_removed_ones_leave(
+def test_only_new_and_changed_files_are_decoded_again_and_removed_files_are_dropped(
     root: Path, decoded: list[str]
 ):
     index_corpus(root)
@@ -88,15 +88,15 @@ def test_only_new_and_changed_files_are_decoded_again_and_removed_ones_leave(
     assert names(load_corpus(root)) == ["b.wav", "sub/deep/a.FLAC"]
 
 
-def test_an_interrupted_indexing_keeps_what_it_has_decoded(
+def test_interrupted_indexing_keeps_its_decoded_files(
     root: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     def interrupted(audio: AudioLocation) -> AudioInfo:
         if audio.name == "a.FLAC":
             raise KeyboardInterrupt
-        return counted(audio)
+        return original(audio)
 
-    counted = index_module.inspect
+    original = index_module.inspect
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(index_module, "inspect", interrupted)
         index_corpus(root)
@@ -107,7 +107,7 @@ def test_an_interrupted_indexing_keeps_what_it_has_decoded(
     assert not list(root.rglob("*.parts"))
 
 
-def test_the_number_of_threads_changes_nothing(root: Path, tmp_path: Path):
+def test_the_table_does_not_depend_on_the_number_of_threads(root: Path, tmp_path: Path):
     one, four = (
         index_corpus(root, tmp_path / f"{workers}.parquet", num_workers=workers)
         for workers in (1, 4)
@@ -115,14 +115,14 @@ def test_the_number_of_threads_changes_nothing(root: Path, tmp_path: Path):
     assert one.table.equals(four.table)
 
 
-def test_a_broken_cache_is_made_anew(root: Path, decoded: list[str]):
+def test_a_broken_table_is_rebuilt(root: Path, decoded: list[str]):
     corpus = index_corpus(root)
     default_table_path(root).write_bytes(b"half a table")
     assert index_corpus(root) == corpus
     assert len(decoded) == 6
 
 
-def test_no_unfinished_file_is_left_beside_the_table(root: Path):
+def test_no_temporary_file_is_left_in_the_folder_of_the_table(root: Path):
     index_corpus(root)
     assert sorted(path.name for path in default_table_path(root).parent.iterdir()) == [
         "index.parquet",
@@ -131,7 +131,7 @@ def test_no_unfinished_file_is_left_beside_the_table(root: Path):
     assert pq.read_schema(default_table_path(root)).names == SCHEMA.names
 
 
-def test_the_table_goes_to_the_home_of_the_user_where_the_corpus_cannot_be_written(
+def test_the_table_of_a_read_only_corpus_is_in_the_home_folder(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -144,7 +144,7 @@ def test_the_table_goes_to_the_home_of_the_user_where_the_corpus_cannot_be_writt
     assert not (root / ".jepa_audio").exists()
 
 
-def test_links_are_followed_but_not_in_circles(root: Path, tmp_path: Path):
+def test_links_are_followed_without_cycles(root: Path, tmp_path: Path):
     write(tmp_path / "elsewhere" / "linked.wav")
     (root / "link").symlink_to(tmp_path / "elsewhere")
     (root / "sub" / "up").symlink_to(root)
@@ -154,7 +154,7 @@ def test_links_are_followed_but_not_in_circles(root: Path, tmp_path: Path):
     assert corpus.table["reason"].to_pylist()[2] == "cannot be opened: No such file or directory"
 
 
-def test_bad_files_are_kept_with_the_reason_listed_and_named_once(
+def test_bad_files_are_in_the_table_the_csv_and_the_log_once(
     root: Path, caplog: pytest.LogCaptureFixture
 ):
     (root / "text.wav").write_text("not audio at all " * 9)
@@ -177,43 +177,44 @@ def test_bad_files_are_kept_with_the_reason_listed_and_named_once(
     assert names(corpus.usable()) == ["b.wav", "c.wav", "sub/deep/a.FLAC"]
 
 
-def test_files_unfit_for_one_use_are_bad_for_it_and_not_in_the_cache(root: Path):
+def test_unfit_files_are_bad_in_the_result_but_not_in_the_written_table(root: Path):
     table = index_corpus(root, min_seconds=0.75, max_bad_share=1.0).table
     assert table["status"].to_pylist() == ["ok", "bad", "bad"]
-    assert table["reason"].to_pylist()[1] == "too short: 0.5000 s, at least 0.75 s are needed"
+    assert table["reason"].to_pylist()[1] == "too short: 0.5000 s, at least 0.75 s are required"
     assert set(load_corpus(root).table["status"].to_pylist()) == {"ok"}
     stereo = load_corpus(root).mark_unfit(num_channels=2).table
     long = load_corpus(root).mark_unfit(max_seconds=0.75).table
-    assert long["reason"].to_pylist() == ["too long: 1 s, at most 0.75 s are wanted", "", ""]
+    assert long["reason"].to_pylist() == ["too long: 1 s, at most 0.75 s are allowed", "", ""]
     assert stereo["status"].to_pylist() == ["bad", "bad", "ok"]
-    assert stereo["reason"].to_pylist()[0] == "1 channels, 2 are needed"
+    assert stereo["reason"].to_pylist()[0] == "1 channels, 2 required"
 
 
-def refusal(root: Path, **arguments: float) -> str:
+def error_message(root: Path, **arguments: float) -> str:
     with pytest.raises(CorpusError) as error:
         index_corpus(root, **arguments)
     return str(error.value)
 
 
-def test_a_folder_that_cannot_be_trained_on_is_refused_in_one_sentence(tmp_path: Path):
+def test_a_source_without_audio_is_refused(tmp_path: Path):
     assert (
-        refusal(tmp_path / "nowhere") == f"the audio source {tmp_path / 'nowhere'} does not exist"
+        error_message(tmp_path / "nowhere")
+        == f"the audio source {tmp_path / 'nowhere'} does not exist"
     )
     (tmp_path / "file").touch()
-    assert "is no audio source: a folder" in refusal(tmp_path / "file")
+    assert "is not an audio source; use a folder" in error_message(tmp_path / "file")
     (tmp_path / "empty").mkdir()
-    assert "no audio files" in refusal(tmp_path / "empty")
-    assert ".aif, .aiff, .flac, .mp3, .ogg, .opus, .tar, .wav" in refusal(tmp_path / "empty")
+    assert "no audio files" in error_message(tmp_path / "empty")
+    assert ".aif, .aiff, .flac, .mp3, .ogg, .opus, .tar, .wav" in error_message(tmp_path / "empty")
     (tmp_path / "empty" / "song.m4a").touch()
-    assert "1 files in formats that are not read" in refusal(tmp_path / "empty")
+    assert "1 files in unsupported formats" in error_message(tmp_path / "empty")
 
 
-def test_a_folder_of_bad_files_only_is_refused_with_examples_and_the_place_of_the_list(
+def test_a_folder_of_bad_files_is_refused_with_examples_and_the_path_of_the_list(
     tmp_path: Path,
 ):
     for number in range(7):
         (tmp_path / f"{number}.wav").touch()
-    message = refusal(tmp_path)
+    message = error_message(tmp_path)
     assert message.startswith(
         f"none of the 7 audio files of {tmp_path} can be used: 0.wav (the file is empty"
     )
@@ -221,12 +222,12 @@ def test_a_folder_of_bad_files_only_is_refused_with_examples_and_the_place_of_th
     assert str(default_table_path(tmp_path).parent / "index.skipped.csv") in message
 
 
-def test_above_the_share_of_bad_files_the_corpus_is_refused(root: Path):
+def test_a_corpus_with_too_many_bad_files_is_refused(root: Path):
     (root / "bad.wav").touch()
     index_corpus(root, max_bad_share=0.25)
-    assert "1 of the 4 audio files" in refusal(root, max_bad_share=0.24)
+    assert "1 of the 4 audio files" in error_message(root, max_bad_share=0.24)
 
 
-def test_a_table_that_was_never_made_is_missed_with_the_remedy(root: Path):
+def test_loading_a_source_that_is_not_indexed_names_the_command(root: Path):
     with pytest.raises(CorpusError, match="jepa-audio data index"):
         load_corpus(root)

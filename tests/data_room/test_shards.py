@@ -1,4 +1,4 @@
-"""Laws of packing: what is read from the shards is what was packed, whatever interrupts it, to the byte."""
+"""Shards return what was packed, byte for byte, also after interruptions."""
 
 import errno
 import hashlib
@@ -45,7 +45,7 @@ def float_file(path: Path, samples: np.ndarray, rate: int = RATE) -> Path:
 
 
 def facts(directory: Path) -> dict[str, dict[str, Any]]:
-    """The JSON of every packed file, by its name in the source; with the bytes of the audio as `content`."""
+    """The JSON of every packed file by its source, with the bytes of the audio as `content`."""
     packed: dict[str, dict[str, Any]] = {}
     for path in sorted(directory.glob("*.tar")):
         with tarfile.open(path) as archive:
@@ -57,7 +57,7 @@ def facts(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def samples(directory: Path) -> dict[str, np.ndarray]:
-    """What is decoded from the shards, as training does it, by name in the source."""
+    """Samples of the packed files by their source, decoded as in training."""
     corpus = load_corpus(directory)
     rows = {member: row for row, member in enumerate(corpus.table["member"].to_pylist())}
     return {
@@ -72,7 +72,7 @@ def packed_bytes(directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def faint(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    """For three shards: faint noise, of which a flac file is as small as the plan takes it to be."""
+    """Faint noise for three shards: its flac files are as small as estimated."""
     folder = tmp_path_factory.mktemp("faint")
     for number in range(9):
         samples = np.random.default_rng(number).normal(0, 100, (120_000, 2)).astype(np.int16)
@@ -82,14 +82,14 @@ def faint(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 @pytest.fixture(scope="module")
 def once(faint: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The three shards, packed at once by one worker; to be looked at only."""
+    """The three shards, packed by one worker; read-only."""
     write_shards(faint, tmp_path_factory.mktemp("once"), THREE, num_workers=1)
     return tmp_path_factory.getbasetemp() / "once0"
 
 
 @pytest.fixture
 def shards(once: Path, tmp_path: Path) -> Path:
-    """A copy of them, to be damaged."""
+    """A copy of them that a test can damage."""
     return shutil.copytree(once, tmp_path / "out")
 
 
@@ -97,7 +97,7 @@ THREE = Packing(shard_mb=1)
 
 
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".aiff"])
-def test_16_bit_audio_comes_back_exactly_and_is_told_what_it_was(tmp_path: Path, suffix: str):
+def test_16_bit_audio_is_exact_and_keeps_its_labels(tmp_path: Path, suffix: str):
     corpus = sounds(tmp_path / "in", suffix=suffix).assign_splits(
         {"train": 0.5, "test": 0.5}, groups=list("ababa")
     )
@@ -117,19 +117,17 @@ def test_16_bit_audio_comes_back_exactly_and_is_told_what_it_was(tmp_path: Path,
     }
 
 
-def test_24_bits_are_kept_when_asked_for(tmp_path: Path):
+def test_24_bits_are_kept_with_bits_24(tmp_path: Path):
     wave = np.random.default_rng(0).integers(-(2**23), 2**23, (2, 500)) * 0.9 // 1 / 2**23
     (tmp_path / "in").mkdir()
     sf.write(tmp_path / "in" / "a.wav", wave.T, RATE, subtype="PCM_24")
-    for bits, tolerance in (
-        (16, 0.5 * STEP),
-        (24, 0.0),
-    ):  # into the same folder: the shard is made anew
+    # Both into the same folder: the shard is written again.
+    for bits, tolerance in ((16, 0.5 * STEP), (24, 0.0)):
         write_shards(index_corpus(tmp_path / "in"), tmp_path / "out", Packing(bits=bits))
         np.testing.assert_allclose(samples(tmp_path / "out")["a.wav"], wave, atol=tolerance, rtol=0)
 
 
-def test_a_flac_that_stays_as_it_is_is_copied_byte_for_byte(tmp_path: Path):
+def test_an_unchanged_flac_is_copied_byte_for_byte(tmp_path: Path):
     sounds(tmp_path / "in", suffix=".flac")
     tar(tmp_path / "in" / "t.tar", {"9.flac": audio(9, "FLAC")})
     corpus = index_corpus(tmp_path / "in")
@@ -148,7 +146,7 @@ def test_a_flac_that_stays_as_it_is_is_copied_byte_for_byte(tmp_path: Path):
     "rates", [(16_000, 8000), (8000, 16_000), (44_100, 16_000), (11_025, 8000)]
 )
 @pytest.mark.parametrize("mono", [False, True])
-def test_resampled_audio_is_that_of_the_whole_file_whatever_the_blocks(
+def test_resampling_in_blocks_equals_resampling_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rates: tuple[int, int], mono: bool
 ):
     monkeypatch.setattr(shards_module, "_BLOCK_SECONDS", 1)
@@ -165,12 +163,12 @@ def test_resampled_audio_is_that_of_the_whole_file_whatever_the_blocks(
     assert set(packed.table["sample_rate"].to_pylist()) == {after}
     for name, wave in samples(tmp_path / "out").items():
         source = torch.from_numpy(read(tmp_path / "in" / name)[0])
-        whole = resample(source.mean(0, keepdim=True) if mono else source, before, after)
-        assert wave.shape == whole.shape
-        np.testing.assert_allclose(wave, whole.numpy(), atol=0.51 * STEP, rtol=0)
+        expected = resample(source.mean(0, keepdim=True) if mono else source, before, after)
+        assert wave.shape == expected.shape
+        np.testing.assert_allclose(wave, expected.numpy(), atol=0.51 * STEP, rtol=0)
 
 
-def test_loud_audio_is_not_clipped_and_the_gain_is_told(tmp_path: Path):
+def test_loud_audio_is_scaled_and_its_gain_recorded(tmp_path: Path):
     time = np.arange(20_000) / RATE
     for name, peak in (("loud", 1.9), ("full", 1.0), ("quiet", 0.01)):
         float_file(
@@ -187,7 +185,7 @@ def test_loud_audio_is_not_clipped_and_the_gain_is_told(tmp_path: Path):
         np.testing.assert_allclose(wave, gains[name] * before, atol=0.51 * STEP, rtol=0)
 
 
-def test_16_bit_audio_that_reaches_full_scale_comes_back_exactly_too(tmp_path: Path):
+def test_16_bit_audio_at_full_scale_is_exact(tmp_path: Path):
     full = np.random.default_rng(0).integers(-(2**15), 2**15, 5000, dtype=np.int16)
     (tmp_path / "in").mkdir()
     sf.write(tmp_path / "in" / "a.wav", full, RATE)
@@ -195,7 +193,7 @@ def test_16_bit_audio_that_reaches_full_scale_comes_back_exactly_too(tmp_path: P
     np.testing.assert_array_equal(samples(tmp_path / "out")["a.wav"][0] / STEP, full)
 
 
-def test_resampling_does_not_clip_what_was_not_clipped(tmp_path: Path):
+def test_resampling_does_not_clip(tmp_path: Path):
     square = (
         0.99
         * np.sign(np.sin(2 * np.pi * 100.3 * np.arange(44_100) / 44_100)).astype(np.float32)[None]
@@ -203,22 +201,20 @@ def test_resampling_does_not_clip_what_was_not_clipped(tmp_path: Path):
     float_file(tmp_path / "in" / "a.wav", square, 44_100)
     write_shards(index_corpus(tmp_path / "in"), tmp_path / "out", Packing(16_000))
     gain = facts(tmp_path / "out")["a.wav"]["gain"]
-    whole = resample(torch.from_numpy(square), 44_100, 16_000).numpy()
+    expected = gain * resample(torch.from_numpy(square), 44_100, 16_000).numpy()
     np.testing.assert_allclose(
-        samples(tmp_path / "out")["a.wav"], gain * whole, atol=0.51 * STEP, rtol=0
+        samples(tmp_path / "out")["a.wav"], expected, atol=0.51 * STEP, rtol=0
     )
 
 
-def test_more_channels_than_flac_holds_are_left_out_with_the_remedy(tmp_path: Path):
+def test_a_file_with_too_many_channels_for_flac_is_not_packed(tmp_path: Path):
     sounds(tmp_path / "in", 1)
     float_file(tmp_path / "in" / "nine.wav", np.full((9, 400), 0.1, np.float32))
     corpus = index_corpus(tmp_path / "in")
     packed = write_shards(corpus, tmp_path / "out", Packing())
     (reason,) = packed.table.filter(~packed.is_usable)["reason"].to_pylist()
-    assert (
-        reason
-        == f"left out of the shard: {tmp_path}/in/nine.wav: 9 channels, flac holds 8: pack with `mono`"
-    )
+    problem = f"{tmp_path}/in/nine.wav: 9 channels, flac allows 8: pack with `mono`"
+    assert reason == f"not packed: {problem}"
     assert list(facts(tmp_path / "out")) == ["sub/0.wav"]
     assert write_shards(corpus, tmp_path / "mono", Packing(mono=True)).is_usable.all()
     np.testing.assert_allclose(
@@ -226,7 +222,7 @@ def test_more_channels_than_flac_holds_are_left_out_with_the_remedy(tmp_path: Pa
     )
 
 
-def test_bad_files_are_not_packed_and_nothing_but_bad_ones_is_refused(tmp_path: Path):
+def test_bad_files_are_not_packed_and_a_corpus_of_bad_files_is_refused(tmp_path: Path):
     sounds(tmp_path / "in", 2)
     write(tmp_path / "in" / "bad.wav", b"no audio")
     corpus = index_corpus(tmp_path / "in")
@@ -236,7 +232,7 @@ def test_bad_files_are_not_packed_and_nothing_but_bad_ones_is_refused(tmp_path: 
 
 
 @pytest.mark.parametrize("suffix", [".wav", ".flac"])
-def test_a_file_that_disappears_is_left_out_and_costs_no_other(tmp_path: Path, suffix: str):
+def test_a_file_that_disappears_affects_no_other_file(tmp_path: Path, suffix: str):
     corpus = sounds(tmp_path / "in", suffix=suffix)
     (tmp_path / "in" / "sub" / f"2{suffix}").unlink()
     packed = write_shards(corpus, tmp_path / "out", Packing())
@@ -251,7 +247,7 @@ def test_a_file_that_disappears_is_left_out_and_costs_no_other(tmp_path: Path, s
 
 
 @pytest.mark.parametrize("now", [(1, 2 * RATE), (2, RATE)])
-def test_a_file_with_other_rate_or_channels_than_indexed_is_left_out(
+def test_a_file_with_another_rate_or_channels_than_indexed_is_not_packed(
     tmp_path: Path, now: tuple[int, int]
 ):
     corpus = sounds(tmp_path / "in")
@@ -265,9 +261,7 @@ def test_a_file_with_other_rate_or_channels_than_indexed_is_left_out(
 
 
 @pytest.mark.parametrize("suffix", [".wav", ".flac"])
-def test_a_member_of_a_tar_that_was_written_anew_is_left_out_as_changed(
-    tmp_path: Path, suffix: str
-):
+def test_a_changed_member_of_a_tar_is_not_packed(tmp_path: Path, suffix: str):
     contents = {f"{number}{suffix}": audio(number, suffix[1:].upper()) for number in range(4)}
     tar(tmp_path / "in" / "t.tar", contents)
     corpus = index_corpus(tmp_path / "in")
@@ -283,7 +277,7 @@ def test_a_member_of_a_tar_that_was_written_anew_is_left_out_as_changed(
     assert f"t.tar:2{suffix}" not in facts(tmp_path / "out")
 
 
-def test_the_same_corpus_makes_the_same_bytes_whatever_the_number_of_workers(
+def test_the_bytes_do_not_depend_on_the_number_of_workers(
     faint: Corpus, once: Path, tmp_path: Path
 ):
     write_shards(faint, tmp_path / "out", THREE, num_workers=3)
@@ -295,7 +289,7 @@ def test_the_same_corpus_makes_the_same_bytes_whatever_the_number_of_workers(
     assert min(sizes[:-1]) > 0.7e6
 
 
-def test_checksums_are_those_of_the_shards_as_sha256sum_writes_them(once: Path):
+def test_checksums_are_those_of_sha256sum(once: Path):
     content = packed_bytes(once)
     lines = content.pop("SHA256SUMS").decode().splitlines()
     assert lines == [
@@ -308,10 +302,10 @@ def mtimes(directory: Path) -> list[int]:
     return [path.stat().st_mtime_ns for path in sorted(directory.glob("*.tar"))]
 
 
-def test_an_interrupted_packing_goes_on_with_the_shard_where_it_was(
+def test_interrupted_packing_continues_with_the_unfinished_shard(
     faint: Corpus, once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    encode = shards_module._flac
+    encode = shards_module._encode_flac
     encoded: list[str] = []
 
     def interrupted(file: Any, *arguments: Any) -> Any:
@@ -321,7 +315,7 @@ def test_an_interrupted_packing_goes_on_with_the_shard_where_it_was(
         return encode(file, *arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(shards_module, "_flac", interrupted)
+        patch.setattr(shards_module, "_encode_flac", interrupted)
         write_shards(faint, tmp_path / "out", THREE, num_workers=1)
     assert list(packed_bytes(tmp_path / "out")) == ["shard-000000.tar"]
     finished = mtimes(tmp_path / "out")
@@ -334,86 +328,87 @@ def test_an_interrupted_packing_goes_on_with_the_shard_where_it_was(
 
 
 @pytest.mark.parametrize(("where", "failing"), [(os, "fsync"), (Path, "replace")])
-def test_a_full_disk_leaves_no_half_shard_and_says_how_to_go_on(
+def test_a_full_disk_leaves_no_partial_shard_and_the_command_can_be_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: object, failing: str
 ):
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     corpus = sounds(tmp_path / "in")
-    write_shards(corpus, tmp_path / "at once", Packing())
+    write_shards(corpus, tmp_path / "complete", Packing())
     with monkeypatch.context() as patch, pytest.raises(CorpusError) as error:
         patch.setattr(where, failing, full)
         write_shards(corpus, tmp_path / "out", Packing())
     assert str(error.value) == (
-        f"{tmp_path / 'out'} cannot be written: No space left on device; the same command again goes on there"
+        f"{tmp_path / 'out'} cannot be written: No space left on device; run the same command "
+        "again to continue"
     )
     assert packed_bytes(tmp_path / "out") == {}
     write_shards(corpus, tmp_path / "out", Packing())
-    assert packed_bytes(tmp_path / "out") == packed_bytes(tmp_path / "at once")
+    assert packed_bytes(tmp_path / "out") == packed_bytes(tmp_path / "complete")
 
 
 @pytest.mark.parametrize("make", [lambda path: path.write_bytes(b"half"), Path.unlink, os.utime])
-def test_a_shard_that_is_not_as_it_was_left_is_written_anew_and_alone(
+def test_only_a_modified_shard_is_written_again(
     faint: Corpus, once: Path, shards: Path, make: Callable[[Path], object]
 ):
     times = mtimes(shards)
     make(shards / "shard-000001.tar")
     write_shards(faint, shards, THREE)
     assert packed_bytes(shards) == packed_bytes(once)
-    assert [was == now for was, now in zip(times, mtimes(shards), strict=True)] == [
+    assert [old == new for old, new in zip(times, mtimes(shards), strict=True)] == [
         True,
         False,
         True,
     ]
 
 
-def test_a_source_that_changed_makes_its_shard_anew_and_no_other(
+def test_only_the_shard_of_a_changed_file_is_written_again(
     faint: Corpus, shards: Path, tmp_path: Path
 ):
     times = mtimes(shards)
-    home = next(name for name, known in facts(shards).items() if known["key"] == "000000005")
+    source = next(name for name, known in facts(shards).items() if known["key"] == "000000005")
     shutil.copytree(faint.root, tmp_path / "in")
-    sf.write(tmp_path / "in" / home, np.full((120_000, 2), 0.25), RATE)
+    sf.write(tmp_path / "in" / source, np.full((120_000, 2), 0.25), RATE)
     write_shards(index_corpus(tmp_path / "in"), shards, THREE)
-    assert [was == now for was, now in zip(times, mtimes(shards), strict=True)] == [
+    assert [old == new for old, new in zip(times, mtimes(shards), strict=True)] == [
         True,
         False,
         True,
     ]
-    np.testing.assert_array_equal(samples(shards)[home], 0.25)
+    np.testing.assert_array_equal(samples(shards)[source], 0.25)
 
 
-def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path):
+def test_a_folder_with_other_tars_is_refused(tmp_path: Path):
     corpus = sounds(tmp_path / "in", 2)
     foreign = tar(tmp_path / "out" / "mine.tar", pairs(1)).read_bytes()
-    with pytest.raises(CorpusError, match=r"holds other shards \(mine.tar\)"):
+    with pytest.raises(CorpusError, match=r"has other shards \(mine.tar\)"):
         write_shards(corpus, tmp_path / "out", Packing())
     assert packed_bytes(tmp_path / "out") == {"mine.tar": foreign}
     with pytest.raises(CorpusError, match="is a file"):
         write_shards(corpus, write(tmp_path / "file"), Packing())
 
 
-def test_shards_are_never_packed_onto_themselves(once: Path, shards: Path):
+def test_shards_are_not_packed_into_their_own_folder(once: Path, shards: Path):
     with pytest.raises(CorpusError):
         write_shards(load_corpus(shards), shards, Packing(sample_rate=7900, shard_mb=1))
     assert packed_bytes(shards) == packed_bytes(once)
 
 
 @pytest.mark.parametrize("arguments", [{"bits": 8}, {"shard_mb": 0}, {"sample_rate": 999}])
-def test_a_packing_that_makes_no_sense_is_refused_with_its_value(arguments: dict[str, int]):
+def test_an_invalid_packing_is_refused_with_its_value(arguments: dict[str, int]):
     ((name, value),) = arguments.items()
     with pytest.raises(ValueError, match=rf"`{name}` \({value}\)"):
         Packing(**arguments)
 
 
-def test_the_table_of_the_shards_is_that_of_an_index_and_moves_with_them(
+def test_the_table_of_shards_equals_their_index_and_moves_with_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     packed = write_shards(sounds(tmp_path / "in"), tmp_path / "out", Packing())
     shutil.move(tmp_path / "out", tmp_path / "moved")
     monkeypatch.setattr(
-        index_module, "inspect", lambda audio: pytest.fail(f"{audio} is decoded again")
+        index_module, "inspect", lambda audio: pytest.fail(f"{audio} was decoded again")
     )
     assert index_corpus(tmp_path / "moved").table.equals(packed.table)
     assert samples(tmp_path / "moved").keys() == {f"sub/{number}.wav" for number in range(5)}
@@ -423,13 +418,13 @@ def test_the_webdataset_package_reads_our_shards(tmp_path: Path):
     write_shards(sounds(tmp_path / "in"), tmp_path / "out", Packing())
     known = facts(tmp_path / "out")
     by_key = {facts["key"]: facts for facts in known.values()}
-    read_by_it = list(
+    packaged = list(
         webdataset.WebDataset(str(tmp_path / "out" / "shard-000000.tar"), shardshuffle=False)
     )
-    assert [sample["__key__"] for sample in read_by_it] == sorted(by_key)
-    for sample in read_by_it:
-        facts_of_it = json.loads(sample["json"])
-        number = int(Path(facts_of_it["source"]).stem)
+    assert [sample["__key__"] for sample in packaged] == sorted(by_key)
+    for sample in packaged:
+        metadata = json.loads(sample["json"])
+        number = int(Path(metadata["source"]).stem)
         assert sample["flac"] == by_key[sample["__key__"]]["content"]
         np.testing.assert_array_equal(
             sf.read(io.BytesIO(sample["flac"]), dtype="int16")[0], noise(number)
@@ -437,9 +432,7 @@ def test_the_webdataset_package_reads_our_shards(tmp_path: Path):
 
 
 @pytest.mark.parametrize("clip_seconds", [None, 0.02])
-def test_training_gets_the_same_crops_from_shards_as_from_the_files(
-    tmp_path: Path, clip_seconds: float | None
-):
+def test_crops_from_shards_equal_crops_from_the_files(tmp_path: Path, clip_seconds: float | None):
     corpus = sounds(tmp_path / "in", 8)
     write_shards(corpus, tmp_path / "out", Packing())
     in_order = corpus.shuffled()
@@ -456,6 +449,7 @@ def test_training_gets_the_same_crops_from_shards_as_from_the_files(
         for files in (in_order, index_corpus(tmp_path / "out").usable())
     )
     for file in range(8):
-        (one, none), (other, nor) = loose[file + 10, file], packed[file + 10, file]
-        assert (none, nor) == ([], [])
-        assert torch.equal(one.waveform, other.waveform)
+        loose_crop, loose_bad = loose[file + 10, file]
+        packed_crop, packed_bad = packed[file + 10, file]
+        assert loose_bad == packed_bad == []
+        assert torch.equal(loose_crop.waveform, packed_crop.waveform)

@@ -1,4 +1,4 @@
-"""Laws of the sources: all audio is found where it lies, and damage costs what is damaged, with its reason."""
+"""All audio of a source is discovered; damage costs only the damaged file, with a reason."""
 
 import gzip
 import json
@@ -10,14 +10,15 @@ import pytest
 
 from jepa_audio.data.corpus import index as index_module
 from jepa_audio.data.corpus.index import index_corpus
-from jepa_audio.data.corpus.sources import DiscoveredFile, discover_files, list_tar_members
+from jepa_audio.data.corpus.sources import DiscoveredFile, discover_files
 from jepa_audio.data.corpus.table import Corpus, CorpusError
+from jepa_audio.data.corpus.tars import list_tar_members
 from jepa_audio.errors import UserError
 from tests.sounds import audio, noise, pairs, tar, write
 
 
-def found(*sources: Path | str, root: Path = Path("/nowhere")) -> list[DiscoveredFile]:
-    """All that is found, with the members of the tars in their place."""
+def discover(*sources: Path | str, root: Path = Path("/nowhere")) -> list[DiscoveredFile]:
+    """All discovered files, with the members of tars instead of the tars."""
     entries = discover_files([str(source) for source in sources], root)
     return [
         file
@@ -30,13 +31,13 @@ def reasons(corpus: Corpus) -> dict[str, str]:
     return dict(zip(corpus.names.to_pylist(), corpus.table["reason"].to_pylist(), strict=True))
 
 
-def refusal(*sources: Path | str) -> str:
+def error_message(*sources: Path | str) -> str:
     with pytest.raises(UserError) as error:
-        found(*sources)
+        discover(*sources)
     return str(error.value)
 
 
-def test_a_folder_gives_its_audio_files_and_those_in_its_tars_but_nothing_hidden(tmp_path: Path):
+def test_a_folder_has_its_audio_files_and_those_in_its_tars_but_no_hidden_ones(tmp_path: Path):
     write(tmp_path / "a.wav")
     write(tmp_path / "deep" / "er" / "b.FLAC", audio(1, "FLAC"))
     write(tmp_path / ".hidden" / "c.wav")
@@ -50,51 +51,51 @@ def test_a_folder_gives_its_audio_files_and_those_in_its_tars_but_nothing_hidden
 def test_a_path_below_the_root_is_relative_and_any_other_absolute(tmp_path: Path):
     for name in ("in/a.wav", "other/b.wav"):
         write(tmp_path / name)
-    entries = found(tmp_path / "in", tmp_path / "other", root=tmp_path / "in")
+    entries = discover(tmp_path / "in", tmp_path / "other", root=tmp_path / "in")
     assert [entry.source for entry in entries] == ["a.wav", str(tmp_path / "other" / "b.wav")]
 
 
 @pytest.mark.parametrize(
     "pattern", ["t-{00..02}.tar", "t-*.tar", "{t-00,t-0[12]}.tar", "**/t-*.tar"]
 )
-def test_a_pattern_stands_for_all_its_tars(tmp_path: Path, pattern: str):
+def test_a_pattern_matches_all_its_tars(tmp_path: Path, pattern: str):
     for number in range(3):
         tar(tmp_path / f"t-{number:02}.tar", {f"{number}.wav": audio(number)})
-    assert [entry.member for entry in found(tmp_path / pattern)] == ["0.wav", "1.wav", "2.wav"]
+    assert [entry.member for entry in discover(tmp_path / pattern)] == ["0.wav", "1.wav", "2.wav"]
     assert len(index_corpus(tmp_path / pattern)) == 3
 
 
-def test_what_a_pattern_misses_is_named(tmp_path: Path):
+def test_an_error_names_the_part_of_a_pattern_that_matches_nothing(tmp_path: Path):
     tar(tmp_path / "t-0.tar", pairs(1))
-    assert refusal(tmp_path / "t-{0..1}.tar").startswith(
-        f"the audio source {tmp_path}/t-1.tar, one of {tmp_path}/t-{{"
+    assert error_message(tmp_path / "t-{0..1}.tar").startswith(
+        f"the audio source {tmp_path}/t-1.tar (part of {tmp_path}/t-{{"
     )
-    assert refusal(tmp_path / "{t,u}-*.tar").endswith("matches nothing")
-    assert "u-*.tar" in refusal(tmp_path / "{t,u}-*.tar")
+    assert error_message(tmp_path / "{t,u}-*.tar").endswith("matches no files")
+    assert "u-*.tar" in error_message(tmp_path / "{t,u}-*.tar")
 
 
-def test_a_name_that_looks_like_a_pattern_is_taken_as_it_is(tmp_path: Path):
+def test_an_existing_file_is_not_expanded_as_a_pattern(tmp_path: Path):
     write(tmp_path / "take [1] {a,b}.wav")
-    assert len(found(tmp_path / "take [1] {a,b}.wav")) == 1
+    assert len(discover(tmp_path / "take [1] {a,b}.wav")) == 1
 
 
 @pytest.mark.parametrize(
     "url", ["s3://bucket/{00..99}.tar", "https://host/a.tar", "pipe:aws s3 cp x -", "hf://a/b"]
 )
-def test_what_is_not_on_this_machine_is_refused_before_anything_is_fetched(url: str):
-    assert (
-        refusal(url)
-        == f"{url} is no local path: fetch it first, training reads at any place of any file"
+def test_remote_sources_are_refused(url: str):
+    assert error_message(url) == (
+        f"{url} is not a local path; download it first, because training reads files in random "
+        "order"
     )
 
 
 @pytest.mark.parametrize(
     "name", ["table.parquet", "notes.txt", "audio.zip", "shard.tar.gz", "examples.jsonx", "no"]
 )
-def test_a_file_of_no_known_kind_is_refused_and_told_what_is_known(tmp_path: Path, name: str):
-    message = refusal(write(tmp_path / name))
+def test_an_unknown_kind_of_file_is_refused_with_the_known_kinds(tmp_path: Path, name: str):
+    message = error_message(write(tmp_path / name))
     assert message.startswith(
-        f"{tmp_path / name} is no audio source: a folder, examples.json or one of "
+        f"{tmp_path / name} is not an audio source; use a folder, examples.json or one of "
     )
     assert ".flac" in message
     assert ".jsonl" in message
@@ -113,19 +114,19 @@ def manifest(path: Path, records: list[dict[str, object]]) -> Path:
 
 @pytest.mark.parametrize("column", ["path", "audio_path", "file"])
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
-def test_a_manifest_tells_files_groups_and_splits(tmp_path: Path, suffix: str, column: str):
+def test_a_manifest_lists_files_groups_and_splits(tmp_path: Path, suffix: str, column: str):
     write(tmp_path / "audio" / "ä b.wav")
     write(tmp_path / "lists" / "c.wav")
     paths = ["../audio/ä b.wav", str(tmp_path / "lists" / "c.wav")]
     lines = [{"id": 7, column: path, "group": f"g{path[0]}", "split": "test"} for path in paths]
-    entries = found(manifest(tmp_path / "lists" / f"m{suffix}", lines), root=tmp_path)
+    entries = discover(manifest(tmp_path / "lists" / f"m{suffix}", lines), root=tmp_path)
     assert [entry[0] for entry in entries] == ["audio/ä b.wav", "lists/c.wav"]
     assert [(entry.group, entry.split) for entry in entries] == [("g.", "test"), ("g/", "test")]
     assert index_corpus(tmp_path / "lists" / f"m{suffix}").is_usable.all()
 
 
 @pytest.mark.parametrize(
-    ("said", "meant"),
+    ("name", "split"),
     [
         ("val", "valid"),
         ("dev", "valid"),
@@ -135,19 +136,19 @@ def test_a_manifest_tells_files_groups_and_splits(tmp_path: Path, suffix: str, c
     ]
     + [(name, name) for name in ("train", "valid", "test", "")],
 )
-def test_a_split_has_one_name_whatever_the_manifest_calls_it(tmp_path: Path, said: str, meant: str):
-    for spelling in (said, said.upper(), f" {said} "):
-        (entry,) = found(manifest(tmp_path / "m.tsv", [{"path": "a.wav", "split": spelling}]))
-        assert entry.split == meant
+def test_other_names_of_a_split_are_normalized(tmp_path: Path, name: str, split: str):
+    for spelling in (name, name.upper(), f" {name} "):
+        (entry,) = discover(manifest(tmp_path / "m.tsv", [{"path": "a.wav", "split": spelling}]))
+        assert entry.split == split
 
 
-def test_a_split_that_is_none_is_not_kept_silently(tmp_path: Path):
-    (entry,) = found(manifest(tmp_path / "m.csv", [{"path": "a.wav", "split": "fold1"}]))
-    assert entry.reason == "its split 'fold1' is none of train, valid, test"
+def test_an_unknown_split_is_a_reason_against_the_file(tmp_path: Path):
+    (entry,) = discover(manifest(tmp_path / "m.csv", [{"path": "a.wav", "split": "fold1"}]))
+    assert entry.reason == "unknown split 'fold1'; use train, valid or test"
 
 
-def test_groups_may_be_numbers_from_zero(tmp_path: Path):
-    entries = found(
+def test_groups_can_be_numbers_including_zero(tmp_path: Path):
+    entries = discover(
         manifest(
             tmp_path / "m.jsonl", [{"path": f"{group}.wav", "group": group} for group in (0, 1)]
         )
@@ -155,7 +156,7 @@ def test_groups_may_be_numbers_from_zero(tmp_path: Path):
     assert [entry.group for entry in entries] == ["0", "1"]
 
 
-def test_a_bad_line_of_a_manifest_costs_one_row_and_no_good_one(tmp_path: Path):
+def test_a_bad_line_of_a_manifest_affects_no_other_line(tmp_path: Path):
     write(tmp_path / "a.wav")
     write(tmp_path / "b.wav")
     lines = [
@@ -172,13 +173,12 @@ def test_a_bad_line_of_a_manifest_costs_one_row_and_no_good_one(tmp_path: Path):
         "a.wav": "",
         "b.wav": "",
         "gone.wav": "cannot be opened: No such file or directory",
-        "m.jsonl:line 3": "no JSON: Invalid control character at: line 1 column 12 (char 11)",
-        "m.jsonl:line 4": "a JSON object was expected, got list",
+        "m.jsonl:line 3": "not JSON: Invalid control character at: line 1 column 12 (char 11)",
+        "m.jsonl:line 4": "not a JSON object, but list",
         **{f"m.jsonl:line {line}": "no 'path' in this line" for line in (5, 6, 7)},
     }
-    write(
-        tmp_path / "m.csv", b"\xef\xbb\xbfpath,id\na.wav,1\n,2\ngone.wav,3\nb.wav\n"
-    )  # begins with a BOM
+    byte_order_mark = b"\xef\xbb\xbf"
+    write(tmp_path / "m.csv", byte_order_mark + b"path,id\na.wav,1\n,2\ngone.wav,3\nb.wav\n")
     assert reasons(index_corpus(tmp_path / "m.csv", max_bad_share=1.0)) == {
         "a.wav": "",
         "b.wav": "",
@@ -188,32 +188,30 @@ def test_a_bad_line_of_a_manifest_costs_one_row_and_no_good_one(tmp_path: Path):
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
-def test_a_manifest_without_a_column_for_the_file_is_refused_naming_what_it_has(
-    tmp_path: Path, suffix: str
-):
-    message = refusal(manifest(tmp_path / f"m{suffix}", [{"id": 1, "filename": "a.wav"}]))
-    assert (
-        message
-        == f"{tmp_path / 'm'}{suffix}: none of ['id', 'filename'] is the audio file: call it 'path'"
+def test_a_manifest_without_a_path_column_is_refused_with_its_columns(tmp_path: Path, suffix: str):
+    message = error_message(manifest(tmp_path / f"m{suffix}", [{"id": 1, "filename": "a.wav"}]))
+    assert message == (
+        f"{tmp_path / 'm'}{suffix} has no column for the audio file; rename one of "
+        "['id', 'filename'] to 'path'"
     )
 
 
 @pytest.mark.parametrize("name", ["m.csv", "m.jsonl"])
-def test_an_empty_manifest_is_refused_in_a_sentence(tmp_path: Path, name: str):
+def test_an_empty_manifest_is_refused_with_its_name(tmp_path: Path, name: str):
     write(tmp_path / name, b"path\n" if name == "m.csv" else b"")
     with pytest.raises(CorpusError, match=name):
         index_corpus(tmp_path / name)
 
 
-def test_a_tar_in_a_manifest_gives_its_members_what_the_manifest_says(tmp_path: Path):
+def test_labels_of_a_tar_in_a_manifest_apply_to_its_members(tmp_path: Path):
     tar(tmp_path / "t.tar", {"a.wav": audio(0)})
-    (entry,) = found(
+    (entry,) = discover(
         manifest(tmp_path / "m.csv", [{"path": "t.tar", "group": "g", "split": "test"}])
     )
     assert (entry.member, entry.group, entry.split) == ("a.wav", "g", "test")
 
 
-def test_nsynth_groups_its_notes_by_instrument_and_splits_them_by_folder(tmp_path: Path):
+def test_nsynth_is_grouped_by_instrument_and_split_by_folder(tmp_path: Path):
     for split in ("train", "valid", "test"):
         folder = tmp_path / f"nsynth-{split}"
         notes = {
@@ -236,30 +234,32 @@ def test_nsynth_groups_its_notes_by_instrument_and_splits_them_by_folder(tmp_pat
 
 
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"{}", b'{"note": 1}'])
-def test_a_broken_manifest_of_nsynth_is_refused_by_name(tmp_path: Path, content: bytes):
-    assert str(tmp_path / "examples.json") in refusal(write(tmp_path / "examples.json", content))
+def test_a_broken_nsynth_manifest_is_refused_with_its_name(tmp_path: Path, content: bytes):
+    assert str(tmp_path / "examples.json") in error_message(
+        write(tmp_path / "examples.json", content)
+    )
 
 
-def test_the_suffix_of_a_tar_may_be_in_capitals_as_that_of_audio(tmp_path: Path):
-    assert [entry.member for entry in found(tar(tmp_path / "T.TAR", pairs(2)))] == [
+def test_the_suffix_of_a_tar_can_be_in_capitals(tmp_path: Path):
+    assert [entry.member for entry in discover(tar(tmp_path / "T.TAR", pairs(2)))] == [
         "0.wav",
         "1.wav",
     ]
 
 
-def test_the_same_file_through_two_sources_is_counted_once(tmp_path: Path):
+def test_a_file_in_several_sources_is_indexed_once(tmp_path: Path):
     write(tmp_path / "a.wav")
     tar(tmp_path / "sub" / "t.tar", pairs(2))
     manifest(tmp_path / "m.csv", [{"path": "sub/../a.wav"}])
-    every = [
+    sources = [
         tmp_path,
         tmp_path / "sub",
         tmp_path / "sub" / "*.tar",
         tmp_path / "m.csv",
         tmp_path / "a.wav",
     ]
-    for _ in range(2):  # the second time it is known
-        corpus = index_corpus(every, tmp_path / "out" / "t.parquet")
+    for _ in range(2):  # the second time from the table
+        corpus = index_corpus(sources, tmp_path / "out" / "t.parquet")
         names = corpus.names.to_pylist()
         assert [name.removeprefix(f"{tmp_path}/") for name in names] == [
             "a.wav",
@@ -268,47 +268,45 @@ def test_the_same_file_through_two_sources_is_counted_once(tmp_path: Path):
         ]
 
 
-def test_a_manifest_beside_its_folder_still_tells_groups_and_splits(tmp_path: Path):
+def test_a_manifest_labels_files_that_a_folder_lists_too(tmp_path: Path):
     write(tmp_path / "audio" / "a.wav")
     manifest(tmp_path / "m.csv", [{"path": "audio/a.wav", "group": "g", "split": "test"}])
     corpus = index_corpus([tmp_path / "audio", tmp_path / "m.csv"], tmp_path / "t.parquet")
     assert corpus.table.select(["group", "split"]).to_pylist() == [{"group": "g", "split": "test"}]
 
 
-def test_a_source_given_with_dots_is_decoded_once_as_any_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_relative_source_is_not_decoded_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write(tmp_path / "audio" / "a.wav")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert index_corpus("../audio").names.to_pylist() == ["a.wav"]
     monkeypatch.setattr(
-        index_module, "inspect", lambda audio: pytest.fail(f"{audio} is decoded again")
+        index_module, "inspect", lambda audio: pytest.fail(f"{audio} was decoded again")
     )
     index_corpus("../audio")
 
 
-def test_a_name_on_disk_that_is_no_text_costs_its_file_only(tmp_path: Path):
+def test_a_file_name_that_is_not_utf8_affects_only_its_file(tmp_path: Path):
     write(tmp_path / "a.wav")
     write(tmp_path / os.fsdecode(b"caf\xe9.wav"))
     assert reasons(index_corpus(tmp_path)) == {
         "a.wav": "",
-        "caf\\udce9.wav": "its name is not UTF-8: rename it",
+        "caf\\udce9.wav": "its name is not UTF-8: rename the file",
     }
 
 
-def test_a_folder_of_compressed_tars_only_is_refused_with_the_remedy(
+def test_a_folder_of_compressed_tars_is_refused_with_the_remedy(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     write(tmp_path / "a.tar.gz")
     write(tmp_path / "b.tgz")
-    assert "2 compressed tars (unpack them to .tar" in refusal(tmp_path)
+    assert "found 2 compressed tars (decompress them to .tar" in error_message(tmp_path)
     write(tmp_path / "c.wav")
-    assert len(found(tmp_path)) == 1
+    assert len(discover(tmp_path)) == 1
     assert "2 compressed tars" in caplog.text
 
 
-def test_one_bad_tar_costs_no_file_of_another(tmp_path: Path):
+def test_a_bad_tar_affects_no_other_tar(tmp_path: Path):
     tar(tmp_path / "good.tar", pairs(2))
     write(
         tmp_path / "gzip.tar", gzip.compress(tar(tmp_path / "x" / "in.tar", pairs(1)).read_bytes())
@@ -317,5 +315,5 @@ def test_one_bad_tar_costs_no_file_of_another(tmp_path: Path):
     assert reasons(index_corpus(tmp_path)) == {
         "good.tar:0.wav": "",
         "good.tar:1.wav": "",
-        "gzip.tar": "a compressed tar cannot be read at an offset: unpack it",
+        "gzip.tar": "a compressed tar does not allow random access: decompress it",
     }

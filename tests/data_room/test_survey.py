@@ -1,4 +1,4 @@
-"""Laws of looking at a corpus: the page tells what it holds, verifying finds what has changed, the commands do both."""
+"""The summary of a corpus, its verification, and the commands on corpora."""
 
 import io
 import os
@@ -23,13 +23,13 @@ def sounds(folder: Path, count: int = 4) -> Path:
     return folder
 
 
-def printed(corpus: Corpus) -> str:
+def summary(corpus: Corpus) -> str:
     page = io.StringIO()
     Console(file=page, width=120).print(summarize_corpus(corpus))
     return page.getvalue()
 
 
-def test_the_page_of_a_corpus_tells_what_it_holds_and_what_is_wrong_with_it():
+def test_the_summary_counts_files_and_lists_the_worst():
     names = [f"{number}.wav" for number in range(10)]
     corpus = made_up(
         names,
@@ -43,7 +43,7 @@ def test_the_page_of_a_corpus_tells_what_it_holds_and_what_is_wrong_with_it():
         status=["ok"] * 9 + ["bad"],
         reason=[""] * 9 + ["truncated: 9 frames"],
     )
-    page = printed(corpus)
+    page = summary(corpus)
     for line in (
         "9 usable files, 3.50 hours, 0.00 GB; 1 unusable",
         "8000 Hz: 8, 16000 Hz: 1",
@@ -58,21 +58,21 @@ def test_the_page_of_a_corpus_tells_what_it_holds_and_what_is_wrong_with_it():
     assert "quietest 6.wav -80 dBFS" in rows
     assert "clipped 4 files reach full scale 44.4 %" in rows
     assert "1 truncated 9.wav" in rows
-    assert "0 usable files, 0.00 hours, 0.00 GB; 1 unusable" in printed(
+    assert "0 usable files, 0.00 hours, 0.00 GB; 1 unusable" in summary(
         corpus.take(~corpus.is_usable)
     )
 
 
 @pytest.mark.parametrize("name", ["song [live].wav", "b [/x].wav"])
-def test_the_page_names_files_as_they_are_called(name: str):
-    assert name in printed(made_up([name, "a.wav"]))
+def test_the_summary_does_not_interpret_brackets_in_file_names(name: str):
+    assert name in summary(made_up([name, "a.wav"]))
 
 
 def packed(tmp_path: Path) -> Corpus:
     return write_shards(index_corpus(sounds(tmp_path / "in")), tmp_path / "out", Packing())
 
 
-def test_a_corpus_that_is_as_it_was_is_verified_and_one_file_more_changes_nothing(tmp_path: Path):
+def test_an_unchanged_corpus_and_new_files_have_no_problems(tmp_path: Path):
     corpus = index_corpus(sounds(tmp_path / "in"))
     write(tmp_path / "in" / "new.wav")
     os.utime(tmp_path / "in" / "a_0.wav")
@@ -80,7 +80,7 @@ def test_a_corpus_that_is_as_it_was_is_verified_and_one_file_more_changes_nothin
     assert verify_corpus(packed(tmp_path)) == []
 
 
-def test_a_file_that_is_gone_cut_or_another_is_found_by_name(tmp_path: Path):
+def test_missing_truncated_and_replaced_files_are_reported(tmp_path: Path):
     corpus = index_corpus(sounds(tmp_path / "in", 6))
     (tmp_path / "in" / "a_0.wav").unlink()
     write(tmp_path / "in" / "b_1.wav", audio(9))
@@ -88,13 +88,14 @@ def test_a_file_that_is_gone_cut_or_another_is_found_by_name(tmp_path: Path):
     write(tmp_path / "in" / "b_3.wav", b"")
     assert dict(verify_corpus(corpus)) == {
         "a_0.wav": "cannot be opened: No such file or directory",
-        "b_1.wav": f"`num_frames` is {len(noise(9))}, the table says {len(noise(1))}",
-        "a_2.wav": f"truncated: the header promises {len(noise(2))} frames, {len(noise(2)) - 50} decoded",
+        "b_1.wav": f"`num_frames` is {len(noise(9))}, but {len(noise(1))} in the table",
+        "a_2.wav": f"truncated: the header gives {len(noise(2))} frames, "
+        f"{len(noise(2)) - 50} could be decoded",
         "b_3.wav": "the file is empty (0 bytes)",
     }
 
 
-def test_another_sound_of_the_same_length_is_found(tmp_path: Path):
+def test_another_sound_of_the_same_length_is_reported(tmp_path: Path):
     corpus = index_corpus(sounds(tmp_path / "in"))
     content = bytearray(audio(0))
     content[44:] = bytes(byte // 2 for byte in content[44:])
@@ -103,22 +104,22 @@ def test_another_sound_of_the_same_length_is_found(tmp_path: Path):
 
 
 @pytest.mark.parametrize("what", ["audio", "json", "end"])
-def test_one_other_byte_anywhere_in_a_shard_is_found(tmp_path: Path, what: str):
+def test_any_changed_byte_of_a_shard_is_reported(tmp_path: Path, what: str):
     corpus = packed(tmp_path)
     shard = tmp_path / "out" / "shard-000000.tar"
     content = bytearray(shard.read_bytes())
-    place = {
+    offset = {
         "audio": corpus.table["offset"][1].as_py() + 300,
         "json": content.index(b"source"),
         "end": -1,
     }[what]
-    content[place] ^= 1
+    content[offset] ^= 1
     shard.write_bytes(content)
-    wrong = verify_corpus(corpus)
-    assert (str(shard), "its SHA-256 is not that in SHA256SUMS") in wrong
-    assert len(wrong) == (2 if what == "audio" else 1)
+    problems = verify_corpus(corpus)
+    assert (str(shard), "its SHA-256 differs from SHA256SUMS") in problems
+    assert len(problems) == (2 if what == "audio" else 1)
     shard.unlink()
-    assert (str(shard), "named in SHA256SUMS, but not there") in verify_corpus(corpus)
+    assert (str(shard), "listed in SHA256SUMS, but missing") in verify_corpus(corpus)
 
 
 @pytest.fixture
@@ -128,7 +129,7 @@ def main() -> Main:
     return lambda *args: main(list(map(str, args)))
 
 
-def test_the_command_index_makes_one_table_of_several_sources(tmp_path: Path, main: Main):
+def test_data_index_writes_one_table_of_several_sources(tmp_path: Path, main: Main):
     folder, file = sounds(tmp_path / "a"), tar(tmp_path / "b.tar", pairs(2))
     main("data", "index", folder, file, "-o", tmp_path / "out.parquet")
     assert len(Corpus.load(tmp_path / "out.parquet").usable()) == 6
@@ -136,7 +137,7 @@ def test_the_command_index_makes_one_table_of_several_sources(tmp_path: Path, ma
         main("data", "index", folder, file)
 
 
-def test_the_command_split_groups_by_a_pattern(
+def test_data_split_groups_by_a_pattern(
     tmp_path: Path, main: Main, capsys: pytest.CaptureFixture[str]
 ):
     index_corpus(sounds(tmp_path / "a"))
@@ -159,7 +160,7 @@ def test_the_command_split_groups_by_a_pattern(
         main("data", "split", tmp_path / "a", "{train: 1.0}", "--pattern", "nothing(x)")
 
 
-def test_the_commands_pack_describe_and_verify_work_on_one_another(
+def test_data_describe_and_verify_read_the_output_of_pack(
     tmp_path: Path, main: Main, capsys: pytest.CaptureFixture[str]
 ):
     main(
@@ -177,9 +178,9 @@ def test_the_commands_pack_describe_and_verify_work_on_one_another(
     assert "all 4 usable files are what its table says" in capsys.readouterr().out
     shard = tmp_path / "out" / "shard-000000.tar"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_error:
         main("data", "verify", tmp_path / "out")
-    assert left.value.code == 1
-    said = capsys.readouterr()
-    assert f"{shard}: its SHA-256 is not that in SHA256SUMS" in said.out
-    assert "1 of 4 entries" in said.err
+    assert exit_error.value.code == 1
+    output = capsys.readouterr()
+    assert f"{shard}: its SHA-256 differs from SHA256SUMS" in output.out
+    assert "1 of 4 entries" in output.err

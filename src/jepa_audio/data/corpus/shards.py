@@ -1,4 +1,4 @@
-"""A corpus → uncompressed tars in WebDataset's layout, `key.flac` beside `key.json`, which are read where they lie."""
+"""Pack a corpus into uncompressed tars in WebDataset's layout: `KEY.flac` with `KEY.json`."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ import hashlib
 import io
 import json
 import logging
-import os
 import tarfile
-import uuid
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,10 +24,12 @@ from jaxtyping import Float32
 from jepa_audio.data.audio.read import AudioReadError, read, read_bytes
 from jepa_audio.data.audio.resample import resample, resampled_length, source_slice
 from jepa_audio.data.corpus.index import index_file
-from jepa_audio.data.corpus.sources import DiscoveredFile, list_tar_members
+from jepa_audio.data.corpus.sources import DiscoveredFile
 from jepa_audio.data.corpus.table import SCHEMA, Corpus, CorpusError, default_table_path
+from jepa_audio.data.corpus.tars import list_tar_members
 from jepa_audio.data.loading.file_table import FileTable, IndexedFile, check_unchanged
 from jepa_audio.errors import UserError
+from jepa_audio.files import atomic_path, write_text
 from jepa_audio.parallel import map_threads, track_progress
 
 log = logging.getLogger(__name__)
@@ -39,23 +37,23 @@ log = logging.getLogger(__name__)
 CHECKSUMS = "SHA256SUMS"
 
 _BLOCK_SECONDS = 60
-_FLAC_SHARE = 0.6  # of its samples' bytes, that a flac file has about
-_FLAC_CHANNELS = 8
-_COMPRESSION = 0.0  # of 0 to 1: decoded an eighth faster than the default, and 4 % larger
+_FLAC_SHARE = 0.6  # estimated bytes of a flac file per byte of its samples
+_MAX_FLAC_CHANNELS = 8
+_COMPRESSION = 0.0  # of 0 to 1; decodes an eighth faster than the default and is 4 % larger
 _DIGEST = b"jepa_audio.plan"
 _SUM = b"jepa_audio.sha256"
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How audio is written into shards.
+    """Settings of `write_shards`.
 
     Args:
-        sample_rate: in Hz, to which all is resampled; `None` leaves every rate.
+        sample_rate: in Hz, to which all files are resampled; `None` keeps the rate of each file.
         mono: average the channels.
-        bits: per sample of what is written anew, 16 or 24. A flac file that stays as it is is
-            copied.
-        shard_mb: size at which a shard is about full, in 10^6 bytes.
+        bits: per sample of encoded files, 16 or 24. A flac file that keeps its rate and channels is
+            copied with its own bits.
+        shard_mb: approximate size of a shard in 10^6 bytes.
     """
 
     sample_rate: int | None = None
@@ -66,71 +64,64 @@ class Packing:
     def __post_init__(self) -> None:
         if self.bits not in (16, 24):
             raise UserError(f"`bits` ({self.bits}) must be 16 or 24")
-        if self.shard_mb < 1 or (self.sample_rate is not None and self.sample_rate < 1000):
-            raise UserError(
-                f"`shard_mb` ({self.shard_mb}) must be >= 1, `sample_rate` ({self.sample_rate}) >= 1000"
-            )
+        if self.shard_mb < 1:
+            raise UserError(f"`shard_mb` ({self.shard_mb}) must be >= 1")
+        if self.sample_rate is not None and self.sample_rate < 1000:
+            raise UserError(f"`sample_rate` ({self.sample_rate}) must be >= 1000")
 
 
 def write_shards(corpus: Corpus, directory: Path, packing: Packing, num_workers: int = 2) -> Corpus:
-    """Write the usable files of a corpus as shards, and the table of them.
+    """Write the usable files of a corpus as shards, and the table of the shards.
 
-    The files are shuffled by a hash of their names, so that a reader of whole shards gets a fair
-    sample. The same corpus and settings give the same bytes, whatever the number of workers. Every
-    shard is decoded once after it is written; an interrupted packing goes on with the shard at
-    which it was.
+    The files are shuffled by a hash of their names, so that every shard is a random sample. The
+    same corpus and settings give the same bytes for any number of workers. Every shard is decoded
+    once after it is written. An interrupted call continues with its unfinished shard.
 
     Args:
         corpus: to pack; its bad files are left out.
-        directory: folder to write: `shard-000000.tar`, ..., `SHA256SUMS`, and the table where
+        directory: folder for `shard-000000.tar`, ..., `SHA256SUMS`, and the table at the path where
             training looks for it.
         packing: rate, channels, sizes.
-        num_workers: threads that encode.
+        num_workers: encoding threads.
 
     Raises:
-        CorpusError: if nothing is usable, if the folder holds other shards, or if it cannot be
-            written.
+        CorpusError: if no file is usable, or if the folder has other shards or is not writable.
     """
     usable = corpus.usable().shuffled()
     if not len(usable):
         raise CorpusError(f"none of the {len(corpus)} files can be used")
-    plan = _plan(usable, packing)
+    plan = _plan_shards(usable, packing)
+    _check_directory(directory, len(plan), usable)
     records = directory / ".jepa_audio" / "packed"
-    _refuse_foreign(directory, len(plan), usable)
-    tables: list[pa.Table] = []
     progress = track_progress(range(len(usable)), f"Packing {directory}", len(usable))
+    tables: list[pa.Table] = []
     try:
-        records.mkdir(parents=True, exist_ok=True)
         for number, rows in enumerate(plan):
-            shard = _Shard(
-                directory / _name(number), records / f"{number:06d}.parquet", usable, rows, packing
-            )
-            table = shard.finished()
+            path, record = directory / _shard_name(number), records / f"{number:06d}.parquet"
+            shard = _Shard(path, record, usable, rows, packing)
+            table = shard.load_finished()
             if table is None:
                 table = shard.write(num_workers, lambda: next(progress, None))
             else:
-                deque(islice(progress, len(rows)), maxlen=0)
+                for _ in rows:
+                    next(progress, None)
             tables.append(table)
+        sums = [table.schema.metadata[_SUM].decode() for table in tables]
+        lines = [f"{digest}  {_shard_name(number)}\n" for number, digest in enumerate(sums)]
+        write_text(directory / CHECKSUMS, "".join(lines))
     except OSError as error:
-        said = error.strerror or str(error)
         raise CorpusError(
-            f"{directory} cannot be written: {said}; the same command again goes on there"
+            f"{directory} cannot be written: {error.strerror or error}; run the same command again "
+            "to continue"
         ) from error
-    sums = [
-        f"{table.schema.metadata[_SUM].decode()}  {_name(number)}"
-        for number, table in enumerate(tables)
-    ]
-    (directory / CHECKSUMS).write_text("\n".join([*sums, ""]))
-    packed = Corpus(
-        directory.absolute(),
-        pa.concat_tables([table.replace_schema_metadata() for table in tables]),
-    )
+    table = pa.concat_tables([table.replace_schema_metadata() for table in tables])
+    packed = Corpus(directory.absolute(), table)
     packed.save(default_table_path(directory))
     return packed
 
 
 def read_checksums(directory: Path) -> dict[str, str]:
-    """SHA-256 of every shard, by its name; empty where there are none."""
+    """SHA-256 of every shard by its name; empty without a file of checksums."""
     path = directory / CHECKSUMS
     if not path.exists():
         return {}
@@ -139,199 +130,169 @@ def read_checksums(directory: Path) -> dict[str, str]:
 
 
 def sha256_of(path: Path) -> str:
-    """The checksum of a file."""
+    """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _name(number: int) -> str:
+def _shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
-def _plan(corpus: Corpus, packing: Packing) -> list[np.ndarray]:
-    """The rows of every shard; sizes are estimated, for the files are not yet encoded."""
-    rates = (
-        corpus.table["sample_rate"].to_numpy()
-        if packing.sample_rate is None
-        else packing.sample_rate
-    )
+def _plan_shards(corpus: Corpus, packing: Packing) -> list[np.ndarray]:
+    """The rows of every shard, by the estimated sizes of the encoded files."""
+    rates = packing.sample_rate or corpus.table["sample_rate"].to_numpy()
     channels = 1 if packing.mono else corpus.table["num_channels"].to_numpy()
-    sizes = (
-        corpus.seconds * rates * channels * packing.bits / 8 * _FLAC_SHARE + 3 * tarfile.BLOCKSIZE
-    )
+    sizes = corpus.seconds * rates * channels * packing.bits / 8 * _FLAC_SHARE
+    sizes += 3 * tarfile.BLOCKSIZE
     shard = (np.cumsum(sizes) - sizes) // (packing.shard_mb * 1e6)
     return np.split(np.arange(len(corpus)), np.flatnonzero(np.diff(shard)) + 1)
 
 
-def _refuse_foreign(directory: Path, num_shards: int, corpus: Corpus) -> None:
+def _check_directory(directory: Path, num_shards: int, corpus: Corpus) -> None:
     if directory.is_file():
-        raise CorpusError(f"{directory} is a file, a folder to write shards to was expected")
+        raise CorpusError(f"{directory} is a file; give a folder for the shards")
     sources = pc.unique(corpus.table["source"]).to_pylist()
     if any((corpus.root / source).parent.resolve() == directory.resolve() for source in sources):
-        raise CorpusError(f"{directory} holds what is to be packed: give another folder")
-    expected = {_name(number) for number in range(num_shards)}
+        raise CorpusError(f"{directory} has the files to pack; give another folder")
+    expected = {_shard_name(number) for number in range(num_shards)}
     if foreign := sorted({path.name for path in directory.glob("*.tar")} - expected):
         raise CorpusError(
-            f"{directory} holds other shards ({foreign[0]}): give another folder, or empty this one"
+            f"{directory} has other shards ({foreign[0]}); give another folder, or empty this one"
         )
 
 
 class _Shard:
-    """One tar: written beside its place, moved there when whole, then decoded and recorded."""
+    """One tar: written atomically, then decoded and recorded."""
 
     def __init__(
         self, path: Path, record: Path, corpus: Corpus, rows: np.ndarray, packing: Packing
     ) -> None:
-        self._path, self._record, self._first = path, record, int(rows[0])
+        self._path, self._record, self._first_row = path, record, int(rows[0])
         self._corpus, self._packing = corpus.take(rows), packing
         self._names = self._corpus.names.to_pylist()
-        what = self._corpus.table.select(
-            ["source", "member", "num_bytes", "mtime_ns", "group", "split"]
-        ).to_pylist()
-        self._digest = hashlib.sha256(
-            json.dumps([asdict(packing), self._first, what]).encode()
-        ).hexdigest()
+        columns = ["source", "member", "num_bytes", "mtime_ns", "group", "split"]
+        content = [asdict(packing), self._first_row, self._corpus.table.select(columns).to_pylist()]
+        self._digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def finished(self) -> pa.Table | None:
-        """The rows, if an earlier run has finished this shard and nothing has changed since."""
+    def load_finished(self) -> pa.Table | None:
+        """The rows of the shard, if an earlier call has finished it and nothing has changed."""
         if not (self._record.exists() and self._path.exists()):
             return None
         table = pq.read_table(self._record)
+        if table.schema.metadata.get(_DIGEST) != self._digest.encode():
+            return None
         stat = self._path.stat()
-        same = {(stat.st_size, stat.st_mtime_ns)} == {
-            *zip(table["source_bytes"].to_pylist(), table["mtime_ns"].to_pylist(), strict=True)
-        }
+        recorded = table.select(["source_bytes", "mtime_ns"]).to_pydict().values()
         return (
-            table if same and table.schema.metadata.get(_DIGEST) == self._digest.encode() else None
+            table if {*zip(*recorded, strict=True)} == {(stat.st_size, stat.st_mtime_ns)} else None
         )
 
     def write(self, num_workers: int, tick: Callable[[], object]) -> pa.Table:
-        """Encode the files, calling `tick` after each; the rows of the table."""
-        part = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex}.part")
-        skipped: list[DiscoveredFile] = []
-        try:
-            with part.open("wb") as file:
-                self._fill(file, num_workers, skipped, tick)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(self._path)
-        finally:
-            part.unlink(missing_ok=True)
-        stat = self._path.stat()
+        """Encode the files and return the rows of the shard; `tick` is called after each file."""
+        with atomic_path(self._path) as unfinished, unfinished.open("wb") as file:
+            skipped = self._write_tar(file, num_workers, tick)
+        stat, folder = self._path.stat(), self._path.parent
         tar = DiscoveredFile(self._path.name, "", 0, -1, stat.st_size, stat.st_mtime_ns)
-        found = list_tar_members(tar, self._path.parent) if len(skipped) < len(self._corpus) else []
-        found += [tar._replace(member=entry.member, reason=entry.reason) for entry in skipped]
-        rows = list(
-            map_threads(lambda entry: index_file(self._path.parent, entry), found, num_workers)
-        )
+        files = list_tar_members(tar, folder) if len(skipped) < len(self._corpus) else []
+        files += [tar._replace(member=name, reason=reason) for name, reason in skipped.items()]
+        rows = list(map_threads(lambda file: index_file(folder, file), files, num_workers))
         metadata = {_DIGEST: self._digest.encode(), _SUM: sha256_of(self._path).encode()}
         table = pa.Table.from_pylist(rows, schema=SCHEMA).replace_schema_metadata(metadata)
-        pq.write_table(table, self._record.with_suffix(".tmp"))
-        self._record.with_suffix(".tmp").replace(self._record)
+        with atomic_path(self._record) as unfinished:
+            pq.write_table(table, unfinished)
         return table
 
-    def _fill(
-        self,
-        file: io.BufferedWriter,
-        num_workers: int,
-        skipped: list[DiscoveredFile],
-        tick: Callable[[], object],
-    ) -> None:
-        files = FileTable([self._corpus])
+    def _write_tar(
+        self, file: IO[bytes], num_workers: int, tick: Callable[[], object]
+    ) -> dict[str, str]:
+        """Write all files that can be read; return the reasons of the others by member name."""
+        skipped: dict[str, str] = {}
+        table = FileTable([self._corpus])
+        encode = partial(self._encode_row, table)
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-            encoded = map_threads(
-                partial(self._encoded, files), range(len(files)), num_workers, 4 * num_workers
-            )
-            for place, packed in enumerate(encoded):
+            encoded = map_threads(encode, range(len(table)), num_workers, 4 * num_workers)
+            for row, packed in enumerate(encoded, start=self._first_row):
                 tick()
-                key = f"{self._first + place:09d}"
                 if isinstance(packed, AudioReadError):
-                    log.warning("left out %s: %s", packed.audio, packed.reason)
-                    skipped.append(
-                        DiscoveredFile("", f"{key}.flac", reason=f"left out of the shard: {packed}")
-                    )
+                    log.warning("not packed: %s", packed)
+                    skipped[f"{row:09d}.flac"] = f"not packed: {packed}"
                     continue
-                content, facts = packed
-                _add(archive, f"{key}.flac", content)
-                _add(archive, f"{key}.json", json.dumps(facts).encode())
+                content, metadata = packed
+                _add(archive, f"{row:09d}.flac", content)
+                _add(archive, f"{row:09d}.json", json.dumps(metadata).encode())
+        return skipped
 
-    def _encoded(
-        self, files: FileTable, place: int
+    def _encode_row(
+        self, table: FileTable, row: int
     ) -> tuple[bytes, dict[str, Any]] | AudioReadError:
-        """A file as flac, and what is known of it; or why it cannot be read."""
-        group, split = (self._corpus.table[name][place].as_py() for name in ("group", "split"))
-        source = self._names[place]
+        """A file as flac and its metadata, or the error of reading it."""
+        group, split = (self._corpus.table[name][row].as_py() for name in ("group", "split"))
         try:
-            content, rate, gain = _flac(files[place], self._packing)
+            content, rate, gain = _encode_flac(table[row], self._packing)
         except AudioReadError as error:
             return error
-        return content, {
-            "source": source,
-            "group": group,
-            "split": split,
-            "sample_rate": rate,
-            "gain": gain,
-        }
+        labels = {"source": self._names[row], "group": group, "split": split}
+        return content, {**labels, "sample_rate": rate, "gain": gain}
 
 
-def _flac(file: IndexedFile, packing: Packing) -> tuple[bytes, int, float]:
-    """The file as flac, its rate, and the factor on its samples that keeps them from clipping."""
+def _encode_flac(file: IndexedFile, packing: Packing) -> tuple[bytes, int, float]:
+    """The file as flac, its rate, and the gain that was applied to avoid clipping."""
     rate = packing.sample_rate or file.sample_rate
     num_channels = 1 if packing.mono else file.num_channels
-    if num_channels > _FLAC_CHANNELS:
+    if num_channels > _MAX_FLAC_CHANNELS:
         raise AudioReadError(
-            file.audio, f"{num_channels} channels, flac holds {_FLAC_CHANNELS}: pack with `mono`"
+            file.audio,
+            f"{num_channels} channels, flac allows {_MAX_FLAC_CHANNELS}: pack with `mono`",
         )
-    if (rate, num_channels) == (
-        file.sample_rate,
-        file.num_channels,
-    ) and file.audio.name.lower().endswith(".flac"):
+    is_unchanged = (rate, num_channels) == (file.sample_rate, file.num_channels)
+    if is_unchanged and file.audio.name.lower().endswith(".flac"):
         return read_bytes(file.audio), rate, 1.0
-    content, peak = _encode(file, rate, num_channels, packing, gain=1.0)
+    content, peak = _encode_scaled(file, rate, num_channels, packing, gain=1.0)
     if peak <= 1:
         return content, rate, 1.0
-    gain = (
-        0.999 / peak
-    )  # a resampled sound can be louder than the file; only now it is known by how much
-    return _encode(file, rate, num_channels, packing, gain)[0], rate, gain
+    # Resampling can raise the peak; its value is known only now.
+    gain = 0.999 / peak
+    return _encode_scaled(file, rate, num_channels, packing, gain)[0], rate, gain
 
 
-def _encode(
+def _encode_scaled(
     file: IndexedFile, rate: int, num_channels: int, packing: Packing, gain: float
 ) -> tuple[bytes, float]:
+    """The file as flac with its samples times `gain`, and the peak before that."""
     buffer, peak = io.BytesIO(), 0.0
-    how = {"subtype": f"PCM_{packing.bits}", "format": "FLAC", "compression_level": _COMPRESSION}
+    form = {"subtype": f"PCM_{packing.bits}", "format": "FLAC", "compression_level": _COMPRESSION}
     try:
-        flac = sf.SoundFile(buffer, "w", rate, num_channels, **how)
+        flac = sf.SoundFile(buffer, "w", rate, num_channels, **form)
     except sf.LibsndfileError as error:
-        raise AudioReadError(
-            file.audio, f"flac does not hold {rate} Hz: pack with a `sample_rate`"
-        ) from error
+        reason = f"flac does not allow {rate} Hz: pack with a `sample_rate`"
+        raise AudioReadError(file.audio, reason) from error
     with flac:
-        for block in _blocks(file, rate, packing.mono):
-            # The largest integer is one step short of full scale, the smallest is not.
+        for block in _resampled_blocks(file, rate, packing.mono):
+            # The largest integer is one step below full scale, the smallest is at full scale.
             peak = max(peak, float(block.max()) + 2.0 ** (1 - packing.bits), float(-block.min()))
             flac.write(gain * block.T)
     return buffer.getvalue(), peak
 
 
-def _blocks(file: IndexedFile, rate: int, mono: bool) -> Iterator[Float32[np.ndarray, "C S"]]:
-    """The file at another rate, in blocks: a day of sound takes no more memory than a minute."""
+def _resampled_blocks(
+    file: IndexedFile, rate: int, mono: bool
+) -> Iterator[Float32[np.ndarray, "C S"]]:
+    """The resampled file in blocks: memory does not grow with the length of the file."""
     length = resampled_length(file.num_frames, file.sample_rate, rate)
-    block = _BLOCK_SECONDS * rate
-    for start in range(0, length, block):
-        wanted = min(block, length - start)
-        source = source_slice(start, wanted, file.num_frames, file.sample_rate, rate)
+    block_samples = _BLOCK_SECONDS * rate
+    for start in range(0, length, block_samples):
+        num_samples = min(block_samples, length - start)
+        source = source_slice(start, num_samples, file.num_frames, file.sample_rate, rate)
         decoded, sample_rate = read(file.audio, source.start, source.num_frames)
         check_unchanged(file, decoded, sample_rate)
         samples = torch.from_numpy(decoded)
         samples = samples.mean(dim=0, keepdim=True) if mono else samples
-        yield resample(samples, file.sample_rate, rate)[
-            :, source.skip : source.skip + wanted
-        ].numpy()
+        resampled = resample(samples, file.sample_rate, rate)
+        yield resampled[:, source.skip : source.skip + num_samples].numpy()
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    info = tarfile.TarInfo(name)  # without owner and time: the same corpus makes the same bytes
+    info = tarfile.TarInfo(name)  # without owner and time: the same corpus gives the same bytes
     info.size = len(content)
     archive.addfile(info, io.BytesIO(content))

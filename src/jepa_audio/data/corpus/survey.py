@@ -1,4 +1,4 @@
-"""What a corpus holds, as a page of text, and whether it still holds it."""
+"""Summarize a corpus as a page of text, and verify its files against its table."""
 
 from __future__ import annotations
 
@@ -19,133 +19,119 @@ from jepa_audio.data.corpus.sources import TAR_SUFFIX, DiscoveredFile
 from jepa_audio.data.corpus.table import Corpus
 from jepa_audio.parallel import map_threads, track_progress
 
-_BAR = 40
-_WORST = 5
-_SECONDS = (0, 0.5, 1, 2, 5, 10, 30, 60, 300, 3600, np.inf)
-_CLIPPED = 0.9999
-_MEASURED = ("num_frames", "sample_rate", "num_channels", "peak", "rms")
-_AS_DECODED = 1e-3  # another version of a decoder of mp3 or ogg may round differently
+_BAR_WIDTH = 40
+_NUM_WORST = 5
+_NUM_REASONS = 20
+_LENGTH_BOUNDS = (0, 0.5, 1, 2, 5, 10, 30, 60, 300, 3600, np.inf)  # seconds
+_FULL_SCALE = 0.9999
+_COMPARED = ("num_frames", "sample_rate", "num_channels", "peak", "rms")
+_LEVEL_TOLERANCE = 1e-3  # another version of an mp3 or ogg decoder may round differently
 
 
 def summarize_corpus(corpus: Corpus) -> Group:
-    """Hours, rates, channels, lengths, levels, groups and splits of a corpus, and its worst files."""
-    usable = corpus.take(corpus.is_usable)
-    seconds = usable.seconds
-    num_bad = len(corpus) - len(usable)
+    """Hours, rates, channels, lengths, levels, groups and splits of a corpus; its worst files."""
+    usable, bad = corpus.take(corpus.is_usable), corpus.take(~corpus.is_usable)
+    hours = usable.seconds.sum() / 3600
     gigabytes = float(usable.table["num_bytes"].to_numpy().clip(0).sum()) / 1e9
-    title = f"{len(usable)} usable files, {seconds.sum() / 3600:.2f} hours, {gigabytes:.2f} GB; {num_bad} unusable"
-    parts = [_facts(usable)]
+    size = f"{len(usable)} usable files, {hours:.2f} hours, {gigabytes:.2f} GB"
+    sections = [_properties(usable)]
     if len(usable):
-        parts += [_lengths(seconds), _extremes(usable)]
-    if num_bad:
-        parts.append(_reasons(corpus.take(~corpus.is_usable)))
-    return Group(title, *parts)
+        sections += [_length_histogram(usable.seconds), _worst_files(usable)]
+    if len(bad):
+        sections.append(_bad_reasons(bad))
+    return Group(f"{size}; {len(bad)} unusable", *sections)
 
 
 def verify_corpus(corpus: Corpus, num_workers: int = 2) -> list[tuple[str, str]]:
-    """Read every usable file anew: (name, what is wrong) of those that are not what the table says.
+    """Decode every usable file again; return (name, problem) of files that differ from the table.
 
-    Shards are held to the checksums beside them, too.
+    Shards are also compared with their checksums in `SHA256SUMS`.
     """
     usable = corpus.take(corpus.is_usable)
-    wrong: list[tuple[str, str]] = []
     sources = pc.unique(usable.table["source"]).to_pylist()
-    for shard in sorted(corpus.root / source for source in sources if source.endswith(TAR_SUFFIX)):
-        wrong += _wrong_shard(shard)
+    shards = sorted(corpus.root / source for source in sources if source.endswith(TAR_SUFFIX))
+    problems = [(str(path), problem) for path in shards if (problem := _shard_problem(path))]
+
+    def compare(row: dict[str, Any]) -> str:
+        file = DiscoveredFile(**{name: row[name] for name in DiscoveredFile._fields})
+        return _file_problem(row, index_file(corpus.root, file))
+
     rows = (row for batch in usable.table.to_batches(1024) for row in batch.to_pylist())
-    entries = (
-        DiscoveredFile(**{name: row[name] for name in DiscoveredFile._fields}) for row in rows
-    )
-    fresh = map_threads(lambda entry: index_file(corpus.root, entry), entries, num_workers)
-    known = (row for batch in usable.table.to_batches(1024) for row in batch.to_pylist())
-    names = usable.names.to_pylist()
-    watched = track_progress(zip(names, known, fresh, strict=True), "Verifying", len(usable))
-    for name, before, now in watched:
-        if now["status"] != "ok":
-            wrong.append((name, now["reason"]))
-        elif field := next((field for field in _MEASURED if not _same(field, now, before)), None):
-            wrong.append(
-                (name, f"`{field}` is {now[field]:.6g}, the table says {before[field]:.6g}")
-            )
-    return wrong
+    compared = zip(usable.names.to_pylist(), map_threads(compare, rows, num_workers), strict=True)
+    for name, problem in track_progress(compared, "Verifying", len(usable)):
+        if problem:
+            problems.append((name, problem))
+    return problems
 
 
-def _same(field: str, now: dict[str, Any], before: dict[str, Any]) -> bool:
-    tolerance = _AS_DECODED if field in ("peak", "rms") else 0.0
-    return math.isclose(now[field], before[field], rel_tol=tolerance)
+def _file_problem(old: dict[str, Any], new: dict[str, Any]) -> str:
+    if new["status"] != "ok":
+        return new["reason"]
+    for name in _COMPARED:
+        tolerance = _LEVEL_TOLERANCE if name in ("peak", "rms") else 0.0
+        if not math.isclose(new[name], old[name], rel_tol=tolerance):
+            return f"`{name}` is {new[name]:.6g}, but {old[name]:.6g} in the table"
+    return ""
 
 
-def _wrong_shard(path: Path) -> list[tuple[str, str]]:
+def _shard_problem(path: Path) -> str:
     digest = read_checksums(path.parent).get(path.name)
-    if digest is None or (path.exists() and sha256_of(path) == digest):
-        return []
-    wrong = (
-        f"its SHA-256 is not that in {CHECKSUMS}"
-        if path.exists()
-        else f"named in {CHECKSUMS}, but not there"
-    )
-    return [(str(path), wrong)]
+    if digest is None:
+        return ""
+    if not path.exists():
+        return f"listed in {CHECKSUMS}, but missing"
+    return "" if sha256_of(path) == digest else f"its SHA-256 differs from {CHECKSUMS}"
 
 
-def _facts(usable: Corpus) -> Table:
+def _properties(usable: Corpus) -> Table:
     grid = Table(box=None, show_header=False, pad_edge=False)
-    for name, column in (
-        ("rates", "sample_rate"),
-        ("channels", "num_channels"),
-        ("splits", "split"),
+    for title, column, unit in (
+        ("rates", "sample_rate", " Hz"),
+        ("channels", "num_channels", ""),
+        ("splits", "split", ""),
     ):
-        counts = sorted(
-            (count["values"], count["counts"])
-            for count in usable.table[column].value_counts().to_pylist()
-        )
-        unit = " Hz" if column == "sample_rate" else ""
-        grid.add_row(
-            name, ", ".join(f"{value or 'none'}{unit}: {count}" for value, count in counts)
-        )
-    groups = [group for group in pc.unique(usable.table["group"]).to_pylist() if group]
-    grid.add_row("groups", str(len(groups)) if groups else "none")
+        counts = usable.table[column].value_counts().to_pylist()
+        pairs = sorted((count["values"], count["counts"]) for count in counts)
+        cells = (f"{value or 'none'}{unit}: {count}" for value, count in pairs)
+        grid.add_row(title, ", ".join(cells))
+    groups = pc.unique(usable.table["group"]).to_pylist()
+    grid.add_row("groups", str(len(set(groups) - {""}) or "none"))
     return grid
 
 
-def _lengths(seconds: np.ndarray) -> Table:
+def _length_histogram(seconds: np.ndarray) -> Table:
     table = Table("seconds", "files", "hours", "", title="lengths", title_justify="left", box=None)
-    for low, high in pairwise(_SECONDS):
-        among = seconds[(seconds >= low) & (seconds < high)]
-        if len(among):
-            bar = "█" * max(1, round(_BAR * len(among) / len(seconds)))
+    for low, high in pairwise(_LENGTH_BOUNDS):
+        lengths = seconds[(seconds >= low) & (seconds < high)]
+        if len(lengths):
+            bar = "█" * max(1, round(_BAR_WIDTH * len(lengths) / len(seconds)))
             bounds = f"{low:g} to {high:g}" if np.isfinite(high) else f"{low:g} or more"
-            table.add_row(bounds, str(len(among)), f"{among.sum() / 3600:.2f}", bar)
+            table.add_row(bounds, str(len(lengths)), f"{lengths.sum() / 3600:.2f}", bar)
     return table
 
 
-def _extremes(usable: Corpus) -> Table:
+def _worst_files(usable: Corpus) -> Table:
     table = Table("", "file", "", title="worst usable files", title_justify="left", box=None)
-    rms, peak, seconds = (
-        usable.table["rms"].to_numpy(),
-        usable.table["peak"].to_numpy(),
-        usable.seconds,
-    )
-    level = 20 * np.log10(np.maximum(rms, 1e-10))
+    levels = 20 * np.log10(np.maximum(usable.table["rms"].to_numpy(), 1e-10))
     names = usable.names
-    for row in np.argsort(seconds)[:_WORST]:
-        table.add_row("shortest", escape(names[int(row)].as_py()), f"{seconds[row]:.3f} s")
-    for row in np.argsort(level)[:_WORST]:
-        table.add_row("quietest", escape(names[int(row)].as_py()), f"{level[row]:.0f} dBFS")
-    clipped = int((peak >= _CLIPPED).sum())
-    table.add_row(
-        "clipped", f"{clipped} files reach full scale", f"{100 * clipped / len(usable):.1f} %"
-    )
+    for title, values, form in (
+        ("shortest", usable.seconds, "{:.3f} s"),
+        ("quietest", levels, "{:.0f} dBFS"),
+    ):
+        for row in np.argsort(values)[:_NUM_WORST].tolist():
+            table.add_row(title, escape(names[row].as_py()), form.format(values[row]))
+    num_clipped = int((usable.table["peak"].to_numpy() >= _FULL_SCALE).sum())
+    share = f"{100 * num_clipped / len(usable):.1f} %"
+    table.add_row("clipped", f"{num_clipped} files reach full scale", share)
     return table
 
 
-def _reasons(bad: Corpus) -> Table:
-    table = Table(
-        "files", "reason", "for instance", title="cannot be used", title_justify="left", box=None
-    )
+def _bad_reasons(bad: Corpus) -> Table:
+    columns = ("files", "reason", "example")
+    table = Table(*columns, title="unusable files", title_justify="left", box=None)
     reasons = np.array([reason.partition(":")[0] for reason in bad.table["reason"].to_pylist()])
     kinds, first, counts = np.unique(reasons, return_index=True, return_counts=True)
-    for place in np.argsort(-counts)[:20]:
-        table.add_row(
-            str(counts[place]), escape(kinds[place]), escape(bad.names[int(first[place])].as_py())
-        )
+    for number in np.argsort(-counts)[:_NUM_REASONS].tolist():
+        name = bad.names[int(first[number])].as_py()
+        table.add_row(str(counts[number]), escape(kinds[number]), escape(name))
     return table

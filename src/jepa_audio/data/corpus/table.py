@@ -1,13 +1,11 @@
-"""The table of a corpus: one row for every audio file, with what it holds or why it cannot be used."""
+"""The table of a corpus: one row for each audio file, with its measurements or its defect."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import os
-import uuid
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -20,18 +18,19 @@ from jaxtyping import Bool, Float64
 
 from jepa_audio.data.audio.read import AudioLocation, audio_location
 from jepa_audio.errors import UserError
+from jepa_audio.files import atomic_path
 
 log = logging.getLogger(__name__)
 
 SCHEMA = pa.schema(
     {
-        "source": pa.string(),  # file on disk, relative to the root where it lies below it
-        "member": pa.string(),  # name within it, if it is a tar
-        "offset": pa.int64(),  # first byte of the audio in the source
+        "source": pa.string(),  # file on disk, relative to the root if it is below the root
+        "member": pa.string(),  # name in `source` if that is a tar, else ""
+        "offset": pa.int64(),  # first byte of the audio in `source`
         "num_bytes": pa.int64(),
         "source_bytes": pa.int64(),
         "mtime_ns": pa.int64(),
-        "group": pa.string(),  # what must not be divided between training and test
+        "group": pa.string(),  # files of one group must be in the same split
         "split": pa.string(),  # train, valid, test or ""
         "num_frames": pa.int64(),
         "sample_rate": pa.int32(),
@@ -39,19 +38,20 @@ SCHEMA = pa.schema(
         "peak": pa.float32(),
         "rms": pa.float32(),
         "status": pa.string(),  # ok or bad
-        "reason": pa.string(),
+        "reason": pa.string(),  # why the file is bad
     }
 )
+SPLITS = ("train", "valid", "test")
 _VERSION, _ROOT = b"jepa_audio.index", b"jepa_audio.root"
 _CURRENT = b"2"
 
 
 class CorpusError(UserError):
-    """A corpus that cannot be used for training."""
+    """A corpus that cannot be used."""
 
 
 class Splits(NamedTuple):
-    """The files of a corpus by their use; `test` is empty where nothing says which they are."""
+    """The files of a corpus by split; `test` is empty if the table has no test files."""
 
     train: Corpus
     valid: Corpus
@@ -60,11 +60,11 @@ class Splits(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus:
-    """A table and the folder that its sources are relative to.
+    """A table of audio files.
 
     Attributes:
-        root: folder.
-        table: one row a file, see `SCHEMA`.
+        root: folder that relative sources are relative to.
+        table: one row for each file, see `SCHEMA`.
     """
 
     root: Path
@@ -75,89 +75,83 @@ class Corpus:
 
     @classmethod
     def load(cls, path: Path) -> Corpus:
-        """Read the table at `path`.
+        """Read a table.
 
         Raises:
-            CorpusError: if there is none, or another kind of file.
+            CorpusError: if the file does not exist or is not a corpus table of this version.
         """
         if not path.exists():
-            raise CorpusError(
-                f"there is no table {path}; `jepa-audio data index SOURCE -o {path}` makes one"
-            )
+            command = f"jepa-audio data index SOURCE -o {path}"
+            raise CorpusError(f"the corpus table {path} does not exist; create it with `{command}`")
         try:
             table = pq.read_table(path)
         except (pa.ArrowException, OSError) as error:
             raise CorpusError(
-                f"{path} cannot be read as a table of a corpus ({error}): index the corpus anew"
+                f"{path} cannot be read as a corpus table ({error}); index the corpus again"
             ) from error
         metadata = table.schema.metadata or {}
         if metadata.get(_VERSION) != _CURRENT or not table.schema.equals(SCHEMA):
             raise CorpusError(
-                f"{path} is no table of this version of jepa-audio: index the corpus anew"
+                f"{path} is not a corpus table of this version of jepa-audio; "
+                "index the corpus again"
             )
         root = Path(os.path.normpath(path.absolute().parent / metadata[_ROOT].decode()))
         return cls(root, table.replace_schema_metadata())
 
     def save(self, path: Path) -> None:
-        """Write the table, whole or not at all; it can be moved together with the audio if one contains the other.
+        """Write the table atomically.
+
+        If the table is in the folder of its audio or in a folder above it, both can be moved
+        together: then the table refers to its root by a relative path.
 
         Raises:
-            CorpusError: if it cannot be written.
+            CorpusError: if the table cannot be written.
         """
         folder = path.absolute().parent
-        moves_along = folder.is_relative_to(self.root) or self.root.is_relative_to(folder)
-        root = os.path.relpath(self.root, folder) if moves_along else str(self.root)
-        unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+        is_relative = folder.is_relative_to(self.root) or self.root.is_relative_to(folder)
+        root = os.path.relpath(self.root, folder) if is_relative else str(self.root)
+        table = self.table.replace_schema_metadata({_VERSION: _CURRENT, _ROOT: root.encode()})
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            pq.write_table(
-                self.table.replace_schema_metadata({_VERSION: _CURRENT, _ROOT: root.encode()}),
-                unfinished,
-            )
-            unfinished.replace(path)
+            with atomic_path(path) as unfinished:
+                pq.write_table(table, unfinished)
         except OSError as error:
             raise CorpusError(
-                f"the table {path} cannot be written: {error.strerror or error}. Make one elsewhere: "
-                "`jepa-audio data index SOURCE -o TABLE.parquet`, then `--data.root TABLE.parquet`"
+                f"the table {path} cannot be written: {error.strerror or error}. Write it elsewhere "
+                "with `jepa-audio data index SOURCE -o TABLE.parquet`, then train with "
+                "`--data.root TABLE.parquet`"
             ) from error
-        finally:
-            with suppress(OSError):
-                unfinished.unlink()
 
     def audio(self, row: int) -> AudioLocation:
-        """Where the file of a row lies."""
-        source, member, offset, num_bytes = (
-            self.table[name][row].as_py() for name in ("source", "member", "offset", "num_bytes")
-        )
+        """Location of the file in a row."""
+        columns = (self.table[name] for name in ("source", "member", "offset", "num_bytes"))
+        source, member, offset, num_bytes = (column[row].as_py() for column in columns)
         return audio_location(self.root / source, member, offset, num_bytes)
 
     @property
     def names(self) -> pa.ChunkedArray:
-        """What each file is called in a message: its source, and its name within it."""
+        """Name of every file in messages: `source`, or `source:member` in a tar."""
         source, member = self.table["source"], self.table["member"]
-        if not pc.any(pc.not_equal(member, "")).as_py():
+        in_tar = pc.not_equal(member, "")
+        if not pc.any(in_tar).as_py():
             return source
-        return pc.if_else(
-            pc.equal(member, ""), source, pc.binary_join_element_wise(source, member, ":")
-        )
+        return pc.if_else(in_tar, pc.binary_join_element_wise(source, member, ":"), source)
 
     @property
     def absolute_names(self) -> pa.ChunkedArray:
-        """The same with the whole path."""
+        """Name of every file with its absolute path."""
         names = self.names
-        below = pc.binary_join_element_wise(f"{self.root}{os.sep}", names, "")
-        return pc.if_else(pc.starts_with(names, os.sep), names, below)
+        below_root = pc.binary_join_element_wise(f"{self.root}{os.sep}", names, "")
+        return pc.if_else(pc.starts_with(names, os.sep), names, below_root)
 
     @property
     def seconds(self) -> Float64[np.ndarray, " N"]:
-        """Length of every file, 0 where it is not known."""
-        return self.table["num_frames"].to_numpy() / np.maximum(
-            self.table["sample_rate"].to_numpy(), 1
-        )
+        """Length of every file; 0 if it is unknown."""
+        rates = np.maximum(self.table["sample_rate"].to_numpy(), 1)
+        return self.table["num_frames"].to_numpy() / rates
 
     @property
     def is_usable(self) -> Bool[np.ndarray, " N"]:
-        """Which files can be trained on."""
+        """Mask of the files that can be used."""
         return pc.equal(self.table["status"], "ok").to_numpy()
 
     def mark_unfit(
@@ -166,35 +160,30 @@ class Corpus:
         max_seconds: float | None = None,
         num_channels: int | None = None,
     ) -> Corpus:
-        """The table with files that are good, but not for this use, turned to 'bad' with the reason.
+        """Mark files as bad, with the reason, that do not fit one use of the corpus.
 
         Args:
-            min_seconds: shorter files are not used.
-            max_seconds: longer files are not used; `None` for no bound.
-            num_channels: files with another number of channels are not used; `None` takes any.
+            min_seconds: shorter files are bad.
+            max_seconds: longer files are bad; `None` for no limit.
+            num_channels: files with another number of channels are bad; `None` allows any.
         """
         seconds, channels = self.seconds, self.table["num_channels"].to_numpy()
-        other = (
-            np.zeros(len(self), dtype=bool) if num_channels is None else channels != num_channels
-        )
-        short, long = (
-            seconds < min_seconds,
-            seconds > (np.inf if max_seconds is None else max_seconds),
-        )
-        unfit = self.is_usable & (short | long | other)
-        reasons = [
-            f"too short: {seconds[row]:.4f} s, at least {min_seconds:g} s are needed"
-            if short[row]
-            else f"too long: {seconds[row]:.0f} s, at most {max_seconds:g} s are wanted"
-            if long[row]
-            else f"{channels[row]} channels, {num_channels} are needed"
-            for row in np.flatnonzero(unfit)
-        ]
-        bad = pa.array(unfit)
-        reason = pc.replace_with_mask(
-            self.table["reason"].combine_chunks(), bad, pa.array(reasons, pa.string())
-        )
-        return self._with(status=pc.if_else(bad, "bad", self.table["status"]), reason=reason)
+        is_short = seconds < min_seconds
+        is_long = seconds > (np.inf if max_seconds is None else max_seconds)
+        other_channels = channels != (channels if num_channels is None else num_channels)
+        is_unfit = self.is_usable & (is_short | is_long | other_channels)
+
+        def reason(row: int) -> str:
+            if is_short[row]:
+                return f"too short: {seconds[row]:.4f} s, at least {min_seconds:g} s are required"
+            if is_long[row]:
+                return f"too long: {seconds[row]:.0f} s, at most {max_seconds:g} s are allowed"
+            return f"{channels[row]} channels, {num_channels} required"
+
+        unfit = pa.array(is_unfit)
+        reasons = pa.array([reason(row) for row in np.flatnonzero(is_unfit).tolist()], pa.string())
+        reasons = pc.replace_with_mask(self.table["reason"].combine_chunks(), unfit, reasons)
+        return self._with(status=pc.if_else(unfit, "bad", self.table["status"]), reason=reasons)
 
     def usable(
         self,
@@ -202,40 +191,39 @@ class Corpus:
         max_seconds: float | None = None,
         num_channels: int | None = None,
     ) -> Corpus:
-        """The files that can be used; the arguments are those of `mark_unfit`."""
-        fit = self.mark_unfit(min_seconds, max_seconds, num_channels)
-        return self.take(fit.is_usable)
+        """The files that can be used; see `mark_unfit` for the arguments."""
+        return self.take(self.mark_unfit(min_seconds, max_seconds, num_channels).is_usable)
 
     def take(self, rows: np.ndarray) -> Corpus:
-        """The rows at these places, or where the mask is true."""
+        """The files at the given row numbers, or where a mask is true."""
         if rows.dtype == bool and rows.all():  # no copy of millions of rows
             return self
         chosen = self.table.filter(pa.array(rows)) if rows.dtype == bool else self.table.take(rows)
         return replace(self, table=chosen.combine_chunks())
 
     def shuffled(self) -> Corpus:
-        """The files in the order of a hash of their names: any first few of them are a fair sample."""
+        """The files in the order of a hash of their names: every prefix is a random sample."""
         return self.take(np.argsort([_hash(name) for name in self.names.to_pylist()]))
 
     def split(self, valid_share: float) -> Splits:
-        """Training, validation and test files: as the table says, or else divided by a hash.
+        """Training, validation and test files, by the table or by a hash.
 
-        A table that names validation files is believed, and files without a split are then left
-        out. In any other, a share of the files that are not for the test is held out, chosen by a
-        hash of the group or of the name, so that a file stays where it is when others are added,
-        and no group is on both sides. Neither side is empty if `valid_share` is positive: of two
-        files one is held out, a single one is on both.
+        If the table has validation files, its splits are used and files without a split are left
+        out. Otherwise a share of the files that are not test files is held out by a hash of the
+        group or the name: a file keeps its split when other files are added, and no group is in
+        both splits. If `valid_share` is positive, neither split is empty: one of two files is held
+        out, and a single file is in both splits.
 
         Args:
-            valid_share: share of the files held out where the table does not say which.
+            valid_share: share of the files to hold out if the table has no validation files.
         """
         split = self.table["split"].to_numpy(zero_copy_only=False)
         test = self.take(split == "test")
         if (split == "valid").any():
-            if without := int((split == "").sum()):
+            if num_unassigned := int((split == "").sum()):
                 log.warning(
-                    "%d files have no split and are left out; `jepa-audio data split` gives them one",
-                    without,
+                    "%d files without a split are left out; assign one with `jepa-audio data split`",
+                    num_unassigned,
                 )
             return Splits(self.take(split == "train"), self.take(split == "valid").shuffled(), test)
         rest = self.take(split != "test")
@@ -243,55 +231,65 @@ class Corpus:
             return Splits(rest, rest.take(np.arange(0)), test)
         if len(rest) == 1:
             return Splits(rest, rest, test)
-        held_out = _held_out(rest, valid_share)
-        return Splits(rest.take(~held_out), rest.take(held_out).shuffled(), test)
+        is_held_out = rest._draw_held_out(valid_share)
+        return Splits(rest.take(~is_held_out), rest.take(is_held_out).shuffled(), test)
 
     def assign_splits(
         self, shares: dict[str, float], groups: Sequence[str] | None = None
     ) -> Corpus:
-        """Give every file that has none a split; a group is never divided.
+        """Assign a split to every file without one; all files of a group get the same split.
 
         Args:
-            shares: of "train", "valid" and "test"; together 1. They hold for groups on average, not
-                exactly.
-            groups: the group of every file; `None` for those of the table, a file by itself where
-                it has none.
+            shares: of "train", "valid" and "test"; their sum is 1. They hold for groups and on
+                average, not exactly.
+            groups: group of every file; `None` takes the groups of the table, in which a file
+                without a group is a group of its own.
+
+        Raises:
+            UserError: if the shares are invalid.
+            CorpusError: if a group already has files in two splits, or only some files have a
+                group.
         """
-        possible = set(shares) <= {"train", "valid", "test"} and all(
-            0 <= share <= 1 for share in shares.values()
-        )
-        if not possible or abs(sum(shares.values()) - 1) > 1e-6:
-            raise UserError(f"`shares` {shares} must be of train, valid and test, and together 1")
-        table = self if groups is None else self._with(group=pa.array(groups, pa.string()))
-        table._check_groups()
-        names, former = table._group_names(), table.table["split"].to_pylist()
-        chosen: dict[str, str] = {}  # a group that is already on one side stays there as a whole
-        for name, split in zip(names, former, strict=True):
-            if split and chosen.setdefault(name, split) != split:
+        is_valid = set(shares) <= set(SPLITS) and all(0 <= share <= 1 for share in shares.values())
+        if not is_valid or abs(sum(shares.values()) - 1) > 1e-6:
+            raise UserError(f"`shares` {shares} must be of train, valid and test, and sum to 1")
+        corpus = self if groups is None else self._with(group=pa.array(groups, pa.string()))
+        corpus._check_groups()
+        group_names, splits = corpus._group_names(), corpus.table["split"].to_pylist()
+        split_of_group: dict[str, str] = {}
+        for group, split in zip(group_names, splits, strict=True):
+            if split and split_of_group.setdefault(group, split) != split:
                 raise CorpusError(
-                    f"the group {name!r} holds files for {chosen[name]} and for {split}: divide it with `--anew true`"
+                    f"the group {group!r} has files in {split_of_group[group]} and in {split}; "
+                    "assign all splits again with `--anew true`"
                 )
-        order = [name for name in ("train", "valid", "test") if name in shares]
-        bounds = np.cumsum([shares[name] for name in order])
-        drawn = np.minimum(
-            np.searchsorted(bounds, table._group_hashes(), side="right"), len(order) - 1
-        )
+        names = [name for name in SPLITS if name in shares]
+        bounds = np.cumsum([shares[name] for name in names])[:-1]
+        drawn = np.searchsorted(bounds, corpus._group_hashes(), side="right")
         splits = [
-            split or chosen.get(name, order[place])
-            for name, split, place in zip(names, former, drawn, strict=True)
+            split or split_of_group.get(group, names[number])
+            for group, split, number in zip(group_names, splits, drawn, strict=True)
         ]
-        return table._with(split=pa.array(splits, pa.string()))
+        return corpus._with(split=pa.array(splits, pa.string()))
 
     def clear_splits(self) -> Corpus:
-        """The table as if it had never been divided."""
+        """The corpus without any splits."""
         return self._with(split=pa.array([""] * len(self), pa.string()))
 
+    def _draw_held_out(self, share: float) -> Bool[np.ndarray, " N"]:
+        hashes = self._group_hashes()
+        if (hashes == hashes[0]).all():
+            log.warning("all files are in one group; it is split into training and validation")
+            hashes = np.array([_hash(name) for name in self.names.to_pylist()])
+        # The file with the lowest hash is always held out, the one with the highest never.
+        return (hashes <= max(np.nextafter(share, 0), hashes.min())) & (hashes < hashes.max())
+
     def _check_groups(self) -> None:
-        ungrouped = pc.sum(pc.equal(self.table["group"], "")).as_py() or 0
-        if 0 < ungrouped < len(self):
+        num_ungrouped = pc.sum(pc.equal(self.table["group"], "")).as_py() or 0
+        if 0 < num_ungrouped < len(self):
             raise CorpusError(
-                f"{ungrouped} of {len(self)} files have no group, the others have: say again how they are grouped, "
-                "with `--group folder` or `--pattern`"
+                f"{num_ungrouped} of {len(self)} files have no group; "
+                "define the groups of all files with `--group folder` or `--pattern`"
             )
 
     def _group_names(self) -> list[str]:
@@ -302,34 +300,38 @@ class Corpus:
         return np.array([_hash(name) for name in self._group_names()])
 
     def _with(self, **columns: pa.Array | pa.ChunkedArray) -> Corpus:
-        table = self.table
-        for name, values in columns.items():
-            table = table.set_column(table.schema.get_field_index(name), name, values)
-        return replace(self, table=table)
+        return replace(self, table=set_columns(self.table, **columns))
+
+
+def set_columns(table: pa.Table, **columns: pa.Array | pa.ChunkedArray) -> pa.Table:
+    """Replace columns of a table; their order stays."""
+    for name, values in columns.items():
+        table = table.set_column(table.schema.get_field_index(name), name, values)
+    return table
 
 
 def default_table_path(source: str | Path) -> Path:
-    """Where the table of a source lies: inside or beside it, or in the user's cache where that cannot be written."""
+    """Path of the table of a source.
+
+    It is in `.jepa_audio/` in the folder of the source, or in the user's cache if that folder is
+    not writable.
+    """
     source = Path(source)
     if source.suffix == ".parquet":
         return source
-    if source.is_dir():
-        folder, name = source, "index"
-    else:  # a tar, a manifest, a pattern of tars
-        folder, name = (
-            source.parent,
-            f"index-{hashlib.sha256(source.name.encode()).hexdigest()[:16]}",
-        )
+    folder, name = source, "index"
+    if not source.is_dir():  # a tar, a manifest, a pattern of tars
+        folder, name = source.parent, f"index-{_short_digest(source.name)}"
     hidden = folder / ".jepa_audio"
-    inside = hidden / f"{name}.parquet"
-    if inside.exists() or os.access(hidden if hidden.exists() else folder, os.W_OK):
-        return inside
-    place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    return Path.home() / ".cache" / "jepa_audio" / place / f"{name}.parquet"
+    path = hidden / f"{name}.parquet"
+    if path.exists() or os.access(hidden if hidden.exists() else folder, os.W_OK):
+        return path
+    cache = Path.home() / ".cache" / "jepa_audio" / _short_digest(str(folder.resolve()))
+    return cache / f"{name}.parquet"
 
 
 def is_table(path: Path) -> bool:
-    """Whether a file is a table of a corpus, of whatever version."""
+    """Whether a file is a corpus table of any version."""
     try:
         return _VERSION in (pq.read_schema(path).metadata or {})
     except (pa.ArrowException, OSError):
@@ -337,27 +339,22 @@ def is_table(path: Path) -> bool:
 
 
 def load_corpus(source: str | Path) -> Corpus:
-    """The table of a source as it is on disk: its own, or that of an index.
+    """Load the table of a source that has been indexed, or a table.
 
     Raises:
-        CorpusError: if there is none.
+        CorpusError: if there is no table.
     """
     path = default_table_path(source)
     if not path.exists() and path != Path(source):
-        raise CorpusError(
-            f"{source} has no table at {path}; `jepa-audio data index {source}` makes one"
-        )
+        command = f"jepa-audio data index {source}"
+        raise CorpusError(f"{source} is not indexed (no table {path}); run `{command}` first")
     return Corpus.load(path)
 
 
-def _held_out(corpus: Corpus, share: float) -> Bool[np.ndarray, " N"]:
-    hashes = corpus._group_hashes()
-    if (hashes == hashes[0]).all():
-        log.warning("all files are of one group: it is divided into training and validation")
-        hashes = np.array([_hash(name) for name in corpus.names.to_pylist()])
-    # At least the lowest, and never the highest.
-    return (hashes <= max(np.nextafter(share, 0), hashes.min())) & (hashes < hashes.max())
-
-
 def _hash(name: str) -> float:
+    """A hash in [0, 1)."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) / 2**64
+
+
+def _short_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
