@@ -214,7 +214,7 @@ def _discover_in_folder(folder: Path, root: Path) -> Iterator[DiscoveredFile]:
     if is_empty:
         suffixes = ", ".join(sorted(AUDIO_SUFFIXES | {TAR_SUFFIX}))
         instead = f", found {listed}" if ignored else ""
-        raise CorpusError(f"no audio files in {folder}: looked for {suffixes}{instead}")
+        raise CorpusError(f"no audio files under {folder}: looked for {suffixes}{instead}")
     if ignored:
         log.warning("%s: ignored %s", folder, listed)
 
