@@ -1,4 +1,4 @@
-"""Laws of the distances: a literal loop over tokens and channels."""
+"""The distances equal a loop over tokens and channels."""
 
 import math
 
@@ -30,20 +30,20 @@ DISTANCES = [
 
 
 @pytest.mark.parametrize(("distance", "literal"), DISTANCES, ids=lambda value: type(value).__name__)
-def test_each_token_has_the_distance_of_the_formula(
+def test_distance_equals_the_formula_for_each_token(
     distance: Distance, literal, rng: torch.Generator
 ):
     prediction, target = torch.randn(2, 2, 3, 4, 5, generator=rng)
     measured = distance(prediction, target)
     assert measured.shape == (2, 3, 4)
     for i in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(4)):
-        place = tuple(i.tolist())
-        expected = literal(prediction[place].tolist(), target[place].tolist())
-        assert measured[place].item() == pytest.approx(expected, rel=1e-5)
+        index = tuple(i.tolist())
+        expected = literal(prediction[index].tolist(), target[index].tolist())
+        assert measured[index].item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(("distance", "literal"), DISTANCES, ids=lambda value: type(value).__name__)
-def test_a_hit_costs_nothing_and_half_precision_is_measured_in_float32(
+def test_exact_prediction_has_zero_distance_and_bfloat16_is_computed_in_float32(
     distance: Distance, literal, rng
 ):
     target = torch.randn(3, 8, generator=rng)
@@ -54,6 +54,6 @@ def test_a_hit_costs_nothing_and_half_precision_is_measured_in_float32(
 
 
 @pytest.mark.parametrize("beta", [0.0, -1.0])
-def test_a_width_of_the_square_that_is_none_is_refused(beta: float):
+def test_beta_that_is_not_positive_raises_an_error(beta: float):
     with pytest.raises(ValueError, match=rf"`beta` \({beta}\)"):
         SmoothL1(beta)

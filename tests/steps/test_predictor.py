@@ -1,4 +1,4 @@
-"""Laws of the predictor: every group on its own, and nothing computed that is not asked for."""
+"""The predictor: groups are independent, and only context and targets are computed."""
 
 from collections.abc import Callable
 
@@ -39,20 +39,20 @@ def context(masks: Masks, rng: torch.Generator) -> Tensor:
 
 
 def literal(predictor: Predictor, context: Tensor, masks: Masks, clip: int, group: int) -> Tensor:
-    """All N positions, mask tokens wherever no context lies, keys limited to the context and the group's targets."""
+    """Predictions from all N positions: mask tokens outside the context, other keys masked."""
     seen = masks.context.index[clip, : int(masks.context.counts[clip])]
-    asked = masks.targets.index[clip, group, : int(masks.targets.counts[clip, group])]
-    plane = predictor.mask_token.repeat(GRID.num_tokens, 1)
-    plane[seen] = predictor.proj_in(context[clip, : len(seen)])
+    target_index = masks.targets.index[clip, group, : int(masks.targets.counts[clip, group])]
+    tokens = predictor.mask_token.repeat(GRID.num_tokens, 1)
+    tokens[seen] = predictor.proj_in(context[clip, : len(seen)])
     keys = torch.zeros(1, GRID.num_tokens, dtype=torch.bool)
-    keys[0, seen] = keys[0, asked] = True
+    keys[0, seen] = keys[0, target_index] = True
     latents = predictor.trunk(
-        plane[None], GRID, TokenSet(torch.arange(GRID.num_tokens)[None], keys)
+        tokens[None], GRID, TokenSet(torch.arange(GRID.num_tokens)[None], keys)
     )
-    return predictor.proj_out(latents)[0, asked]
+    return predictor.proj_out(latents)[0, target_index]
 
 
-def test_the_fast_way_equals_the_whole_grid_under_a_key_mask(
+def test_prediction_equals_full_grid_with_key_mask(
     predictor: Predictor, context: Tensor, masks: Masks
 ):
     prediction = predictor(context, masks, GRID)
@@ -65,7 +65,7 @@ def test_the_fast_way_equals_the_whole_grid_under_a_key_mask(
             )
 
 
-def test_groups_do_not_see_each_other(predictor: Predictor, context: Tensor, masks: Masks):
+def test_groups_are_predicted_independently(predictor: Predictor, context: Tensor, masks: Masks):
     before = predictor(context, masks, GRID)
     index, valid = masks.targets.index.clone(), masks.targets.valid.clone()
     index[:, 1] = index[:, 1].flip(-1)
@@ -78,26 +78,26 @@ def test_groups_do_not_see_each_other(predictor: Predictor, context: Tensor, mas
     assert not torch.allclose(after[:, 1], before[:, 1], atol=1e-3)
 
 
-def test_a_short_row_of_a_batch_equals_the_row_alone(
+def test_padded_row_of_a_batch_equals_row_encoded_separately(
     predictor: Predictor, context: Tensor, masks: Masks
 ):
-    together = predictor(context, masks, GRID)
+    batched = predictor(context, masks, GRID)
     for clip in range(3):
         num_seen = int(masks.context.counts[clip])
         for group in range(2):
-            num_asked = int(masks.targets.counts[clip, group])
-            alone = Masks(
+            num_targets = int(masks.targets.counts[clip, group])
+            single_masks = Masks(
                 TokenSet(masks.context.index[clip : clip + 1, :num_seen]),
-                TokenSet(masks.targets.index[clip : clip + 1, group : group + 1, :num_asked]),
+                TokenSet(masks.targets.index[clip : clip + 1, group : group + 1, :num_targets]),
                 1.0,
             )
-            own = predictor(context[clip : clip + 1, :num_seen], alone, GRID)
+            separate = predictor(context[clip : clip + 1, :num_seen], single_masks, GRID)
             torch.testing.assert_close(
-                together[clip, group, :num_asked], own[0, 0], rtol=1e-5, atol=1e-5
+                batched[clip, group, :num_targets], separate[0, 0], rtol=1e-5, atol=1e-5
             )
 
 
-def test_only_valid_context_gets_a_gradient(predictor: Predictor, context: Tensor, masks: Masks):
+def test_only_valid_context_has_a_gradient(predictor: Predictor, context: Tensor, masks: Masks):
     context.requires_grad_()
     predictor(context, masks, GRID)[masks.targets.valid].square().sum().backward()
     valid = masks.context.valid
@@ -106,22 +106,22 @@ def test_only_valid_context_gets_a_gradient(predictor: Predictor, context: Tenso
     assert all(parameter.grad.abs().sum() > 0 for parameter in predictor.parameters())
 
 
-def test_two_targets_at_other_places_are_predicted_differently(
+def test_predictions_depend_on_the_target_position(
     predictor: Predictor, context: Tensor, masks: Masks
 ):
     prediction = predictor(context, masks, GRID)
     assert (prediction[:, :, 0] - prediction[:, :, 1]).abs().amax(-1).min() > 1e-3
 
 
-def test_drawing_the_weights_anew_reaches_all_of_them_and_depends_on_the_seed_alone(
+def test_reset_parameters_changes_all_weights_and_depends_only_on_the_seed(
     predictor: Predictor,
 ):
     changed = {name: value.clone() for name, value in predictor.state_dict().items()}
-    drawn = []
+    states = []
     for _ in range(2):
         torch.manual_seed(3)
         predictor.reset_parameters()
-        drawn.append({name: value.clone() for name, value in predictor.state_dict().items()})
-    for name, value in drawn[0].items():
-        assert torch.equal(value, drawn[1][name]), name
+        states.append({name: value.clone() for name, value in predictor.state_dict().items()})
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
         assert not torch.equal(value, changed[name]), name

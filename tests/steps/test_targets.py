@@ -1,4 +1,4 @@
-"""Laws of the targets: normalised as a literal loop would, and blind to the context where they have to be."""
+"""The targets: normalisation equals a loop, and the view "targets" ignores the context."""
 
 from collections.abc import Callable
 
@@ -43,7 +43,7 @@ def standardized(values: list[float]) -> list[float]:
 
 
 def literal(clip: Tensor, normalization: str) -> Tensor:
-    """One clip's tokens `[K, D]`, all valid."""
+    """The normalised tokens `[K, D]` of one clip, all valid."""
     if normalization == "none":
         return clip
     if normalization == "layer":
@@ -55,7 +55,7 @@ def literal(clip: Tensor, normalization: str) -> Tensor:
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("is_ragged", [False, True])
-def test_a_normalisation_is_that_of_a_literal_loop_over_valid_tokens(
+def test_normalisation_equals_a_loop_over_valid_tokens(
     normalization: str, is_ragged: bool, rng: torch.Generator
 ):
     latents = 3 + 2 * torch.randn(3, 9, 5, generator=rng)
@@ -74,9 +74,7 @@ def test_half_precision_is_normalised_in_float32(normalization: str, rng: torch.
     assert torch.equal(targets.normalize(latents, None), targets.normalize(latents.float(), None))
 
 
-def test_the_view_of_the_clip_is_one_encoding_for_all_groups(
-    encoder: Transformer, tokens: Tensor, masks: Masks
-):
+def test_view_clip_encodes_once_for_all_groups(encoder: Transformer, tokens: Tensor, masks: Masks):
     latents = encoder(tokens, GRID)
     targets = Targets("clip")(encoder, tokens, GRID, masks.targets)
     for group in range(2):
@@ -84,22 +82,22 @@ def test_the_view_of_the_clip_is_one_encoding_for_all_groups(
         torch.testing.assert_close(targets[:, group], where.gather(latents))
 
 
-def test_the_view_of_the_targets_encodes_each_group_alone(
+def test_view_targets_encodes_each_group_separately(
     encoder: Transformer, tokens: Tensor, masks: Masks
 ):
     targets = Targets("targets")(encoder, tokens, GRID, masks.targets)
     for clip in range(3):
         for group in range(2):
             index = masks.targets.index[clip, group, : int(masks.targets.counts[clip, group])]
-            own = encoder(tokens[clip : clip + 1], GRID, TokenSet(index[None]))[0]
+            separate = encoder(tokens[clip : clip + 1], GRID, TokenSet(index[None]))[0]
             torch.testing.assert_close(
-                targets[clip, group, : len(index)], own, rtol=1e-5, atol=1e-5
+                targets[clip, group, : len(index)], separate, rtol=1e-5, atol=1e-5
             )
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("top_k", [None, 2])
-def test_only_the_view_of_the_clip_can_depend_on_the_context(
+def test_only_view_clip_depends_on_the_context(
     normalization: str, top_k: int | None, encoder: Transformer, tokens: Tensor, masks: Masks
 ):
     context = masks.context.to_mask(GRID.num_tokens)
@@ -118,7 +116,7 @@ def test_only_the_view_of_the_clip_can_depend_on_the_context(
 
 @pytest.mark.parametrize("view", ["clip", "targets"])
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
-def test_top_k_is_the_mean_of_the_last_blocks_each_normalised_on_its_own(
+def test_top_k_averages_separately_normalised_blocks(
     view: str, normalization: str, encoder: Transformer, tokens: Tensor, masks: Masks
 ):
     where = TokenSet(masks.targets.index[:, :1, :5])  # one full group
@@ -133,7 +131,7 @@ def test_top_k_is_the_mean_of_the_last_blocks_each_normalised_on_its_own(
     torch.testing.assert_close(targets, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_without_top_k_the_last_block_is_taken_after_the_final_norm(
+def test_without_top_k_targets_are_the_last_block_after_the_final_norm(
     encoder: Transformer, tokens: Tensor, masks: Masks
 ):
     where = masks.targets.rows(slice(None))
@@ -143,11 +141,11 @@ def test_without_top_k_the_last_block_is_taken_after_the_final_norm(
     torch.testing.assert_close(Targets()(encoder, tokens, GRID, where), encoder.norm(top_1))
 
 
-def test_more_layers_than_there_are_is_refused(encoder: Transformer, tokens: Tensor, masks: Masks):
+def test_top_k_above_depth_raises_an_error(encoder: Transformer, tokens: Tensor, masks: Masks):
     with pytest.raises(ValueError, match=r"`top_k` \(4\) exceeds the encoder's `depth` \(3\)"):
         Targets(top_k=4)(encoder, tokens, GRID, masks.targets)
 
 
-def test_the_mean_of_no_layer_is_refused():
+def test_top_k_of_zero_raises_an_error():
     with pytest.raises(ValueError, match=r"`top_k` \(0\) must be at least 1"):
         Targets(top_k=0)

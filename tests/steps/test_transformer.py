@@ -1,4 +1,4 @@
-"""Laws of the transformer: only the tokens asked for are seen, and blocks are as others write them."""
+"""The transformer: only selected tokens are used, and blocks equal those of torch and timm."""
 
 from dataclasses import dataclass
 
@@ -34,19 +34,19 @@ VARIANTS = {
 
 
 @dataclass(frozen=True)
-class Nowhere(Positions):
-    """Tells nothing."""
+class NoPositions(Positions):
+    """No position encoding."""
 
     def check_width(self, dim: int, num_heads: int) -> None:
         pass
 
 
-def make(**settings: object) -> Transformer:
+def build(**settings: object) -> Transformer:
     torch.manual_seed(0)
     encoder = Transformer(
         **{"embed_dim": DIM, "depth": 3, "num_heads": 2, "positions": SinCosPositions(), **settings}
     )
-    # Fresh biases are zero, fresh norms do nothing, and fresh attention is all but uniform.
+    # Initial biases are 0, norms are the identity, and attention is almost uniform: change them.
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -55,7 +55,7 @@ def make(**settings: object) -> Transformer:
 
 @pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
 def encoder(request: pytest.FixtureRequest) -> Transformer:
-    return make(**request.param)
+    return build(**request.param)
 
 
 @pytest.fixture
@@ -65,14 +65,14 @@ def tokens(rng: torch.Generator) -> Tensor:
 
 @pytest.fixture
 def keep(rng: torch.Generator) -> TokenSet:
-    some = TokenSet.from_mask(
+    tokens = TokenSet.from_mask(
         torch.rand(4, GRID.num_tokens, generator=rng) < torch.tensor([0.2, 0.4, 0.6, 0.8])[:, None]
     )
-    assert some.valid is not None
-    return some
+    assert tokens.valid is not None
+    return tokens
 
 
-def test_forward_and_backward_are_finite_and_every_parameter_gets_a_gradient(
+def test_outputs_and_gradients_are_finite_and_every_parameter_has_a_gradient(
     encoder: Transformer, tokens: Tensor, keep: TokenSet
 ):
     latents = encoder(tokens, GRID, keep)
@@ -84,7 +84,7 @@ def test_forward_and_backward_are_finite_and_every_parameter_gets_a_gradient(
         assert parameter.grad.abs().sum() > 0, name
 
 
-def test_tokens_not_asked_for_change_nothing(
+def test_tokens_outside_the_set_have_no_influence(
     encoder: Transformer, tokens: Tensor, keep: TokenSet, rng: torch.Generator
 ):
     encoder.eval()
@@ -95,7 +95,7 @@ def test_tokens_not_asked_for_change_nothing(
     )
 
 
-def test_no_gradient_leaks_to_tokens_that_are_not_kept(
+def test_tokens_outside_the_set_have_no_gradient(
     encoder: Transformer, tokens: Tensor, keep: TokenSet
 ):
     tokens.requires_grad_()
@@ -105,7 +105,7 @@ def test_no_gradient_leaks_to_tokens_that_are_not_kept(
     assert (tokens.grad[seen].abs().sum(-1) > 0).all()
 
 
-def test_the_fast_way_equals_all_positions_under_a_key_mask(
+def test_selected_tokens_equal_full_grid_with_key_mask(
     encoder: Transformer, tokens: Tensor, keep: TokenSet
 ):
     encoder.eval()
@@ -116,25 +116,25 @@ def test_the_fast_way_equals_all_positions_under_a_key_mask(
     )
 
 
-def test_a_short_row_of_a_batch_equals_the_row_alone(
+def test_padded_row_of_a_batch_equals_row_encoded_separately(
     encoder: Transformer, tokens: Tensor, keep: TokenSet
 ):
     encoder.eval()
-    together = encoder(tokens, GRID, keep)
-    together_layers = encoder.forward_layers(tokens, GRID, keep)
+    batched = encoder(tokens, GRID, keep)
+    batched_layers = encoder.forward_layers(tokens, GRID, keep)
     for row, count in enumerate(keep.counts.tolist()):
         alone = TokenSet(keep.index[row : row + 1, :count])
         one = tokens[row : row + 1]
         torch.testing.assert_close(
-            together[row, :count], encoder(one, GRID, alone)[0], rtol=1e-5, atol=1e-5
+            batched[row, :count], encoder(one, GRID, alone)[0], rtol=1e-5, atol=1e-5
         )
-        for whole, own in zip(
-            together_layers, encoder.forward_layers(one, GRID, alone), strict=True
+        for batched_layer, layer in zip(
+            batched_layers, encoder.forward_layers(one, GRID, alone), strict=True
         ):
-            torch.testing.assert_close(whole[row, :count], own[0], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(batched_layer[row, :count], layer[0], rtol=1e-5, atol=1e-5)
 
 
-def test_the_order_of_the_kept_tokens_does_not_matter(
+def test_order_of_the_selected_tokens_has_no_influence(
     encoder: Transformer, tokens: Tensor, rng: torch.Generator
 ):
     encoder.eval()
@@ -149,7 +149,7 @@ def test_the_order_of_the_kept_tokens_does_not_matter(
     )
 
 
-def test_all_tokens_is_what_none_means(encoder: Transformer, tokens: Tensor):
+def test_keep_none_equals_all_tokens(encoder: Transformer, tokens: Tensor):
     encoder.eval()
     everything = TokenSet(torch.arange(GRID.num_tokens).expand(4, -1))
     torch.testing.assert_close(
@@ -157,22 +157,20 @@ def test_all_tokens_is_what_none_means(encoder: Transformer, tokens: Tensor):
     )
 
 
-def test_the_output_is_the_norm_of_the_last_layer(
-    encoder: Transformer, tokens: Tensor, keep: TokenSet
-):
+def test_output_is_the_norm_of_the_last_layer(encoder: Transformer, tokens: Tensor, keep: TokenSet):
     layers = encoder.eval().forward_layers(tokens, GRID, keep)
     assert len(layers) == encoder.depth
     assert torch.equal(encoder.norm(layers[-1]), encoder(tokens, GRID, keep))
 
 
 def test_positions_come_from_the_grid(tokens: Tensor, keep: TokenSet):
-    placed, blind = make().eval(), make(positions=Nowhere()).eval()
-    blind.load_state_dict(placed.state_dict())
+    encoder, without_positions = build().eval(), build(positions=NoPositions()).eval()
+    without_positions.load_state_dict(encoder.state_dict())
     table = SinCosPositions().additive(GRID, DIM, tokens.device)
-    assert torch.equal(placed(tokens, GRID, keep), blind(tokens + table, GRID, keep))
-    torch.testing.assert_close(placed.add_positions(tokens, GRID), tokens + table)
+    assert torch.equal(encoder(tokens, GRID, keep), without_positions(tokens + table, GRID, keep))
+    torch.testing.assert_close(encoder.add_positions(tokens, GRID), tokens + table)
     torch.testing.assert_close(
-        placed.add_positions(keep.gather(tokens), GRID, keep), keep.gather(tokens + table)
+        encoder.add_positions(keep.gather(tokens), GRID, keep), keep.gather(tokens + table)
     )
 
 
@@ -180,10 +178,10 @@ def test_positions_come_from_the_grid(tokens: Tensor, keep: TokenSet):
 def test_without_positions_permuted_tokens_give_permuted_latents(
     settings: dict[str, int], tokens: Tensor
 ):
-    encoder = make(positions=Nowhere(), **settings).eval()
+    encoder = build(positions=NoPositions(), **settings).eval()
     flipped = encoder(tokens.flip(1), GRID).flip(1)
     torch.testing.assert_close(encoder(tokens, GRID), flipped, rtol=1e-5, atol=1e-5)
-    rotary = make(positions=RotaryPositions(), **settings).eval()
+    rotary = build(positions=RotaryPositions(), **settings).eval()
     assert not torch.allclose(
         rotary(tokens, GRID), rotary(tokens.roll(1, 1), GRID).roll(-1, 1), atol=1e-3
     )
@@ -193,12 +191,12 @@ def test_without_positions_permuted_tokens_give_permuted_latents(
     "settings",
     [{"norm": "post"}, {"drop_path": 0.4}, {"num_registers": 2, "positions": RotaryPositions()}],
 )
-def test_recomputing_blocks_changes_neither_loss_nor_gradients(
+def test_activation_checkpointing_keeps_loss_and_gradients(
     settings: dict[str, object], tokens: Tensor, keep: TokenSet
 ):
     results = []
     for checkpoint_every in (0, 1, 2):
-        encoder = make(**settings, checkpoint_every=checkpoint_every)
+        encoder = build(**settings, checkpoint_every=checkpoint_every)
         torch.manual_seed(1)
         loss = encoder(tokens, GRID, keep)[keep.valid].square().mean()
         loss.backward()
@@ -207,9 +205,9 @@ def test_recomputing_blocks_changes_neither_loss_nor_gradients(
         torch.testing.assert_close(values, results[0], rtol=1e-6, atol=1e-7)
 
 
-def test_only_the_checkpointed_blocks_are_computed_twice(tokens: Tensor):
+def test_only_checkpointed_blocks_are_computed_twice(tokens: Tensor):
     calls: list[int] = []
-    encoder = make(depth=4, checkpoint_every=2)
+    encoder = build(depth=4, checkpoint_every=2)
     for i, block in enumerate(encoder.blocks):
         block.attn.register_forward_pre_hook(lambda *_, i=i: calls.append(i))
     encoder(tokens, GRID).sum().backward()
@@ -223,35 +221,35 @@ def torch_names(block: Block) -> dict[str, Tensor]:
         "linear1.": "mlp.fc1.",
     }
     pairs |= {"linear2.": "mlp.fc2.", "norm1.": "norm1.", "norm2.": "norm2."}
-    own = block.state_dict()
+    state = block.state_dict()
     return {
-        theirs + part: own[ours + part]
-        for theirs, ours in pairs.items()
+        reference + part: state[ours + part]
+        for reference, ours in pairs.items()
         for part in ("weight", "bias")
     }
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
-def test_a_gelu_block_equals_torch_s_encoder_layer(norm: str, tokens: Tensor):
-    (ours,) = make(depth=1, norm=norm, norm_eps=1e-5).eval().blocks
-    theirs = nn.TransformerEncoderLayer(
+def test_gelu_block_equals_torch_encoder_layer(norm: str, tokens: Tensor):
+    (ours,) = build(depth=1, norm=norm, norm_eps=1e-5).eval().blocks
+    reference = nn.TransformerEncoderLayer(
         DIM, 2, 4 * DIM, dropout=0.0, activation="gelu", norm_first=norm == "pre", batch_first=True
     )
-    theirs.load_state_dict(torch_names(ours))
-    torch.testing.assert_close(ours(tokens, None, None), theirs(tokens), rtol=1e-5, atol=1e-5)
+    reference.load_state_dict(torch_names(ours))
+    torch.testing.assert_close(ours(tokens, None, None), reference(tokens), rtol=1e-5, atol=1e-5)
     key_mask = torch.rand(4, GRID.num_tokens) < 0.5
     torch.testing.assert_close(
         ours(tokens, None, key_mask[:, None, None]),
-        theirs(tokens, src_key_padding_mask=~key_mask),
+        reference(tokens, src_key_padding_mask=~key_mask),
         rtol=1e-5,
         atol=1e-5,
     )
 
 
 @pytest.mark.parametrize("num_registers", [0, 2])
-def test_a_swiglu_block_equals_timm_s_eva_block(num_registers: int, tokens: Tensor):
-    (ours,) = make(depth=1, mlp="swiglu", norm_eps=1e-5, num_registers=num_registers).eval().blocks
-    theirs = EvaBlock(
+def test_swiglu_block_equals_timm_eva_block(num_registers: int, tokens: Tensor):
+    (ours,) = build(depth=1, mlp="swiglu", norm_eps=1e-5, num_registers=num_registers).eval().blocks
+    reference = EvaBlock(
         DIM,
         2,
         swiglu_mlp=True,
@@ -259,18 +257,18 @@ def test_a_swiglu_block_equals_timm_s_eva_block(num_registers: int, tokens: Tens
         num_prefix_tokens=num_registers,
         norm_layer=nn.LayerNorm,
     )
-    theirs.load_state_dict(ours.state_dict())
+    reference.load_state_dict(ours.state_dict())
     table = RotaryPositions().rotary(GRID, DIM // 2, tokens.device)
     x = torch.cat([torch.ones(4, num_registers, DIM), tokens], dim=1)
     torch.testing.assert_close(
-        ours(x, table[None, None], None), theirs(x, rope=table), rtol=1e-5, atol=1e-5
+        ours(x, table[None, None], None), reference(x, rope=table), rtol=1e-5, atol=1e-5
     )
 
 
-def test_drop_path_skips_whole_branches_only_while_training_and_more_of_them_deeper_down(
+def test_drop_path_skips_branches_only_in_training_and_rises_with_depth(
     tokens: Tensor,
 ):
-    plain, dropping = make(), make(drop_path=1.0 - 1e-9)
+    plain, dropping = build(), build(drop_path=1.0 - 1e-9)
     assert torch.equal(dropping(tokens, GRID), plain(tokens, GRID)) is False
     first, _, last = dropping.forward_layers(tokens, GRID)
     entered: list[Tensor] = []
@@ -279,22 +277,21 @@ def test_drop_path_skips_whole_branches_only_while_training_and_more_of_them_dee
     assert torch.equal(first, plain.forward_layers(tokens, GRID)[0])
     assert torch.equal(last, entered[0])
     assert torch.equal(dropping.eval()(tokens, GRID), plain.eval()(tokens, GRID))
-    assert [block.drop_path.drop_prob for block in make(drop_path=0.2).blocks] == pytest.approx(
-        [0.0, 0.1, 0.2]
-    )
+    probabilities = [block.drop_path.drop_prob for block in build(drop_path=0.2).blocks]
+    assert probabilities == pytest.approx([0.0, 0.1, 0.2])
 
 
-def test_drawing_the_weights_anew_is_a_function_of_the_seed_and_reaches_all_of_them():
-    encoder = make(num_registers=2, qk_norm=True, layer_scale=0.1)
+def test_reset_parameters_changes_all_weights_and_depends_only_on_the_seed():
+    encoder = build(num_registers=2, qk_norm=True, layer_scale=0.1)
     changed = {name: value.clone() for name, value in encoder.state_dict().items()}
     torch.manual_seed(3)
     encoder.reset_parameters()
-    once = {name: value.clone() for name, value in encoder.state_dict().items()}
+    first_state = {name: value.clone() for name, value in encoder.state_dict().items()}
     encoder.reset_parameters()
     torch.manual_seed(3)
     encoder.reset_parameters()
     for name, value in encoder.state_dict().items():
-        assert torch.equal(value, once[name]), name
+        assert torch.equal(value, first_state[name]), name
         assert not torch.equal(value, changed[name]), name
 
 
@@ -312,6 +309,6 @@ def test_drawing_the_weights_anew_is_a_function_of_the_seed_and_reaches_all_of_t
         ),
     ],
 )
-def test_an_impossible_setting_is_refused_by_name(settings: dict[str, object], message: str):
+def test_invalid_setting_raises_an_error_with_its_name(settings: dict[str, object], message: str):
     with pytest.raises(ValueError, match=message):
-        make(**settings)
+        build(**settings)

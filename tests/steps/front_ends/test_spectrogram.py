@@ -1,4 +1,4 @@
-"""Laws of the spectrogram front end."""
+"""The spectrogram front end."""
 
 import json
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def mel(center: bool = False) -> LogMel:
     ],
     ids=["mel", "mel, centred", "gammatone", "cqt"],
 )
-def test_as_many_tokens_as_the_grid_says(spectrogram: Spectrogram, num_channels: int) -> None:
+def test_number_of_tokens_equals_the_grid(spectrogram: Spectrogram, num_channels: int) -> None:
     front_end = SpectrogramFrontEnd(
         spectrogram, 16, patch_frames=3, patch_bands=8, num_channels=num_channels
     )
@@ -51,7 +51,7 @@ def test_grid_of_pupujepa() -> None:
     assert front_end.stride == 960  # 25 Hz at 24 kHz
 
 
-def test_frames_that_do_not_fill_a_patch_have_no_influence() -> None:
+def test_frames_after_the_last_complete_patch_have_no_influence() -> None:
     front_end = SpectrogramFrontEnd(mel(), 8, patch_bands=8)
     image = noise(1, 1, 11, 24)
     assert torch.equal(front_end.embed_patches(image), front_end.embed_patches(image[:, :, :8]))
@@ -85,7 +85,7 @@ def test_patch_tokens_equal_the_published_pupujepa() -> None:
     )
 
 
-def test_image_is_normalised_and_time_first() -> None:
+def test_image_is_normalised_with_time_before_frequency() -> None:
     spectrogram, waveform = mel(), noise(2, 1, 2000)
     mean, std = measure_statistics(spectrogram, [waveform])
     front_end = SpectrogramFrontEnd(spectrogram, 8, patch_bands=8, mean=mean, std=std)
@@ -96,7 +96,7 @@ def test_image_is_normalised_and_time_first() -> None:
     assert abs(image.std() - 1) < 1e-3
 
 
-def test_gradient_reaches_every_parameter_and_only_weights_are_saved() -> None:
+def test_every_parameter_has_a_gradient_and_only_weights_are_saved() -> None:
     front_end = SpectrogramFrontEnd(mel(), 8, patch_bands=8, num_channels=2)
     (front_end(noise(2, 2, 2000)) * noise(8, seed=1)).square().sum().backward()
     for name, parameter in front_end.named_parameters():
@@ -119,7 +119,7 @@ def test_tokens_are_float32_under_autocast() -> None:
     torch.testing.assert_close(tokens, front_end(waveform), rtol=0.05, atol=0.05)
 
 
-def test_patch_embedding_starts_xavier_uniform_on_the_flattened_patch() -> None:
+def test_patch_embedding_is_xavier_uniform_over_the_flattened_patch() -> None:
     torch.manual_seed(0)
     front_end = SpectrogramFrontEnd(mel(), 64, patch_frames=4, patch_bands=8, num_channels=2)
     bound = (6 / (2 * 4 * 8 + 64)) ** 0.5
@@ -132,7 +132,7 @@ def test_patch_embedding_starts_xavier_uniform_on_the_flattened_patch() -> None:
 
 
 @pytest.mark.parametrize("batches", [[8], [1, 7], [3, 1, 2, 2]])
-def test_statistics_do_not_depend_on_the_batches(batches: list[int]) -> None:
+def test_statistics_do_not_depend_on_batch_sizes(batches: list[int]) -> None:
     spectrogram, waveform = mel(), noise(8, 1, 1000)
     values = spectrogram(waveform).double()
     mean, std = measure_statistics(spectrogram, waveform.split(batches))
@@ -140,7 +140,7 @@ def test_statistics_do_not_depend_on_the_batches(batches: list[int]) -> None:
     assert std == pytest.approx(values.std(correction=0).item(), rel=1e-12)
 
 
-def test_statistics_weigh_clips_of_unequal_length_by_their_frames() -> None:
+def test_statistics_weight_clips_by_their_number_of_frames() -> None:
     spectrogram = mel()
     clips = [0.01 * noise(1, 1, 400), noise(1, 1, 5000, seed=1)]
     values = torch.cat([spectrogram(clip).double().flatten() for clip in clips])
@@ -149,7 +149,7 @@ def test_statistics_weigh_clips_of_unequal_length_by_their_frames() -> None:
     )
 
 
-def test_statistics_of_nothing_are_refused() -> None:
+def test_statistics_without_clips_raise_an_error() -> None:
     with pytest.raises(ValueError, match="`waveforms` must contain at least one clip"):
         measure_statistics(mel(), [])
 
@@ -178,6 +178,6 @@ def test_statistics_of_nothing_are_refused() -> None:
         ),
     ],
 )
-def test_impossible_settings_are_refused(make: Callable[[], object], message: str) -> None:
+def test_invalid_settings_raise_errors(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()

@@ -1,4 +1,4 @@
-"""Laws of the fixed spectrograms, with librosa and nnAudio's own classes as oracles."""
+"""The fixed spectrograms, compared with librosa and nnAudio."""
 
 import json
 from collections.abc import Callable
@@ -26,7 +26,7 @@ DATA = Path(__file__).parents[2] / "data"
 RATE = 8000
 TRANSFORMS: dict[str, Callable[[], Spectrogram]] = {
     "mel": lambda: LogMel(RATE, n_fft=256, hop_length=80, n_mels=20),
-    "mel, odd overhang": lambda: LogMel(RATE, n_fft=256, win_length=200, hop_length=77, n_mels=20),
+    "mel, odd hop": lambda: LogMel(RATE, n_fft=256, win_length=200, hop_length=77, n_mels=20),
     "mel, centred": lambda: LogMel(RATE, n_fft=256, hop_length=80, n_mels=20, center=True),
     "gammatone": lambda: Gammatone(RATE, n_fft=256, hop_length=80, n_bins=16),
     "cqt 1992v2": lambda: CQT(RATE, 77, f_min_hz=220.0, n_bins=40),
@@ -45,7 +45,7 @@ def tone(frequency_hz: float, num_samples: int = RATE) -> Tensor:
 
 
 @every_transform
-def test_as_many_frames_as_the_formula_says(make: Callable[[], Spectrogram]) -> None:
+def test_number_of_frames_equals_the_formula(make: Callable[[], Spectrogram]) -> None:
     spectrogram = make()
     shortest, hop = spectrogram.min_samples, spectrogram.hop_length
     for num_samples in [
@@ -61,10 +61,9 @@ def test_as_many_frames_as_the_formula_says(make: Callable[[], Spectrogram]) -> 
 
 
 @every_transform
-@pytest.mark.filterwarnings(
-    "error::UserWarning"
-)  # the library pads with zeros, and warns, where it cannot reflect
-def test_the_shortest_clip_is_the_shortest_that_can_be_reflected(
+# nnAudio warns and pads with zeros where reflect padding is not possible.
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_min_samples_is_the_shortest_clip_with_reflect_padding(
     make: Callable[[], Spectrogram],
 ) -> None:
     spectrogram = make()
@@ -74,7 +73,7 @@ def test_the_shortest_clip_is_the_shortest_that_can_be_reflected(
 
 
 @every_transform
-def test_too_short_a_clip_is_refused_by_formula_and_by_forward(
+def test_too_short_clip_raises_an_error_in_num_frames_and_forward(
     make: Callable[[], Spectrogram],
 ) -> None:
     spectrogram = make()
@@ -97,20 +96,20 @@ def test_autocast_changes_nothing(make: Callable[[], Spectrogram]) -> None:
 
 
 @every_transform
-def test_no_kernel_is_saved_or_trained(make: Callable[[], Spectrogram]) -> None:
+def test_kernels_are_buffers_that_are_not_saved(make: Callable[[], Spectrogram]) -> None:
     spectrogram = make()
     assert not spectrogram.state_dict()
     assert not list(spectrogram.parameters())
-    assert list(spectrogram.buffers()), "kernels must still follow the module to its device"
+    assert list(spectrogram.buffers()), "kernels must move with the module"
 
 
 @every_transform
-def test_channels_are_transformed_each_on_its_own(make: Callable[[], Spectrogram]) -> None:
+def test_channels_are_transformed_separately(make: Callable[[], Spectrogram]) -> None:
     spectrogram, waveform = make(), noise(2, 3, 2000)
-    together = spectrogram(waveform)
+    batched = spectrogram(waveform)
     for channel in range(3):
-        alone = spectrogram(waveform[:, channel : channel + 1])
-        torch.testing.assert_close(together[:, channel : channel + 1], alone, rtol=1e-4, atol=1e-4)
+        single = spectrogram(waveform[:, channel : channel + 1])
+        torch.testing.assert_close(batched[:, channel : channel + 1], single, rtol=1e-4, atol=1e-4)
 
 
 @every_transform
@@ -127,7 +126,7 @@ def test_silence_gives_the_floor_and_a_finite_gradient(make: Callable[[], Spectr
 
 
 @pytest.mark.parametrize("band", [5, 20, 33])
-def test_a_tone_is_loudest_in_its_own_band_and_in_its_own_frames(band: int) -> None:
+def test_tone_has_its_maximum_in_the_right_band_and_frames(band: int) -> None:
     waveform = tone(220.0 * 2 ** (band / 12))
     waveform[..., : RATE // 2] = 0
     for name in ("cqt 1992v2", "cqt 2010v2", "vqt"):
@@ -175,7 +174,7 @@ def test_log_mel_equals_librosa(power: float, mel_scale: str, norm: str | None) 
         magnitude_eps=0.0,
         center=True,
     )(waveform)
-    theirs = librosa.feature.melspectrogram(
+    reference = librosa.feature.melspectrogram(
         y=waveform[0, 0].numpy(),
         sr=RATE,
         n_fft=512,
@@ -189,24 +188,26 @@ def test_log_mel_equals_librosa(power: float, mel_scale: str, norm: str | None) 
         htk=mel_scale == "htk",
         norm=norm,
     )
-    expected = torch.from_numpy(np.log(np.maximum(theirs, 1e-5)))[None, None]
+    expected = torch.from_numpy(np.log(np.maximum(reference, 1e-5)))[None, None]
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_1992v2_agrees_with_librosa_away_from_the_ends() -> None:
+def test_cqt_1992v2_equals_librosa_except_at_the_ends() -> None:
     waveform = noise(1, 1, RATE)
     ours = CQT(RATE, 64, f_min_hz=220.0, n_bins=36)(waveform)[0, 0]
-    theirs = np.abs(
+    reference = np.abs(
         librosa.cqt(waveform[0, 0].numpy(), sr=RATE, hop_length=64, fmin=220.0, n_bins=36)
     )
-    difference = (ours - torch.from_numpy(np.log(theirs)))[:, 20:-20]
+    difference = (ours - torch.from_numpy(np.log(reference)))[:, 20:-20]
     assert difference.abs().median() < 0.02
 
 
 @pytest.mark.parametrize("n_bins", [36, 40])
 @pytest.mark.parametrize("f_min_hz", [55.0, 220.0])
-def test_octave_by_octave_equals_all_kernels_at_the_full_rate(n_bins: int, f_min_hz: float) -> None:
-    """At 55 Hz the top band lies so low that the library would lower the rate first, and get it wrong."""
+def test_transform_by_octaves_equals_all_kernels_at_the_full_rate(
+    n_bins: int, f_min_hz: float
+) -> None:
+    """At 55 Hz the top band is low: nnAudio would reduce the rate first, with wrong results."""
     waveform = noise(1, 1, 2 * RATE)
     direct = CQT(RATE, 64, f_min_hz=f_min_hz, n_bins=n_bins)(waveform).exp()
     for spectrogram in (
@@ -216,7 +217,7 @@ def test_octave_by_octave_equals_all_kernels_at_the_full_rate(n_bins: int, f_min
         assert (spectrogram(waveform).exp() - direct).abs().mean() < 0.01 * direct.mean()
 
 
-def test_gamma_shortens_the_low_bands_far_more_than_the_high_ones() -> None:
+def test_gamma_shortens_low_bands_more_than_high_bands() -> None:
     click = torch.zeros(1, 1, RATE)
     click[..., RATE // 2] = 1
 
@@ -225,9 +226,8 @@ def test_gamma_shortens_the_low_bands_far_more_than_the_high_ones() -> None:
         return (magnitude > magnitude.amax(dim=1, keepdim=True) / 2).sum(dim=1)
 
     constant, variable = (spread(VQT(RATE, 4, 110.0, 36, gamma=gamma)) for gamma in (0.0, 20.0))
-    alpha = (
-        2 ** (1 / 12) - 1
-    )  # bandwidth alpha * f + gamma: the window shrinks by alpha * f / (alpha * f + gamma)
+    # The bandwidth is alpha * f + gamma: the window shrinks by alpha * f / (alpha * f + gamma).
+    alpha = 2 ** (1 / 12) - 1
     for band, f in ((0, 110.0), (35, 110.0 * 2 ** (35 / 12))):
         assert variable[band] / constant[band] == pytest.approx(
             alpha * f / (alpha * f + 20), rel=0.1
@@ -235,12 +235,12 @@ def test_gamma_shortens_the_low_bands_far_more_than_the_high_ones() -> None:
 
 
 @pytest.mark.parametrize("power", [1.0, 2.0])
-def test_gammatone_equals_the_library_s_own_class(power: float) -> None:
+def test_gammatone_equals_nnaudio(power: float) -> None:
     waveform = noise(2, 1, 3000)
     ours = Gammatone(
         RATE, 256, None, 80, 16, power=power, floor=1e-12, magnitude_eps=0.0, center=True
     )
-    theirs = Gammatonegram(
+    reference = Gammatonegram(
         RATE,
         n_fft=256,
         n_bins=16,
@@ -250,18 +250,20 @@ def test_gammatone_equals_the_library_s_own_class(power: float) -> None:
         verbose=False,
         trainable_STFT=False,
     )
-    torch.testing.assert_close(ours(waveform)[:, 0], theirs(waveform).log(), rtol=1e-4, atol=1e-4)
-
-
-def test_log_magnitude_is_the_library_s_magnitude() -> None:
-    waveform = noise(2, 1, 3000)
-    theirs = CQT1992v2(RATE, 77, 220.0, n_bins=40, verbose=False)(waveform)
     torch.testing.assert_close(
-        TRANSFORMS["cqt 1992v2"]()(waveform)[:, 0], theirs.log(), rtol=1e-4, atol=1e-4
+        ours(waveform)[:, 0], reference(waveform).log(), rtol=1e-4, atol=1e-4
     )
 
 
-def test_frozen_parameters_become_buffers_wherever_they_lie() -> None:
+def test_log_magnitude_equals_nnaudio() -> None:
+    waveform = noise(2, 1, 3000)
+    reference = CQT1992v2(RATE, 77, 220.0, n_bins=40, verbose=False)(waveform)
+    torch.testing.assert_close(
+        TRANSFORMS["cqt 1992v2"]()(waveform)[:, 0], reference.log(), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_exclude_from_state_converts_nested_parameters_to_buffers() -> None:
     inner = nn.Linear(3, 2).requires_grad_(False)
     module = nn.Sequential(nn.Sequential(inner), nn.BatchNorm1d(2).requires_grad_(False)).eval()
     x, before = noise(4, 3), len([*module.parameters(), *module.buffers()])
@@ -312,10 +314,10 @@ def test_frozen_parameters_become_buffers_wherever_they_lie() -> None:
         (lambda: VQT(RATE, 80, f_min_hz=220.0, n_bins=12, gamma=-1.0), r"`gamma` \(-1.0\)"),
     ],
 )
-def test_impossible_settings_are_refused(make: Callable[[], Spectrogram], message: str) -> None:
+def test_invalid_settings_raise_errors(make: Callable[[], Spectrogram], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_the_most_bands_that_the_message_allows_are_allowed() -> None:
+def test_number_of_bands_in_the_error_message_is_valid() -> None:
     assert CQT(RATE, 80, f_min_hz=220.0, n_bins=51).num_bands == 51

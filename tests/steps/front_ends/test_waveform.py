@@ -1,4 +1,4 @@
-"""Laws of the convolutional front end."""
+"""The waveform front end."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("norm", ["group", "layer", "none"])
 @pytest.mark.parametrize("num_channels", [1, 2])
 @pytest.mark.parametrize("num_samples", [30, 31, 49, 50, 333, 1001])
-def test_as_many_tokens_as_the_grid_says(norm: str, num_channels: int, num_samples: int) -> None:
+def test_number_of_tokens_equals_the_grid(norm: str, num_channels: int, num_samples: int) -> None:
     front_end = WaveformFrontEnd(TINY, 16, num_channels=num_channels, norm=norm)
     tokens = front_end(noise(2, num_channels, num_samples))
     assert tokens.shape == (2, front_end.grid(num_samples).num_tokens, 16)
@@ -35,7 +35,7 @@ def test_grid_stride_and_receptive_field_of_wavjepa() -> None:
     assert (front_end.stride, front_end.receptive_field) == (160, 240)  # 10 ms, 15 ms
 
 
-def test_receptive_field_is_exactly_what_one_token_needs() -> None:
+def test_receptive_field_is_the_shortest_clip() -> None:
     front_end = WaveformFrontEnd(TINY, 4)
     samples = front_end.receptive_field
     assert front_end.grid(samples).num_tokens == 1
@@ -47,18 +47,18 @@ def test_receptive_field_is_exactly_what_one_token_needs() -> None:
         front_end(noise(1, 1, samples - 1))
 
 
-def test_a_token_sees_its_receptive_field_and_nothing_else() -> None:
+def test_token_depends_only_on_its_receptive_field() -> None:
     front_end = WaveformFrontEnd(TINY, 4, norm="layer", standardize=False)
     waveform = noise(1, 1, 200).requires_grad_()
     front_end(waveform)[0, 3].sum().backward()
     assert waveform.grad is not None
-    seen = waveform.grad[0, 0].nonzero().flatten()
+    dependencies = waveform.grad[0, 0].nonzero().flatten()
     start = 3 * front_end.stride
-    assert seen.min() == start
-    assert seen.max() == start + front_end.receptive_field - 1
+    assert dependencies.min() == start
+    assert dependencies.max() == start + front_end.receptive_field - 1
 
 
-def test_equals_the_published_wavjepa() -> None:
+def test_tokens_equal_the_published_wavjepa() -> None:
     with safe_open(DATA / "wavjepa.safetensors", "pt") as file:
         sizes = {
             key: json.loads(value) for key, value in file.metadata().items() if key != "sample_rate"
@@ -87,7 +87,7 @@ def test_equals_the_published_wavjepa() -> None:
 
 
 def test_standardize_is_the_joint_z_score_of_the_clip() -> None:
-    # No norm in between: a group norm would forget the scale.
+    # Without a norm: a group norm would remove the scale.
     front_end = WaveformFrontEnd(TINY, 8, num_channels=2, norm="none")
     raw = WaveformFrontEnd(TINY, 8, num_channels=2, norm="none", standardize=False)
     raw.norm = front_end.norm = nn.Identity()
@@ -97,7 +97,7 @@ def test_standardize_is_the_joint_z_score_of_the_clip() -> None:
     torch.testing.assert_close(front_end(waveform), raw(torch.stack(clips)), rtol=1e-4, atol=1e-5)
 
 
-def test_a_bfloat16_waveform_is_taken_as_float32() -> None:
+def test_bfloat16_waveform_is_processed_in_float32() -> None:
     front_end, waveform = WaveformFrontEnd(TINY, 8), noise(2, 1, 300).bfloat16()
     assert torch.equal(front_end(waveform), front_end(waveform.float()))
 
@@ -110,18 +110,17 @@ def test_silence_gives_finite_tokens_and_gradients() -> None:
 
 @pytest.mark.parametrize("norm", ["group", "layer", "none"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_gradient_reaches_every_parameter(norm: str, bias: bool) -> None:
+def test_every_parameter_has_a_gradient(norm: str, bias: bool) -> None:
     front_end = WaveformFrontEnd(TINY, 8, num_channels=2, norm=norm, bias=bias)
     (front_end(noise(2, 2, 300)) * noise(8, seed=1)).square().sum().backward()
-    # A bias before the group norm is taken out again by its mean, so its gradient is 0 by
-    # construction.
-    silent = {"stacks.0.0.0.bias"} if norm == "group" else set()
+    # The group norm subtracts a bias before it, so the gradient of this bias is always 0.
+    without_gradient = {"stacks.0.0.0.bias"} if norm == "group" else set()
     for name, parameter in front_end.named_parameters():
         assert parameter.grad is not None, name
-        assert name in silent or parameter.grad.abs().max() > 0, name
+        assert name in without_gradient or parameter.grad.abs().max() > 0, name
 
 
-def test_group_norm_follows_the_first_layer_alone() -> None:
+def test_group_norm_follows_only_the_first_layer() -> None:
     kinds = {
         norm: [type(layer[1]).__name__ for layer in WaveformFrontEnd(TINY, 4, norm=norm).stacks[0]]
         for norm in ("group", "layer", "none")
@@ -135,16 +134,15 @@ def test_group_norm_follows_the_first_layer_alone() -> None:
 
 def test_tokens_are_float32_under_autocast() -> None:
     front_end = WaveformFrontEnd(TINY, 8)
-    waveform = 1e3 + noise(
-        2, 1, 300
-    )  # bfloat16 would round the clip away before it is standardised
+    # In bfloat16, the offset would round the noise to 0 before the standardisation.
+    waveform = 1e3 + noise(2, 1, 300)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         tokens = front_end(waveform)
     assert tokens.dtype == torch.float32
     torch.testing.assert_close(tokens, front_end(waveform), rtol=0.1, atol=0.1)
 
 
-def test_reset_parameters_draws_the_constructor_s_weights() -> None:
+def test_reset_parameters_has_the_distribution_of_the_constructor() -> None:
     torch.manual_seed(3)
     front_end = WaveformFrontEnd(TINY, 8, bias=True)
     drawn = {name: parameter.clone() for name, parameter in front_end.named_parameters()}
@@ -153,19 +151,19 @@ def test_reset_parameters_draws_the_constructor_s_weights() -> None:
     front_end.reset_parameters()
     for name, parameter in front_end.named_parameters():
         assert not (parameter == 5).any(), name
-        if parameter.ndim == 3:  # the deviation of Kaiming's normal draw: sqrt(2 / fan-in)
+        if parameter.ndim == 3:  # standard deviation of Kaiming-normal: sqrt(2 / fan-in)
             expected = (2 / parameter[0].numel()) ** 0.5
             assert abs(drawn[name].std() - expected) < 0.3 * expected
             assert abs(parameter.std() - expected) < 0.3 * expected
 
 
 @pytest.mark.parametrize("layers", [[], [(8, 0, 2)], [(0, 3, 2)], [(8, 3, 0)]])
-def test_impossible_layers_are_refused(layers: list[tuple[int, int, int]]) -> None:
+def test_invalid_layers_raise_errors(layers: list[tuple[int, int, int]]) -> None:
     with pytest.raises(ValueError, match="`conv_layers`"):
         WaveformFrontEnd(layers, 8)
 
 
-def test_separate_channels_have_a_stack_and_a_row_each(rng: torch.Generator) -> None:
+def test_separate_channels_have_separate_stacks_and_grid_rows(rng: torch.Generator) -> None:
     layers = [(8, 10, 5), (8, 8, 4)]
     both = WaveformFrontEnd(layers, 12, num_channels=2, separate_channels=True, standardize=False)
     clip = torch.randn(3, 2, 400, generator=rng)
@@ -182,11 +180,11 @@ def test_separate_channels_have_a_stack_and_a_row_each(rng: torch.Generator) -> 
         )
 
 
-def test_level_and_delay_between_the_ears_survive_standardisation(rng: torch.Generator) -> None:
+def test_standardisation_keeps_level_differences_between_channels(rng: torch.Generator) -> None:
     front_end = WaveformFrontEnd([(8, 10, 5)], 12, num_channels=2, separate_channels=True)
-    heard: list[Tensor] = []
+    stack_inputs: list[Tensor] = []
     for stack in front_end.stacks:
-        stack.register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0]))
+        stack.register_forward_pre_hook(lambda _, inputs: stack_inputs.append(inputs[0]))
     left = torch.randn(1, 1, 400, generator=rng)
     front_end(torch.cat([left, 0.25 * left.roll(3, -1)], dim=1))
-    assert float(heard[1].std() / heard[0].std()) == pytest.approx(0.25, rel=1e-4)
+    assert float(stack_inputs[1].std() / stack_inputs[0].std()) == pytest.approx(0.25, rel=1e-4)

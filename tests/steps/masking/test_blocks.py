@@ -1,4 +1,4 @@
-"""Block and stripe masks: rectangles, the literal rule, and the published statistics."""
+"""Block and stripe masks: rectangles, a literal implementation, and published statistics."""
 
 import math
 
@@ -16,20 +16,20 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def slow_block(grid, uniform, free):
+def literal_block(grid, uniform, free):
     area = min(grid.num_tokens * (0.01 + 0.04 * uniform[0]), free)
     aspect = 2 + 3 * uniform[2] if uniform[1] < 0.5 else 0.2 + 0.3 * uniform[2]
     return int(math.sqrt(area * aspect)), int(math.sqrt(area / aspect))
 
 
-def slow_stripe(grid, uniform, free):
+def literal_stripe(grid, uniform, free):
     if uniform[0] < grid.num_time / (grid.num_time + grid.num_freq):
         return min(1 + int(40 * uniform[1]), free // grid.num_freq), grid.num_freq
     return grid.num_time, min(1, free // grid.num_time)
 
 
-def slow_grow(draw_size, grid, count, uniform):
-    """The rule to the letter, for one clip: a set of tokens, and the blocks that added to it."""
+def literal_cover(draw_size, grid, count, uniform):
+    """The covered tokens of one clip, and the size of every block that covered a new token."""
     covered, placed = set(), []
     for attempt in uniform:
         free = count - len(covered)
@@ -54,23 +54,23 @@ def slow_grow(draw_size, grid, count, uniform):
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize(
-    ("masker", "slow_size"), [(BlockMasker(), slow_block), (StripeMasker(), slow_stripe)]
+    ("masker", "literal_size"), [(BlockMasker(), literal_block), (StripeMasker(), literal_stripe)]
 )
-def test_growing_a_batch_equals_growing_each_clip_to_the_letter(masker, slow_size, grid):
+def test_cover_equals_a_loop_for_each_clip(masker, literal_size, grid):
     uniform = torch.rand(150, 5, 6, generator=generator(), dtype=torch.float64)
     count = int(0.8 * grid.num_tokens)
     covered, placed = masker._cover(grid, count, uniform)
     for row in range(6):
-        tokens, blocks = slow_grow(slow_size, grid, count, uniform[:, :, row].tolist())
+        tokens, blocks = literal_cover(literal_size, grid, count, uniform[:, :, row].tolist())
         assert set(covered[row].nonzero().flatten().tolist()) == tokens
         assert [block for block in placed[:, row].tolist() if block != [0, 0]] == blocks
 
 
-def test_a_clip_does_not_depend_on_the_others_of_its_batch():
+def test_masks_of_a_clip_do_not_depend_on_other_clips_of_the_batch():
     uniform = torch.rand(150, 5, 6, generator=generator(), dtype=torch.float64)
-    together, _ = BlockMasker()._cover(GRID, 1638, uniform)
-    alone, _ = BlockMasker()._cover(GRID, 1638, uniform[:, :, 2:3].contiguous())
-    assert torch.equal(together[2], alone[0])
+    batched, _ = BlockMasker()._cover(GRID, 1638, uniform)
+    single, _ = BlockMasker()._cover(GRID, 1638, uniform[:, :, 2:3].contiguous())
+    assert torch.equal(batched[2], single[0])
 
 
 def statistics(masker, num_draws):
@@ -80,8 +80,8 @@ def statistics(masker, num_draws):
 
 
 def test_pupujepa_block_statistics():
-    # Known from 300 draws to the digits given; our own 300 vary by 0.3 blocks, 0.05 patches and 0.4
-    # points.
+    # The published numbers are from 300 draws. Between repetitions of 300 draws, ours vary by 0.3
+    # blocks, 0.05 patches and 0.4 percentage points.
     blocks, random_fill = statistics(BlockMasker(), 300)
     assert len(blocks) / 300 == pytest.approx(78, abs=1.5)
     assert blocks[:, 0].mean() == pytest.approx(8.5, abs=0.15)
@@ -91,8 +91,8 @@ def test_pupujepa_block_statistics():
 
 
 def test_pupujepa_stripe_statistics():
-    # Rows differ by 2.5 stripes of time, 0.7 of frequency and, now and then, by a whole row of
-    # random fill.
+    # Clips differ by 2.5 time stripes, 0.7 frequency stripes and sometimes a full row of random
+    # tokens.
     stripes, random_fill = statistics(StripeMasker(), 1000)
     of_frequency = stripes[:, 0] == 256
     assert of_frequency.sum() / 1000 == pytest.approx(0.6, abs=0.1)
@@ -115,7 +115,7 @@ def test_multi_block_targets_are_rectangles_of_one_size(grid):
 
 
 @pytest.mark.parametrize("grid", [GRID, Grid(1, 200), Grid(14, 14)], ids=str)
-def test_multi_block_scale_holds_on_any_shape_of_grid(grid):
+def test_multi_block_scale_holds_for_any_grid_shape(grid):
     source = generator()
     shares = (
         torch.tensor(
@@ -123,11 +123,10 @@ def test_multi_block_scale_holds_on_any_shape_of_grid(grid):
         )
         / grid.num_tokens
     )
-    # A block has whole sides: half a column of the widest block is the most by which its area can
-    # be off.
-    slack = 0.5 * grid.num_freq / grid.num_tokens
-    assert shares.min() >= 0.15 - slack
-    assert shares.max() <= 0.2 + slack
+    # Sides are whole numbers: the area is wrong by at most half a column of the widest block.
+    tolerance = 0.5 * grid.num_freq / grid.num_tokens
+    assert shares.min() >= 0.15 - tolerance
+    assert shares.max() <= 0.2 + tolerance
     assert shares.mean() == pytest.approx(0.175, abs=0.012)
 
 
@@ -141,6 +140,5 @@ def test_multi_block_context_is_a_large_block_without_the_targets():
         inside = torch.zeros_like(seen)
         inside[time.min() : time.max() + 1, freq.min() : freq.max() + 1] = True
         assert torch.equal(seen, inside & ~predicted)
-        assert (
-            inside.sum() <= 43 * 6
-        )  # half of the grid in whole sides: round(8 / √2) = 6 rows, 43 columns
+        # Half of the grid with whole sides: round(8 / √2) = 6 rows and 43 columns.
+        assert inside.sum() <= 43 * 6

@@ -1,4 +1,4 @@
-"""What holds for every masker on every grid."""
+"""Properties of every masker on every grid."""
 
 import numpy as np
 import pytest
@@ -44,27 +44,27 @@ def draw(masker: Masker, grid: Grid, seed: int = 0, batch_size: int = BATCH) -> 
     return masker(grid, batch_size, torch.Generator().manual_seed(seed), step=0)
 
 
-def planes(masks: Masks, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+def to_masks(masks: Masks, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     return masks.context.to_mask(grid.num_tokens), masks.targets.to_mask(grid.num_tokens)
 
 
 @all_cases
-def test_the_generator_alone_decides(masker, grid):
+def test_masks_depend_only_on_the_generator(masker, grid):
     torch.manual_seed(1)
     np.random.seed(1)  # noqa: NPY002
-    first, state = planes(draw(masker, grid), grid), torch.get_rng_state()
+    first, state = to_masks(draw(masker, grid), grid), torch.get_rng_state()
     numpy_state = np.random.get_state()[1].copy()  # noqa: NPY002
     torch.manual_seed(2)
-    second = planes(draw(masker, grid), grid)
+    second = to_masks(draw(masker, grid), grid)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert torch.equal(state, torch.manual_seed(1).get_state())
     np.random.seed(1)  # noqa: NPY002
     assert np.array_equal(numpy_state, np.random.get_state()[1])  # noqa: NPY002
-    assert not torch.equal(first[0], planes(draw(masker, grid, seed=3), grid)[0])
+    assert not torch.equal(first[0], to_masks(draw(masker, grid, seed=3), grid)[0])
 
 
 @all_cases
-def test_indices_are_on_the_grid_and_unique(masker, grid):
+def test_indices_are_within_the_grid_and_unique(masker, grid):
     masks = draw(masker, grid)
     for tokens in (masks.context, masks.targets):
         assert tokens.index.dtype == torch.int64
@@ -77,20 +77,20 @@ def test_indices_are_on_the_grid_and_unique(masker, grid):
 
 
 @all_cases
-def test_context_and_targets_share_no_token_and_are_never_empty(masker, grid):
+def test_context_and_targets_are_disjoint_and_not_empty(masker, grid):
     masks = draw(masker, grid)
-    context, targets = planes(masks, grid)
+    context, targets = to_masks(masks, grid)
     assert not (context & targets.any(dim=1)).any()
     assert masks.context.counts.min() >= 1
     assert masks.targets.counts.min() >= 1
 
 
 @all_cases
-def test_every_token_is_eventually_context_and_eventually_target(masker, grid):
+def test_every_token_is_context_and_target_in_some_draw(masker, grid):
     seen, predicted = torch.zeros(2, grid.num_tokens, dtype=torch.bool)
     generator = torch.Generator().manual_seed(0)
     for _ in range(60):
-        context, targets = planes(masker(grid, BATCH, generator, step=0), grid)
+        context, targets = to_masks(masker(grid, BATCH, generator, step=0), grid)
         seen |= context.any(0)
         predicted |= targets.any(0).any(0)
         if seen.all() and predicted.all():
@@ -100,15 +100,15 @@ def test_every_token_is_eventually_context_and_eventually_target(masker, grid):
 
 @all_cases
 def test_rows_of_a_batch_differ(masker, grid):
-    context, _ = planes(draw(masker, grid), grid)
-    # On 48 tokens two rows may agree by chance; all rows alike, or in pairs, may not.
+    context, _ = to_masks(draw(masker, grid), grid)
+    # On 48 tokens, a few rows can be equal by chance, but not most of them.
     assert len(context.unique(dim=0)) > 0.5 * BATCH
 
 
 @pytest.mark.parametrize("grid", [*LONG, SHORT, Grid(8, 256)])
 @pytest.mark.parametrize("share", [0.3, 0.8])
 @pytest.mark.parametrize("masker_class", [RandomMasker, BlockMasker, StripeMasker])
-def test_the_target_share_is_met_exactly(masker_class, share, grid):
+def test_target_share_is_exact(masker_class, share, grid):
     masks = draw(masker_class(target_share=share), grid, batch_size=8)
     num_targets = (
         grid.num_tokens - floor_share(1 - share, grid.num_tokens)
@@ -126,7 +126,7 @@ def test_pupujepa_random_masks_have_409_context_tokens():
     assert (masks.context.index.shape[-1], masks.targets.index.shape[-1]) == (409, 1639)
 
 
-def test_a_range_of_shares_is_drawn_per_call_and_spanned():
+def test_share_from_a_range_is_drawn_per_call_over_the_full_range():
     masker, grid, generator = (
         RandomMasker(target_share=(0.4, 0.6)),
         Grid(1, 200),
@@ -137,18 +137,18 @@ def test_a_range_of_shares_is_drawn_per_call_and_spanned():
     assert 115 <= max(counts) <= 121
 
 
-def test_one_context_token_is_always_left():
+def test_at_least_one_context_token_remains():
     assert draw(RandomMasker(target_share=0.99), SHORT).context.index.shape[-1] == 1
 
 
 @pytest.mark.parametrize(
     ("share", "num_tokens", "count"), [(1 - 0.8, 50, 10), (0.57, 100, 57), (0.8, 2048, 1638)]
 )
-def test_shares_are_rounded_down_but_not_by_float_dust(share, num_tokens, count):
+def test_shares_are_rounded_down_without_float_errors(share, num_tokens, count):
     assert floor_share(share, num_tokens) == count
 
 
-def test_filling_up_keeps_what_is_chosen_and_is_uniform_over_the_rest():
+def test_add_random_tokens_keeps_chosen_tokens_and_is_uniform_over_the_others():
     chosen = torch.zeros(4000, 12, dtype=torch.bool)
     chosen[:, :3] = True
     filled = add_random_tokens(chosen, 6, torch.Generator().manual_seed(0))
@@ -159,16 +159,16 @@ def test_filling_up_keeps_what_is_chosen_and_is_uniform_over_the_rest():
 
 
 def test_only_rejected_rows_are_drawn_again():
-    asked = []
+    drawn = []
 
-    def scripted(num_rows):
-        asked.append(num_rows)
+    def draw_rows(num_rows):
+        drawn.append(num_rows)
         context = torch.full((num_rows, 4), fill_value=True)
-        context[0] = len(asked) > 2  # the first row of the first two draws is empty
+        context[0] = len(drawn) > 2  # the first row of the first two draws is empty
         return context, torch.full((num_rows, 1, 4), fill_value=True)
 
-    context, _ = draw_accepted(scripted, 5, 0.5, SpanMasker())
-    assert asked == [5, 1, 1]
+    context, _ = draw_accepted(draw_rows, 5, 0.5, SpanMasker())
+    assert drawn == [5, 1, 1]
     assert context.all()
 
 
@@ -197,7 +197,7 @@ def test_only_rejected_rows_are_drawn_again():
         (StripeMasker(target_share=0.01), SHORT, r"`target_share` \(0.01\)"),
     ],
 )
-def test_impossible_grids_are_refused_by_name_and_value(masker, grid, message, monkeypatch):
+def test_invalid_grids_raise_errors_with_name_and_value(masker, grid, message, monkeypatch):
     monkeypatch.setattr("jepa_audio.steps.masking.sampling.MAX_REDRAWS", 20)
     with pytest.raises(ValueError, match=message):
         draw(masker, grid, batch_size=2)
@@ -230,7 +230,7 @@ def test_impossible_grids_are_refused_by_name_and_value(masker, grid, message, m
         (StripeMasker, {"max_freq_width": 0}),
     ],
 )
-def test_impossible_settings_are_refused_by_name_and_value(masker_class, settings):
+def test_invalid_settings_raise_errors_with_name_and_value(masker_class, settings):
     ((name, value),) = settings.items()
     with pytest.raises(ValueError, match=f"`{name}`") as error:
         masker_class(**settings)

@@ -1,4 +1,4 @@
-"""Clips shorter than the grid: nothing beyond their end is seen, predicted or normalised with."""
+"""Clips shorter than the grid: their padding has no influence on masks, targets and loss."""
 
 from collections.abc import Callable
 
@@ -18,27 +18,27 @@ MASKERS = [
 
 
 @pytest.mark.parametrize(("masker", "grid"), MASKERS, ids=lambda value: type(value).__name__)
-def test_masks_stay_within_the_clip_and_are_those_of_the_whole_grid(masker, grid: Grid):
+def test_masks_of_padded_clips_are_the_full_masks_without_the_padding(masker, grid: Grid):
     num_time = torch.tensor(
         [grid.num_time, grid.num_time * 3 // 4, grid.num_time // 2, grid.num_time]
     )
     row = torch.arange(4)
-    whole = masker.for_rows(grid, row, 4, (0,))
-    cut = masker.for_rows(grid, row, 4, (0,), num_time)
+    full = masker.for_rows(grid, row, 4, (0,))
+    padded_masks = masker.for_rows(grid, row, 4, (0,), num_time)
     present = torch.arange(grid.num_tokens) // grid.num_freq < num_time[:, None]
-    assert torch.equal(cut.present.to_mask(grid.num_tokens), present)
-    context = whole.context.to_mask(grid.num_tokens) & present
-    targets = whole.targets.to_mask(grid.num_tokens) & present[:, None]
+    assert torch.equal(padded_masks.present.to_mask(grid.num_tokens), present)
+    context = full.context.to_mask(grid.num_tokens) & present
+    targets = full.targets.to_mask(grid.num_tokens) & present[:, None]
     kept = context.any(-1) & targets.any(-1).all(-1)
-    assert kept.sum() >= 3, "few clips lose a group"
-    assert torch.equal(cut.context.to_mask(grid.num_tokens)[kept], context[kept])
-    assert torch.equal(cut.targets.to_mask(grid.num_tokens)[kept], targets[kept])
-    assert cut.targets_per_clip == float(cut.targets.counts.sum()) / 4, (
-        "the loss is the mean over what is left"
+    assert kept.sum() >= 3, "at most one clip loses a group"
+    assert torch.equal(padded_masks.context.to_mask(grid.num_tokens)[kept], context[kept])
+    assert torch.equal(padded_masks.targets.to_mask(grid.num_tokens)[kept], targets[kept])
+    assert padded_masks.targets_per_clip == float(padded_masks.targets.counts.sum()) / 4, (
+        "the loss is the mean over the remaining targets"
     )
 
 
-def test_a_clip_that_loses_everything_gets_masks_of_its_own_whatever_process_asks():
+def test_clip_without_context_or_targets_is_redrawn_equally_on_every_process():
     grid, masker = Grid(1, 100), SpanMasker(context_length=5, target_length=5)
     num_time = torch.full((64,), 12)
     masks = masker.for_rows(grid, torch.arange(64), 64, (0,), num_time)
@@ -51,7 +51,7 @@ def test_a_clip_that_loses_everything_gets_masks_of_its_own_whatever_process_ask
         assert torch.equal(part.targets.to_mask(100), masks.targets.to_mask(100)[rows])
 
 
-def test_full_clips_need_no_validity():
+def test_full_clips_have_no_present_mask():
     grid = Grid(1, 100)
     masks = SpanMasker().for_rows(grid, torch.arange(4), 4, (0,), torch.full((4,), 100))
     assert masks.present is None
@@ -59,7 +59,7 @@ def test_full_clips_need_no_validity():
 
 @pytest.mark.parametrize("view", ["clip", "targets"])
 @pytest.mark.parametrize("normalization", ["instance", "joint_instance"])
-def test_what_lies_in_the_padding_changes_neither_loss_nor_gradient(
+def test_padding_content_changes_neither_loss_nor_gradient(
     tiny_jepa: Callable[..., JEPA], view: str, normalization: str, rng: torch.Generator
 ):
     settings = (f"--model.targets.view={view}", f"--model.targets.normalization={normalization}")
@@ -84,10 +84,10 @@ def test_what_lies_in_the_padding_changes_neither_loss_nor_gradient(
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-8)
 
 
-def test_a_padded_clip_is_targeted_as_it_is_alone(
+def test_targets_of_a_padded_clip_equal_those_of_the_clip_without_padding(
     tiny_jepa: Callable[..., JEPA], rng: torch.Generator
 ):
-    """Targets of a short clip beside a long one are those of the short clip in a batch of its own."""
+    """Compare a short clip in a batch with a long clip to the short clip in a separate batch."""
     front_end = (
         "--model.front_end.init_args.norm=layer",
         "--model.front_end.init_args.standardize=false",
@@ -96,23 +96,23 @@ def test_a_padded_clip_is_targeted_as_it_is_alone(
     waveform = torch.randn(2, 1, 500, generator=rng)
     waveform[1, :, 300:] = 0
     masks = jepa.draw_masks(AudioBatch(waveform, torch.arange(2), torch.tensor([500, 300])), 2)
-    together = jepa(waveform, masks)
-    own = masks.rows(slice(1, 2))
+    batched = jepa(waveform, masks)
+    single_masks = masks.rows(slice(1, 2))
     columns = jepa.front_end.grid(300).num_time
-    valid = own.targets.valid
-    alone = jepa.target_latents(
+    valid = single_masks.targets.valid
+    single = jepa.target_latents(
         waveform[1:, :, :300],
         jepa.front_end(waveform[1:, :, :300]),
         Grid(1, columns),
-        type(own.targets)(own.targets.index.clamp(max=columns - 1), valid),
+        type(single_masks.targets)(single_masks.targets.index.clamp(max=columns - 1), valid),
     )
-    torch.testing.assert_close(together.target[1:][valid], alone[valid], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(batched.target[1:][valid], single[valid], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     "norm", ["--model.front_end.init_args.norm=group", "--model.front_end.init_args.norm=layer"]
 )
-def test_a_front_end_whose_statistics_hear_the_padding_is_refused(
+def test_front_end_with_clip_statistics_raises_an_error_for_padded_clips(
     tiny_jepa: Callable[..., JEPA], norm: str
 ):
     jepa = tiny_jepa("wave", norm)
@@ -123,7 +123,7 @@ def test_a_front_end_whose_statistics_hear_the_padding_is_refused(
         jepa.draw_masks(batch, 2)
 
 
-def test_no_column_of_a_spectrogram_that_is_counted_hears_the_padding(
+def test_counted_spectrogram_columns_do_not_depend_on_the_padding(
     tiny_jepa: Callable[..., JEPA],
 ):
     front_end = tiny_jepa("mel").front_end
@@ -137,7 +137,7 @@ def test_no_column_of_a_spectrogram_that_is_counted_hears_the_padding(
         front_end.num_time(torch.tensor([40]))
 
 
-def test_a_clip_too_short_for_the_masker_says_what_to_raise():
+def test_error_for_a_too_short_clip_names_the_setting_to_raise():
     with pytest.raises(
         ValueError,
         match=r"a clip of 4 time columns is too short to be masked, raise `data.min_seconds`",

@@ -1,4 +1,4 @@
-"""Span masks: the published shares, and the shape of a span."""
+"""Span masks: the published shares and the shapes of spans."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def draw(masker, grid=GRID, batch_size=NUM_DRAWS) -> Masks:
 
 
 def runs(row: torch.Tensor) -> list[int]:
-    """Lengths of the runs of True, counted by hand."""
+    """Lengths of the runs of True, from a loop."""
     lengths, current = [], 0
     for value in [*row.tolist(), False]:
         if not value and current:
@@ -38,13 +38,13 @@ def runs(row: torch.Tensor) -> list[int]:
         ({"target_probability": 0.30}, 16.8),
     ],
 )
-def test_the_context_share_is_the_one_of_wavjepa_table_9(settings, percent):
-    # The share of a row varies by 5 points, the mean of 2000 rows by 0.1; a wrong rule is 1.7 away.
+def test_context_share_equals_wavjepa_table_9(settings, percent):
+    # A row varies by 5 percentage points, the mean of 2000 rows by 0.1; a wrong rule by 1.7.
     counts = draw(SpanMasker(**settings)).context.counts.float()
     assert counts.mean() / 2 == pytest.approx(percent, abs=0.5)
 
 
-def test_wavjepa_group_and_union_shares_spread_and_acceptance():
+def test_wavjepa_group_share_union_share_spread_and_acceptance():
     masks = draw(SpanMasker())
     assert masks.targets.index.shape[1] == 4
     assert masks.targets.counts.float().mean() / 2 == pytest.approx(22.7, abs=0.3)
@@ -58,7 +58,7 @@ def test_wavjepa_group_and_union_shares_spread_and_acceptance():
     assert (unfiltered >= 20).float().mean() == pytest.approx(0.98, abs=0.01)
 
 
-def test_every_row_is_a_union_of_whole_spans():
+def test_rows_are_unions_of_complete_spans():
     spans = sample_spans(300, 60, 0.4, 7, torch.Generator().manual_seed(0))
     assert all(min(runs(row)) >= 7 for row in spans)
     assert spans.any(0).all(), "spans reach both ends"
@@ -67,11 +67,11 @@ def test_every_row_is_a_union_of_whole_spans():
 @pytest.mark.parametrize(
     ("probability", "length", "fewest", "most"), [(0.5, 1, 25, 25), (0.51, 1, 25, 26)]
 )
-def test_spans_are_drawn_without_replacement_and_as_many_as_asked(
+def test_spans_are_drawn_without_replacement_in_the_expected_number(
     probability, length, fewest, most
 ):
-    # Of length 1 there is nothing to overlap, so columns count spans: floor(25.0 + U) and
-    # floor(25.5 + U).
+    # Spans of length 1 cannot overlap, so the number of columns is the number of spans:
+    # floor(25.0 + U) and floor(25.5 + U).
     counts = (
         sample_spans(2000, 50, probability, length, torch.Generator().manual_seed(0))
         .sum(-1)
@@ -81,9 +81,9 @@ def test_spans_are_drawn_without_replacement_and_as_many_as_asked(
     assert counts.mean() == pytest.approx(50 * probability, abs=0.05)
 
 
-def test_starts_are_uniform_over_all_places():
-    # One span of 4 in 12 columns: 9 places. The standard deviation of a share over 9000 rows is
-    # 0.0033.
+def test_starts_are_uniform_over_all_positions():
+    # One span of 4 in 12 columns has 9 positions. The standard deviation of a share over 9000 rows
+    # is 0.0033.
     spans = sample_spans(9000, 12, 1 / 3, 4, torch.Generator().manual_seed(0))
     first = spans.float().argmax(-1)
     assert torch.allclose(
@@ -92,7 +92,7 @@ def test_starts_are_uniform_over_all_places():
 
 
 @pytest.mark.parametrize("masker", [SpanMasker(), TargetSpanMasker()])
-def test_spans_cover_all_frequency_rows_and_do_not_depend_on_their_number(masker):
+def test_spans_cover_all_frequency_rows_and_do_not_depend_on_num_freq(masker):
     grid = Grid(4, 64)
     flat, tall = draw(masker, Grid(1, 64), 16), draw(masker, grid, 16)
     for one, many in ((flat.context, tall.context), (flat.targets, tall.targets)):
@@ -100,7 +100,7 @@ def test_spans_cover_all_frequency_rows_and_do_not_depend_on_their_number(masker
         assert torch.equal(columns, one.to_mask(64)[..., None].expand_as(columns))
 
 
-def test_target_spans_leave_half_as_context_and_drop_only_short_runs():
+def test_target_spans_leave_half_as_context_without_short_runs():
     masks = draw(TargetSpanMasker(), batch_size=64)
     context, free = masks.context.to_mask(200), ~masks.targets.to_mask(200).any(1)
     assert context.sum(-1).min() >= 100
@@ -109,6 +109,6 @@ def test_target_spans_leave_half_as_context_and_drop_only_short_runs():
         assert not (kept & ~rest).any()
 
 
-def test_runs_of_one_column_are_kept_on_request():
+def test_min_run_of_one_keeps_all_runs():
     masks = draw(TargetSpanMasker(min_run=1), batch_size=16)
     assert torch.equal(masks.context.to_mask(200), ~masks.targets.to_mask(200).any(1))
