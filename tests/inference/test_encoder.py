@@ -1,4 +1,4 @@
-"""Laws of frozen features: padding changes nothing, windows leave nothing out, and times are true."""
+"""Features do not depend on padding, windows cover the whole clip, and times are right."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ WINDOW = 300
 
 
 @pytest.fixture(params=FLAVOURS)
-def frozen(request: pytest.FixtureRequest, tiny_jepa: Callable[..., JEPA]) -> Encoder:
+def encoder(request: pytest.FixtureRequest, tiny_jepa: Callable[..., JEPA]) -> Encoder:
     jepa = tiny_jepa(request.param)
     with torch.no_grad():
         for parameter in jepa.parameters():
@@ -35,95 +35,93 @@ def clips(rng: torch.Generator) -> Tensor:
     return torch.randn(4, 1, 640, generator=rng)
 
 
-def test_every_clip_of_a_padded_batch_equals_the_clip_alone(frozen: Encoder, clips: Tensor):
+def test_every_clip_of_a_padded_batch_equals_the_clip_alone(encoder: Encoder, clips: Tensor):
     lengths = torch.tensor([640, 300, 200, 300])
-    together = frozen.encode(clips, lengths)
-    assert together.valid.shape == together.layers[0].shape[:2]
+    padded_batch = encoder.encode(clips, lengths)
+    assert padded_batch.valid.shape == padded_batch.layers[0].shape[:2]
     for row, length in enumerate(lengths.tolist()):
-        alone = frozen.encode(clips[row : row + 1, :, :length])
+        alone = encoder.encode(clips[row : row + 1, :, :length])
         num_columns = alone.layers[0].shape[1]
         assert alone.valid.all()
-        assert together.valid[row].tolist() == [
-            column < num_columns for column in range(together.valid.shape[1])
+        assert padded_batch.valid[row].tolist() == [
+            column < num_columns for column in range(padded_batch.valid.shape[1])
         ]
-        for whole, own in zip(together.layers, alone.layers, strict=True):
-            torch.testing.assert_close(whole[row, :num_columns], own[0], rtol=1e-5, atol=1e-5)
-            assert torch.equal(whole[row, num_columns:], torch.zeros_like(whole[row, num_columns:]))
+        for layer, expected in zip(padded_batch.layers, alone.layers, strict=True):
+            torch.testing.assert_close(layer[row, :num_columns], expected[0], rtol=1e-5, atol=1e-5)
+            assert not layer[row, num_columns:].any()
 
 
-def test_the_times_of_a_padded_batch_are_those_of_every_clip(frozen: Encoder, clips: Tensor):
+def test_the_times_of_a_padded_batch_equal_the_times_of_every_clip(encoder: Encoder, clips: Tensor):
     lengths = torch.tensor([640, 300, 200, 300])
-    together = frozen.encode(clips, lengths)
+    padded_batch = encoder.encode(clips, lengths)
     for row, length in enumerate(lengths.tolist()):
-        own = frozen.encode(clips[row : row + 1, :, :length]).times
+        times = encoder.encode(clips[row : row + 1, :, :length]).times
         torch.testing.assert_close(
-            together.times[row, : own.shape[1]], own[0], msg=f"a clip of {length} samples"
+            padded_batch.times[row, : times.shape[1]], times[0], msg=f"a clip of {length} samples"
         )
 
 
-def test_the_layers_are_what_enters_the_blocks_what_leaves_them_and_the_final_norm(
-    frozen: Encoder, clips: Tensor
+def test_the_layers_are_the_input_of_the_blocks_their_outputs_and_the_final_norm(
+    encoder: Encoder, clips: Tensor
 ):
     clips = clips[..., :WINDOW]
-    features = frozen.encode(clips)
-    grid = frozen.front_end.grid(WINDOW)
-    tokens = frozen.front_end(clips)
-    blocks = frozen.encoder.forward_layers(tokens, grid)
+    features = encoder.encode(clips)
+    grid = encoder.front_end.grid(WINDOW)
+    tokens = encoder.front_end(clips)
+    blocks = encoder.encoder.forward_layers(tokens, grid)
     expected = [
-        frozen.encoder.add_positions(tokens, grid),
+        encoder.encoder.add_positions(tokens, grid),
         *blocks[:-1],
-        frozen.encoder(tokens, grid),
+        encoder.encoder(tokens, grid),
     ]
     for layer, tokens_of_layer in zip(features.layers, expected, strict=True):
         assert layer.shape == (4, grid.num_time, grid.num_freq, 16)
         torch.testing.assert_close(layer.flatten(1, 2), tokens_of_layer)
 
 
-def test_a_long_clip_is_encoded_in_windows_that_each_equal_a_short_clip(
-    frozen: Encoder, clips: Tensor
-):
-    features = frozen.encode(clips[..., : 2 * WINDOW])
+def test_every_window_of_a_long_clip_equals_a_short_clip(encoder: Encoder, clips: Tensor):
+    features = encoder.encode(clips[..., : 2 * WINDOW])
     for window in range(2):
-        own = frozen.encode(clips[..., window * WINDOW : (window + 1) * WINDOW])
-        columns = slice(window * own.times.shape[1], (window + 1) * own.times.shape[1])
-        for whole, layer in zip(features.layers, own.layers, strict=True):
-            torch.testing.assert_close(whole[:, columns], layer, rtol=1e-5, atol=1e-5)
+        short = encoder.encode(clips[..., window * WINDOW : (window + 1) * WINDOW])
+        columns = slice(window * short.times.shape[1], (window + 1) * short.times.shape[1])
+        for layer, expected in zip(features.layers, short.layers, strict=True):
+            torch.testing.assert_close(layer[:, columns], expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(
-            features.times[:, columns], own.times + window * WINDOW / frozen.sample_rate
+            features.times[:, columns], short.times + window * WINDOW / encoder.sample_rate
         )
 
 
 @pytest.mark.parametrize("num_samples", [301, 450, 640])
-def test_the_windows_cover_the_clip_and_are_as_few_as_can_be(
-    frozen: Encoder, clips: Tensor, num_samples: int
+def test_the_windows_cover_every_sample_of_the_clip_with_the_fewest_columns(
+    encoder: Encoder, clips: Tensor, num_samples: int
 ):
     clip = clips[:1, :, :num_samples]
-    before = frozen.encode(clip)
-    per_window = frozen.front_end.grid(WINDOW).num_time
+    before = encoder.encode(clip)
+    per_window = encoder.front_end.grid(WINDOW).num_time
     assert abs(before.times.shape[1] - num_samples / WINDOW * per_window) <= 1.5
     for start in range(0, num_samples - 49, 50):
         touched = clip.clone()
         touched[..., start : start + 50] += 1
-        after = frozen.encode(touched)
+        after = encoder.encode(touched)
         assert not torch.allclose(after.layers[0], before.layers[0]), (
-            f"nobody hears {start} to {start + 50}"
+            f"no token depends on samples {start} to {start + 50}"
         )
 
 
 @pytest.mark.parametrize("num_samples", [200, 600, 640])
-def test_times_increase_and_lie_within_the_clip(frozen: Encoder, clips: Tensor, num_samples: int):
-    times = frozen.encode(clips[:1, :, :num_samples]).times[0]
+def test_times_increase_and_lie_within_the_clip(encoder: Encoder, clips: Tensor, num_samples: int):
+    times = encoder.encode(clips[:1, :, :num_samples]).times[0]
     assert times[0] > 0
-    assert times[-1] < num_samples / frozen.sample_rate
+    assert times[-1] < num_samples / encoder.sample_rate
     assert (times.diff() > 0).all()
 
 
 @pytest.mark.parametrize("num_samples", [4000, 32160])
-def test_a_time_is_the_middle_of_what_the_token_hears(num_samples: int):
+def test_a_time_is_the_centre_of_the_receptive_field_of_the_token(num_samples: int):
     layers = [(2, 10, 5), *[(2, 3, 2)] * 4, (2, 2, 2)]  # wav2vec 2.0's geometry, as WavJEPA has it
     front_end = WaveformFrontEnd(layers, 8)
-    frozen = Encoder(front_end, Transformer(8, 1, 2, SinCosPositions()), num_samples)
-    times = frozen.encode(torch.zeros(1, 1, num_samples)).times[0]
+    encoder = Encoder(front_end, Transformer(8, 1, 2, SinCosPositions()), num_samples)
+    times = encoder.encode(torch.zeros(1, 1, num_samples)).times[0]
     middles = torch.arange(len(times)) * front_end.stride + front_end.receptive_field / 2
     torch.testing.assert_close(times * 16000, middles)
 
@@ -138,12 +136,12 @@ def test_pooling_is_the_literal_mean_over_the_columns_of_each_clip(rng: torch.Ge
     torch.testing.assert_close(concat, torch.stack([row.flatten() for row in rows]))
 
 
-def test_encoding_draws_nothing_keeps_no_graph_and_is_always_in_evaluation_mode(
+def test_encoding_draws_no_random_numbers_keeps_no_graph_and_uses_evaluation_mode(
     tiny_jepa: Callable[..., JEPA], clips: Tensor
 ):
-    frozen = Encoder.from_jepa(tiny_jepa("wave", "--model.encoder.drop_path=0.9").train(), WINDOW)
+    encoder = Encoder.from_jepa(tiny_jepa("wave", "--model.encoder.drop_path=0.9").train(), WINDOW)
     state = torch.get_rng_state()
-    first, second = frozen.encode(clips), frozen.encode(clips)
+    first, second = encoder.encode(clips), encoder.encode(clips)
     assert torch.equal(torch.get_rng_state(), state)
     for a, b in zip(first.layers, second.layers, strict=True):
         assert torch.equal(a, b)
@@ -157,23 +155,24 @@ def test_the_target_encoder_comes_with_the_front_end_that_it_reads(
     jepa = tiny_jepa("wave", f"--model.target_front_end={target_front_end}")
     for i, part in enumerate((jepa.front_end, jepa.encoder, *jepa.target_modules.values())):
         torch.nn.init.constant_(part.norm.bias, i)
-    own = Encoder.from_jepa(jepa, WINDOW, "target")
-    assert torch.equal(own.encoder.norm.bias, jepa.target_encoder.norm.bias)
-    assert torch.equal(own.front_end.norm.bias, (jepa.target_front_end or jepa.front_end).norm.bias)
+    target = Encoder.from_jepa(jepa, WINDOW, "target")
+    assert torch.equal(target.encoder.norm.bias, jepa.target_encoder.norm.bias)
+    front_end = jepa.target_front_end or jepa.front_end
+    assert torch.equal(target.front_end.norm.bias, front_end.norm.bias)
 
 
-def test_a_frozen_copy_leaves_the_model_free_to_learn(tiny_jepa: Callable[..., JEPA]):
+def test_an_encoder_copied_from_a_model_does_not_freeze_the_model(tiny_jepa: Callable[..., JEPA]):
     jepa = tiny_jepa("wave").train()
-    frozen = Encoder.from_jepa(jepa, WINDOW)
-    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    encoder = Encoder.from_jepa(jepa, WINDOW)
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
     assert all(parameter.requires_grad for parameter in jepa.encoder.parameters())
     assert jepa.encoder.training
-    assert not frozen.encoder.training
+    assert not encoder.encoder.training
 
 
-def test_a_clip_shorter_than_a_token_is_refused(frozen: Encoder):
+def test_a_clip_shorter_than_a_token_is_refused(encoder: Encoder):
     with pytest.raises(ValueError, match="too short"):
-        frozen.encode(torch.zeros(1, 1, 40))
+        encoder.encode(torch.zeros(1, 1, 40))
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +185,7 @@ def checkpoint(tiny_cli: Callable) -> tuple[Path, JEPA, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("which", ["context", "target"])
-def test_the_encoder_of_a_checkpoint_is_the_encoder_of_the_run(
+def test_the_encoder_of_a_checkpoint_equals_the_encoder_of_the_run(
     checkpoint: tuple[Path, JEPA, dict[str, Tensor]], clips: Tensor, which: str
 ):
     file, model, _ = checkpoint
@@ -197,7 +196,7 @@ def test_the_encoder_of_a_checkpoint_is_the_encoder_of_the_run(
         assert torch.equal(a, b)
 
 
-def test_the_random_twin_has_the_weights_before_the_first_step_or_of_another_seed(
+def test_the_random_init_baseline_has_the_weights_of_step_0_or_of_another_seed(
     checkpoint: tuple[Path, JEPA, dict[str, Tensor]],
 ):
     file, _, start = checkpoint
@@ -210,26 +209,28 @@ def test_the_random_twin_has_the_weights_before_the_first_step_or_of_another_see
     )
 
 
-def test_no_checkpoint_is_said_in_one_sentence(tmp_path: Path):
+def test_a_missing_checkpoint_is_a_user_error(tmp_path: Path):
     with pytest.raises(MissingFileError, match=r"no checkpoint at .*none\.ckpt"):
         load_encoder(tmp_path / "none.ckpt")
 
 
 @pytest.mark.parametrize("overlap", [0.25, 0.5, 0.75])
-def test_overlapping_windows_give_every_column_to_the_window_that_hears_most_around_it(
+def test_every_column_comes_from_the_window_in_which_it_is_farthest_from_the_border(
     tiny_jepa: Callable[..., JEPA], clips: Tensor, overlap: float
 ):
-    frozen = Encoder.from_jepa(tiny_jepa("wave"), WINDOW)
-    frozen.overlap = overlap
-    features = frozen.encode(clips[:1])
+    encoder = Encoder.from_jepa(tiny_jepa("wave"), WINDOW)
+    encoder.overlap = overlap
+    features = encoder.encode(clips[:1])
     times = features.times[0]
     hop = round(WINDOW * (1 - overlap))
     starts = [*range(0, 640 - WINDOW, hop), 640 - WINDOW]
-    own_times = frozen.front_end.times(WINDOW)
+    window_times = encoder.front_end.times(WINDOW)
     for column, time in enumerate(times.tolist()):
-        heard = [start for start in starts if (abs(own_times + start / 1000 - time) < 1e-6).any()]
-        best = min(heard, key=lambda start: abs(start + WINDOW / 2 - 1000 * time))
-        alone = frozen.encode(clips[:1, :, best : best + WINDOW])
+        windows = [
+            start for start in starts if (abs(window_times + start / 1000 - time) < 1e-6).any()
+        ]
+        best = min(windows, key=lambda start: abs(start + WINDOW / 2 - 1000 * time))
+        alone = encoder.encode(clips[:1, :, best : best + WINDOW])
         place = int((alone.times[0] + best / 1000 - time).abs().argmin())
         torch.testing.assert_close(
             features.layers[-1][0, column], alone.layers[-1][0, place], rtol=1e-5, atol=1e-5
@@ -237,39 +238,39 @@ def test_overlapping_windows_give_every_column_to_the_window_that_hears_most_aro
     assert (times.diff() > 0).all()
 
 
-def test_the_number_of_windows_at_a_time_changes_nothing(frozen: Encoder, clips: Tensor):
-    together = frozen.encode(clips)
-    frozen.max_windows = 1
-    for whole, one_by_one in zip(together.layers, frozen.encode(clips).layers, strict=True):
-        torch.testing.assert_close(one_by_one, whole, rtol=1e-5, atol=1e-5)
+def test_max_windows_does_not_change_the_features(encoder: Encoder, clips: Tensor):
+    padded_batch = encoder.encode(clips)
+    encoder.max_windows = 1
+    for expected, one_by_one in zip(padded_batch.layers, encoder.encode(clips).layers, strict=True):
+        torch.testing.assert_close(one_by_one, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_no_more_windows_than_allowed_are_encoded_at_once(frozen: Encoder, clips: Tensor):
-    frozen.max_windows = 3
+def test_at_most_max_windows_are_encoded_at_once(encoder: Encoder, clips: Tensor):
+    encoder.max_windows = 3
     sizes: list[int] = []
-    frozen.encoder.blocks[0].register_forward_pre_hook(
+    encoder.encoder.blocks[0].register_forward_pre_hook(
         lambda _, inputs: sizes.append(len(inputs[0]))
     )
-    frozen.encode(clips)
-    frozen.encode(clips[:1])
+    encoder.encode(clips)
+    encoder.encode(clips[:1])
     assert max(sizes) <= 3
 
 
-def test_the_published_windowing_takes_no_overlap(tiny_jepa: Callable[..., JEPA]):
+def test_the_published_windowing_refuses_an_overlap(tiny_jepa: Callable[..., JEPA]):
     jepa = tiny_jepa("wave")
     with pytest.raises(ValueError, match="`windowing`"):
         Encoder(jepa.front_end, jepa.encoder, WINDOW, windowing="wavjepa", overlap=0.5)
 
 
-def test_only_the_layers_asked_for_are_kept(frozen: Encoder, clips: Tensor):
-    every = frozen.encode(clips).layers
-    last, first = frozen.encode(clips, layers=[-1, 0]).layers
+def test_only_the_requested_layers_are_returned(encoder: Encoder, clips: Tensor):
+    every = encoder.encode(clips).layers
+    last, first = encoder.encode(clips, layers=[-1, 0]).layers
     assert torch.equal(last, every[-1])
     assert torch.equal(first, every[0])
 
 
 @pytest.mark.parametrize(("overlap", "max_windows"), [(1.0, 1), (-0.1, 1), (0.0, 0)])
-def test_impossible_windows_are_refused(
+def test_settings_out_of_range_are_refused(
     tiny_jepa: Callable[..., JEPA], overlap: float, max_windows: int
 ):
     jepa = tiny_jepa("wave")
@@ -278,7 +279,7 @@ def test_impossible_windows_are_refused(
 
 
 def wavjepa_geometry(windowing: str = "wavjepa") -> Encoder:
-    """WavJEPA's convolutions and windows at a width that a test can afford."""
+    """The convolutions and windows of WavJEPA with a small width."""
     layers = [(4, 10, 5), *[(4, 3, 2)] * 4, (4, 2, 2)]
     encoder = Transformer(8, 2, 2, SinCosPositions(), norm="post")
     return Encoder(WaveformFrontEnd(layers, 8), encoder, 32_160, windowing=windowing)
@@ -297,33 +298,33 @@ def test_the_published_windowing_gives_the_published_number_of_tokens(
     torch.testing.assert_close(features.times[0], torch.arange(num_tokens) * step)
 
 
-def test_the_published_windowing_hears_its_padding(rng: torch.Generator):
-    """A literal second version, window by window, against ours."""
-    frozen = wavjepa_geometry()
+def test_the_published_windowing_normalizes_with_its_padding(rng: torch.Generator):
+    """A literal implementation, window by window."""
+    encoder = wavjepa_geometry()
     clip = torch.randn(1, 1, 40_000, generator=rng) * torch.linspace(0.1, 2, 40_000)
-    ours = frozen.encode(clip).layers[-1][0, :, 0]
+    ours = encoder.encode(clip).layers[-1][0, :, 0]
     padded = torch.zeros(1, 1, 64_320)
     padded[..., :40_000] = clip * 10 ** (-14 / 20) / clip.square().mean().sqrt()
-    surplus = int(24_320 / 16000 * 99)
-    assert len(ours) == 400 - surplus
+    dropped = int(24_320 / 16000 * 99)
+    assert len(ours) == 400 - dropped
     for window in range(2):
         sound = padded[..., 32_160 * window : 32_160 * (window + 1)]
         sound = (sound - sound.mean()) / (sound.std() + 1e-5)
-        frozen.front_end.standardize = False
-        tokens = frozen.front_end(sound) + SinCosPositions().additive(
-            frozen.front_end.grid(32_160), 8, clip.device
+        encoder.front_end.standardize = False
+        tokens = encoder.front_end(sound) + SinCosPositions().additive(
+            encoder.front_end.grid(32_160), 8, clip.device
         )
-        frozen.front_end.standardize = True
-        heard = 200 if window == 0 else 200 - surplus
-        for block in frozen.encoder.blocks:
-            tokens = block(tokens, None, (torch.arange(200) < heard)[None, None, None])
-        expected = frozen.encoder.norm(tokens)[0, :heard]
+        encoder.front_end.standardize = True
+        kept = 200 if window == 0 else 200 - dropped
+        for block in encoder.encoder.blocks:
+            tokens = block(tokens, None, (torch.arange(200) < kept)[None, None, None])
+        expected = encoder.encoder.norm(tokens)[0, :kept]
         torch.testing.assert_close(
-            ours[200 * window : 200 * window + heard], expected, rtol=1e-4, atol=1e-5
+            ours[200 * window : 200 * window + kept], expected, rtol=1e-4, atol=1e-5
         )
 
 
-def test_the_exact_windowing_differs_from_the_published_one_only_where_that_pads(
+def test_the_exact_windowing_differs_from_the_published_one_only_near_its_padding(
     rng: torch.Generator,
 ):
     ours, published = wavjepa_geometry("exact"), wavjepa_geometry()
@@ -350,7 +351,9 @@ def test_region_pooling_is_adaptive_average_pooling_of_every_clip(
 
 
 @pytest.mark.parametrize("chunks", [(4, 1), (0, 1), (1, 4)])
-def test_more_regions_than_there_are_are_refused(rng: torch.Generator, chunks: tuple[int, int]):
+def test_more_regions_than_rows_or_columns_are_refused(
+    rng: torch.Generator, chunks: tuple[int, int]
+):
     layer = torch.randn(2, 5, 3, 4, generator=rng)
     valid = torch.tensor([[True] * 5, [True, True, True, False, False]])
     with pytest.raises(ValueError, match=r"`freq_chunks` .* `time_chunks`"):

@@ -1,4 +1,4 @@
-"""Laws of the checkpoints: always whole, never between two optimizer steps, and a stop that loses nothing."""
+"""Checkpoints are complete, never written between two optimizer steps; a stop loses no step."""
 
 import multiprocessing
 import os
@@ -22,7 +22,7 @@ OLD = {"weights": torch.arange(1000.0)}
 
 
 class Fatal:
-    """Something that ends its own pickling, by an error or by the death of the process."""
+    """An object that fails when it is pickled: with an error, or by killing the process."""
 
     def __init__(self, deadly: bool) -> None:
         self.deadly = deadly
@@ -39,23 +39,25 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "new" / "last.ckpt"
 
 
-def assert_whole(path: Path) -> None:
+def assert_complete(path: Path) -> None:
     assert torch.equal(AtomicCheckpointIO().load_checkpoint(path)["weights"], OLD["weights"])
 
 
-def test_what_is_saved_can_be_loaded_and_nothing_lies_beside_it(saved: Path):
-    assert_whole(saved)
+def test_a_saved_checkpoint_can_be_loaded_and_leaves_no_temporary_file(saved: Path):
+    assert_complete(saved)
     assert [path.name for path in saved.parent.iterdir()] == ["last.ckpt"]
 
 
-def test_a_failing_write_leaves_the_former_file_whole_and_no_rubbish(saved: Path):
+def test_a_failed_write_keeps_the_previous_file_and_leaves_no_temporary_file(saved: Path):
     with pytest.raises(CheckpointWriteError, match="no space left"):
         AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(9), "x": Fatal(False)}, saved)
-    assert_whole(saved)
+    assert_complete(saved)
     assert [path.name for path in saved.parent.iterdir()] == ["last.ckpt"]
 
 
-def test_a_process_killed_while_it_writes_leaves_the_former_file_whole(saved: Path):
+def test_a_killed_writer_keeps_the_previous_file_and_the_next_write_removes_its_temporary_file(
+    saved: Path,
+):
     writer = multiprocessing.get_context("fork").Process(
         target=AtomicCheckpointIO().save_checkpoint,
         args=({"weights": torch.zeros(10**6), "x": Fatal(True)}, saved),
@@ -63,41 +65,43 @@ def test_a_process_killed_while_it_writes_leaves_the_former_file_whole(saved: Pa
     writer.start()
     writer.join(30)
     assert writer.exitcode == -signal.SIGKILL
-    assert_whole(saved)
+    assert_complete(saved)
+    assert {path.name for path in saved.parent.iterdir()} == {"last.ckpt", ".last.ckpt.part"}
     AtomicCheckpointIO().save_checkpoint(OLD, saved)
-    assert_whole(saved)
+    assert_complete(saved)
+    assert [path.name for path in saved.parent.iterdir()] == ["last.ckpt"]
 
 
-def save_with_a_limit(path: Path, num_bytes: int, told: multiprocessing.SimpleQueue) -> None:
+def save_with_a_limit(path: Path, num_bytes: int, messages: multiprocessing.SimpleQueue) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
     try:
         AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(100_000)}, path)
     except CheckpointWriteError as error:
-        told.put(str(error))
+        messages.put(str(error))
 
 
 @pytest.mark.parametrize(
     "num_bytes", [10, 5000, 200_000, 400_500], ids=["header", "entry", "tensor", "directory"]
 )
-def test_a_file_system_that_takes_no_more_leaves_the_former_file_whole(saved: Path, num_bytes: int):
-    """Wherever in the file it ends: torch's writer then fails in ways of its own."""
+def test_a_full_file_system_keeps_the_previous_file(saved: Path, num_bytes: int):
+    """The error of torch's writer depends on where in the file the space ends."""
     context = multiprocessing.get_context("fork")
-    told = context.SimpleQueue()
-    writer = context.Process(target=save_with_a_limit, args=(saved, num_bytes, told))
+    messages = context.SimpleQueue()
+    writer = context.Process(target=save_with_a_limit, args=(saved, num_bytes, messages))
     writer.start()
     writer.join(30)
     assert writer.exitcode == 0
-    sentence = told.get()
+    message = messages.get()
     for word in (str(saved), "File too large", "the previous one is complete", "--ckpt_path last"):
-        assert word in sentence
-    assert_whole(saved)
+        assert word in message
+    assert_complete(saved)
     assert [path.name for path in saved.parent.iterdir()] == ["last.ckpt"]
 
 
-def test_an_error_that_is_not_the_file_systems_is_not_called_so(saved: Path):
+def test_an_error_in_pickling_is_not_reported_as_a_write_error(saved: Path):
     with pytest.raises((AttributeError, TypeError, pickle.PicklingError)):
         AtomicCheckpointIO().save_checkpoint({"weights": lambda: 0}, saved)
-    assert_whole(saved)
+    assert_complete(saved)
 
 
 class Interrupt(Callback):
@@ -129,7 +133,7 @@ STOPS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
 
 
 @pytest.mark.parametrize("number", STOPS)
-def test_the_first_signal_lets_the_optimizer_step_end_and_saves_exactly_it(
+def test_the_first_signal_finishes_the_optimizer_step_and_saves_it(
     tiny_cli: Callable, fit: Callable, number: signal.Signals
 ):
     handler = signal.getsignal(number)
@@ -140,8 +144,10 @@ def test_the_first_signal_lets_the_optimizer_step_end_and_saves_exactly_it(
     assert signal.getsignal(number) is handler
 
 
-@pytest.mark.parametrize("at_batch", [5, None], ids=["told in the last step", "never told"])
-def test_a_run_at_its_end_was_not_stopped(tiny_cli: Callable, fit: Callable, at_batch: int | None):
+@pytest.mark.parametrize("at_batch", [5, None], ids=["signal in the last step", "no signal"])
+def test_a_signal_in_the_last_step_does_not_count_as_a_stop(
+    tiny_cli: Callable, fit: Callable, at_batch: int | None
+):
     cli = tiny_cli("wave")
     fit(cli, None, Interrupt(at_batch=-1 if at_batch is None else at_batch))
     assert step_of(folder_of(cli) / "last.ckpt") == 6
@@ -150,7 +156,7 @@ def test_a_run_at_its_end_was_not_stopped(tiny_cli: Callable, fit: Callable, at_
 
 
 @pytest.mark.parametrize("number", STOPS)
-def test_the_exit_code_is_that_of_the_signal_on_rank_zero_alone(
+def test_only_rank_zero_exits_with_the_code_of_the_signal(
     tiny_cli: Callable, fit: Callable, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ):
     cli = tiny_cli("wave")
@@ -164,7 +170,7 @@ def test_the_exit_code_is_that_of_the_signal_on_rank_zero_alone(
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
-    """A SLURM job of one task; tells what `scontrol` was called with, and which checkpoints were there by then."""
+    """A SLURM job of one task; returns the arguments of every call of `scontrol`."""
     (tmp_path / "bin").mkdir()
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
@@ -193,7 +199,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[
     ],
     ids=["job", "task of an array"],
 )
-def test_slurms_signal_saves_at_the_border_of_a_step_and_requeues_the_job(
+def test_the_signal_of_slurm_saves_after_the_step_and_requeues_the_job(
     tiny_cli: Callable,
     fit: Callable,
     slurm: Callable,
@@ -216,20 +222,19 @@ def test_slurms_signal_saves_at_the_border_of_a_step_and_requeues_the_job(
     ("at_batch", "number"),
     [(4, signal.SIGTERM), (4, signal.SIGINT), (5, signal.SIGUSR1), (-1, signal.SIGUSR1)],
 )
-def test_a_job_that_has_come_to_its_end_or_was_stopped_otherwise_is_not_requeued(
+def test_a_finished_job_or_one_stopped_by_another_signal_is_not_requeued(
     tiny_cli: Callable, fit: Callable, slurm: Callable, at_batch: int, number: signal.Signals
 ):
     fit(tiny_cli("wave"), None, Interrupt(at_batch, number))
     assert slurm() == []
 
 
-def test_slurms_signal_before_the_first_step_writes_no_checkpoint_of_lightnings(
+def test_the_signal_handler_of_lightning_is_never_installed(
     tiny_cli: Callable, fit: Callable, slurm: Callable
 ):
     class Setup(Callback):
-        def on_sanity_check_start(
-            self, trainer, pl_module
-        ) -> None:  # Lightning listens from before this
+        def on_sanity_check_start(self, trainer, pl_module) -> None:
+            # Lightning installs its handlers before this.
             self.handler = signal.getsignal(signal.SIGUSR1)
 
     setup = Setup()
@@ -237,7 +242,7 @@ def test_slurms_signal_before_the_first_step_writes_no_checkpoint_of_lightnings(
     assert setup.handler == signal.SIG_DFL
 
 
-def test_a_scheduler_that_refuses_to_requeue_is_named(
+def test_a_failed_requeue_is_logged(
     tiny_cli: Callable,
     fit: Callable,
     slurm: Callable,
@@ -251,14 +256,15 @@ def test_a_scheduler_that_refuses_to_requeue_is_named(
     assert step_of(folder_of(cli) / "last.ckpt") == 3
 
 
-def test_without_auto_requeue_slurms_signal_only_stops(
+def test_without_auto_requeue_the_signal_of_slurm_only_stops_the_run(
     tiny_cli: Callable, fit: Callable, slurm: Callable, tmp_path: Path
 ):
-    environment = "{class_path: lightning.fabric.plugins.environments.SLURMEnvironment, init_args: {auto_requeue: false}}"  # noqa: E501
-    (tmp_path / "own.yaml").write_text(f"trainer: {{plugins: [{environment}]}}")
-    cli = tiny_cli("wave", f"--config={tmp_path / 'own.yaml'}")
+    class_path = "lightning.fabric.plugins.environments.SLURMEnvironment"
+    environment = f"{{class_path: {class_path}, init_args: {{auto_requeue: false}}}}"
+    (tmp_path / "plugins.yaml").write_text(f"trainer: {{plugins: [{environment}]}}")
+    cli = tiny_cli("wave", f"--config={tmp_path / 'plugins.yaml'}")
     assert isinstance(cli.trainer.strategy.checkpoint_io, AtomicCheckpointIO), (
-        "a list of plugins does not lose it"
+        "a list of plugins keeps the checkpoint writer"
     )
     fit(cli, None, Interrupt(at_batch=2, number=signal.SIGUSR1))
     assert cli.trainer.global_step == 3
@@ -266,10 +272,10 @@ def test_without_auto_requeue_slurms_signal_only_stops(
 
 
 @pytest.mark.parametrize("number", STOPS)
-def test_a_signal_to_all_processes_of_a_run_with_workers_stops_it_and_them(
+def test_a_signal_to_all_processes_stops_a_run_with_loader_processes(
     wavs: Path, tmp_path: Path, number: signal.Signals
 ):
-    """As Ctrl-C in a terminal and as a scheduler do it."""
+    """Ctrl-C in a terminal and schedulers send a signal to all processes."""
     from tests.conftest import FLAVOURS
 
     (tmp_path / "run.yaml").write_text(FLAVOURS["wave"].replace("num_workers: 0", "num_workers: 2"))
@@ -293,31 +299,31 @@ def test_a_signal_to_all_processes_of_a_run_with_workers_stops_it_and_them(
         wait_for(lambda: last.exists() or run.poll() is not None, 120)
         os.killpg(run.pid, number)
         code = run.wait(120)
-    said = (tmp_path / "log.txt").read_text()
-    assert code == 128 + number, said
-    assert "stopping after this step" in said
-    assert f"stopped at step {step_of(last)}" in " ".join(said.split())
-    assert "exited unexpectedly" not in said
+    messages = (tmp_path / "log.txt").read_text()
+    assert code == 128 + number, messages
+    assert "stopping after this step" in messages
+    assert f"stopped at step {step_of(last)}" in " ".join(messages.split())
+    assert "exited unexpectedly" not in messages
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
+        assert time.monotonic() < end, f"the condition was not met in {seconds} s"
         time.sleep(0.1)
 
 
-def test_stopping_leaves_the_trainer_able_to_validate(tiny_cli: Callable, fit: Callable):
+def test_a_stopped_run_skips_validation_but_its_trainer_can_validate_later(
+    tiny_cli: Callable, fit: Callable
+):
     cli = tiny_cli("wave", "--data.valid_share=0.3", "--trainer.val_check_interval=1000")
     fit(cli, None, Interrupt(at_batch=2))
-    assert "valid/loss" not in cli.trainer.callback_metrics, "no validation when it is told to stop"
+    assert "valid/loss" not in cli.trainer.callback_metrics, "a stopped run does not validate"
     cli.trainer.validate(cli.model, cli.datamodule)
     assert "valid/loss" in cli.trainer.callback_metrics
 
 
-def test_a_stopped_and_resumed_run_is_the_run_that_was_never_stopped(
-    tiny_cli: Callable, fit: Callable
-):
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_run(tiny_cli: Callable, fit: Callable):
     cli = tiny_cli("wave", *ACCUMULATED)
     before = fit(cli, None, Interrupt(at_batch=5))
     after = fit(tiny_cli("wave", *ACCUMULATED), folder_of(cli) / "last.ckpt")
@@ -325,13 +331,15 @@ def test_a_stopped_and_resumed_run_is_the_run_that_was_never_stopped(
     assert before | after == fit(tiny_cli("wave", *ACCUMULATED))
 
 
-def test_a_signal_passed_on_by_a_launcher_is_no_second_one(tiny_cli: Callable, fit: Callable):
+def test_the_same_signal_forwarded_by_a_launcher_does_not_count_twice(
+    tiny_cli: Callable, fit: Callable
+):
     cli = tiny_cli("wave")
     fit(cli, None, Interrupt(at_batch=3, times=2))
     assert step_of(folder_of(cli) / "last.ckpt") == 4
 
 
-def test_the_second_signal_stops_at_once_and_leaves_the_last_checkpoint_as_it_was(
+def test_the_second_signal_stops_at_once_and_keeps_the_last_checkpoint(
     tiny_cli: Callable, fit: Callable, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("jepa_audio.training.checkpointing.ECHO_SECONDS", 0.0)
@@ -353,7 +361,7 @@ def test_the_second_signal_stops_at_once_and_leaves_the_last_checkpoint_as_it_wa
         ),
     ],
 )
-def test_the_last_step_is_always_saved_and_the_others_are_kept_if_asked_for(
+def test_the_last_step_is_always_saved_and_keep_all_keeps_every_save(
     tiny_cli: Callable, fit: Callable, settings: list[str], names: set[str]
 ):
     cli = tiny_cli("wave", *settings, "--trainer.max_steps=5")
@@ -366,7 +374,7 @@ def test_the_last_step_is_always_saved_and_the_others_are_kept_if_asked_for(
 def test_no_checkpoint_is_written_between_two_optimizer_steps(
     tiny_cli: Callable, fit: Callable, monkeypatch: pytest.MonkeyPatch
 ):
-    """Also not right after a resume, where the count of steps is full although no step has been made."""
+    """Not right after a resume either, when the step number is a multiple of the interval."""
     settings = (
         "--trainer.accumulate_grad_batches=3",
         "--data.batch_size=2",
@@ -391,7 +399,9 @@ def test_no_checkpoint_is_written_between_two_optimizer_steps(
     assert all(samples == 6 * step for step, samples in saved), saved
 
 
-def test_a_run_outside_the_main_thread_leaves_the_signals_alone(tiny_cli: Callable, fit: Callable):
+def test_a_run_outside_the_main_thread_installs_no_signal_handlers(
+    tiny_cli: Callable, fit: Callable
+):
     cli = tiny_cli("wave", "--trainer.max_steps=2")
     thread = threading.Thread(target=fit, args=(cli,))
     thread.start()

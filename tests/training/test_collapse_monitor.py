@@ -1,4 +1,4 @@
-"""Laws of the monitor: known spectra have known ranks, looking changes nothing, and a collapse is told from health."""
+"""The metrics are right, measuring changes nothing, and only a collapse raises the alarm."""
 
 import itertools
 from collections.abc import Callable
@@ -43,23 +43,25 @@ def test_the_rank_is_the_exponential_of_the_entropy_of_the_spectrum(rng: torch.G
     assert rank_me(left @ torch.diag(5 * share) @ right.T) == pytest.approx(expected, rel=1e-4)
 
 
-def test_nothing_at_all_has_a_finite_rank_and_half_precision_is_taken():
+def test_zeros_have_a_finite_rank_and_half_precision_is_accepted():
     assert rank_me(torch.zeros(5, 3)) == pytest.approx(1, abs=1e-3)
     assert rank_me(torch.eye(4, dtype=torch.bfloat16)) == pytest.approx(4, rel=1e-4)
 
 
-def test_the_rank_of_many_latents_is_that_of_an_even_sample(rng: torch.Generator):
+def test_the_rank_of_many_latents_is_the_rank_of_evenly_spaced_ones(rng: torch.Generator):
     latents = torch.randn(3 * MAX_TOKENS - 5, 4, generator=rng) * torch.tensor([1.0, 0.5, 0.2, 0.1])
     assert rank_me(latents) == pytest.approx(rank_me(latents[::3]), rel=1e-6)
 
 
-def test_the_spread_is_the_mean_of_the_deviations(rng: torch.Generator):
+def test_mean_std_is_the_mean_of_the_standard_deviations(rng: torch.Generator):
     latents = torch.randn(20000, 3, generator=rng) * torch.tensor([1.0, 2.0, 3.0]) + 7
     assert mean_std(latents) == pytest.approx(2, rel=0.02)
     assert mean_std(torch.ones(5, 3)) == 0
 
 
-def test_the_cosine_between_clips_is_that_of_their_valid_means(rng: torch.Generator):
+def test_the_cosine_between_clips_is_the_cosine_of_their_means_over_valid_tokens(
+    rng: torch.Generator,
+):
     latents = torch.randn(3, 6, 5, generator=rng)
     counts = [6, 4, 2]
     valid = torch.arange(6) < torch.tensor(counts)[:, None]
@@ -72,7 +74,7 @@ def test_the_cosine_between_clips_is_that_of_their_valid_means(rng: torch.Genera
     assert clip_cosine(torch.eye(3)[:, None], None) == pytest.approx(0, abs=1e-6)
 
 
-def test_the_nearest_context_is_the_one_of_a_brute_force_search(
+def test_the_nearest_context_token_equals_a_brute_force_search(
     ragged: Callable[[Grid, int, int], Masks],
 ):
     grid = Grid(num_freq=4, num_time=9)
@@ -100,7 +102,7 @@ def flags(jepa: JEPA) -> list[bool]:
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("training", [True, False])
-def test_looking_changes_neither_weights_nor_mode_nor_random_state(
+def test_measuring_does_not_change_weights_mode_or_random_state(
     tiny_jepa: Callable[..., JEPA], batch: AudioBatch, flavour: str, training: bool
 ):
     jepa = tiny_jepa(flavour, "--model.encoder.drop_path=0.5").train(training)
@@ -115,7 +117,7 @@ def test_looking_changes_neither_weights_nor_mode_nor_random_state(
         assert torch.equal(value, before[name]), name
 
 
-def test_the_second_look_sees_what_the_first_saw_and_the_masks_are_not_those_of_training(
+def test_measuring_twice_gives_equal_metrics_with_other_masks_than_training(
     tiny_jepa: Callable[..., JEPA], batch: AudioBatch
 ):
     jepa = tiny_jepa("wave", "--model.encoder.drop_path=0.5")
@@ -143,9 +145,11 @@ def test_the_trivial_predictors_are_the_mean_target_and_a_copy_of_the_nearest_co
     errors = []
     for clip, row in enumerate(masks.targets.index):
         keep = masks.context.rows(slice(clip, clip + 1))
-        own = type(keep)(keep.index[:, None], None if keep.valid is None else keep.valid[:, None])
+        context = type(keep)(
+            keep.index[:, None], None if keep.valid is None else keep.valid[:, None]
+        )
         seen = jepa.target_latents(
-            batch.waveform[clip : clip + 1], tokens[clip : clip + 1], grid, own
+            batch.waveform[clip : clip + 1], tokens[clip : clip + 1], grid, context
         )[0, 0]
         nearest = nearest_context(masks, grid).index[clip]
         where = {
@@ -160,7 +164,7 @@ def test_the_trivial_predictors_are_the_mean_target_and_a_copy_of_the_nearest_co
     )
 
 
-def test_the_distance_of_the_copies_is_relative_to_the_weights(
+def test_the_distance_of_the_momentum_copies_is_relative_to_the_weights(
     tiny_jepa: Callable[..., JEPA], batch: AudioBatch
 ):
     jepa = tiny_jepa("wave")
@@ -212,7 +216,7 @@ def test_a_healthy_run_raises_no_alarm(tiny_cli: Callable, fit: Callable, flavou
 
 
 @pytest.mark.parametrize(("flavour", "stop_after"), [("wave", 2), ("mel", 0)])
-def test_no_momentum_at_a_hundredfold_learning_rate_raises_the_alarm_which_stops_the_run_if_told_to(
+def test_a_collapse_raises_the_alarm_and_stop_after_ends_the_run(
     tiny_cli: Callable, fit: Callable, flavour: str, stop_after: int
 ):
     alarms = Alarms()
@@ -225,10 +229,10 @@ def test_no_momentum_at_a_hundredfold_learning_rate_raises_the_alarm_which_stops
     assert monitor_of(cli).alarms_in_a_row >= 1
 
 
-def test_looks_are_taken_at_the_first_step_and_then_every_so_many_steps(
+def test_the_first_step_and_every_nth_step_are_measured(
     tiny_cli: Callable, fit: Callable, monkeypatch: pytest.MonkeyPatch
 ):
-    looks: list[int] = []
+    measured_at: list[int] = []
     cli = tiny_cli(
         "wave",
         "--monitor.every_n_steps=2",
@@ -240,12 +244,12 @@ def test_looks_are_taken_at_the_first_step_and_then_every_so_many_steps(
         CollapseMonitor,
         "_check",
         lambda self, metrics, trainer: (
-            looks.append(trainer.global_step),
+            measured_at.append(trainer.global_step),
             check(self, metrics, trainer),
         ),
     )
     fit(cli)
-    assert looks == [1, 2, 4, 6]
+    assert measured_at == [1, 2, 4, 6]
     first = monitor_of(cli).first_metrics
     resumed = CollapseMonitor(every_n_steps=2)
     resumed.load_state_dict(monitor_of(cli).state_dict())
@@ -253,13 +257,13 @@ def test_looks_are_taken_at_the_first_step_and_then_every_so_many_steps(
     assert first["collapse/context_std"] > 0
 
 
-def test_watching_changes_no_loss(tiny_cli: Callable, fit: Callable):
+def test_the_monitor_does_not_change_the_losses(tiny_cli: Callable, fit: Callable):
     often = fit(tiny_cli("wave", "--monitor.every_n_steps=1", "--model.encoder.drop_path=0.3"))
     assert often == fit(
         tiny_cli("wave", "--monitor.every_n_steps=1000", "--model.encoder.drop_path=0.3")
     )
 
 
-def test_no_steps_between_looks_is_refused():
+def test_zero_steps_between_measurements_are_refused():
     with pytest.raises(ValueError, match=r"`every_n_steps` \(0\)"):
         CollapseMonitor(every_n_steps=0)

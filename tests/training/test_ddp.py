@@ -1,4 +1,4 @@
-"""However many processes: one run."""
+"""A run does not depend on the number of processes."""
 
 import os
 import resource
@@ -20,13 +20,13 @@ SGD = (
 
 
 def on(num_processes: int, rows: int = 4) -> list[str]:
-    """Settings that spread the same global batch over some processes."""
+    """Settings that divide the same global batch over some processes."""
     strategy = "auto" if num_processes == 1 else "ddp_fork"
     sizes = f"--trainer.devices={num_processes}", f"--data.batch_size={rows // num_processes}"
     return [f"--trainer.strategy={strategy}", *sizes]
 
 
-def test_two_and_four_processes_learn_what_one_learns_from_the_same_rows(tiny_cli: Callable):
+def test_two_and_four_processes_learn_the_same_weights_as_one(tiny_cli: Callable):
     steps = "--trainer.max_steps=3", "--trainer.accumulate_grad_batches=2", "--data.valid_share=0.3"
     often = "--monitor.every_n_steps=1", "--trainer.val_check_interval=2"
     runs = {}
@@ -47,7 +47,7 @@ def test_two_and_four_processes_learn_what_one_learns_from_the_same_rows(tiny_cl
 
 
 class Record(Callback):
-    """Writes what a process has trained on into a folder, and stops the run after a number of steps."""
+    """Writes the rows and losses of a process into a folder; stops the run after some steps."""
 
     def __init__(self, folder: Path, stop_after: int) -> None:
         self.folder, self.stop_after = folder, stop_after
@@ -66,7 +66,7 @@ class Record(Callback):
 
 
 def recorded(folder: Path) -> tuple[list[int], dict[int, float]]:
-    """All rows that all processes have seen, and the mean of their losses by optimizer step."""
+    """The rows of all processes, and the mean of their losses by optimizer step."""
     parts = [torch.load(path) for path in folder.iterdir()]
     rows = [row for seen, _ in parts for row in seen]
     by_step: dict[int, list[float]] = {}
@@ -83,7 +83,7 @@ def train(cli: object, folder: Path, stop_after: int, checkpoint: Path | None = 
     return Path(cli.trainer.checkpoint_callback.dirpath) / "last.ckpt"
 
 
-def test_a_run_moved_from_one_process_to_two_to_four_to_one_is_the_run_on_one(
+def test_a_run_resumed_on_other_numbers_of_processes_equals_the_run_on_one(
     tiny_cli: Callable, tmp_path: Path
 ):
     horizon = "--trainer.max_steps=8"
@@ -93,37 +93,39 @@ def test_a_run_moved_from_one_process_to_two_to_four_to_one_is_the_run_on_one(
         cli = tiny_cli("wave", horizon, *on(num_processes))
         checkpoint = train(cli, tmp_path / "moved", stop_after, checkpoint)
     rows, losses = recorded(tmp_path / "moved")
-    assert sorted(rows) == list(range(32)), "none twice and none missing"
+    assert sorted(rows) == list(range(32)), "every row once"
     assert losses == pytest.approx(recorded(tmp_path / "one")[1], rel=1e-5)
 
 
-class At(Callback):
-    """Does something on one process at the start of an optimizer step."""
+class CallAt(Callback):
+    """Calls a function with the waveform on one process at the start of an optimizer step."""
 
-    def __init__(self, rank: int, step: int, what: Callable[[torch.Tensor], object]) -> None:
-        self.rank, self.step, self.what = rank, step, what
+    def __init__(self, rank: int, step: int, function: Callable[[torch.Tensor], object]) -> None:
+        self.rank, self.step, self.function = rank, step, function
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         if (trainer.global_rank, trainer.global_step) == (self.rank, self.step - 1):
-            self.what(batch.waveform)
+            self.function(batch.waveform)
 
 
-def test_a_signal_to_one_process_stops_all_after_the_same_step(tiny_cli: Callable, tmp_path: Path):
+def test_a_signal_to_one_process_stops_all_processes_after_the_same_step(
+    tiny_cli: Callable, tmp_path: Path
+):
     cli = tiny_cli("wave", *on(2))
-    cli.trainer.callbacks.append(At(1, 3, lambda _: os.kill(os.getpid(), signal.SIGUSR1)))
-    last = train(cli, tmp_path / "told", stop_after=6)
-    assert {path.name for path in (tmp_path / "told").iterdir()} == {"3-0", "3-1"}
+    cli.trainer.callbacks.append(CallAt(1, 3, lambda _: os.kill(os.getpid(), signal.SIGUSR1)))
+    last = train(cli, tmp_path / "stopped", stop_after=6)
+    assert {path.name for path in (tmp_path / "stopped").iterdir()} == {"3-0", "3-1"}
     assert torch.load(last, weights_only=True)["global_step"] == 3
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_loss_of_one_process_that_is_not_finite_ends_all_with_its_rows(
+def test_a_loss_of_one_process_that_is_not_finite_ends_all_processes(
     tiny_cli: Callable, tmp_path: Path, rank: int
 ):
     cli = tiny_cli(
         "wave", *on(2), "--checkpoint.every_n_train_steps=1", "--trainer.log_every_n_steps=1000"
     )
-    cli.trainer.callbacks.append(At(rank, 3, lambda waveform: waveform.fill_(torch.nan)))
+    cli.trainer.callbacks.append(CallAt(rank, 3, lambda waveform: waveform.fill_(torch.nan)))
     rows = "8 to 9" if rank == 0 else "10 to 11"
     with pytest.raises(
         torch.multiprocessing.ProcessRaisedException,
@@ -137,11 +139,9 @@ def test_a_loss_of_one_process_that_is_not_finite_ends_all_with_its_rows(
     assert all(value.isfinite().all() for value in last["state_dict"].values())
 
 
-def test_a_disk_that_is_full_for_the_process_that_writes_ends_all(
-    tiny_cli: Callable, tmp_path: Path
-):
+def test_a_write_error_of_rank_zero_ends_all_processes(tiny_cli: Callable, tmp_path: Path):
     cli = tiny_cli("wave", *on(2), "--checkpoint.every_n_train_steps=1")
-    full = At(0, 3, lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)))
+    full = CallAt(0, 3, lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)))
     cli.trainer.callbacks.append(full)
     with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="could not be written"):
         train(cli, tmp_path / "full", stop_after=6)

@@ -1,4 +1,4 @@
-"""Laws of the momentum update: the three-line loop, once per optimizer step, and no way to lose it."""
+"""The momentum update: its formula, once per optimizer step, and always in the Trainer."""
 
 import math
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def add_noise(*modules: nn.Module) -> None:
 
 
 def copies(jepa: JEPA) -> list[tuple[nn.Module, nn.Module]]:
-    """(target, online), found by hand."""
+    """(target, online) without the properties of the module."""
     pairs = [(jepa.target_encoder, jepa.encoder)]
     return (
         pairs
@@ -61,7 +61,9 @@ def test_the_momentum_copies_start_equal_and_share_no_memory(tiny_jepa: Callable
         assert target.data_ptr() != online.data_ptr()
 
 
-def test_buffers_move_too_and_counters_are_copied(tiny_jepa: Callable[..., JEPA]):
+def test_floating_point_buffers_are_averaged_and_other_buffers_are_copied(
+    tiny_jepa: Callable[..., JEPA],
+):
     jepa = tiny_jepa("wave")
     for module, value in ((jepa.encoder, 1.0), (jepa.target_encoder, 3.0)):
         module.register_buffer("running_mean", torch.full((2,), value))
@@ -72,7 +74,9 @@ def test_buffers_move_too_and_counters_are_copied(tiny_jepa: Callable[..., JEPA]
     assert jepa.encoder.running_mean.tolist() == [1.0, 1.0]
 
 
-def test_the_target_stays_float32_when_the_encoder_is_not(tiny_jepa: Callable[..., JEPA]):
+def test_the_target_encoder_stays_float32_when_the_encoder_is_bfloat16(
+    tiny_jepa: Callable[..., JEPA],
+):
     jepa = tiny_jepa("wave")
     add_noise(jepa.encoder)
     jepa.encoder.bfloat16()
@@ -88,7 +92,7 @@ def test_the_target_stays_float32_when_the_encoder_is_not(tiny_jepa: Callable[..
 def test_a_run_makes_one_update_per_optimizer_step_with_the_momentum_of_that_step(
     tiny_cli: Callable, fit: Callable
 ):
-    """At a learning rate of 0 the encoder stands still: its copy comes nearer by the product of all momenta."""
+    """At a learning rate of 0 the distance of the copy shrinks by the product of all momenta."""
     cli = tiny_cli(
         "wave",
         "--model.optimizer.lr=0.0",
@@ -112,7 +116,9 @@ def test_a_run_makes_one_update_per_optimizer_step_with_the_momentum_of_that_ste
 @pytest.mark.parametrize(
     "callbacks", ["[]", "[{class_path: lightning.pytorch.callbacks.LambdaCallback}]"]
 )
-def test_no_configuration_loses_the_update(tiny_cli: Callable, fit: Callable, callbacks: str):
+def test_no_list_of_callbacks_removes_the_momentum_update(
+    tiny_cli: Callable, fit: Callable, callbacks: str
+):
     cli = tiny_cli("wave", f"--trainer.callbacks={callbacks}", "--trainer.max_steps=2")
     before = weights(cli.model.target_encoder)
     fit(cli)
@@ -123,7 +129,7 @@ def test_no_configuration_loses_the_update(tiny_cli: Callable, fit: Callable, ca
     )
 
 
-def test_the_target_gets_no_gradient_and_no_place_in_the_optimizer(
+def test_the_target_encoder_gets_no_gradient_and_is_not_in_the_optimizer(
     tiny_cli: Callable, fit: Callable
 ):
     cli = tiny_cli("mel", "--model.target_front_end=momentum", "--trainer.max_steps=2")

@@ -1,4 +1,4 @@
-"""Laws of the guard: a run that has lost its numbers ends before it is saved, says where, and can be had again."""
+"""A run that is not finite ends before it is saved, with a message that names step and rows."""
 
 import math
 import os
@@ -21,7 +21,7 @@ from jepa_audio.training.finite_guard import (
 
 
 class Break(Callback):
-    """Makes the loss of one micro-batch, or only its gradient, not a number."""
+    """Replaces the loss of one micro-batch, or only its gradient, by NaN."""
 
     def __init__(self, row: int, what: str = "loss") -> None:
         self.row, self.what, self.here = row, what, False
@@ -36,18 +36,18 @@ class Break(Callback):
             pl_module.predictor.proj_out.bias.grad.fill_(math.nan)
 
 
-class Looks(Callback):
-    """Counts the waits for the device, which are the looks at the losses."""
+class CheckCounter(Callback):
+    """Records the step of every check of the losses, which waits for the device."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.at: list[int] = []
-        looks, own = self, FiniteGuard._check
+        self.steps: list[int] = []
+        counter, original = self, FiniteGuard._check
 
-        def look(self, trainer, module=None) -> None:
-            looks.at.append(trainer.global_step)
-            own(self, trainer, module)
+        def check(self, trainer, module=None) -> None:
+            counter.steps.append(trainer.global_step)
+            original(self, trainer, module)
 
-        monkeypatch.setattr(FiniteGuard, "_check", look)
+        monkeypatch.setattr(FiniteGuard, "_check", check)
 
 
 def last(cli: object) -> Path:
@@ -66,7 +66,7 @@ RARE = "--trainer.log_every_n_steps=1000"
 @pytest.mark.parametrize("every", [1, 2, 1000], ids=lambda every: f"saves every {every}")
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 @pytest.mark.parametrize("step", [3, 6], ids=lambda step: f"breaks in step {step}")
-def test_whatever_breaks_and_whenever_it_saves_the_last_checkpoint_is_finite(
+def test_the_last_checkpoint_is_finite_whatever_breaks_and_whenever_it_is_saved(
     tiny_cli: Callable, fit: Callable, every: int, what: str, step: int
 ):
     cli = tiny_cli("wave", RARE, f"--checkpoint.every_n_train_steps={every}")
@@ -78,7 +78,7 @@ def test_whatever_breaks_and_whenever_it_saves_the_last_checkpoint_is_finite(
         assert not last(cli).exists()
 
 
-def test_the_message_names_step_rows_files_the_last_save_and_how_to_have_it_again(
+def test_the_message_names_step_rows_files_last_save_and_remedies(
     tiny_cli: Callable, fit: Callable, monkeypatch: pytest.MonkeyPatch
 ):
     cli = tiny_cli(
@@ -90,13 +90,13 @@ def test_the_message_names_step_rows_files_the_last_save_and_how_to_have_it_agai
     )
     with pytest.raises(NonFiniteError) as ended:
         fit(cli, None, Break(20))
-    said = str(ended.value)
-    assert "rows 20 to 23 " in said
-    assert "(0.wav, 1.wav, 2.wav, 3.wav, 4.wav and 2 more)" in said
-    assert "optimizer step 3 " in said
-    assert "since step 2 was saved" in said
+    message = str(ended.value)
+    assert "rows 20 to 23 " in message
+    assert "(0.wav, 1.wav, 2.wav, 3.wav, 4.wav and 2 more)" in message
+    assert "optimizer step 3 " in message
+    assert "since step 2 was saved" in message
     for remedy in ("--ckpt_path last", "--model.optimizer.lr", "gradient_clip_val", "precision"):
-        assert remedy in said
+        assert remedy in message
 
 
 class UnnamedData(LightningDataModule):
@@ -122,7 +122,7 @@ def test_the_message_works_without_a_data_module_that_finds_files(
         fit(cli, None, Break(8))
 
 
-def test_a_resumed_run_meets_the_same_rows_again(tiny_cli: Callable, fit: Callable):
+def test_a_resumed_run_fails_at_the_same_rows(tiny_cli: Callable, fit: Callable):
     cli = tiny_cli("wave", RARE, "--checkpoint.every_n_train_steps=2")
     with pytest.raises(NonFiniteError) as first:
         fit(cli, None, Break(12))
@@ -131,17 +131,17 @@ def test_a_resumed_run_meets_the_same_rows_again(tiny_cli: Callable, fit: Callab
     assert str(first.value) == str(second.value)
 
 
-def test_losses_are_looked_at_when_logging_is_due_or_when_saving_and_at_no_other_time(
+def test_losses_are_checked_only_when_logging_is_due_or_when_saving(
     tiny_cli: Callable, fit: Callable, monkeypatch: pytest.MonkeyPatch
 ):
-    looks = Looks(monkeypatch)
+    counter = CheckCounter(monkeypatch)
     settings = (
         "--trainer.log_every_n_steps=3",
         "--checkpoint.every_n_train_steps=5",
         "--trainer.max_steps=8",
     )
     fit(tiny_cli("wave", *settings, "--trainer.accumulate_grad_batches=2"))
-    assert looks.at == [3, 5, 6, 8, 8]  # logging, save, logging, the end, its save
+    assert counter.steps == [3, 5, 6, 8, 8]  # logging, save, logging, the end, its save
 
 
 def test_a_run_that_saves_nothing_stops_when_logging_is_due(tiny_cli: Callable, fit: Callable):
@@ -151,21 +151,21 @@ def test_a_run_that_saves_nothing_stops_when_logging_is_due(tiny_cli: Callable, 
     assert cli.trainer.global_step == 4
 
 
-def test_no_list_of_callbacks_loses_the_guard_and_it_comes_first(
+def test_no_list_of_callbacks_removes_the_guard_and_it_is_the_first_callback(
     tiny_cli: Callable, tmp_path: Path
 ):
-    (tmp_path / "own.yaml").write_text(
+    (tmp_path / "callbacks.yaml").write_text(
         "trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitor: train/loss}}]}"
     )
     for settings in (
         [],
-        [f"--config={tmp_path / 'own.yaml'}"],
+        [f"--config={tmp_path / 'callbacks.yaml'}"],
         ["--trainer.callbacks=null"],
     ):
         assert isinstance(tiny_cli("wave", *settings).trainer.callbacks[0], FiniteGuard)
 
 
-def test_checkpoints_of_other_callbacks_are_guarded_too(
+def test_checkpoints_of_other_callbacks_are_checked_too(
     tiny_cli: Callable, fit: Callable, tmp_path: Path
 ):
     cli = tiny_cli("wave", RARE)
@@ -176,7 +176,7 @@ def test_checkpoints_of_other_callbacks_are_guarded_too(
     assert sorted(saved_step(path) for path in (tmp_path / "other").iterdir()) == [1, 2]
 
 
-def test_all_finite_sees_one_bad_number_of_many():
+def test_all_finite_finds_one_number_that_is_not_finite():
     module = torch.nn.Linear(100, 100)
     assert all_finite(module)
     for bad in (math.nan, math.inf, -math.inf):
@@ -189,7 +189,7 @@ def test_all_finite_sees_one_bad_number_of_many():
 EXPLODES = ["--model.optimizer.lr=1e30", "--trainer.max_steps=20", "--trainer.log_every_n_steps=5"]
 
 
-def test_a_run_that_explodes_ends_in_one_sentence_with_exit_code_1_on_two_processes(
+def test_a_diverged_run_on_two_processes_ends_with_one_message_and_exit_code_1(
     wavs: Path, tmp_path: Path
 ):
     from tests.conftest import FLAVOURS
@@ -218,8 +218,8 @@ def test_a_run_that_explodes_ends_in_one_sentence_with_exit_code_1_on_two_proces
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=False,
     )
-    said = " ".join(ended.stderr.split())
-    assert ended.returncode == 1, said
-    assert said.count("jepa-audio: ") == 1
-    assert "Traceback" not in said
+    message = " ".join(ended.stderr.split())
+    assert ended.returncode == 1, message
+    assert message.count("jepa-audio: ") == 1
+    assert "Traceback" not in message
     assert not (tmp_path / "checkpoints" / "last.ckpt").exists()

@@ -1,4 +1,4 @@
-"""Laws of the module: gradients go where they belong, and a run is a function of its seed and its data."""
+"""Gradients reach the right parameters, and a run is a function of its seed and its data."""
 
 import copy
 from collections.abc import Callable
@@ -67,7 +67,7 @@ def test_a_shared_front_end_learns_from_the_context_alone(
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_the_loss_of_given_masks_draws_nothing(
+def test_the_loss_of_given_masks_draws_no_random_numbers(
     tiny_jepa: Callable[..., JEPA], batch: AudioBatch, flavour: str
 ):
     jepa = tiny_jepa(flavour).train()
@@ -82,7 +82,7 @@ def test_the_loss_of_given_masks_draws_nothing(
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_the_loss_is_the_mean_over_all_targets_of_the_draw_however_it_is_cut(
+def test_the_losses_of_parts_of_a_batch_add_up_to_the_mean_over_all_targets(
     tiny_jepa: Callable[..., JEPA], batch: AudioBatch, flavour: str
 ):
     jepa = tiny_jepa(flavour)
@@ -124,7 +124,7 @@ def test_a_run_depends_on_its_seed_and_on_no_global_random_state(tiny_cli: Calla
     assert all(others[row] != losses[row] for row in losses)
 
 
-def test_micro_batches_add_up_to_the_one_big_batch(tiny_cli: Callable, fit: Callable):
+def test_micro_batches_add_up_to_one_big_batch(tiny_cli: Callable, fit: Callable):
     runs = {}
     for batch_size, accumulate in ((6, 1), (2, 3)):
         settings = (
@@ -165,21 +165,21 @@ def test_micro_batches_add_up_to_the_one_big_batch(tiny_cli: Callable, fit: Call
     ],
     ids=["plain", "accumulated", "validated", "drop path"],
 )
-def test_a_killed_and_resumed_run_is_the_run_that_was_never_killed(
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_run(
     tiny_cli: Callable, fit: Callable, flavour: str, settings: list[str]
 ):
     saving = "--checkpoint.every_n_train_steps=1", "--checkpoint.keep_all=true"
     cli = tiny_cli(flavour, *settings, *saving)
-    whole = fit(cli)
+    uninterrupted = fit(cli)
     folder = Path(cli.trainer.checkpoint_callback.dirpath)
     resumed_cli = tiny_cli(flavour, *settings, *saving)
     resumed = fit(resumed_cli, folder / "step=00000003.ckpt")
-    assert resumed == {row: loss for row, loss in whole.items() if row >= 3 * 4}
+    assert resumed == {row: loss for row, loss in uninterrupted.items() if row >= 3 * 4}
     for name, value in weights(cli.model).items():
         assert torch.equal(weights(resumed_cli.model)[name], value), name
 
 
-def test_the_weights_of_step_0_can_be_had_again(tiny_cli: Callable, fit: Callable):
+def test_reset_parameters_reproduces_the_weights_of_step_0(tiny_cli: Callable, fit: Callable):
     cli = tiny_cli("wave", "--model.encoder.num_registers=2", "--model.encoder.qk_norm=true")
     before = weights(cli.model)
     fit(cli)
@@ -196,7 +196,7 @@ def test_the_weights_of_step_0_can_be_had_again(tiny_cli: Callable, fit: Callabl
 
 
 @pytest.mark.parametrize("decay_all", [False, True])
-def test_weight_decay_is_for_matrices_unless_all_is_decayed(
+def test_weight_decay_applies_to_matrices_only_unless_decay_all_is_set(
     tiny_cli: Callable, fit: Callable, decay_all: bool
 ):
     cli = tiny_cli(
@@ -225,7 +225,7 @@ def test_weight_decay_is_for_matrices_unless_all_is_decayed(
     assert {value for value in decay.values() if value} == {0.07}
 
 
-def test_a_momentum_front_end_is_what_the_target_encoder_reads(
+def test_the_target_encoder_reads_the_momentum_front_end(
     tiny_jepa: Callable[..., JEPA], batch: AudioBatch
 ):
     jepa = tiny_jepa("wave", "--model.target_front_end=momentum")
@@ -241,7 +241,7 @@ def test_a_momentum_front_end_is_what_the_target_encoder_reads(
     assert not torch.allclose(jepa(batch.waveform, masks).target, before.target)
 
 
-def test_parts_of_different_widths_are_refused(tiny_jepa: Callable[..., JEPA]):
+def test_a_front_end_and_an_encoder_of_different_widths_are_refused(tiny_jepa: Callable[..., JEPA]):
     jepa = tiny_jepa("wave")
     wider = Transformer(32, 1, 2, SinCosPositions())
     with pytest.raises(
@@ -260,13 +260,13 @@ def test_parts_of_different_widths_are_refused(tiny_jepa: Callable[..., JEPA]):
         )
 
 
-def test_a_run_without_a_horizon_is_refused(tiny_cli: Callable, fit: Callable):
+def test_a_run_without_max_steps_is_refused(tiny_cli: Callable, fit: Callable):
     with pytest.raises(ValueError, match=r"set `trainer.max_steps` \(now -1\)"):
         fit(tiny_cli("wave", "--trainer.max_steps=-1"))
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_half_precision_is_finite_and_near(
+def test_the_loss_under_bf16_autocast_is_finite_and_close(
     tiny_jepa: Callable[..., JEPA], batch: AudioBatch, flavour: str
 ):
     jepa = tiny_jepa(flavour)
@@ -280,7 +280,7 @@ def test_half_precision_is_finite_and_near(
     assert half.loss.item() == pytest.approx(full.item(), rel=0.02)
 
 
-def test_validation_has_the_same_masks_every_time_and_other_ones_than_training(
+def test_validation_masks_are_the_same_every_time_and_differ_from_training_masks(
     tiny_jepa: Callable[..., JEPA], batch: AudioBatch
 ):
     jepa = tiny_jepa("wave")
@@ -289,14 +289,14 @@ def test_validation_has_the_same_masks_every_time_and_other_ones_than_training(
     assert not torch.equal(first.context.to_mask(23), jepa.draw_masks(batch, 4).context.to_mask(23))
 
 
-def test_masks_belong_to_the_row_and_not_to_the_process(
+def test_masks_depend_on_the_row_and_not_on_the_process(
     tiny_jepa: Callable[..., JEPA], batch: AudioBatch
 ):
     jepa = tiny_jepa("wave")
-    whole = jepa.draw_masks(batch, 4)
+    masks = jepa.draw_masks(batch, 4)
     for rows in ([0, 1], [2, 3], [3, 1]):
         part = jepa.draw_masks(AudioBatch(batch.waveform[rows], batch.row[rows]), 4)
-        assert torch.equal(part.context.to_mask(23), whole.context.to_mask(23)[rows])
-        assert torch.equal(part.targets.to_mask(23), whole.targets.to_mask(23)[rows])
+        assert torch.equal(part.context.to_mask(23), masks.context.to_mask(23)[rows])
+        assert torch.equal(part.targets.to_mask(23), masks.targets.to_mask(23)[rows])
     later = jepa.draw_masks(AudioBatch(batch.waveform, batch.row + 4), 4)
-    assert not torch.equal(later.context.to_mask(23), whole.context.to_mask(23))
+    assert not torch.equal(later.context.to_mask(23), masks.context.to_mask(23))

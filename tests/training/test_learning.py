@@ -1,4 +1,4 @@
-"""The demo's recipes learn: a run of 500 steps on synthetic notes keeps its rank and beats guessing the mean."""
+"""Runs of 500 steps of the demo recipes keep their rank and beat the prediction of the mean."""
 
 import csv
 import subprocess

@@ -1,4 +1,4 @@
-"""The fast path equals the literal, key-masked WavJEPA of tests/oracles: same weights, masks, loss and gradients."""
+"""The model equals the literal, key-masked WavJEPA of tests/oracles: loss and gradients."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from tests.oracles.wavjepa_literal import LiteralWavJEPA
 
 
 @pytest.mark.parametrize("normalization", ["instance", "joint_instance"])
-def test_computing_only_the_tokens_asked_for_changes_neither_loss_nor_gradients(
+def test_computing_only_the_needed_tokens_changes_neither_loss_nor_gradients(
     tiny_jepa: Callable[..., JEPA], batch: AudioBatch, normalization: str
 ):
     jepa = tiny_jepa("wave", f"--model.targets.normalization={normalization}")
-    with torch.no_grad():  # a target encoder of its own, or its place in the loss would not be seen
+    # Other weights than those of the encoder, so that a confusion of the two changes the loss.
+    with torch.no_grad():
         for parameter in jepa.target_encoder.parameters():
             parameter.add_(
                 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
             )
     masks = jepa.draw_masks(batch, len(batch.waveform))
-    assert masks.context.valid is not None, "rows of one length would not show what filling does"
+    assert masks.context.valid is not None, "only rows of different lengths test the padding"
     num_tokens = jepa.front_end.grid(batch.waveform.shape[-1]).num_tokens
     literal = LiteralWavJEPA(jepa)
     slow = literal(

@@ -1,4 +1,4 @@
-"""Sharded parameters are the same run: losses, weights, momentum copy and checkpoints of `configs/fsdp.yaml`."""
+"""A run with `configs/fsdp.yaml` equals an unsharded one: losses, weights, copies, checkpoints."""
 
 import multiprocessing
 import os
@@ -27,7 +27,7 @@ COMMON += ("--monitor.every_n_steps=1", "--trainer.gradient_clip_val=0.5")
 
 
 def on_processes(count: int, folder: Path, function: Callable[[], Any]) -> list[Any]:
-    """What a function returns on each of some processes started as `torchrun` starts them, but forked."""
+    """The results of a function on forked processes with the environment of `torchrun`."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -58,32 +58,34 @@ def on_processes(count: int, folder: Path, function: Callable[[], Any]) -> list[
 
 
 @dataclass
-class Seen:
-    """By optimizer step: the loss, and the distance of the momentum copy; and which parameters were sharded."""
+class Record:
+    """Loss and distance of the momentum copy by optimizer step; which parameters are sharded."""
 
     losses: dict[int, float] = field(default_factory=dict)
     distances: dict[int, float] = field(default_factory=dict)
     sharded: list[bool] = field(default_factory=list)
 
 
-class Watch(Callback):
-    def __init__(self, seen: Seen, stop_after: int) -> None:
-        self.seen, self.stop_after = seen, stop_after
+class Recorder(Callback):
+    def __init__(self, record: Record, stop_after: int) -> None:
+        self.record, self.stop_after = record, stop_after
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        self.seen.losses[trainer.global_step] = float(outputs["loss"])
-        self.seen.distances[trainer.global_step] = float(
+        self.record.losses[trainer.global_step] = float(outputs["loss"])
+        self.record.distances[trainer.global_step] = float(
             trainer.callback_metrics["collapse/ema_distance"]
         )
-        self.seen.sharded = [isinstance(parameter, DTensor) for parameter in pl_module.parameters()]
+        self.record.sharded = [
+            isinstance(parameter, DTensor) for parameter in pl_module.parameters()
+        ]
         trainer.should_stop = trainer.global_step >= self.stop_after
 
 
-def train(cli: object, checkpoint: Path | None = None, stop_after: int = 4) -> Seen:
-    seen = Seen()
-    cli.trainer.callbacks.append(Watch(seen, stop_after))
+def train(cli: object, checkpoint: Path | None = None, stop_after: int = 4) -> Record:
+    record = Record()
+    cli.trainer.callbacks.append(Recorder(record, stop_after))
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint)
-    return seen
+    return record
 
 
 def checkpoints(cli: object) -> Path:
@@ -95,7 +97,7 @@ def mean(values: list[dict[int, float]]) -> dict[int, float]:
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_cli: Callable) -> tuple[Seen, Path]:
+def alone(tiny_cli: Callable) -> tuple[Record, Path]:
     """The run on one process, and its checkpoints."""
     cli = tiny_cli("mel", *COMMON)
     return train(cli), checkpoints(cli)
@@ -104,16 +106,18 @@ def alone(tiny_cli: Callable) -> tuple[Seen, Path]:
 @pytest.fixture(scope="module")
 def sharded(
     tiny_cli: Callable, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[list[Seen], Path]:
-    """The run on two processes that share its parameters: two steps, and two resumed ones."""
+) -> tuple[list[Record], Path]:
+    """The run on two processes that share its parameters: two steps, then two steps resumed."""
     folder = tmp_path_factory.mktemp("sharded")
     settings = (*COMMON, FSDP, "--trainer.devices=2", "--data.batch_size=2", f"--run_dir={folder}")
 
-    def run() -> Seen:
+    def run() -> Record:
         before = train(tiny_cli("mel", *settings), stop_after=2)
         after = train(tiny_cli("mel", *settings), folder / "checkpoints" / "last.ckpt")
         assert not before.losses.keys() & after.losses.keys()
-        return Seen(before.losses | after.losses, before.distances | after.distances, after.sharded)
+        return Record(
+            before.losses | after.losses, before.distances | after.distances, after.sharded
+        )
 
     return on_processes(2, folder, run), folder / "checkpoints"
 
@@ -126,31 +130,35 @@ def assert_same_weights(ours: Path, theirs: Path) -> None:
 
 
 def test_every_parameter_is_sharded(sharded: tuple):
-    for seen in sharded[0]:
-        assert len(seen.sharded) > 50
-        assert all(seen.sharded)
+    for record in sharded[0]:
+        assert len(record.sharded) > 50
+        assert all(record.sharded)
 
 
-def test_losses_and_momentum_copy_are_those_of_one_process_also_across_a_resume(
+def test_losses_and_momentum_copy_equal_those_of_one_process_also_after_a_resume(
     alone: tuple, sharded: tuple
 ):
-    assert mean([seen.losses for seen in sharded[0]]) == pytest.approx(alone[0].losses, rel=1e-5)
-    assert mean([seen.distances for seen in sharded[0]]) == pytest.approx(
+    assert mean([record.losses for record in sharded[0]]) == pytest.approx(
+        alone[0].losses, rel=1e-5
+    )
+    assert mean([record.distances for record in sharded[0]]) == pytest.approx(
         alone[0].distances, rel=1e-5
     )
     assert_same_weights(sharded[1] / "last.ckpt", alone[1] / "last.ckpt")
 
 
-def test_a_checkpoint_is_one_file_that_one_process_goes_on_with(
+def test_one_process_can_resume_from_the_checkpoint_of_a_sharded_run(
     tiny_cli: Callable, alone: tuple, sharded: tuple
 ):
     cli = tiny_cli("mel", *COMMON)
-    seen = train(cli, sharded[1] / "step=00000002.ckpt")
-    assert seen.losses == pytest.approx({step: alone[0].losses[step] for step in (3, 4)}, rel=1e-5)
+    record = train(cli, sharded[1] / "step=00000002.ckpt")
+    assert record.losses == pytest.approx(
+        {step: alone[0].losses[step] for step in (3, 4)}, rel=1e-5
+    )
     assert_same_weights(checkpoints(cli) / "last.ckpt", alone[1] / "last.ckpt")
 
 
-def test_a_checkpoint_of_an_unsharded_run_is_refused_with_what_to_do_instead(
+def test_a_sharded_run_refuses_the_checkpoint_of_an_unsharded_run_and_names_the_remedies(
     tiny_cli: Callable, alone: tuple, tmp_path: Path
 ):
     def run() -> str:
@@ -159,9 +167,9 @@ def test_a_checkpoint_of_an_unsharded_run_is_refused_with_what_to_do_instead(
             train(tiny_cli("mel", *COMMON, *settings), alone[1] / "last.ckpt")
         return str(refused.value)
 
-    (sentence,) = on_processes(1, tmp_path, run)
-    assert "--trainer.strategy ddp" in sentence
-    assert f"--weights {alone[1] / 'last.ckpt'}" in sentence
+    (message,) = on_processes(1, tmp_path, run)
+    assert "--trainer.strategy ddp" in message
+    assert f"--weights {alone[1] / 'last.ckpt'}" in message
 
 
 def test_a_probe_that_would_copy_the_weights_is_refused(tiny_cli: Callable, tmp_path: Path):
@@ -177,13 +185,13 @@ def test_a_probe_that_would_copy_the_weights_is_refused(tiny_cli: Callable, tmp_
     assert "jepa-audio probe" in on_processes(1, tmp_path, run)[0]
 
 
-def test_what_is_not_sharded_is_whole(tiny_jepa: Callable):
+def test_an_unsharded_tensor_is_returned_unchanged(tiny_jepa: Callable):
     assert not is_sharded(tiny_jepa("mel"))
     tensor = torch.ones(3)
     assert full_tensor(tensor) is tensor
 
 
-def test_a_validation_of_an_odd_number_of_batches_does_not_leave_processes_waiting(
+def test_a_validation_of_an_odd_number_of_batches_does_not_deadlock(
     tiny_cli: Callable, tmp_path: Path, wavs: Path
 ):
     settings = (
@@ -192,7 +200,8 @@ def test_a_validation_of_an_odd_number_of_batches_does_not_leave_processes_waiti
         "--data.num_valid_clips=12",
     )
 
-    def validate() -> float:  # of 12 clips in batches of 4, each of two processes takes one batch
+    def validate() -> float:
+        # 12 clips in batches of 4 are 3 batches for two processes.
         cli = tiny_cli("mel", FSDP, "--trainer.devices=2", "--trainer.max_steps=2", *settings)
         cli.trainer.fit(cli.model, cli.datamodule)
         return float(cli.trainer.callback_metrics["valid/loss"])
