@@ -75,7 +75,7 @@ def parse_json_object(text: str | bytes) -> dict[str, Any]:
 
 
 def scan_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | UserError]]:
-    """Yield (line number from 1, object or its error) for every non-empty line of a JSON Lines file.
+    """Yield (line number from 1, object or error) for every non-empty line of a JSON Lines file.
 
     Raises:
         MissingFileError: if the file does not exist.

@@ -149,9 +149,12 @@ def test_unfit_files_get_a_reason_and_bad_files_keep_theirs():
         "silent",
     ]
     assert fit.table["status"].to_pylist() == ["bad", "ok", "bad", "bad", "bad"]
-    assert corpus.usable(0.75, 9.5, 1).names.to_pylist() == ["b"]
+    assert corpus.mark_unfit(0.75, 9.5, 1).usable().names.to_pylist() == ["b"]
     # Both bounds are inclusive.
-    assert corpus.usable(min_seconds=1.0, max_seconds=1.0).names.to_pylist() == ["b", "d"]
+    assert corpus.mark_unfit(min_seconds=1.0, max_seconds=1.0).usable().names.to_pylist() == [
+        "b",
+        "d",
+    ]
     assert corpus.usable().names.to_pylist() == list("abcd")
 
 

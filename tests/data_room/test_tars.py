@@ -317,6 +317,19 @@ def test_a_tar_without_audio_is_one_row_with_the_reason(tmp_path: Path):
     assert bad(path) == {"": "a tar without audio files"}
 
 
+def test_slices_of_members_are_equal_from_memory_and_from_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tar(tmp_path / "t.tar", {"0.wav": audio(0), "9.flac": audio(9, "FLAC")})
+    for limit in (1 << 20, 0):
+        monkeypatch.setattr("jepa_audio.data.audio.read._MAX_BYTES_IN_MEMORY", limit)
+        for number, entry in good(path).items():
+            member = TarMember(path, entry.member, entry.offset, entry.num_bytes)
+            for start in (0, 100, len(noise(number)) - 50):
+                samples, _ = read(member, start, 50)
+                np.testing.assert_array_equal(samples[0] * 2**15, noise(number)[start:][:50])
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_member_name_that_is_not_utf8_affects_only_its_file(tmp_path: Path, kind: str):
     files = {"0.wav": audio(0), "caf\udce9.wav": audio(1), "2.wav": audio(2)}

@@ -329,7 +329,7 @@ class AudioDataModule(LightningDataModule):
         check_bad_share(
             fit, source, self.max_bad_share, f"; `jepa-audio data describe {source}` tells more"
         )
-        return fit.take(fit.is_usable)
+        return fit.usable()
 
     @property
     def _fitness(self) -> dict[str, Any]:

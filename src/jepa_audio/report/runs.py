@@ -394,7 +394,7 @@ def _spectrogram(
 
 def _clip(source: str, seconds: float, sample_rate: int) -> Float[Tensor, "1 S"]:
     """The middle of the file of median level among those that are long enough."""
-    corpus = load_corpus(source).usable(min_seconds=seconds)
+    corpus = load_corpus(source).mark_unfit(min_seconds=seconds).usable()
     if not len(corpus):
         raise UserError(f"no file under {source} is {seconds:g} s long")
     file = FileTable([corpus])[int(np.argsort(corpus.table["rms"].to_numpy())[len(corpus) // 2])]

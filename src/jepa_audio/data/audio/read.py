@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import soundfile as sf
@@ -176,8 +176,8 @@ def read_bytes(audio: AudioLocation) -> bytes:
     try:
         if not isinstance(audio, TarMember):
             return audio.read_bytes()
-        with _open_member(audio) as content:
-            return content.readall()
+        with _open_member(audio) as file:
+            return file.read(audio.num_bytes)
     except OSError as error:
         raise _cannot_open(audio, error) from error
 
@@ -189,11 +189,11 @@ def _open_audio(audio: AudioLocation) -> Iterator[sf.SoundFile]:
             content: Any = audio
             if isinstance(audio, TarMember):
                 num_bytes = audio.num_bytes
-                raw = stack.enter_context(_open_member(audio))
-                is_small = num_bytes <= _MAX_BYTES_IN_MEMORY
-                content = (
-                    io.BytesIO(raw.readall()) if is_small else io.BufferedReader(raw, _BUFFER_BYTES)
-                )
+                tar = stack.enter_context(_open_member(audio))
+                if num_bytes <= _MAX_BYTES_IN_MEMORY:
+                    content = io.BytesIO(tar.read(num_bytes))
+                else:
+                    content = io.BufferedReader(_FileSlice(tar, num_bytes), _BUFFER_BYTES)
             else:
                 num_bytes = audio.stat().st_size
             if num_bytes == 0:
@@ -241,35 +241,28 @@ def _frames_in_header(file: sf.SoundFile) -> int:
 
 
 @contextmanager
-def _open_member(member: TarMember) -> Iterator[_MemberBytes]:
-    with _MemberBytes(member) as content:
-        _check_member_header(member, content.fileno())
-        yield content
-
-
-def _check_member_header(member: TarMember, descriptor: int) -> None:
-    """Compare the tar header before the member with the member: the tar may have changed."""
+def _open_member(member: TarMember) -> Iterator[IO[bytes]]:
+    """The tar of a member, at the first byte of the member."""
     start = member.offset - tarfile.BLOCKSIZE
-    header = os.pread(descriptor, tarfile.BLOCKSIZE, start)
     changed = f"changed since it was indexed: the tar has %s at byte {start}; index it again"
-    try:
-        found = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-    except tarfile.HeaderError as error:
-        raise AudioReadError(member, changed % "no file") from error
-    is_plain_name = len(member.name) <= tarfile.LENGTH_NAME and member.name.isascii()
-    if found.size != member.num_bytes or (is_plain_name and found.name != member.name):
-        raise AudioReadError(member, changed % found.name)
+    with member.path.open("rb") as file:
+        file.seek(start)
+        try:
+            header = file.read(tarfile.BLOCKSIZE)
+            found = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            raise AudioReadError(member, changed % "no file") from error
+        is_plain_name = len(member.name) <= tarfile.LENGTH_NAME and member.name.isascii()
+        if found.size != member.num_bytes or (is_plain_name and found.name != member.name):
+            raise AudioReadError(member, changed % found.name)
+        yield file
 
 
-class _MemberBytes(io.RawIOBase):
-    """The bytes of a tar member as a file object."""
+class _FileSlice(io.RawIOBase):
+    """The next `size` bytes of a file as a file object."""
 
-    def __init__(self, member: TarMember) -> None:
-        self._start, self._size, self._position = member.offset, member.num_bytes, 0
-        self._descriptor = os.open(member.path, os.O_RDONLY)
-
-    def fileno(self) -> int:
-        return self._descriptor
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        self._file, self._start, self._size, self._position = file, file.tell(), size, 0
 
     def readable(self) -> bool:
         return True
@@ -282,26 +275,12 @@ class _MemberBytes(io.RawIOBase):
         self._position = origins[whence] + offset
         return self._position
 
-    def readall(self) -> bytes:
-        chunks = []
-        while chunk := self._read_at_position(self._size - self._position):
-            chunks.append(chunk)
-        return b"".join(chunks)
-
     def readinto(self, buffer: Any) -> int:
-        chunk = self._read_at_position(min(len(buffer), max(self._size - self._position, 0)))
+        self._file.seek(self._start + self._position)
+        chunk = self._file.read(min(len(buffer), max(self._size - self._position, 0)))
         buffer[: len(chunk)] = chunk
-        return len(chunk)
-
-    def _read_at_position(self, num_bytes: int) -> bytes:
-        chunk = os.pread(self._descriptor, num_bytes, self._start + self._position)
         self._position += len(chunk)
-        return chunk
-
-    def close(self) -> None:
-        if not self.closed:
-            os.close(self._descriptor)
-        super().close()
+        return len(chunk)
 
 
 def _decode(file: sf.SoundFile, start: int, num_frames: int) -> Float32[np.ndarray, "S C"]:

@@ -30,7 +30,7 @@ _LEVEL_TOLERANCE = 1e-3  # another version of an mp3 or ogg decoder may round di
 
 def summarize_corpus(corpus: Corpus) -> Group:
     """Hours, rates, channels, lengths, levels, groups and splits of a corpus; its worst files."""
-    usable, bad = corpus.take(corpus.is_usable), corpus.take(~corpus.is_usable)
+    usable, bad = corpus.usable(), corpus.take(~corpus.is_usable)
     hours = usable.seconds.sum() / 3600
     gigabytes = float(usable.table["num_bytes"].to_numpy().clip(0).sum()) / 1e9
     size = f"{len(usable)} usable files, {hours:.2f} hours, {gigabytes:.2f} GB"
@@ -47,7 +47,7 @@ def verify_corpus(corpus: Corpus, num_workers: int = 2) -> list[tuple[str, str]]
 
     Shards are also compared with their checksums in `SHA256SUMS`.
     """
-    usable = corpus.take(corpus.is_usable)
+    usable = corpus.usable()
     sources = pc.unique(usable.table["source"]).to_pylist()
     shards = sorted(corpus.root / source for source in sources if source.endswith(TAR_SUFFIX))
     problems = [(str(path), problem) for path in shards if (problem := _shard_problem(path))]

@@ -116,9 +116,9 @@ class Corpus:
                 pq.write_table(table, unfinished)
         except OSError as error:
             raise CorpusError(
-                f"the table {path} cannot be written: {error.strerror or error}. Write it elsewhere "
-                "with `jepa-audio data index SOURCE -o TABLE.parquet`, then train with "
-                "`--data.root TABLE.parquet`"
+                f"the table {path} cannot be written: {error.strerror or error}. Write it to "
+                "another folder with `jepa-audio data index SOURCE -o TABLE.parquet`, then train "
+                "with `--data.root TABLE.parquet`"
             ) from error
 
     def audio(self, row: int) -> AudioLocation:
@@ -160,7 +160,7 @@ class Corpus:
         max_seconds: float | None = None,
         num_channels: int | None = None,
     ) -> Corpus:
-        """Mark files as bad, with the reason, that do not fit one use of the corpus.
+        """Mark files as bad, with a reason, that do not fit one use of the corpus.
 
         Args:
             min_seconds: shorter files are bad.
@@ -170,8 +170,8 @@ class Corpus:
         seconds, channels = self.seconds, self.table["num_channels"].to_numpy()
         is_short = seconds < min_seconds
         is_long = seconds > (np.inf if max_seconds is None else max_seconds)
-        other_channels = channels != (channels if num_channels is None else num_channels)
-        is_unfit = self.is_usable & (is_short | is_long | other_channels)
+        has_other_channels = channels != (channels if num_channels is None else num_channels)
+        is_unfit = self.is_usable & (is_short | is_long | has_other_channels)
 
         def reason(row: int) -> str:
             if is_short[row]:
@@ -185,14 +185,9 @@ class Corpus:
         reasons = pc.replace_with_mask(self.table["reason"].combine_chunks(), unfit, reasons)
         return self._with(status=pc.if_else(unfit, "bad", self.table["status"]), reason=reasons)
 
-    def usable(
-        self,
-        min_seconds: float = 0.0,
-        max_seconds: float | None = None,
-        num_channels: int | None = None,
-    ) -> Corpus:
-        """The files that can be used; see `mark_unfit` for the arguments."""
-        return self.take(self.mark_unfit(min_seconds, max_seconds, num_channels).is_usable)
+    def usable(self) -> Corpus:
+        """The files that can be used."""
+        return self.take(self.is_usable)
 
     def take(self, rows: np.ndarray) -> Corpus:
         """The files at the given row numbers, or where a mask is true."""
@@ -221,10 +216,8 @@ class Corpus:
         test = self.take(split == "test")
         if (split == "valid").any():
             if num_unassigned := int((split == "").sum()):
-                log.warning(
-                    "%d files without a split are left out; assign one with `jepa-audio data split`",
-                    num_unassigned,
-                )
+                remedy = "assign one with `jepa-audio data split`"
+                log.warning("%d files without a split are left out; %s", num_unassigned, remedy)
             return Splits(self.take(split == "train"), self.take(split == "valid").shuffled(), test)
         rest = self.take(split != "test")
         if len(rest) == 0 or valid_share == 0:

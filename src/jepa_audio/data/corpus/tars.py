@@ -118,19 +118,18 @@ def _find_damage(file: IO[bytes], start: int, end: int) -> list[_Damage]:
     """The range between two files as damage, unless all its bytes are zero."""
     if end <= start:
         return []
-    position = file.tell()
+    archive_position = file.tell()
     file.seek(start)
     block = file.read(min(end - start, tarfile.RECORDSIZE))
-    file.seek(position)
+    file.seek(archive_position)
     is_zero = not block.strip(b"\0")
     return [] if is_zero else [_Damage(start, end, "broken header: the file after it is lost")]
 
 
 def _read_labels(file: IO[bytes], info: tarfile.TarInfo) -> FileLabels:
     if info.size > _MAX_JSON_BYTES:
-        return FileLabels(
-            reason=f"{info.name} is too large ({info.size} bytes, at most {_MAX_JSON_BYTES} allowed)"
-        )
+        size = f"{info.size} bytes, at most {_MAX_JSON_BYTES} are allowed"
+        return FileLabels(reason=f"{info.name} is too large: {size}")
     file.seek(info.offset_data)
     try:
         return parse_labels(parse_json_object(file.read(info.size)))

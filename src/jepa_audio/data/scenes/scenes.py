@@ -332,7 +332,7 @@ def collate_scenes(items: Sequence[PlacedClip], num_samples: int) -> SceneBatch:
 
 def _rooms(folder: Path, num_channels: int) -> list[list[AudioLocation]]:
     rooms: dict[Path, list[AudioLocation]] = {}
-    responses = load_corpus(folder).usable(num_channels=num_channels)
+    responses = load_corpus(folder).mark_unfit(num_channels=num_channels).usable()
     for row in range(len(responses)):
         response = responses.audio(row)
         rooms.setdefault(
