@@ -1,4 +1,4 @@
-"""What the tests share: tiny runs and models, made by the command line as a user's are, and a folder of tiny sounds."""
+"""Shared fixtures: small runs and models from the command line, and a folder of short files."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import soundfile as sf
 import torch
 from lightning.pytorch import Callback
 
-# The package itself is imported inside fixtures only: the hook that checks shapes is not yet in
-# place here.
+# The fixtures import the package, because the hook that checks shapes is not yet installed here.
 if TYPE_CHECKING:
     from jepa_audio.cli.trainer import JEPACLI
     from jepa_audio.steps.grid import AudioBatch, Grid, Masks
@@ -86,7 +85,7 @@ def rng() -> torch.Generator:
 
 @pytest.fixture(scope="session")
 def wavs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve files of 0.8 to 1.2 s, each a chord of its own in a little noise."""
+    """Twelve files of 0.8 to 1.2 s, each one a different chord with low noise."""
     folder = tmp_path_factory.mktemp("wavs")
     noise = np.random.default_rng(0)
     for file in range(12):
@@ -102,7 +101,7 @@ def wavs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_cli(wavs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., JEPACLI]:
-    """`tiny_cli("wave", "--model.encoder.depth=3")`: module, data and trainer of a run in a folder of its own."""
+    """`tiny_cli("wave", "--model.encoder.depth=3")`: the objects of a run in a new folder."""
     folder = tmp_path_factory.mktemp("configs")
     for flavour, text in FLAVOURS.items():
         (folder / f"{flavour}.yaml").write_text(text)
@@ -110,8 +109,8 @@ def tiny_cli(wavs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
     def make(flavour: str, *settings: str) -> JEPACLI:
         from jepa_audio.cli.trainer import JEPACLI
 
-        own = f"--run_dir={tmp_path_factory.mktemp('run')}"
-        common = [f"--config={folder / flavour}.yaml", f"--data.root={wavs}", own]
+        run_dir = f"--run_dir={tmp_path_factory.mktemp('run')}"
+        common = [f"--config={folder / flavour}.yaml", f"--data.root={wavs}", run_dir]
         return JEPACLI([*common, *settings], run=False)
 
     return make
@@ -119,7 +118,7 @@ def tiny_cli(wavs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[.
 
 @pytest.fixture(scope="session")
 def tiny_jepa(tiny_cli: Callable[..., JEPACLI]) -> Callable[..., JEPA]:
-    """`tiny_jepa("mel", "--model.seed=1")`: the module alone, a fresh copy at every call."""
+    """`tiny_jepa("mel", "--model.seed=1")`: only the module, a new copy at every call."""
 
     @functools.cache
     def model(flavour: str, *settings: str) -> JEPA:
@@ -133,7 +132,7 @@ def tiny_jepa(tiny_cli: Callable[..., JEPACLI]) -> Callable[..., JEPA]:
 
 @pytest.fixture
 def batch(rng: torch.Generator) -> AudioBatch:
-    """Four clips of noise, each with a level slope of its own."""
+    """Four clips of noise, each one with a different change of level."""
     from jepa_audio.steps.grid import AudioBatch
 
     slope = torch.linspace(0.2, 1.0, round(SECONDS * SAMPLE_RATE)) ** torch.arange(4)[:, None, None]
@@ -144,23 +143,22 @@ def batch(rng: torch.Generator) -> AudioBatch:
 
 @pytest.fixture
 def ragged(rng: torch.Generator) -> Callable[[Grid, int, int], Masks]:
-    """`ragged(grid, batch, groups)`: random masks whose rows all differ in length; no two planes overlap."""
+    """`ragged(grid, batch, groups)`: random disjoint masks; all rows have different lengths."""
     from jepa_audio.steps.grid import Masks
 
     def make(grid: Grid, batch_size: int, groups: int) -> Masks:
-        place = torch.rand(batch_size, grid.num_tokens, generator=rng).argsort(
-            -1
-        )  # a shuffle of 0 .. N - 1
+        # A random permutation of 0 to N - 1.
+        order = torch.rand(batch_size, grid.num_tokens, generator=rng).argsort(-1)
         size = grid.num_tokens // (groups + 2)
         length = size - torch.arange(batch_size)[:, None]
-        targets = [(place >= size * g) & (place < size * g + (length - g)) for g in range(groups)]
-        return Masks.from_bool(place >= grid.num_tokens - length, torch.stack(targets, dim=1))
+        targets = [(order >= size * g) & (order < size * g + (length - g)) for g in range(groups)]
+        return Masks.from_bool(order >= grid.num_tokens - length, torch.stack(targets, dim=1))
 
     return make
 
 
 class Losses(Callback):
-    """Keeps the loss of every micro-batch, by its number in the run."""
+    """Stores the loss of every micro-batch under the index of its first row."""
 
     def __init__(self) -> None:
         self.values: dict[int, float] = {}
@@ -171,7 +169,7 @@ class Losses(Callback):
 
 @pytest.fixture
 def fit() -> Callable[..., dict[int, float]]:
-    """`fit(cli, ckpt_path)`: train, and the loss of every micro-batch by its first row in the run."""
+    """`fit(cli, ckpt_path)`: train; returns first row → loss of every micro-batch."""
 
     def run(cli: JEPACLI, ckpt_path: Path | None = None, *callbacks: Callback) -> dict[int, float]:
         losses = Losses()

@@ -1,4 +1,4 @@
-"""Files of known sound, by themselves and in tars, for the tests of what a corpus is made of."""
+"""Audio files with known samples, single or in tars, for the tests of corpora."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarf
 
 @functools.cache
 def noise(number: int) -> np.ndarray:
-    """16-bit samples of the sound of this number; each has a length of its own."""
+    """16-bit noise, seeded by `number`, which also determines the length."""
     return np.random.default_rng(number).integers(-9000, 9000, 300 + 20 * number, dtype=np.int16)
 
 
 @functools.cache
 def audio(number: int, kind: str = "WAV") -> bytes:
-    """The sound as a file."""
+    """The content of an audio file with `noise(number)`."""
     buffer = io.BytesIO()
     sf.write(buffer, noise(number), RATE, subtype="PCM_16", format=kind)
     return buffer.getvalue()
 
 
 def write(path: Path, content: bytes | None = None) -> Path:
-    """A file, of sound 0 unless told otherwise."""
+    """Write a file, by default the audio file number 0."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(audio(0) if content is None else content)
     return path
 
 
 def tar(path: Path, files: dict[str, bytes], kind: str = "ustar") -> Path:
-    """A tar of these files."""
+    """Write a tar with these files."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=FORMATS[kind]) as archive:
         for name, content in files.items():
@@ -51,7 +51,7 @@ def tar(path: Path, files: dict[str, bytes], kind: str = "ustar") -> Path:
 
 
 def pairs(count: int, prefix: str = "") -> dict[str, bytes]:
-    """Files of a tar in WebDataset's layout: the sounds 0, 1, ..., each with a group of its own."""
+    """The files of a WebDataset tar: audio files 0, 1, ..., each one in a separate group."""
     files = {}
     for number in range(count):
         files[f"{prefix}{number}.wav"] = audio(number)
@@ -61,18 +61,20 @@ def pairs(count: int, prefix: str = "") -> dict[str, bytes]:
     return files
 
 
-def made_up(names: list[str], **columns: list[object]) -> Corpus:
-    """A corpus of files that do not exist: usable ones of a second each, unless told otherwise."""
-    facts: dict[str, object] = {
+def make_corpus(names: list[str], **columns: list[object]) -> Corpus:
+    """A corpus of files that do not exist; by default they are readable and 1 s long."""
+    defaults: dict[str, object] = {
         "num_bytes": 16_044,
         "num_frames": 8000,
         "sample_rate": 8000,
         "num_channels": 1,
+        "status": "ok",
+        "rms": 0.1,
+        "peak": 0.5,
     }
-    facts |= {"status": "ok", "rms": 0.1, "peak": 0.5}
     rows = [
         {
-            field.name: facts.get(field.name, "" if field.type == pa.string() else 0)
+            field.name: defaults.get(field.name, "" if field.type == pa.string() else 0)
             for field in SCHEMA
         }
         for _ in names

@@ -1,4 +1,4 @@
-"""A run survives its own death and a rotten corpus; `benchmarks/faults.py` does the same at full size."""
+"""Killed runs and damaged corpora; `benchmarks/faults.py` does the same at full size."""
 
 import logging
 import os
@@ -15,26 +15,26 @@ from jepa_audio.data.corpus.table import load_corpus
 from tests.damaged import RATE, REASONS, write_damaged_corpus
 
 
-def test_a_run_killed_at_random_moments_and_resumed_is_the_run_that_was_left_alone(tmp_path: Path):
+def test_run_killed_at_random_times_and_resumed_equals_uninterrupted_run(tmp_path: Path):
     corpus = faults.write_corpus(tmp_path / "corpus", 30)
     assert faults.kills(tmp_path, corpus, number=2, seed=1)
 
 
-def test_a_rotten_corpus_costs_a_list_of_names(
+def test_damaged_files_are_each_reported_once_and_training_completes(
     tmp_path: Path, tiny_cli: Callable, fit: Callable, caplog
 ):
-    good, bad = write_damaged_corpus(tmp_path / "rotten", num_good=120, num_bad=39)
+    good, bad = write_damaged_corpus(tmp_path / "damaged", num_good=120, num_bad=39)
     settings = (
-        f"--data.root={tmp_path / 'rotten'}",
+        f"--data.root={tmp_path / 'damaged'}",
         f"--model.front_end.sample_rate={RATE}",
         "--data.crop_seconds=0.1",
     )
     with caplog.at_level(logging.WARNING):
         losses = fit(tiny_cli("wave", *settings))
     assert len(losses) == 6
-    corpus = load_corpus(tmp_path / "rotten").mark_unfit(min_seconds=0.1)
+    corpus = load_corpus(tmp_path / "damaged").mark_unfit(min_seconds=0.1)
     reasons = dict(zip(corpus.names.to_pylist(), corpus.table["reason"].to_pylist(), strict=True))
-    assert len(corpus) == len(reasons), "every file is listed once"
+    assert len(corpus) == len(reasons), "every file is output once"
     assert {name for name, reason in reasons.items() if not reason} == good
     assert {name for name, reason in reasons.items() if reason} == bad.keys()
     for name, kind in bad.items():
@@ -43,26 +43,26 @@ def test_a_rotten_corpus_costs_a_list_of_names(
     assert not any(name in message for message in caplog.messages for name in good)
 
 
-def test_a_reading_process_killed_by_the_system_ends_the_run_with_what_happened(tmp_path: Path):
+def test_killed_reading_process_ends_the_run_with_an_explanation(tmp_path: Path):
     run = faults.Run(tmp_path / "run", faults.write_corpus(tmp_path / "corpus", 10))
     process = run.start("run", "--data.num_workers=1", "--trainer.max_steps=100000", pause=0.05)
     faults.wait_for_line(tmp_path / "run" / "run.0", process)
-    os.kill(reading_process(process.pid), signal.SIGKILL)
+    os.kill(find_reading_process(process.pid), signal.SIGKILL)
     assert process.wait(60) == 1
-    said = " ".join((tmp_path / "run" / "log.txt").read_text().split())
-    assert "a reading process was killed, as the system does when memory runs out" in said
-    assert "lower `--data.num_workers`; then go on with `--ckpt_path last`" in said
-    assert "Traceback" not in said
+    log = " ".join((tmp_path / "run" / "log.txt").read_text().split())
+    assert "a reading process was killed, as the system does when memory runs out" in log
+    assert "lower `--data.num_workers`; then go on with `--ckpt_path last`" in log
+    assert "Traceback" not in log
 
 
-def reading_process(run: int) -> int:
-    """The child of the fork server of a run."""
-    listed = subprocess.run(
+def find_reading_process(run: int) -> int:
+    """The id of the only reading process of a run: the child of its fork server."""
+    output = subprocess.run(
         ["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True
     ).stdout
-    processes = [line.split(None, 2) for line in listed.splitlines()[1:]]
+    processes = [line.split(None, 2) for line in output.splitlines()[1:]]
     children = [int(pid) for pid, parent, _ in processes if int(parent) == run]
     grandchildren = [int(pid) for pid, parent, _ in processes if int(parent) in children]
     if len(grandchildren) != 1:
-        pytest.fail(f"one reading process was expected: {grandchildren}")
+        pytest.fail(f"expected one reading process, found {grandchildren}")
     return grandchildren[0]

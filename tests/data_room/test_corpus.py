@@ -24,7 +24,7 @@ from jepa_audio.data.corpus.table import (
     load_corpus,
 )
 from jepa_audio.data.loading.file_table import FileTable
-from tests.sounds import audio, made_up, noise, pairs, tar, write
+from tests.sounds import audio, make_corpus, noise, pairs, tar, write
 
 
 def split_names(corpus: Corpus, valid_share: float) -> tuple[set[str], set[str], set[str]]:
@@ -139,7 +139,7 @@ def test_the_table_of_a_read_only_corpus_is_in_the_cache_of_the_user(
 def test_unfit_files_get_a_reason_and_bad_files_keep_theirs():
     lengths, channels = [4000, 8000, 80_000, 8000, 0], [1, 1, 1, 2, 0]
     status = {"status": ["ok"] * 4 + ["bad"], "reason": [""] * 4 + ["silent"]}
-    corpus = made_up(list("abcde"), num_frames=lengths, num_channels=channels, **status)
+    corpus = make_corpus(list("abcde"), num_frames=lengths, num_channels=channels, **status)
     fit = corpus.mark_unfit(min_seconds=0.75, max_seconds=9.5, num_channels=1)
     assert fit.table["reason"].to_pylist() == [
         "too short: 0.5000 s, at least 0.75 s are required",
@@ -160,24 +160,24 @@ def test_unfit_files_get_a_reason_and_bad_files_keep_theirs():
 
 def test_the_shuffled_order_depends_only_on_the_names():
     names = [f"{number}.wav" for number in range(50)]
-    order = made_up(names).shuffled().names.to_pylist()
+    order = make_corpus(names).shuffled().names.to_pylist()
     assert sorted(order) == sorted(names) != order
-    assert made_up(names[::-1]).shuffled().names.to_pylist() == order
+    assert make_corpus(names[::-1]).shuffled().names.to_pylist() == order
     assert [
-        name for name in made_up([*names, "new"]).shuffled().names.to_pylist() if name != "new"
+        name for name in make_corpus([*names, "new"]).shuffled().names.to_pylist() if name != "new"
     ] == order
 
 
 def test_the_splits_of_a_table_are_used_and_files_without_a_split_are_left_out(
     caplog: pytest.LogCaptureFixture,
 ):
-    corpus = made_up(
+    corpus = make_corpus(
         list("abcdef"), split=["train", "valid", "test", "", "train", ""], group=["g"] * 6
     )
     with caplog.at_level(logging.WARNING):
         assert split_names(corpus, 0.5) == ({"a", "e"}, {"b"}, {"c"})
     assert "2 files without a split are left out" in caplog.text
-    no_valid = made_up(list("abcd"), split=["train", "", "test", "train"])
+    no_valid = make_corpus(list("abcd"), split=["train", "", "test", "train"])
     for seed_share in (0.01, 0.5):
         train, valid, test = split_names(no_valid, seed_share)
         assert test == {"c"}
@@ -187,12 +187,12 @@ def test_the_splits_of_a_table_are_used_and_files_without_a_split_are_left_out(
 
 
 def test_only_a_single_file_is_in_both_splits():
-    assert split_names(made_up(["a"]), 0.1) == ({"a"}, {"a"}, set())
-    assert split_names(made_up(["a"]), 0.0) == ({"a"}, set(), set())
+    assert split_names(make_corpus(["a"]), 0.1) == ({"a"}, {"a"}, set())
+    assert split_names(make_corpus(["a"]), 0.0) == ({"a"}, set(), set())
     for share in (1e-9, 0.5, 1.0):
-        train, valid, _ = split_names(made_up(["a", "b"]), share)
+        train, valid, _ = split_names(make_corpus(["a", "b"]), share)
         assert (len(train), len(valid)) == (1, 1)
-        one_group = made_up(list("abcd"), group=["g"] * 4)  # it must be divided
+        one_group = make_corpus(list("abcd"), group=["g"] * 4)  # it must be divided
         train, valid, _ = split_names(one_group, share)
         assert train
         assert valid
@@ -206,7 +206,7 @@ def test_no_group_is_in_two_splits_and_files_keep_their_split_when_others_are_ad
     names = [f"{number}.wav" for number in range(300)]
     # A file without a group is a group of its own.
     groups = ["" if number == 0 else f"g{number}" for number in group]
-    corpus = made_up(names, group=groups)
+    corpus = make_corpus(names, group=groups)
     train, valid, _ = split_names(corpus, share)
     assert train | valid == set(names)
     assert not train & valid
@@ -221,7 +221,7 @@ def test_no_group_is_in_two_splits_and_files_keep_their_split_when_others_are_ad
 
 def test_assigned_splits_have_about_their_shares_and_divide_no_group():
     groups = [f"singer {number // 3}" for number in range(3000)]
-    corpus = made_up([f"{number}.wav" for number in range(3000)], group=groups)
+    corpus = make_corpus([f"{number}.wav" for number in range(3000)], group=groups)
     divided = corpus.assign_splits({"train": 0.7, "valid": 0.1, "test": 0.2})
     split = divided.table["split"].to_pylist()
     for name, share in (("train", 0.7), ("valid", 0.1), ("test", 0.2)):
@@ -234,7 +234,7 @@ def test_assigned_splits_have_about_their_shares_and_divide_no_group():
 
 
 def test_existing_splits_are_kept_and_extended_to_their_groups():
-    corpus = made_up(
+    corpus = make_corpus(
         list("abcdef"),
         group=["x", "x", "y", "y", "z", "w"],
         split=["test", "", "", "valid", "test", ""],
@@ -253,7 +253,7 @@ def test_existing_splits_are_kept_and_extended_to_their_groups():
 
 
 def test_a_group_in_two_splits_is_refused_and_can_be_assigned_again():
-    corpus = made_up(list("abcd"), group=["z"] * 4, split=["test", "", "", "valid"])
+    corpus = make_corpus(list("abcd"), group=["z"] * 4, split=["test", "", "", "valid"])
     with pytest.raises(CorpusError, match=r"group 'z' has files in test and in valid; .*--anew"):
         corpus.assign_splits({"train": 1.0})
     reassigned = corpus.clear_splits().assign_splits({"train": 1.0})
@@ -261,13 +261,13 @@ def test_a_group_in_two_splits_is_refused_and_can_be_assigned_again():
 
 
 def test_splits_are_not_assigned_if_only_some_files_have_a_group():
-    corpus = made_up(list("abc"), group=["x", "y", ""], split=["train", "valid", ""])
+    corpus = make_corpus(list("abc"), group=["x", "y", ""], split=["train", "valid", ""])
     with pytest.raises(CorpusError, match="1 of 3 files have no group"):
         corpus.assign_splits({"train": 0.5, "valid": 0.5})
 
 
 def test_a_corpus_of_one_group_is_split_with_a_warning(caplog: pytest.LogCaptureFixture):
-    train, valid, _ = made_up(list("abcdef"), group=["g"] * 6).split(0.5)
+    train, valid, _ = make_corpus(list("abcdef"), group=["g"] * 6).split(0.5)
     assert len(train) + len(valid) == 6
     assert any("all files are in one group" in message for message in caplog.messages)
 
@@ -298,7 +298,7 @@ def test_the_existing_table_of_a_read_only_folder_is_used_without_an_update(
 )
 def test_invalid_shares_are_refused(shares: dict[str, float]):
     with pytest.raises(ValueError, match="sum to 1"):
-        made_up(["a"]).assign_splits(shares)
+        make_corpus(["a"]).assign_splits(shares)
 
 
 def test_files_of_several_corpora_are_concatenated(tmp_path: Path):
@@ -328,7 +328,7 @@ def send_table(files: FileTable, connection: Connection) -> None:
 
 def test_another_process_maps_the_same_table_without_a_copy():
     names = [f"{number:05}.wav" for number in range(5000)]
-    files = FileTable([made_up(names, num_frames=list(range(5000)))])
+    files = FileTable([make_corpus(names, num_frames=list(range(5000)))])
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe()
     process = context.Process(target=send_table, args=(files, sender))

@@ -7,7 +7,7 @@ import pytest
 import soundfile as sf
 
 from jepa_audio.data.audio.read import AUDIO_SUFFIXES, AudioReadError, inspect, read
-from tests.damaged import claiming_hours, encoded
+from tests.damaged import declare_hours, encode
 
 RATE = 16_000
 FORMATS = {
@@ -118,11 +118,11 @@ BAD = {
     "cut.wav": (lambda path: cut(written(path, tones(), "PCM_16"), 0.5), "truncated|file has 79"),
     "cut.aiff": (lambda path: cut(written(path, tones(), "PCM_16"), 0.5), "truncated|file has 79"),
     "hours.flac": (
-        lambda path: path.write_bytes(claiming_hours(encoded(tones()[0]), 200)),
+        lambda path: path.write_bytes(declare_hours(encode(tones()[0]), 200)),
         "200 hours, at most 24 are allowed",
     ),
     "bomb.flac": (
-        lambda path: path.write_bytes(claiming_hours(encoded(tones()[0, :99]), 20)),
+        lambda path: path.write_bytes(declare_hours(encode(tones()[0, :99]), 20)),
         "frames in .* bytes",
     ),
     "cut.ogg": (lambda path: cut(written(path, tones(), "VORBIS"), 0.5), "no sample|has 0|decode"),

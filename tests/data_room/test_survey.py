@@ -12,7 +12,7 @@ from jepa_audio.data.corpus.index import index_corpus
 from jepa_audio.data.corpus.shards import Packing, write_shards
 from jepa_audio.data.corpus.survey import summarize_corpus, verify_corpus
 from jepa_audio.data.corpus.table import Corpus, load_corpus
-from tests.sounds import audio, made_up, noise, pairs, tar, write
+from tests.sounds import audio, make_corpus, noise, pairs, tar, write
 
 Main = Callable[..., None]
 
@@ -31,7 +31,7 @@ def summary(corpus: Corpus) -> str:
 
 def test_the_summary_counts_files_and_lists_the_worst():
     names = [f"{number}.wav" for number in range(10)]
-    corpus = made_up(
+    corpus = make_corpus(
         names,
         num_frames=[8000 * 1800] * 7 + [80, 8000, 0],
         sample_rate=[8000] * 8 + [16_000, 0],
@@ -65,7 +65,7 @@ def test_the_summary_counts_files_and_lists_the_worst():
 
 @pytest.mark.parametrize("name", ["song [live].wav", "b [/x].wav"])
 def test_the_summary_does_not_interpret_brackets_in_file_names(name: str):
-    assert name in summary(made_up([name, "a.wav"]))
+    assert name in summary(make_corpus([name, "a.wav"]))
 
 
 def packed(tmp_path: Path) -> Corpus:

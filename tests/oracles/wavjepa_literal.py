@@ -1,9 +1,8 @@
-"""WavJEPA's training step to the letter: all positions computed, keys masked; the slow twin of the fast path.
+"""A literal implementation of WavJEPA's training step: the slow reference of the fast path.
 
-Written from the paper (arXiv:2509.23238) with torch's own transformer. The context encoder runs
-over every token of the clip and forbids the hidden ones as keys; the predictor runs over every
-position once for each target group and allows the context and that group as keys; the loss then
-picks the targets.
+Written from the paper (arXiv:2509.23238) with torch's transformer. The context encoder processes
+every token of the clip and masks the keys of hidden tokens. The predictor processes every position
+once per target group; its keys are the context and that group. The loss then selects the targets.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from jepa_audio.training.jepa import JEPA
 
 
 def torch_transformer(encoder: Transformer) -> nn.TransformerEncoder:
-    """The same network with the same weights (copied) as `torch.nn.TransformerEncoder`."""
+    """The same network as a `torch.nn.TransformerEncoder`, with a copy of the weights."""
     block = encoder.blocks[0]
     assert not block.pre_norm and isinstance(block.mlp.fc1, nn.Linear)
     layer = nn.TransformerEncoderLayer(
@@ -32,7 +31,7 @@ def torch_transformer(encoder: Transformer) -> nn.TransformerEncoder:
     final = nn.LayerNorm(encoder.embed_dim, eps=encoder.norm.eps)
     stack = nn.TransformerEncoder(layer, encoder.depth, norm=final, enable_nested_tensor=False)
     state = {}
-    for ours, theirs in {
+    for name, torch_name in {
         "attn.qkv.": "self_attn.in_proj_",
         "attn.proj.": "self_attn.out_proj.",
         "mlp.fc1.": "linear1.",
@@ -40,18 +39,18 @@ def torch_transformer(encoder: Transformer) -> nn.TransformerEncoder:
         "norm1.": "norm1.",
         "norm2.": "norm2.",
     }.items():
-        for i, own in enumerate(encoder.blocks):
+        for i, source in enumerate(encoder.blocks):
             for kind in ("weight", "bias"):
-                state[f"layers.{i}.{theirs}{kind}"] = own.state_dict()[ours + kind]
+                state[f"layers.{i}.{torch_name}{kind}"] = source.state_dict()[name + kind]
     stack.load_state_dict(state | {f"norm.{k}": v for k, v in encoder.norm.state_dict().items()})
     return stack
 
 
 class LiteralWavJEPA(nn.Module):
-    """The loss of a WavJEPA, the slow way.
+    """The loss of a WavJEPA in the literal implementation.
 
     Args:
-        jepa: the model whose weights are taken (the front end itself is shared).
+        jepa: the model; its front end is shared, all other weights are copied.
     """
 
     def __init__(self, jepa: JEPA) -> None:
@@ -63,7 +62,7 @@ class LiteralWavJEPA(nn.Module):
         assert jepa.targets.top_k is not None
 
     def forward(self, waveform: Tensor, context: Tensor, targets: Tensor) -> Tensor:
-        """Mean squared error over all targets; `context` `[B, N]` and `targets` `[B, M, N]` are boolean planes."""
+        """Mean squared error over the targets; `context` `[B, N]` and `targets` `[B, M, N]`."""
         jepa, predictor = self.jepa, self.jepa.predictor
         grid = jepa.front_end.grid(waveform.shape[-1])
         batch, groups, _ = targets.shape
@@ -71,25 +70,23 @@ class LiteralWavJEPA(nn.Module):
             grid, jepa.encoder.embed_dim, waveform.device
         )
 
-        seen = predictor.proj_in(
-            self.encoder(features, src_key_padding_mask=~context)
-        )  # [B, N, D']
-        plane = torch.where(context[..., None], seen, predictor.mask_token)
-        plane = plane + predictor.trunk.positions.additive(
+        latents = self.encoder(features, src_key_padding_mask=~context)
+        # [B, N, D']
+        tokens = torch.where(context[..., None], predictor.proj_in(latents), predictor.mask_token)
+        tokens = tokens + predictor.trunk.positions.additive(
             grid, predictor.trunk.embed_dim, waveform.device
         )
-        plane = plane[:, None].expand(-1, groups, -1, -1).flatten(0, 1)  # [B * M, N, D']
-        allowed = (context[:, None] | targets).flatten(0, 1)
-        prediction = predictor.proj_out(self.trunk(plane, src_key_padding_mask=~allowed)).unflatten(
-            0, (batch, groups)
-        )
+        tokens = tokens[:, None].expand(-1, groups, -1, -1).flatten(0, 1)  # [B * M, N, D']
+        keys = (context[:, None] | targets).flatten(0, 1)
+        latents = self.trunk(tokens, src_key_padding_mask=~keys)
+        prediction = predictor.proj_out(latents).unflatten(0, (batch, groups))
 
         target = self.target(features.detach())[:, None].expand_as(prediction)
         return F.mse_loss(prediction[targets], target[targets])
 
     @torch.no_grad()
     def target(self, features: Tensor) -> Tensor:
-        """Mean of the last blocks' outputs, each normalised over the clip as the model says."""
+        """Mean of the outputs of the last blocks, each normalised over the clip."""
         axes = (1,) if self.jepa.targets.normalization == "instance" else (1, 2)
         layers, x = [], features
         for layer in self.target_encoder.layers:
