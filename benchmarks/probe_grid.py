@@ -58,9 +58,10 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from jepa_audio.probing.features import Features
-from jepa_audio.probing.heads import Source
-from jepa_audio.probing.heads.sweep import MLPHead, Training, make_heads
-from jepa_audio.probing.presets import Fit, MarbleV1
+from jepa_audio.probing.heads import FitContext, HeadInput
+from jepa_audio.probing.heads.stacked import StackedHeads
+from jepa_audio.probing.heads.sweep import MLPHead
+from jepa_audio.probing.presets import MarbleV1
 from jepa_audio.probing.tasks.base import ProbeData, Protocol, Task
 from jepa_audio.probing.tasks.gtzan import GTZAN_GENRE
 from jepa_audio.probing.tasks.labels import Multiclass, Rows
@@ -131,7 +132,7 @@ def strength(margin: float, num_numbers: float) -> float:
     return math.sqrt(margin**2 + math.sqrt(margin**4 + 2 * margin**2 * num_numbers))
 
 
-def drawn_fit(size: Size, num_layers: int, width: int) -> Fit:
+def drawn_fit(size: Size, num_layers: int, width: int) -> FitContext:
     """A task of some size, and features: unit noise around class centres that stand out most behind the middle."""
     rng = np.random.default_rng(SEED)
     splits, features = {}, {}
@@ -153,10 +154,10 @@ def drawn_fit(size: Size, num_layers: int, width: int) -> Fit:
     task = Task("drawn", "drawn", Multiclass(), GTZAN_GENRE.metrics, {"marble-v1": size.protocol})
     data = ProbeData(task, task.labels.fitted(splits["train"]), splits, "")
     names = ("input", *(f"block {i}" for i in range(1, num_layers)))
-    return Fit(features, data, names, (SEED,), "cpu", "grid")
+    return FitContext(features, data, names, (SEED,), "cpu", "grid")
 
 
-def fit_at_once(fit: Fit) -> tuple[list[MLPHead], float]:
+def fit_at_once(fit: FitContext) -> tuple[list[MLPHead], float]:
     """The grid, and what its best head scores on the test split."""
     heads = [head for head in MarbleV1().fit(fit)["mlp"] if isinstance(head, MLPHead)]
     test = fit.features["test"]
@@ -171,22 +172,21 @@ class SeparateHead(nn.Module):
     def __init__(self, twin: MLPHead, tables: Tables) -> None:
         super().__init__()
         rows, labels = tables["train"].tensors
-        training, width, num_classes = twin.training, rows.shape[-1], int(labels.max()) + 1
-        drawn = make_heads(
-            [twin.source], [width] * len(twin.source.layers), num_classes, 1, training, twin.seed
-        )
+        settings, width, num_classes = twin.settings, rows.shape[-1], int(labels.max()) + 1
+        widths = [width] * len(twin.input.layers)
+        drawn = StackedHeads([twin.input], widths, num_classes, 1, settings, twin.seed)
         first = {
             name: nn.Parameter(value.detach()[0].clone())
             for name, value in drawn.named_parameters()
         }
         self.inner, self.outer = (
-            nn.Linear(width, training.hidden),
-            nn.Linear(training.hidden, num_classes),
+            nn.Linear(width, settings.hidden),
+            nn.Linear(settings.hidden, num_classes),
         )
         self.inner.weight, self.inner.bias = first["inner.weight"], first["inner.bias"]
         self.outer.weight, self.outer.bias = first["outer.weight"], first["outer.bias"]
         self.mixing = first.get("mixing")
-        self.generator, self.dropout = drawn.generator, training.dropout
+        self.generator, self.dropout = drawn.generator, settings.dropout
 
     def forward(self, rows: Float[Tensor, "n D"] | Float[Tensor, "n L D"]) -> Float[Tensor, "n C"]:
         """Logits."""
@@ -198,11 +198,11 @@ class SeparateHead(nn.Module):
         return self.outer(units)
 
 
-def tables_of(fit: Fit, source: Source) -> Tables:
+def tables_of(fit: FitContext, source: HeadInput) -> Tables:
     """Rows and labels of every split as tensors; several layers are stacked."""
     tables = {}
     for split, features in fit.features.items():
-        layers = [features.of(layer) for layer in source.layers]
+        layers = [features.read(layer) for layer in source.layers]
         rows = layers[0] if source.kind == "layer" else torch.stack(layers, dim=1)
         tables[split] = TensorDataset(
             rows, fit.data.labels.row_targets(fit.data.splits[split], features.rows)
@@ -210,9 +210,9 @@ def tables_of(fit: Fit, source: Source) -> Tables:
     return tables
 
 
-def plateau(optimizer: Adam, training: Training) -> ReduceLROnPlateau:
+def plateau(optimizer: Adam, protocol: Protocol) -> ReduceLROnPlateau:
     return ReduceLROnPlateau(
-        optimizer, mode="max", factor=training.plateau_factor, patience=training.plateau_patience
+        optimizer, mode="max", factor=protocol.plateau_factor, patience=protocol.plateau_patience
     )
 
 
@@ -227,7 +227,7 @@ def accuracy(net: SeparateHead, table: TensorDataset) -> float:
 
 def fit_in_a_loop(twin: MLPHead, tables: Tables) -> tuple[MLPHead, SeparateHead]:
     """One head in a plain loop, and its network in the best state."""
-    training, (rows, labels) = twin.training, tables["train"].tensors
+    training, (rows, labels) = twin.settings.protocol, tables["train"].tensors
     net = SeparateHead(twin, tables)
     optimizer = Adam(net.parameters(), lr=twin.setting, fused=True)
     schedule, order = plateau(optimizer, training), torch.Generator().manual_seed(twin.seed)
@@ -251,12 +251,12 @@ def fit_in_a_loop(twin: MLPHead, tables: Tables) -> tuple[MLPHead, SeparateHead]
 
 
 def fit_in_loops(
-    twins: Sequence[MLPHead], tables: Mapping[Source, Tables]
+    twins: Sequence[MLPHead], tables: Mapping[HeadInput, Tables]
 ) -> tuple[list[MLPHead], float]:
     """Every head in a plain loop, and what the best scores on the test split."""
-    fitted = [fit_in_a_loop(twin, tables[twin.source]) for twin in twins]
+    fitted = [fit_in_a_loop(twin, tables[twin.input]) for twin in twins]
     best, net = max(fitted, key=lambda pair: pair[0].valid)
-    return [head for head, _ in fitted], accuracy(net, tables[best.source]["test"])
+    return [head for head, _ in fitted], accuracy(net, tables[best.input]["test"])
 
 
 class Shuffled(Sampler[int]):
@@ -304,13 +304,20 @@ class LightningHead(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         """See `LightningModule`."""
         optimizer = Adam(self.parameters(), lr=self.twin.setting)
-        schedule = {"scheduler": plateau(optimizer, self.twin.training), "monitor": "valid_acc"}
+        schedule = {
+            "scheduler": plateau(optimizer, self.twin.settings.protocol),
+            "monitor": "valid_acc",
+        }
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
 
 def fit_in_lightning(twin: MLPHead, tables: Tables, folder: Path) -> tuple[MLPHead, float]:
     """One head, and what its best checkpoint scores on the test split."""
-    module, training, of_train = LightningHead(twin, tables), twin.training, tables["train"]
+    module, training, of_train = (
+        LightningHead(twin, tables),
+        twin.settings.protocol,
+        tables["train"],
+    )
     train = DataLoader(of_train, training.batch_size, sampler=Shuffled(len(of_train), twin.seed))
     valid, test = (DataLoader(tables[split], training.batch_size) for split in ("val", "test"))
     checkpoint = ModelCheckpoint(monitor="valid_acc", mode="max", save_top_k=1)
@@ -333,19 +340,19 @@ def fit_in_lightning(twin: MLPHead, tables: Tables, folder: Path) -> tuple[MLPHe
 
 
 def fit_in_trainers(
-    twins: Sequence[MLPHead], tables: Mapping[Source, Tables]
+    twins: Sequence[MLPHead], tables: Mapping[HeadInput, Tables]
 ) -> tuple[list[MLPHead], float]:
     """Every head in a trainer of its own, and what the best scores on the test split."""
     fitted = []
     for twin in twins:
         with tempfile.TemporaryDirectory(prefix="jepa_audio_probe_") as folder:
-            fitted.append(fit_in_lightning(twin, tables[twin.source], Path(folder)))
+            fitted.append(fit_in_lightning(twin, tables[twin.input], Path(folder)))
     _, test = max(fitted, key=lambda pair: pair[0].valid)
     return [head for head, _ in fitted], test
 
 
 def fit_in_processes(
-    twins: Sequence[MLPHead], tables: Mapping[Source, Tables], threads: int
+    twins: Sequence[MLPHead], tables: Mapping[HeadInput, Tables], threads: int
 ) -> tuple[list[MLPHead], float]:
     """Every head in a process of its own, one after the other, and what the best scores on the test split."""
     fitted = []
@@ -355,7 +362,7 @@ def fit_in_processes(
             torch.save(tables[source], file)
         for twin in twins:
             asked, answer = Path(folder) / "asked.pt", Path(folder) / "answer.pt"
-            torch.save((replace(twin, state={}), files[twin.source], answer), asked)
+            torch.save((replace(twin, state={}), files[twin.input], answer), asked)
             command = [
                 sys.executable,
                 "-m",
@@ -392,10 +399,10 @@ def timed(name: str, fit: Callable[[], tuple[list[MLPHead], float]]) -> Turn:
     return Turn(name, heads, test, num_epochs, seconds, cpu)
 
 
-def take_turns(fit: Fit, num_heads: int | None, threads: int) -> list[Turn]:
+def take_turns(fit: FitContext, num_heads: int | None, threads: int) -> list[Turn]:
     """Grid, plain loops, Lightning fits and processes (of some random heads, if so asked), the grid thrice."""
     first = timed("grid", lambda: fit_at_once(fit))
-    twins, sources = first.heads, {head.source for head in first.heads}
+    twins, sources = first.heads, {head.input for head in first.heads}
     tables = {source: tables_of(fit, source) for source in sources}
     plain = timed("plain loop", lambda: fit_in_loops(twins, tables))
     between = timed("grid, between", lambda: fit_at_once(fit))
@@ -424,15 +431,15 @@ def likeness(
     heads: Sequence[MLPHead], grid: Sequence[MLPHead], num_files: int
 ) -> tuple[bool, int, int, int]:
     """Of heads to their twins: same choice, equal curves, most files that a head's best score or any score is off."""
-    points = {(head.source, head.setting): head for head in grid}
-    twins = [points[head.source, head.setting] for head in heads]
+    points = {(head.input, head.setting): head for head in grid}
+    twins = [points[head.input, head.setting] for head in heads]
     best, best_twin = best_of(heads), best_of(twins)
     curves, others = (
         [np.rint(np.array(head.curve) * num_files) for head in some] for some in (heads, twins)
     )
     pairs = list(zip(curves, others, strict=True))
     return (
-        (best.source, best.setting) == (best_twin.source, best_twin.setting),
+        (best.input, best.setting) == (best_twin.input, best_twin.setting),
         sum(np.array_equal(one, other) for one, other in pairs),
         max(int(abs(one.max() - other.max())) for one, other in pairs),
         max(int(abs(one[: len(other)] - other[: len(one)]).max()) for one, other in pairs),
@@ -453,7 +460,7 @@ def report(turns: Sequence[Turn], num_files: int, tolerated: int) -> bool:
         all_equal &= same_choice and files_off <= tolerated
         print(
             f"| {turn.name} | {turn.seconds:.1f} | {turn.seconds / middle:.1f} | "
-            f"{turn.cpu_seconds:.1f} | {1000 * turn.seconds / turn.num_epochs:.2f} | {best.source.name}, "
+            f"{turn.cpu_seconds:.1f} | {1000 * turn.seconds / turn.num_epochs:.2f} | {best.input.name}, "
             f"{best.setting:g} | {best.valid:.4f} | {turn.test:.4f} | {num_equal} of {len(turn.heads)} | {files_off} | "
             f"{files_off_anywhere} | {'yes' if same_choice else 'NO'} | {'yes' if files_off <= tolerated else 'NO'} |"
         )
@@ -474,7 +481,7 @@ def warm_up() -> None:
     protocol = replace(GTZAN_GENRE.protocols["marble-v1"], max_epochs=1, learning_rates=(1e-3,))
     fit = drawn_fit(Size((66, 16, 16), 2, protocol), num_layers=3, width=8)
     twins, _ = fit_at_once(fit)
-    tables = {twin.source: tables_of(fit, twin.source) for twin in twins}
+    tables = {twin.input: tables_of(fit, twin.input) for twin in twins}
     fit_in_loops(twins, tables)
     fit_in_trainers(twins, tables)
 

@@ -1,4 +1,4 @@
-"""Tiny data sets and what encoders make of them, once for all tests."""
+"""Tiny data sets, and the results of probing them, shared by all tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.probing.tiny_sets import SET_OF, Probed
 
 @pytest.fixture(scope="session")
 def roots(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The tiny data set of a task, below a folder of its own; written once."""
+    """The folder of the tiny data set of a task, written once."""
     built: dict[str, Path] = {}
 
     def root_of(task: str) -> Path:
@@ -28,7 +28,7 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def probed(
     roots: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Probed]:
-    """What the oracle and the constant encoder make of a task; all tasks of a data set in one call, each once."""
+    """Results of the oracle and the constant encoder for a task; each data set is probed once."""
     from jepa_audio.probing.run import probe
     from jepa_audio.probing.tasks import TASKS
     from jepa_audio.report.leaderboard import write_leaderboard

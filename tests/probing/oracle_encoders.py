@@ -1,6 +1,7 @@
-"""Encoders for whole probes: fixed analyses that hear what the sounds of `tiny_sets` carry, and one that hears nothing.
+"""Oracle encoders for end-to-end probes: fixed analyses that find the labels of `tiny_sets`.
 
-Each gives two layers: "nothing", which is the same for every sound, and the analysis itself.
+Each gives two layers: "nothing", which is the same for every sound, and the analysis. The encoder
+`constant` gives the first one alone.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from jepa_audio.probing.encoders import FunctionEncoder
 
 RATE = 8000
 LOWEST, HIGHEST = 57, 96
-"""Notes (MIDI) that `spectrum` tells apart; two neighbours are 13 Hz from each other at the lowest."""
+"""Notes (MIDI) that `spectrum` separates; the lowest two differ by 13 Hz."""
 
 
 def spectrum() -> FunctionEncoder:
-    """The share of the power that lies at each note, on a logarithmic scale from 0 (a thousandth) to 1 (all)."""
+    """Share of the power at each note, on a logarithmic scale from 0 (0.1 %) to 1 (100 %)."""
     return _encoder("spectrum", lambda waveform: _note_shares(_frames(waveform, 4000, 4000)))
 
 
@@ -29,26 +30,26 @@ def loudness() -> FunctionEncoder:
 
 
 def onsets() -> FunctionEncoder:
-    """What is at 1 kHz and at 2.5 kHz in the 10 ms of each column, and of two columns on either side."""
+    """Level at 1 kHz and 2.5 kHz in columns of 10 ms, with two columns of context on each side."""
     return _encoder("onsets", _onsets)
 
 
 def triads() -> FunctionEncoder:
-    """The weakest of the three notes of each of 24 triads, every 50 ms."""
+    """Level of the weakest of the three notes of each of 24 triads, every 50 ms."""
     return _encoder("triads", _triads)
 
 
 def constant() -> FunctionEncoder:
-    """The same for every sound; 100 columns a second, if columns are wanted."""
+    """The same output for every sound, at 100 columns per second."""
     return FunctionEncoder(_ones, "constant", RATE, layer_names=("nothing",))
 
 
 def _encoder(name: str, analysis: Callable[[Tensor], Tensor]) -> FunctionEncoder:
-    def hear(waveform: Tensor) -> list[Tensor]:
-        heard = analysis(waveform[:, 0])
-        return [torch.ones_like(heard), heard]
+    def layers(waveform: Tensor) -> list[Tensor]:
+        output = analysis(waveform[:, 0])
+        return [torch.ones_like(output), output]
 
-    return FunctionEncoder(hear, name, RATE, layer_names=("nothing", name))
+    return FunctionEncoder(layers, name, RATE, layer_names=("nothing", name))
 
 
 def _ones(waveform: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ def _ones(waveform: Tensor) -> Tensor:
 
 
 def _frames(waveform: Tensor, length: int, hop: int) -> Tensor:
-    """Power spectra [B, T, bins] of whole frames; what is shorter than one is filled up."""
+    """Power spectra [B, T, bins] of complete frames; clips shorter than one frame are padded."""
     padded = F.pad(waveform, (0, max(0, length - waveform.shape[-1])))
     return torch.fft.rfft(padded.unfold(-1, length, hop) * torch.hann_window(length)).abs().square()
 
@@ -91,8 +92,9 @@ def _onsets(waveform: Tensor) -> Tensor:
 
 
 def _triads(waveform: Tensor) -> Tensor:
-    around = F.pad(waveform, (800, 800))  # frames of 0.25 s, each centred on its column
-    level = (_at_notes(_frames(around, 2000, 400), range(60, 84)) + 1e-2).log10()
+    # Frames of 0.25 s, centred on their columns.
+    padded = F.pad(waveform, (800, 800))
+    level = (_at_notes(_frames(padded, 2000, 400), range(60, 84)) + 1e-2).log10()
     octaves = level.unflatten(-1, (2, 12)).amax(dim=-2)  # [B, T, 12]
     triads = [
         torch.stack([octaves.roll(-up, dims=-1) for up in (0, third, 7)], dim=-1).amin(dim=-1)

@@ -1,4 +1,4 @@
-"""Features on disk: heard once, in order, never padded, whatever was stopped or shared."""
+"""The feature store: each clip is encoded once, in order and without padding; it can resume."""
 
 import hashlib
 import json
@@ -13,26 +13,28 @@ from torch import Tensor
 from jepa_audio.data.audio.read import AudioReadError
 from jepa_audio.inference.features import LayerFeatures
 from jepa_audio.probing.encoders import FunctionEncoder, LogMelStatistics, ProbeEncoder
-from jepa_audio.probing.features import Features, FeatureStore, Preparation, load_waveform
+from jepa_audio.probing.extraction import Preparation, load_waveform
+from jepa_audio.probing.features import Features, FeatureStore
 from jepa_audio.probing.robustness.conditions import Gain
 from jepa_audio.probing.tasks.records import Item, Split
 from jepa_audio.probing.tasks.windows import Windows
 
 RATE = 1000
-SECONDS = (3.0, 1.5, 3.0, 0.7, 2.2)  # the log-mel baseline needs half a second
+# The log-mel baseline needs half a second.
+SECONDS = (3.0, 1.5, 3.0, 0.7, 2.2)
 
 
 class Counting(FunctionEncoder):
-    """Mean and last sample of every tenth of a second, and how many seconds were heard."""
+    """Mean and last sample of every tenth of a second; counts the encoded seconds."""
 
-    heard = 0.0
+    encoded_seconds = 0.0
 
     def __init__(self, name: str = "counting") -> None:
-        super().__init__(self._said, name, RATE, layer_names=("mean", "last"))
-        self.heard, self.lengths = 0.0, []
+        super().__init__(self._tenths, name, RATE, layer_names=("mean", "last"))
+        self.encoded_seconds = 0.0
 
-    def _said(self, waveform: Tensor) -> list[Tensor]:
-        self.heard += waveform.shape[0] * waveform.shape[-1] / RATE
+    def _tenths(self, waveform: Tensor) -> list[Tensor]:
+        self.encoded_seconds += waveform.shape[0] * waveform.shape[-1] / RATE
         tenths = waveform[:, 0].unfold(-1, RATE // 10, RATE // 10)
         return [tenths.mean(-1, keepdim=True).expand(-1, -1, 3), tenths[..., -1:]]
 
@@ -68,22 +70,11 @@ def tables(folder: Path) -> dict[str, str]:
     }
 
 
-def test_rows_stand_for_windows_in_order_and_nothing_is_padded(tmp_path: Path):
+def test_rows_are_windows_in_order_without_padding(tmp_path: Path):
     split = split_of(tmp_path / "audio")
     features = features_of(split, tmp_path / "features", Preparation(Windows(1.0, min_ratio=0.5)))
-    assert features.rows.item.tolist() == [
-        0,
-        0,
-        0,
-        1,
-        1,
-        2,
-        2,
-        2,
-        3,
-        4,
-        4,
-    ]  # the last 0.2 s of 2.2 are dropped
+    # The last 0.2 s of 2.2 s are dropped.
+    assert features.rows.item.tolist() == [0] * 3 + [1] * 2 + [2] * 3 + [3] + [4] * 2
     assert features.rows.window.tolist() == list(range(11))
     np.testing.assert_allclose(
         features.rows.seconds, [0.5, 1.5, 2.5, 0.5, 1.25, 0.5, 1.5, 2.5, 0.35, 0.5, 1.5]
@@ -91,75 +82,76 @@ def test_rows_stand_for_windows_in_order_and_nothing_is_padded(tmp_path: Path):
     for row, (item, seconds) in enumerate(
         zip(features.rows.item, features.rows.seconds, strict=True)
     ):
-        whole = load_waveform(split.items[item], RATE, 1)[0]
+        waveform = load_waveform(split.items[item], RATE, 1)[0]
         half = 0.25 if row == 4 else 0.35 if row == 8 else 0.5
-        heard = whole[round((seconds - half) * RATE) : round((seconds + half) * RATE)]
-        assert features.of(0, np.array([row]))[0, 0] == pytest.approx(float(heard.mean()), abs=1e-6)
-        assert features.of(1, np.array([row])).shape == (1, 1)
+        window = waveform[round((seconds - half) * RATE) : round((seconds + half) * RATE)]
+        first = features.read(0, np.array([row]))[0, 0]
+        assert first == pytest.approx(float(window.mean()), abs=1e-6)
+        assert features.read(1, np.array([row])).shape == (1, 1)
 
 
 @pytest.mark.parametrize("batch_seconds", [0.1, 2.0, 100.0])
-def test_the_size_of_batches_changes_nothing(batch_seconds: float, tmp_path: Path):
+def test_batch_size_does_not_change_features(batch_seconds: float, tmp_path: Path):
     split, preparation = split_of(tmp_path / "audio"), Preparation(Windows())
     one = features_of(split, tmp_path / "one", preparation)
     other = features_of(split, tmp_path / "other", preparation, batch_seconds=batch_seconds)
     for layer in range(2):
-        torch.testing.assert_close(one.of(layer), other.of(layer), rtol=0, atol=1e-6)
+        torch.testing.assert_close(one.read(layer), other.read(layer), rtol=0, atol=1e-6)
 
 
-def test_what_was_heard_once_is_not_heard_again(tmp_path: Path):
+def test_each_clip_is_encoded_once(tmp_path: Path):
     split, folder, encoder = split_of(tmp_path / "audio"), tmp_path / "features", Counting()
     preparation = Preparation(Windows())
     first = features_of(split, folder, preparation, encoder)
-    heard, stored = encoder.heard, tables(folder)
+    seconds, stored = encoder.encoded_seconds, tables(folder)
     again = features_of(Split(split.items[1:][::-1]), folder, preparation, encoder)
-    assert encoder.heard == heard
+    assert encoder.encoded_seconds == seconds
     assert tables(folder) == stored
-    assert torch.equal(again.of(0), first.of(0).flip(0)[:-1])
+    assert torch.equal(again.read(0), first.read(0).flip(0)[:-1])
     more = Split((*split.items, *split_of(tmp_path / "more", (1.0,), seed=1).items[:1]))
     features_of(more, folder, preparation, encoder)
-    assert encoder.heard == pytest.approx(heard + 1.0)
+    assert encoder.encoded_seconds == pytest.approx(seconds + 1.0)
 
 
-def test_a_changed_file_another_function_or_preparation_is_heard_anew(tmp_path: Path):
+def test_another_file_content_function_or_preparation_is_encoded_again(tmp_path: Path):
     split, folder, encoder = split_of(tmp_path / "audio"), tmp_path / "features", Counting()
-    before = features_of(split, folder, Preparation(Windows()), encoder).of(0)
+    before = features_of(split, folder, Preparation(Windows()), encoder).read(0)
     sf.write(split.items[2].path, np.full(2 * RATE, 0.25), RATE, subtype="FLOAT")
-    after = features_of(split, folder, Preparation(Windows()), encoder).of(0)
+    after = features_of(split, folder, Preparation(Windows()), encoder).read(0)
     assert float(after[2, 0]) == pytest.approx(0.25)
     assert torch.equal(after[[0, 1, 3, 4]], before[[0, 1, 3, 4]])
-    louder = features_of(split, folder, Preparation(Windows(), condition=Gain(20.0)), encoder).of(0)
+    louder = features_of(split, folder, Preparation(Windows(), condition=Gain(20.0)), encoder).read(
+        0
+    )
     torch.testing.assert_close(louder, 10 * after)
 
     class Opposite(Counting):
-        def _said(self, waveform: Tensor) -> list[Tensor]:
-            return super()._said(-waveform)
+        def _tenths(self, waveform: Tensor) -> list[Tensor]:
+            return super()._tenths(-waveform)
 
     torch.testing.assert_close(
-        features_of(split, folder, Preparation(Windows()), Opposite()).of(0), -after
+        features_of(split, folder, Preparation(Windows()), Opposite()).read(0), -after
     )
 
 
-def test_a_killed_extraction_goes_on_where_it_was(tmp_path: Path):
+def test_a_killed_extraction_resumes(tmp_path: Path):
     split, folder = split_of(tmp_path / "audio"), tmp_path / "features"
-    whole = features_of(split, tmp_path / "whole", Preparation(Windows(1.0, min_ratio=0.5)))
+    complete = features_of(split, tmp_path / "complete", Preparation(Windows(1.0, min_ratio=0.5)))
     features_of(Split(split.items[:3]), folder, Preparation(Windows(1.0, min_ratio=0.5)))
     (store,) = folder.iterdir()
-    for name in (
-        "layer-00",
-        "seconds",
-    ):  # killed between two tables, and within a line of the index
+    # Killed between two tables, and in a line of the index.
+    for name in ("layer-00", "seconds"):
         with (store / name).open("ab") as file:
             file.write(b"half a row")
     with (store / "index.jsonl").open("a") as file:
         file.write('["abc", 8, ')
     resumed = features_of(split, folder, Preparation(Windows(1.0, min_ratio=0.5)))
-    assert all(torch.equal(resumed.of(layer), whole.of(layer)) for layer in range(2))
-    assert np.array_equal(resumed.rows.seconds, whole.rows.seconds)
+    assert all(torch.equal(resumed.read(layer), complete.read(layer)) for layer in range(2))
+    assert np.array_equal(resumed.rows.seconds, complete.rows.seconds)
     assert len((store / "index.jsonl").read_text().splitlines()) == 5
 
 
-def test_a_bad_file_is_named_and_what_was_heard_before_is_kept(tmp_path: Path):
+def test_a_bad_file_is_named_and_the_rows_before_it_are_kept(tmp_path: Path):
     split, folder = split_of(tmp_path / "audio", (0.5,) * 40), tmp_path / "features"
     split.items[37].path.write_bytes(b"no audio")
     with pytest.raises(AudioReadError, match=r"37\.wav"):
@@ -168,7 +160,7 @@ def test_a_bad_file_is_named_and_what_was_heard_before_is_kept(tmp_path: Path):
     assert len((store / "index.jsonl").read_text().splitlines()) == 32
 
 
-def test_columns_of_time_are_interpolated_to_the_grid(tmp_path: Path):
+def test_frames_are_interpolated_to_the_grid(tmp_path: Path):
     split = split_of(tmp_path / "audio", (2.0, 1.0))
     line = torch.arange(20.0)
 
@@ -181,33 +173,34 @@ def test_columns_of_time_are_interpolated_to_the_grid(tmp_path: Path):
 
     encoder = Rising(lambda waveform: waveform.mT, "rising", RATE)
     on_grid = features_of(
-        split, tmp_path / "grid", Preparation(Windows(1.0), in_time=True, grid_hz=25.0), encoder
+        split, tmp_path / "grid", Preparation(Windows(1.0), per_frame=True, grid_hz=25.0), encoder
     )
     assert on_grid.rows.item.tolist() == [0] * 50 + [1] * 25
     assert on_grid.rows.window.tolist() == [0] * 25 + [1] * 25 + [2] * 25
     np.testing.assert_allclose(on_grid.rows.seconds[:50], (np.arange(50) + 0.5) / 25, rtol=1e-6)
-    expected = np.clip(
-        (np.arange(25) + 0.5) / 25 * 10 - 0.5, 0, 9
-    )  # between columns a straight line
-    np.testing.assert_allclose(on_grid.of(0)[:25, 0].numpy(), expected, atol=4e-3)
-    own = features_of(split, tmp_path / "own", Preparation(Windows(1.0), in_time=True), encoder)
-    assert len(own) == 30
-    np.testing.assert_allclose(own.rows.seconds[:10], np.arange(10) / 10 + 0.05, rtol=1e-6)
+    # Linear between two columns.
+    expected = np.clip((np.arange(25) + 0.5) / 25 * 10 - 0.5, 0, 9)
+    np.testing.assert_allclose(on_grid.read(0)[:25, 0].numpy(), expected, atol=4e-3)
+    columns = features_of(
+        split, tmp_path / "columns", Preparation(Windows(1.0), per_frame=True), encoder
+    )
+    assert len(columns) == 30
+    np.testing.assert_allclose(columns.rows.seconds[:10], np.arange(10) / 10 + 0.05, rtol=1e-6)
 
 
-def test_features_that_do_not_fit_the_disk_are_refused_with_the_way_out(
+def test_features_that_exceed_the_disk_space_raise_an_error_with_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("jepa_audio.probing.features._SPARE_BYTES", 2**62)
     with pytest.raises(
         ValueError,
-        match=r"features of 2 layers would take .* GB are free: keep fewer with `--layers`",
+        match=r"features of 2 layers take .* GB are free: keep fewer with `--layers`",
     ):
         features_of(split_of(tmp_path / "audio"), tmp_path / "features", Preparation(Windows()))
     assert not list((tmp_path / "features").rglob("layer-*"))
 
 
-def test_features_that_are_no_numbers_are_refused(tmp_path: Path):
+def test_features_that_are_not_finite_raise_an_error(tmp_path: Path):
     encoder = FunctionEncoder(lambda waveform: waveform.mean(-1) / 0, "broken", RATE)
     with pytest.raises(ValueError, match="record 3: broken gives features that are not finite"):
         features_of(
@@ -215,31 +208,31 @@ def test_features_that_are_no_numbers_are_refused(tmp_path: Path):
         )
 
 
-def test_an_encoder_gives_the_layers_it_names(tmp_path: Path):
-    class Careless(Counting):
+def test_the_number_of_layers_must_match_their_names(tmp_path: Path):
+    class Doubled(Counting):
         def encode(self, waveform: Tensor, lengths: Tensor | None = None) -> LayerFeatures:
             features = super().encode(waveform, lengths)
             return LayerFeatures(features.layers * 2, features.times, features.valid)
 
     with pytest.raises(
-        ValueError, match=r"record 3: counting gives 4 layers and names \['mean', 'last'\]"
+        ValueError, match=r"record 3: counting gives 4 layers, but names \['mean', 'last'\]"
     ):
         features_of(
-            split_of(tmp_path / "audio"), tmp_path / "features", Preparation(Windows()), Careless()
+            split_of(tmp_path / "audio"), tmp_path / "features", Preparation(Windows()), Doubled()
         )
 
 
 def test_large_tables_stay_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     split = split_of(tmp_path / "audio")
     in_memory = features_of(split, tmp_path / "features", Preparation(Windows()))
-    monkeypatch.setattr("jepa_audio.probing.features._IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr("jepa_audio.probing.features._MAX_BYTES_IN_MEMORY", 0)
     on_disk = features_of(split, tmp_path / "features", Preparation(Windows()))
     assert isinstance(on_disk.layers[0], np.memmap)
     assert not isinstance(in_memory.layers[0], np.memmap)
-    assert torch.equal(on_disk.of(0), in_memory.of(0))
+    assert torch.equal(on_disk.read(0), in_memory.read(0))
 
 
-def test_a_stretch_is_cut_out_and_fills_the_channels_of_the_encoder(tmp_path: Path):
+def test_an_item_is_cut_out_and_fills_the_channels_of_the_encoder(tmp_path: Path):
     stereo = np.random.default_rng(0).uniform(-0.5, 0.5, (2 * RATE, 2)).astype(np.float32)
     path = tmp_path / "stereo.wav"
     sf.write(path, stereo, RATE, subtype="FLOAT")
@@ -250,22 +243,24 @@ def test_a_stretch_is_cut_out_and_fills_the_channels_of_the_encoder(tmp_path: Pa
     assert load_waveform(part, 2 * RATE, 2).shape == (2, 500)
     with pytest.raises(ValueError, match=r"stereo\.wav has 2 channels, the encoder takes 3"):
         load_waveform(part, RATE, 3)
-    with pytest.raises(ValueError, match=r"record 0: starts at 5\.0 s, .*stereo\.wav ends before"):
+    with pytest.raises(
+        ValueError, match=r"record 0: starts at 5\.0 s, after the end of .*stereo\.wav"
+    ):
         load_waveform(Item(path, 0, "a", "record 0", start_seconds=5.0), RATE, 1)
 
 
-def test_log_mel_statistics_are_those_of_each_clip_alone(tmp_path: Path):
+def test_log_mel_statistics_do_not_depend_on_the_batch(tmp_path: Path):
     split = split_of(tmp_path / "audio")
-    together = features_of(
+    batched = features_of(
         split, tmp_path / "features", Preparation(Windows()), LogMelStatistics(RATE)
     )
     for row, item in enumerate(split.items):
-        alone = LogMelStatistics(RATE).clip_vectors(load_waveform(item, RATE, 1)[None])[0][0]
-        torch.testing.assert_close(together.of(0)[row], alone, atol=1e-4, rtol=1e-4)
-    assert together.of(0).shape == (5, 192)
+        alone = LogMelStatistics(RATE).encode_clips(load_waveform(item, RATE, 1)[None])[0][0]
+        torch.testing.assert_close(batched.read(0)[row], alone, atol=1e-4, rtol=1e-4)
+    assert batched.read(0).shape == (5, 192)
 
 
-def test_the_index_is_what_it_says(tmp_path: Path):
+def test_the_index_has_first_row_and_number_of_rows(tmp_path: Path):
     features_of(
         split_of(tmp_path / "audio"),
         tmp_path / "features",

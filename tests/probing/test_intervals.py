@@ -1,4 +1,4 @@
-"""Laws of intervals: resamplings are drawn units, intervals cover, pairing pays."""
+"""Bootstrap intervals: resamples, coverage, and paired differences."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def literal_bootstrap(values: np.ndarray, draws: int) -> np.ndarray:
 
 
 @pytest.fixture
-def answers() -> tuple[np.ndarray, np.ndarray]:
+def correct() -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     better = rng.random(400) < 0.7
     return better, better & (rng.random(400) < 0.8)
 
 
-def test_every_resampling_takes_as_many_units_as_there_are_and_each_equally_often():
+def test_resamples_have_all_units_with_equal_probability():
     counts = draw_counts(30, draws=4000)
     assert counts.shape == (4000, 30)
     assert (counts.sum(axis=1) == 30).all()
@@ -51,7 +51,7 @@ def test_every_resampling_takes_as_many_units_as_there_are_and_each_equally_ofte
     np.testing.assert_allclose(counts.var(axis=0), 1 - 1 / 30, atol=0.12)
 
 
-def test_two_encoders_are_compared_on_the_same_resamplings():
+def test_the_same_seed_gives_the_same_resamples():
     np.testing.assert_array_equal(
         draw_counts(50, draws=20, seed=3), draw_counts(50, draws=20, seed=3)
     )
@@ -69,13 +69,13 @@ def test_counts_of_many_units_do_not_overflow():
 
 
 @pytest.mark.parametrize(("num_units", "draws"), [(0, 10), (10, 0)])
-def test_nothing_to_draw_is_refused(num_units: int, draws: int):
+def test_no_unit_or_no_draw_raises_an_error(num_units: int, draws: int):
     with pytest.raises(ValueError, match="at least 1"):
         draw_counts(num_units, draws)
 
 
-def test_the_interval_is_that_of_clips_drawn_one_by_one(answers: tuple[np.ndarray, np.ndarray]):
-    better, worse = answers
+def test_the_interval_equals_a_literal_bootstrap(correct: tuple[np.ndarray, np.ndarray]):
+    better, worse = correct
     np.testing.assert_allclose(
         bootstrap_interval(better), literal_bootstrap(better, 4000), atol=0.008
     )
@@ -84,7 +84,7 @@ def test_the_interval_is_that_of_clips_drawn_one_by_one(answers: tuple[np.ndarra
     np.testing.assert_allclose((gap.low, gap.high), literal, atol=0.008)
 
 
-def test_draws_that_could_not_be_scored_are_left_out():
+def test_draws_that_cannot_be_scored_are_left_out():
     draws = np.random.default_rng(0).normal(size=200)
     with_nan = np.concatenate([draws, np.full(50, np.nan)])
     assert interval(with_nan) == interval(draws)
@@ -94,7 +94,7 @@ def test_draws_that_could_not_be_scored_are_left_out():
     assert all(math.isnan(end) for end in interval(np.full(3, np.nan)))
 
 
-def test_the_interval_of_a_mean_covers_the_truth_in_some_95_of_100_data_sets():
+def test_the_interval_of_a_mean_covers_the_truth_in_95_percent_of_the_cases():
     rng = np.random.default_rng(0)
     counts = draw_counts(80, draws=500)
     samples = rng.exponential(size=(600, 80))
@@ -103,22 +103,21 @@ def test_the_interval_of_a_mean_covers_the_truth_in_some_95_of_100_data_sets():
     assert 0.90 < covered < 0.97
 
 
-def test_the_interval_of_an_area_under_a_curve_covers_the_truth_in_some_95_of_100_data_sets():
+def test_the_interval_of_auroc_covers_the_truth_in_95_percent_of_the_cases():
     rng = np.random.default_rng(0)
     counts = draw_counts(100, draws=300)
     truth = np.repeat([[1.0], [0.0]], 50, axis=0)
-    real = 0.5 * math.erfc(
-        -1 / 2
-    )  # normal logits a deviation apart: the chance that a hit is above a miss
+    # Normal logits whose means differ by one deviation.
+    true_auroc = 0.5 * math.erfc(-1 / 2)
     covered = 0
     for _ in range(300):
         low, high = interval(AUROC().resampled(rng.normal(size=(100, 1)) + truth, truth, counts))
-        covered += low <= real <= high
+        covered += low <= true_auroc <= high
     assert 0.90 < covered / 300 < 0.98
 
 
-def test_a_clear_difference_is_told_from_none(answers: tuple[np.ndarray, np.ndarray]):
-    better, worse = answers
+def test_verdicts_of_differences(correct: tuple[np.ndarray, np.ndarray]):
+    better, worse = correct
     assert paired_difference(better, better) == Difference(0.0, 0.0, 0.0)
     assert paired_difference(better, better).verdict == "no significant difference"
     other = np.random.default_rng(2).permutation(better)
@@ -128,25 +127,27 @@ def test_a_clear_difference_is_told_from_none(answers: tuple[np.ndarray, np.ndar
     assert paired_difference(worse, better).value == pytest.approx(worse.mean() - better.mean())
 
 
-def test_pairing_tells_more_than_two_intervals(answers: tuple[np.ndarray, np.ndarray]):
-    better, _ = answers
+def test_a_paired_difference_can_be_significant_when_intervals_overlap(
+    correct: tuple[np.ndarray, np.ndarray],
+):
+    better, _ = correct
     slightly_worse = better.copy()
     slightly_worse[np.flatnonzero(better)[:8]] = False
     assert bootstrap_interval(better)[0] < bootstrap_interval(slightly_worse)[1]
     assert paired_difference(better, slightly_worse).verdict == "ahead"
 
 
-def test_a_difference_on_the_same_resamplings_is_narrower_than_on_others():
+def test_a_difference_on_the_same_resamples_has_a_narrower_interval():
     rng = np.random.default_rng(0)
     truth = (rng.random((200, 3)) < 0.3).astype(np.float64)
     common = truth + rng.normal(size=truth.shape)
-    said, other = (common + 0.3 * rng.normal(size=truth.shape) for _ in range(2))
+    first, second = (common + 0.3 * rng.normal(size=truth.shape) for _ in range(2))
     values = [
-        float(AUROC()(torch.from_numpy(logits)[:, None], truth)[0]) for logits in (said, other)
+        float(AUROC()(torch.from_numpy(logits)[:, None], truth)[0]) for logits in (first, second)
     ]
     draws, same, others = (
         AUROC().resampled(logits, truth, draw_counts(200, draws=400, seed=seed))
-        for logits, seed in ((said, 0), (other, 0), (other, 1))
+        for logits, seed in ((first, 0), (second, 0), (second, 1))
     )
     paired, unpaired = difference(*values, draws, same), difference(*values, draws, others)
     assert paired.value == unpaired.value == values[0] - values[1]
@@ -154,12 +155,12 @@ def test_a_difference_on_the_same_resamplings_is_narrower_than_on_others():
     assert paired.low < paired.value < paired.high
 
 
-def test_the_same_seed_gives_the_same_interval(answers: tuple[np.ndarray, np.ndarray]):
-    assert bootstrap_interval(answers[0], seed=3) == bootstrap_interval(answers[0], seed=3)
-    assert bootstrap_interval(answers[0], seed=3) != bootstrap_interval(answers[0], seed=4)
+def test_the_same_seed_gives_the_same_interval(correct: tuple[np.ndarray, np.ndarray]):
+    assert bootstrap_interval(correct[0], seed=3) == bootstrap_interval(correct[0], seed=3)
+    assert bootstrap_interval(correct[0], seed=3) != bootstrap_interval(correct[0], seed=4)
 
 
-def test_a_difference_is_shown_with_its_verdict():
+def test_a_difference_is_printed_with_its_verdict():
     assert str(Difference(0.1, 0.05, 0.15)) == "ahead (+0.100 [+0.050, +0.150])"
     assert str(Difference(-0.1, -0.15, -0.05)) == "behind (-0.100 [-0.150, -0.050])"
     assert (

@@ -1,5 +1,6 @@
-"""Laws of the heads without a seed: they find what is there, nothing where nothing is, and agree with scikit-learn."""
+"""Deterministic heads: they find labels, find none in noise, and agree with scikit-learn."""
 
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -10,23 +11,23 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from jepa_audio.probing.features import Features
-from jepa_audio.probing.heads import Choice, Head, Source, choose
+from jepa_audio.probing.heads import Choice, FitContext, Head, HeadInput, choose
 from jepa_audio.probing.heads.linear import (
-    L2_STRENGTHS,
     RIDGE_STRENGTHS,
     NeighbourHead,
     Standardisation,
-    fit_logistic,
     fit_ridge,
 )
+from jepa_audio.probing.heads.logistic import L2_STRENGTHS, fit_logistic
 from jepa_audio.probing.metrics import R2, Accuracy
-from jepa_audio.probing.presets import Fit, Linear
+from jepa_audio.probing.presets import LinearPreset
 from jepa_audio.probing.tasks import ProbeData, Task
 from jepa_audio.probing.tasks.labels import Multiclass, Regression, Rows
 from jepa_audio.probing.tasks.records import SPLITS, Item, Split
 
 NUM_CLASSES = 5
 KINDS = ["logistic", "knn"]
+ONE_LAYER = [HeadInput("layer 0", (0,))]
 Layer = list[np.ndarray]  # one table for each split
 
 
@@ -74,17 +75,13 @@ def fitted(
         split: features_of(*(layer[i] for layer in layers)) for i, split in enumerate(SPLITS)
     }
     names = tuple(f"layer {i}" for i in range(len(layers)))
-    return list(Linear().fit(Fit(features, data_of(labels, numbers), names, (0,), "cpu", ""))[kind])
+    fit = FitContext(features, data_of(labels, numbers), names, (0,), "cpu", "")
+    return list(LinearPreset().fit(fit)[kind])
 
 
 def accuracy(choice: Choice, layers: list[Layer], labels: list[np.ndarray]) -> float:
-    said = (
-        choice.heads[0]
-        .logits(features_of(*(layer[2] for layer in layers)))[:, 0]
-        .argmax(dim=1)
-        .numpy()
-    )
-    return float((said == labels[2]).mean())
+    logits = choice.heads[0].logits(features_of(*(layer[2] for layer in layers)))
+    return float((logits[:, 0].argmax(dim=1).numpy() == labels[2]).mean())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -94,14 +91,14 @@ def test_a_layer_that_holds_the_label_is_chosen_and_scores_one(kind: str, rng: n
     noise = clouds(rng, [rng.permutation(y) for y in labels], 4, noise=1.0)
     layers = [noise, oracle, noise]
     choice = choose(fitted(layers, labels, kind))
-    assert choice.heads[0].source.name == "layer 1"
+    assert choice.heads[0].input.name == "layer 1"
     assert accuracy(choice, layers, labels) == 1
     assert choice.valid[1].max() == 1 > choice.valid[::2].max()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("jitter", [0.0, 1e-7])
-def test_a_constant_encoder_scores_chance_rounding_noise_or_not(
+def test_a_constant_encoder_scores_chance_also_with_rounding_noise(
     kind: str, jitter: float, rng: np.random.Generator
 ):
     labels = clips(rng, 200, 100, 500)
@@ -120,36 +117,37 @@ def test_shuffled_labels_score_chance(kind: str, rng: np.random.Generator):
 
 
 @pytest.mark.parametrize("width", [12, 150])
-def test_the_logistic_head_is_scikit_learns_also_with_more_columns_than_clips(
-    width: int, rng: np.random.Generator
-):
+def test_the_logistic_head_equals_scikit_learn(width: int, rng: np.random.Generator):
     labels = clips(rng, 120, 50, 400)
     train, _, test = clouds(rng, labels, width, noise=2.0)
-    (maps,) = fit_logistic(features_of(train), torch.from_numpy(labels[0]), NUM_CLASSES)
+    heads = fit_logistic(features_of(train), torch.from_numpy(labels[0]), NUM_CLASSES, ONE_LAYER)
     scaler = StandardScaler().fit(train)
-    for strength, read in zip(L2_STRENGTHS, maps, strict=True):
+    for strength, head in zip(L2_STRENGTHS, heads, strict=True):
         theirs = LogisticRegression(C=1 / (120 * strength), tol=1e-6, max_iter=5000)
         theirs.fit(scaler.transform(train), labels[0])
-        ours = read(torch.from_numpy(test)).softmax(dim=1).numpy()
+        ours = head.logits(features_of(test))[:, 0].softmax(dim=1).numpy()
         expected = theirs.predict_proba(scaler.transform(test))
         assert (ours.argmax(1) == expected.argmax(1)).mean() >= 0.99
         assert np.abs(ours - expected).mean() < 0.005
 
 
 @pytest.mark.parametrize("width", [12, 150])
-def test_the_ridge_head_is_scikit_learns_also_far_from_zero(width: int, rng: np.random.Generator):
+def test_the_ridge_head_equals_scikit_learn_also_far_from_zero(
+    width: int, rng: np.random.Generator
+):
     labels = clips(rng, 120, 50, 400)
     train, _, test = clouds(rng, labels, width, noise=2.0)
     train, test = train + 1000, test + 1000
     targets = rng.standard_normal((120, 3)).astype(np.float32)
-    (maps,) = fit_ridge(features_of(train), torch.from_numpy(targets))
+    heads = fit_ridge(features_of(train), torch.from_numpy(targets), ONE_LAYER)
     scaler = StandardScaler().fit(train.astype(np.float64))
-    for strength, read in zip(RIDGE_STRENGTHS, maps, strict=True):
+    for strength, head in zip(RIDGE_STRENGTHS, heads, strict=True):
         theirs = Ridge(alpha=120 * strength).fit(
             scaler.transform(train.astype(np.float64)), targets
         )
         expected = theirs.predict(scaler.transform(test.astype(np.float64)))
-        np.testing.assert_allclose(read(torch.from_numpy(test)).numpy(), expected, atol=5e-3)
+        ours = head.logits(features_of(test))[:, 0].numpy()
+        np.testing.assert_allclose(ours, expected, atol=5e-3)
 
 
 def test_a_hard_separable_problem_converges(
@@ -157,15 +155,12 @@ def test_a_hard_separable_problem_converges(
 ):
     labels = clips(rng, 300, 50, 50)
     train = clouds(rng, labels, 40, noise=0.01)[0]
-    list(
-        fit_logistic(
-            features_of(train), torch.from_numpy(labels[0]), NUM_CLASSES, strengths=(1e-6, 1e-4)
-        )
-    )
+    target = torch.from_numpy(labels[0])
+    fit_logistic(features_of(train), target, NUM_CLASSES, ONE_LAYER, strengths=(1e-6, 1e-4))
     assert not caplog.records
 
 
-def test_the_knn_head_agrees_with_scikit_learn_and_the_nearest_wins_a_tie(rng: np.random.Generator):
+def test_the_knn_head_equals_scikit_learn_and_the_nearest_wins_a_tie(rng: np.random.Generator):
     labels = clips(rng, 200, 50, 300)
     train, _, test = clouds(rng, labels, 8, noise=2.0)
     scale = Standardisation.of(torch.from_numpy(train))
@@ -178,7 +173,7 @@ def test_the_knn_head_agrees_with_scikit_learn_and_the_nearest_wins_a_tie(rng: n
         0,
     )
     for k in (1, 2, 5):
-        head = NeighbourHead(Source("layer 0", (0,)), float(k), 0, 0.0, features_of(train), votes)
+        head = NeighbourHead(ONE_LAYER[0], float(k), 0, 0.0, features_of(train), votes)
         ours = head.logits(features_of(test))[:, 0].argmax(dim=1).numpy()
         theirs = KNeighborsClassifier(k, metric="cosine").fit(scaler.transform(train), labels[0])
         share = np.sort(theirs.predict_proba(scaler.transform(test)), axis=1)
@@ -189,28 +184,30 @@ def test_the_knn_head_agrees_with_scikit_learn_and_the_nearest_wins_a_tie(rng: n
             assert (labels[0][order[0]] == ours)[~decided].all()
 
 
-def test_layers_fitted_together_are_those_fitted_alone(rng: np.random.Generator):
+def test_layers_fitted_at_once_equal_layers_fitted_one_by_one(rng: np.random.Generator):
     labels = clips(rng, 100, 40, 200)
     layers = [clouds(rng, labels, width, noise=1.5) for width in (6, 10, 130)]
     target = torch.from_numpy(labels[0])
-    together = list(fit_logistic(features_of(*(layer[0] for layer in layers)), target, NUM_CLASSES))
-    for layer, maps in zip(layers, together, strict=True):
-        (alone,) = fit_logistic(features_of(layer[0]), target, NUM_CLASSES)
-        for one, other in zip(maps, alone, strict=True):
-            test = torch.from_numpy(layer[2])
-            assert (one(test).argmax(1) == other(test).argmax(1)).float().mean() >= 0.98
+    inputs = [HeadInput(f"layer {i}", (i,)) for i in range(3)]
+    train, test = (features_of(*(layer[split] for layer in layers)) for split in (0, 2))
+    at_once = fit_logistic(train, target, NUM_CLASSES, inputs)
+    one_by_one = [fit_logistic(train, target, NUM_CLASSES, [one]) for one in inputs]
+    for head, other in zip(at_once, chain(*one_by_one), strict=True):
+        assert (head.input, head.setting) == (other.input, other.setting)
+        classes, expected = (each.logits(test)[:, 0].argmax(dim=1) for each in (head, other))
+        assert (classes == expected).float().mean() >= 0.98
 
 
-def test_numbers_are_told_and_a_constant_layer_tells_nothing(rng: np.random.Generator):
+def test_numbers_are_predicted_from_a_layer_that_holds_them(rng: np.random.Generator):
     numbers = [rng.standard_normal(size) for size in (100, 50, 80)]
-    telling = [
+    informative = [
         np.stack([5 + 3 * y, rng.standard_normal(len(y))], axis=1).astype(np.float32)
         for y in numbers
     ]
     constant = [np.ones((len(y), 2), dtype=np.float32) for y in numbers]
     for kind, least in (("ridge", 0.99), ("knn", 0.8)):
-        heads = fitted([constant, telling], numbers, kind, numbers=True)
+        heads = fitted([constant, informative], numbers, kind, numbers=True)
         choice = choose(heads)
-        assert choice.heads[0].source.name == "layer 1"
+        assert choice.heads[0].input.name == "layer 1"
         assert choice.valid[1].max() > least
         assert choice.valid[0].max() < 0.1

@@ -1,4 +1,4 @@
-"""Laws of the online probe: training does not notice it, and it compares with what the run began with."""
+"""The online probe: it does not change the training, and its baseline is the initial encoder."""
 
 import json
 import re
@@ -18,7 +18,7 @@ RATE = 1000
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Basses are low, flutes are high; there is no test split to look at."""
+    """Low basses and high flutes; the test split is unreadable."""
     root, noise = tmp_path_factory.mktemp("notes"), np.random.default_rng(0)
     for split, size in {"train": 24, "valid": 16, "test": 1}.items():
         audio = root / f"nsynth-{split}" / "audio"
@@ -41,7 +41,7 @@ def online(corpus: Path, **settings: int | str) -> OnlineProbe:
 
 
 @pytest.mark.parametrize(("flavour", "which"), [("wave", "context"), ("mel", "target")])
-def test_training_goes_on_as_if_nobody_looked(
+def test_training_is_the_same_with_and_without_the_probe(
     flavour: str, which: str, tiny_cli: Callable, fit: Callable, corpus: Path
 ):
     settings = (
@@ -49,23 +49,23 @@ def test_training_goes_on_as_if_nobody_looked(
         "--trainer.accumulate_grad_batches=2",
         "--trainer.max_steps=4",
     )
-    alone, watched = (tiny_cli(flavour, *settings) for _ in range(2))
+    plain, probed = (tiny_cli(flavour, *settings) for _ in range(2))
     torch.manual_seed(5)
-    losses = fit(alone)
+    losses = fit(plain)
     state = torch.get_rng_state()
     torch.manual_seed(5)
     probe = online(corpus, which=which)
-    assert fit(watched, None, probe) == losses
+    assert fit(probed, None, probe) == losses
     assert torch.equal(torch.get_rng_state(), state)
-    assert watched.model.training == alone.model.training
-    for name, value in alone.model.state_dict().items():
-        assert torch.equal(watched.model.state_dict()[name], value), name
-    flags = [[p.requires_grad for p in cli.model.parameters()] for cli in (alone, watched)]
+    assert probed.model.training == plain.model.training
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(probed.model.state_dict()[name], value), name
+    flags = [[p.requires_grad for p in cli.model.parameters()] for cli in (plain, probed)]
     assert flags[0] == flags[1]
     assert sorted(probe.differences) == [0, 2, 4]
 
 
-def test_before_the_first_step_encoder_and_twin_are_one(
+def test_before_the_first_step_the_encoder_is_its_baseline(
     tiny_cli: Callable, fit: Callable, corpus: Path
 ):
     probe = online(corpus)
@@ -79,7 +79,7 @@ def printed_twins(text: str) -> list[str]:
     return re.findall(r"nsynth_instrument (?:[01]\.\d{3}), random-init twin ([01]\.\d{3})", text)
 
 
-def test_the_twin_is_drawn_from_the_seed_whatever_was_loaded(
+def test_the_baseline_is_drawn_from_the_seed_whatever_was_loaded(
     tiny_cli: Callable, fit: Callable, corpus: Path, capsys: pytest.CaptureFixture[str]
 ):
     fit(tiny_cli("mel", "--trainer.max_steps=2"), None, online(corpus))
@@ -95,7 +95,9 @@ def test_the_twin_is_drawn_from_the_seed_whatever_was_loaded(
     assert probe.differences[0].verdict == "behind"
 
 
-def test_what_is_printed_is_logged(tiny_cli: Callable, fit: Callable, corpus: Path, tmp_path: Path):
+def test_logged_values_match_the_differences(
+    tiny_cli: Callable, fit: Callable, corpus: Path, tmp_path: Path
+):
     cli = tiny_cli("wave", "--trainer.max_steps=4")
     cli.trainer.loggers = [CSVLogger(tmp_path, name="", version="")]
     probe = online(corpus)
@@ -115,7 +117,7 @@ def test_what_is_printed_is_logged(tiny_cli: Callable, fit: Callable, corpus: Pa
         assert stated == pytest.approx(accuracy - twin) == pytest.approx(difference.value)
 
 
-def test_wrong_settings_are_refused_by_name(corpus: Path):
+def test_invalid_settings_raise_errors_with_their_names(corpus: Path):
     with pytest.raises(ValueError, match=r"`task` is 'mood', must be one of gtzan_genre"):
         OnlineProbe(str(corpus), task="mood")
     with pytest.raises(ValueError, match=r"`num_valid` \(0\)"):

@@ -1,4 +1,4 @@
-"""What a user may ask of a probe, on tiny data sets: protocols, seeds, conditions, layers; and what is refused."""
+"""`probe` on tiny data sets: protocols, seeds, conditions, layers, pictures and errors."""
 
 import json
 from collections.abc import Callable
@@ -20,22 +20,24 @@ MARBLES = {
     ("gtzan_genre", "marble-v1"): 0.95,
     ("gtzan_genre", "marble-v2"): 0.95,
     ("mtt", "marble-v1"): 0.85,
-    ("mtt", "marble-v2"): 0.5,  # one step an epoch: it ends before it has learnt much
+    # One step per epoch: training ends before it has converged.
+    ("mtt", "marble-v2"): 0.5,
     ("emomusic", "marble-v1"): 0.9,
     ("emomusic", "marble-v2"): 0.9,
     ("chords1217", "marble-v1"): 0.85,
 }
-"""What is heard at least under MARBLE's presets, in a task for each kind of labels: classes, tags, numbers, frames."""
+"""Least score with MARBLE's presets, for one task of each kind of labels."""
 
 
 @pytest.mark.parametrize(("task", "preset"), MARBLES)
-def test_marbles_protocols_hear_each_kind_of_label(
+def test_marble_protocols_score_each_kind_of_label(
     task: str, preset: str, probed: Callable[[str], Probed], tmp_path: Path
 ):
     clean, tiny = probed(task), SET_OF[task]
     (tmp_path / "features").symlink_to(clean.output / "features")
     protocol = TASKS[task].protocols[preset]
-    size = 1 if task == "chords1217" else None  # a song has every chord, and its frames take long
+    # Every song has all chords, and training on frames is slow.
+    size = 1 if task == "chords1217" else None
     (row,) = rows_of(
         probe(
             ENCODERS + tiny.oracle,
@@ -62,11 +64,11 @@ def test_marbles_protocols_hear_each_kind_of_label(
         assert row.layers == ("weighted sum",)
 
 
-def test_heads_have_the_seeds_that_are_asked_for(probed: Callable[[str], Probed], tmp_path: Path):
+def test_heads_have_the_requested_seeds(probed: Callable[[str], Probed], tmp_path: Path):
     clean = probed("emomusic")
     (tmp_path / "features").symlink_to(clean.output / "features")
     encoder = ENCODERS + "loudness"
-    chosen, usual = (
+    chosen, default = (
         rows_of(
             probe(encoder, "emomusic", clean.root, tmp_path, preset="marble-v2", **seeds),
             "emomusic",
@@ -75,19 +77,14 @@ def test_heads_have_the_seeds_that_are_asked_for(probed: Callable[[str], Probed]
         for seeds in ({"seeds": (0, 1, 2)}, {})
     )
     assert [row.seed for row in chosen] == [0, 1, 2]
-    assert [row.seed for row in usual] == [
-        1234,
-        1235,
-        1236,
-    ]  # the default where the test split is small
+    # The default for tasks with a small test split.
+    assert [row.seed for row in default] == [1234, 1235, 1236]
     assert len({row.value for row in chosen}) == 3
-    assert len({row.evidence for row in [*chosen, *usual]}) == 6
-    assert len(read_jsonl(tmp_path / "results.jsonl")) == 12  # log-mel statistics beside
+    assert len({row.evidence for row in [*chosen, *default]}) == 6
+    assert len(read_jsonl(tmp_path / "results.jsonl")) == 12  # with log-mel statistics
 
 
-def test_fewer_training_units_are_taken_and_tasks_lie_in_several_folders(
-    roots: Callable[[str], Path], tmp_path: Path
-):
+def test_max_train_with_tasks_in_several_folders(roots: Callable[[str], Path], tmp_path: Path):
     rows = probe(
         ENCODERS + "spectrum",
         "gtzan_genre,nsynth_pitch",
@@ -101,11 +98,11 @@ def test_fewer_training_units_are_taken_and_tasks_lie_in_several_folders(
     assert rows_of(rows, "nsynth_pitch", "spectrum")[0].value < 1
 
 
-# What is heard, and how often
+# Caching
 
 
 def contents(folder: Path) -> dict[Path, object]:
-    """When each index was last written, and what the tables hold."""
+    """Modification times of the indices, and contents of the tables."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != "lock"]
     return {
         path: path.stat().st_mtime_ns if path.name == "index.jsonl" else path.read_bytes()
@@ -113,10 +110,10 @@ def contents(folder: Path) -> dict[Path, object]:
     }
 
 
-def test_nothing_is_heard_twice_and_degraded_clips_leave_the_clean_score_alone(
+def test_clips_are_encoded_once_and_degradations_do_not_change_the_clean_score(
     roots: Callable[[str], Path], tmp_path: Path
 ):
-    def ask(tasks: str, **settings: list[str]) -> list[ProbeRow]:
+    def run(tasks: str, **settings: list[str]) -> list[ProbeRow]:
         return probe(
             ENCODERS + "spectrum",
             tasks,
@@ -126,14 +123,14 @@ def test_nothing_is_heard_twice_and_degraded_clips_leave_the_clean_score_alone(
             **settings,
         )
 
-    first = ask("nsynth_pitch")
-    heard = contents(tmp_path / "features")
-    assert heard
-    second = ask("nsynth_pitch,nsynth_instrument")
-    assert contents(tmp_path / "features") == heard
+    first = run("nsynth_pitch")
+    stored = contents(tmp_path / "features")
+    assert stored
+    second = run("nsynth_pitch,nsynth_instrument")
+    assert contents(tmp_path / "features") == stored
     assert [row for row in second if row.task == "nsynth_pitch"] == first
-    degraded = ask("nsynth_pitch,nsynth_instrument", robustness=["gain", "low_pass"])
-    assert heard.items() <= contents(tmp_path / "features").items()
+    degraded = run("nsynth_pitch,nsynth_instrument", robustness=["gain", "low_pass"])
+    assert stored.items() <= contents(tmp_path / "features").items()
     assert read_jsonl(tmp_path / "results.jsonl") == [*first, *second, *degraded]
     for clean, row in zip(second, degraded, strict=True):
         assert (clean.value, clean.low, clean.high, clean.valid) == (
@@ -148,21 +145,21 @@ def test_nothing_is_heard_twice_and_degraded_clips_leave_the_clean_score_alone(
     pitch, family = (
         rows_of(degraded, f"nsynth_{name}", "spectrum")[0] for name in ("pitch", "instrument")
     )
-    assert {score for _, score in pitch.robustness["gain"]} == {
-        1.0
-    }  # shares of the power do not know the level
+    # Shares of the power do not depend on the level.
+    assert {score for _, score in pitch.robustness["gain"]} == {1.0}
     low_pass = dict(family.robustness["low_pass"])
-    assert low_pass[8000.0] == low_pass[4000.0] == family.value  # nothing is there to lose
-    assert low_pass[500.0] < 0.5  # families are told apart by what is higher,
-    assert dict(pitch.robustness["low_pass"])[500.0] > 0.9  # and pitches by what is not
+    assert low_pass[8000.0] == low_pass[4000.0] == family.value
+    # Families differ above 500 Hz, pitches below.
+    assert low_pass[500.0] < 0.5
+    assert dict(pitch.robustness["low_pass"])[500.0] > 0.9
     assert low_pass[500.0] < family.robustness_area["low_pass"] < family.value
 
 
-# Refusals
+# Errors
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"tasks": "nsynth_mood"}, "'nsynth_mood'; there are gtzan_genre"),
         (
@@ -171,26 +168,29 @@ def test_nothing_is_heard_twice_and_degraded_clips_leave_the_clean_score_alone(
         ),
         ({"preset": "marble-v2"}, "nsynth_pitch has no protocol marble-v2"),
         ({"preset": "linear", "select": "last"}, "`select` is 'last'"),
-        ({"robustness": ["rain"]}, "`robustness` holds rain; there are white_noise"),
+        (
+            {"robustness": ["rain"]},
+            "`robustness` has unknown conditions rain; the known ones are white_noise",
+        ),
         ({"encoder": ENCODERS + "nobody"}, "nobody"),
         ({"encoder": ENCODERS + "RATE"}, "RATE"),
         ({"max_train": 0}, "at least one unit, got 0"),
     ],
 )
-def test_what_is_not_there_is_refused_by_name(
-    settings: dict[str, str], said: str, roots: Callable[[str], Path], tmp_path: Path
+def test_unknown_names_raise_errors(
+    settings: dict[str, str], message: str, roots: Callable[[str], Path], tmp_path: Path
 ):
-    usual = {
+    valid = {
         "encoder": ENCODERS + "constant",
         "tasks": "nsynth_pitch",
         "data": roots("nsynth_pitch"),
     }
-    with pytest.raises(ValueError, match=said):
-        probe(**{**usual, "output": tmp_path / "results", **settings})
+    with pytest.raises(ValueError, match=message):
+        probe(**{**valid, "output": tmp_path / "results", **settings})
     assert not (tmp_path / "results").exists()
 
 
-def test_layers_of_a_checkpoint_are_chosen_by_their_places(
+def test_layers_of_a_checkpoint_are_chosen_by_index(
     tiny_cli: Callable, fit: Callable, roots: Callable[[str], Path], tmp_path: Path
 ):
     cli = tiny_cli("mel", "--trainer.max_steps=2")
@@ -198,12 +198,12 @@ def test_layers_of_a_checkpoint_are_chosen_by_their_places(
     checkpoint = tmp_path / "mel.ckpt"
     cli.trainer.save_checkpoint(checkpoint)
 
-    def ask(*layers: int) -> list[ProbeRow]:
+    def run(*layers: int) -> list[ProbeRow]:
         root = roots("nsynth_pitch")
         settings = {"preset": "linear", "variants": ("target",), "layers": layers}
         return probe(str(checkpoint), "nsynth_pitch", root, tmp_path / "out", **settings)
 
-    rows = ask(0, 2)
+    rows = run(0, 2)
     assert {row.variant for row in rows} == {"random", "target", "statistics"}
     for row in rows:
         assert row.layers == (
@@ -211,12 +211,10 @@ def test_layers_of_a_checkpoint_are_chosen_by_their_places(
         )
         assert (row.against_random is not None) == (row.variant == "target")
     with pytest.raises(ValueError, match=r"`layers` is \[3\]"):
-        ask(3)
+        run(3)
 
 
-def test_layers_of_a_function_are_chosen_by_their_places(
-    roots: Callable[[str], Path], tmp_path: Path
-):
+def test_layers_of_a_function_are_chosen_by_index(roots: Callable[[str], Path], tmp_path: Path):
     rows = probe(
         ENCODERS + "spectrum",
         "nsynth_pitch",

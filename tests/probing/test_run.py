@@ -1,4 +1,4 @@
-"""From a checkpoint to rows: the twin is what the run began with, and what is compared is comparable."""
+"""`probe` from checkpoint to results: baselines, comparisons, options and errors."""
 
 import json
 from collections.abc import Callable
@@ -13,13 +13,8 @@ from torch import Tensor
 from jepa_audio.cli.main import main
 from jepa_audio.errors import MissingFileError
 from jepa_audio.inference.encoder import Encoder
-from jepa_audio.probing.encoders import (
-    FunctionEncoder,
-    JEPAEncoder,
-    LogMelStatistics,
-    run_name,
-    state_hash,
-)
+from jepa_audio.probing.encoder_loading import EncoderOptions, load_jepa_encoder, run_name
+from jepa_audio.probing.encoders import FunctionEncoder, LogMelStatistics, state_hash
 from jepa_audio.probing.intervals import difference
 from jepa_audio.probing.presets import preset_of
 from jepa_audio.probing.rows import ProbeRow, load_evidence, read_jsonl
@@ -56,7 +51,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def checkpoint(tiny_cli: Callable, fit: Callable, tmp_path: Path) -> tuple[Path, str]:
-    """Of a run of three steps; and the hash of what it began with."""
+    """The checkpoint of a run of three steps, and the hash of its initial weights."""
     cli = tiny_cli("mel", "--trainer.max_steps=3")
     window = round(0.5 * RATE)
     before = state_hash(
@@ -82,7 +77,7 @@ def check_rows(rows: list[ProbeRow], folder: Path) -> None:
         assert np.percentile(evidence.draws["accuracy"], 2.5) == pytest.approx(row.low)
 
 
-def test_a_probe_compares_every_encoder_with_what_the_run_began_with(
+def test_every_encoder_is_compared_with_the_initial_weights_of_its_run(
     checkpoint: tuple[Path, str], corpus: Path, tmp_path: Path
 ):
     path, before = checkpoint
@@ -123,32 +118,13 @@ def test_a_probe_compares_every_encoder_with_what_the_run_began_with(
     assert all(word in text for word in ("nsynth_pitch", "nsynth_instrument", "log-mel", "random"))
 
 
-def test_the_command_takes_lists_by_commas_and_prints_what_it_found(
+def test_the_command_accepts_lists_with_commas_and_prints_the_scores(
     checkpoint: tuple[Path, str], corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     output = tmp_path / "probe"
-    words = [
-        "--encoder",
-        str(checkpoint[0]),
-        "--tasks",
-        "nsynth_pitch,nsynth_instrument",
-        "--data",
-        str(corpus),
-    ]
-    main(
-        [
-            "probe",
-            *words,
-            "--output",
-            str(output),
-            "--variants",
-            "[context]",
-            "--max_train",
-            "30",
-            "--layers",
-            "[1, 2]",
-        ]
-    )
+    paths = f"--encoder {checkpoint[0]} --data {corpus} --output {output}"
+    options = "--tasks nsynth_pitch,nsynth_instrument --variants [context] --max_train 30"
+    main(["probe", *paths.split(), *options.split(), "--layers", "[1, 2]"])
     printed = capsys.readouterr().out
     rows = read_jsonl(output / "results.jsonl")
     assert {row.preset for row in rows} == {"marble-v1"}
@@ -161,7 +137,7 @@ def test_the_command_takes_lists_by_commas_and_prints_what_it_found(
     assert f"{rows[0].value:.3f}" in printed
 
 
-def test_marble_v2_reads_all_layers_at_once_and_scores_the_last_state_if_asked(
+def test_marble_v2_needs_a_protocol_and_is_the_only_preset_with_select(
     checkpoint: tuple[Path, str], corpus: Path, tmp_path: Path
 ):
     with pytest.raises(
@@ -169,7 +145,7 @@ def test_marble_v2_reads_all_layers_at_once_and_scores_the_last_state_if_asked(
     ):
         probe(str(checkpoint[0]), "nsynth_pitch", corpus, tmp_path / "probe", preset="marble-v2")
     assert preset_of("marble-v2", "last").select == "last"
-    with pytest.raises(ValueError, match="only marble-v2 lets choose"):
+    with pytest.raises(ValueError, match="only the preset marble-v2 has this option"):
         preset_of("marble-v1", "last")
 
 
@@ -187,17 +163,17 @@ def no_encoder() -> str:
 
 
 def spectrum() -> FunctionEncoder:
-    """An oracle: where the spectrum is strong."""
+    """An oracle: the strong parts of the spectrum."""
 
-    def said(waveform: Tensor) -> list[Tensor]:
+    def layers(waveform: Tensor) -> list[Tensor]:
         magnitude = torch.fft.rfft(waveform[:, 0, :600]).abs()[:, 1:300]
         strong = (magnitude > magnitude.amax(dim=1, keepdim=True) / 2).float()
         return [torch.ones(len(waveform), 1, 30), strong.unfold(1, 9, 9).amax(-1)[:, None, :30]]
 
-    return FunctionEncoder(said, "spectrum", RATE, layer_names=("nothing", "spectrum"))
+    return FunctionEncoder(layers, "spectrum", RATE, layer_names=("nothing", "spectrum"))
 
 
-def test_a_function_and_a_table_of_ones_own_are_probed(corpus: Path, tmp_path: Path):
+def test_a_function_is_probed_on_a_table(corpus: Path, tmp_path: Path):
     rows = probe(
         "tests.probing.test_run:spectrum",
         str(table_of(corpus, tmp_path)),
@@ -217,23 +193,17 @@ def test_a_function_and_a_table_of_ones_own_are_probed(corpus: Path, tmp_path: P
     assert row.chance == 0.5
 
 
-def test_degraded_clips_are_heard_by_heads_that_learnt_from_clean_ones(
-    corpus: Path, tmp_path: Path
-):
-    rows = probe(
-        "tests.probing.test_run:spectrum",
-        "nsynth_pitch",
-        corpus,
-        tmp_path,
-        preset="linear",
-        robustness=["gain", "high_pass", "low_pass"],
-    )
-    clean = probe(
-        "tests.probing.test_run:spectrum",
-        "nsynth_pitch",
-        corpus,
-        tmp_path / "clean",
-        preset="linear",
+def test_heads_trained_on_clean_clips_are_scored_on_degraded_ones(corpus: Path, tmp_path: Path):
+    rows, clean = (
+        probe(
+            "tests.probing.test_run:spectrum",
+            "nsynth_pitch",
+            corpus,
+            tmp_path / folder,
+            preset="linear",
+            robustness=names,
+        )
+        for folder, names in (("degraded", ["gain", "high_pass", "low_pass"]), ("clean", False))
     )
     row = rows[0]
     assert row.scores == clean[0].scores
@@ -242,33 +212,23 @@ def test_degraded_clips_are_heard_by_heads_that_learnt_from_clean_ones(
     assert row.value == 1
     assert row.robustness["gain"] == ((10.0, 1.0), (-10.0, 1.0), (-20.0, 1.0), (-30.0, 1.0))
     assert row.robustness_area["gain"] == 1
-    assert [level for level, _ in row.robustness["high_pass"]] == [
-        125.0,
-        250.0,
-        500.0,
-        1000.0,
-        2000.0,
-    ]
+    levels = [level for level, _ in row.robustness["high_pass"]]
+    assert levels == [125.0, 250.0, 500.0, 1000.0, 2000.0]
     scores = [score for _, score in row.robustness["high_pass"]]
     assert 1 > scores[0] > scores[-1]
     assert row.robustness_area["high_pass"] == pytest.approx(
         (0.5 + sum(scores[:-1]) + scores[-1] / 2) / 5
     )
-    assert {level for level, _ in row.robustness["low_pass"][:5]} == {
-        8000.0,
-        4000.0,
-        2000.0,
-        1000.0,
-        500.0,
-    }
+    levels = {level for level, _ in row.robustness["low_pass"]}
+    assert levels == {8000.0, 4000.0, 2000.0, 1000.0, 500.0}
     assert {score for _, score in row.robustness["low_pass"]} == {1.0}
-    assert len(list((tmp_path / "features").iterdir())) == 2 * (1 + 4 + 5), (
-        "what changes nothing is not heard"
+    assert len(list((tmp_path / "degraded" / "features").iterdir())) == 2 * (1 + 4 + 5), (
+        "conditions that change nothing are not encoded"
     )
 
 
-def test_what_cannot_be_meant_is_refused_before_anything_is_heard(corpus: Path, tmp_path: Path):
-    def refused(match: str, error: type[Exception] = ValueError, **settings: object) -> None:
+def test_invalid_options_raise_errors_before_anything_is_encoded(corpus: Path, tmp_path: Path):
+    def check_error(match: str, error: type[Exception] = ValueError, **settings: object) -> None:
         known = {
             "encoder": "tests.probing.test_run:spectrum",
             "tasks": "nsynth_pitch",
@@ -279,58 +239,85 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_heard(corpus: Path, 
             probe(**known | settings)
         assert not (tmp_path / "out").exists()
 
-    refused(
+    check_error(
         r"no task 'gtzan_genres'; there are gtzan_genre.*; did you mean 'gtzan_genre'\?$",
         tasks="gtzan_genres",
     )
-    refused("different names", encoder="a/x.ckpt,b/x.ckpt")
-    refused("`preset` is 'marble', must be one of marble-v1, linear, marble-v2", preset="marble")
-    refused("`robustness` holds rain; there are white_noise", robustness=["rain"])
-    refused(
+    check_error("different names", encoder="a/x.ckpt,b/x.ckpt")
+    check_error(
+        "`preset` is 'marble', must be one of marble-v1, linear, marble-v2", preset="marble"
+    )
+    check_error(
+        "`robustness` has unknown conditions rain; the known ones are white_noise",
+        robustness=["rain"],
+    )
+    check_error(
         "no checkpoint at a/x.ckpt",
         MissingFileError,
         encoder="tests.probing.test_run:spectrum,a/x.ckpt",
     )
-    refused("`tasks` must have different names", tasks="nsynth_pitch,nsynth_pitch")
-    refused("give a checkpoint, or MODULE:FUNCTION", encoder="nowhere:nothing")
-    refused("returns str, not a `ProbeEncoder`", encoder="tests.probing.test_run:no_encoder")
-    refused("GTZANGenre|genres", MissingFileError, tasks="gtzan_genre")
+    check_error("`tasks` must have different names", tasks="nsynth_pitch,nsynth_pitch")
+    check_error("give a checkpoint, or MODULE:FUNCTION", encoder="nowhere:nothing")
+    check_error("returns str, not a `ProbeEncoder`", encoder="tests.probing.test_run:no_encoder")
+    check_error("GTZANGenre|genres", MissingFileError, tasks="gtzan_genre")
 
 
-def test_a_layer_that_is_not_there_is_named(
-    checkpoint: tuple[Path, str], corpus: Path, tmp_path: Path
-):
+def test_a_missing_layer_is_named(checkpoint: tuple[Path, str], corpus: Path, tmp_path: Path):
     with pytest.raises(
         ValueError, match=r"`layers` is \[9\], mel has 0 \(input\), 1 \(block 1\), 2 \(block 2\)"
     ):
         probe(str(checkpoint[0]), "nsynth_pitch", corpus, tmp_path, layers=(9,))
 
 
-def test_a_run_is_named_by_its_folder():
+def test_a_run_has_the_name_of_its_folder():
     assert run_name(Path("runs/wave/checkpoints/last.ckpt")) == "wave"
     assert run_name(Path("runs/wave/checkpoints/step=100.ckpt")) == "wave/step=100"
     assert run_name(Path("models/wave.ckpt")) == "wave"
 
 
-def test_encoders_that_differ_in_what_they_do_have_different_hashes(checkpoint: tuple[Path, str]):
+def test_encoders_that_compute_different_features_have_different_hashes(
+    checkpoint: tuple[Path, str],
+):
     path = checkpoint[0]
-    encoders = [
-        JEPAEncoder.from_checkpoint(path, "context"),
-        JEPAEncoder.from_checkpoint(path, "context", "concat"),
-    ]
+    default = EncoderOptions()
+    encoders = [load_jepa_encoder(path, variant, default) for variant in ("target", "random")]
     encoders += [
-        JEPAEncoder.from_checkpoint(path, "target"),
-        JEPAEncoder.from_checkpoint(path, "random"),
+        load_jepa_encoder(path, "context", options)
+        for options in (
+            default,
+            EncoderOptions(frequency="concat"),
+            EncoderOptions(layers=(1,)),
+            EncoderOptions(overlap=0.5),
+            EncoderOptions(windowing="wavjepa"),
+        )
     ]
-    encoders += [JEPAEncoder.from_checkpoint(path, "context").keep((1,)), LogMelStatistics(RATE)]
-    shorter = JEPAEncoder.from_checkpoint(path, "context")
+    encoders.append(LogMelStatistics(RATE))
+    shorter = load_jepa_encoder(path, "context", default)
     shorter.frozen.window_samples //= 2
     hashes = [encoder.function_hash for encoder in (*encoders, shorter)]
     assert len(set(hashes)) == len(hashes)
-    assert hashes[0] == JEPAEncoder.from_checkpoint(path, "context").function_hash
+    assert hashes[2] == load_jepa_encoder(path, "context", default).function_hash
+    names = [encoder.name for encoder in encoders[2:7]]
+    assert names == ["mel", "mel", "mel", "mel (overlap 0.5)", "mel (wavjepa windows)"]
 
 
-def test_the_records_of_notes_are_those_of_the_json(corpus: Path):
+def test_windows_of_long_clips_are_options_of_the_command(
+    checkpoint: tuple[Path, str], corpus: Path, tmp_path: Path
+):
+    settings = {"preset": "linear", "variants": ("context",)}
+    usual, overlapping = (
+        probe(str(checkpoint[0]), "nsynth_pitch", corpus, tmp_path, overlap=overlap, **settings)
+        for overlap in (0.0, 0.5)
+    )
+    assert {row.encoder for row in usual} == {"mel", "log-mel"}
+    assert {row.encoder for row in overlapping} == {"mel (overlap 0.5)", "log-mel"}
+    assert usual[0].encoder_hash == overlapping[0].encoder_hash
+    assert len(list((tmp_path / "features").iterdir())) == 5, "log-mel statistics are shared"
+    with pytest.raises(ValueError, match="`overlap`"):
+        probe(str(checkpoint[0]), "nsynth_pitch", corpus, tmp_path, overlap=1.0, **settings)
+
+
+def test_records_of_nsynth_match_examples_json(corpus: Path):
     pitch, family = (
         ProbeData.load(TASKS[name], corpus) for name in ("nsynth_pitch", "nsynth_instrument")
     )

@@ -1,4 +1,4 @@
-"""The whole grid in one fit is what separate fits are: held against a plain network with torch's own optimizer."""
+"""A grid of heads in one fit equals separate fits of a plain network with torch's optimizer."""
 
 import threading
 from dataclasses import replace
@@ -11,33 +11,37 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jepa_audio.probing.features import Features
-from jepa_audio.probing.heads import Source, choose, sweep
-from jepa_audio.probing.heads.sweep import MLPHead, Training, fit_grid, make_heads
+from jepa_audio.probing.heads import FitContext, HeadInput, choose, sweep
+from jepa_audio.probing.heads.stacked import MLPSettings, StackedAdam, StackedHeads
+from jepa_audio.probing.heads.sweep import MLPHead, TrainingRows, group_inputs
 from jepa_audio.probing.metrics import AUROC, R2, Accuracy, Metric
 from jepa_audio.probing.tasks import ProbeData, Task
+from jepa_audio.probing.tasks.base import Protocol
 from jepa_audio.probing.tasks.labels import ClipLabels, Multiclass, Multilabel, Regression, Rows
 from jepa_audio.probing.tasks.records import Item, Split
+from jepa_audio.probing.tasks.windows import Windows
 
-SIZES = {"train": 45, "val": 21, "test": 17}  # the last batch of 22 + 22 + 1 is a single row
+# The last of the training batches 22 + 22 + 1 has a single row.
+SIZES = {"train": 45, "val": 21, "test": 17}
 WIDTH, LAYERS = 12, 3
-TRAINING = Training(
-    (1e-3, 1e-2, 0.05),
-    22,
+PROTOCOL = Protocol(
+    Windows(),
     max_epochs=14,
     stop_patience=4,
     plateau_patience=1,
-    hidden=16,
-    dropout=0.0,
+    learning_rates=(1e-3, 1e-2, 0.05),
+    batch_size=22,
 )
-EACH = [Source(f"layer {i}", (i,)) for i in range(LAYERS)]
-MIX = Source("weighted sum", (1, 2), "mix")
-REDUCE = Source("all layers", (0, 1, 2), "reduce")
+SETTINGS = MLPSettings(PROTOCOL, hidden=16, dropout=0.0)
+LAYER_INPUTS = [HeadInput(f"layer {i}", (i,)) for i in range(LAYERS)]
+MIX = HeadInput("weighted sum", (1, 2), "mix")
+REDUCE = HeadInput("all layers", (0, 1, 2), "reduce")
 
 
-class Nearness(Metric):
-    """Minus the loss of the answers: smooth, so that rounding decides nothing."""
+class NegativeLoss(Metric):
+    """The negative loss: smooth, so that rounding does not change which epoch is best."""
 
-    name = "nearness"
+    name = "negative_loss"
 
     def __init__(self, kind: str) -> None:
         self.loss = {
@@ -61,7 +65,7 @@ class Nearness(Metric):
 def labels_and_values(
     kind: str, num: int, rng: np.random.Generator
 ) -> tuple[ClipLabels, Metric, list, np.ndarray]:
-    """Labels as records hold them, and what the features shall tell of them."""
+    """Labels as they are in records, and the values that the features encode."""
     if kind == "class":
         drawn = rng.integers(0, 4, num)
         return Multiclass(), Accuracy(), [f"class {i}" for i in drawn], np.eye(4)[drawn]
@@ -82,7 +86,7 @@ def task_of(
 ) -> tuple[ProbeData, dict[str, Features]]:
     rng = np.random.default_rng(3)
     direction = {"class": 4, "tags": 3, "numbers": 2}[kind]
-    towards = rng.standard_normal((LAYERS, direction, WIDTH))
+    directions = rng.standard_normal((LAYERS, direction, WIDTH))
     splits, features = {}, {}
     for split, size in SIZES.items():
         labels, metric, written, values = labels_and_values(kind, size, rng)
@@ -92,7 +96,8 @@ def task_of(
         item = np.repeat(np.arange(size), 2) if several_windows else np.arange(size)
         noise = rng.standard_normal((LAYERS, len(item), WIDTH))
         layers = [
-            (0.6 * values[item] @ towards[i] + noise[i]).astype(np.float32) for i in range(LAYERS)
+            (0.6 * values[item] @ directions[i] + noise[i]).astype(np.float32)
+            for i in range(LAYERS)
         ]
         rows = Rows(item, np.arange(len(item)), np.zeros(len(item)))
         features[split] = Features(layers, np.arange(len(item)), rows)
@@ -100,17 +105,40 @@ def task_of(
     return ProbeData(task, labels.fitted(splits["train"]), splits, ""), features
 
 
-class Plain(nn.Module):
-    """The same head written plainly, with the weights that a group of heads begins with."""
+def context_of(
+    features: dict[str, Features], data: ProbeData, seeds: tuple[int, ...] = ()
+) -> FitContext:
+    return FitContext(features, data, (), seeds, "cpu", "heads")
 
-    def __init__(self, source: Source, num_outputs: int, training: Training, seed: int) -> None:
+
+def fit_grid(
+    features: dict[str, Features],
+    data: ProbeData,
+    inputs: list[HeadInput],
+    settings: MLPSettings,
+    seeds: tuple[int, ...],
+) -> list[MLPHead]:
+    return sweep.fit_grid(context_of(features, data, seeds), inputs, settings)
+
+
+def with_protocol(**changes: object) -> MLPSettings:
+    return replace(SETTINGS, protocol=replace(PROTOCOL, **changes))
+
+
+class Plain(nn.Module):
+    """The same head as a plain network, with the initial weights of the stacked heads."""
+
+    def __init__(
+        self, source: HeadInput, num_outputs: int, settings: MLPSettings, seed: int
+    ) -> None:
         super().__init__()
-        heads = make_heads([source], [WIDTH] * len(source.layers), num_outputs, 1, training, seed)
-        self.source, self.kind, self.dropout = source, source.kind, training.dropout
+        widths = [WIDTH] * len(source.layers)
+        heads = StackedHeads([source], widths, num_outputs, 1, settings, seed)
+        self.source, self.kind, self.dropout = source, source.kind, settings.dropout
         self.generator = heads.generator
         self.inner, self.outer = (
-            nn.Linear(WIDTH, training.hidden),
-            nn.Linear(training.hidden, num_outputs),
+            nn.Linear(WIDTH, settings.hidden),
+            nn.Linear(settings.hidden, num_outputs),
         )
         state = {name: value[0].detach().clone() for name, value in heads.named_parameters()}
         for name, part in (("inner", self.inner), ("outer", self.outer)):
@@ -142,15 +170,16 @@ class Plain(nn.Module):
 
 
 def fit_plainly(
-    source: Source,
+    source: HeadInput,
     rate: float,
     seed: int,
-    training: Training,
+    settings: MLPSettings,
     data: ProbeData,
     features: dict[str, Features],
 ) -> tuple[list[float], nn.Module]:
-    """One head by itself: its validation curve, and the network in its best state."""
-    net = Plain(source, data.labels.num_outputs, training, seed)
+    """Train one head alone: its validation curve, and the network of the best epoch."""
+    training = settings.protocol
+    net = Plain(source, data.labels.num_outputs, settings, seed)
     optimizer = torch.optim.Adam(net.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
         optimizer, mode="max", factor=training.plateau_factor, patience=training.plateau_patience
@@ -169,7 +198,7 @@ def fit_plainly(
         for rows in torch.randperm(len(targets), generator=order).split(training.batch_size):
             optimizer.zero_grad()
             loss(
-                net([features["train"].of(layer, rows.numpy()) for layer in source.layers]),
+                net([features["train"].read(layer, rows.numpy()) for layer in source.layers]),
                 targets[rows],
             ).backward()
             optimizer.step()
@@ -188,7 +217,7 @@ def fit_plainly(
 
 @torch.no_grad()
 def score_plainly(net: nn.Module, data: ProbeData, features: Features) -> float:
-    logits = net([features.of(layer) for layer in net.source.layers])
+    logits = net([features.read(layer) for layer in net.source.layers])
     split = data.splits["val"]
     answers = torch.stack([logits[features.rows.item == i].mean(0) for i in range(len(split))])
     return float(data.task.metrics[0](answers[:, None], data.labels.encode(split.items))[0])
@@ -197,163 +226,168 @@ def score_plainly(net: nn.Module, data: ProbeData, features: Features) -> float:
 @pytest.mark.parametrize(
     ("kind", "dropout"), [("class", 0.0), ("class", 0.3), ("tags", 0.0), ("numbers", 0.3)]
 )
-def test_the_grid_in_one_fit_is_the_separate_fits(
+def test_the_grid_in_one_fit_equals_separate_fits(
     kind: str, dropout: float, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(sweep, "_GROUPS_LEFT", 1)  # so few layers would go to cores one by one
+    # Otherwise, each of these few layers would be a group.
+    monkeypatch.setattr(sweep, "_MIN_GROUPS_LEFT", 1)
     data, features = task_of(kind, several_windows=kind == "numbers")
-    data = replace(data, task=replace(data.task, metrics=(Nearness(kind),)))
-    training = replace(TRAINING, dropout=dropout)
-    heads = fit_grid(features, data, [*EACH, MIX, REDUCE], training, seeds=(7, 8))
+    data = replace(data, task=replace(data.task, metrics=(NegativeLoss(kind),)))
+    settings = replace(SETTINGS, dropout=dropout)
+    heads = fit_grid(features, data, [*LAYER_INPUTS, MIX, REDUCE], settings, seeds=(7, 8))
     assert len(heads) == 2 * 5 * 3
     lengths = {len(head.curve) for head in heads}
-    assert len(lengths) > 1, "some stop before others, else this test shows less than it says"
+    assert len(lengths) > 1, "some heads must stop before others"
     for head in heads:
-        curve, net = fit_plainly(head.source, head.setting, head.seed, training, data, features)
+        curve, net = fit_plainly(head.input, head.setting, head.seed, settings, data, features)
         np.testing.assert_allclose(
-            head.curve, curve, rtol=2e-3, err_msg=f"{head.source} {head.setting} {head.seed}"
+            head.curve, curve, rtol=2e-3, err_msg=f"{head.input} {head.setting} {head.seed}"
         )
         with torch.no_grad():
-            expected = net.eval()([features["test"].of(layer) for layer in head.source.layers])
+            expected = net.eval()([features["test"].read(layer) for layer in head.input.layers])
         torch.testing.assert_close(
             head.logits(features["test"])[:, 0], expected, atol=0.02, rtol=0.02
         )
 
 
-def test_the_state_that_is_kept_is_that_of_the_best_epoch_or_of_the_last():
+def test_the_weights_of_the_best_or_the_last_epoch_are_kept():
     data, features = task_of()
-    best = fit_grid(features, data, EACH, TRAINING, seeds=(7,))
-    last = fit_grid(features, data, EACH, replace(TRAINING, select="last"), seeds=(7,))
+    best = fit_grid(features, data, LAYER_INPUTS, SETTINGS, seeds=(7,))
+    last = fit_grid(features, data, LAYER_INPUTS, replace(SETTINGS, select="last"), seeds=(7,))
     assert any(len(head.curve) - 1 != int(np.argmax(head.curve)) for head in best)
     for one, other in zip(best, last, strict=True):
         assert one.curve == other.curve
         assert one.valid == max(one.curve)
         assert other.valid == other.curve[-1]
-        assert score_head(one, data, features) == pytest.approx(max(one.curve))
-        assert score_head(other, data, features) == pytest.approx(other.curve[-1])
+        assert accuracy(one, data, features) == pytest.approx(max(one.curve))
+        assert accuracy(other, data, features) == pytest.approx(other.curve[-1])
 
 
-def score_head(head: MLPHead, data: ProbeData, features: dict[str, Features]) -> float:
+def accuracy(head: MLPHead, data: ProbeData, features: dict[str, Features]) -> float:
     logits = head.logits(features["val"])
     return float(
         (logits[:, 0].argmax(1).numpy() == data.labels.encode(data.splits["val"].items)).mean()
     )
 
 
-def test_the_seed_draws_everything_and_nothing_else_does():
+def test_random_draws_depend_on_the_seed_alone():
     data, features = task_of()
-    training = replace(TRAINING, dropout=0.5)
+    settings = replace(SETTINGS, dropout=0.5)
     torch.manual_seed(1)
-    one = fit_grid(features, data, [EACH[1]], training, seeds=(7,))
+    one = fit_grid(features, data, [LAYER_INPUTS[1]], settings, seeds=(7,))
     torch.manual_seed(2)
     state = torch.get_rng_state()
-    same = fit_grid(features, data, [EACH[1]], training, seeds=(7,))
+    same = fit_grid(features, data, [LAYER_INPUTS[1]], settings, seeds=(7,))
     assert torch.equal(torch.get_rng_state(), state)
-    other = fit_grid(features, data, [EACH[1]], training, seeds=(8,))
+    other = fit_grid(features, data, [LAYER_INPUTS[1]], settings, seeds=(8,))
     assert [head.curve for head in one] == [head.curve for head in same]
     assert [head.curve for head in one] != [head.curve for head in other]
 
 
-def test_the_chosen_head_is_the_best_over_all_seeds():
+def test_the_chosen_head_is_the_best_on_average_over_seeds():
     data, features = task_of()
-    heads = fit_grid(features, data, EACH, TRAINING, seeds=(7, 8, 9))
+    heads = fit_grid(features, data, LAYER_INPUTS, SETTINGS, seeds=(7, 8, 9))
     choice = choose(heads)
     assert choice.valid.shape == (3, 3)
     assert [head.seed for head in choice.heads] == [7, 8, 9]
     chosen = choice.heads[0]
     place = (
-        [source.name for source in choice.sources].index(chosen.source.name),
+        choice.inputs.index(chosen.input),
         choice.settings.index(chosen.setting),
     )
     assert choice.valid[place] == choice.valid.max()
     assert choice.valid[place] == pytest.approx(np.mean([head.valid for head in choice.heads]))
 
 
-def test_a_weighted_sum_finds_the_layer_that_knows():
+def test_a_weighted_sum_prefers_the_informative_layer():
     data, features = task_of()
     rng = np.random.default_rng(0)
     for split in features.values():
         split.layers[1][:] = rng.standard_normal(split.layers[1].shape)
-    training = replace(TRAINING, learning_rates=(3e-2,), max_epochs=60, stop_patience=60)
-    (head,) = fit_grid(features, data, [MIX], training, seeds=(0,))
-    untrained = make_heads([MIX], [WIDTH, WIDTH], 4, 1, training, 0).mixing[0].softmax(0)
+    settings = with_protocol(learning_rates=(3e-2,), max_epochs=60, stop_patience=60)
+    (head,) = fit_grid(features, data, [MIX], settings, seeds=(0,))
+    untrained = StackedHeads([MIX], [WIDTH, WIDTH], 4, 1, settings, 0).mixing[0].softmax(0)
     assert head.state["mixing"][0].softmax(0)[1] > untrained[1]
 
 
-def test_layers_of_unlike_width_are_not_summed():
-    with pytest.raises(
-        ValueError, match=r"weighted sum needs layers of one width, these have \[3, 4\]"
-    ):
-        make_heads([MIX], [3, 4], 2, 1, TRAINING, 0)
+def test_layers_of_different_widths_cannot_be_summed():
+    with pytest.raises(ValueError, match=r"weighted sum needs layers of one width, got \[3, 4\]"):
+        StackedHeads([MIX], [3, 4], 2, 1, SETTINGS, 0)
 
 
 @pytest.mark.parametrize("memory", [1, 2**27])
-def test_layers_share_products_by_width_and_memory_and_heads_do_not_notice(
+def test_groups_depend_on_width_and_memory_and_do_not_change_the_heads(
     memory: int, monkeypatch: pytest.MonkeyPatch
 ):
     data, features = task_of()
     for split in features.values():
         split.layers[2] = split.layers[2][:, :7]
-    alone = [
-        head for source in EACH for head in fit_grid(features, data, [source], TRAINING, seeds=(7,))
+    separate = [
+        head
+        for head_input in LAYER_INPUTS
+        for head in fit_grid(features, data, [head_input], SETTINGS, seeds=(7,))
     ]
-    monkeypatch.setattr(sweep, "_NUMBERS_AT_ONCE", memory)
-    monkeypatch.setattr(sweep, "_GROUPS_LEFT", 1)  # so few layers would go to cores one by one
-    train = sweep.Batches(features["train"], data, "train", "cpu")
-    groups = sweep.together([*EACH, MIX], train, TRAINING, apart=False)
-    assert groups == (
-        [[MIX], EACH[:2], EACH[2:]] if memory > 1 else [[MIX], *([source] for source in EACH)]
-    )
-    for head, lone in zip(fit_grid(features, data, EACH, TRAINING, seeds=(7,)), alone, strict=True):
-        assert (head.source, head.setting) == (lone.source, lone.setting)
-        assert head.curve == pytest.approx(lone.curve, abs=0.06), "one file of 21 by rounding"
+    monkeypatch.setattr(sweep, "_MAX_HIDDEN_VALUES", memory)
+    # Otherwise, each of these few layers would be a group.
+    monkeypatch.setattr(sweep, "_MIN_GROUPS_LEFT", 1)
+    train = TrainingRows(context_of(features, data))
+    groups = group_inputs([*LAYER_INPUTS, MIX], train, SETTINGS, by_core=False)
+    one_each = [[head_input] for head_input in LAYER_INPUTS]
+    by_width = [LAYER_INPUTS[:2], LAYER_INPUTS[2:]]
+    assert groups == [[MIX], *(by_width if memory > 1 else one_each)]
+    heads = fit_grid(features, data, LAYER_INPUTS, SETTINGS, seeds=(7,))
+    for head, other in zip(heads, separate, strict=True):
+        assert (head.input, head.setting) == (other.input, other.setting)
+        assert head.curve == pytest.approx(other.curve, abs=0.06), "one file of 21 by rounding"
 
 
-def test_cores_get_groups_that_end_small():
+def test_the_last_groups_are_small():
     data, features = task_of()
     many = replace(features["train"], layers=[features["train"].layers[0]] * 13)
-    train = sweep.Batches(many, data, "train", "cpu")
-    groups = sweep.together(
-        [*(Source(str(i), (i,)) for i in range(13)), MIX], train, TRAINING, apart=True
-    )
+    train = TrainingRows(context_of({"train": many}, data))
+    inputs = [HeadInput(str(i), (i,)) for i in range(13)]
+    groups = group_inputs([*inputs, MIX], train, SETTINGS, by_core=True)
     assert groups[0] == [MIX]
     assert [len(group) for group in groups[1:]] == [3, 3, 2, 2, 1, 1, 1]
-    assert [source.layers for group in groups[1:] for source in group] == [(i,) for i in range(13)]
+    assert [head_input for group in groups[1:] for head_input in group] == inputs
 
 
-def test_what_fails_ends_the_rest_and_gives_torch_its_threads_back(monkeypatch: pytest.MonkeyPatch):
+def test_an_error_stops_all_threads_and_restores_the_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch,
+):
     data, features = task_of()
-    step, steps = sweep.StackedAdam.step, []
+    step, threads = StackedAdam.step, set()
+    both_started = threading.Barrier(2)
 
-    def fail_in_the_third(
-        adam: sweep.StackedAdam, gradients: list[Tensor], rates: list[float]
+    def fail_in_one_thread(
+        adam: StackedAdam, gradients: list[Tensor], learning_rates: list[float]
     ) -> None:
-        steps.append(threading.get_ident())
-        if len(steps) == 3:
-            raise RuntimeError("the third step")
-        step(adam, gradients, rates)
+        if threading.get_ident() not in threads:
+            threads.add(threading.get_ident())
+            if both_started.wait(timeout=300) == 0:
+                raise RuntimeError("one of two threads")
+        step(adam, gradients, learning_rates)
 
-    monkeypatch.setattr(sweep.StackedAdam, "step", fail_in_the_third)
-    long = replace(TRAINING, max_epochs=100_000, stop_patience=100_000)
+    monkeypatch.setattr(StackedAdam, "step", fail_in_one_thread)
+    endless = with_protocol(max_epochs=10**9, stop_patience=10**9)
     torch.set_num_threads(2)
     try:
-        with pytest.raises(RuntimeError, match="the third step"):
-            fit_grid(features, data, EACH, long, seeds=(7,))
+        with pytest.raises(RuntimeError, match="one of two threads"):
+            fit_grid(features, data, LAYER_INPUTS, endless, seeds=(7,))
         assert torch.get_num_threads() == 2
-        assert len(set(steps)) == 2
+        assert len(threads) == 2
     finally:
         torch.set_num_threads(1)
 
 
-def test_a_score_that_is_no_number_is_never_the_best():
+def test_nan_is_never_the_best_score():
     data, features = task_of("numbers")
-    heads = fit_grid(
-        features, data, [EACH[0]], replace(TRAINING, learning_rates=(1e-2, 1e30)), seeds=(0,)
-    )
+    settings = with_protocol(learning_rates=(1e-2, 1e30))
+    heads = fit_grid(features, data, [LAYER_INPUTS[0]], settings, seeds=(0,))
     assert choose(heads).heads[0].setting == 1e-2
 
 
-def test_features_that_stay_on_disk_give_the_same_heads(tmp_path: Path):
+def test_features_on_disk_give_the_same_heads(tmp_path: Path):
     data, features = task_of()
     on_disk = {}
     for split, of_split in features.items():
@@ -365,6 +399,7 @@ def test_features_that_stay_on_disk_give_the_same_heads(tmp_path: Path):
             layers.append(table)
         on_disk[split] = Features(layers, scattered, of_split.rows)
     one, other = (
-        fit_grid(each, data, [*EACH, MIX], TRAINING, seeds=(7,)) for each in (features, on_disk)
+        fit_grid(each, data, [*LAYER_INPUTS, MIX], SETTINGS, seeds=(7,))
+        for each in (features, on_disk)
     )
     assert [head.curve for head in one] == [head.curve for head in other]

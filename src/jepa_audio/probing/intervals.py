@@ -1,4 +1,4 @@
-"""How sure a score is, and a difference of two on the same units."""
+"""Bootstrap intervals of scores, and of differences of two scores on the same units."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _PERCENTILES = (2.5, 97.5)
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference of two scores on the same units, with its 95 % interval.
+    """The difference of two scores on the same units, with its 95 % interval.
 
-    The interval holds the noise of the choice of units, and no noise of training seeds.
+    The interval covers the choice of units, but not the noise of training seeds.
     """
 
     value: float
@@ -26,7 +26,7 @@ class Difference:
 
     @property
     def verdict(self) -> Literal["ahead", "behind", "no significant difference"]:
-        """On which side of zero the interval lies."""
+        """On which side of zero the interval is."""
         if self.low > 0:
             return "ahead"
         return "behind" if self.high < 0 else "no significant difference"
@@ -36,10 +36,10 @@ class Difference:
 
 
 def draw_counts(num_units: int, draws: int = 2000, seed: int = 0) -> Int[np.ndarray, "draws units"]:
-    """How often each unit occurs in resamplings of all units with replacement; see `Metric.resampled`.
+    """How often each unit occurs in bootstrap resamples; see `Metric.resampled`.
 
-    The same number of units and the same seed give the same resamplings: two scores that are
-    resampled by them are paired. More draws go on where fewer ended.
+    Scores that are resampled with the same number of units and the same seed are paired. The first
+    n draws do not depend on the number of draws.
 
     Raises:
         UserError: if there is no unit or no draw.
@@ -47,8 +47,7 @@ def draw_counts(num_units: int, draws: int = 2000, seed: int = 0) -> Int[np.ndar
     if min(num_units, draws) < 1:
         raise UserError(f"`num_units` ({num_units}) and `draws` ({draws}) must be at least 1")
     rng = np.random.default_rng(seed)
-    # No count exceeds the number of units. The small type is for the memory: 2000 draws of 10,000
-    # units are 40 MB.
+    # No count exceeds the number of units. With int16, 2,000 draws of 10,000 units take 40 MB.
     counts = np.empty((draws, num_units), dtype=np.int16 if num_units < 2**15 else np.int32)
     for row in counts:
         row[:] = np.bincount(rng.integers(0, num_units, num_units), minlength=num_units)
@@ -56,10 +55,9 @@ def draw_counts(num_units: int, draws: int = 2000, seed: int = 0) -> Int[np.ndar
 
 
 def interval(draws: Float[np.ndarray, " draws"]) -> tuple[float, float]:
-    """Percentile interval, 95 %, of a score on resamplings (Efron, 1979).
+    """The 95 % percentile interval of a score on resamples (Efron, 1979).
 
-    Resamplings that could not be scored (NaN) are left out; if that is all of them, so are both
-    ends.
+    Draws that could not be scored (NaN) are left out. Both ends are NaN if no draw is left.
     """
     scored = draws[~np.isnan(draws)]
     if len(scored) == 0:
@@ -74,12 +72,12 @@ def difference(
     draws: Float[np.ndarray, " draws"],
     other_draws: Float[np.ndarray, " draws"],
 ) -> Difference:
-    """`value` minus `other`, both scores of the same units.
+    """`value` minus `other`, with an interval.
 
     Args:
-        value: on the units as they are.
-        other: the same of what it is compared with.
-        draws: the first score on resamplings.
-        other_draws: the second on the same resamplings, in the same order.
+        value: score on all units.
+        other: the score that it is compared with, on the same units.
+        draws: the first score on resamples.
+        other_draws: the second score on the same resamples, in the same order.
     """
     return Difference(value - other, *interval(draws - other_draws))

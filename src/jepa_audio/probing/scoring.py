@@ -1,4 +1,4 @@
-"""From what a head says of a test split to scores with intervals, and to what they rest on."""
+"""Logits of a head on the test split → scores with intervals, and the evidence for them."""
 
 from __future__ import annotations
 
@@ -17,60 +17,59 @@ from jepa_audio.probing.tasks.labels import UNKNOWN, Rows, Unit
 from jepa_audio.probing.tasks.records import Split
 
 NUM_DRAWS = 2000
-_DRAWS_SEED = 0  # the same for every row ever written: only so can any two be compared on the same resamplings
+# The same seed for all results: any two can be compared on the same resamples.
+_BOOTSTRAP_SEED = 0
 
 
 @dataclass(frozen=True)
 class TestResult:
-    """Scores of one head.
+    """Scores of one head on the test split.
 
     Attributes:
-        scores: of every metric and unit.
-        evidence: what they rest on.
+        scores: every metric on every scored unit.
+        evidence: predictions, labels and bootstrap draws.
     """
 
     scores: dict[str, Score]
     evidence: Evidence
 
 
-def judge(
+def score_head(
     logits: Float[Tensor, "rows 1 C"], data: ProbeData, split: Split, rows: Rows
 ) -> TestResult:
-    """Every metric of a task, on every unit that it scores, with 95 % intervals of the bootstrap over units."""
+    """All metrics of a task on all its units, with 95 % bootstrap intervals over units."""
     scores: dict[str, Score] = {}
     draws: dict[str, np.ndarray] = {}
-    for by in data.task.units:
-        answers, truth = (
-            data.labels.predictions(logits, split, rows, by).cpu(),
-            data.labels.unit_targets(split, rows, by),
-        )
-        counts = draw_counts(len(answers), NUM_DRAWS, _DRAWS_SEED)
+    first_unit = data.task.units[0]
+    for unit in data.task.units:
+        predictions = data.labels.predictions(logits, split, rows, unit).cpu()
+        truth = data.labels.unit_targets(split, rows, unit)
+        counts = draw_counts(len(predictions), NUM_DRAWS, _BOOTSTRAP_SEED)
         for metric in data.task.metrics:
-            name = metric.name if by == data.task.units[0] else f"{by}_{metric.name}"
-            draws[name] = metric.resampled(answers[:, 0].numpy(), truth, counts)
-            value = float(metric(answers, truth)[0])
+            name = metric.name if unit == first_unit else f"{unit}_{metric.name}"
+            draws[name] = metric.resampled(predictions[:, 0].numpy(), truth, counts)
+            value = float(metric(predictions, truth)[0])
             scores[name] = Score(value, *interval(draws[name]), metric.num_scored(truth))
-        if by == data.task.units[0]:
-            kept = answers[:, 0].float().numpy(), truth
+        if unit == first_unit:
+            kept = predictions[:, 0].float().numpy(), truth
     return TestResult(
-        scores, Evidence(*kept, uids=_names(split, rows, data.task.units[0]), draws=draws)
+        scores, Evidence(*kept, uids=_unit_names(split, rows, first_unit), draws=draws)
     )
 
 
-def chance(data: ProbeData, train: Rows, test: Rows) -> float:
-    """The first metric of answers that are the same for all: what is most usual, or the mean, in the training split."""
+def chance_score(data: ProbeData, train: Rows, test: Rows) -> float:
+    """First metric of a constant prediction: class and tag frequencies or means in training."""
     targets = data.labels.row_targets(data.splits["train"], train)
     if data.labels.kind == "class":
-        targets = F.one_hot(targets[targets != UNKNOWN], data.labels.num_outputs).float()
-    usual = targets.float().mean(dim=0)
-    logits = torch.logit(usual, eps=1e-6) if data.labels.kind == "tags" else usual
-    return float(
-        data.scores(logits.expand(len(test), 1, -1).contiguous(), data.splits["test"], test)
-    )
+        targets = F.one_hot(targets[targets != UNKNOWN], data.labels.num_outputs)
+    mean = targets.float().mean(dim=0)
+    constant = torch.logit(mean, eps=1e-6) if data.labels.kind == "tags" else mean
+    logits = constant.expand(len(test), 1, -1).contiguous()
+    return float(data.scores(logits, data.splits["test"], test))
 
 
-def _names(split: Split, rows: Rows, by: Unit) -> tuple[str, ...]:
-    if by == "file":
+def _unit_names(split: Split, rows: Rows, unit: Unit) -> tuple[str, ...]:
+    if unit == "file":
         return split.uids
     _, first = np.unique(rows.window, return_index=True)
     return tuple(f"{split.items[rows.item[row]].uid} at {rows.seconds[row]:.1f} s" for row in first)

@@ -1,5 +1,5 @@
-"""Heads: how they are trained, many at once, and what one says once it is trained."""
+"""Heads: small models that are trained on frozen features."""
 
-from jepa_audio.probing.heads.base import Choice, Head, Source, choose
+from jepa_audio.probing.heads.base import Choice, FitContext, Head, HeadInput, choose
 
-__all__ = ["Choice", "Head", "Source", "choose"]
+__all__ = ["Choice", "FitContext", "Head", "HeadInput", "choose"]

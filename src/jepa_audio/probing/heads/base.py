@@ -1,11 +1,12 @@
-"""What a head is, once trained: it reads some layers, and says something of every row."""
+"""What all heads share: their input, the data they are fitted on, and the choice of the best."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -13,16 +14,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from jepa_audio.probing.features import Features
+from jepa_audio.probing.tasks.base import ProbeData
 
 
 @dataclass(frozen=True)
-class Source:
-    """What a head reads.
+class HeadInput:
+    """The layers that a head reads.
 
     Args:
-        name: in the results.
-        layers: places of the layers.
-        kind: "layer" for one, "mix" for their learnt sum, "reduce" for all of them side by side.
+        name: name in the results.
+        layers: indices of the layers.
+        kind: "layer": one layer; "mix": the learned weighted sum of the layers; "reduce": the
+            concatenation of the layers, reduced to the width of one by a linear map.
     """
 
     name: str
@@ -31,17 +34,53 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Head(ABC):
-    """One point of the grid, trained.
+class FitContext:
+    """What a preset needs to fit heads.
 
     Attributes:
-        source: what it reads.
+        features: features of the splits "train" and "val".
+        data: the task and its labels.
+        layer_names: layer names of the encoder.
+        seeds: seeds of weights, batches and dropout; one head for each.
+        device: where heads are trained.
+        description: text of the progress bar.
+    """
+
+    features: Mapping[str, Features]
+    data: ProbeData
+    layer_names: tuple[str, ...]
+    seeds: Sequence[int]
+    device: torch.device | str
+    description: str
+
+    def layer_inputs(self) -> list[HeadInput]:
+        """One input for each layer."""
+        return [HeadInput(name, (layer,)) for layer, name in enumerate(self.layer_names)]
+
+    def block_layers(self) -> tuple[int, ...]:
+        """Indices of all layers except the input of the first block."""
+        return tuple(layer for layer, name in enumerate(self.layer_names) if name != "input")
+
+    def validation_scores(self, logits: Float[Tensor, "rows K C"]) -> Float[np.ndarray, " K"]:
+        """First metric of the task for K heads on the validation split; NaN becomes -inf."""
+        scores = self.data.scores(logits, self.data.splits["val"], self.features["val"].rows)
+        return np.nan_to_num(scores.double().cpu().numpy(), nan=-math.inf)
+
+
+@dataclass(frozen=True)
+class Head(ABC):
+    """A trained head with one setting.
+
+    Attributes:
+        input: the layers that it reads.
         setting: its hyper-parameter: learning rate, penalty or number of neighbours.
-        seed: of all that was drawn.
+        seed: seed of its training.
         valid: its validation score.
     """
 
-    source: Source
+    setting_name: ClassVar[str]
+
+    input: HeadInput
     setting: float
     seed: int
     valid: float
@@ -50,35 +89,35 @@ class Head(ABC):
     def logits(
         self, features: Features, device: torch.device | str = "cpu"
     ) -> Float[Tensor, "rows 1 C"]:
-        """What it says of every row of a split."""
+        """Logits of every row of a split."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The source and setting that were best on the validation split, mean over seeds.
+    """The input and setting with the best validation score, averaged over seeds.
 
     Attributes:
         heads: one for each seed.
-        sources: all that were tried.
-        settings: all that were tried.
-        valid: validation score by source and setting, mean over seeds.
+        inputs: all inputs that were compared.
+        settings: all settings that were compared.
+        valid: validation score for each input and setting, averaged over seeds.
     """
 
     heads: tuple[Head, ...]
-    sources: tuple[Source, ...]
+    inputs: tuple[HeadInput, ...]
     settings: tuple[float, ...]
-    valid: Float[np.ndarray, "sources settings"]
+    valid: Float[np.ndarray, "inputs settings"]
 
 
 def choose(heads: Sequence[Head]) -> Choice:
-    """Of equally good ones, the first."""
-    sources = tuple(dict.fromkeys(head.source for head in heads))
+    """The best input and setting; the first one if several are equally good."""
+    inputs = tuple(dict.fromkeys(head.input for head in heads))
     settings = tuple(dict.fromkeys(head.setting for head in heads))
-    points: dict[tuple[Source, float], list[Head]] = {}
+    by_point: dict[tuple[HeadInput, float], list[Head]] = {}
     for head in heads:
-        points.setdefault((head.source, head.setting), []).append(head)
+        by_point.setdefault((head.input, head.setting), []).append(head)
     valid = np.array(
-        [[np.mean([h.valid for h in points[source, s]]) for s in settings] for source in sources]
+        [[np.mean([h.valid for h in by_point[one, s]]) for s in settings] for one in inputs]
     )
-    source, setting = np.unravel_index(valid.argmax(), valid.shape)
-    return Choice(tuple(points[sources[source], settings[setting]]), sources, settings, valid)
+    row, column = np.unravel_index(valid.argmax(), valid.shape)
+    return Choice(tuple(by_point[inputs[row], settings[column]]), inputs, settings, valid)

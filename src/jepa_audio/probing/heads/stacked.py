@@ -1,41 +1,51 @@
-"""Many heads at once: every map of theirs is one batched product."""
+"""MLP heads that are trained together: stacked weights, batched products, one optimizer for all.
+
+The 84 heads of a `marble-v1` grid take 50 s on two cores, 111 s in a plain loop over the heads
+and 237 s as Lightning fits (`benchmarks/probe_grid.py`, RESULTS.md).
+"""
 
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.optim.adam import adam
+
+from jepa_audio.errors import UserError
+from jepa_audio.probing.heads.base import HeadInput
+from jepa_audio.probing.tasks.base import Protocol
+
+Select = Literal["best", "last"]
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Of heads that are trained together.
+class MLPSettings:
+    """How MLP heads are built and trained.
 
     Args:
+        protocol: learning rates, batch size, epochs, early stopping and plateau schedule.
         hidden: units of the hidden layer.
-        num_outputs: numbers a head gives.
-        num_heads: heads.
-        dropout: probability with which a hidden unit is dropped.
+        dropout: probability of dropping a hidden unit.
+        select: epoch of the weights that are scored: the best one on validation, or the last.
     """
 
-    hidden: int
-    num_outputs: int
-    num_heads: int
-    dropout: float
+    protocol: Protocol
+    hidden: int = 512
+    dropout: float = 0.2
+    select: Select = "best"
 
 
-class _Products(torch.autograd.Function):
-    """Linear maps whose weights' gradient is written to the same memory in every step.
+class _BatchedLinear(torch.autograd.Function):
+    """Linear maps whose weight gradient is written to the same buffer in every step.
 
-    Autograd would ask for fresh memory, 120 MB for 78 heads on 768 features. The system hands it
-    out page by page, which can take a core as long as the product itself.
+    Autograd would allocate 120 MB in every step for 78 heads on 768 features. The page faults of
+    fresh memory can take as long as the product itself.
     """
 
     @staticmethod
@@ -46,7 +56,7 @@ class _Products(torch.autograd.Function):
         bias: Float[Tensor, "K O"],
         gradient: Float[Tensor, "K O I"],
     ) -> Float[Tensor, "K n O"]:
-        """The products; `gradient` is the memory."""
+        """Compute the products; `gradient` is the buffer for the backward pass."""
         ctx.save_for_backward(rows, weight)
         ctx.gradient = gradient
         return torch.baddbmm(bias[:, None], rows, weight.mT)
@@ -54,24 +64,18 @@ class _Products(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, given: Float[Tensor, "K n O"]
+        ctx: Any, grad: Float[Tensor, "K n O"]
     ) -> tuple[Float[Tensor, "K n I"] | None, Float[Tensor, "K O I"], Float[Tensor, "K O"], None]:
-        """Gradients of rows (if wanted), weight and bias."""
+        """Gradients of rows (if needed), weight and bias."""
         rows, weight = ctx.saved_tensors
-        of_rows = torch.bmm(given, weight) if ctx.needs_input_grad[0] else None
-        return of_rows, torch.bmm(given.mT, rows, out=ctx.gradient), given.sum(1), None
+        grad_rows = torch.bmm(grad, weight) if ctx.needs_input_grad[0] else None
+        return grad_rows, torch.bmm(grad.mT, rows, out=ctx.gradient), grad.sum(1), None
 
 
-class LinearMaps(nn.Module):
-    """A linear map for each head. All begin with the same weights, those that `torch.nn.Linear` draws.
+class StackedLinear(nn.Module):
+    """One linear map for each head; all start with the same weights, drawn as in `nn.Linear`.
 
     The gradient of the weights is valid until the next backward pass.
-
-    Args:
-        in_features: numbers a map reads.
-        out_features: numbers it gives.
-        num_heads: maps.
-        generator: draws the weights.
     """
 
     def __init__(
@@ -80,139 +84,142 @@ class LinearMaps(nn.Module):
         super().__init__()
         bound = 1 / math.sqrt(in_features)
         shapes = ((out_features, in_features), (out_features,))
-        drawn = [
-            torch.empty(shape).uniform_(-bound, bound, generator=generator) for shape in shapes
-        ]
+        drawn = [torch.empty(size).uniform_(-bound, bound, generator=generator) for size in shapes]
         self.weight, self.bias = (
-            nn.Parameter(one.expand(num_heads, *one.shape).clone()) for one in drawn
+            nn.Parameter(tensor.expand(num_heads, *tensor.shape).clone()) for tensor in drawn
         )
-        self.register_buffer(
-            "gradient", torch.empty_like(self.weight, requires_grad=False), persistent=False
-        )
+        buffer = torch.empty_like(self.weight, requires_grad=False)
+        self.register_buffer("gradient", buffer, persistent=False)
 
     def forward(self, rows: Float[Tensor, "K n I"]) -> Float[Tensor, "K n O"]:
-        """What every head says of rows of its own."""
-        return _Products.apply(rows, self.weight, self.bias, self.gradient)
+        """Apply each head's map to that head's rows."""
+        return _BatchedLinear.apply(rows, self.weight, self.bias, self.gradient)
 
 
-class Heads(nn.Module):
-    """Heads of one hidden layer on the same windows: linear, ReLU, dropout, linear.
+class StackedHeads(nn.Module):
+    """Heads with one hidden layer (linear, ReLU, dropout, linear), trained on the same batches.
 
-    All heads begin alike, as separate runs of one seed do; a unit that is dropped is dropped in all
-    of them. So each is exactly what it would be by itself.
+    All heads start with the same weights and drop the same units, as separate runs with one seed
+    do. So the result for each head is that of a separate run.
 
     Args:
-        in_features: width of what the hidden layer reads.
-        shape: see `Shape`.
-        generator: draws the weights, then the dropout of every step.
+        inputs: several inputs of kind "layer", or one input of another kind.
+        widths: widths of all layers of the inputs.
+        num_outputs: logits of a head.
+        heads_per_input: heads on each input, adjacent in the stack.
+        settings: hidden units and dropout.
+        seed: seed of the weights and of the dropout.
+
+    Raises:
+        UserError: if layers of different widths are to be summed or stacked.
     """
 
-    def __init__(self, in_features: int, shape: Shape, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        inputs: Sequence[HeadInput],
+        widths: Sequence[int],
+        num_outputs: int,
+        heads_per_input: int,
+        settings: MLPSettings,
+        seed: int,
+    ) -> None:
         super().__init__()
-        self.generator, self.dropout, self.hidden = generator, shape.dropout, shape.hidden
-        self.inner = LinearMaps(in_features, shape.hidden, shape.num_heads, generator)
-        self.outer = LinearMaps(shape.hidden, shape.num_outputs, shape.num_heads, generator)
+        self.kind, self.hidden, self.dropout = inputs[0].kind, settings.hidden, settings.dropout
+        if self.kind != "reduce" and len(set(widths)) > 1:
+            raise UserError(f"{inputs[0].name} needs layers of one width, got {list(widths)}")
+        self.layer_of = [i for i in range(len(inputs)) for _ in range(heads_per_input)]
+        self.generator = torch.Generator().manual_seed(seed)
+        num_heads, width = len(self.layer_of), max(widths)
+        self.inner = StackedLinear(width, self.hidden, num_heads, self.generator)
+        self.outer = StackedLinear(self.hidden, num_outputs, num_heads, self.generator)
+        if self.kind == "mix":
+            drawn = torch.empty(len(widths)).normal_(generator=self.generator)
+            self.mixing = nn.Parameter(drawn.expand(num_heads, -1).clone())
+        elif self.kind == "reduce":
+            self.reduce = StackedLinear(sum(widths), width, num_heads, self.generator)
 
     @property
     def num_heads(self) -> int:
-        """Those still there."""
-        return len(self.outer.bias)
+        """Number of heads that are still trained."""
+        return len(self.layer_of)
 
-    @abstractmethod
-    def read(self, rows: Sequence[Float[Tensor, "n _"]]) -> Float[Tensor, "K n I"]:
-        """What the hidden layer of every head reads of rows of one or several layers of features."""
-
-    def forward(self, rows: Sequence[Float[Tensor, "n _"]]) -> Float[Tensor, "n K C"]:
-        """Logits of every head."""
-        units = self.inner(self.read(rows))
+    def forward(self, layers: Sequence[Float[Tensor, "n _"]]) -> Float[Tensor, "n K C"]:
+        """Logits of every head from rows of all layers of the inputs."""
+        units = self.inner(self._hidden_input(layers))
         if self.training and self.dropout:
-            kept = (
-                torch.rand(units.shape[1:], generator=self.generator)
-                .ge_(self.dropout)
-                .div_(1 - self.dropout)
-            )
-            units = units.mul_(kept.to(units.device))  # before ReLU: the same
+            # The mask is applied before ReLU, in place: the result is the same.
+            uniform = torch.rand(units.shape[1:], generator=self.generator)
+            mask = uniform.ge_(self.dropout).div_(1 - self.dropout)
+            units = units.mul_(mask.to(units.device))
         return self.outer(units.relu_()).transpose(0, 1)
 
+    def _hidden_input(self, layers: Sequence[Float[Tensor, "n _"]]) -> Float[Tensor, "K n I"]:
+        if self.kind == "mix":
+            return torch.einsum("kl,lnd->knd", self.mixing.softmax(dim=1), torch.stack([*layers]))
+        if self.kind == "reduce":
+            return self.reduce(torch.cat([*layers], dim=1).expand(self.num_heads, -1, -1))
+        if len(layers) == 1:
+            return layers[0].expand(self.num_heads, -1, -1)
+        return torch.stack([layers[layer] for layer in self.layer_of])
+
     def keep(self, heads: Sequence[int]) -> None:
-        """Let the other heads go."""
+        """Remove all other heads."""
         for tensor in (*self.parameters(), *self.buffers()):
             tensor.data = tensor.data[list(heads)]
+        self.layer_of = [self.layer_of[head] for head in heads]
 
     def state_of(self, head: int) -> dict[str, Tensor]:
-        """A copy of one head's weights, of leading size 1."""
+        """A copy of the weights of one head, with a leading dimension of 1."""
         return {
             name: parameter.detach()[head : head + 1].clone()
             for name, parameter in self.named_parameters()
         }
 
 
-class LayerHeads(Heads):
-    """Heads on one layer of features each.
+class StackedAdam:
+    """`torch.optim.Adam` with its defaults and one learning rate for each head.
 
-    Args:
-        layer_of: for every head, which of the layers it reads.
-        in_features: width of the layers.
-        shape: see `Shape`.
-        generator: see `Heads`.
+    One fused call updates all heads of a learning rate. Separate optimizers would spend as much
+    time in Python as in arithmetic.
     """
 
-    def __init__(
-        self, layer_of: Sequence[int], in_features: int, shape: Shape, generator: torch.Generator
-    ) -> None:
-        super().__init__(in_features, shape, generator)
-        self.layer_of = list(layer_of)
+    def __init__(self, heads: StackedHeads) -> None:
+        self.weights = [parameter.detach() for parameter in heads.parameters()]
+        self.first_moments = [torch.zeros_like(weight) for weight in self.weights]
+        self.second_moments = [torch.zeros_like(weight) for weight in self.weights]
+        self.steps = [torch.zeros(len(weight), device=weight.device) for weight in self.weights]
 
-    def read(self, rows: Sequence[Float[Tensor, "n _"]]) -> Float[Tensor, "K n I"]:
-        """See `Heads`."""
-        if len(rows) == 1:
-            return rows[0].expand(self.num_heads, -1, -1)
-        return torch.stack([rows[layer] for layer in self.layer_of])
+    def keep(self, indices: Sequence[int], heads: StackedHeads) -> None:
+        """Remove all other heads; `heads` has removed them already."""
+        self.weights = [parameter.detach() for parameter in heads.parameters()]
+        for tensors in (self.first_moments, self.second_moments, self.steps):
+            tensors[:] = [tensor[list(indices)] for tensor in tensors]
 
-    def keep(self, heads: Sequence[int]) -> None:
-        """See `Heads`."""
-        super().keep(heads)
-        self.layer_of = [self.layer_of[head] for head in heads]
-
-
-class MixHeads(Heads):
-    """Heads on a sum of layers whose weights, a softmax, each head learns for itself.
-
-    Args:
-        num_layers: how many are mixed.
-        in_features: width of each of them.
-        shape: see `Shape`.
-        generator: see `Heads`; draws the mixing logits (normal) last.
-    """
-
-    def __init__(
-        self, num_layers: int, in_features: int, shape: Shape, generator: torch.Generator
-    ) -> None:
-        super().__init__(in_features, shape, generator)
-        drawn = torch.empty(num_layers).normal_(generator=generator)
-        self.mixing = nn.Parameter(drawn.expand(shape.num_heads, -1).clone())
-
-    def read(self, rows: Sequence[Float[Tensor, "n _"]]) -> Float[Tensor, "K n I"]:
-        """See `Heads`."""
-        return torch.einsum("kl,lnd->knd", self.mixing.softmax(dim=1), torch.stack(list(rows)))
-
-
-class ReduceHeads(Heads):
-    """Heads on all layers side by side, made as narrow as one of them by a linear map: MARBLE v2's default.
-
-    Args:
-        in_features: width of all layers together.
-        reduced: width of what the hidden layer reads.
-        shape: see `Shape`.
-        generator: see `Heads`.
-    """
-
-    def __init__(
-        self, in_features: int, reduced: int, shape: Shape, generator: torch.Generator
-    ) -> None:
-        super().__init__(reduced, shape, generator)
-        self.reduce = LinearMaps(in_features, reduced, shape.num_heads, generator)
-
-    def read(self, rows: Sequence[Float[Tensor, "n _"]]) -> Float[Tensor, "K n I"]:
-        """See `Heads`."""
-        return self.reduce(torch.cat(list(rows), dim=1).expand(self.num_heads, -1, -1))
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor], learning_rates: Sequence[float]) -> None:
+        """Update every head; `gradients` has one stacked tensor for each parameter."""
+        # Fused Adam assumes that gradients have the memory layout of the weights.
+        contiguous = [gradient.contiguous() for gradient in gradients]
+        states = (self.weights, contiguous, self.first_moments, self.second_moments, self.steps)
+        by_head = [[tensor.unbind() for tensor in tensors] for tensors in states]
+        for rate in dict.fromkeys(learning_rates):
+            heads = [head for head, own_rate in enumerate(learning_rates) if own_rate == rate]
+            weights, grads, first, second, steps = (
+                [tensor[head] for tensor in tensors for head in heads] for tensors in by_head
+            )
+            adam(
+                weights,
+                grads,
+                first,
+                second,
+                max_exp_avg_sqs=[],
+                state_steps=steps,
+                fused=True,
+                amsgrad=False,
+                beta1=0.9,
+                beta2=0.999,
+                lr=rate,
+                weight_decay=0.0,
+                eps=1e-8,
+                maximize=False,
+            )

@@ -1,410 +1,263 @@
-"""The whole grid of layers, learning rates and seeds in one fit; every head has its own schedule and stop."""
+"""Training of a grid of MLP heads: all inputs, learning rates and seeds in one call."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from threading import Event
-from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from typing_extensions import override
 
-from jepa_audio.errors import UserError
 from jepa_audio.parallel import progress_bar
 from jepa_audio.probing.features import Features
-from jepa_audio.probing.heads.adam import StackedAdam
-from jepa_audio.probing.heads.base import Head, Source
-from jepa_audio.probing.heads.stacked import Heads, LayerHeads, MixHeads, ReduceHeads, Shape
-from jepa_audio.probing.tasks.base import ProbeData
+from jepa_audio.probing.heads.base import FitContext, Head, HeadInput
+from jepa_audio.probing.heads.stacked import MLPSettings, StackedAdam, StackedHeads
+from jepa_audio.probing.tasks.labels import Labels
 
-_NUMBERS_AT_ONCE = 2**27  # of the hidden units of all heads: half a gigabyte
-_LAYERS_ON_A_CORE = 3  # more are no faster
-_GROUPS_LEFT = (
-    4  # into which, at least, the layers that are left are divided: no core waits long for the last
-)
-Select = Literal["best", "last"]
-
-
-@dataclass(frozen=True)
-class Training:
-    """How heads are trained.
-
-    Args:
-        learning_rates: of Adam; one head for each.
-        batch_size: windows of a step.
-        max_epochs: of a head.
-        stop_patience: epochs without a better validation score after which a head stops.
-        plateau_patience: epochs without a better one after which its learning rate falls.
-        plateau_factor: by which it falls.
-        hidden: units of the hidden layer.
-        dropout: probability.
-        select: the state that is scored: that of the best epoch, or of the last.
-    """
-
-    learning_rates: tuple[float, ...]
-    batch_size: int
-    max_epochs: int
-    stop_patience: int
-    plateau_patience: int
-    plateau_factor: float = 0.5
-    hidden: int = 512
-    dropout: float = 0.2
-    select: Select = "best"
+# Values of the hidden units of all heads that are computed at once: 512 MiB.
+_MAX_HIDDEN_VALUES = 2**27
+# A group on one core is not faster with more layers.
+_MAX_LAYERS_PER_GROUP = 3
+# A group takes at most a quarter of the layers that are left, so the last groups are small and
+# all cores end at nearly the same time: they compute in 95 % of the wall time, 87 % before.
+_MIN_GROUPS_LEFT = 4
 
 
 @dataclass(frozen=True)
 class MLPHead(Head):
-    """A head of one hidden layer.
+    """A trained head with one hidden layer.
 
     Attributes:
         curve: validation score after every epoch.
-        state: its weights.
-        training: how it was trained.
+        state: weights of the selected epoch.
+        settings: how it was trained.
     """
+
+    setting_name = "learning rate"
 
     curve: tuple[float, ...]
     state: dict[str, Tensor]
-    training: Training
+    settings: MLPSettings
 
+    @override
     def logits(
         self, features: Features, device: torch.device | str = "cpu"
     ) -> Float[Tensor, "rows 1 C"]:
-        """See `Head`."""
-        widths = features.widths(self.source.layers)
-        num_outputs = self.state["outer.bias"].shape[1]
-        heads = make_heads([self.source], widths, num_outputs, 1, self.training, self.seed).to(
-            device
-        )
+        layers, num_outputs = self.input.layers, self.state["outer.bias"].shape[1]
+        widths = features.widths(layers)
+        heads = StackedHeads([self.input], widths, num_outputs, 1, self.settings, self.seed)
         heads.load_state_dict(self.state)
-        return read_all(heads, self.source.layers, features, device)
+        return compute_logits(heads.to(device), layers, features, device)
 
 
-class Batches:
-    """Rows of one split and what they are held to, drawn in batches of whole windows.
+class TrainingRows:
+    """Rows of the training split and their targets, drawn in batches of whole windows."""
 
-    Args:
-        features: of the split.
-        data: the task.
-        split: its name.
-        device: on which batches are wanted.
-    """
+    def __init__(self, fit: FitContext) -> None:
+        self.features = fit.features["train"]
+        self.targets = fit.data.labels.row_targets(fit.data.splits["train"], self.features.rows)
+        starts = np.flatnonzero(np.diff(self.features.rows.window, prepend=-1))
+        self._windows = np.split(np.arange(len(self.features)), starts[1:])
+        self.max_rows_per_window = max(map(len, self._windows))
 
-    def __init__(
-        self, features: Features, data: ProbeData, split: str, device: torch.device | str
-    ) -> None:
-        self.features, self.data, self.split, self.device = (
-            features,
-            data,
-            data.splits[split],
-            device,
-        )
-        self.targets = data.labels.row_targets(self.split, features.rows)
-        self._first = np.flatnonzero(np.diff(features.rows.window, prepend=-1))
-        self._count = np.diff(self._first, append=len(features))
-
-    def orders(
+    def batches(
         self, batch_size: int, generator: torch.Generator
     ) -> Iterator[Int64[np.ndarray, " rows"]]:
-        """The rows of every batch of an epoch."""
-        order = torch.randperm(len(self._first), generator=generator).numpy()
-        for start in range(0, len(order), batch_size):
-            windows = order[start : start + batch_size]
-            if len(self._first) == len(self.features):
-                yield windows
-            else:
-                yield np.concatenate(
-                    [np.arange(self._first[w], self._first[w] + self._count[w]) for w in windows]
-                )
-
-    @property
-    def rows_of_a_window(self) -> int:
-        """The most of any."""
-        return int(self._count.max())
-
-    def target(self, rows: Int64[np.ndarray, " n"]) -> Shaped[Tensor, "n ..."]:
-        """What some rows are held to."""
-        return self.targets[rows].to(self.device)
-
-    def layer(self, layer: int, rows: Int64[np.ndarray, " n"] | slice) -> Float[Tensor, "n _"]:
-        """Some rows of a layer."""
-        return self.features.of(layer, rows).to(self.device)
-
-    def scores(self, logits: Float[Tensor, "rows K C"]) -> Float[np.ndarray, " K"]:
-        """What the first metric of the task says of K heads; a score that is no number is the worst."""
-        scores = self.data.scores(logits, self.split, self.features.rows)
-        return np.nan_to_num(scores.double().cpu().numpy(), nan=-math.inf)
+        """Row indices of every batch of one epoch; `batch_size` counts windows."""
+        for batch in torch.randperm(len(self._windows), generator=generator).split(batch_size):
+            yield np.concatenate([self._windows[window] for window in batch.tolist()])
 
 
-class _Contender:
-    """A head while it is trained: its place in the grid, schedule, best state and patience."""
+class _HeadState:
+    """Learning rate schedule, early stopping and kept weights of one head."""
 
-    def __init__(self, source: Source, seed: int, learning_rate: float, training: Training) -> None:
-        self.source, self.seed, self.setting, self.training = source, seed, learning_rate, training
+    def __init__(
+        self, head_input: HeadInput, seed: int, learning_rate: float, settings: MLPSettings
+    ) -> None:
+        self.input, self.seed, self.setting = head_input, seed, learning_rate
+        self.settings = settings
         self.curve: list[float] = []
-        self.best, self.waited = -math.inf, 0
-        self.state: dict[str, Tensor] = {}
-        self._rate = Optimizer(
-            [torch.empty(0)], {"lr": learning_rate}
-        )  # all that a schedule needs of an optimizer
+        self.best, self.epochs_since_best = -math.inf, 0
+        self.weights: dict[str, Tensor] = {}
+        # A schedule needs an optimizer; only its learning rate is used.
+        self._optimizer = Optimizer([torch.empty(0)], {"lr": learning_rate})
         self._schedule = ReduceLROnPlateau(
-            self._rate,
+            self._optimizer,
             mode="max",
-            factor=training.plateau_factor,
-            patience=training.plateau_patience,
+            factor=settings.protocol.plateau_factor,
+            patience=settings.protocol.plateau_patience,
         )
 
     @property
     def learning_rate(self) -> float:
-        """That of its next step."""
-        return float(self._rate.param_groups[0]["lr"])
+        """Learning rate of the next step."""
+        return float(self._optimizer.param_groups[0]["lr"])
 
-    def has_ended(self, score: float, heads: Heads, place: int) -> bool:
-        """Take the score of an epoch; whether patience is at its end."""
+    def end_epoch(self, score: float, heads: StackedHeads, index: int) -> bool:
+        """Record the validation score of an epoch; True if the training of this head ends."""
         self.curve.append(score)
         self._schedule.step(score)
-        self.waited = 0 if score > self.best else self.waited + 1
-        if score > self.best or not self.state or self.training.select == "last":
-            self.state = heads.state_of(place)
+        self.epochs_since_best = 0 if score > self.best else self.epochs_since_best + 1
+        if score > self.best or not self.weights or self.settings.select == "last":
+            self.weights = heads.state_of(index)
         self.best = max(self.best, score)
-        return (
-            self.waited >= self.training.stop_patience
-            or len(self.curve) >= self.training.max_epochs
-        )
+        protocol = self.settings.protocol
+        is_stopped = self.epochs_since_best >= protocol.stop_patience
+        return is_stopped or len(self.curve) >= protocol.max_epochs
 
-    def trained(self) -> MLPHead:
-        """The head as it is scored."""
-        valid = self.best if self.training.select == "best" else self.curve[-1]
+    def trained_head(self) -> MLPHead:
+        """The head with the weights of the selected epoch."""
+        valid = self.best if self.settings.select == "best" else self.curve[-1]
+        curve = tuple(self.curve)
         return MLPHead(
-            self.source,
-            self.setting,
-            self.seed,
-            valid,
-            tuple(self.curve),
-            self.state,
-            self.training,
+            self.input, self.setting, self.seed, valid, curve, self.weights, self.settings
         )
 
 
-class _Group:
-    """Heads of one kind with one seed: one for each source and learning rate, fewer as they stop."""
+def fit_grid(fit: FitContext, inputs: Sequence[HeadInput], settings: MLPSettings) -> list[MLPHead]:
+    """Train one head for every seed, input and learning rate, in this order.
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        seed: int,
-        training: Training,
-        train: Batches,
-        valid: Batches,
-    ) -> None:
-        self.seed, self.train, self.valid, self.batch_size = seed, train, valid, training.batch_size
-        self.layers = [layer for source in sources for layer in source.layers]
-        widths, num_rates = train.features.widths(self.layers), len(training.learning_rates)
-        self.heads = make_heads(
-            sources, widths, train.data.labels.num_outputs, num_rates, training, seed
-        )
-        self.heads.to(train.device)
-        self.adam = StackedAdam(self.heads)
-        grid = product(sources, training.learning_rates)
-        self.contenders = [_Contender(source, seed, rate, training) for source, rate in grid]
-
-    def epochs(self, ended: Event) -> Iterator[list[MLPHead]]:
-        """Train until the last head stops, or everything ends; the heads that stop with each epoch."""
-        order = torch.Generator().manual_seed(self.seed)
-        while self.contenders:
-            for rows in self.train.orders(self.batch_size, order):
-                if ended.is_set():
-                    return
-                self._step(
-                    [self.train.layer(layer, rows) for layer in self.layers],
-                    self.train.target(rows),
-                )
-            yield self._close_epoch()
-
-    def _step(self, rows: Sequence[Float[Tensor, "n _"]], targets: Shaped[Tensor, "n ..."]) -> None:
-        """One step of every head."""
-        loss = self.train.data.labels.losses(self.heads(rows), targets).sum()
-        gradients = torch.autograd.grad(loss, list(self.heads.parameters()))
-        self.adam.step(gradients, [contender.learning_rate for contender in self.contenders])
-
-    def _close_epoch(self) -> list[MLPHead]:
-        """Score every head; those that have ended leave."""
-        scores = self.valid.scores(
-            read_all(self.heads, self.layers, self.valid.features, self.valid.device)
-        )
-        left, staying = [], []
-        for place, (contender, score) in enumerate(
-            zip(self.contenders, scores.tolist(), strict=True)
-        ):
-            if contender.has_ended(score, self.heads, place):
-                left.append(contender.trained())
-            else:
-                staying.append(place)
-        if left:
-            self.heads.keep(staying)
-            self.adam.keep(staying, self.heads)
-            self.contenders = [self.contenders[place] for place in staying]
-        return left
-
-
-def fit_grid(
-    features: Mapping[str, Features],
-    data: ProbeData,
-    sources: Sequence[Source],
-    training: Training,
-    seeds: Sequence[int],
-    device: torch.device | str = "cpu",
-    description: str = "heads",
-) -> list[MLPHead]:
-    """Train a head for every source, learning rate and seed.
-
-    All heads of a seed see the same batches and begin alike, as separate runs with that seed do;
-    each has a learning rate, a plateau schedule, an early stop and a best state of its own, and
-    leaves when it stops. Those that read one layer, whichever, share products, a few layers on each
-    core. The result is that of separate runs, but for the rounding of sums.
-
-    Args:
-        features: of the splits "train" and "val".
-        data: the task.
-        sources: what heads read.
-        training: how they are trained.
-        seeds: of weights, batches and dropout.
-        device: where they are trained.
-        description: of the progress bar.
+    All heads of a seed get the same initial weights and the same batches, as separate runs with
+    that seed do. Each has its own learning rate, plateau schedule, early stopping and best state,
+    and leaves the stack when it stops. Heads on layers of one width share batched products; each
+    core trains a few layers. The result is that of separate runs, except for the rounding of sums.
     """
-    train, valid = (Batches(features[split], data, split, device) for split in ("train", "val"))
-    total = len(seeds) * len(sources) * len(training.learning_rates) * training.max_epochs
+    train, protocol = TrainingRows(fit), settings.protocol
+    # The thousands of rows in a batch of frames keep all cores busy; 64 rows do not.
+    by_core = torch.device(fit.device).type == "cpu" and fit.data.task.grid_hz is None
+    groups = group_inputs(inputs, train, settings, by_core)
+    grid = list(product(fit.seeds, inputs, protocol.learning_rates))
 
-    def trained(seed: int, some: Sequence[Source]) -> list[MLPHead]:
-        fitting, done = _Group(some, seed, training, train, valid), []
-        for left in fitting.epochs(ended):
-            done += left
-            spared = sum(training.max_epochs - len(head.curve) for head in left)
-            progress.advance(bar, len(fitting.contenders) + len(left) + spared)
-        return done
+    def train_group(seed: int, group: Sequence[HeadInput]) -> list[MLPHead]:
+        heads: list[MLPHead] = []
+        num_heads = len(group) * len(protocol.learning_rates)
+        for stopped in _train_stack(fit, train, group, seed, settings, stop):
+            skipped = sum(protocol.max_epochs - len(head.curve) for head in stopped)
+            progress.advance(bar, num_heads - len(heads) + skipped)
+            heads += stopped
+        return heads
 
-    apart = torch.device(device).type == "cpu" and data.task.grid_hz is None
-    alike = together(sources, train, training, apart)
-    with progress_bar() as progress, _cores(apart) as (pool, ended):
-        bar = progress.add_task(description, total=total)
-        running = [pool.submit(trained, seed, some) for seed, some in product(seeds, alike)]
+    with progress_bar() as progress, _thread_pool(by_core) as (pool, stop):
+        bar = progress.add_task(fit.description, total=len(grid) * protocol.max_epochs)
+        running = [pool.submit(train_group, *work) for work in product(fit.seeds, groups)]
         heads = [head for group in as_completed(running) for head in group.result()]
-    at = {(head.seed, head.source, head.setting): head for head in heads}
-    return [at[point] for point in product(seeds, sources, training.learning_rates)]
+    by_point = {(head.seed, head.input, head.setting): head for head in heads}
+    return [by_point[point] for point in grid]
 
 
-def together(
-    sources: Sequence[Source], train: Batches, training: Training, apart: bool
-) -> list[list[Source]]:
-    """The sources whose heads are trained in the same products: some layers of one width, as many as memory bears.
+def _train_stack(
+    fit: FitContext,
+    train: TrainingRows,
+    inputs: Sequence[HeadInput],
+    seed: int,
+    settings: MLPSettings,
+    stop: Event,
+) -> Iterator[list[MLPHead]]:
+    """Train the heads of a group until the last one stops; yields the stopped ones each epoch."""
+    layers = [layer for head_input in inputs for layer in head_input.layers]
+    labels, rates = fit.data.labels, settings.protocol.learning_rates
+    widths = train.features.widths(layers)
+    heads = StackedHeads(inputs, widths, labels.num_outputs, len(rates), settings, seed)
+    heads.to(fit.device)
+    adam = StackedAdam(heads)
+    states = [_HeadState(one, seed, rate, settings) for one, rate in product(inputs, rates)]
+    order = torch.Generator().manual_seed(seed)
+    while states:
+        for rows in train.batches(settings.protocol.batch_size, order):
+            if stop.is_set():
+                return
+            batch = [train.features.read(layer, rows).to(fit.device) for layer in layers]
+            gradients = _gradients(heads, batch, train.targets[rows].to(fit.device), labels)
+            adam.step(gradients, [state.learning_rate for state in states])
+        logits = compute_logits(heads, layers, fit.features["val"], fit.device)
+        scores = fit.validation_scores(logits).tolist()
+        stopped: list[int] = []
+        kept: list[int] = []
+        for i, (state, score) in enumerate(zip(states, scores, strict=True)):
+            (stopped if state.end_epoch(score, heads, i) else kept).append(i)
+        yield [states[i].trained_head() for i in stopped]
+        if stopped:
+            heads.keep(kept)
+            adam.keep(kept, heads)
+            states = [states[i] for i in kept]
 
-    If they go to cores apart, they are fewer, what takes longest comes first, and the last are the
-    smallest.
+
+def _gradients(
+    heads: StackedHeads, batch: Sequence[Tensor], targets: Tensor, labels: Labels
+) -> tuple[Tensor, ...]:
+    # The graph must be freed before `heads.keep`: it holds the shapes of the parameters.
+    loss = labels.losses(heads(batch), targets).sum()
+    return torch.autograd.grad(loss, list(heads.parameters()))
+
+
+def group_inputs(
+    inputs: Sequence[HeadInput], train: TrainingRows, settings: MLPSettings, by_core: bool
+) -> list[list[HeadInput]]:
+    """Divide the inputs into groups whose heads are trained in the same products.
+
+    A group holds layers of one width, as many as memory allows, or one input of another kind. If
+    every core trains a group, groups are smaller, the slowest come first and the smallest last.
     """
-    numbers_of_a_layer = (
-        len(training.learning_rates)
-        * training.batch_size
-        * train.rows_of_a_window
-        * training.hidden
-    )
-    at_once = max(1, _NUMBERS_AT_ONCE // numbers_of_a_layer)
-    by_width: dict[int, list[Source]] = {}
-    groups = []
-    for source in sources:
-        if source.kind == "layer":
-            (width,) = train.features.widths(source.layers)
-            by_width.setdefault(width, []).append(source)
-        else:
-            groups.append([source])
-    for alike in by_width.values():
-        while alike:
-            share = (
-                min(at_once, _LAYERS_ON_A_CORE, math.ceil(len(alike) / _GROUPS_LEFT))
-                if apart
-                else at_once
-            )
-            groups.append(alike[:share])
-            del alike[:share]
+    protocol = settings.protocol
+    rows = protocol.batch_size * train.max_rows_per_window
+    values_per_layer = len(protocol.learning_rates) * rows * settings.hidden
+    max_layers = max(1, _MAX_HIDDEN_VALUES // values_per_layer)
+    by_width: dict[int, list[HeadInput]] = {}
+    for head_input in inputs:
+        if head_input.kind == "layer":
+            (width,) = train.features.widths(head_input.layers)
+            by_width.setdefault(width, []).append(head_input)
+    groups = [[head_input] for head_input in inputs if head_input.kind != "layer"]
+    for left in by_width.values():
+        while left:
+            size = max_layers
+            if by_core:
+                quarter = math.ceil(len(left) / _MIN_GROUPS_LEFT)
+                size = min(max_layers, _MAX_LAYERS_PER_GROUP, quarter)
+            groups.append(left[:size])
+            del left[:size]
     return groups
 
 
 @contextmanager
-def _cores(apart: bool) -> Iterator[tuple[ThreadPoolExecutor, Event]]:
-    """As many threads as torch has, of which each computes by itself: products of 64 rows are too small to divide.
+def _thread_pool(by_core: bool) -> Iterator[tuple[ThreadPoolExecutor, Event]]:
+    """A pool with one single-threaded worker for each of torch's threads, and a stop event.
 
-    If not apart (on another device, and for the thousands of rows of annotations in time), one
-    hands out the work. Work that still runs at the end, as something failed or was interrupted, is
-    told so.
+    Products of 64 rows are too small to divide over threads. Without `by_core`, the pool has one
+    worker that uses all threads. The event is set at the end of the block, so running workers stop
+    after an error or an interrupt.
     """
-    num_threads, ended = torch.get_num_threads(), Event()
+    num_threads, stop = torch.get_num_threads(), Event()
     try:
-        torch.set_num_threads(1 if apart else num_threads)
-        with ThreadPoolExecutor(num_threads if apart else 1) as pool:
+        torch.set_num_threads(1 if by_core else num_threads)
+        with ThreadPoolExecutor(num_threads if by_core else 1) as pool:
             try:
-                yield pool, ended
+                yield pool, stop
             finally:
-                ended.set()
+                stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
     finally:
         torch.set_num_threads(num_threads)
 
 
 @torch.no_grad()
-def read_all(
-    heads: Heads, layers: Sequence[int], features: Features, device: torch.device | str
+def compute_logits(
+    heads: StackedHeads, layers: Sequence[int], features: Features, device: torch.device | str
 ) -> Float[Tensor, "rows K C"]:
-    """What heads say of every row of a split, of which they are given some layers."""
+    """Logits of all heads for every row of a split, in evaluation mode."""
     heads.eval()
-    at_once = max(1, _NUMBERS_AT_ONCE // (heads.num_heads * heads.hidden))
-    parts = []
-    for start in range(0, len(features), at_once):
-        some = slice(start, start + at_once)
-        parts.append(heads([features.of(layer, some).to(device) for layer in layers]))
+    size = max(1, _MAX_HIDDEN_VALUES // (heads.num_heads * heads.hidden))
+    slices = [slice(start, start + size) for start in range(0, len(features), size)]
+    logits = [heads([features.read(i, rows).to(device) for i in layers]) for rows in slices]
     heads.train()
-    return torch.cat(parts)
-
-
-def make_heads(
-    sources: Sequence[Source],
-    widths: Sequence[int],
-    num_outputs: int,
-    num_heads: int,
-    training: Training,
-    seed: int,
-) -> Heads:
-    """Untrained heads, so many on each source.
-
-    Args:
-        sources: several layers, or one source of another kind.
-        widths: of all their layers.
-        num_outputs: numbers a head gives.
-        num_heads: on each source.
-        training: how they will be trained.
-        seed: of their weights and dropout.
-
-    Raises:
-        UserError: if layers of unlike widths are to be summed.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    shape = Shape(training.hidden, num_outputs, len(sources) * num_heads, training.dropout)
-    source = sources[0]
-    if source.kind == "reduce":
-        return ReduceHeads(sum(widths), max(widths), shape, generator)
-    if len(set(widths)) > 1:
-        raise UserError(f"{source.name} needs layers of one width, these have {list(widths)}")
-    if source.kind == "mix":
-        return MixHeads(len(widths), widths[0], shape, generator)
-    return LayerHeads(
-        [place for place in range(len(sources)) for _ in range(num_heads)],
-        widths[0],
-        shape,
-        generator,
-    )
+    return torch.cat(logits)

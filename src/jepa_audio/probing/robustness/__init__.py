@@ -1,4 +1,4 @@
-"""Robustness: test clips degraded level by level, and what is left of a score."""
+"""Robustness: scores on degraded test clips, level by level."""
 
 from jepa_audio.probing.robustness.conditions import Condition
 from jepa_audio.probing.robustness.sweeps import SWEEPS, area, noise_sweep
