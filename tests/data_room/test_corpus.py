@@ -55,7 +55,7 @@ def test_a_table_can_be_moved_together_with_its_audio(tmp_path: Path, where: str
     assert corpus.table.equals(before.table)
     for number in range(4):
         np.testing.assert_array_equal(
-            read(corpus.audio(number))[0][0] * 2**15, noise([0, 2, 1, 3][number])
+            read(corpus.file(number).audio)[0][0] * 2**15, noise([0, 2, 1, 3][number])
         )
 
 
@@ -65,7 +65,7 @@ def test_a_table_can_be_moved_without_its_audio(tmp_path: Path):
     (tmp_path / "deeper" / "down").mkdir(parents=True)
     shutil.move(tmp_path / "tables" / "t.parquet", tmp_path / "deeper" / "down")
     moved = Corpus.load(tmp_path / "deeper" / "down" / "t.parquet")
-    np.testing.assert_array_equal(read(moved.audio(3))[0][0] * 2**15, noise(3))
+    np.testing.assert_array_equal(read(moved.file(3).audio)[0][0] * 2**15, noise(3))
     elsewhere = index_corpus(tmp_path / "audio")
     elsewhere.save(tmp_path / "other" / "t.parquet")
     shutil.move(tmp_path / "other", tmp_path / "deeper")

@@ -61,7 +61,7 @@ def samples(directory: Path) -> dict[str, np.ndarray]:
     corpus = load_corpus(directory)
     rows = {member: row for row, member in enumerate(corpus.table["member"].to_pylist())}
     return {
-        name: read(corpus.audio(rows[f"{known['key']}.flac"]))[0]
+        name: read(corpus.file(rows[f"{known['key']}.flac"]).audio)[0]
         for name, known in facts(directory).items()
     }
 
@@ -270,7 +270,7 @@ def test_a_changed_member_of_a_tar_is_not_packed(tmp_path: Path, suffix: str):
         {**contents, f"2{suffix}": b"q" * len(contents[f"2{suffix}"]) + b"other"},
     )
     with pytest.raises(AudioReadError, match="changed since it was indexed"):
-        read(corpus.audio(2))
+        read(corpus.file(2).audio)
     packed = write_shards(corpus, tmp_path / "out", Packing())
     (reason,) = packed.table.filter(~packed.is_usable)["reason"].to_pylist()
     assert "changed since it was indexed" in reason

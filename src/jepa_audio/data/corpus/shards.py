@@ -9,7 +9,6 @@ import logging
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,9 +24,14 @@ from jepa_audio.data.audio.read import AudioReadError, read, read_bytes
 from jepa_audio.data.audio.resample import resample, resampled_length, source_slice
 from jepa_audio.data.corpus.index import index_file
 from jepa_audio.data.corpus.sources import DiscoveredFile
-from jepa_audio.data.corpus.table import SCHEMA, Corpus, CorpusError, default_table_path
+from jepa_audio.data.corpus.table import (
+    SCHEMA,
+    Corpus,
+    CorpusError,
+    IndexedFile,
+    default_table_path,
+)
 from jepa_audio.data.corpus.tars import list_tar_members
-from jepa_audio.data.loading.file_table import FileTable, IndexedFile, check_unchanged
 from jepa_audio.errors import UserError
 from jepa_audio.files import atomic_path, write_text
 from jepa_audio.parallel import map_threads, track_progress
@@ -208,10 +212,10 @@ class _Shard:
     ) -> dict[str, str]:
         """Write all files that can be read; return the reasons of the others by member name."""
         skipped: dict[str, str] = {}
-        table = FileTable([self._corpus])
-        encode = partial(self._encode_row, table)
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-            encoded = map_threads(encode, range(len(table)), num_workers, 4 * num_workers)
+            encoded = map_threads(
+                self._encode_row, range(len(self._corpus)), num_workers, 4 * num_workers
+            )
             for row, packed in enumerate(encoded, start=self._first_row):
                 tick()
                 if isinstance(packed, AudioReadError):
@@ -223,13 +227,11 @@ class _Shard:
                 _add(archive, f"{row:09d}.json", json.dumps(metadata).encode())
         return skipped
 
-    def _encode_row(
-        self, table: FileTable, row: int
-    ) -> tuple[bytes, dict[str, Any]] | AudioReadError:
+    def _encode_row(self, row: int) -> tuple[bytes, dict[str, Any]] | AudioReadError:
         """A file as flac and its metadata, or the error of reading it."""
         group, split = (self._corpus.table[name][row].as_py() for name in ("group", "split"))
         try:
-            content, rate, gain = _encode_flac(table[row], self._packing)
+            content, rate, gain = _encode_flac(self._corpus.file(row), self._packing)
         except AudioReadError as error:
             return error
         labels = {"source": self._names[row], "group": group, "split": split}
@@ -285,7 +287,7 @@ def _resampled_blocks(
         num_samples = min(block_samples, length - start)
         source = source_slice(start, num_samples, file.num_frames, file.sample_rate, rate)
         decoded, sample_rate = read(file.audio, source.start, source.num_frames)
-        check_unchanged(file, decoded, sample_rate)
+        file.check_unchanged(decoded, sample_rate)
         samples = torch.from_numpy(decoded)
         samples = samples.mean(dim=0, keepdim=True) if mono else samples
         resampled = resample(samples, file.sample_rate, rate)

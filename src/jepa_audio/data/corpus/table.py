@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool, Float32, Float64
 
-from jepa_audio.data.audio.read import AudioLocation, audio_location
+from jepa_audio.data.audio.read import AudioLocation, AudioReadError, audio_location
 from jepa_audio.errors import UserError
 from jepa_audio.files import atomic_path
 
@@ -48,6 +48,37 @@ _CURRENT = b"2"
 
 class CorpusError(UserError):
     """A corpus that cannot be used."""
+
+
+class IndexedFile(NamedTuple):
+    """A row of a corpus table, as far as reading needs it; see `SCHEMA`."""
+
+    audio: AudioLocation
+    num_bytes: int
+    num_frames: int
+    sample_rate: int
+    num_channels: int
+    rms: float
+
+    @classmethod
+    def from_row(cls, root: Path, row: Mapping[str, Any]) -> IndexedFile:
+        """The file in a row of a table whose sources are relative to `root`."""
+        path = root / row["source"]
+        audio = audio_location(path, row["member"], row["offset"], row["num_bytes"])
+        return cls(audio, *(row[name] for name in cls._fields[1:]))
+
+    def check_unchanged(self, samples: Float32[np.ndarray, "C S"], sample_rate: int) -> None:
+        """Compare the size of the file, and the samples that were read from it, with the table.
+
+        Raises:
+            AudioReadError: if the file has another size, rate or number of channels.
+        """
+        # `read` has compared the size of a tar member with the header of the member.
+        if isinstance(self.audio, Path) and self.audio.stat().st_size != self.num_bytes:
+            raise AudioReadError(self.audio, "changed since it was indexed: other size")
+        if (sample_rate, len(samples)) != (self.sample_rate, self.num_channels):
+            reason = "changed since it was indexed: other sample rate or channels"
+            raise AudioReadError(self.audio, reason)
 
 
 class Splits(NamedTuple):
@@ -121,11 +152,9 @@ class Corpus:
                 "with `--data.root TABLE.parquet`"
             ) from error
 
-    def audio(self, row: int) -> AudioLocation:
-        """Location of the file in a row."""
-        columns = (self.table[name] for name in ("source", "member", "offset", "num_bytes"))
-        source, member, offset, num_bytes = (column[row].as_py() for column in columns)
-        return audio_location(self.root / source, member, offset, num_bytes)
+    def file(self, row: int) -> IndexedFile:
+        """The file in a row."""
+        return IndexedFile.from_row(self.root, self.table.slice(row, 1).to_pylist()[0])
 
     @property
     def names(self) -> pa.ChunkedArray:

@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 
 from jepa_audio.data.audio.read import AudioReadError, read
 from jepa_audio.data.audio.resample import resample, resampled_length, source_slice
-from jepa_audio.data.corpus.table import CorpusError
-from jepa_audio.data.loading.file_table import FileTable, IndexedFile, check_unchanged
+from jepa_audio.data.corpus.table import CorpusError, IndexedFile
+from jepa_audio.data.loading.file_table import FileTable
 from jepa_audio.errors import UserError
 from jepa_audio.steps.grid import AudioBatch
 
@@ -171,7 +171,7 @@ class ClipDataset(Dataset[WithBadReads[Sample]], ABC, Generic[Sample]):
         """A part of the file at the rate of what is drawn, filled up with zeros at its end."""
         source = source_slice(start, length, file.num_frames, file.sample_rate, self.sample_rate)
         samples, sample_rate = read(file.audio, source.start, source.num_frames)
-        check_unchanged(file, samples, sample_rate)
+        file.check_unchanged(samples, sample_rate)
         waveform = resample(
             self._mixed(torch.from_numpy(samples), channel), file.sample_rate, self.sample_rate
         )

@@ -9,14 +9,13 @@ import tempfile
 from collections.abc import Sequence
 from multiprocessing.reduction import DupFd
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float32, Int64
+from jaxtyping import Int64
 
-from jepa_audio.data.audio.read import AudioLocation, AudioReadError, TarMember, audio_location
-from jepa_audio.data.corpus.table import Corpus, CorpusError
+from jepa_audio.data.corpus.table import Corpus, CorpusError, IndexedFile
 
 _COLUMNS = (
     "source",
@@ -28,34 +27,6 @@ _COLUMNS = (
     "num_channels",
     "rms",
 )
-
-
-class IndexedFile(NamedTuple):
-    """What is known of a file before it is read; see `jepa_audio.data.audio.read.AudioInfo`."""
-
-    audio: AudioLocation
-    num_bytes: int
-    num_frames: int
-    sample_rate: int
-    num_channels: int
-    rms: float
-
-
-def check_unchanged(
-    file: IndexedFile, samples: Float32[np.ndarray, "C S"], sample_rate: int
-) -> None:
-    """Compare what was read with what is known.
-
-    Raises:
-        AudioReadError: if the file has another size, rate or number of channels.
-    """
-    # Of a tar's member the size is known from its header, when it is read.
-    if not isinstance(file.audio, TarMember) and file.audio.stat().st_size != file.num_bytes:
-        raise AudioReadError(file.audio, "changed since it was indexed: other size")
-    if (sample_rate, len(samples)) != (file.sample_rate, file.num_channels):
-        raise AudioReadError(
-            file.audio, "changed since it was indexed: other sample rate or channels"
-        )
 
 
 class FileTable:
@@ -95,16 +66,7 @@ class FileTable:
     def __getitem__(self, index: int) -> IndexedFile:
         """The file of a row."""
         row = {name: column[index].as_py() for name, column in self._columns.items()}
-        path = self._roots[row["corpus"]] / row["source"]
-        audio = audio_location(path, row["member"], row["offset"], row["num_bytes"])
-        return IndexedFile(
-            audio,
-            row["num_bytes"],
-            row["num_frames"],
-            row["sample_rate"],
-            row["num_channels"],
-            row["rms"],
-        )
+        return IndexedFile.from_row(self._roots[row["corpus"]], row)
 
     @property
     def fingerprint(self) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from jepa_audio.data.audio.read import AudioLocation, AudioReadError, TarMember, read
 from jepa_audio.data.audio.resample import resample
 from jepa_audio.data.corpus.index import index_corpus
-from jepa_audio.data.corpus.table import CorpusError, load_corpus
+from jepa_audio.data.corpus.table import CorpusError, IndexedFile, load_corpus
 from jepa_audio.data.loading.crops import (
     BadRead,
     ChannelMode,
@@ -26,7 +26,7 @@ from jepa_audio.data.loading.crops import (
     checked_clip,
     cut,
 )
-from jepa_audio.data.loading.file_table import FileTable, IndexedFile
+from jepa_audio.data.loading.file_table import FileTable
 from jepa_audio.data.scenes.rooms import default_rooms, write_rooms
 from jepa_audio.errors import UserError
 from jepa_audio.steps.grid import AudioBatch
@@ -334,7 +334,7 @@ def _rooms(folder: Path, num_channels: int) -> list[list[AudioLocation]]:
     rooms: dict[Path, list[AudioLocation]] = {}
     responses = load_corpus(folder).mark_unfit(num_channels=num_channels).usable()
     for row in range(len(responses)):
-        response = responses.audio(row)
+        response = responses.file(row).audio
         rooms.setdefault(
             response.path if isinstance(response, TarMember) else response.parent, []
         ).append(response)
