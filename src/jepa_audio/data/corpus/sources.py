@@ -30,7 +30,7 @@ UNSUPPORTED_SUFFIXES = frozenset(
 
 _COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _PATH_COLUMNS = ("path", "audio_path", "file")
-_SPLITS = {
+_SPLIT_NAMES = {
     **dict.fromkeys(("", "none"), ""),
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("valid", "validation", "val", "dev"), "valid"),
@@ -39,7 +39,7 @@ _SPLITS = {
 
 
 class FileLabels(NamedTuple):
-    """Group and split of a file from a manifest or a JSON file; see `DiscoveredFile`."""
+    """Group and split of a file from a manifest or a JSON file, or a reason against the file."""
 
     group: str = ""
     split: str = ""
@@ -50,18 +50,9 @@ NO_LABELS = FileLabels()
 
 
 class DiscoveredFile(NamedTuple):
-    """An audio file of a source, or an entry that cannot be used as one.
+    """A file of a source before it is decoded: the columns of `SCHEMA` that are known then.
 
-    Attributes:
-        source: file on disk, relative to the root of the table if it is below the root.
-        member: name in `source` if that is a tar; "" for a file on its own.
-        offset: first byte of the audio in `source`.
-        num_bytes: size of the audio.
-        source_bytes: size of `source`.
-        mtime_ns: modification time of `source`.
-        group: files of one group must be in the same split; "" if unknown.
-        split: "train", "valid", "test" or "".
-        reason: why the file cannot be used; "" if no defect is known yet.
+    `reason` is set if the file cannot be used. Unknown sizes are -1, unknown labels "".
     """
 
     source: str
@@ -120,9 +111,9 @@ def parse_labels(record: Mapping[str, Any]) -> FileLabels:
     used for training.
     """
     group, split = record.get("group"), escape_surrogates(str(record.get("split")).strip().lower())
-    reason = "" if split in _SPLITS else f"unknown split {split!r}; use train, valid or test"
+    reason = "" if split in _SPLIT_NAMES else f"unknown split {split!r}; use train, valid or test"
     group = "" if group is None else escape_surrogates(str(group))
-    return FileLabels(group, _SPLITS.get(split, ""), reason)
+    return FileLabels(group, _SPLIT_NAMES.get(split, ""), reason)
 
 
 def name_defect(name: str) -> str:
@@ -273,7 +264,7 @@ def _path_column(manifest: Path, record: Mapping[str, Any]) -> str:
 def _discover_in_nsynth(manifest: Path, root: Path) -> Iterator[DiscoveredFile]:
     """The notes of `nsynth-SPLIT/examples.json`; the notes of one instrument are a group."""
     split = manifest.parent.name.rpartition("-")[2]
-    split = split if split in _SPLITS else ""
+    split = split if split in _SPLIT_NAMES else ""
     for name, note in read_nsynth_examples(manifest).items():
         path = os.path.join(manifest.parent, "audio", f"{name}.wav")
         labels = parse_labels({"group": note.get("instrument_str"), "split": split})

@@ -27,9 +27,9 @@ SCHEMA = pa.schema(
         "source": pa.string(),  # file on disk, relative to the root if it is below the root
         "member": pa.string(),  # name in `source` if that is a tar, else ""
         "offset": pa.int64(),  # first byte of the audio in `source`
-        "num_bytes": pa.int64(),
+        "num_bytes": pa.int64(),  # size of the audio
         "source_bytes": pa.int64(),
-        "mtime_ns": pa.int64(),
+        "mtime_ns": pa.int64(),  # modification time of `source`
         "group": pa.string(),  # files of one group must be in the same split
         "split": pa.string(),  # train, valid, test or ""
         "num_frames": pa.int64(),
