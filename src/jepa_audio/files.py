@@ -107,27 +107,28 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_csv(
-    path: Path, errors: str = "strict"
+    path: Path, errors: str = "strict", delimiter: str | None = None
 ) -> tuple[list[str], Iterator[tuple[int, dict[str, str | None]]]]:
     """Return the column names of a CSV file and an iterator of (line number, row).
 
     Args:
-        path: file in UTF-8, with or without a byte order mark; columns of a `.tsv` are separated
-            by tabs, those of other files by commas.
+        path: file in UTF-8, with or without a byte order mark.
         errors: what to do with bytes that are not UTF-8; see `open`.
+        delimiter: separator of columns; if `None`, a tab for a `.tsv`, a comma for other files.
 
     Raises:
         MissingFileError: if the file does not exist.
         UserError: if the file is unreadable, not UTF-8 or not CSV; the iterator raises it too.
     """
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    separator = delimiter or ("\t" if path.suffix.lower() == ".tsv" else ",")
 
     def lines() -> Iterator[tuple[int, dict[str, str | None]]]:
         try:
             with path.open(encoding="utf-8-sig", errors=errors, newline="") as file:
-                reader = csv.DictReader(file, delimiter=delimiter)
+                reader = csv.DictReader(file, delimiter=separator)
                 try:
-                    yield 1, dict.fromkeys(reader.fieldnames or ())
+                    # By index: a header may have the same name twice.
+                    yield 1, {str(i): name for i, name in enumerate(reader.fieldnames or ())}
                     for row in reader:
                         yield reader.line_num, row
                 except csv.Error as error:
@@ -140,7 +141,7 @@ def read_csv(
 
     rows = lines()
     _, header = next(rows)
-    return list(header), rows
+    return [name or "" for name in header.values()], rows
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:

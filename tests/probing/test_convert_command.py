@@ -124,7 +124,7 @@ def test_files_that_cannot_be_decoded_are_left_out_and_listed(
     assert report.startswith(f"{raw / 'mp3/d/song-13.mp3'}\tcannot be decoded")
     assert "song-13.mp3 is left out: cannot be decoded" in caplog.text
     assert (
-        "47 train, 4 val, 11 test (not comparable with published numbers, which are of (18706, "
+        "47 train, 4 val, 11 test (not comparable with published scores, which are for (18706, "
         in capsys.readouterr().out
     )
     raw_sets.sound(raw / "mp3" / "d" / "song-13.mp3")
@@ -135,7 +135,7 @@ def test_files_that_cannot_be_decoded_are_left_out_and_listed(
 def test_of_many_files_that_are_left_out_some_are_named_and_the_others_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(convert_room, "_BAD_SHOWN", 2)
+    monkeypatch.setattr(convert_room, "_MAX_BAD_LOGGED", 2)
     monkeypatch.setattr(convert_room, "MAX_BAD_SHARE", 0.2)
     raw = raw_sets.gtzan(tmp_path / "raw")
     for genre in raw_sets.GENRES[:5]:
@@ -176,7 +176,7 @@ def test_sizes_that_equal_the_published_ones_are_said(
 
 def test_an_unknown_name_or_folder_is_named(tmp_path: Path):
     with pytest.raises(
-        ValueError, match=r"no data set called 'gztan', only .*nsynth.*; did you mean 'gtzan'\?$"
+        ValueError, match=r"no data set 'gztan', only .*nsynth.*; did you mean 'gtzan'\?$"
     ):
         convert("gztan", tmp_path, tmp_path)
     with pytest.raises(
@@ -301,13 +301,13 @@ def spoilt(line: int, content: str) -> list[str]:
             spoilt(2, "2.wav,,train"),
             "multiclass",
             (),
-            r"t\.csv, line 3, column `label`: must name a class, is empty",
+            r"t\.csv, line 3, column `label`: '' must not be empty",
         ),
         (
             spoilt(2, ",2,train"),
             "multiclass",
             (),
-            r"t\.csv, line 3, column `path`: must name a file, is empty",
+            r"t\.csv, line 3, column `path`: '' must not be empty",
         ),
         (
             spoilt(2, "2.wav,two,train"),
@@ -325,7 +325,7 @@ def spoilt(line: int, content: str) -> list[str]:
             spoilt(4, "4.wav,1,val"),
             "multiclass",
             (),
-            r"t\.csv: no row is in the split 'test'; some rows need `split` test",
+            r"t\.csv: no row is in the split 'test'; add rows with test in the column `split`$",
         ),
         (
             spoilt(4, "1.wav,1,test"),
@@ -337,7 +337,7 @@ def spoilt(line: int, content: str) -> list[str]:
             spoilt(2, "1.wav,2,train"),
             "multiclass",
             (),
-            r"line 3: `1\.wav` is labelled '2', but '1' in .*line 2",
+            r"line 3: `1\.wav` has the label '2', but '1' in .*line 2",
         ),
         (
             spoilt(0, "name,label,split"),
@@ -355,7 +355,7 @@ def spoilt(line: int, content: str) -> list[str]:
             spoilt(0, "path,path,split"),
             "multiclass",
             (),
-            r"line 1: there are two columns called `path`",
+            r"line 1: there are two columns `path`",
         ),
         (
             GOOD,
@@ -367,14 +367,14 @@ def spoilt(line: int, content: str) -> list[str]:
             GOOD,
             "multilabel",
             ("label", "split"),
-            r"`columns` names 2 columns .* only a regression has several",
+            r"`columns` has 2 columns .* only a regression may have several",
         ),
-        (GOOD[:1], "multiclass", (), r"t\.csv holds no row"),
+        (GOOD[:1], "multiclass", (), r"t\.csv has no rows"),
         (
             ["path,label", "1.wav,1", "2.wav,1"],
             "multiclass",
             (),
-            r"the groups are too few: add a column `split`",
+            r"in the column `split`: there are too few groups",
         ),
     ],
 )
@@ -395,7 +395,7 @@ def test_what_is_wrong_with_a_table_is_named(
             MissingFileError,
             r"t\.csv, line 4: .*3\.wav is missing",
         ),
-        (lambda table: table.unlink(), MissingFileError, r"t\.csv is missing"),
+        (lambda table: table.unlink(), MissingFileError, r"t\.csv cannot be read: No such file"),
         (
             lambda table: table.write_bytes(b"path,label\n\xff.wav,1\n"),
             ValueError,

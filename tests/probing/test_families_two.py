@@ -60,7 +60,7 @@ def vocalset_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_singer_is_heard_in_every_split_and_a_take_in_one(vocalset_tree: Path):
-    splits = vocalset.convert(vocalset_tree)["VocalSet/VocalSetS"]
+    splits = vocalset.VOCALSET.convert(vocalset_tree)["VocalSet/VocalSetS"]
     assert [len(splits[split]) / 800 for split in SPLITS] == pytest.approx(
         [0.48, 0.32, 0.20], abs=0.03
     )
@@ -75,7 +75,7 @@ def test_a_singer_is_heard_in_every_split_and_a_take_in_one(vocalset_tree: Path)
 def test_the_technique_of_a_singer_is_tested_where_nobody_learned_from_that_singer(
     vocalset_tree: Path,
 ):
-    splits = vocalset.convert(vocalset_tree)["VocalSet/VocalSetT"]
+    splits = vocalset.VOCALSET.convert(vocalset_tree)["VocalSet/VocalSetT"]
     singers = {
         split: {record["audio_path"].split("/")[1] for record in splits[split]} for split in SPLITS
     }
@@ -99,7 +99,7 @@ def test_the_technique_of_a_singer_is_tested_where_nobody_learned_from_that_sing
 
 
 def test_the_splits_of_vocalset_are_those_that_are_written_down(vocalset_tree: Path):
-    converted = vocalset.convert(vocalset_tree)
+    converted = vocalset.VOCALSET.convert(vocalset_tree)
     for name in (
         "f1/scales/belt/f1_scales_belt_a",
         "m11/arpeggios/vocal_fry/m11_arpeggios_vocal_fry_u",
@@ -127,7 +127,7 @@ def test_a_take_stays_in_its_split_whatever_else_is_there_and_however_folders_ar
         where = [
             {
                 split
-                for split, records in vocalset.convert(raw)[stem].items()
+                for split, records in vocalset.VOCALSET.convert(raw)[stem].items()
                 for r in records
                 if one in r["audio_path"]
             }
@@ -145,7 +145,7 @@ def test_the_folders_say_who_sings_and_how_where_names_do_not(tmp_path: Path):
             "female2/arpeggios/vibrado/f2_arpeggios_vibrato_a.wav",
         ],
     )
-    converted = vocalset.convert(tmp_path)
+    converted = vocalset.VOCALSET.convert(tmp_path)
     assert {
         r["label"] for records in converted["VocalSet/VocalSetS"].values() for r in records
     } == {"f2"}
@@ -166,29 +166,29 @@ def test_copies_and_takes_of_a_doubtful_singer_are_left_out_and_named(
     ]
     write_takes(tmp_path, [*doubtful, *kept])
     (tmp_path / "FULL/male11/scales/belt/._m11_scales_belt_a.wav").write_bytes(b"left by a Mac")
-    splits = vocalset.convert(tmp_path)["VocalSet/VocalSetS"]
+    splits = vocalset.VOCALSET.convert(tmp_path)["VocalSet/VocalSetS"]
     heard = {record["audio_path"] for records in splits.values() for record in records}
     assert heard == {f"FULL/{take}" for take in kept}
-    assert "3 of the 5 takes" in caplog.text
+    assert "3 of the 5 recordings" in caplog.text
     assert all(Path(take).name in caplog.text for take in doubtful)
 
 
 def test_vocalset_names_what_it_does_not_know(tmp_path: Path):
-    with pytest.raises(MissingFileError, match=r"neither FULL nor data_by_singer.*unpacked"):
-        vocalset.convert(tmp_path)
-    (tmp_path / "FULL").mkdir()
-    with pytest.raises(MissingFileError, match=r"holds no singer/context/technique/\*\.wav"):
-        vocalset.convert(tmp_path)
+    with pytest.raises(
+        MissingFileError,
+        match=r"FULL/\*/\*/\*/\*\.wav is missing: .*unpacked; also tried: data_by_singer",
+    ):
+        vocalset.VOCALSET.convert(tmp_path)
     yodel = write_takes(tmp_path / "yodel", ["female1/scales/yodel/f1_scales_yodel_a.wav"])
     with pytest.raises(
-        ValueError, match=r"f1_scales_yodel_a\.wav: `yodel` is no technique; rename.*belt"
+        ValueError, match=r"f1_scales_yodel_a\.wav: `yodel` is not a technique; rename.*belt"
     ):
-        vocalset.convert(yodel)
+        vocalset.VOCALSET.convert(yodel)
     tenth = write_takes(tmp_path / "tenth", ["female10/scales/belt/f10_scales_belt_a.wav"])
     with pytest.raises(
-        ValueError, match=r"f10_scales_belt_a\.wav: `female10` is none of the singers"
+        ValueError, match=r"f10_scales_belt_a\.wav: `female10` is not one of the singers"
     ):
-        vocalset.convert(tenth)
+        vocalset.VOCALSET.convert(tenth)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def write_jamendo(raw: Path, audio: str = "audio-low", splits: str = "data/split
 def test_jamendo_is_found_where_its_own_script_puts_it(
     tmp_path: Path, audio: str, splits: str, expected: str
 ):
-    converted = mtg.convert(write_jamendo(tmp_path, audio, splits))
+    converted = mtg.MTG.convert(write_jamendo(tmp_path, audio, splits))
     assert set(converted) == {"MTG/MTGTop50", "MTG/MTGGenre", "MTG/MTGInstrument", "MTG/MTGMood"}
     for by_split in converted.values():
         assert by_split["train"][0] == {
@@ -288,12 +288,14 @@ def test_the_audio_of_jamendo_is_cut_as_each_preset_says():
 
 
 def test_jamendo_names_what_is_missing(tmp_path: Path):
-    with pytest.raises(MissingFileError, match="holds none of data/splits/split-0"):
-        mtg.convert(tmp_path)
+    with pytest.raises(
+        MissingFileError, match="data/splits/split-0 is missing: give the folder of the mtg-jamendo"
+    ):
+        mtg.MTG.convert(tmp_path)
     raw = write_jamendo(tmp_path)
     (raw / "data/splits/split-0/autotagging_moodtheme-validation.tsv").unlink()
     with pytest.raises(MissingFileError, match=r"autotagging_moodtheme-validation\.tsv is missing"):
-        mtg.convert(raw)
+        mtg.MTG.convert(raw)
     (write_jamendo(tmp_path) / "audio-low/51/1351.low.mp3").unlink()
     with pytest.raises(MissingFileError, match=r"test 0: .*1351\.low\.mp3 is missing"):
         ProbeData.load(mtg.MTG_MOOD, raw)
@@ -313,14 +315,14 @@ def test_jamendo_names_the_line_that_is_none(line: str, tmp_path: Path):
     table = write_jamendo(tmp_path) / "data/splits/split-0/autotagging_genre-train.tsv"
     write_lines(table, [HEADER, "t\ta\tb\t48/948.mp3\t1.0\tgenre---x", line])
     with pytest.raises(
-        ValueError, match=r"autotagging_genre-train\.tsv, line 3: .*fetch the file anew"
+        ValueError, match=r"autotagging_genre-train\.tsv, line 3: .*download the file again"
     ):
-        mtg.convert(tmp_path)
+        mtg.MTG.convert(tmp_path)
     write_lines(table, ["t\ta\tb\t48/948.mp3\t1.0\tgenre---x"])
     with pytest.raises(
-        ValueError, match=r"autotagging_genre-train\.tsv, line 1: must name the columns TRACK_ID"
+        ValueError, match=r"autotagging_genre-train\.tsv, line 1: must have the columns TRACK_ID"
     ):
-        mtg.convert(tmp_path)
+        mtg.MTG.convert(tmp_path)
 
 
 def test_marble_lines_of_jamendo_are_read_unchanged(tmp_path: Path):

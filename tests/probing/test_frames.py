@@ -13,18 +13,10 @@ from torch import Tensor
 
 from jepa_audio.errors import MissingFileError
 from jepa_audio.probing.tasks.base import ProbeData
-from jepa_audio.probing.tasks.beats import decode_beats_peaks
-from jepa_audio.probing.tasks.chords import CHORDS1217
-from jepa_audio.probing.tasks.frames import (
-    BEAT_COLUMNS,
-    CHORD_COLUMNS,
-    CHORDS,
-    IGNORED,
-    Beats,
-    Chords,
-    FrameLabels,
-)
-from jepa_audio.probing.tasks.labels import Rows
+from jepa_audio.probing.tasks.beat_decoder import BarPointer, decode_beats
+from jepa_audio.probing.tasks.beats import EVENTS, TEMPO_BPM, Beats
+from jepa_audio.probing.tasks.chords import CHORDS, CHORDS1217, Chords
+from jepa_audio.probing.tasks.labels import UNKNOWN, Rows
 from jepa_audio.probing.tasks.records import Item, Split
 from jepa_audio.probing.tasks.rhythm import GTZAN_BEAT, GTZAN_RHYTHM
 from tests.probing import raw_sets
@@ -79,7 +71,7 @@ SONG = [
 
 
 def chord_logits(classes: np.ndarray | Tensor) -> Tensor:
-    """Of one head that says these classes; `IGNORED` becomes a guess."""
+    """Of one head that says these classes; `UNKNOWN` becomes a guess."""
     places = torch.as_tensor(classes).clamp_min(0)
     return torch.nn.functional.one_hot(places, len(CHORDS)).float()[:, None]
 
@@ -90,18 +82,13 @@ def chord_logits(classes: np.ndarray | Tensor) -> Tensor:
 def test_frames_near_a_beat_are_targets_as_wide_as_published():
     split = split_of({"beat": [0.5], "downbeat": []})
     rows = rows_of(1.0, rate=75.0)
-    hard, soft = (
-        Beats().row_targets(split, rows),
-        Beats(neighbours=(0.5, 0.25)).row_targets(split, rows),
-    )
-    assert hard[:, 0].nonzero()[:, 0].tolist() == [36, 37, 38]
-    assert soft[34:41, 0].tolist() == [0, 0.25, 0.5, 1, 0.5, 0.25, 0]
-    assert not hard[:, 1].any()
-    # On the task's own grid the target lasts as long: 40 ms. On a coarse one a beat has at least
-    # its own frame.
+    targets = Beats().row_targets(split, rows)
+    assert targets[:, 0].nonzero()[:, 0].tolist() == [36, 37, 38]
+    assert not targets[:, 1].any()
+    # On the task's own grid the targets are as long: 40 ms. On a coarse grid they are frames.
     assert len(Beats().row_targets(split, rows_of(1.0, rate=100.0))[:, 0].nonzero()) == 4
-    coarse = Beats(neighbours=()).row_targets(split, rows_of(1.0, rate=10.0))
-    assert coarse[:, 0].any()
+    coarse = Beats().row_targets(split, rows_of(1.0, rate=10.0))
+    assert coarse[:, 0].nonzero()[:, 0].tolist() == [3, 4, 5, 6]
 
 
 def test_targets_do_not_end_at_the_border_of_a_window():
@@ -123,70 +110,57 @@ def test_the_loss_is_that_of_torch_on_every_head():
     torch.testing.assert_close(Beats().losses(logits, targets), torch.stack(expected))
 
 
-@pytest.mark.parametrize("decoder", ["dbn", "peaks"])
-def test_who_hears_every_beat_scores_one_at_any_length(decoder: str):
+def test_logits_equal_to_the_targets_score_one_at_any_length():
     labels = [beat_label(100, 30.0), beat_label(141, 20.01), beat_label(75, 9.5)]
-    split, rows = (
-        split_of(*labels),
-        rows_of(30.0, 20.01, 9.5, rate=100.0),
-    )  # one window has a single frame
-    beats = Beats(decoder=decoder)
-    answers = beats.predictions(logits_of(beats.row_targets(split, rows)), split, rows, "file")
-    assert answers.shape == (3, 1, len(BEAT_COLUMNS))
-    for output, name in ((BEAT, "beat"), (DOWNBEAT, "downbeat")):
-        expected = [[len(label[name])] * 3 for label in labels]
-        if name == "beat" or decoder == "peaks":
-            assert answers[:, 0, output].tolist() == expected
-        else:  # the model may start a track within a bar, and pass over what sounds in that only
-            torch.testing.assert_close(
-                answers[:, 0, output], torch.tensor(expected).float(), atol=1, rtol=0
-            )
-    truth = beats.unit_targets(split, rows, "file")
-    assert GTZAN_BEAT.metrics[0](answers, truth).tolist() == [1.0]
-    assert beats.decoder == decoder
+    # The last window of the second track has a single frame.
+    split, rows = split_of(*labels), rows_of(30.0, 20.01, 9.5, rate=100.0)
+    beats = Beats()
+    counts = beats.predictions(logits_of(beats.row_targets(split, rows)), split, rows, "file")
+    assert counts.shape == (3, 1, 6)
+    expected = torch.tensor([[len(label[name])] * 3 for name in EVENTS for label in labels])
+    assert counts[:, 0, BEAT].tolist() == expected[:3].tolist()
+    # The model may start a track within a bar, and miss a downbeat there.
+    torch.testing.assert_close(counts[:, 0, DOWNBEAT], expected[3:].float(), atol=1, rtol=0)
+    targets = beats.unit_targets(split, rows, "file")
+    assert GTZAN_BEAT.metrics[0](counts, targets).tolist() == [1.0]
+    assert beats.decoder == "dbn"
 
 
-def test_scores_are_those_of_mir_eval_on_the_same_events():
+def test_scores_equal_those_of_mir_eval_on_the_same_events():
     labels = [beat_label(93, 30.0), beat_label(127, 30.0)]
     split, rows = split_of(*labels), rows_of(30.0, 30.0, rate=100.0)
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(len(rows), 2, 2, generator=generator) - 1
-    peaks = Beats(decoder="peaks")
-    logits[:, 1] += 3 * peaks.row_targets(split, rows)
-    answers = peaks.predictions(logits, split, rows, "file")
+    beats, model = Beats(), BarPointer.build(100.0, *TEMPO_BPM["beat"])
+    logits[:, 1] += 3 * beats.row_targets(split, rows)
+    counts = beats.predictions(logits, split, rows, "file")
     f1, pooled = (
-        metric(answers, peaks.unit_targets(split, rows, "file"))
-        for metric in GTZAN_BEAT.metrics[:2]
+        metric(counts, beats.unit_targets(split, rows, "file")) for metric in GTZAN_BEAT.metrics[:2]
     )
     for k in range(2):
-        of_tracks, counts = [], np.zeros(3)
+        of_tracks, total = [], np.zeros(3)
         for n, label in enumerate(labels):
-            mine = rows.item == n
-            (frames,) = decode_beats_peaks(logits[mine, k, 0].sigmoid()[None], 100.0, 0.5, 215.0)
-            estimated, reference = rows.seconds[mine][frames].astype(float), np.array(label["beat"])
-            of_tracks.append(mir_eval.beat.f_measure(reference, estimated))
-            counts += (
-                len(mir_eval.util.match_events(reference, estimated, 0.07)),
-                len(estimated),
-                len(reference),
-            )
+            of_track = rows.item == n
+            (frames,) = decode_beats(logits[of_track, k, 0].sigmoid()[None], model)
+            estimated = rows.seconds[of_track][frames].astype(float)
+            annotated = np.array(label["beat"])
+            of_tracks.append(mir_eval.beat.f_measure(annotated, estimated))
+            matches = mir_eval.util.match_events(annotated, estimated, 0.07)
+            total += (len(matches), len(estimated), len(annotated))
         assert f1[k].item() == pytest.approx(np.mean(of_tracks))
-        assert pooled[k].item() == pytest.approx(2 * counts[0] / (counts[1] + counts[2]))
+        assert pooled[k].item() == pytest.approx(2 * total[0] / (total[1] + total[2]))
     assert f1[1] > f1[0] + 0.1
 
 
-def test_heads_are_scored_apart_and_who_hears_nothing_scores_nothing():
+def test_heads_are_scored_separately_and_zero_activations_score_zero():
     split, rows = split_of(beat_label(100, 20.0)), rows_of(20.0, rate=100.0)
-    beats = Beats(decoder="peaks")
+    beats = Beats()
     good = logits_of(beats.row_targets(split, rows))
-    answers = beats.predictions(
-        torch.cat([torch.full_like(good, -9.0), good], dim=1), split, rows, "file"
-    )
-    assert GTZAN_BEAT.metrics[0](answers, beats.unit_targets(split, rows, "file")).tolist() == [
-        0.0,
-        1.0,
-    ]
-    assert answers[0, 0, BEAT].tolist() == [0, 0, 33]
+    both = torch.cat([torch.full_like(good, -200.0), good], dim=1)
+    counts = beats.predictions(both, split, rows, "file")
+    scores = GTZAN_BEAT.metrics[0](counts, beats.unit_targets(split, rows, "file"))
+    assert scores.tolist() == [0.0, 1.0]
+    assert counts[0, 0, BEAT].tolist() == [0, 0, 33]
 
 
 def test_heads_are_chosen_by_beats_alone():
@@ -228,8 +202,8 @@ def test_annotations_count_from_the_start_of_the_file():
 
 def test_tracks_without_downbeats_are_no_fault():
     split, rows = split_of({"beat": [0.5], "downbeat": []}), rows_of(1.0, rate=100.0)
-    answers = Beats().predictions(torch.zeros(100, 1, 2), split, rows, "file")
-    assert answers[0, 0, 5] == 0
+    counts = Beats().predictions(torch.zeros(100, 1, 2), split, rows, "file")
+    assert counts[0, 0, 5] == 0
 
 
 @pytest.mark.parametrize(
@@ -237,10 +211,10 @@ def test_tracks_without_downbeats_are_no_fault():
     [
         ([0.5, 1.0], "must be an object whose `beat`"),
         ({"beat": [0.5]}, "whose `downbeat` is a list"),
-        ({"beat": [0.5, "1"], "downbeat": []}, "`beat` holds '1'"),
-        ({"beat": [0.5, float("nan")], "downbeat": []}, "`beat` holds nan"),
-        ({"beat": [0.5], "downbeat": [-1.0]}, "`downbeat` holds -1.0"),
-        ({"beat": [0.5, 2.0, 1.0], "downbeat": []}, "`beat` must rise, but 1.0 s"),
+        ({"beat": [0.5, "1"], "downbeat": []}, "`beat` contains '1'"),
+        ({"beat": [0.5, float("nan")], "downbeat": []}, "`beat` contains nan"),
+        ({"beat": [0.5], "downbeat": [-1.0]}, "`downbeat` contains -1.0"),
+        ({"beat": [0.5, 2.0, 1.0], "downbeat": []}, "`beat` must increase, but 1.0 s"),
     ],
 )
 def test_beats_that_are_none_are_refused_with_their_record(label: Any, message: str):
@@ -274,12 +248,12 @@ def test_beats_that_are_none_are_refused_with_their_record(label: Any, message: 
 )
 def test_chords_become_triads(chord: str, name: str | None):
     targets = Chords().row_targets(split_of([region(0, 1, chord)]), rows_of(1.0, rate=10.0))
-    assert set(targets.tolist()) == {IGNORED if name is None else CHORDS.index(name)}
+    assert set(targets.tolist()) == {UNKNOWN if name is None else CHORDS.index(name)}
 
 
 def test_no_chord_stays_no_chord_and_gaps_and_tails_are_ignored():
     targets = Chords().row_targets(split_of(SONG), rows_of(12.0, rate=10.0, window_seconds=5.0))
-    names = ["-" if place == IGNORED else CHORDS[place] for place in targets.tolist()]
+    names = ["-" if place == UNKNOWN else CHORDS[place] for place in targets.tolist()]
     assert names[:10] == ["N"] * 10
     assert names[30:42] == ["N"] * 12  # in the middle, and not the chord before
     assert names[15], names[50] == ("C:maj", "A#:min")
@@ -291,20 +265,20 @@ def test_no_chord_stays_no_chord_and_gaps_and_tails_are_ignored():
 def test_ignored_frames_teach_nothing():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 2, 25, generator=generator, requires_grad=True)
-    targets = torch.tensor([3, IGNORED, 24, IGNORED, 0, IGNORED])
+    targets = torch.tensor([3, UNKNOWN, 24, UNKNOWN, 0, UNKNOWN])
     losses = Chords().losses(logits, targets)
     expected = [torch.nn.functional.cross_entropy(logits[::2, k], targets[::2]) for k in range(2)]
     torch.testing.assert_close(losses, torch.stack(expected))
     losses.sum().backward()
     assert not logits.grad[1::2].any()
-    assert Chords().losses(logits, torch.full((6,), IGNORED)).tolist() == [0, 0]
+    assert Chords().losses(logits, torch.full((6,), UNKNOWN)).tolist() == [0, 0]
 
 
-def majmin_of(song: list[dict[str, Any]], said: np.ndarray, rate: float) -> float:
+def majmin_of(song: list[dict[str, Any]], predicted: np.ndarray, rate: float) -> float:
     """By mir_eval, of intervals of equal frames."""
-    borders = np.concatenate([[0], np.flatnonzero(np.diff(said)) + 1, [len(said)]])
+    borders = np.concatenate([[0], np.flatnonzero(np.diff(predicted)) + 1, [len(predicted)]])
     intervals = np.stack([borders[:-1], borders[1:]], axis=1) / rate
-    chords = [CHORDS[said[start]] for start in borders[:-1]]
+    chords = [CHORDS[predicted[start]] for start in borders[:-1]]
     gapless, labels = [], []
     for part in song:
         if gapless and part["start_time"] > gapless[-1][1]:
@@ -324,16 +298,16 @@ def test_seconds_are_weighed_as_mir_eval_weighs_them(rate: float):
     ideal = Chords().row_targets(split, rows).clamp_min(0)
     random = torch.where(torch.rand(len(rows), generator=generator) < 0.6, ideal, 24)
     constant = torch.full_like(ideal, CHORDS.index("F#:maj"))
-    said = torch.stack([ideal, random, constant], dim=1)
-    logits = torch.cat([chord_logits(column) for column in said.T], dim=1)
-    answers = Chords().predictions(logits, split, rows, "file")
+    predicted = torch.stack([ideal, random, constant], dim=1)
+    logits = torch.cat([chord_logits(column) for column in predicted.T], dim=1)
+    counts = Chords().predictions(logits, split, rows, "file")
     for k in range(3):
         for n in range(2):
-            mine = said[n * num_frames : (n + 1) * num_frames, k].numpy()
+            mine = predicted[n * num_frames : (n + 1) * num_frames, k].numpy()
             expected = majmin_of(SONG, mine, rate)
-            assert (answers[n, k, 0] / answers[n, k, 1]).item() == pytest.approx(expected, abs=1e-4)
-    assert (answers[..., 2] / answers[..., 3])[:, 0].tolist() == [1.0, 1.0]
-    assert (answers[..., 0] / answers[..., 1])[
+            assert (counts[n, k, 0] / counts[n, k, 1]).item() == pytest.approx(expected, abs=1e-4)
+    assert (counts[..., 2] / counts[..., 3])[:, 0].tolist() == [1.0, 1.0]
+    assert (counts[..., 0] / counts[..., 1])[
         :, 0
     ].min() > 0.95  # frames cannot tell where within them a chord ends
 
@@ -341,22 +315,22 @@ def test_seconds_are_weighed_as_mir_eval_weighs_them(rate: float):
 def test_a_chord_that_changes_between_frames_is_weighed_by_its_seconds():
     song = [region(0.0, 0.3, "C"), region(0.3, 1.0, "A:min")]
     split, rows = split_of(song), rows_of(1.0, rate=2.0)
-    answers = Chords().predictions(
+    counts = Chords().predictions(
         chord_logits(np.array([CHORDS.index("A:min")] * 2)), split, rows, "file"
     )
-    assert answers[0, 0].tolist() == pytest.approx([0.7, 1.0, 1, 2])
+    assert counts[0, 0].tolist() == pytest.approx([0.7, 1.0, 1, 2])
 
 
 def test_a_constant_answer_scores_the_share_of_its_chord():
     split, rows = split_of(SONG), rows_of(12.0, rate=20.0, window_seconds=5.0)
     constant = chord_logits(np.full(len(rows), CHORDS.index("N")))
-    answers = Chords().predictions(constant, split, rows, "file")
+    counts = Chords().predictions(constant, split, rows, "file")
     majmin, frames = (
-        metric(answers, Chords().unit_targets(split, rows, "file")).item()
+        metric(counts, Chords().unit_targets(split, rows, "file")).item()
         for metric in CHORDS1217.metrics
     )
-    assert answers.shape == (1, 1, len(CHORD_COLUMNS))
-    assert answers[0, 0, :2].tolist() == pytest.approx([1.03 + 1.21, 6.0 + 1.02], abs=1e-4)
+    assert counts.shape == (1, 1, 4)
+    assert counts[0, 0, :2].tolist() == pytest.approx([1.03 + 1.21, 6.0 + 1.02], abs=1e-4)
     assert majmin == pytest.approx(2.24 / 7.02, abs=1e-4)
     assert frames == pytest.approx(2.24 / 7.02, abs=0.02)
 
@@ -374,10 +348,10 @@ def test_windows_of_a_song_can_be_scored_apart_and_a_last_one_of_one_frame_works
 
 def test_a_song_without_anything_to_compare_counts_nothing():
     split, rows = split_of([], [region(0.0, 1.0, "X")]), rows_of(1.0, 1.0, rate=20.0)
-    answers = Chords().predictions(
+    counts = Chords().predictions(
         chord_logits(np.zeros(len(rows), dtype=np.int64)), split, rows, "file"
     )
-    assert not answers.any()
+    assert not counts.any()
 
 
 @pytest.mark.parametrize(
@@ -390,7 +364,7 @@ def test_a_song_without_anything_to_compare_counts_nothing():
         ),
         ([region(1.0, 0.5, "C")], "must be seconds, in this order"),
         ([region("0", 0.5, "C")], "must be seconds, in this order"),
-        ([region(0.0, 1.0, "H:moll")], "'H:moll' is no chord"),
+        ([region(0.0, 1.0, "H:moll")], "`chord_str` is 'H:moll'"),
         ([region(0.0, 1.0, None)], "`chord_str` is None"),
         (
             [region(0.0, 2.0, "C"), region(1.0, 3.0, "D")],
@@ -408,18 +382,6 @@ def test_times_that_were_rounded_may_overlap_by_a_millisecond():
     song = [region(0.0, 0.5004, "C"), region(0.5, 0.5, "G"), region(0.5, 1.0, "D")]
     targets = Chords().row_targets(split_of(song), rows_of(1.0, rate=10.0))
     assert targets.tolist() == [0] * 5 + [2] * 5
-
-
-@pytest.mark.parametrize("labels", [Beats(), Chords()])
-def test_the_annotations_of_a_split_can_be_shuffled(labels: FrameLabels):
-    of_task = (
-        (beat_label(100, 5.0), beat_label(180, 5.0))
-        if isinstance(labels, Beats)
-        else (SONG, SONG[:2])
-    )
-    split, rows = split_of(*of_task).shuffled(seed=0), rows_of(5.0, 5.0, rate=20.0)
-    logits = torch.zeros(len(rows), 2, labels.num_outputs)
-    assert labels.predictions(logits, split, rows, "file").shape[:2] == (2, 2)
 
 
 # GTZAN-Rhythm
@@ -486,13 +448,15 @@ def test_what_is_missing_of_gtzan_rhythm_is_named(tmp_path: Path):
         GTZAN_RHYTHM.convert(raw)
     write_jams(jams, "pop.00001", [jams_of("beat", 0.1)])
     with pytest.raises(
-        ValueError, match=r"pop\.00001\.wav\.jams has no annotation of the kind 'downbeat'"
+        ValueError, match=r"pop\.00001\.wav\.jams has no annotation of type 'downbeat'"
     ):
         GTZAN_RHYTHM.convert(raw)
     (jams / "pop.00001.wav.jams").write_text("[]")
-    with pytest.raises(ValueError, match=r"pop\.00001\.wav\.jams is no JAMS file"):
+    with pytest.raises(ValueError, match=r"pop\.00001\.wav\.jams is not a JAMS file"):
         GTZAN_RHYTHM.convert(raw)
     for file in jams.iterdir():
         file.unlink()
-    with pytest.raises(MissingFileError, match="GTZAN-Rhythm_v2_ismir2015_lbd/jams is missing"):
+    with pytest.raises(
+        MissingFileError, match=r"GTZAN-Rhythm_v2_ismir2015_lbd/jams/\*\.jams is missing"
+    ):
         GTZAN_RHYTHM.convert(raw)

@@ -97,9 +97,9 @@ METRICS: list[tuple[Metric, Example]] = [
     (F1("micro"), multilabel),
     (R2(), numbers),
     (R2(1, "r2_valence"), numbers),
-    (Share("frames", 0, 2), event_counts),
-    (PooledF1("pooled", 0, 1, 2), event_counts),
-    (MeanF1("by_track", 0, 1, 2), event_counts),
+    (Share("frames", (0, 2)), event_counts),
+    (PooledF1("pooled", (0, 1, 2)), event_counts),
+    (MeanF1("by_track", (0, 1, 2)), event_counts),
 ]
 every_metric = pytest.mark.parametrize(
     ("metric", "example"), METRICS, ids=[metric.name for metric, _ in METRICS]
@@ -386,9 +386,9 @@ def test_counts_of_events_are_pooled_or_scored_by_unit():
         :, None
     ]
     truth = np.zeros(4, dtype=np.int64)
-    assert Share("share", 0, 2)(answers, truth).item() == pytest.approx(4 / 12)
-    assert PooledF1("pooled", 0, 1, 2)(answers, truth).item() == pytest.approx(2 * 4 / (7 + 12))
-    assert MeanF1("mean", 0, 1, 2)(answers, truth).item() == pytest.approx((6 / 10 + 1 + 0) / 3)
+    assert Share("share", (0, 2))(answers, truth).item() == pytest.approx(4 / 12)
+    assert PooledF1("pooled", (0, 1, 2))(answers, truth).item() == pytest.approx(2 * 4 / (7 + 12))
+    assert MeanF1("mean", (0, 1, 2))(answers, truth).item() == pytest.approx((6 / 10 + 1 + 0) / 3)
 
 
 def test_metrics_have_the_names_that_are_reported():

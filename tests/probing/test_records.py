@@ -110,7 +110,7 @@ def test_what_is_wrong_is_named_with_file_and_line(records: list[dict], tmp_path
         MissingFileError,
         audio_path="data/X/audio/9.wav",
     )
-    refused(r"line 2: `song 0` is labelled 'c', but 'a' in .*line 1; give", label="c")
+    refused(r"line 2: `song 0` has the label 'c', but 'a' in .*line 1; give", label="c")
     refused(r"line 2: `start` \(3\) and `end` \(2\) must be seconds", start=3, end=2)
     refused(r"line 2: `start` \('now'\)", start="now")
     path.write_text(json.dumps(records[0]) + "\n{broken\n")
@@ -120,9 +120,9 @@ def test_what_is_wrong_is_named_with_file_and_line(records: list[dict], tmp_path
     with pytest.raises(ValueError, match=r"line 1: no `label`"):
         read_split(path)
     path.write_text("\n")
-    with pytest.raises(ValueError, match="holds no record"):
+    with pytest.raises(ValueError, match="has no records"):
         read_split(path)
-    with pytest.raises(MissingFileError, match=r"there is no .*Y\.train\.jsonl"):
+    with pytest.raises(MissingFileError, match=r"Y\.train\.jsonl cannot be read: No such file"):
         read_split(tmp_path / "Y.train.jsonl")
 
 
@@ -134,7 +134,7 @@ def split_of(*labels: object) -> Split:
     )
 
 
-def test_subsets_and_shuffles_keep_units_whole():
+def test_a_subset_has_all_items_of_its_units_in_order():
     items = tuple(Item(Path("x"), "ab"[i // 3 % 2], f"unit {i // 3}", "here") for i in range(30))
     split = Split(items)
     subset = split.subset(4, seed=0)
@@ -142,12 +142,6 @@ def test_subsets_and_shuffles_keep_units_whole():
     assert len(subset) == 12
     assert list(subset.uids) == sorted(subset.uids, key=split.uids.index)
     assert split.subset(None, 0) is split
-    shuffled = split.shuffled(seed=1)
-    assert [item.uid for item in shuffled.items] == [item.uid for item in split.items]
-    assert sorted(item.label for item in shuffled.items) == sorted(
-        item.label for item in split.items
-    )
-    assert [item.label for item in shuffled.items] != [item.label for item in split.items]
     with pytest.raises(ValueError, match="at least one unit, got 0"):
         split.subset(0, 0)
 
@@ -192,7 +186,7 @@ def test_tags_may_be_none_and_numbers_are_standardised_on_the_training_split():
     with pytest.raises(ValueError, match=r"line 1: `label` is \[1\], must be 2 finite numbers"):
         numbers.encode(split_of([1]).items)
     with pytest.raises(
-        ValueError, match="number 1 of the labels is the same in all of the training split"
+        ValueError, match="number 1 of the labels is the same in the whole training split"
     ):
         Regression().fitted(split_of([1, 5], [2, 5]))
 

@@ -1,4 +1,4 @@
-"""What a metric is, and those that are made of sums over the units."""
+"""The interface of metrics, and metrics that are functions of sums over the units."""
 
 from __future__ import annotations
 
@@ -9,97 +9,102 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+from typing_extensions import override
 
-_HEADS_AT_ONCE = 2**22  # answers; some ten tensors of 32 MB are alive
-_DRAWS_AT_ONCE = 2**18  # counts; larger blocks leave the cache of a core
+_HEADS_AT_ONCE = 2**22
+"""Predictions in one chunk of heads; about ten tensors of 32 MB are alive."""
+
+_DRAWS_AT_ONCE = 2**18
+"""Counts in one chunk of draws; larger chunks do not fit into the cache of a core."""
+
+Predictions = Float[Tensor, "units K A"]
+"""Predictions of K heads for each unit, from the `Labels` of a task; A numbers each."""
+
+Targets = Shaped[np.ndarray, "units ..."]
+"""Label of each unit, from the `Labels` of a task."""
+
+HeadPredictions = Float[np.ndarray, "units A"]
+Scores = Float[Tensor, " K"]
+Terms = Float[Tensor, "units K ..."]
+Counts = Int[np.ndarray, "draws units"]
+DrawScores = Float[np.ndarray, " draws"]
 
 
 class Metric(ABC):
-    """A number that says how good the answers to a whole split are; higher is better.
+    """A score of the predictions for a whole split; higher is better.
 
-    `answers` and `truth` are what the `Labels` of a task make of logits and of records; see there.
-    Metrics compute in 64 bits, on the device of the answers.
+    Metrics compute in 64 bits, on the device of the predictions.
     """
 
     name: str
 
     @abstractmethod
-    def __call__(
-        self, answers: Float[Tensor, "units K A"], truth: Shaped[np.ndarray, "units ..."]
-    ) -> Float[Tensor, " K"]:
-        """The score of each of K heads."""
+    def __call__(self, predictions: Predictions, targets: Targets) -> Scores:
+        """Score each of K heads."""
 
     @abstractmethod
     def resampled(
-        self,
-        answers: Float[np.ndarray, "units A"],
-        truth: Shaped[np.ndarray, "units ..."],
-        counts: Int[np.ndarray, "draws units"],
-    ) -> Float[np.ndarray, " draws"]:
-        """The score of one head on resamplings of the units, each taken as often as `counts` says.
+        self, predictions: HeadPredictions, targets: Targets, counts: Counts
+    ) -> DrawScores:
+        """Score one head on resamplings in which each unit occurs as often as `counts` says.
 
-        NaN where a resampling cannot be scored.
+        A resampling that cannot be scored gets NaN.
         """
 
-    def num_scored(self, truth: Shaped[np.ndarray, "units ..."]) -> int | None:
-        """Classes or numbers that entered the mean; `None` where there is none."""
+    def num_scored(self, targets: Targets) -> int | None:
+        """Number of classes or outputs in the mean; `None` if the score is not a mean of these."""
         return None
 
 
 class SumMetric(Metric):
-    """A function of sums over the units: a resampling weighs what is summed."""
+    """A function of sums over the units: a resampling weights the terms of the sums."""
 
     @abstractmethod
-    def parts(
-        self, answers: Float[Tensor, "units k A"], truth: Shaped[Tensor, "units ..."]
-    ) -> Float[Tensor, "units k ..."]:
-        """What is summed, in 64 bits."""
+    def terms(self, predictions: Predictions, targets: Shaped[Tensor, "units ..."]) -> Terms:
+        """Terms of the sums, in 64 bits."""
 
     @abstractmethod
-    def of_sums(self, sums: Float[Tensor, "k ..."]) -> Float[Tensor, " k"]:
-        """Scores from sums of the parts."""
+    def score(self, sums: Float[Tensor, "K ..."]) -> Scores:
+        """Scores from sums of the terms."""
 
-    def __call__(
-        self, answers: Float[Tensor, "units K A"], truth: Shaped[np.ndarray, "units ..."]
-    ) -> Float[Tensor, " K"]:
-        """See `Metric`."""
-        so = torch.from_numpy(truth).to(answers.device)
-        few = max(1, _HEADS_AT_ONCE // max(1, answers[:, 0].numel()))
-        sums = [self.parts(heads, so).sum(dim=0) for heads in answers.split(few, dim=1)]
-        return self.of_sums(torch.cat(sums))
-
-    def resampled(
-        self,
-        answers: Float[np.ndarray, "units A"],
-        truth: Shaped[np.ndarray, "units ..."],
-        counts: Int[np.ndarray, "draws units"],
-    ) -> Float[np.ndarray, " draws"]:
-        """See `Metric`."""
-        parts = self.parts(torch.from_numpy(answers)[:, None], torch.from_numpy(truth))[:, 0]
+    @override
+    def __call__(self, predictions: Predictions, targets: Targets) -> Scores:
+        on_device = torch.from_numpy(targets).to(predictions.device)
+        chunk = max(1, _HEADS_AT_ONCE // max(1, predictions[:, 0].numel()))
         sums = [
-            torch.tensordot(torch.from_numpy(few).double(), parts, dims=1)
-            for few in blocks_of_draws(counts)
+            self.terms(heads, on_device).sum(dim=0) for heads in predictions.split(chunk, dim=1)
         ]
-        return self.of_sums(torch.cat(sums)).numpy()
+        return self.score(torch.cat(sums))
+
+    @override
+    def resampled(
+        self, predictions: HeadPredictions, targets: Targets, counts: Counts
+    ) -> DrawScores:
+        terms = self.terms(torch.from_numpy(predictions)[:, None], torch.from_numpy(targets))[:, 0]
+        sums = [
+            torch.tensordot(torch.from_numpy(chunk).double(), terms, dims=1)
+            for chunk in chunk_draws(counts)
+        ]
+        return self.score(torch.cat(sums)).numpy()
 
 
 class MeanMetric(SumMetric):
-    """A ratio of two sums: the parts are the values of the units, and what they are a share of."""
+    """A ratio of two sums: the terms are the numerator and the denominator of each unit."""
 
-    def of_sums(self, sums: Float[Tensor, "k 2"]) -> Float[Tensor, " k"]:
-        """See `SumMetric`."""
+    @override
+    def score(self, sums: Float[Tensor, "K 2"]) -> Scores:
         return sums[:, 0] / sums[:, 1]
 
 
-def with_ones(values: Shaped[Tensor, "units k"]) -> Float[Tensor, "units k 2"]:
-    """Parts of the mean over all units."""
+def mean_terms(values: Shaped[Tensor, "units k"]) -> Float[Tensor, "units k 2"]:
+    """Terms of the mean over all units."""
     return torch.stack([values.double(), torch.ones_like(values, dtype=torch.float64)], dim=-1)
 
 
-def blocks_of_draws(
+def chunk_draws(
     counts: Int[np.ndarray, "draws units"],
-) -> Iterator[Int[np.ndarray, "few units"]]:
-    """The resamplings, a few at a time: memory stays bounded however many there are."""
-    few = max(1, _DRAWS_AT_ONCE // counts.shape[1])
-    for start in range(0, len(counts), few):
-        yield counts[start : start + few]
+) -> Iterator[Int[np.ndarray, "chunk units"]]:
+    """Yield the resamplings in chunks: memory is bounded for any number of them."""
+    chunk = max(1, _DRAWS_AT_ONCE // counts.shape[1])
+    for start in range(0, len(counts), chunk):
+        yield counts[start : start + chunk]

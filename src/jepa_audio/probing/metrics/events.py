@@ -1,4 +1,4 @@
-"""Scores of annotations in time, whose answers are counts by unit."""
+"""Metrics of annotations in time, whose predictions are counts for each unit."""
 
 from __future__ import annotations
 
@@ -7,85 +7,69 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
+from typing_extensions import override
 
-from jepa_audio.probing.metrics.base import MeanMetric, SumMetric
+from jepa_audio.probing.metrics.base import MeanMetric, Predictions, Scores, SumMetric, Terms
 
 
 @dataclass(frozen=True)
 class Share(MeanMetric):
-    """Sum of one count over the sum of another, such as seconds named rightly of all seconds.
+    """Sum of one count over the sum of another, such as correct seconds over all seconds.
 
     Args:
-        name: of the metric.
-        hits: column of the answers.
-        total: column of what it is a share of.
+        name: name of the metric.
+        columns: columns of the predictions with numerator and denominator.
     """
 
     name: str
-    hits: int
-    total: int
+    columns: tuple[int, int]
 
-    def parts(
-        self, answers: Float[Tensor, "units k A"], truth: Shaped[Tensor, "units ..."]
-    ) -> Float[Tensor, "units k 2"]:
-        """See `SumMetric`."""
-        return answers[..., [self.hits, self.total]].double()
+    @override
+    def terms(self, predictions: Predictions, targets: Shaped[Tensor, "units ..."]) -> Terms:
+        return predictions[..., list(self.columns)].double()
 
 
 @dataclass(frozen=True)
 class PooledF1(SumMetric):
-    """F1 of the events of all units in one pool, as MARBLE scores beats.
+    """F1 of the events of all units pooled, as MARBLE scores beats.
 
     Args:
-        name: of the metric.
-        hits: column of the answers that counts the estimated events that match.
-        estimated: column that counts all estimated events.
-        reference: column that counts the true ones.
+        name: name of the metric.
+        columns: columns of the predictions with the numbers of matching, estimated and annotated
+            events.
     """
 
     name: str
-    hits: int
-    estimated: int
-    reference: int
+    columns: tuple[int, int, int]
 
-    def parts(
-        self, answers: Float[Tensor, "units k A"], truth: Shaped[Tensor, "units ..."]
-    ) -> Float[Tensor, "units k 3"]:
-        """See `SumMetric`."""
-        return answers[..., [self.hits, self.estimated, self.reference]].double()
+    @override
+    def terms(self, predictions: Predictions, targets: Shaped[Tensor, "units ..."]) -> Terms:
+        return predictions[..., list(self.columns)].double()
 
-    def of_sums(self, sums: Float[Tensor, "k 3"]) -> Float[Tensor, " k"]:
-        """See `SumMetric`."""
-        hits, estimated, reference = sums.unbind(dim=-1)
-        return 2 * hits / (estimated + reference)
+    @override
+    def score(self, sums: Float[Tensor, "K 3"]) -> Scores:
+        matching, estimated, annotated = sums.unbind(dim=-1)
+        return 2 * matching / (estimated + annotated)
 
 
 @dataclass(frozen=True)
 class MeanF1(MeanMetric):
     """Mean over the units of the F1 of each, as mir_eval scores beats.
 
-    Units without a true event are left out: mir_eval gives them 0 whatever is estimated.
+    Units without an annotated event are left out: mir_eval scores them 0 for any prediction.
 
     Args:
-        name: of the metric.
-        hits: column of the answers that counts the estimated events that match.
-        estimated: column that counts all estimated events.
-        reference: column that counts the true ones.
+        name: name of the metric.
+        columns: see `PooledF1`.
     """
 
     name: str
-    hits: int
-    estimated: int
-    reference: int
+    columns: tuple[int, int, int]
 
-    def parts(
-        self, answers: Float[Tensor, "units k A"], truth: Shaped[Tensor, "units ..."]
-    ) -> Float[Tensor, "units k 2"]:
-        """See `SumMetric`."""
-        hits, estimated, reference = (
-            answers[..., [self.hits, self.estimated, self.reference]].double().unbind(dim=-1)
-        )
-        scored = reference > 0
-        return torch.stack(
-            [2 * hits / (estimated + reference).clamp_min(1) * scored, scored.double()], dim=-1
-        )
+    @override
+    def terms(self, predictions: Predictions, targets: Shaped[Tensor, "units ..."]) -> Terms:
+        counts = predictions[..., list(self.columns)].double()
+        matching, estimated, annotated = counts.unbind(dim=-1)
+        is_scored = annotated > 0
+        f1 = 2 * matching / (estimated + annotated).clamp_min(1)
+        return torch.stack([f1 * is_scored, is_scored.double()], dim=-1)

@@ -1,4 +1,4 @@
-"""Scores of tags that depend on the order of the units alone."""
+"""Metrics of tags that depend only on the order of the units."""
 
 from __future__ import annotations
 
@@ -7,214 +7,196 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multilabel_auroc, multilabel_average_precision
+from typing_extensions import override
 
 from jepa_audio.errors import UserError
-from jepa_audio.probing.metrics.base import Metric, blocks_of_draws
+from jepa_audio.probing.metrics.base import (
+    Counts,
+    DrawScores,
+    HeadPredictions,
+    Metric,
+    Predictions,
+    Scores,
+    Targets,
+    chunk_draws,
+)
+
+Columns = Float[Tensor, "units N"]
 
 
 @dataclass(frozen=True)
-class Ranked:
-    """The units of a few resamplings in the order of one class's logits, as weights.
+class RankWeights:
+    """Weights of the units in a chunk of draws, in the order of one class's logits.
+
+    A positive is a unit of the class, a negative any other unit.
 
     Attributes:
-        weight: of each hit (unit that is of the class), from the highest logit to the lowest.
-        hits: for each hit, the weight of the hits whose logit is not lower, itself among them.
-        misses_before: for each hit, the weight of the misses (other units) whose logit is higher.
-        misses: the same with those of the same logit.
-        num_misses: weight of all misses.
+        positives: weight of each positive, from the highest logit to the lowest.
+        positives_above: weight of the positives with at least the logit of each positive.
+        negatives_higher: weight of the negatives with a higher logit than each positive.
+        negatives_above: weight of the negatives with at least the logit of each positive.
+        negatives: weight of all negatives.
     """
 
-    weight: Float[np.ndarray, "few n"]
-    hits: Float[np.ndarray, "few n"]
-    misses_before: Float[np.ndarray, "few n"]
-    misses: Float[np.ndarray, "few n"]
-    num_misses: Float[np.ndarray, " few"]
+    positives: Float[np.ndarray, "draws n"]
+    positives_above: Float[np.ndarray, "draws n"]
+    negatives_higher: Float[np.ndarray, "draws n"]
+    negatives_above: Float[np.ndarray, "draws n"]
+    negatives: DrawScores
 
 
 class RankMetric(Metric):
-    """Mean over classes of a score of the order into which a head brings the units.
+    """Mean over classes of a score of the order in which a head ranks the units.
 
-    The units as they are, are scored by torchmetrics (in 32 bits). It gets ranks: they order the
-    units as probabilities do, without the ties where those saturate. It knows no weights, so
-    resamplings are scored here, all at once.
+    torchmetrics scores the whole split, in 32 bits. It gets ranks: these order the units as
+    probabilities do, but without ties where probabilities saturate. It has no weights, so
+    resamplings are scored here, many at once.
     """
 
     @abstractmethod
-    def num_scored(self, truth: Shaped[np.ndarray, "units C"]) -> int:
-        """Classes that enter the mean."""
+    def is_scored(self, positives: Bool[np.ndarray, "units C"]) -> Bool[np.ndarray, " C"]:
+        """Whether each class is in the mean."""
 
     @abstractmethod
-    def of_classes(
-        self, ranks: Float[Tensor, "units N"], truth: Int[Tensor, "units N"]
-    ) -> Float[Tensor, " N"]:
-        """Scores by torchmetrics of each of N classes; the ranks are in [0, 1], a tie is the same rank."""
+    def score_ranks(self, ranks: Columns, targets: Int[Tensor, "units N"]) -> Float[Tensor, " N"]:
+        """Scores of N classes by torchmetrics; ranks are in [0, 1], and equal for ties."""
 
     @abstractmethod
-    def of_resampled(self, ranked: Ranked) -> Float[np.ndarray, " few"]:
-        """Scores of one class in a few resamplings, NaN where there is none."""
+    def score_weights(self, weights: RankWeights) -> DrawScores:
+        """Scores of one class in a chunk of draws; NaN where there is none."""
 
-    def __call__(
-        self, answers: Float[Tensor, "units K C"], truth: Shaped[np.ndarray, "units C"]
-    ) -> Float[Tensor, " K"]:
-        """See `Metric`; `ValueError` if no class can be scored."""
-        scored = self._scored(truth)
-        ranks = _ranks(answers[:, :, scored].flatten(1))
-        so = (
-            torch.from_numpy(truth[:, scored] > 0)
-            .long()
-            .to(answers.device)
-            .repeat(1, answers.shape[1])
-        )
-        # torchmetrics wants two columns at least.
-        columns = [torch.cat([both, both[:, :1]], dim=1) for both in (ranks, so)]
-        scores = self.of_classes(*columns)[:-1].double()
-        return scores.unflatten(0, (-1, len(scored))).mean(dim=1)
+    @override
+    def num_scored(self, targets: Targets) -> int:
+        return int(self.is_scored(targets > 0).sum())
 
+    @override
+    def __call__(self, predictions: Predictions, targets: Targets) -> Scores:
+        """See `Metric`; raises `UserError` if no class can be scored."""
+        classes = self._scored_classes(targets)
+        ranks = _ranks(predictions[:, :, classes].flatten(1))
+        positives = torch.from_numpy(targets[:, classes] > 0).to(ranks.device).long()
+        positives = positives.repeat(1, predictions.shape[1])
+        # torchmetrics needs two columns or more.
+        doubled = [torch.cat([table, table[:, :1]], dim=1) for table in (ranks, positives)]
+        scores = self.score_ranks(*doubled)[:-1].double()
+        return scores.unflatten(0, (-1, len(classes))).mean(dim=1)
+
+    @override
     def resampled(
-        self,
-        answers: Float[np.ndarray, "units C"],
-        truth: Shaped[np.ndarray, "units C"],
-        counts: Int[np.ndarray, "draws units"],
-    ) -> Float[np.ndarray, " draws"]:
-        """See `Metric`; a class that cannot be scored in a draw is left out of the mean of that draw."""
-        falling = _falling(torch.from_numpy(answers)).numpy()
-        classes = [
-            _Order.of(falling[:, number], truth[:, number] > 0) for number in self._scored(truth)
-        ]
-        scores = []
-        for few in blocks_of_draws(counts):
-            with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN that is wanted
-                of_classes = np.stack([self._resampled(order, few) for order in classes])
-            scores.append(torch.from_numpy(of_classes).nanmean(dim=0).numpy())
-        return np.concatenate(scores)
+        self, predictions: HeadPredictions, targets: Targets, counts: Counts
+    ) -> DrawScores:
+        """See `Metric`; a class that cannot be scored in a draw is left out of its mean."""
+        keys = _sort_keys(torch.from_numpy(predictions)).numpy()
+        orders = [_Order(keys[:, c], targets[:, c] > 0) for c in self._scored_classes(targets)]
+        means = []
+        for chunk in chunk_draws(counts):
+            with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: the class is left out
+                scores = np.stack([self.score_weights(order.weigh(chunk)) for order in orders])
+            means.append(torch.from_numpy(scores).nanmean(dim=0).numpy())
+        return np.concatenate(means)
 
-    def _resampled(
-        self, order: _Order, counts: Int[np.ndarray, "few units"]
-    ) -> Float[np.ndarray, " few"]:
-        """Scores of one class in a few draws."""
-        weight = counts[:, order.hits]
-        hits, misses = _running_sums(weight), _running_sums(counts[:, order.misses])
-        ranks = (
-            hits[:, order.hits_through],
-            misses[:, order.misses_before],
-            misses[:, order.misses_through],
-        )
-        return self.of_resampled(
-            Ranked(*(sums.astype(np.float64) for sums in (weight, *ranks, misses[:, -1])))
-        )
-
-    def _scored(self, truth: Shaped[np.ndarray, "units C"]) -> list[int]:
-        """Numbers of the classes that enter the mean."""
-        scored = [number for number in range(truth.shape[1]) if self.num_scored(truth[:, [number]])]
-        if not scored:
+    def _scored_classes(self, targets: Targets) -> list[int]:
+        classes: list[int] = np.flatnonzero(self.is_scored(targets > 0)).tolist()
+        if not classes:
             raise UserError(
-                f"`{self.name}` can score none of {truth.shape[1]} classes on {len(truth)} units: "
-                "each of them is true of no unit, or else of all; take more units"
+                f"`{self.name}` can score none of {targets.shape[1]} classes on {len(targets)} "
+                "units: each class is on no unit or on all; use more units"
             )
-        return scored
+        return classes
 
 
 class AUROC(RankMetric):
-    """Area under the receiver operating characteristic, mean over classes that some units have and some have not."""
+    """Area under the ROC curve, mean over the classes that some units have and some have not."""
 
     name = "auroc"
 
-    def num_scored(self, truth: Shaped[np.ndarray, "units C"]) -> int:
-        """See `Metric`."""
-        return int(((truth > 0).any(axis=0) & (truth <= 0).any(axis=0)).sum())
+    @override
+    def is_scored(self, positives: Bool[np.ndarray, "units C"]) -> Bool[np.ndarray, " C"]:
+        return np.any(positives, axis=0) & ~np.all(positives, axis=0)
 
-    def of_classes(
-        self, ranks: Float[Tensor, "units N"], truth: Int[Tensor, "units N"]
-    ) -> Float[Tensor, " N"]:
-        """See `RankMetric`."""
-        return multilabel_auroc(ranks, truth, ranks.shape[1], average=None, thresholds=None)
+    @override
+    def score_ranks(self, ranks: Columns, targets: Int[Tensor, "units N"]) -> Float[Tensor, " N"]:
+        return multilabel_auroc(ranks, targets, ranks.shape[1], average=None, thresholds=None)
 
-    def of_resampled(self, ranked: Ranked) -> Float[np.ndarray, " few"]:
-        """Pairs of a hit and a miss in the right order, of all such pairs; a tie is half a pair."""
-        # Twice each pair in the wrong order, once a tie.
-        wrong = (ranked.weight * (ranked.misses_before + ranked.misses)).sum(-1)
-        return 1 - wrong / (2 * ranked.weight.sum(-1) * ranked.num_misses)
+    @override
+    def score_weights(self, weights: RankWeights) -> DrawScores:
+        """Share of pairs of a positive and a negative in the right order; a tie is half a pair."""
+        # A pair in the wrong order counts twice, a tie once.
+        negatives = weights.negatives_higher + weights.negatives_above
+        wrong = (weights.positives * negatives).sum(-1)
+        return 1 - wrong / (2 * weights.positives.sum(-1) * weights.negatives)
 
 
 class AveragePrecision(RankMetric):
-    """Mean over the hits of the precision at each, mean over classes that some units have; nothing is interpolated."""
+    """Mean precision at each positive, without interpolation; mean over classes with positives."""
 
     name = "ap"
 
-    def num_scored(self, truth: Shaped[np.ndarray, "units C"]) -> int:
-        """See `Metric`."""
-        return int((truth > 0).any(axis=0).sum())
+    @override
+    def is_scored(self, positives: Bool[np.ndarray, "units C"]) -> Bool[np.ndarray, " C"]:
+        return np.any(positives, axis=0)
 
-    def of_classes(
-        self, ranks: Float[Tensor, "units N"], truth: Int[Tensor, "units N"]
-    ) -> Float[Tensor, " N"]:
-        """See `RankMetric`."""
-        return multilabel_average_precision(
-            ranks, truth, ranks.shape[1], average=None, thresholds=None
-        )
+    @override
+    def score_ranks(self, ranks: Columns, targets: Int[Tensor, "units N"]) -> Float[Tensor, " N"]:
+        num_classes = ranks.shape[1]
+        return multilabel_average_precision(ranks, targets, num_classes, None, thresholds=None)
 
-    def of_resampled(self, ranked: Ranked) -> Float[np.ndarray, " few"]:
-        """Share of hits among the units whose logit is not lower, at each hit; then their mean."""
-        units = ranked.hits + ranked.misses
-        precision = ranked.hits / (
-            units + (units == 0)
-        )  # where there is no unit, this hit has no weight
-        return (ranked.weight * precision).sum(-1) / ranked.weight.sum(-1)
+    @override
+    def score_weights(self, weights: RankWeights) -> DrawScores:
+        """Share of positives among the units from the highest logit to that of each positive."""
+        units = weights.positives_above + weights.negatives_above
+        precision = weights.positives_above / (units + (units == 0))  # without units, weight is 0
+        return (weights.positives * precision).sum(-1) / weights.positives.sum(-1)
 
 
-@dataclass(frozen=True)
 class _Order:
-    """The units in the order of falling logits, hits and misses apart.
+    """The order of the units by the keys of one class, prepared for `RankWeights`."""
 
-    Attributes:
-        hits: numbers of the units that are of the class.
-        misses: numbers of the others.
-        hits_through: for each hit, how many hits have no lower logit.
-        misses_before: for each hit, how many misses have a higher logit.
-        misses_through: for each hit, how many misses have no lower logit.
-    """
+    def __init__(
+        self, keys: Float[np.ndarray, " units"], is_positive: Bool[np.ndarray, " units"]
+    ) -> None:
+        order = keys.argsort()
+        self.positives, self.negatives = order[is_positive[order]], order[~is_positive[order]]
+        positives, negatives = keys[self.positives], keys[self.negatives]
+        self.positives_above = np.searchsorted(positives, positives, side="right")
+        self.negatives_higher = np.searchsorted(negatives, positives, side="left")
+        self.negatives_above = np.searchsorted(negatives, positives, side="right")
 
-    hits: Int[np.ndarray, " hits"]
-    misses: Int[np.ndarray, " misses"]
-    hits_through: Int[np.ndarray, " hits"]
-    misses_before: Int[np.ndarray, " hits"]
-    misses_through: Int[np.ndarray, " hits"]
-
-    @classmethod
-    def of(
-        cls, falling: Float[np.ndarray, " units"], is_hit: Shaped[np.ndarray, " units"]
-    ) -> _Order:
-        """From what rises where logits fall."""
-        order = falling.argsort()
-        hits, misses = order[is_hit[order]], order[~is_hit[order]]
-        return cls(
-            hits,
-            misses,
-            np.searchsorted(falling[hits], falling[hits], side="right"),
-            np.searchsorted(falling[misses], falling[hits], side="left"),
-            np.searchsorted(falling[misses], falling[hits], side="right"),
+    def weigh(self, counts: Counts) -> RankWeights:
+        """Sum the counts of the units: much faster than to sort the units of every draw."""
+        weights = counts[:, self.positives]
+        positives, negatives = _running_sums(weights), _running_sums(counts[:, self.negatives])
+        sums = (
+            weights,
+            positives[:, self.positives_above],
+            negatives[:, self.negatives_higher],
+            negatives[:, self.negatives_above],
+            negatives[:, -1],
         )
+        return RankWeights(*(table.astype(np.float64) for table in sums))
 
 
-def _falling(logits: Tensor) -> Tensor:
-    """What rises where logits fall."""
-    # NaN goes last and is a tie: units that a diverged head does not order must not stay in the
-    # order of the records.
+def _sort_keys(logits: Tensor) -> Tensor:
+    """Keys whose ascending order is the descending order of the logits.
+
+    NaN is last and tied: units that a diverged head does not order must not stay in the order of
+    the records.
+    """
     return -torch.nan_to_num(logits, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
-def _ranks(logits: Float[Tensor, "units N"]) -> Float[Tensor, "units N"]:
-    """Places of the units in each column, equal logits at one place, from 0 to 1."""
-    falling, order = _falling(logits).sort(dim=0)
-    steps = F.pad((falling[1:] != falling[:-1]).double().cumsum(dim=0), (0, 0, 1, 0))
+def _ranks(logits: Columns) -> Columns:
+    """Ranks of the units in each column from 0 to 1, the same for equal logits."""
+    keys, order = _sort_keys(logits).sort(dim=0)
+    steps = F.pad((keys[1:] != keys[:-1]).double().cumsum(dim=0), (0, 0, 1, 0))
     return 1 - torch.empty_like(steps).scatter_(0, order, steps) / max(1, len(logits))
 
 
-def _running_sums(counts: Int[np.ndarray, "few n"]) -> Int[np.ndarray, "few m"]:
+def _running_sums(counts: Int[np.ndarray, "draws n"]) -> Int[np.ndarray, "draws m"]:
     """Sums of the first 0, 1, ... n counts."""
     sums = np.zeros((len(counts), counts.shape[1] + 1), dtype=np.int64)
     np.cumsum(counts, axis=1, out=sums[:, 1:])

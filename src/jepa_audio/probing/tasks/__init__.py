@@ -1,4 +1,4 @@
-"""Labelled tasks: audio, and what a head has to say of it; one file for each family of data sets."""
+"""Labelled tasks; one file for each family of data sets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from jepa_audio.probing.tasks import (
     rhythm,
     vocalset,
 )
-from jepa_audio.probing.tasks.base import DataSet, ProbeData, Protocol, Task
+from jepa_audio.probing.tasks.base import ProbeData, Protocol, Task
+from jepa_audio.probing.tasks.raw_data import DataSet
 from jepa_audio.probing.tasks.table import LabelKind, table_task
 
 TASKS: dict[str, Task] = {
@@ -45,45 +46,34 @@ TASKS: dict[str, Task] = {
 """Every task by name."""
 
 DATA_SETS: dict[str, DataSet] = {
-    data_set.name: data_set
-    for data_set in (
-        gtzan.GTZAN,
-        rhythm.GTZAN_RHYTHM,
-        giantsteps.GIANTSTEPS,
-        emomusic.EMOMUSIC,
-        mtt.MTT,
-        nsynth.NSYNTH,
-        vocalset.VOCALSET,
-        mtg.MTG,
-    )
+    task.data_set.name: task.data_set for task in TASKS.values() if task.data_set is not None
 }
 """Every data set that can be converted, by name."""
 
 
 def load_task(name: str, roots: Sequence[Path], table_kind: LabelKind = "multiclass") -> ProbeData:
-    """A task by name, on the first folder that holds it; or the user's own table.
+    """Load a task by name from the first folder that holds it, or from the user's own table.
 
     Args:
-        name: of the task, or a `.csv` or `.tsv`.
+        name: name of the task, or a `.csv` or `.tsv`.
         roots: folders of records or raw data sets.
-        table_kind: of the labels in a table.
+        table_kind: label type of a table.
 
     Raises:
-        UserError: if no folder holds it, with what each one lacks.
-        UserError: if there is no such task, no folder is given for it, or a record is not what it
-            needs.
+        MissingFileError: if no folder holds the task; names what is missing in each.
+        UserError: if there is no such task, no folder is given, or a record is wrong.
     """
     if Path(name).suffix in (".csv", ".tsv"):
         return table_task(Path(name), table_kind)
     if name not in TASKS:
-        known = ", ".join(TASKS)
-        guess = did_you_mean(name, TASKS)
         raise UserError(
-            f"there is no task {name!r}; there are {known}, and tables (.csv, .tsv){guess}"
+            f"there is no task {name!r}; there are {', '.join(TASKS)}, and tables (.csv, .tsv)"
+            f"{did_you_mean(name, TASKS)}"
         )
     if not roots:
         raise UserError(
-            f"`data` is needed for {name}: the folder of its records, or of the data set as downloaded"
+            f"`data` is needed for {name}: the folder of its records, or of the data set as "
+            "downloaded"
         )
     missing = []
     for root in roots:

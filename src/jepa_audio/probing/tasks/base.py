@@ -1,4 +1,4 @@
-"""What a probing task is: records of three splits, what is asked of them, and how published numbers were come by."""
+"""A probing task as data: labels, metrics, protocols; and its three splits once they are read."""
 
 from __future__ import annotations
 
@@ -13,86 +13,61 @@ from torch import Tensor
 from jepa_audio.errors import MissingFileError
 from jepa_audio.probing.metrics import Metric
 from jepa_audio.probing.tasks.labels import Labels, Rows, Unit
-from jepa_audio.probing.tasks.records import (
-    SPLITS,
-    Record,
-    Split,
-    read_split,
-    split_checksum,
-    split_of,
-)
+from jepa_audio.probing.tasks.raw_data import DataSet
+from jepa_audio.probing.tasks.records import SPLITS, Split, read_split, split_checksum, split_of
 from jepa_audio.probing.tasks.windows import Windows
 
 log = logging.getLogger(__name__)
 
 MARBLE_LEARNING_RATES = (5e-5, 1e-4, 5e-4, 1e-3, 5e-3, 1e-2)
-"""Of the constrained track (Yuan et al., 2023, arXiv:2306.10548, appendix A)."""
+"""Learning rates of the constrained track (Yuan et al., 2023, arXiv:2306.10548, appendix A)."""
+
+Sizes = tuple[int | None, int | None, int | None]
+"""Number of scored units in train, val and test; `None` where it is not known."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a task is probed under one preset.
+    """Settings of a task under one preset; the defaults are those of most tasks of MARBLE.
 
     Args:
-        windows: what the encoder hears at a time.
-        max_epochs: of a head.
+        windows: how files are cut into windows.
+        max_epochs: epochs of a head at most.
         stop_patience: epochs without a better validation score after which a head stops.
-        plateau_patience: epochs without a better one after which its learning rate is multiplied by
-            `plateau_factor`.
-        plateau_factor: see there.
-        learning_rates: those tried.
-        batch_size: rows of a step; for annotations in time, windows.
+        plateau_patience: epochs without a better validation score after which its learning rate
+            is multiplied by `plateau_factor`.
+        plateau_factor: see `plateau_patience`.
+        learning_rates: learning rates of the search.
+        batch_size: feature rows per step; for annotations in time, windows.
     """
 
     windows: Windows
-    max_epochs: int
-    stop_patience: int
-    plateau_patience: int
+    max_epochs: int = 100
+    stop_patience: int = 20
+    plateau_patience: int = 5
     plateau_factor: float = 0.5
     learning_rates: tuple[float, ...] = MARBLE_LEARNING_RATES
     batch_size: int = 64
 
 
-Sizes = tuple[int | None, int | None, int | None]
-"""Scored units of train, val and test; `None` for those that are not known."""
-
-Conversion = Mapping[str, Mapping[str, Sequence[Record]]]
-"""Records by stem and split; `audio_path` starts from the raw data set's folder."""
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """A data set as it is downloaded.
-
-    Args:
-        name: what `jepa-audio data convert` calls it.
-        convert: folder → records of every task on it. `FileNotFoundError` names the file or folder
-            that is missing, `ValueError` the line that is not what the data set's own files hold.
-    """
-
-    name: str
-    convert: Callable[[Path], Conversion]
-
-
 @dataclass(frozen=True)
 class Task:
-    """One question about audio.
+    """One labelling task. It is data only: all code is in the objects and functions it holds.
 
     Args:
-        name: of the task.
-        stem: of its records, `ROOT/{stem}.{train,val,test}.jsonl`; its folder is the one under
+        name: name of the task.
+        stem: of the records, `ROOT/{stem}.{train,val,test}.jsonl`; its folder is the one in
             MARBLE's `data/`.
-        labels: what a head has to say.
-        metrics: the first chooses epoch, layer and learning rate; all are reported.
+        labels: label type.
+        metrics: all are reported; the first selects epoch, layer and learning rate.
         protocols: by preset, "marble-v1" and "marble-v2".
         group_by: key of the records whose value is the unit that is scored.
-        units: what is scored; the first unit is the one that chooses.
-        grid_hz: rows a second for annotations in time; `None` for one row a window.
-        num_seeds: of the heads, unless told otherwise: more where the test split is small.
-        num_units: scored units of train, val and test in the published split; `None` where they are
-            not known.
-        data_set: makes records of the raw data set; `None` where only records are known.
-        relabel: applied to each split after it is read.
+        units: units to score; the first is used for selection.
+        grid_hz: feature rows per second for annotations in time; `None` for one row per window.
+        num_seeds: default number of heads with different seeds; more for small test splits.
+        num_units: sizes of the published split.
+        data_set: the raw data set; `None` if the task is known from records only.
+        relabel: applied to each split after it is read, to map its labels to classes.
     """
 
     name: str
@@ -110,10 +85,10 @@ class Task:
 
 
 def differ_from_published(sizes: Sequence[int], published: Sizes) -> bool:
-    """Whether a split is of more than 1 % other size than the published one, as far as that is known.
+    """Whether a size differs from the published one, if known, by more than 1 %.
 
-    A file or two that cannot be decoded do not make another data set: MARBLE itself leaves one out
-    of GTZAN.
+    Without one or two files that cannot be decoded it is still the same data set: MARBLE itself
+    leaves out one file of GTZAN.
     """
     pairs = zip(sizes, published, strict=True)
     return any(known is not None and abs(size - known) > 0.01 * known for size, known in pairs)
@@ -121,13 +96,13 @@ def differ_from_published(sizes: Sequence[int], published: Sizes) -> bool:
 
 @dataclass(frozen=True)
 class ProbeData:
-    """A task on one data set.
+    """A task and its data.
 
     Attributes:
-        task: what is asked.
-        labels: the task's, with what they take from the training split.
+        task: the task.
+        labels: its labels, fitted on the training split.
         splits: train, val and test.
-        checksum: of what is in which split.
+        checksum: checksum of the splits, see `split_checksum`.
     """
 
     task: Task
@@ -137,7 +112,7 @@ class ProbeData:
 
     @classmethod
     def load(cls, task: Task, root: Path) -> ProbeData:
-        """Read the splits of a task from the records under `root`, or from the raw data set in `root`.
+        """Read the splits from the records below `root`, or from the raw data set in `root`.
 
         Raises:
             MissingFileError: if there are neither, or if an audio file is missing.
@@ -154,21 +129,22 @@ class ProbeData:
                 "in the same folder"
             )
         records = task.data_set.convert(root)[task.stem]
-        wheres = [
+        by_where = (
             {f"{root}, {split} {i}": record for i, record in enumerate(records[split])}
             for split in SPLITS
-        ]
-        return cls.of(task, [split_of(split, root, task.group_by) for split in wheres])
+        )
+        return cls.of(task, [split_of(split, root, task.group_by) for split in by_where])
 
     @classmethod
     def of(cls, task: Task, splits: Sequence[Split]) -> ProbeData:
-        """A task with its train, val and test split; warns where sizes are not the published ones."""
-        splits = [task.relabel(split) for split in splits] if task.relabel else splits
+        """Combine a task with its train, val and test split; warn if sizes are not as published."""
+        if task.relabel is not None:
+            splits = [task.relabel(split) for split in splits]
         sizes = tuple(len(split.uids) for split in splits)
         if differ_from_published(sizes, task.num_units):
             log.warning(
-                "%s: %s units in train, val and test; published scores are on %s units and are "
-                "not comparable",
+                "%s: %s units in train, val and test; published scores are for %s units, so they "
+                "are not comparable",
                 task.name,
                 sizes,
                 task.num_units,
@@ -179,14 +155,13 @@ class ProbeData:
     def scores(
         self, logits: Float[Tensor, "rows K C"], split: Split, rows: Rows
     ) -> Float[Tensor, " K"]:
-        """What the first metric of the task says of K heads, on the unit that it scores first."""
+        """Score K heads by the first metric of the task, on its first unit."""
         labels, unit = self.labels.for_first_metric(), self.task.units[0]
         return self.task.metrics[0](
             labels.predictions(logits, split, rows, unit), labels.unit_targets(split, rows, unit)
         )
 
     def with_train(self, size: int | None, seed: int = 0) -> ProbeData:
-        """With `size` random units of the training split, all if `None` or too few."""
-        return replace(
-            self, splits={**self.splits, "train": self.splits["train"].subset(size, seed)}
-        )
+        """Reduce the training split to `size` random units; see `Split.subset`."""
+        train = self.splits["train"].subset(size, seed)
+        return replace(self, splits={**self.splits, "train": train})

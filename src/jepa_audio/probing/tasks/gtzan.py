@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from jepa_audio.data.audio.read import AudioReadError, inspect
 from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.probing.metrics import Accuracy
-from jepa_audio.probing.tasks.base import Conversion, DataSet, Protocol, Task
+from jepa_audio.probing.tasks.base import Protocol, Task
 from jepa_audio.probing.tasks.labels import Multiclass
+from jepa_audio.probing.tasks.raw_data import DataSet, Example, audio_files, find_path
 from jepa_audio.probing.tasks.records import SPLITS
 from jepa_audio.probing.tasks.splits import load_splits
 from jepa_audio.probing.tasks.windows import Windows
@@ -31,87 +33,63 @@ GENRES = (
 FILES_PER_GENRE = 100
 
 _LISTS = {"train": "train_filtered.txt", "val": "valid_filtered.txt", "test": "test_filtered.txt"}
-_AUDIO_FOLDERS = ("genres", "genres_original", "Data/genres_original", ".")
-_SUFFIXES = (".wav", ".au", ".flac")
+_FIRST_GENRE = tuple(
+    f"{folder}{GENRES[0]}"
+    for folder in ("genres/", "genres_original/", "Data/genres_original/", "")
+)
 _OFTEN_CORRUPT = "jazz.00054"  # in the most common copy of the data set
-_DOWNLOAD = "give the folder that holds genres/ (or genres_original/) with its ten folders, from blues/ to rock/"
+_REMEDY = (
+    "give the folder that holds genres/ (or genres_original/) with its ten folders from blues/ to "
+    "rock/"
+)
 
 
-def convert(raw: Path) -> Conversion:
-    """Records of the genres, see `DataSet`.
+def read(raw: Path) -> dict[str, list[Example]]:
+    """Read the genres.
 
     The split is the fault-filtered one (Kereliuk, Sturm and Larsen, 2015, arXiv:1507.04761): its
-    three lists beside the audio if they lie there, else those of this package. The copy that most
-    people have holds a broken jazz.00054, which is left out if it cannot be decoded; MARBLE's first
-    version leaves it out always.
+    three lists if they are in the folder, else those of this package. The most common copy of the
+    data set has a corrupt jazz.00054. It is left out if it cannot be decoded; MARBLE's first
+    version always leaves it out.
     """
-    return {
-        "GTZAN/GTZANGenre": {
-            split: [
-                {"audio_path": path, "label": stem.partition(".")[0]}
-                for stem, path in files.items()
-            ]
-            for split, files in split_files(raw).items()
-        }
-    }
+    files = split_files(raw)
+    examples = [
+        Example(split, path, stem.partition(".")[0])
+        for split in files
+        for stem, path in files[split].items()
+    ]
+    return {"GTZAN/GTZANGenre": examples}
 
 
-def split_files(raw: Path) -> dict[str, dict[str, str]]:
-    """The paths of the files of every split, from `raw`, by their names without suffix such as "blues.00029".
+def split_files(raw: Path) -> dict[str, dict[str, Path]]:
+    """Return the files of each split by stem ("blues.00029").
 
     Raises:
-        UserError: if there is no folder of genres, or only some of the lists of files.
-        UserError: naming list and line that is no file of GTZAN.
+        MissingFileError: if there is no folder of genres, or only some of the lists of files.
+        UserError: if a line of a list is not a file of GTZAN; names list and line.
     """
-    folder = _audio_folder(raw)
-    present = {
-        Path(entry.name).stem: f"{genre}/{entry.name}"
-        for genre in GENRES
-        for entry in sorted((folder / genre).iterdir())
-        if entry.suffix.lower() in _SUFFIXES
-    }
-    lists = _lists(raw)
-    if _OFTEN_CORRUPT in (stem for stems in lists.values() for stem in stems):
-        reason = _unusable(folder, present.get(_OFTEN_CORRUPT))
-        if reason:
-            log.warning("%s is left out: %s", _OFTEN_CORRUPT, reason)
-            lists = {
-                split: [stem for stem in stems if stem != _OFTEN_CORRUPT]
-                for split, stems in lists.items()
-            }
-    prefix = "" if folder == raw else f"{folder.relative_to(raw).as_posix()}/"
-    return {
-        split: {
-            stem: prefix + present.get(stem, f"{stem.partition('.')[0]}/{stem}.wav")
-            for stem in stems
-        }
-        for split, stems in lists.items()
-    }
-
-
-def _audio_folder(raw: Path) -> Path:
-    candidates = [raw / name for name in _AUDIO_FOLDERS]
-    folder = next((folder for folder in candidates if (folder / GENRES[0]).is_dir()), None)
-    if folder is None:
-        raise MissingFileError(f"{raw / _AUDIO_FOLDERS[0] / GENRES[0]} is missing: {_DOWNLOAD}")
+    folder = find_path(raw, _FIRST_GENRE, _REMEDY).parent
+    audio: dict[str, Path] = {}
     for genre in GENRES:
-        if not (folder / genre).is_dir():
-            raise MissingFileError(f"{folder / genre} is missing: {_DOWNLOAD}")
-    return folder
+        audio |= audio_files(find_path(folder, (genre,), _REMEDY), (".wav", ".flac", ".au"))
+    files = {
+        split: {
+            stem: audio.get(stem, folder / stem.partition(".")[0] / f"{stem}.wav") for stem in stems
+        }
+        for split, stems in _read_lists(raw).items()
+    }
+    for of_split in files.values():
+        if _OFTEN_CORRUPT in of_split:
+            try:
+                inspect(of_split[_OFTEN_CORRUPT])
+            except AudioReadError as error:
+                log.warning("%s is left out: %s", _OFTEN_CORRUPT, error)
+                del of_split[_OFTEN_CORRUPT]
+    return files
 
 
-def _unusable(folder: Path, path: str | None) -> str:
-    if path is None:
-        return f"it is not in {folder}"
-    try:
-        inspect(folder / path)
-    except AudioReadError as error:
-        return str(error)
-    return ""
-
-
-def _lists(raw: Path) -> dict[str, list[str]]:
-    """Names without suffix, by split."""
+def _read_lists(raw: Path) -> dict[str, list[str]]:
+    """Stems by split."""
     paths = {split: raw / name for split, name in _LISTS.items()}
     missing = [path for path in paths.values() if not path.is_file()]
     if len(missing) == len(paths):
@@ -122,36 +100,35 @@ def _lists(raw: Path) -> dict[str, list[str]]:
         }
     if missing:
         raise MissingFileError(
-            f"{missing[0]} is missing beside the other lists: all three are needed, or none"
+            f"{missing[0]} is missing: all three lists of files are needed, or none"
         )
     return {split: _read_list(path) for split, path in paths.items()}
 
 
 def _read_list(path: Path) -> list[str]:
-    """Of lines such as `blues/blues.00029.wav`, or of numbers from 1 on that count the files in order."""
+    """Lines are files such as `blues/blues.00029.wav`, or numbers from 1 that count the files."""
     lines = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
     return [_stem(line.strip(), f"{path}, line {number}") for number, line in lines if line.strip()]
 
 
 def _stem(line: str, where: str) -> str:
-    if line.isdecimal() and 1 <= int(line) <= FILES_PER_GENRE * len(GENRES):
-        place, number = divmod(int(line) - 1, FILES_PER_GENRE)
-        return f"{GENRES[place]}.{number:05}"
-    genre, _, digits = Path(line).name.removesuffix(Path(line).suffix).partition(".")
-    if (
-        genre not in GENRES
-        or len(digits) != 5
-        or not digits.isdecimal()
-        or int(digits) >= FILES_PER_GENRE
-    ):
+    num_files = FILES_PER_GENRE * len(GENRES)
+    if line.isdecimal() and 1 <= int(line) <= num_files:
+        genre_index, number = divmod(int(line) - 1, FILES_PER_GENRE)
+        return f"{GENRES[genre_index]}.{number:05}"
+    genre, _, digits = Path(line).stem.partition(".")
+    is_number = len(digits) == 5 and digits.isdecimal() and int(digits) < FILES_PER_GENRE
+    if genre not in GENRES or not is_number:
         raise UserError(
-            f"{where}: {line!r} is no file of GTZAN; a line is like blues/blues.00029.wav, or a number from 1 to "
-            f"{FILES_PER_GENRE * len(GENRES)}; the genres are {', '.join(GENRES)}"
+            f"{where}: {line!r} is not a file of GTZAN; a line is like blues/blues.00029.wav, or a "
+            f"number from 1 to {num_files}; the genres are {', '.join(GENRES)}"
         )
     return f"{genre}.{digits}"
 
 
-GTZAN = DataSet("gtzan", convert)
+GTZAN = DataSet("gtzan", read)
+
+_V1 = Protocol(Windows(), plateau_patience=6)
 
 GTZAN_GENRE = Task(
     "gtzan_genre",
@@ -159,14 +136,8 @@ GTZAN_GENRE = Task(
     Multiclass(GENRES),
     (Accuracy(),),
     {
-        "marble-v1": Protocol(Windows(), max_epochs=100, stop_patience=20, plateau_patience=6),
-        "marble-v2": Protocol(
-            Windows(30.2, min_ratio=0.8),
-            max_epochs=100,
-            stop_patience=20,
-            plateau_patience=6,
-            learning_rates=(5e-3,),
-        ),
+        "marble-v1": _V1,
+        "marble-v2": replace(_V1, windows=Windows(30.2, min_ratio=0.8), learning_rates=(5e-3,)),
     },
     num_seeds=3,
     num_units=(443, 197, 290),

@@ -101,7 +101,6 @@ _KEY_V2 = Protocol(
     Windows(15.0, min_ratio=0.8),
     max_epochs=50,
     stop_patience=10,
-    plateau_patience=5,
     plateau_factor=0.1,
     learning_rates=(1e-3,),
 )

@@ -1,10 +1,10 @@
-"""What a head has to say of a stretch of audio: a class, tags, numbers; and how far off it is while it learns."""
+"""Label types of whole clips: one class, tags or numbers; targets and losses of heads."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -12,25 +12,29 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from jepa_audio.errors import UserError
 from jepa_audio.probing.tasks.records import Item, Split
 
 UNKNOWN = -1
-"""Class of a unit whose label has no training example: no head can name it, so it always counts as wrong."""
+"""Class of a row without a known class: it is not learnt.
+
+A clip of a class without training examples counts as wrong; an unknown frame is not scored.
+"""
 
 Unit = Literal["file", "window"]
-"""What is scored: files (rather: all items of one `uid`), or every window by itself."""
+"""What is scored: a file (all items of one `uid`), or every window on its own."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Where rows of features come from.
+    """The origin of each feature row.
 
     Attributes:
-        item: number of each row's item in its split.
-        window: number of each row's window, counted over the whole split.
-        seconds: centre of each row from the start of its item.
+        item: index of the row's item in its split.
+        window: index of the row's window, counted over the whole split.
+        seconds: centre of the row from the start of its item.
     """
 
     item: Int64[np.ndarray, " rows"]
@@ -41,96 +45,103 @@ class Rows:
         return len(self.item)
 
     def unit_index(self, split: Split, by: Unit) -> Int64[np.ndarray, " rows"]:
-        """Number of each row's unit."""
+        """Index of the unit of each row."""
         return self.window if by == "window" else split.unit_index[self.item]
+
+    def num_units(self, split: Split, by: Unit) -> int:
+        """Number of units."""
+        return int(self.unit_index(split, by).max()) + 1
+
+
+Logits = Float[Tensor, "rows K C"]
+"""C outputs of K heads for each feature row, called logits for all label types."""
+
+RowTargets = Shaped[Tensor, "rows ..."]
+Predictions = Float[Tensor, "units K A"]
+UnitTargets = Shaped[np.ndarray, "units ..."]
 
 
 class Labels(ABC):
-    """What a head says of a row of features, and what it is held to.
+    """Targets, losses and predictions for one type of label.
 
-    A head gives `num_outputs` numbers for every row (called logits whatever they mean). For
-    learning, `row_targets` and `losses` hold them to the truth row by row. For scoring, `answers`
-    says what is claimed of every unit (for clips the mean of the logits of its rows; for
-    annotations in time counts of what was hit), `truth` what is so; metrics compare the two.
+    Training compares the logits with `row_targets` by `losses`. Metrics compare the `predictions`
+    for each unit (for clips the mean logits of its rows, for annotations in time counts of matches)
+    with its `unit_targets`.
 
     Attributes:
-        kind: of a row's target: the number of a class, "tags" (each 0 to 1), or "numbers".
+        kind: target of a row: index of a class, "tags" (each from 0 to 1), or "numbers".
+        names: names of the outputs.
+        decoder: name of what makes events of frames; `None` for clips.
     """
 
     kind: ClassVar[Literal["class", "tags", "numbers"]]
-
-    @property
-    @abstractmethod
-    def names(self) -> tuple[str, ...]:
-        """Of the outputs."""
+    decoder: ClassVar[str | None] = None
+    names: tuple[str, ...]
 
     @property
     def num_outputs(self) -> int:
-        """Numbers that a head gives for a row."""
+        """Numbers that a head computes for a row."""
         return len(self.names)
 
-    @property
-    def decoder(self) -> str | None:
-        """What makes events of frames; `None` for clips."""
-        return None
-
     def fitted(self, train: Split) -> Labels:
-        """These labels with what they take from the training split, such as the names of the classes."""
+        """Return labels with what is computed from the training split, such as class names."""
         return self
 
     def for_first_metric(self) -> Labels:
-        """These labels, whose answers need hold no more than what the first metric of their task looks at."""
+        """Return labels whose predictions need only serve the first metric of their task."""
         return self
 
     @abstractmethod
-    def row_targets(self, split: Split, rows: Rows) -> Shaped[Tensor, "rows ..."]:
-        """What `losses` compares the rows of some split with.
+    def row_targets(self, split: Split, rows: Rows) -> RowTargets:
+        """Targets of rows; raises `UserError` if a label is not of this type."""
 
-        Raises:
-            UserError: naming the record, if a label is none of this kind.
+    def losses(self, logits: Logits, targets: RowTargets) -> Float[Tensor, " K"]:
+        """Loss of each head, mean over rows (and tags or numbers).
+
+        Classes have cross-entropy over the rows that are not `UNKNOWN`, tags binary cross-entropy,
+        numbers the squared error.
         """
+        if self.kind == "class":
+            expanded = targets[:, None].expand(-1, logits.shape[1])
+            losses = F.cross_entropy(logits.mT, expanded, reduction="none", ignore_index=UNKNOWN)
+            return losses.sum(dim=0) / (targets != UNKNOWN).sum().clamp_min(1)
+        expanded = targets[:, None].expand_as(logits)
+        if self.kind == "tags":
+            losses = F.binary_cross_entropy_with_logits(logits, expanded, reduction="none")
+        else:
+            losses = (logits - expanded).square()
+        return losses.mean(dim=(0, 2))
 
     @abstractmethod
-    def losses(
-        self, logits: Float[Tensor, "n K C"], targets: Shaped[Tensor, "n ..."]
-    ) -> Float[Tensor, " K"]:
-        """Mean over the rows, of K heads."""
+    def predictions(self, logits: Logits, split: Split, rows: Rows, by: Unit) -> Predictions:
+        """Predictions of each head for each unit."""
 
     @abstractmethod
-    def predictions(
-        self, logits: Float[Tensor, "rows K C"], split: Split, rows: Rows, by: Unit
-    ) -> Float[Tensor, "units K A"]:
-        """What K heads claim of every unit."""
-
-    @abstractmethod
-    def unit_targets(self, split: Split, rows: Rows, by: Unit) -> Shaped[np.ndarray, "units ..."]:
-        """What is so of every unit."""
+    def unit_targets(self, split: Split, rows: Rows, by: Unit) -> UnitTargets:
+        """Label of each unit, encoded for metrics."""
 
 
 class ClipLabels(Labels):
-    """One label for the whole of an item: every row is held to it, the mean of the rows' logits is scored."""
+    """One label for a whole item: the target of all its rows, scored by their mean logits."""
 
     @abstractmethod
     def encode(self, items: Sequence[Item]) -> Shaped[np.ndarray, "items ..."]:
-        """The labels as numbers; `ValueError` naming the record of one that is none."""
+        """Labels as numbers; raises `UserError` if a label is not of this type."""
 
-    def row_targets(self, split: Split, rows: Rows) -> Shaped[Tensor, "rows ..."]:
-        """See `Labels`."""
+    @override
+    def row_targets(self, split: Split, rows: Rows) -> RowTargets:
         return torch.from_numpy(self.encode(split.items)[rows.item])
 
-    def predictions(
-        self, logits: Float[Tensor, "rows K C"], split: Split, rows: Rows, by: Unit
-    ) -> Float[Tensor, "units K C"]:
-        """The mean of the logits of a unit's rows."""
+    @override
+    def predictions(self, logits: Logits, split: Split, rows: Rows, by: Unit) -> Predictions:
         unit = torch.from_numpy(rows.unit_index(split, by)).to(logits.device)
-        total = logits.new_zeros(int(unit.max()) + 1, *logits.shape[1:], dtype=torch.float64)
-        total.index_add_(
-            0, unit, logits.double()
-        )  # in 64 bits the mean of equal numbers is that number
+        shape = rows.num_units(split, by), *logits.shape[1:]
+        # In 64 bits: there the mean of equal numbers is that number.
+        total = logits.new_zeros(shape, dtype=torch.float64).index_add_(0, unit, logits.double())
         return (total / unit.bincount()[:, None, None]).to(logits)
 
-    def unit_targets(self, split: Split, rows: Rows, by: Unit) -> Shaped[np.ndarray, "units ..."]:
-        """The label of each unit."""
+    @override
+    def unit_targets(self, split: Split, rows: Rows, by: Unit) -> UnitTargets:
         if by == "file":
             return self.encode(split.unit_items)
         _, first = np.unique(rows.window, return_index=True)
@@ -139,55 +150,33 @@ class ClipLabels(Labels):
 
 @dataclass(frozen=True)
 class Multiclass(ClipLabels):
-    """One class of several.
+    """One of several classes; a number as label is the name of a class.
 
     Args:
-        classes: their names; those of the training split if empty. Numbers are taken as words.
-        are_given: whether a class that is not among them is a mistake.
+        names: names of the classes; if empty, those of the training split.
+        are_given: whether a label of another class is an error.
     """
 
     kind = "class"
 
-    classes: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
     are_given: bool = True
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of the classes."""
-        return self.classes
-
+    @override
     def fitted(self, train: Split) -> Multiclass:
-        """With the classes of the training split, if none were given."""
-        if self.classes:
+        if self.names:
             return self
-        return Multiclass(_in_order({_word(item) for item in train.items}), are_given=False)
+        return Multiclass(_sort_names(set(map(_class_name, train.items))), are_given=False)
 
+    @override
     def encode(self, items: Sequence[Item]) -> Int64[np.ndarray, " items"]:
-        """Number of each item's class, `UNKNOWN` for one of no training example.
-
-        Raises:
-            UserError: naming the record, if its class is not one of those that the task gives.
-        """
-        number = {name: i for i, name in enumerate(self.classes)}
-        if self.are_given and (
-            strange := next((item for item in items if _word(item) not in number), None)
-        ):
-            raise UserError(
-                f"{strange.where}: `label` is {strange.label!r}, must be one of {', '.join(self.classes)}"
-            )
-        return np.array([number.get(_word(item), UNKNOWN) for item in items], dtype=np.int64)
-
-    def losses(
-        self, logits: Float[Tensor, "n K C"], targets: Shaped[Tensor, " n"]
-    ) -> Float[Tensor, " K"]:
-        """Cross-entropy; rows of no known class say nothing."""
-        of_rows = F.cross_entropy(
-            logits.mT,
-            targets[:, None].expand(-1, logits.shape[1]),
-            reduction="none",
-            ignore_index=UNKNOWN,
-        )
-        return of_rows.sum(dim=0) / (targets != UNKNOWN).sum().clamp_min(1)
+        """Index of the class of each item; `UNKNOWN` for one that has no training example."""
+        index = {name: i for i, name in enumerate(self.names)}
+        classes = [index.get(_class_name(item), UNKNOWN) for item in items]
+        if self.are_given and UNKNOWN in classes:
+            item = items[classes.index(UNKNOWN)]
+            raise _label_error(item, f"one of {', '.join(self.names)}")
+        return np.array(classes, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -195,116 +184,88 @@ class Multilabel(ClipLabels):
     """Any number of tags.
 
     Args:
-        tags: their names; those of the training split if empty. Other tags are passed over.
+        names: names of the tags; if empty, those of the training split. Other tags are ignored.
     """
 
     kind = "tags"
 
-    tags: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of the tags."""
-        return self.tags
-
+    @override
     def fitted(self, train: Split) -> Multilabel:
-        """With the tags of the training split, if none were given."""
-        return (
-            self
-            if self.tags
-            else replace(self, tags=_in_order({tag for i in train.items for tag in _tags(i)}))
-        )
+        if self.names:
+            return self
+        return Multilabel(_sort_names({tag for item in train.items for tag in _tags(item)}))
 
+    @override
     def encode(self, items: Sequence[Item]) -> Float[np.ndarray, "items C"]:
-        """1 for every tag an item has, 0 for the others."""
-        number = {name: i for i, name in enumerate(self.tags)}
-        encoded = np.zeros((len(items), len(self.tags)), dtype=np.float32)
+        """1 for the tags of an item, 0 for the others."""
+        index = {name: i for i, name in enumerate(self.names)}
+        encoded = np.zeros((len(items), len(self.names)), dtype=np.float32)
         for row, item in enumerate(items):
-            encoded[row, [number[tag] for tag in _tags(item) if tag in number]] = 1
+            encoded[row, [index[tag] for tag in _tags(item) if tag in index]] = 1
         return encoded
-
-    def losses(
-        self, logits: Float[Tensor, "n K C"], targets: Float[Tensor, "n C"]
-    ) -> Float[Tensor, " K"]:
-        """Binary cross-entropy, mean over tags."""
-        expanded = targets[:, None].expand_as(logits)
-        return F.binary_cross_entropy_with_logits(logits, expanded, reduction="none").mean(
-            dim=(0, 2)
-        )
 
 
 @dataclass(frozen=True)
 class Regression(ClipLabels):
-    """Some numbers, in units of their deviation on the training split: the heads' own scale does not matter.
+    """One or more numbers, standardised on the training split, so that their scale has no effect.
 
     Args:
-        quantities: names of the numbers; if empty, they are numbered.
-        mean: of the training split; taken from it if empty.
-        deviation: the same.
+        names: names of the numbers; if empty, they are numbered.
+        mean: mean on the training split; computed from it if empty.
+        deviation: standard deviation on the training split; computed from it if empty.
     """
 
     kind = "numbers"
 
-    quantities: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
     mean: tuple[float, ...] = ()
     deviation: tuple[float, ...] = ()
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of the numbers."""
-        return self.quantities
-
+    @override
     def fitted(self, train: Split) -> Regression:
-        """With mean and deviation of the training split."""
         values = np.array([self._numbers(item) for item in train.items])
-        deviation = values.std(axis=0)
-        if constant := [number for number, spread in enumerate(deviation) if spread == 0]:
+        mean, deviation = values.mean(axis=0).tolist(), values.std(axis=0).tolist()
+        if 0 in deviation:
             raise UserError(
-                f"number {constant[0]} of the labels is the same in all of the training split"
+                f"number {deviation.index(0)} of the labels is the same in the whole training split"
             )
-        names = self.quantities or tuple(f"number {i}" for i in range(values.shape[1]))
-        return Regression(
-            names, tuple(map(float, values.mean(axis=0))), tuple(map(float, deviation))
-        )
+        names = self.names or tuple(f"number {i}" for i in range(len(mean)))
+        return Regression(names, tuple(mean), tuple(deviation))
 
+    @override
     def encode(self, items: Sequence[Item]) -> Float[np.ndarray, "items C"]:
-        """Mean 0 and deviation 1 on the training split."""
+        """Numbers with mean 0 and deviation 1 on the training split."""
         values = np.array([self._numbers(item) for item in items])
         return ((values - self.mean) / self.deviation).astype(np.float32)
 
-    def losses(
-        self, logits: Float[Tensor, "n K C"], targets: Float[Tensor, "n C"]
-    ) -> Float[Tensor, " K"]:
-        """Squared error, mean over the numbers."""
-        return (logits - targets[:, None]).square().mean(dim=(0, 2))
-
     def _numbers(self, item: Item) -> list[float]:
         label: Any = item.label if isinstance(item.label, list) else [item.label]
-        expected = len(self.quantities) or len(label)
-        good = all(isinstance(value, int | float) and np.isfinite(value) for value in label)
-        if not good or len(label) != expected:
-            raise UserError(
-                f"{item.where}: `label` is {item.label!r}, must be {expected} finite numbers"
-            )
+        expected = len(self.names) or len(label)
+        are_finite = all(isinstance(value, int | float) and np.isfinite(value) for value in label)
+        if not are_finite or len(label) != expected:
+            raise _label_error(item, f"{expected} finite numbers")
         return [float(value) for value in label]
 
 
-def _word(item: Item) -> str:
+def _class_name(item: Item) -> str:
     if isinstance(item.label, bool) or not isinstance(item.label, str | int):
-        raise UserError(
-            f"{item.where}: `label` is {item.label!r}, must be the name or the number of one class"
-        )
+        raise _label_error(item, "the name or the number of one class")
     return str(item.label)
 
 
 def _tags(item: Item) -> list[str]:
     if not isinstance(item.label, list) or not all(isinstance(tag, str) for tag in item.label):
-        raise UserError(f"{item.where}: `label` is {item.label!r}, must be a list of tags")
+        raise _label_error(item, "a list of tags")
     return item.label
 
 
-def _in_order(names: set[str]) -> tuple[str, ...]:
-    """By number where all are numbers, else by the alphabet."""
-    return tuple(
-        sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
-    )
+def _label_error(item: Item, expected: str) -> UserError:
+    return UserError(f"{item.where}: `label` is {item.label!r}, must be {expected}")
+
+
+def _sort_names(names: set[str]) -> tuple[str, ...]:
+    """Sort by number if all are numbers, else by the alphabet."""
+    are_numbers = all(name.isdecimal() for name in names)
+    return tuple(sorted(names, key=int) if are_numbers else sorted(names))

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
-from typing import NamedTuple
 
-from jepa_audio.errors import MissingFileError, UserError
-from jepa_audio.probing.metrics import AUROC, F1, AveragePrecision
-from jepa_audio.probing.tasks.base import Conversion, DataSet, Protocol, Task
+from jepa_audio.probing.metrics import TAG_METRICS
+from jepa_audio.probing.tasks.annotations import Row, read_rows
+from jepa_audio.probing.tasks.base import Protocol, Task
 from jepa_audio.probing.tasks.labels import Multilabel
-from jepa_audio.probing.tasks.records import Record
-from jepa_audio.probing.tasks.table import read_rows
+from jepa_audio.probing.tasks.raw_data import DataSet, Example, find_path
 from jepa_audio.probing.tasks.windows import Windows
 
 log = logging.getLogger(__name__)
@@ -21,103 +19,64 @@ log = logging.getLogger(__name__)
 NUM_TAGS = 50
 
 _OTHER_COLUMNS = ("clip_id", "mp3_path")
-_SPLITS = {"0123456789ab": "train", "c": "val", "def": "test"}
-_DOWNLOAD = (
-    "give the folder that holds annotations_final.csv and mp3/ with its folders from 0/ to f/"
-)
+_SPLITS = dict.fromkeys("0123456789ab", "train") | {"c": "val"} | dict.fromkeys("def", "test")
+_REMEDY = "give the folder that holds annotations_final.csv and mp3/ with its folders from 0/ to f/"
 
 
-def convert(raw: Path) -> Conversion:
-    """Records of the tags, see `DataSet`.
+def read(raw: Path) -> dict[str, list[Example]]:
+    """Read the tags.
 
-    Clips in the folders 0 to b train, those in c validate, those in d to f test. The tags are the
-    50 that most clips of all splits have; of tags with equally many, that whose column stands
-    first. Clips without any of them stay: nothing is said of them, but heads should say so. Empty
-    files are left out: the archive has three.
+    The folders 0 to b are train, c is val, d to f are test. The tags are the 50 that most clips of
+    all splits have; among equally frequent tags, those whose columns are first. Clips without any
+    of them are kept: heads should predict no tag. Empty files are left out: the archive has three.
     """
-    table = raw / "annotations_final.csv"
-    if not table.is_file():
-        raise MissingFileError(f"{table} is missing: {_DOWNLOAD}")
-    clips = dict(_clips(table))
-    tags = _most_frequent(clips.values())
-    sizes = _sizes(raw)
-    prefix = "mp3/" if (raw / "mp3").is_dir() else ""
-    splits: dict[str, list[Record]] = {"train": [], "val": [], "test": []}
-    for where, clip in clips.items():
-        if sizes.get(clip.path) == 0:
-            log.warning("%s is left out: the file is empty (0 bytes)", raw / prefix / clip.path)
-            continue
-        label = [tag for tag in tags if tag in clip.tags]
-        splits[_split(clip.path, where)].append({"audio_path": prefix + clip.path, "label": label})
-    return {"MTT/MTT": splits}
+    table = find_path(raw, ("annotations_final.csv",), _REMEDY)
+    clips = [(row, _tags(row)) for row in read_rows(table, _OTHER_COLUMNS, "\t")]
+    chosen = _most_frequent([tags for _, tags in clips], columns=list(clips[0][0].cells))
+    folder = find_path(raw, ("mp3/[0-9a-f]", "[0-9a-f]"), _REMEDY).parent
+    sizes = {path: path.stat().st_size for path in folder.glob("[0-9a-f]/*")}
+    examples = []
+    for row, tags in clips:
+        split, path = _split(row), folder / row["mp3_path"]
+        if sizes.get(path) == 0:
+            log.warning("%s is left out: the file is empty (0 bytes)", path)
+        else:
+            examples.append(Example(split, path, [tag for tag in chosen if tag in tags]))
+    return {"MTT/MTT": examples}
 
 
-class _Clip(NamedTuple):
-    path: str
-    tags: frozenset[str]
-    columns: tuple[str, ...]
+def _tags(row: Row) -> set[str]:
+    columns = [column for column in row.cells if column not in _OTHER_COLUMNS]
+    for column in columns:
+        if row[column] not in ("0", "1"):
+            raise row.error(column, "must be 0 or 1")
+    return {column for column in columns if row[column] == "1"}
 
 
-def _clips(table: Path) -> Iterator[tuple[str, _Clip]]:
-    """Where each clip stands, and what stands there."""
-    columns: tuple[str, ...] = ()
-    for where, row in read_rows(table, _OTHER_COLUMNS, "\t"):
-        columns = columns or tuple(name for name in row if name not in _OTHER_COLUMNS)
-        for tag in columns:
-            if row[tag] not in ("0", "1"):
-                raise UserError(f"{where}, column `{tag}`: {row[tag]!r} must be 0 or 1")
-        yield (
-            where,
-            _Clip(row["mp3_path"], frozenset(tag for tag in columns if row[tag] == "1"), columns),
-        )
-
-
-def _most_frequent(clips: Collection[_Clip]) -> list[str]:
-    """Names of the tags, in the order of their columns."""
-    columns = next(iter(clips)).columns
-    count = Counter(tag for clip in clips for tag in clip.tags)
-    chosen = sorted(columns, key=lambda tag: -count[tag])[
-        :NUM_TAGS
-    ]  # a stable sort: the first of equals comes first
+def _most_frequent(clips: Collection[set[str]], columns: list[str]) -> list[str]:
+    """The most frequent tags, in the order of their columns."""
+    count = Counter(tag for tags in clips for tag in tags)
+    tags = [column for column in columns if column not in _OTHER_COLUMNS]
+    chosen = sorted(tags, key=lambda tag: -count[tag])[:NUM_TAGS]  # stable: the first of equals
     return sorted(chosen, key=columns.index)
 
 
-def _sizes(raw: Path) -> dict[str, int]:
-    """Bytes of every file, by its folder and name."""
-    folder = raw / "mp3" if (raw / "mp3").is_dir() else raw
-    names = [name for group in _SPLITS for name in group]
-    present = [folder / name for name in names if (folder / name).is_dir()]
-    if not present:
-        raise MissingFileError(f"{folder / names[0]} is missing: {_DOWNLOAD}")
-    return {
-        f"{path.parent.name}/{path.name}": path.stat().st_size
-        for each in present
-        for path in each.iterdir()
-    }
+def _split(row: Row) -> str:
+    folder, _, name = row["mp3_path"].partition("/")
+    if folder not in _SPLITS or not name:
+        raise row.error("mp3_path", "must be a file in one of the folders 0 to f")
+    return _SPLITS[folder]
 
 
-def _split(path: str, where: str) -> str:
-    folder, _, name = path.partition("/")
-    split = next(
-        (split for folders, split in _SPLITS.items() if len(folder) == 1 and folder in folders),
-        None,
-    )
-    if split is None or not name:
-        raise UserError(
-            f"{where}, column `mp3_path`: {path!r} must be a file in one of the folders 0 to f"
-        )
-    return split
-
-
-MTT = DataSet("mtt", convert)
+MTT = DataSet("mtt", read)
 
 MTT_TAGS = Task(
     "mtt",
     "MTT/MTT",
     Multilabel(),
-    (AUROC(), AveragePrecision(), F1("macro"), F1("micro")),
+    TAG_METRICS,
     {
-        "marble-v1": Protocol(Windows(), max_epochs=100, stop_patience=10, plateau_patience=3),
+        "marble-v1": Protocol(Windows(), stop_patience=10, plateau_patience=3),
         "marble-v2": Protocol(
             Windows(30.0, min_ratio=0.8),
             max_epochs=50,

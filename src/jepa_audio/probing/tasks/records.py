@@ -1,9 +1,10 @@
-"""What is asked of whom: MARBLE's JSON lines, read unchanged, as labelled stretches of audio."""
+"""Records: MARBLE's JSON lines, read unchanged, as labelled segments of audio files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,28 +15,26 @@ import numpy as np
 from jaxtyping import Int64
 
 from jepa_audio.errors import MissingFileError, UserError
+from jepa_audio.files import read_jsonl, write_text
 
 SPLITS = ("train", "val", "test")
-"""Of every task, by the names that MARBLE's files bear."""
+"""The splits of every task, as in the names of MARBLE's files."""
 
 Record = dict[str, Any]
-"""One line: `audio_path`, `label`, and as the task needs `uid`, `ori_uid`, `start`, `end` (seconds)."""
-
-_NEEDED = ("audio_path", "label")
+"""One line: `audio_path`, `label`; depending on the task `uid`, `ori_uid`, `start`, `end` (s)."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One labelled stretch of an audio file.
+    """One labelled segment of an audio file.
 
     Attributes:
-        path: the file.
-        label: as it stands in the record: a string, a list of tags, of numbers, or an annotation in
-            time.
-        uid: of the unit that is scored; what is said of items of one uid is averaged.
-        where: file and line that say so.
-        start_seconds: where in the file it begins.
-        end_seconds: where it ends; `None` for the end of the file.
+        path: audio file.
+        label: label of the record: a string, a list of tags or numbers, or an annotation in time.
+        uid: unit that is scored; predictions for items of one uid are averaged.
+        where: file and line of the record, for error messages.
+        start_seconds: start of the segment in the file.
+        end_seconds: end of the segment; `None` for the end of the file.
     """
 
     path: Path
@@ -59,13 +58,13 @@ class Split:
     def __post_init__(self) -> None:
         if not self.items:
             raise UserError("a split needs at least one item")
-        first: dict[str, Item] = {}
+        first_items: dict[str, Item] = {}
         for item in self.items:
-            leader = first.setdefault(item.uid, item)
-            if item.label != leader.label:
+            first = first_items.setdefault(item.uid, item)
+            if item.label != first.label:
                 raise UserError(
-                    f"{item.where}: `{item.uid}` is labelled {item.label!r}, but {leader.label!r} in {leader.where}; "
-                    "give records that are scored apart a `uid` of their own"
+                    f"{item.where}: `{item.uid}` has the label {item.label!r}, but {first.label!r} "
+                    f"in {first.where}; give records that are scored separately different `uid`s"
                 )
 
     def __len__(self) -> int:
@@ -73,186 +72,145 @@ class Split:
 
     @cached_property
     def uids(self) -> tuple[str, ...]:
-        """Of the units that are scored, in the order of their first items."""
+        """Uids of the units, in the order of their first items."""
         return tuple(dict.fromkeys(item.uid for item in self.items))
 
     @cached_property
     def unit_index(self) -> Int64[np.ndarray, " items"]:
-        """Place in `uids` of every item's unit."""
-        place = {uid: i for i, uid in enumerate(self.uids)}
-        return np.array([place[item.uid] for item in self.items], dtype=np.int64)
+        """Index in `uids` of the unit of each item."""
+        index = {uid: i for i, uid in enumerate(self.uids)}
+        return np.array([index[item.uid] for item in self.items], dtype=np.int64)
 
     @cached_property
     def unit_items(self) -> tuple[Item, ...]:
-        """The first item of every unit, which has the label of all."""
+        """The first item of each unit; all items of a unit have the same label."""
         _, first = np.unique(self.unit_index, return_index=True)
         return tuple(self.items[i] for i in first)
 
     def subset(self, size: int | None, seed: int) -> Split:
-        """The items of `size` random units in their own order (all, if `None` or too few).
+        """Select `size` random units and keep the order; all if `None` or larger than the split.
 
-        The choice depends on the number of units and the seed alone: tasks on the same audio choose
-        the same.
+        The selection depends on the number of units and the seed alone: tasks on the same audio
+        select the same units.
         """
         if size is None or size >= len(self.uids):
             return self
         if size < 1:
             raise UserError(f"a subset needs at least one unit, got {size}")
-        kept = np.isin(
-            self.unit_index, np.random.default_rng(seed).choice(len(self.uids), size, replace=False)
-        )
-        return Split(tuple(self.items[place] for place in np.flatnonzero(kept)))
-
-    def shuffled(self, seed: int) -> Split:
-        """The same units, every one with the label of a random other: what chance says."""
-        order = np.random.default_rng(seed).permutation(len(self.uids))
-        labels = [self.unit_items[place].label for place in order]
-        return Split(
-            tuple(
-                Item(
-                    item.path,
-                    labels[unit],
-                    item.uid,
-                    item.where,
-                    item.start_seconds,
-                    item.end_seconds,
-                )
-                for item, unit in zip(self.items, self.unit_index, strict=True)
-            )
-        )
+        units = np.random.default_rng(seed).choice(len(self.uids), size, replace=False)
+        kept = np.flatnonzero(np.isin(self.unit_index, units))
+        return Split(tuple(self.items[i] for i in kept))
 
 
 def read_records(path: Path) -> dict[str, Record]:
-    """The objects of a JSON-lines file, by the place where each of them stands.
+    """Read the records of a JSON Lines file, by file and line.
 
     Raises:
-        UserError: if there is no such file.
-        UserError: naming file and line, if a line is not an object with `audio_path` and `label`.
+        MissingFileError: if the file does not exist.
+        UserError: if a line is not an object with `audio_path` and `label`, or if there is no line.
     """
-    if not path.is_file():
-        raise MissingFileError(f"there is no {path}")
-    records = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where}: not JSON ({error})") from error
-        missing = [key for key in _NEEDED if not isinstance(record, dict) or key not in record]
-        if missing:
-            raise UserError(f"{where}: no {' and no '.join(f'`{key}`' for key in missing)}")
-        records[where] = record
+    records = {f"{path}, line {number}": record for number, record in read_jsonl(path)}
+    for where, record in records.items():
+        for key in ("audio_path", "label"):
+            if key not in record:
+                raise UserError(f"{where}: no `{key}`")
     if not records:
-        raise UserError(f"{path} holds no record")
+        raise UserError(f"{path} has no records")
     return records
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
-    """One object a line; the file is there as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".partial")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    unfinished.replace(path)
+    """Write one JSON object per line, atomically."""
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_text(path, "".join(lines))
 
 
 def read_split(path: Path, group_by: str = "audio_path") -> Split:
-    """The items of a JSON-lines file.
+    """Read the items of a JSON Lines file.
 
-    A relative `audio_path` is looked for from the working directory, as MARBLE does, then from the
-    folder of the records and from the folders above it; the first record decides for all.
+    A relative `audio_path` starts from the working directory, as in MARBLE, or else from the folder
+    of the records or a folder above it. The first record decides for all.
 
     Args:
-        path: the file.
-        group_by: key whose value is the unit that is scored; a record's own `uid` goes before it.
+        path: file of records.
+        group_by: key whose value is the unit that is scored, for records without `uid`.
 
     Raises:
-        UserError: naming the record, if an audio file is missing.
-        UserError: as `read_records` and `split_of`.
+        MissingFileError: if an audio file is missing; names the record.
+        UserError: see `read_records` and `split_of`.
     """
     records = read_records(path)
     first = str(next(iter(records.values()))["audio_path"])
-    return split_of(records, _root_of(first, path), group_by)
+    folders = (Path(), *path.resolve().parents)
+    root = next((folder for folder in folders if (folder / first).is_file()), Path())
+    return split_of(records, root, group_by)
 
 
 def split_of(records: Mapping[str, Record], root: Path, group_by: str = "audio_path") -> Split:
-    """The items of some records, by the place where each of them stands.
+    """Make a split of records.
+
+    Args:
+        records: records by file and line.
+        root: folder that relative paths start from.
+        group_by: see `read_split`.
 
     Raises:
-        UserError: naming the record, if an audio file is missing.
-        UserError: naming the record, if `start` and `end` are no times; as `Split`.
+        MissingFileError: if an audio file is missing; names the record.
+        UserError: if `start` and `end` are not times, or the items are not a `Split`.
     """
-    items = []
-    for where, record in records.items():
-        start, end = record.get("start", 0.0), record.get("end")
-        if not _is_time(start) or not (end is None or (_is_time(end) and end > start)):
-            raise UserError(
-                f"{where}: `start` ({start!r}) and `end` ({end!r}) must be seconds, in this order"
-            )
-        uid = record.get("uid", record.get(group_by, record["audio_path"]))
-        items.append(
-            Item(
-                root / str(record["audio_path"]),
-                record["label"],
-                str(uid),
-                where,
-                float(start),
-                end,
-            )
-        )
+    items = tuple(_item(where, record, root, group_by) for where, record in records.items())
     _check_files(items)
-    return Split(tuple(items))
+    return Split(items)
+
+
+def _item(where: str, record: Record, root: Path, group_by: str) -> Item:
+    path, start, end = str(record["audio_path"]), record.get("start", 0.0), record.get("end")
+    if not is_time(start) or not (end is None or (is_time(end) and end > start)):
+        raise UserError(
+            f"{where}: `start` ({start!r}) and `end` ({end!r}) must be seconds, in this order"
+        )
+    return Item(root / path, record["label"], unit_of(record, group_by), where, float(start), end)
+
+
+def unit_of(record: Record, group_by: str) -> str:
+    """Return the uid of the unit that a record belongs to; see `read_split`."""
+    return str(record.get("uid", record.get(group_by, record["audio_path"])))
+
+
+def is_time(value: object) -> bool:
+    """Whether a value is a time in seconds: finite and not negative."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 <= value < math.inf
+
+
+def _check_files(items: Sequence[Item]) -> None:
+    """List each folder once: looking up every file takes minutes on a network drive."""
+    names = {
+        folder: {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+        for folder in {item.path.parent for item in items}
+    }
+    missing = [item for item in items if item.path.name not in names[item.path.parent]]
+    if missing:
+        more = f", and {len(missing) - 1} more of {len(items)} files" if len(missing) > 1 else ""
+        raise MissingFileError(
+            f"{missing[0].where}: {missing[0].path} is missing{more}; relative paths start from "
+            "the working directory or from a folder above the records"
+        )
 
 
 def split_checksum(splits: Sequence[Split]) -> str:
-    """sha256 of what is in which split: files by their names and folders' names, stretches and labels, in any order.
+    """Compute the sha256 of the splits: which segments with which labels are in which split.
 
-    So the same split has one checksum wherever it lies, as it is downloaded and as records.
+    Order does not matter, and of the paths only the names of file and folder do: a split has the
+    same checksum in every place, as raw data set and as records.
     """
     digest = hashlib.sha256()
     for split in splits:
         lines = [
-            f"{item.path.parent.name}/{item.path.name} {item.start_seconds} {item.end_seconds} {json.dumps(item.label)}"
+            f"{item.path.parent.name}/{item.path.name} {item.start_seconds} {item.end_seconds} "
+            f"{json.dumps(item.label)}"
             for item in split.items
         ]
         digest.update("\n".join([*sorted(lines), ""]).encode())
     return digest.hexdigest()
-
-
-def _is_time(value: object) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
-    )
-
-
-def _root_of(audio_path: str, records: Path) -> Path:
-    """The folder that relative paths start from."""
-    candidates = (Path(), *records.resolve().parents)
-    return next((folder for folder in candidates if (folder / audio_path).is_file()), Path())
-
-
-def _check_files(items: Sequence[Item]) -> None:
-    present: dict[Path, set[str]] = {}
-    missing = []
-    for item in items:
-        folder = item.path.parent
-        if (
-            folder not in present
-        ):  # one listing a folder: a look at every file takes minutes on a network drive
-            present[folder] = (
-                {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-            )
-        if item.path.name not in present[folder]:
-            missing.append(item)
-    if missing:
-        more = (
-            f", as are {len(missing) - 1} more of the {len(items)} files"
-            if len(missing) > 1
-            else ""
-        )
-        raise MissingFileError(
-            f"{missing[0].where}: {missing[0].path} is missing{more}; relative paths start from the working directory "
-            "or from a folder above the records"
-        )

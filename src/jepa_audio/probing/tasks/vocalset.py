@@ -1,19 +1,18 @@
-"""VocalSet (Wilkins et al., 2018, ISMIR): who sings, and with which technique."""
+"""VocalSet (Wilkins et al., 2018, ISMIR): singer and singing technique."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jepa_audio.errors import MissingFileError, UserError
+from jepa_audio.errors import UserError
 from jepa_audio.probing.metrics import Accuracy
-from jepa_audio.probing.tasks.base import Conversion, DataSet, Protocol, Task
+from jepa_audio.probing.tasks.base import Protocol, Task
 from jepa_audio.probing.tasks.labels import Multiclass, Unit
-from jepa_audio.probing.tasks.records import SPLITS, Record
+from jepa_audio.probing.tasks.raw_data import DataSet, Example, find_path, hash_modulo
 from jepa_audio.probing.tasks.windows import Windows
 
 log = logging.getLogger(__name__)
@@ -31,147 +30,140 @@ TECHNIQUES = (
     "vibrato",
     "vocal_fry",
 )
-"""Those that are told apart."""
+"""Classes of the technique task."""
 DYNAMICS = ("fast_forte", "fast_piano", "forte", "messa", "pp", "slow_forte", "slow_piano")
-"""Folders beside those of the techniques; their takes are heard for the singer alone."""
+"""Other folders of recordings, which are used in the singer task only."""
 TEST_SINGERS = ("f2", "f8", "m3", "m5", "m10")
-"""Of the technique task: nobody who is heard in its test is heard in training."""
+"""Test singers of the technique task; they are not in its training or validation split."""
 
 _MISSPELT = {"vibrado": "vibrato"}
-_TREES = ("FULL", "data_by_singer")
+_RECORDINGS = ("FULL/*/*/*/*.wav", "data_by_singer/*/*/*/*.wav")
 _SINGER = re.compile(r"(f|m)(?:emale|ale)?(\d+)(?![^_\s])")
 _COPY = re.compile(r"\(\d+\)$")
-_DOWNLOAD = "give the folder that VocalSet's archive (1.1 or 1.2) was unpacked in"
+_REMEDY = "give the folder in which VocalSet's archive (1.1 or 1.2) was unpacked"
 
 
 @dataclass(frozen=True)
-class _Take:
-    """One recording: a technique, a vowel, an exercise are sung by themselves.
+class _Recording:
+    """One file: a technique, a vowel and an exercise of one singer.
 
     Attributes:
-        audio_path: from the data set's folder.
+        path: path of the file.
         singer: such as f1.
         context: scales, arpeggios, long_tones or excerpts.
-        technique: or dynamics.
+        technique: technique or dynamics.
     """
 
-    audio_path: str
+    path: Path
     singer: str
     context: str
     technique: str
 
     @property
     def percent(self) -> int:
-        """0 to 99, by the names alone: whatever other takes there are and whatever the tree is called."""
-        name = "/".join((self.singer, self.context, self.technique, Path(self.audio_path).stem))
-        return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 100
+        """0 to 99, a function of the names alone and not of other recordings or the folder."""
+        return hash_modulo(
+            "/".join((self.singer, self.context, self.technique, self.path.stem)), 100
+        )
 
 
-def convert(raw: Path) -> Conversion:
-    """Records of both tasks, see `DataSet`.
+def read(raw: Path) -> dict[str, list[Example]]:
+    """Read singers and techniques.
 
-    MARBLE's lists hang on a random generator and on where silence is heard, so the splits here have
-    its rules and its shares, but not its lists. Each take goes where a number between 0 and 99
-    sends it, sha256 modulo 100 of `singer/context/technique/stem` such as
+    MARBLE's lists depend on a random generator and on silence detection. So the splits here have
+    its rules and its shares, but not its lists. The split of a recording depends on a number from 0
+    to 99, sha256 modulo 100 of `singer/context/technique/stem` such as
     `f1/scales/belt/f1_scales_belt_a`:
 
-    - singer: below 48 train, below 80 val, else test; nearly 180 takes each put everybody in all
-    splits;
-    - technique: all takes of `TEST_SINGERS` test; of the others below 60 train, else val.
+    - singer: below 48 train, below 80 val, else test; with nearly 180 recordings each, every singer
+      is in all splits;
+    - technique: all recordings of `TEST_SINGERS` test; of the others below 60 train, else val.
 
-    Other differences: MARBLE gives the takes of all techniques that have the same place in their
-    folders to one split. It cuts silence off the start of each take, and drops a take that is too
-    short for a window. Of the copies, named such as `f2_scales_vibrato_a(1).wav`, it leaves out
-    one, here all are left out. It leaves out four takes that the paper does not list, and where
-    name and folder of a take are of two singers it believes the name: here the four are kept, and
-    such a take is left out.
+    Other differences: MARBLE puts the recordings of all techniques with the same index in their
+    folders into one split. It cuts silence off the start of each recording, and leaves out those
+    that are too short for a window. Of the copies, with names such as `f2_scales_vibrato_a(1).wav`,
+    it leaves out one, here all are left out. It leaves out four recordings that are not in the
+    paper; here they are kept. Where file name and folder name two singers it uses the file name;
+    here such a recording is left out.
     """
-    takes = _read_takes(raw)
-    sung = [take for take in takes if take.technique in TECHNIQUES]
+    recordings = _read_recordings(raw)
     return {
-        "VocalSet/VocalSetS": _records(takes, _split_by_take, lambda take: take.singer),
-        "VocalSet/VocalSetT": _records(sung, _split_by_singer, lambda take: take.technique),
+        "VocalSet/VocalSetS": [Example(_singer_split(r), r.path, r.singer) for r in recordings],
+        "VocalSet/VocalSetT": [
+            Example(_technique_split(r), r.path, r.technique)
+            for r in recordings
+            if r.technique in TECHNIQUES
+        ],
     }
 
 
-def _split_by_take(take: _Take) -> str:
-    if take.percent < 48:
+def _singer_split(recording: _Recording) -> str:
+    if recording.percent < 48:
         return "train"
-    return "val" if take.percent < 80 else "test"
+    return "val" if recording.percent < 80 else "test"
 
 
-def _split_by_singer(take: _Take) -> str:
-    if take.singer in TEST_SINGERS:
+def _technique_split(recording: _Recording) -> str:
+    if recording.singer in TEST_SINGERS:
         return "test"
-    return "train" if take.percent < 60 else "val"
+    return "train" if recording.percent < 60 else "val"
 
 
-def _records(
-    takes: Sequence[_Take], split_of: Callable[[_Take], str], label_of: Callable[[_Take], str]
-) -> dict[str, list[Record]]:
-    records: dict[str, list[Record]] = {split: [] for split in SPLITS}
-    for take in takes:
-        records[split_of(take)].append({"audio_path": take.audio_path, "label": label_of(take)})
-    return records
-
-
-def _read_takes(raw: Path) -> list[_Take]:
-    """Those whose singer is certain, in the order of their paths."""
-    tree = next((raw / name for name in _TREES if (raw / name).is_dir()), None)
-    if tree is None:
-        raise MissingFileError(f"{raw} holds neither {' nor '.join(_TREES)}: {_DOWNLOAD}")
-    files = sorted(path for path in tree.glob("*/*/*/*.wav") if not path.name.startswith("."))
-    if not files:
-        raise MissingFileError(f"{tree} holds no singer/context/technique/*.wav: {_DOWNLOAD}")
-    takes = {path: _take(raw, path) for path in files}
-    doubtful = [
-        path
-        for path, take in takes.items()
-        if _COPY.search(path.stem) or _singer(path.stem) not in (take.singer, None)
+def _read_recordings(raw: Path) -> Sequence[_Recording]:
+    """The recordings with a certain singer, in the order of their paths."""
+    folder = find_path(raw, _RECORDINGS, _REMEDY).parents[3]
+    paths = sorted(path for path in folder.glob("*/*/*/*.wav") if not path.name.startswith("."))
+    recordings = [_recording(path) for path in paths]
+    uncertain = [
+        recording
+        for recording in recordings
+        if _COPY.search(recording.path.stem)
+        or _singer(recording.path.stem) not in (recording.singer, None)
     ]
-    if doubtful:
+    if uncertain:
         log.warning(
-            "%d of the %d takes in %s are left out, as copies or as named for another singer than their folder: %s",
-            len(doubtful),
-            len(files),
-            tree,
-            ", ".join(path.name for path in doubtful),
+            "%d of the %d recordings in %s are left out, as copies or because file name and folder "
+            "name different singers: %s",
+            len(uncertain),
+            len(recordings),
+            folder,
+            ", ".join(recording.path.name for recording in uncertain),
         )
-    return [take for path, take in takes.items() if path not in doubtful]
+    return [r for r in recordings if r not in uncertain]
 
 
-def _take(raw: Path, path: Path) -> _Take:
-    """What the folders of a file say; the names of some files do not say all of it, or misspell it."""
+def _recording(path: Path) -> _Recording:
+    """Singer, context and technique are those of the folders: some file names lack or misspell them."""
     singer_folder, context, folder = path.parts[-4:-1]
     singer, technique = _singer(singer_folder), _MISSPELT.get(folder, folder)
     if singer not in SINGERS:
         raise UserError(
-            f"{path}: `{singer_folder}` is none of the singers female1 to female9 and male1 to male11"
+            f"{path}: `{singer_folder}` is not one of the singers female1 to female9 and male1 to "
+            "male11"
         )
-    if technique not in (*TECHNIQUES, *DYNAMICS):
-        known = ", ".join((*TECHNIQUES, *DYNAMICS))
+    known = (*TECHNIQUES, *DYNAMICS)
+    if technique not in known:
         raise UserError(
-            f"{path}: `{folder}` is no technique; rename it to one of {known}, or move it away"
+            f"{path}: `{folder}` is not a technique; rename it to one of {', '.join(known)}, or "
+            "move it away"
         )
-    return _Take(path.relative_to(raw).as_posix(), singer, context, technique)
+    return _Recording(path, singer, context, technique)
 
 
 def _singer(name: str) -> str | None:
-    """Such as f1, of the name of a folder or of a file; not every file names its singer."""
-    named = _SINGER.match(name)
-    return "".join(named.groups()) if named else None
+    """The singer, such as f1, in the name of a folder or file; some files have none."""
+    match = _SINGER.match(name)
+    return "".join(match.groups()) if match else None
 
 
-VOCALSET = DataSet("vocalset", convert)
+VOCALSET = DataSet("vocalset", read)
 
-# Each window counts, as every one is a file of its own in MARBLE, where it is brought to mean 0 and
-# deviation 1: here that is the encoder's own matter. A rest of at least a second at the end of a
-# take is kept for the singer and dropped for the technique: what MARBLE found best for each.
+# Windows are scored: each is a file of its own in MARBLE, with mean 0 and deviation 1, which is left
+# to the encoder here. A last window of at least 1 s is kept for the singer and dropped for the
+# technique: the better choice in MARBLE for each.
 _UNITS: tuple[Unit, ...] = ("window", "file")
-_SINGER_V1 = Protocol(
-    Windows(3.0, min_ratio=1 / 3), max_epochs=100, stop_patience=20, plateau_patience=5
-)
-_TECHNIQUE_V1 = Protocol(Windows(3.0), max_epochs=100, stop_patience=10, plateau_patience=5)
+_SINGER_V1 = Protocol(Windows(3.0, min_ratio=1 / 3))
+_TECHNIQUE_V1 = Protocol(Windows(3.0), stop_patience=10)
 
 VOCALSET_SINGER = Task(
     "vocalset_singer",

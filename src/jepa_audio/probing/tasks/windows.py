@@ -1,4 +1,4 @@
-"""How a labelled stretch is cut into the windows that an encoder hears."""
+"""How a labelled segment is cut into the windows that an encoder encodes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from jepa_audio.errors import UserError
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows side by side, without overlap.
+    """Consecutive windows without overlap.
 
     Args:
-        seconds: of a window; `None` for the whole stretch.
-        min_ratio: the last window may be shorter: it is kept if it has at least this share of
-            `seconds`.
-        first_seconds: only so much of the stretch is heard; `None` for all of it.
+        seconds: length of a window; `None` for the whole segment.
+        min_ratio: a shorter last window is kept if it has at least this share of `seconds`.
+        first_seconds: use this much of the segment; `None` for all of it.
     """
 
     seconds: float | None = None
@@ -25,15 +24,15 @@ class Windows:
     def __post_init__(self) -> None:
         if not 0 < self.min_ratio <= 1 or min(self.seconds or 1, self.first_seconds or 1) <= 0:
             raise UserError(
-                f"`min_ratio` ({self.min_ratio}) must be in (0, 1], `seconds` ({self.seconds}) and `first_seconds` "
-                f"({self.first_seconds}) positive or None"
+                f"`min_ratio` ({self.min_ratio}) must be in (0, 1], `seconds` ({self.seconds}) and "
+                f"`first_seconds` ({self.first_seconds}) positive or None"
             )
 
     def spans(self, num_samples: int, sample_rate: int) -> list[tuple[int, int]]:
-        """First sample and first sample behind, of every window of a stretch of `num_samples`.
+        """First sample and end (exclusive) of every window of a segment of `num_samples`.
 
-        A stretch that is shorter than a window needs to be is one window all the same: nothing that
-        is scored vanishes. No window is filled up: see `LayerFeatures`.
+        A segment shorter than the shortest window is still one window, so that every unit is
+        scored. Windows are not padded: see `LayerFeatures`.
         """
         if self.first_seconds is not None:
             num_samples = min(num_samples, round(self.first_seconds * sample_rate))

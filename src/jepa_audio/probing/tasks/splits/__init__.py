@@ -1,4 +1,4 @@
-"""Published splits that no raw data set brings along, as versioned data with checksums."""
+"""Published splits that raw data sets do not include, as versioned files with checksums."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from jepa_audio.errors import UserError
 
 CHECKSUMS = {"gtzan": "417da1ac79518cf41329e3c325677aec4445884967f14143a21e71b75816b7d6"}
-"""sha256 of every split file; a split that is changed is another split, under another name."""
+"""sha256 of every split file; a changed split is another split and needs another name."""
 
 
 def load_splits(name: str) -> dict[str, Any]:
-    """What `NAME.json` holds: for each split of "train", "val" and "test" what its data set's module makes files of.
+    """Read `NAME.json`: for "train", "val" and "test", what the data set's module expects.
 
     Raises:
-        UserError: if there is no such file, or if it is not the one that was published.
+        UserError: if there is no such file, or if its checksum is wrong.
     """
     if name not in CHECKSUMS:
         raise UserError(
@@ -28,7 +28,7 @@ def load_splits(name: str) -> dict[str, Any]:
     checksum = hashlib.sha256(text.encode()).hexdigest()
     if checksum != CHECKSUMS[name]:
         raise UserError(
-            f"{file} has the sha256 checksum {checksum}, must have {CHECKSUMS[name]}: it has been changed, and "
-            "scores on it would be comparable with no others; install the package anew"
+            f"{file} has the sha256 checksum {checksum}, must have {CHECKSUMS[name]}: the file was "
+            "changed, and scores on it would not be comparable; install the package again"
         )
     return dict(json.loads(text))

@@ -1,0 +1,237 @@
+"""Decode beats: activations over time to the frames of the beats."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+from torch.nn import functional as F
+
+from jepa_audio.errors import UserError
+
+_EPSILON = 1e-6
+"""Distance of activations from 0 and 1: the log of a certainty would outweigh a whole track."""
+
+_MAX_SCORES = 2**26
+"""Scores held at once (256 MiB); more tracks are decoded in chunks."""
+
+_IMPOSSIBLE = -36.0
+"""Log-probability of a tempo change that counts as impossible: the resolution of 64 bits."""
+
+
+@dataclass(frozen=True)
+class BarPointer:
+    """Hidden Markov model of tempo and position in a beat, for beats without meter.
+
+    The model is that of (Krebs, Böck and Widmer, 2015, "An efficient state-space model for joint
+    tempo and meter tracking") with madmom's constants. A state is an interval (frames from one beat
+    to the next) and a position in it. A path passes through the positions of an interval frame by
+    frame, and can change the interval only where a beat starts.
+
+    Attributes:
+        intervals: consecutive numbers of frames.
+        widths: for each interval, the number of its first positions that observe a beat.
+        change: log-probability of the interval of a beat (columns), given the one before (rows).
+        beat_prior: log-odds that activations contribute beyond their own at a beat position.
+    """
+
+    intervals: Int64[Tensor, " J"]
+    widths: Int64[Tensor, " J"]
+    change: Float[Tensor, "J J"]
+    beat_prior: float
+
+    @classmethod
+    def build(
+        cls,
+        frame_rate: float,
+        min_bpm: float,
+        max_bpm: float,
+        transition_lambda: float = 100.0,
+        observation_lambda: int = 16,
+    ) -> BarPointer:
+        """Build the model.
+
+        Args:
+            frame_rate: frames per second.
+            min_bpm: slowest tempo in beats per minute.
+            max_bpm: fastest tempo in beats per minute.
+            transition_lambda: steadiness of the tempo: a change by the share x is
+                exp(-transition_lambda · x) times as probable as none.
+            observation_lambda: a beat is observed in the first 1/observation_lambda of an interval.
+
+        Raises:
+            UserError: if the fastest beat has fewer than two frames.
+        """
+        assert 0 < min_bpm <= max_bpm and transition_lambda >= 0 and observation_lambda >= 2
+        shortest, longest = 60 * frame_rate / max_bpm, 60 * frame_rate / min_bpm
+        if shortest < 2:
+            raise UserError(
+                f"beats of up to {max_bpm:g} BPM need at least {max_bpm / 30:.2f} frames per "
+                f"second, but the features have {frame_rate:g}"
+            )
+        intervals = torch.arange(round(shortest), round(longest) + 1)
+        ratio = intervals[None, :].double() / intervals[:, None]
+        change = -transition_lambda * (ratio - 1).abs()
+        change = change.masked_fill(change < _IMPOSSIBLE, -math.inf).log_softmax(dim=1)
+        widths = -(-intervals // observation_lambda)  # rounded up
+        return cls(intervals, widths, change, math.log(observation_lambda - 1))
+
+
+def decode_beats(
+    activations: Float[Tensor, "N T"],
+    model: BarPointer,
+    lengths: Int64[Tensor, " N"] | None = None,
+) -> list[Int64[np.ndarray, " _"]]:
+    """Find the beats of the most probable path of each track; many tracks at once.
+
+    Each beat is at the highest activation among the positions of its interval that observe it.
+
+    Args:
+        activations: probability of a beat in each of T frames of N tracks.
+        model: model of the tempo.
+        lengths: frames of each track, if some have fewer than T; later frames are ignored.
+
+    Returns:
+        The frames of the beats of each track, increasing; none where all activations are 0.
+    """
+    num_tracks, num_frames = activations.shape
+    activations = activations.detach().to(torch.promote_types(activations.dtype, torch.float32))
+    if lengths is None:
+        lengths = torch.full((num_tracks,), num_frames)
+    lengths = lengths.to(activations.device)
+    num_padded = num_frames + 2 * int(model.intervals[-1])
+    chunk = max(1, _MAX_SCORES // (len(model.intervals) * num_padded))
+    widths, beats = model.widths.tolist(), []
+    for tracks, sizes in zip(activations.split(chunk), lengths.split(chunk), strict=True):
+        inside = torch.arange(num_frames, device=tracks.device) < sizes[:, None]
+        sizes = sizes.where(((tracks > 0) & inside).any(dim=1), 0)  # noqa: PLW2901
+        values = tracks.cpu().numpy()
+        for n, starts in enumerate(beat_starts(tracks, sizes, model)):
+            beats.append(_peak_frames(starts, values[n, : int(sizes[n])], widths))
+    return beats
+
+
+def beat_starts(
+    activations: Float[Tensor, "N T"], num_frames: Int64[Tensor, " N"], model: BarPointer
+) -> list[list[tuple[int, int]]]:
+    """First frame of each beat of the best path of each track, and the index of its interval.
+
+    The first beat may start before the track: a path begins anywhere in a beat with the same
+    probability.
+    """
+    inside = torch.arange(activations.shape[1], device=activations.device) < num_frames[:, None]
+    trellis = _Trellis.build(activations, inside, model)
+    scores = trellis.scores(int(num_frames.max()))
+    index, start = trellis.last_beat(scores, num_frames)
+    intervals, change = model.intervals.to(scores.device), model.change.to(scores)
+    track = torch.arange(scores.shape[1], device=scores.device)
+    every = torch.arange(len(intervals), device=scores.device)[:, None]
+    path = [(start, index)]
+    while bool((start > 0).any()):
+        frame = (start - intervals[:, None] + trellis.pad).clamp_min(0)
+        gains = trellis.gains[trellis.width_index[:, None], track, frame]
+        total = scores[every, track, frame] + gains + change[:, index]
+        index = torch.where(start > 0, total.argmax(dim=0), index)
+        start = torch.where(start > 0, start - intervals[index], start)
+        path.append((start, index))
+    starts, indices = (
+        torch.stack(column).cpu().numpy()[::-1] for column in zip(*path, strict=True)
+    )
+    beats = []
+    for n in range(starts.shape[1]):
+        # A path that is complete stays at its first beat.
+        _, first = np.unique(starts[:, n], return_index=True)
+        beats.append(list(zip(starts[first, n].tolist(), indices[first, n].tolist(), strict=True)))
+    return beats
+
+
+@dataclass(frozen=True)
+class _Trellis:
+    """Scores of paths relative to a path without beats, which changes no comparison.
+
+    Between two beats a path has no choice. So only the scores of the first frame of each beat are
+    kept, and one step leads from beat to beat.
+
+    Attributes:
+        model: model of the tempo.
+        gains: log-odds of a beat, summed over each number of positions from each frame on. There
+            are `pad` frames before and after the track, where nothing is gained.
+        width_index: index in `gains` of the number of positions of each interval.
+        pad: longest interval.
+    """
+
+    model: BarPointer
+    gains: Float[Tensor, "R N P"]
+    width_index: Int64[Tensor, " J"]
+    pad: int
+
+    @classmethod
+    def build(
+        cls, activations: Float[Tensor, "N T"], inside: Bool[Tensor, "N T"], model: BarPointer
+    ) -> _Trellis:
+        log_odds = activations.clamp(_EPSILON, 1 - _EPSILON).logit() + model.beat_prior
+        widths, width_index = model.widths.unique(return_inverse=True)
+        pad = int(model.intervals[-1])
+        padded = F.pad(log_odds.where(inside, log_odds.new_zeros(())), (pad, pad))
+        # Every sum is computed separately: differences of running sums would lose single frames.
+        gains = [
+            F.pad(padded.unfold(1, width, 1).sum(dim=-1), (0, width - 1))
+            for width in widths.tolist()
+        ]
+        return cls(model, torch.stack(gains), width_index, pad)
+
+    def scores(self, num_frames: int) -> Float[Tensor, "J N P"]:
+        """Best score of a path up to a beat of each interval from each frame; 0 where paths begin.
+
+        No beat is shorter than the shortest interval, so that many frames depend on earlier ones
+        only and are computed at once.
+        """
+        shortest, end = int(self.model.intervals[0]), self.pad + num_frames
+        change = self.model.change.to(self.gains)
+        scores = self.gains.new_zeros(len(change), *self.gains.shape[1:])
+        possible = [row.isfinite().nonzero().flatten().tolist() for row in self.model.change]
+        for start in range(self.pad + 1, end, shortest):
+            stop = min(start + shortest, end)
+            # Not in `scores`, whose rows are so far apart that a processor would wait for memory.
+            best = scores.new_full((len(scores), scores.shape[1], stop - start), -math.inf)
+            for j, interval in enumerate(self.model.intervals.tolist()):
+                before = slice(start - interval, stop - interval)
+                low, high = possible[j][0], possible[j][-1] + 1
+                ended = scores[j, :, before] + self.gains[self.width_index[j], :, before]
+                torch.maximum(
+                    best[low:high], ended + change[j, low:high, None, None], out=best[low:high]
+                )
+            scores[:, :, start:stop] = best
+        return scores
+
+    def last_beat(
+        self, scores: Float[Tensor, "J N P"], num_frames: Int64[Tensor, " N"]
+    ) -> tuple[Int64[Tensor, " N"], Int64[Tensor, " N"]]:
+        """Index of the interval and first frame of the beat in which the best path ends."""
+        best = scores.new_full(num_frames.shape, -math.inf)
+        index, start = torch.zeros_like(num_frames), torch.zeros_like(num_frames)
+        for j, interval in enumerate(self.model.intervals.tolist()):
+            frame = num_frames[:, None] - torch.arange(interval, 0, -1, device=scores.device)
+            total = (scores[j] + self.gains[self.width_index[j]]).gather(1, frame + self.pad)
+            highest, position = total.max(dim=1)
+            is_better = highest > best
+            best = torch.where(is_better, highest, best)
+            index = torch.where(is_better, j, index)
+            start = torch.where(is_better, frame.gather(1, position[:, None])[:, 0], start)
+        return index, start
+
+
+def _peak_frames(
+    starts: list[tuple[int, int]], activations: Float[np.ndarray, " frames"], widths: list[int]
+) -> Int64[np.ndarray, " _"]:
+    """Frame of the highest activation of each beat of a track."""
+    frames = []
+    for start, index in starts:
+        low, high = max(start, 0), min(start + widths[index], len(activations))
+        if low < high:
+            frames.append(low + int(activations[low:high].argmax()))
+    return np.array(frames, dtype=np.int64)
