@@ -50,8 +50,8 @@ def test_killed_reading_process_ends_the_run_with_an_explanation(tmp_path: Path)
     os.kill(find_reading_process(process.pid), signal.SIGKILL)
     assert process.wait(60) == 1
     log = " ".join((tmp_path / "run" / "log.txt").read_text().split())
-    assert "a reading process was killed, as the system does when memory runs out" in log
-    assert "lower `--data.num_workers`; then go on with `--ckpt_path last`" in log
+    assert "a worker process was killed; the usual reason is that memory is full" in log
+    assert "lower `--data.num_workers`; then continue with `--ckpt_path last`" in log
     assert "Traceback" not in log
 
 

@@ -1,9 +1,10 @@
-"""Errors that a user can correct, and the nearest known name for a misspelt one."""
+"""Errors that a user can correct, bounds of settings, and suggestions for misspelt names."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from math import inf
 
 
 class UserError(ValueError):
@@ -16,6 +17,19 @@ class UserError(ValueError):
 
 class MissingFileError(UserError):
     """A file or folder that the user named, or that a data set should hold, does not exist."""
+
+
+def check_bounds(settings: object, low: int | float, high: int | float, *names: str) -> None:
+    """Check that attributes of `settings` are between two bounds, or `None`.
+
+    Raises:
+        UserError: with the name, the value and the bounds of the first attribute that is not.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not low <= value <= high:
+            bounds = f">= {low}" if high == inf else f"in [{low}, {high}]"
+            raise UserError(f"`{name}` ({value}) must be {bounds}")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

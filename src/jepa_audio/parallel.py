@@ -18,7 +18,6 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-_SUBMITTED_AHEAD = 1024
 
 
 def num_cores() -> int:
@@ -33,27 +32,26 @@ def progress_bar() -> Progress:
 
 
 def track_progress(items: Iterable[T], description: str, total: int) -> Iterator[T]:
-    """The items, with a progress bar on a terminal."""
+    """Iterate over items with a progress bar; no bar if standard error is not a terminal."""
     with progress_bar() as bar:
         yield from bar.track(items, total, description=description)
 
 
 def map_threads(
-    function: Callable[[T], R],
-    items: Iterable[T],
-    num_workers: int,
-    num_submitted: int = _SUBMITTED_AHEAD,
+    function: Callable[[T], R], items: Iterable[T], num_workers: int, num_submitted: int = 1024
 ) -> Iterator[R]:
-    """Results in the order of the items, at most `num_submitted` of which are pending at a time.
+    """Apply a function in threads; yield the results in the order of the items.
 
-    Threads are enough: libsndfile and numpy release the interpreter's lock while they compute.
+    At most `num_submitted` items are submitted and not yet yielded, so an endless or large iterable
+    needs little memory. Threads run in parallel here, because libsndfile and numpy release the
+    interpreter lock while they compute.
     """
-    waiting = iter(items)
+    remaining = iter(items)
     pool = ThreadPoolExecutor(num_workers)
     try:
-        results = deque(pool.submit(function, item) for item in islice(waiting, num_submitted))
+        results = deque(pool.submit(function, item) for item in islice(remaining, num_submitted))
         while results:
             yield results.popleft().result()
-            results.extend(pool.submit(function, item) for item in islice(waiting, 1))
+            results.extend(pool.submit(function, item) for item in islice(remaining, 1))
     finally:
         pool.shutdown(cancel_futures=True)

@@ -40,7 +40,7 @@ def folder_of(path: Path, count: int = 4) -> Path:
 def test_a_file_in_two_sources_of_a_run_is_refused(tmp_path: Path):
     folder_of(tmp_path / "all" / "sub")
     write(tmp_path / "all" / "5.wav", audio(5))
-    with pytest.raises(CorpusError, match=r"both hold .*sub/0\.wav: give every file once"):
+    with pytest.raises(CorpusError, match=r"both contain .*sub/0\.wav: remove it from one"):
         module([str(tmp_path / "all"), str(tmp_path / "all" / "sub")])
 
 
@@ -52,10 +52,14 @@ def test_a_resumed_run_on_another_corpus_is_warned(
     list(islice(first, 1))
     state = first.state_dict()
     module(tmp_path, valid_share=0.0).train_dataloader().load_state_dict(state)
-    assert not any("corpus is not what it was" in message for message in caplog.messages)
+    assert not any(
+        "the files have changed since the checkpoint" in message for message in caplog.messages
+    )
     (tmp_path / "3.wav").unlink()
     module(tmp_path, valid_share=0.0).train_dataloader().load_state_dict(state)
-    assert any("corpus is not what it was" in message for message in caplog.messages)
+    assert any(
+        "the files have changed since the checkpoint" in message for message in caplog.messages
+    )
 
 
 def test_a_run_refuses_a_table_with_too_many_bad_files(tmp_path: Path):
@@ -68,7 +72,7 @@ def test_a_run_refuses_a_table_with_too_many_bad_files(tmp_path: Path):
     ):
         module(tmp_path / "c.parquet")
     assert (
-        "2 files to train on"
+        "2 training files"
         in module(tmp_path / "c.parquet", max_bad_share=0.9, valid_share=0.0).summary()
     )
 
@@ -251,5 +255,5 @@ def test_a_table_that_cannot_be_written_is_an_error_with_the_remedy(tmp_path: Pa
 
 @pytest.mark.parametrize("root", ["", [], {}, [""]])
 def test_an_empty_root_is_refused(root: object):
-    with pytest.raises(ValueError, match="`root` names no source"):
+    with pytest.raises(ValueError, match="`root` must be a source"):
         AudioDataModule(root, RATE, 0.01)

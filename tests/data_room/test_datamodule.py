@@ -1,4 +1,4 @@
-"""Laws of a folder as batches: any mixture in, one shape out; and a run that can be stopped and resumed."""
+"""Batches of a folder of mixed audio files; stopped and resumed runs."""
 
 import logging
 from itertools import islice
@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from jepa_audio.data.corpus.index import index_corpus
 from jepa_audio.data.corpus.table import SCHEMA, Corpus, CorpusError, default_table_path
 from jepa_audio.data.datamodule import AudioDataModule
+from jepa_audio.errors import UserError
 from jepa_audio.steps.grid import AudioBatch
 
 RATE = 16_000
@@ -57,7 +58,7 @@ def mixture(tmp_path: Path) -> Path:
     for name, (subtype, num_channels, sample_rate) in GOOD.items():
         write(tmp_path / name, noise(num_channels, sample_rate), sample_rate, subtype)
     (tmp_path / "zero.wav").touch()
-    (tmp_path / "text.wav").write_text("this is no audio " * 20)
+    (tmp_path / "text.wav").write_text("not audio data " * 20)
     write(tmp_path / "cut.flac", noise(1, 40_000), RATE, "PCM_16")
     (tmp_path / "cut.flac").write_bytes((tmp_path / "cut.flac").read_bytes()[:20_000])
     write(tmp_path / "nan.wav", np.full((1, RATE), np.nan))
@@ -68,7 +69,7 @@ def mixture(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def levels(tmp_path: Path) -> Path:
-    """Twelve files, each known by its level."""
+    """Twelve files of different levels."""
     for file in range(12):
         write(tmp_path / f"{file:02}.wav", np.full((1, 2000), (file + 1) / 100))
     return tmp_path
@@ -88,23 +89,18 @@ def module(
     return data
 
 
-def test_a_folder_of_everything_gives_finite_batches_of_one_shape_and_names_what_is_bad(
+def test_a_mixed_folder_gives_finite_batches_of_one_shape_and_logs_bad_files(
     mixture: Path, caplog: pytest.LogCaptureFixture
 ):
     with caplog.at_level(logging.INFO):
         data = module(mixture, crops_per_clip=2, clip_seconds=0.9, loudness_dbfs=-14.0)
     for name, reason in BAD.items():
-        named = [message for message in caplog.messages if name in message]
-        assert len(named) == 1
-        assert reason in named[0]
+        (message,) = [message for message in caplog.messages if name in message]
+        assert reason in message
     assert not any(name in message for message in caplog.messages for name in GOOD)
-    assert (
-        sum(
-            "10 files to train on" in message and "6 files skipped" in message
-            for message in caplog.messages
-        )
-        == 1
-    )
+    summaries = [message for message in caplog.messages if "10 training files" in message]
+    assert len(summaries) == 1
+    assert "6 files skipped" in summaries[0]
     batches = [
         *islice(data.train_dataloader(), 3),
         *data.train_dataloader(),
@@ -119,13 +115,13 @@ def test_a_folder_of_everything_gives_finite_batches_of_one_shape_and_names_what
 
 
 @pytest.mark.parametrize("mono", ["mean", "first", "random"])
-def test_every_way_to_one_channel_takes_the_mixture(mixture: Path, mono: str):
+def test_all_ways_to_one_channel_accept_all_files(mixture: Path, mono: str):
     batch = next(iter(module(mixture, mono=mono, batch_size=16).train_dataloader()))
     assert batch.waveform.shape == (16, 1, RATE // 2)
     assert batch.waveform.isfinite().all()
 
 
-def test_kept_channels_leave_only_files_of_just_that_many(
+def test_with_kept_channels_files_with_another_number_are_skipped(
     mixture: Path, caplog: pytest.LogCaptureFixture
 ):
     data = module(mixture, mono="keep", num_channels=2, max_bad_share=1.0)
@@ -142,7 +138,7 @@ def test_kept_channels_leave_only_files_of_just_that_many(
         (lambda root: write(root / "a.wav", noise(1, 10)), "too short: 0.0006 s"),
     ],
 )
-def test_a_useless_folder_is_refused_in_one_sentence(tmp_path: Path, make, message: str):
+def test_a_folder_without_usable_audio_is_refused(tmp_path: Path, make, message: str):
     make(tmp_path / "root")
     with pytest.raises(CorpusError, match=message) as refusal:
         module(tmp_path / "root")
@@ -158,40 +154,40 @@ def corpus_of(num_files: int) -> Corpus:
     return Corpus(Path("/nowhere"), pa.Table.from_pylist(rows, SCHEMA))
 
 
-def divided(num_files: int, share: float) -> tuple[list[str], list[str]]:
+def split_names(num_files: int, share: float) -> tuple[list[str], list[str]]:
     train, valid, test = corpus_of(num_files).split(share)
     assert len(test) == 0
     return train.names.to_pylist(), valid.names.to_pylist()
 
 
-def test_the_split_covers_every_file_once_and_has_about_the_share_asked_for():
-    train, valid = divided(1000, 0.1)
+def test_the_split_contains_each_file_once_and_has_about_the_given_share():
+    train, valid = split_names(1000, 0.1)
     assert sorted(train + valid) == sorted(corpus_of(1000).names.to_pylist())
     assert 70 < len(valid) < 130
 
 
-def test_a_file_stays_on_its_side_when_others_are_added():
-    train, valid = divided(500, 0.1)
-    train_later, valid_later = divided(1000, 0.1)
+def test_a_file_keeps_its_split_when_files_are_added():
+    train, valid = split_names(500, 0.1)
+    train_later, valid_later = split_names(1000, 0.1)
     assert set(train) <= set(train_later)
     assert set(valid) <= set(valid_later)
 
 
 @pytest.mark.parametrize("share", [1e-9, 0.999999])
 @pytest.mark.parametrize("num_files", [2, 5])
-def test_no_side_is_empty(num_files: int, share: float):
-    train, valid = divided(num_files, share)
+def test_neither_split_is_empty(num_files: int, share: float):
+    train, valid = split_names(num_files, share)
     assert len(train) >= 1
     assert len(valid) >= 1
     assert len(train) + len(valid) == num_files
 
 
-def test_a_single_file_is_on_both_sides_with_a_warning(
+def test_a_single_file_is_in_both_splits_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     write(tmp_path / "only.wav", noise(1, RATE))
     data = module(tmp_path)
-    assert any("trained on and validated on" in message for message in caplog.messages)
+    assert any("used for training and validation" in message for message in caplog.messages)
     assert len(next(iter(data.train_dataloader())).row) == 4
     assert next(iter(data.val_dataloader()[0])).row.tolist() == [0]
 
@@ -199,10 +195,10 @@ def test_a_single_file_is_on_both_sides_with_a_warning(
 def test_a_share_of_zero_holds_out_nothing(levels: Path):
     data = module(levels, crop_seconds=0.01, valid_share=0.0)
     assert data.val_dataloader() == []
-    assert data.summary().startswith(f"{levels}: 12 files to train on")
+    assert data.summary().startswith(f"{levels}: 12 training files")
 
 
-def test_files_of_other_folders_are_validated_and_tested_on(
+def test_validation_and_test_files_can_come_from_other_folders(
     levels: Path, tmp_path_factory: pytest.TempPathFactory
 ):
     valid_root, test_root = tmp_path_factory.mktemp("valid"), tmp_path_factory.mktemp("test")
@@ -214,19 +210,19 @@ def test_files_of_other_folders_are_validated_and_tested_on(
     assert torch.cat([batch.waveform for batch in valid]).unique().tolist() == [0.5]
     assert [batch.row.tolist() for batch in valid] == [[0, 1, 2]]
     assert [batch.row.tolist() for batch in test] == [[0, 1, 2, 3], [4]]
-    assert "12 files to train on" in data.summary()
-    assert "3 files to validate on" in data.summary()
+    assert "12 training files" in data.summary()
+    assert "3 validation files" in data.summary()
 
 
 def level_of(batch: AudioBatch) -> list[int]:
     return (batch.waveform[:, 0, 0] * 100).round().long().tolist()
 
 
-def test_a_table_is_believed_without_looking_at_the_folder_again(levels: Path, tmp_path: Path):
+def test_a_table_is_used_without_indexing_its_folder(levels: Path, tmp_path: Path):
     corpus = index_corpus(levels, tmp_path / "corpus.parquet")
     write(levels / "new.wav", np.full((1, 2000), 0.9))
     data = module(tmp_path / "corpus.parquet", 0.01, valid_share=0.0)
-    assert "12 files to train on" in data.summary()
+    assert "12 training files" in data.summary()
     assert len(corpus) == 12
     assert not (levels / ".jepa_audio").exists()
 
@@ -237,15 +233,15 @@ def test_a_list_of_sources_is_one_corpus_and_a_mapping_a_mixture(
     other = tmp_path_factory.mktemp("other")
     write(other / "loud.wav", np.full((1, 2000), 0.9))
     write(other / "louder.wav", np.full((1, 2000), 0.95))
-    whole = module([str(levels), str(other)], 0.01, valid_share=0.0, batch_size=14)
-    assert sorted(level_of(next(iter(whole.train_dataloader())))) == [*range(1, 13), 90, 95]
+    corpus = module([str(levels), str(other)], 0.01, valid_share=0.0, batch_size=14)
+    assert sorted(level_of(next(iter(corpus.train_dataloader())))) == [*range(1, 13), 90, 95]
     mixture = module({str(levels): 1.0, str(other): 3.0}, 0.01, valid_share=0.0, batch_size=1000)
     share = np.mean(np.array(level_of(next(iter(mixture.train_dataloader())))) > 50)
     assert 0.7 < share < 0.8
-    assert f"{levels}, {other}: 14 files to train on" in mixture.summary()
+    assert f"{levels}, {other}: 14 training files" in mixture.summary()
 
 
-def test_splits_of_the_table_decide_and_its_test_files_are_tested_on(levels: Path, tmp_path: Path):
+def test_the_splits_of_the_table_are_used(levels: Path, tmp_path: Path):
     lines = [
         f"{levels / f'{file:02}.wav'},{split}"
         for file, split in enumerate(["train"] * 8 + ["val", "val", "test"])
@@ -260,18 +256,18 @@ def test_splits_of_the_table_decide_and_its_test_files_are_tested_on(levels: Pat
 
 def test_a_source_without_training_files_is_refused(levels: Path, tmp_path: Path):
     (tmp_path / "test.csv").write_text(f"path,split\n{levels}/00.wav,test\n")
-    with pytest.raises(CorpusError, match=r"no file of .*test\.csv is for training"):
+    with pytest.raises(CorpusError, match=r"test\.csv has no training file"):
         module(tmp_path / "test.csv", 0.01)
 
 
-def test_the_files_behind_rows_can_be_told(levels: Path):
+def test_the_files_of_rows_can_be_found(levels: Path):
     data = module(levels, 0.01, crops_per_clip=2, valid_share=0.0)
     batch = next(iter(data.train_dataloader()))
-    named = data.find_row_files(batch.row.tolist())
-    assert [int(Path(name).stem) + 1 for name in named] == level_of(batch)[::2]
+    names = data.find_row_files(batch.row.tolist())
+    assert [int(Path(name).stem) + 1 for name in names] == level_of(batch)[::2]
 
 
-def test_a_file_that_turns_bad_is_named_once_in_the_run_and_counted(
+def test_a_file_that_becomes_bad_during_the_run_is_logged_once_and_counted(
     levels: Path, caplog: pytest.LogCaptureFixture
 ):
     data = module(levels, 0.01, valid_share=0.0, num_workers=2, batch_size=3)
@@ -287,14 +283,14 @@ def test_a_file_that_turns_bad_is_named_once_in_the_run_and_counted(
     )
 
 
-def test_without_a_test_folder_the_held_out_files_are_tested_on(levels: Path):
+def test_without_test_files_the_validation_files_are_tested(levels: Path):
     data = module(levels, 0.01, valid_share=0.4)
     (valid,), (test,) = data.val_dataloader(), data.test_dataloader()
     for a, b in zip(valid, test, strict=True):
         assert torch.equal(a.waveform, b.waveform)
 
 
-def test_the_table_is_read_from_the_cache_by_processes_that_did_not_make_it(levels: Path):
+def test_a_process_that_did_not_index_reads_the_table_of_the_folder(levels: Path):
     module(levels, 0.01)
     other = AudioDataModule(levels, RATE, 0.01)
     other.setup("fit")
@@ -303,24 +299,36 @@ def test_the_table_is_read_from_the_cache_by_processes_that_did_not_make_it(leve
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"valid_share": 1.0}, {"batch_size": 0}, {"crop_seconds": 1e-9}]
+    ("settings", "message"),
+    [
+        ({"root": []}, "`root`"),
+        ({"root": {"a": 1.0, "b": 0.0}}, r"`weights` \[1.0, 0.0\] must be 2 positive numbers"),
+        ({"valid_share": 1.0}, r"`valid_share` \(1\) must be < 1"),
+        ({"valid_share": -0.1}, r"`valid_share` \(-0.1\) must be in \[0, 1\]"),
+        ({"max_bad_share": 1.5}, r"`max_bad_share` \(1.5\) must be in \[0, 1\]"),
+        ({"batch_size": 0}, r"`batch_size` \(0\) must be >= 1"),
+        ({"num_workers": -1}, r"`num_workers` \(-1\) must be >= 0"),
+        ({"min_seconds": 2.0, "max_seconds": 1.0}, r"`max_seconds` \(1.0\) must be >= 2.0"),
+        ({"crop_seconds": 1e-9}, r"`crop_seconds` \(1e-09\) must be at least one sample"),
+        ({"num_channels": 2}, "set `mono='keep'`"),
+    ],
 )
-def test_an_impossible_setting_is_refused(tmp_path: Path, arguments: dict[str, float]):
-    with pytest.raises(ValueError, match=next(iter(arguments))):
-        AudioDataModule(**{"root": tmp_path, "sample_rate": RATE, "crop_seconds": 1.0, **arguments})
+def test_invalid_settings_are_refused(tmp_path: Path, settings: dict[str, object], message: str):
+    with pytest.raises(UserError, match=message):
+        AudioDataModule(**{"root": tmp_path, "sample_rate": RATE, "crop_seconds": 1.0, **settings})
 
 
-class Listener(pl.LightningModule):
-    """Keeps in its checkpoint which rows and files it has heard."""
+class Recorder(pl.LightningModule):
+    """Records (row, file) of its training batches, in a buffer of its checkpoint."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.register_buffer("heard", torch.zeros(0, 2, dtype=torch.long))
+        self.register_buffer("read", torch.zeros(0, 2, dtype=torch.long))
 
     def training_step(self, batch: AudioBatch, batch_idx: int) -> torch.Tensor:
-        file = (batch.waveform[:, 0, 0] * 100).round().long()
-        self.heard = torch.cat([self.heard, torch.stack([batch.row, file], dim=1)])
+        files = torch.tensor(level_of(batch))
+        self.read = torch.cat([self.read, torch.stack([batch.row, files], dim=1)])
         return self.weight.sum()
 
     def validation_step(self, batch: AudioBatch, batch_idx: int) -> None:
@@ -330,14 +338,14 @@ class Listener(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
     def load_state_dict(self, state_dict, strict=True, assign=False):
-        self.heard = torch.zeros_like(state_dict["heard"])
+        self.read = torch.zeros_like(state_dict["read"])
         return super().load_state_dict(state_dict, strict, assign)
 
 
-def listen(
+def fit(
     root: Path, folder: Path, max_steps: int, num_workers: int, ckpt_path: Path | None = None
 ) -> list[list[int]]:
-    listener = Listener()
+    recorder = Recorder()
     trainer = pl.Trainer(
         accelerator="cpu",
         max_steps=max_steps,
@@ -350,31 +358,25 @@ def listen(
         enable_model_summary=False,
     )
     data = AudioDataModule(root, RATE, 0.01, batch_size=2, num_workers=num_workers, valid_share=0.2)
-    trainer.fit(listener, datamodule=data, ckpt_path=ckpt_path)
-    return listener.heard.tolist()
+    trainer.fit(recorder, datamodule=data, ckpt_path=ckpt_path)
+    return recorder.read.tolist()
 
 
-def test_a_run_resumed_by_the_trainer_hears_what_an_uninterrupted_run_hears(
-    levels: Path, tmp_path: Path
-):
-    whole = listen(levels, tmp_path / "whole", max_steps=8, num_workers=0)
-    assert [row for row, _ in whole] == list(range(32))
+def test_a_resumed_run_reads_the_samples_of_an_uninterrupted_run(levels: Path, tmp_path: Path):
+    uninterrupted = fit(levels, tmp_path / "run", max_steps=8, num_workers=0)
+    assert [row for row, _ in uninterrupted] == list(range(32))
     for step in (1, 4, 6):
-        checkpoint = tmp_path / "whole" / f"step={step}.ckpt"
-        assert (
-            listen(levels, tmp_path / f"from {step}", 8, num_workers=0, ckpt_path=checkpoint)
-            == whole
-        )
-
-
-def test_workers_that_fetch_ahead_change_nothing(levels: Path, tmp_path: Path):
-    whole = listen(levels, tmp_path / "whole", max_steps=8, num_workers=0)
+        checkpoint = tmp_path / "run" / f"step={step}.ckpt"
+        resumed = fit(levels, tmp_path / f"from {step}", 8, num_workers=0, ckpt_path=checkpoint)
+        assert resumed == uninterrupted
+    # Workers prefetch samples, which a checkpoint does not count.
+    assert fit(levels, tmp_path / "workers", 5, num_workers=2) == uninterrupted[:20]
     checkpoint = tmp_path / "workers" / "step=3.ckpt"
-    assert listen(levels, tmp_path / "workers", 5, num_workers=2) == whole[:20]
-    assert listen(levels, tmp_path / "resumed", 8, num_workers=2, ckpt_path=checkpoint) == whole
+    resumed = fit(levels, tmp_path / "resumed", 8, num_workers=2, ckpt_path=checkpoint)
+    assert resumed == uninterrupted
 
 
-def test_an_epoch_is_a_whole_number_of_optimizer_steps(levels: Path):
+def test_an_epoch_is_an_integer_number_of_optimizer_steps(levels: Path):
     data = module(levels, 0.01, batch_size=2, valid_share=0.0)
     assert len(data.train_dataloader()) == 6
     data.trainer = pl.Trainer(
@@ -383,7 +385,7 @@ def test_an_epoch_is_a_whole_number_of_optimizer_steps(levels: Path):
     assert len(data.train_dataloader()) == 8
 
 
-def test_the_loaders_leave_the_global_generator_alone(levels: Path):
+def test_the_loaders_do_not_change_the_global_generator(levels: Path):
     data = module(levels, 0.01)
     state = torch.get_rng_state()
     next(iter(data.train_dataloader()))

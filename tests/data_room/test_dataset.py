@@ -1,4 +1,4 @@
-"""Laws of the crops: which samples they hold, from what they are drawn, and what happens to bad files."""
+"""Crops: the samples they contain, the seeds they depend on, and the replacement of bad files."""
 
 from pathlib import Path
 
@@ -7,156 +7,158 @@ import pytest
 import soundfile as sf
 import torch
 
+from jepa_audio.data.audio.resample import resample
 from jepa_audio.data.corpus.index import index_corpus
 from jepa_audio.data.corpus.table import CorpusError
-from jepa_audio.data.loading.crops import BadRead, CropDataset, Crops, collate
+from jepa_audio.data.loading.clips import BadRead, ClipSettings
+from jepa_audio.data.loading.crops import CropDataset, Crops, collate_crops
 from jepa_audio.data.loading.file_table import FileTable
+from jepa_audio.errors import UserError
 
 RATE = 8000
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path
-
-
 def write(path: Path, samples: np.ndarray, sample_rate: int = RATE) -> None:
+    path.parent.mkdir(exist_ok=True)
     sf.write(path, samples.T, sample_rate, subtype="FLOAT")
 
 
 def ramp(num_frames: int, num_channels: int = 1) -> np.ndarray:
-    """Every sample tells its place: channel c at frame t is t / 2^15 + c."""
+    """Samples that encode their index: channel c at frame t is t / 2^15 + c."""
     return (np.arange(num_frames) / 2**15 + np.arange(num_channels)[:, None]).astype(np.float32)
 
 
 def dataset(
-    root: Path, num_samples: int = 100, sample_rate: int = RATE, **arguments: object
+    *roots: Path, num_samples: int = 100, random_crops: bool = True, **settings: object
 ) -> CropDataset:
-    return CropDataset(
-        FileTable([index_corpus(root).usable()]), sample_rate, num_samples, **arguments
-    )
+    clips = ClipSettings(RATE, num_samples / RATE, **settings)
+    files = FileTable([index_corpus(root).usable() for root in roots])
+    return CropDataset(files, clips, random_crops)
 
 
-def drawn(crops: CropDataset, position: int, file: int) -> Crops:
-    """The crops alone, all files being good."""
-    item, bad = crops[position, file]
-    assert bad == []
-    return item
+def read_crops(crops: CropDataset, position: int, file: int) -> Crops:
+    """The crops of a readable file."""
+    sample, bad_reads = crops[position, file]
+    assert bad_reads == []
+    return sample
 
 
-def test_a_crop_is_a_slice_of_the_file(root: Path):
-    write(root / "a.wav", ramp(4000))
-    crops, position, num_samples = drawn(dataset(root), 7, 0)
-    start = round(float(crops[0, 0, 0]) * 2**15)
+def starts(crops: torch.Tensor) -> list[int]:
+    """Index of the first sample of crops of a ramp."""
+    return (crops[:, 0, 0] * 2**15).round().int().tolist()
+
+
+def test_a_crop_is_a_slice_of_the_file(tmp_path: Path):
+    write(tmp_path / "a.wav", ramp(4000))
+    crops, position, num_samples = read_crops(dataset(tmp_path), 7, 0)
+    (start,) = starts(crops)
     assert (position, num_samples) == (7, 100)
     assert crops.shape == (1, 1, 100)
     assert crops.dtype == torch.float32
     np.testing.assert_array_equal(crops[0].numpy(), ramp(4000)[:, start : start + 100])
 
 
-def test_crops_belong_to_seed_and_position_and_reach_every_start(root: Path):
-    write(root / "a.wav", ramp(103))
-    one, same, other = dataset(root), dataset(root), dataset(root, seed=1)
-    starts = [
-        round(float(drawn(one, position, 0).waveform[0, 0, 0]) * 2**15) for position in range(60)
-    ]
-    assert set(starts) == {0, 1, 2, 3}
-    heard, again, otherwise = (
-        [drawn(crops, position, 0).waveform for position in range(60)]
-        for crops in (one, same, other)
+def test_crops_depend_on_seed_and_position_and_reach_every_start(tmp_path: Path):
+    write(tmp_path / "a.wav", ramp(103))
+    first, same, other = (
+        [read_crops(dataset(tmp_path, seed=seed), position, 0).waveform for position in order]
+        for seed, order in ((0, range(60)), (0, range(59, -1, -1)), (1, range(60)))
     )
-    assert all(torch.equal(heard[position], again[position]) for position in (5, 0, 59))
-    assert any(not torch.equal(a, b) for a, b in zip(heard, otherwise, strict=True))
+    assert {start for crops in first for start in starts(crops)} == {0, 1, 2, 3}
+    assert all(torch.equal(a, b) for a, b in zip(first, same[::-1], strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-def test_a_crop_of_another_rate_is_the_slice_of_the_resampled_file(root: Path):
-    from jepa_audio.data.audio.resample import resample
-
+def test_a_crop_of_another_rate_is_a_slice_of_the_resampled_file(tmp_path: Path):
     noise = np.random.default_rng(0).standard_normal((1, 44_100)).astype(np.float32) / 10
-    write(root / "a.wav", noise, 44_100)
-    whole = resample(torch.from_numpy(noise), 44_100, RATE)[0]
+    write(tmp_path / "a.wav", noise, 44_100)
+    resampled = resample(torch.from_numpy(noise), 44_100, RATE)[0]
+    crops = dataset(tmp_path)
     for position in range(5):
-        crop = drawn(dataset(root), position, 0).waveform[0, 0]
-        windows = whole.unfold(0, 100, 1)
-        assert (windows - crop).abs().amax(-1).min() < 1e-6
+        crop = read_crops(crops, position, 0).waveform[0, 0]
+        assert (resampled.unfold(0, 100, 1) - crop).abs().amax(-1).min() < 1e-6
 
 
-def test_a_file_shorter_than_the_crop_is_padded_with_zeros_at_its_end(root: Path):
-    write(root / "a.wav", ramp(60) + 1)
-    for clip_seconds in (None, 1.0):
-        crop = drawn(dataset(root, clip_seconds=clip_seconds), 0, 0).waveform[0, 0]
-        np.testing.assert_array_equal(crop[:60].numpy(), (ramp(60) + 1)[0])
-        assert crop[60:].abs().max() == 0
+@pytest.mark.parametrize("clip_seconds", [None, 1.0])
+def test_a_file_shorter_than_a_crop_is_padded_with_zeros(
+    tmp_path: Path, clip_seconds: float | None
+):
+    write(tmp_path / "a.wav", ramp(60) + 1)
+    crops = read_crops(dataset(tmp_path, clip_seconds=clip_seconds), 0, 0)
+    crop = crops.waveform[0, 0]
+    assert crops.num_samples == 60
+    np.testing.assert_array_equal(crop[:60].numpy(), (ramp(60) + 1)[0])
+    assert crop[60:].abs().max() == 0
 
 
-def test_crops_of_a_clip_lie_in_one_window_drawn_anew_for_every_position(root: Path):
-    write(root / "a.wav", ramp(20_000))
-    windows = []
+def test_crops_of_a_position_come_from_one_clip(tmp_path: Path):
+    write(tmp_path / "a.wav", ramp(20_000))
+    crops = dataset(tmp_path, clip_seconds=500 / RATE, crops_per_clip=8)
+    clip_starts = []
     for position in range(10):
-        crops = drawn(
-            dataset(root, clip_seconds=500 / RATE, crops_per_clip=8), position, 0
-        ).waveform
-        starts = (crops[:, 0, 0] * 2**15).round()
-        assert crops.shape == (8, 1, 100)
-        assert starts.unique().numel() > 1
-        assert starts.max() - starts.min() <= 400
-        windows.append(float(starts.min()))
-    assert max(windows) - min(windows) > 2000
+        waveform = read_crops(crops, position, 0).waveform
+        assert waveform.shape == (8, 1, 100)
+        assert len(set(starts(waveform))) > 1
+        assert max(starts(waveform)) - min(starts(waveform)) <= 400
+        clip_starts.append(min(starts(waveform)))
+    assert max(clip_starts) - min(clip_starts) > 2000
 
 
-def test_crops_of_a_file_shorter_than_its_clip_hold_no_padding(root: Path):
-    write(root / "a.wav", ramp(150) + 1)
-    crops = drawn(dataset(root, clip_seconds=1.0, crops_per_clip=16), 0, 0).waveform
+def test_crops_of_a_file_shorter_than_its_clip_have_no_padding(tmp_path: Path):
+    write(tmp_path / "a.wav", ramp(150) + 1)
+    crops = read_crops(dataset(tmp_path, clip_seconds=1.0, crops_per_clip=16), 0, 0).waveform
     assert crops.min() >= 1
 
 
-def test_validation_takes_the_middle_and_spreads_several_crops_evenly(root: Path):
-    write(root / "a.wav", ramp(500))
-    middle = dataset(root, random_crops=False)
-    assert torch.equal(drawn(middle, 0, 0).waveform, drawn(middle, 99, 0).waveform)
-    assert round(float(drawn(middle, 0, 0).waveform[0, 0, 0]) * 2**15) == 200
-    several = drawn(dataset(root, random_crops=False, crops_per_clip=4), 0, 0).waveform
-    assert (several[:, 0, 0] * 2**15).round().tolist() == [50, 150, 250, 350]
+def test_validation_crops_are_in_the_middle_or_evenly_spaced(tmp_path: Path):
+    write(tmp_path / "a.wav", ramp(500))
+    middle = dataset(tmp_path, random_crops=False)
+    assert [starts(read_crops(middle, position, 0).waveform) for position in (0, 99)] == [[200]] * 2
+    several = dataset(tmp_path, random_crops=False, crops_per_clip=4)
+    assert starts(read_crops(several, 0, 0).waveform) == [50, 150, 250, 350]
 
 
-def test_channels_are_averaged_or_picked_or_kept(root: Path):
-    write(root / "a.wav", ramp(100, num_channels=3))
-    mean, first = (drawn(dataset(root, mono=mono), 0, 0).waveform for mono in ("mean", "first"))
-    kept = drawn(dataset(root, num_channels=3, mono="keep"), 0, 0).waveform
+def test_channels_are_averaged_or_chosen_or_kept(tmp_path: Path):
+    write(tmp_path / "a.wav", ramp(100, num_channels=3))
+    mean, first = (
+        read_crops(dataset(tmp_path, mono=mono), 0, 0).waveform for mono in ("mean", "first")
+    )
+    kept = read_crops(dataset(tmp_path, num_channels=3, mono="keep"), 0, 0).waveform
     torch.testing.assert_close(mean[0, 0], torch.from_numpy(ramp(100)[0] + 1))
     np.testing.assert_array_equal(first[0].numpy(), ramp(100))
     np.testing.assert_array_equal(kept[0].numpy(), ramp(100, num_channels=3))
-    random = dataset(root, mono="random")
-    picked = [round(float(drawn(random, position, 0).waveform[0, 0, 0])) for position in range(30)]
-    assert set(picked) == {0, 1, 2}
-    assert picked == [
-        round(float(drawn(random, position, 0).waveform[0, 0, 0])) for position in range(30)
-    ]
+    random = dataset(tmp_path, mono="random")
+    chosen, again = (
+        [round(float(read_crops(random, position, 0).waveform[0, 0, 0])) for position in range(30)]
+        for _ in range(2)
+    )
+    assert set(chosen) == {0, 1, 2}
+    assert chosen == again
 
 
 @pytest.mark.parametrize("clip_seconds", [None, 0.25])
-def test_a_clip_gets_the_loudness_asked_for(root: Path, clip_seconds: float | None):
+def test_clips_are_scaled_to_the_loudness(tmp_path: Path, clip_seconds: float | None):
     noise = np.random.default_rng(0).standard_normal((1, 2000)).astype(np.float32)
-    write(root / "loud.wav", noise / 3)
-    write(root / "quiet.wav", noise / 1000)
-    clips = dataset(root, num_samples=2000, loudness_dbfs=-14.0, clip_seconds=clip_seconds)
-    loud, quiet = (drawn(clips, 0, file).waveform for file in (0, 1))
+    write(tmp_path / "loud.wav", noise / 3)
+    write(tmp_path / "quiet.wav", noise / 1000)
+    clips = dataset(tmp_path, num_samples=2000, loudness_dbfs=-14.0, clip_seconds=clip_seconds)
+    loud, quiet = (read_crops(clips, 0, file).waveform for file in (0, 1))
     assert 20 * torch.log10(loud.square().mean().sqrt()) == pytest.approx(-14, abs=1e-3)
     torch.testing.assert_close(loud, quiet, atol=1e-5, rtol=1e-3)
 
 
-def test_silence_within_a_file_is_not_made_loud(root: Path):
+def test_a_silent_clip_is_not_amplified(tmp_path: Path):
     samples = np.zeros((1, 2000), np.float32)
     samples[0, 0] = 0.5
-    write(root / "a.wav", samples)
-    clips = dataset(root, clip_seconds=0.0125, loudness_dbfs=-14.0)
-    crops = torch.stack([drawn(clips, position, 0).waveform for position in range(10)])
+    write(tmp_path / "a.wav", samples)
+    clips = dataset(tmp_path, clip_seconds=0.0125, loudness_dbfs=-14.0)
+    crops = torch.stack([read_crops(clips, position, 0).waveform for position in range(10)])
     assert crops.isfinite().all()
     assert crops.abs().max() == 0
 
 
-def broken_corpus(root: Path) -> CropDataset:
-    """Five files, two of which are spoilt after they were indexed."""
+def damaged_dataset(root: Path) -> CropDataset:
+    """Five files of levels 0.1 to 0.5; files 1 and 2 change after they were indexed."""
     for file in range(5):
         write(root / f"{file}.wav", np.full((1, 300), (file + 1) / 10, np.float32))
     crops = dataset(root)
@@ -165,42 +167,61 @@ def broken_corpus(root: Path) -> CropDataset:
     return crops
 
 
-def test_a_file_turned_bad_is_replaced_by_the_same_one_everywhere(root: Path):
-    crops = broken_corpus(root)
-    heard = [crops[position, position % 5][0].waveform for position in range(40)]
-    assert {round(float(crop.mean()) * 10) for crop in heard} == {1, 4, 5}
-    again = [crops[position, position % 5][0].waveform for position in range(39, -1, -1)]
-    assert all(torch.equal(first, second) for first, second in zip(heard, again[::-1], strict=True))
+def level_of(crops: Crops) -> int:
+    return round(float(crops.waveform.mean()) * 10)
 
 
-def test_every_file_that_could_not_be_read_is_told_with_its_reason(root: Path):
-    crops = broken_corpus(root)
+def test_the_replacement_of_a_bad_file_is_always_the_same(tmp_path: Path):
+    crops = damaged_dataset(tmp_path)
+    levels, again = (
+        {position: level_of(crops[position, position % 5][0]) for position in order}
+        for order in (range(40), range(39, -1, -1))
+    )
+    assert set(levels.values()) == {1, 4, 5}
+    assert levels == again
+
+
+def test_a_bad_file_of_a_mixture_is_replaced_from_the_same_corpus(tmp_path: Path):
+    corpora = [tmp_path / name for name in ("low", "middle", "high")]
+    for number, corpus in enumerate(corpora):
+        for file in range(4):
+            write(corpus / f"{file}.wav", np.full((1, 300), (3 * number + 1) / 10, np.float32))
+    crops = dataset(*corpora)
+    for number, corpus in enumerate(corpora):
+        (corpus / "0.wav").write_bytes(b"")
+        samples = [crops[position, 4 * number + file] for position in range(20) for file in (0, 3)]
+        assert {level_of(sample) for sample, _ in samples} == {3 * number + 1}
+        bad_files = {Path(bad_read.name) for _, bad_reads in samples for bad_read in bad_reads}
+        assert bad_files == {corpus / "0.wav"}
+
+
+def test_each_bad_read_is_reported_with_its_reason(tmp_path: Path):
+    crops = damaged_dataset(tmp_path)
     assert crops[0, 0][1] == []
-    told = [bad for position in range(40) for bad in crops[position, 1][1]]
-    assert told[0] == BadRead(str(root / "1.wav"), "the file is empty (0 bytes)")
-    assert set(told) == {
-        told[0],
-        BadRead(str(root / "2.wav"), "changed since it was indexed: other size"),
-    }
-    assert told.count(told[0]) >= 40
+    bad_reads = [bad_read for position in range(40) for bad_read in crops[position, 1][1]]
+    empty = BadRead(str(tmp_path / "1.wav"), "the file is empty (0 bytes)")
+    changed = BadRead(str(tmp_path / "2.wav"), "changed since it was indexed: other size")
+    assert bad_reads[0] == empty
+    assert set(bad_reads) == {empty, changed}
+    assert bad_reads.count(empty) >= 40
 
 
-def test_a_corpus_that_went_away_stops_the_run(root: Path):
-    crops = broken_corpus(root)
-    for path in root.glob("*.wav"):
+def test_a_corpus_of_deleted_files_stops_the_run(tmp_path: Path):
+    crops = damaged_dataset(tmp_path)
+    for path in tmp_path.glob("*.wav"):
         path.unlink()
     with pytest.raises(CorpusError, match="20 files in a row"):
         crops[0, 0]
 
 
-def test_a_batch_numbers_its_rows_by_position_and_crop():
-    items = [
+def test_rows_of_a_batch_are_numbered_by_position_and_crop():
+    samples = [
         Crops(torch.full((3, 2, 5), float(position)), position, position - 36)
         for position in (40, 41)
     ]
-    batch = collate(items)
+    batch = collate_crops(samples)
     assert batch.num_samples is None
-    assert collate(items, mask_padding=True).num_samples.tolist() == [4, 4, 4, 5, 5, 5]
+    assert collate_crops(samples, mask_padding=True).num_samples.tolist() == [4, 4, 4, 5, 5, 5]
     assert batch.waveform.shape == (6, 2, 5)
     assert batch.row.tolist() == [120, 121, 122, 123, 124, 125]
     assert batch.row.dtype == torch.int64
@@ -208,18 +229,22 @@ def test_a_batch_numbers_its_rows_by_position_and_crop():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("settings", "message"),
     [
-        ({"num_samples": 0}, "num_samples"),
-        ({"num_channels": 2}, "keep"),
-        ({"num_channels": 2, "mono": "keep"}, r"the table has \[1\]"),
-        ({"clip_seconds": 0.01}, "clip_seconds"),
-        ({"seed": -1}, "seed"),
+        ({"crop_seconds": 0.0}, r"`crop_seconds` \(0.0\) must be at least one sample"),
+        ({"crops_per_clip": 0}, r"`crops_per_clip` \(0\) must be >= 1"),
+        ({"sample_rate": 0}, r"`sample_rate` \(0\) must be >= 1"),
+        ({"num_channels": 2}, "`mono='mean'` gives 1 channel; set `mono='keep'`"),
+        ({"clip_seconds": 0.01}, r"`clip_seconds` \(0.01\) must be at least `crop_seconds`"),
+        ({"seed": -1}, r"`seed` \(-1\) must be >= 0"),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(
-    root: Path, arguments: dict[str, object], message: str
-):
-    write(root / "a.wav", ramp(100))
-    with pytest.raises(ValueError, match=message):
-        dataset(root, **arguments)
+def test_invalid_clip_settings_are_refused(settings: dict[str, object], message: str):
+    with pytest.raises(UserError, match=message):
+        ClipSettings(**{"sample_rate": RATE, "crop_seconds": 0.0125, **settings})
+
+
+def test_kept_channels_need_files_with_as_many_channels(tmp_path: Path):
+    write(tmp_path / "a.wav", ramp(100))
+    with pytest.raises(UserError, match=r"`num_channels` \(2\) channels, the table has \[1\]"):
+        dataset(tmp_path, num_channels=2, mono="keep")

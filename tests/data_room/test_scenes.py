@@ -1,4 +1,4 @@
-"""Laws of scenes: the drawn ratio is met, places are heard where they are, and every scene belongs to its sample."""
+"""Scenes: convolution, noise ratio, ranges of the random draws, and simulated rooms."""
 
 import shutil
 from pathlib import Path
@@ -10,18 +10,17 @@ import torch
 from scipy.signal import fftconvolve
 
 from jepa_audio.cli.models import stats
-from jepa_audio.data.corpus.index import index_corpus
 from jepa_audio.data.corpus.table import CorpusError
 from jepa_audio.data.datamodule import AudioDataModule
-from jepa_audio.data.loading.file_table import FileTable
 from jepa_audio.data.scenes.rooms import write_rooms
 from jepa_audio.data.scenes.scenes import (
     SceneDataset,
-    Scenes,
+    SceneSettings,
     collate_scenes,
     prepare_scenes,
-    render,
+    render_scenes,
 )
+from jepa_audio.errors import UserError
 from jepa_audio.steps.front_ends import SpectrogramFrontEnd
 from jepa_audio.steps.front_ends.transforms import LogMel
 
@@ -31,7 +30,7 @@ SECONDS = 0.5
 
 @pytest.fixture
 def folders(tmp_path: Path) -> dict[str, Path]:
-    """Three rooms of four places each, two noises (one shorter than a clip), and four sounds."""
+    """Three rooms of four sources, two noise files (one shorter than a clip), four audio files."""
     noise = np.random.default_rng(0)
     paths = {name: tmp_path / name for name in ("rirs", "noise", "sounds")}
     for room in range(3):
@@ -51,8 +50,8 @@ def folders(tmp_path: Path) -> dict[str, Path]:
     return paths
 
 
-def data_of(folders: dict[str, Path], scenes: Scenes, **settings: object) -> AudioDataModule:
-    own = {
+def data_of(folders: dict[str, Path], scenes: SceneSettings, **settings: object) -> AudioDataModule:
+    defaults = {
         "crops_per_clip": 3,
         "clip_seconds": SECONDS,
         "batch_size": 4,
@@ -60,52 +59,50 @@ def data_of(folders: dict[str, Path], scenes: Scenes, **settings: object) -> Aud
         "valid_share": 0.0,
     }
     data = AudioDataModule(
-        folders["sounds"], RATE, 0.1, num_channels=2, scenes=scenes, **{**own, **settings}
+        folders["sounds"], RATE, 0.1, num_channels=2, scenes=scenes, **{**defaults, **settings}
     )
     data.prepare_data()
     data.setup("fit")
     return data
 
 
-def scenes_of(folders: dict[str, Path], **settings: object) -> Scenes:
-    return Scenes(rirs=str(folders["rirs"]), noise=str(folders["noise"]), **settings)
+def scenes_of(folders: dict[str, Path], **settings: object) -> SceneSettings:
+    return SceneSettings(rirs=str(folders["rirs"]), noise=str(folders["noise"]), **settings)
 
 
 def dataset_of(folders: dict[str, Path], **settings: object) -> SceneDataset:
     return data_of(folders, scenes_of(folders, **settings))._dataset("train", random_crops=True)
 
 
-def test_a_scene_is_the_literal_sum_of_convolutions(folders: dict[str, Path]):
+def test_a_scene_is_a_sum_of_convolutions(folders: dict[str, Path]):
     dataset = dataset_of(folders)
     items = [dataset[position, position % 4][0] for position in range(6)]
     batch = collate_scenes(items, 800)
-    sound = render(batch.clip, batch.scene)
+    sound = render_scenes(batch.clip, batch.scene)
     assert sound.shape == (6, 2, 4000)
     for row, item in enumerate(items):
         scene, clip = item.scene, item.clip[0].numpy()
-        for_ears = [fftconvolve(clip, ear)[:4000] for ear in scene.source_rir.numpy()]
+        source = np.stack([fftconvolve(clip, rir)[:4000] for rir in scene.source_rir.numpy()])
         noise = np.zeros((2, 4000))
         for rir, shift in zip(scene.noise_rirs.numpy(), scene.shift.tolist(), strict=True):
-            heard = np.roll(scene.noise.numpy(), -shift) * scene.envelope.numpy()
-            noise += [fftconvolve(heard, ear)[:4000] for ear in rir]
+            dry = np.roll(scene.noise.numpy(), -shift) * scene.envelope.numpy()
+            noise += [fftconvolve(dry, of_channel)[:4000] for of_channel in rir]
         gain = np.sqrt(
-            np.square(for_ears).sum() / np.square(noise).sum() * 10 ** (-float(scene.snr_db) / 10)
+            np.square(source).sum() / np.square(noise).sum() * 10 ** (-float(scene.snr_db) / 10)
         )
-        np.testing.assert_allclose(
-            sound[row].numpy(), for_ears + gain * noise, rtol=1e-3, atol=1e-5
-        )
+        np.testing.assert_allclose(sound[row].numpy(), source + gain * noise, rtol=1e-3, atol=1e-5)
 
 
-def test_the_ratio_of_source_and_noise_is_the_drawn_one(folders: dict[str, Path]):
+def test_the_ratio_of_clip_and_noise_is_the_drawn_one(folders: dict[str, Path]):
     dataset = dataset_of(folders, snr_db=(7.0, 7.0))
     batch = collate_scenes([dataset[position, position % 4][0] for position in range(8)], 800)
     silent = batch.scene._replace(noise=torch.zeros_like(batch.scene.noise))
-    source, both = render(batch.clip, silent), render(batch.clip, batch.scene)
+    source, both = render_scenes(batch.clip, silent), render_scenes(batch.clip, batch.scene)
     ratio = 10 * torch.log10(source.square().sum((1, 2)) / (both - source).square().sum((1, 2)))
     torch.testing.assert_close(ratio, torch.full((8,), 7.0), rtol=0, atol=0.01)
 
 
-def test_what_is_drawn_stays_within_its_bounds_and_reaches_them(folders: dict[str, Path]):
+def test_random_draws_cover_their_ranges(folders: dict[str, Path]):
     dataset = dataset_of(folders, snr_db=(5.0, 40.0), diffuse_sources=(2, 3), clean_share=0.3)
     scenes = [dataset[position, 0][0].scene for position in range(200)]
     snr = torch.stack([scene.snr_db for scene in scenes])
@@ -117,7 +114,7 @@ def test_what_is_drawn_stays_within_its_bounds_and_reaches_them(folders: dict[st
     assert 0.2 < float(torch.stack([scene.clean for scene in scenes]).float().mean()) < 0.4
 
 
-def test_source_and_noise_are_places_of_one_room_and_no_place_twice(folders: dict[str, Path]):
+def test_clip_and_noise_sources_are_different_places_in_one_room(folders: dict[str, Path]):
     responses = {}
     for file in folders["rirs"].rglob("*.wav"):
         responses[sf.read(file, dtype="float32")[0].T.tobytes()] = (file.parent.name, file.name)
@@ -125,14 +122,14 @@ def test_source_and_noise_are_places_of_one_room_and_no_place_twice(folders: dic
     rooms = set()
     for position in range(30):
         scene = dataset[position, 0][0].scene
-        heard = [responses[rir.numpy().tobytes()] for rir in (scene.source_rir, *scene.noise_rirs)]
-        assert len({room for room, _ in heard}) == 1
-        assert len(set(heard)) == 4
-        rooms.add(heard[0][0])
+        used = [responses[rir.numpy().tobytes()] for rir in (scene.source_rir, *scene.noise_rirs)]
+        assert len({room for room, _ in used}) == 1
+        assert len(set(used)) == 4
+        rooms.add(used[0][0])
     assert rooms == {"room0", "room1", "room2"}
 
 
-def test_noise_fades_in_and_out_as_it_is_heard_and_short_noise_lies_within(
+def test_rendered_noise_fades_in_and_out_and_short_noise_is_within_the_clip(
     folders: dict[str, Path],
 ):
     dataset = dataset_of(folders, fade_seconds=0.05, diffuse_share=0.5)
@@ -147,23 +144,23 @@ def test_noise_fades_in_and_out_as_it_is_heard_and_short_noise_lies_within(
     louder = scene._replace(
         source_rir=torch.zeros_like(scene.source_rir).index_fill_(-1, torch.tensor([0]), 1e-3)
     )
-    noise = render(batch.clip, louder)[:, 0] - 1e-3 * batch.clip[:, 0]
+    noise = render_scenes(batch.clip, louder)[:, 0] - 1e-3 * batch.clip[:, 0]
     lengths = set()
-    for row, heard in enumerate(noise):
+    for row, rendered in enumerate(noise):
         (inside,) = batch.scene.envelope[row].nonzero(as_tuple=True)
         first, last = int(inside[0]), int(inside[-1]) + 1
         lengths.add(last - first)
-        middle = heard[first + fade : last - fade].square().mean()
-        for edge in (heard[first : first + fade // 4], heard[last - fade // 4 : last]):
+        middle = rendered[first + fade : last - fade].square().mean()
+        for edge in (rendered[first : first + fade // 4], rendered[last - fade // 4 : last]):
             assert edge.square().mean() < 0.1 * middle
-        assert not heard[:first].abs().gt(1e-6).any()
+        assert not rendered[:first].abs().gt(1e-6).any()
     assert lengths == {4000, 1600}
 
 
-def test_a_clean_clip_is_the_dry_one_on_every_channel(folders: dict[str, Path]):
+def test_a_clean_clip_is_the_dry_clip_on_all_channels(folders: dict[str, Path]):
     dataset = dataset_of(folders, clean_share=1.0)
     batch = collate_scenes([dataset[position, 0][0] for position in range(3)], 800)
-    sound = render(batch.clip, batch.scene)
+    sound = render_scenes(batch.clip, batch.scene)
     assert torch.equal(sound, batch.clip.expand(-1, 2, -1))
 
 
@@ -171,7 +168,7 @@ def test_crops_are_cut_from_the_scene_and_rows_are_numbered(folders: dict[str, P
     dataset = dataset_of(folders)
     items = [dataset[position, position % 4][0] for position in (5, 2)]
     batch = collate_scenes(items, 800)
-    sound, rendered = render(batch.clip, batch.scene), batch.render()
+    sound, rendered = render_scenes(batch.clip, batch.scene), batch.render()
     assert rendered.row.tolist() == [15, 16, 17, 6, 7, 8]
     for clip, item in enumerate(items):
         for crop, start in enumerate(item.starts):
@@ -180,7 +177,7 @@ def test_crops_are_cut_from_the_scene_and_rows_are_numbered(folders: dict[str, P
             )
 
 
-def test_a_scene_belongs_to_its_position_and_to_the_seed(folders: dict[str, Path]):
+def test_a_scene_depends_on_position_and_seed(folders: dict[str, Path]):
     one, same = dataset_of(folders), dataset_of(folders)
     for position in (7, 0):
         left, right = one[position, 1][0], same[position, 1][0]
@@ -199,26 +196,24 @@ def test_the_data_module_renders_scenes_after_the_transfer(folders: dict[str, Pa
     batch = data.on_after_batch_transfer(raw.to(torch.device("cpu")), 0)
     assert batch.waveform.shape == (12, 2, 800)
     assert batch.row.tolist() == list(range(12))
-    assert not torch.equal(batch.waveform[:, 0], batch.waveform[:, 1]), (
-        "the ears hear different things"
-    )
+    assert not torch.equal(batch.waveform[:, 0], batch.waveform[:, 1])
     assert data.on_after_batch_transfer(batch, 0) is batch
 
 
-def test_without_noise_there_is_only_the_room(folders: dict[str, Path]):
-    scenes = Scenes(rirs=str(folders["rirs"]))
+def test_without_noise_a_scene_is_one_convolution(folders: dict[str, Path]):
+    scenes = SceneSettings(rirs=str(folders["rirs"]))
     dataset = data_of(folders, scenes)._dataset("train", random_crops=True)
     batch = collate_scenes([dataset[0, 0][0]], 800)
     expected = [
         fftconvolve(batch.clip[0, 0], ear)[:4000] for ear in batch.scene.source_rir[0].numpy()
     ]
     np.testing.assert_allclose(
-        render(batch.clip, batch.scene)[0].numpy(), expected, rtol=1e-3, atol=1e-5
+        render_scenes(batch.clip, batch.scene)[0].numpy(), expected, rtol=1e-3, atol=1e-5
     )
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"snr_db": (10.0, 5.0)}, "`snr_db`"),
         ({"diffuse_sources": (0, 3)}, "`diffuse_sources`"),
@@ -229,31 +224,45 @@ def test_without_noise_there_is_only_the_room(folders: dict[str, Path]):
         ({"rir_seconds": 0.0}, "`rir_seconds`"),
     ],
 )
-def test_impossible_scenes_are_refused(settings: dict[str, object], said: str):
-    with pytest.raises(ValueError, match=said):
-        Scenes(**settings)
+def test_invalid_scene_settings_are_refused(settings: dict[str, object], message: str):
+    with pytest.raises(ValueError, match=message):
+        SceneSettings(**settings)
 
 
-def test_a_bad_response_costs_a_room_and_not_the_clip_and_is_told(folders: dict[str, Path]):
+def test_an_unreadable_impulse_response_is_reported_and_another_room_is_drawn(
+    folders: dict[str, Path],
+):
     dataset = dataset_of(folders)
     expected = dataset[3, 1][0].clip
     for file in (folders["rirs"] / "room0").iterdir():
         file.write_bytes(b"")
-    told = [bad for position in range(20) for bad in dataset[position, 0][1]]
-    assert {Path(bad.name).parent for bad in told} == {folders["rirs"] / "room0"}
-    assert {bad.reason for bad in told} == {"the file is empty (0 bytes)"}
+    bad_reads = [bad_read for position in range(20) for bad_read in dataset[position, 0][1]]
+    assert {Path(bad_read.name).parent for bad_read in bad_reads} == {folders["rirs"] / "room0"}
+    assert {bad_read.reason for bad_read in bad_reads} == {"the file is empty (0 bytes)"}
     assert torch.equal(dataset[3, 1][0].clip, expected)
 
 
-def test_a_checkpoint_holds_scenes_as_plain_data(folders: dict[str, Path], tmp_path: Path):
+def test_a_checkpoint_contains_scene_settings_as_plain_data(
+    folders: dict[str, Path], tmp_path: Path
+):
     torch.save(dict(data_of(folders, scenes_of(folders)).hparams), tmp_path / "hparams.pt")
     stored = torch.load(tmp_path / "hparams.pt", weights_only=True)
-    assert Scenes(**stored["scenes"]) == scenes_of(folders)
+    assert SceneSettings(**stored["scenes"]) == scenes_of(folders)
 
 
-def test_scenes_leave_no_padding_to_mask(folders: dict[str, Path]):
-    with pytest.raises(ValueError, match="leave `mask_padding` false"):
-        data_of(folders, scenes_of(folders), mask_padding=True)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mask_padding": True}, "`mask_padding` must be false"),
+        ({"clip_seconds": None}, "`scenes` need `clip_seconds`"),
+        ({"mono": "keep"}, "set `mono`"),
+    ],
+)
+def test_settings_that_contradict_scenes_are_refused(
+    folders: dict[str, Path], settings: dict[str, object], message: str
+):
+    with pytest.raises(UserError, match=message):
+        data_of(folders, scenes_of(folders), **settings)
 
 
 def test_statistics_are_measured_on_the_scenes(
@@ -268,32 +277,21 @@ def test_statistics_are_measured_on_the_scenes(
     assert "mean: " in capsys.readouterr().out
 
 
-def test_scenes_need_a_clip_and_one_channel_of_it(folders: dict[str, Path]):
-    with pytest.raises(ValueError, match="`scenes` need `clip_seconds`"):
-        data_of(folders, scenes_of(folders), clip_seconds=None)._dataset("train", random_crops=True)
-    with pytest.raises(ValueError, match="`mono`"):
-        files = FileTable([index_corpus(folders["noise"]).usable()])
-        SceneDataset(
-            scenes_of(folders), files, RATE, 8, num_channels=2, mono="keep", clip_seconds=0.1
-        )
-
-
-def test_a_folder_of_other_channels_is_refused(folders: dict[str, Path]):
-    scenes = Scenes(rirs=str(folders["noise"]))
+def test_impulse_responses_with_other_channels_are_refused(folders: dict[str, Path]):
+    scenes = SceneSettings(rirs=str(folders["noise"]))
     with pytest.raises(CorpusError, match="no usable impulse response of 2 channels"):
         data_of(folders, scenes)._dataset("train", random_crops=True)
 
 
-def test_simulated_rooms_come_from_the_library_and_differ_between_the_ears(tmp_path: Path):
+def test_simulated_rooms_differ_between_the_channels_and_are_reproducible(tmp_path: Path):
     pytest.importorskip("pyroomacoustics")
     write_rooms(tmp_path / "rooms", num_rooms=2, num_places=2, sample_rate=RATE)
     files = sorted((tmp_path / "rooms").rglob("*.wav"))
     assert [file.relative_to(tmp_path / "rooms").as_posix() for file in files] == [
         f"room-000{room}/place-{place}.wav" for room in (0, 1) for place in (0, 1)
     ]
-    before = [
-        sf.read(file)[0] for file in files
-    ]  # a float wav also holds the second it was written in
+    # Compare samples, because the header of a float wav contains the time of writing.
+    before = [sf.read(file)[0] for file in files]
     for file in files:
         response, rate = sf.read(file)
         assert rate == RATE
@@ -306,24 +304,22 @@ def test_simulated_rooms_come_from_the_library_and_differ_between_the_ears(tmp_p
     shutil.rmtree(files[0].parent)
     write_rooms(tmp_path / "rooms", num_rooms=2, num_places=2, sample_rate=RATE)
     for file, response in zip(files, before, strict=True):
-        np.testing.assert_array_equal(
-            sf.read(file)[0], response, err_msg="what is missing is made again, the same"
-        )
+        np.testing.assert_array_equal(sf.read(file)[0], response)
 
 
-def test_rooms_are_simulated_where_no_folder_is_given(
+def test_rooms_are_simulated_without_a_folder_of_impulse_responses(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    made = []
+    calls = []
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(
         "jepa_audio.data.scenes.scenes.write_rooms",
         lambda directory, **settings: (
-            made.append(settings),
+            calls.append(settings),
             folders["rirs"].rename(directory.parent.mkdir(parents=True) or directory),
         ),
     )
-    prepare_scenes(Scenes(), num_channels=2, sample_rate=RATE, num_workers=1)
-    assert made == [{"num_channels": 2, "sample_rate": RATE}]
+    prepare_scenes(SceneSettings(), num_channels=2, sample_rate=RATE, num_workers=1)
+    assert calls == [{"num_channels": 2, "sample_rate": RATE}]
     with pytest.raises(ValueError, match="must be 1 or 2"):
         write_rooms(tmp_path / "many", num_channels=3)

@@ -24,6 +24,7 @@ from jepa_audio.data.corpus import shards as shards_module
 from jepa_audio.data.corpus.index import index_corpus
 from jepa_audio.data.corpus.shards import Packing, read_checksums, sha256_of, write_shards
 from jepa_audio.data.corpus.table import Corpus, CorpusError, load_corpus
+from jepa_audio.data.loading.clips import ClipSettings
 from jepa_audio.data.loading.crops import CropDataset
 from jepa_audio.data.loading.file_table import FileTable
 from tests.sounds import audio, noise, pairs, tar, write
@@ -437,15 +438,11 @@ def test_crops_from_shards_equal_crops_from_the_files(tmp_path: Path, clip_secon
     write_shards(corpus, tmp_path / "out", Packing())
     in_order = corpus.shuffled()
     assert in_order.names.to_pylist() == list(facts(tmp_path / "out"))
+    settings = ClipSettings(
+        16_000, 150 / 16_000, crops_per_clip=2, clip_seconds=clip_seconds, loudness_dbfs=-14.0
+    )
     loose, packed = (
-        CropDataset(
-            FileTable([files]),
-            16_000,
-            150,
-            crops_per_clip=2,
-            clip_seconds=clip_seconds,
-            loudness_dbfs=-14.0,
-        )
+        CropDataset(FileTable([files]), settings)
         for files in (in_order, index_corpus(tmp_path / "out").usable())
     )
     for file in range(8):

@@ -1,4 +1,4 @@
-"""The files that a run reads, in memory that all its reading processes share."""
+"""The table of the files that a run reads, in memory shared by all worker processes."""
 
 from __future__ import annotations
 
@@ -17,26 +17,21 @@ from jaxtyping import Int64
 
 from jepa_audio.data.corpus.table import Corpus, CorpusError, IndexedFile
 
-_COLUMNS = (
-    "source",
-    "member",
-    "offset",
-    "num_bytes",
-    "num_frames",
-    "sample_rate",
-    "num_channels",
-    "rms",
-)
-
 
 class FileTable:
-    """The files of one or several corpora, one after the other.
+    """The files of one or several corpora, one corpus after the other.
 
-    Millions of them cost a reading process nothing: the table lies in a nameless temporary file
-    that all of them map.
+    The table is an unnamed temporary file that all processes map into memory: a table of millions
+    of files needs no additional memory in a worker process.
 
     Args:
-        corpora: of usable files only.
+        corpora: corpora that contain usable files only.
+
+    Attributes:
+        sizes: number of files of each corpus.
+
+    Raises:
+        CorpusError: if there is no file.
     """
 
     def __init__(self, corpora: Sequence[Corpus]) -> None:
@@ -46,14 +41,14 @@ class FileTable:
                 f"no usable audio file under {', '.join(str(corpus.root) for corpus in corpora)}"
             )
         tables = [
-            corpus.table.select(_COLUMNS).append_column(
+            corpus.table.select(["source", "member", "offset", *IndexedFile._fields[1:]]).append_column(
                 "corpus", pa.array(np.full(len(corpus), number, np.int16))
             )
             for number, corpus in enumerate(corpora)
         ]
         table = pa.concat_tables(tables).combine_chunks()
         self._roots = [corpus.root for corpus in corpora]
-        # On disk and without a name: it is gone with the last process, however that ends.
+        # The system deletes an unnamed file when the last process ends, also after a crash.
         with tempfile.TemporaryFile() as file:
             with pa.ipc.new_file(file, table.schema) as writer:
                 writer.write_table(table)
@@ -70,16 +65,16 @@ class FileTable:
 
     @property
     def fingerprint(self) -> str:
-        """Of which files there are, and in which order."""
+        """Hash of the names and the order of the files."""
         digest = hashlib.blake2b(digest_size=16)
         for name in ("source", "member", "offset", "corpus"):
-            for value in self._table[name].chunks:
-                for buffer in value.buffers()[1:]:
+            for chunk in self._table[name].chunks:
+                for buffer in chunk.buffers()[1:]:
                     digest.update(buffer if buffer is not None else b"")
         return digest.hexdigest()
 
     def corpus_of(self, index: int) -> range:
-        """The files of the corpus that a file belongs to."""
+        """Indices of all files in the corpus of a file."""
         first = 0
         for size in self.sizes:
             if index < first + size:
@@ -89,11 +84,11 @@ class FileTable:
 
     @property
     def num_channels(self) -> Int64[np.ndarray, " N"]:
-        """Channels of every file."""
+        """Number of channels of each file."""
         return self._table["num_channels"].to_numpy().astype(np.int64)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _attached, (self._roots, self.sizes, DupFd(self._descriptor))
+        return _attach, (self._roots, self.sizes, DupFd(self._descriptor))
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):
@@ -106,7 +101,8 @@ class FileTable:
         self._columns = {name: self._table[name] for name in self._table.column_names}
 
 
-def _attached(roots: list[Path], sizes: list[int], descriptor: Any) -> FileTable:
+def _attach(roots: list[Path], sizes: list[int], descriptor: Any) -> FileTable:
+    """Map the table of another process, whose file descriptor this process has received."""
     files = FileTable.__new__(FileTable)
     files._roots, files.sizes = roots, sizes
     files._map(descriptor.detach())

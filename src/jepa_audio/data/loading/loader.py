@@ -1,4 +1,4 @@
-"""Batches for the Trainer: training that can stop and go on, and files that turn bad on the way."""
+"""Loaders for the Trainer: resumable training batches, and the count of files that cannot be read."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any, TypedDict
 from torch.utils.data import DataLoader
 
 from jepa_audio.data.corpus.table import CorpusError
-from jepa_audio.data.loading.crops import BadRead, WithBadReads
+from jepa_audio.data.loading.clips import BadRead, WithBadReads
 from jepa_audio.data.loading.order import GlobalOrderSampler
 from jepa_audio.steps.grid import AudioBatch
 
 log = logging.getLogger(__name__)
 
-_READS_BEFORE_JUDGING = 100
-_LISTED = 20
+_MIN_READS = 100
+_MAX_LISTED = 20
 
 
 class BadReadCounter:
-    """What could not be read when its turn came: counted, named once, and the end of the run when it is too much.
+    """Counts failed reads, logs each file once, and stops the run above a limit.
 
     Args:
-        max_bad_share: above this share of failed reads the run stops.
+        max_bad_share: largest share of failed reads; checked from 100 reads on.
     """
 
     def __init__(self, max_bad_share: float) -> None:
@@ -32,63 +32,66 @@ class BadReadCounter:
         self.num_bad = 0
         self.reasons: dict[str, str] = {}
 
-    def count(self, num_clips: int, bad: list[BadRead]) -> None:
+    def count(self, num_clips: int, bad_reads: list[BadRead]) -> None:
         """Add the reads of a batch.
 
         Raises:
-            CorpusError: if too many have failed by now.
+            CorpusError: if the share of failed reads is above `max_bad_share`.
         """
-        self.num_reads += num_clips + len(bad)
-        self.num_bad += len(bad)
-        for name, reason in bad:
+        self.num_reads += num_clips + len(bad_reads)
+        self.num_bad += len(bad_reads)
+        for name, reason in bad_reads:
             if name not in self.reasons:
                 log.warning("replaced %s by another file: %s", name, reason)
                 self.reasons[name] = reason
-        if (
-            self.num_reads >= _READS_BEFORE_JUDGING
-            and self.num_bad > self.max_bad_share * self.num_reads
-        ):
-            listed = "; ".join(
-                f"{name} ({reason})" for name, reason in [*self.reasons.items()][:_LISTED]
-            )
-            more = f"; and {len(self.reasons) - _LISTED} more, named above" * (
-                len(self.reasons) > _LISTED
-            )
-            raise CorpusError(
-                f"{self.num_bad} of {self.num_reads} reads failed, more than `max_bad_share` "
-                f"({self.max_bad_share:g}): {listed}{more}"
-            )
+        if self.num_reads < _MIN_READS or self.num_bad <= self.max_bad_share * self.num_reads:
+            return
+        listed = [f"{name} ({reason})" for name, reason in self.reasons.items()]
+        if (num_more := len(listed) - _MAX_LISTED) > 0:
+            listed[_MAX_LISTED:] = [f"and {num_more} more, named above"]
+        raise CorpusError(
+            f"{self.num_bad} of {self.num_reads} reads failed, more than `max_bad_share` "
+            f"({self.max_bad_share:g}): {'; '.join(listed)}"
+        )
 
     def summary(self) -> str:
-        """One line for the end of the run; empty if nothing was bad."""
+        """One line for the end of the run; empty if no read failed."""
         if not self.num_bad:
             return ""
-        return f"{self.num_bad} of {self.num_reads} reads failed and were replaced, of {len(self.reasons)} files"
+        return (
+            f"{self.num_bad} of {self.num_reads} reads failed and were replaced, "
+            f"of {len(self.reasons)} files"
+        )
 
 
 class LoaderState(TypedDict):
-    """What a run needs to go on: the samples that all ranks together have been given."""
+    """State of the data for a resumed run.
+
+    Attributes:
+        samples_consumed: samples that all ranks together have received.
+        files: fingerprint of the files.
+    """
 
     samples_consumed: int
     files: str
 
 
 class ResumableLoader:
-    """Hands out the batches of an endless sampler, epoch after epoch, and knows how many it has handed out.
+    """Iterates over the batches of an endless sampler and counts those that it has returned.
 
-    Batches fetched ahead by workers do not count, so the state is exact whenever it is asked for.
-    It is the same on every rank (Lightning saves that of rank 0 and gives it to all) and holds for
-    another number of processes or workers. One stream of workers serves the whole run: an epoch
-    border costs nothing.
+    Batches that workers have prefetched are not counted, so the state is always exact. It is the
+    same on all ranks (Lightning saves the state of rank 0 and restores it on all ranks) and remains
+    valid for another number of processes or workers. The same workers serve the whole run: no time
+    is lost between epochs.
 
-    This is no `DataLoader`, on purpose: under several processes Lightning replaces the sampler of
-    one.
+    This class is not a `DataLoader`, because Lightning replaces the sampler of a `DataLoader` in
+    runs with several processes.
 
     Args:
         loader: batches of the order; its `batch_sampler` is a `GlobalOrderSampler`.
-        files: fingerprint of the files that the order is of.
-        bad_reads: where reads are counted.
-        batches_per_epoch: micro-batches that shall be called an epoch; `None` for about one pass.
+        bad_reads: counter of failed reads.
+        batches_per_epoch: micro-batches in an epoch; `None` for about one pass over the files.
+        fingerprint: fingerprint of the files.
     """
 
     def __init__(
@@ -96,7 +99,7 @@ class ResumableLoader:
         loader: DataLoader[WithBadReads[Any]],
         bad_reads: BadReadCounter,
         batches_per_epoch: int | None = None,
-        files: str = "",
+        fingerprint: str = "",
     ) -> None:
         sampler = loader.batch_sampler
         if not isinstance(sampler, GlobalOrderSampler):
@@ -105,7 +108,7 @@ class ResumableLoader:
             )
         self.order = sampler
         self._loader = loader
-        self._files = files
+        self._fingerprint = fingerprint
         self._bad_reads = bad_reads
         self._batches_per_epoch = (
             sampler.batches_per_pass if batches_per_epoch is None else batches_per_epoch
@@ -121,41 +124,43 @@ class ResumableLoader:
         for _ in range(len(self)):
             if self._batches is None:
                 self._batches = iter(self._loader)
-            batch, bad = next(self._batches)
-            self._bad_reads.count(self.order.batch_size, bad)
-            # Counted before it is handed out: a checkpoint is written while its receiver still
-            # holds it.
+            batch, bad_reads = next(self._batches)
+            self._bad_reads.count(self.order.batch_size, bad_reads)
+            # Count before the yield: a checkpoint is written while the Trainer uses this batch.
             self._samples_consumed += self.order.global_batch_size
             yield batch
 
     def state_dict(self) -> LoaderState:
-        """The same on every rank."""
-        return {"samples_consumed": self._samples_consumed, "files": self._files}
+        """The state, the same on all ranks."""
+        return {"samples_consumed": self._samples_consumed, "files": self._fingerprint}
 
     def load_state_dict(self, state: LoaderState) -> None:
-        """Go on after the samples of `state`."""
-        if (
-            state.get("files", self._files) != self._files
-        ):  # checkpoints of earlier versions do not say
+        """Continue after the samples of `state`."""
+        # Checkpoints of earlier versions hold no fingerprint.
+        if state.get("files", self._fingerprint) != self._fingerprint:
             log.warning(
-                "the corpus is not what it was when the checkpoint was written: from here on the order of samples is "
-                "another one. A table (`--data.root corpus.parquet`) stays as it is: a file that turns bad is replaced"
+                "the files have changed since the checkpoint was written: the order of samples is "
+                "another one from here on. To keep the list of files, train from a table "
+                "(`--data.root corpus.parquet`): files that become unreadable are replaced"
             )
         self.close()
         self._samples_consumed = self.order.samples_consumed = state["samples_consumed"]
 
     def close(self) -> None:
-        """Stop the workers; what they have fetched ahead is fetched anew by the next iteration."""
+        """Stop the workers; the next iteration reads their prefetched samples again."""
         self.order.samples_consumed = self._samples_consumed
         self._batches = None
 
 
 class EvaluationLoader:
-    """The same batches at every iteration. No `DataLoader` either: Lightning would repeat files to make ranks even.
+    """The same batches in each iteration.
+
+    This class is not a `DataLoader`, because Lightning repeats files of a `DataLoader` to give all
+    ranks the same number.
 
     Args:
-        loader: of the files of one rank.
-        bad_reads: where reads are counted.
+        loader: batches of the files of one rank.
+        bad_reads: counter of failed reads.
     """
 
     def __init__(self, loader: DataLoader[WithBadReads[Any]], bad_reads: BadReadCounter) -> None:
@@ -166,6 +171,6 @@ class EvaluationLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[AudioBatch]:
-        for batch, bad in self._loader:
-            self._bad_reads.count(self._loader.batch_size or 1, bad)
+        for batch, bad_reads in self._loader:
+            self._bad_reads.count(self._loader.batch_size or 1, bad_reads)
             yield batch

@@ -1,4 +1,4 @@
-"""The order of a run: one endless shuffle for all processes, of one corpus or of a mixture of several."""
+"""The order of samples in a run: one endless shuffle of a corpus, or of a mixture of corpora."""
 
 from __future__ import annotations
 
@@ -8,38 +8,40 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Int64
 from torch.utils.data import Sampler
+from typing_extensions import override
 
 from jepa_audio.errors import UserError
 
 SampleIndex = tuple[int, int]
-"""(position in the order of the whole run, file to read there)."""
+"""(position in the order of the run, index of the file to read)."""
 
-_BLOCK = 10_000
+_BLOCK_SIZE = 10_000
 
 
 class GlobalOrderSampler(Sampler[list[SampleIndex]]):
-    """Batches of one rank, cut out of one endless order that no rank owns.
+    """The batches of one rank, cut from one endless order that all ranks share.
 
-    The order is one permutation of the files after the other, each a function of (seed, epoch)
-    alone. Global micro-batch m holds the next `world_size * batch_size` positions, and rank r takes
-    the r-th block of them. A batch may reach over the border of two epochs: nothing is dropped and
-    nothing is padded. Iteration never ends, so there is no length; the loader says what it calls an
-    epoch.
+    The order is a sequence of permutations of the files, each a function of (seed, epoch) alone.
+    Global micro-batch m takes the next `world_size * batch_size` positions, and rank r takes the
+    r-th block of them. A batch may cross the border of two epochs: no file is dropped or repeated.
+    Iteration never ends, so the sampler has no length; `ResumableLoader` defines an epoch.
 
-    A mixture gives every corpus such an order of its own. Each stretch of 10,000 positions takes
-    the same number of files of a corpus, in proportion to the weights, and shuffles whose turn it
-    is: which file stands at a position is a matter of arithmetic there too.
+    In a mixture each corpus has such an order of its own. Each block of 10,000 positions takes
+    a fixed number of files from each corpus, in proportion to the weights, and shuffles which
+    position takes which corpus. So the file at any position can be computed directly.
 
     Args:
-        num_files: files in the corpus; several numbers for several corpora, whose files are
-            numbered in a row.
-        batch_size: clips of one rank's micro-batch.
-        weights: share of each corpus in the clips, in any unit; `None` for one shuffle over the
-            files of all.
-        rank: of this process.
+        num_files: number of files of the corpus; for several corpora a list. Files are numbered
+            consecutively over all corpora.
+        batch_size: clips in one rank's micro-batch.
+        weights: relative share of each corpus in the clips; `None` shuffles all files together.
+        rank: rank of this process.
         world_size: number of processes.
-        seed: of the shuffle.
-        shuffle: `False` for the order of the table, again and again.
+        seed: seed of the shuffle.
+        shuffle: False repeats the order of the table.
+
+    Raises:
+        UserError: if an argument is out of range.
     """
 
     def __init__(
@@ -56,16 +58,13 @@ class GlobalOrderSampler(Sampler[list[SampleIndex]]):
         sizes = [num_files] if isinstance(num_files, int) else list(num_files)
         if weights is None:
             sizes = [sum(sizes)]
-        if min(sizes) < 1 or batch_size < 1:
+        if min(sizes) < 1 or batch_size < 1 or seed < 0:
             raise UserError(
-                f"`num_files` ({num_files}) and `batch_size` ({batch_size}) must be >= 1"
+                f"`num_files` ({num_files}) and `batch_size` ({batch_size}) must be >= 1, "
+                f"`seed` ({seed}) must be >= 0"
             )
         if not 0 <= rank < world_size:
-            raise UserError(
-                f"`rank` ({rank}) must be in [0, world_size), `world_size` is {world_size}"
-            )
-        if seed < 0:
-            raise UserError(f"`seed` ({seed}) must be >= 0")
+            raise UserError(f"`rank` ({rank}) must be in [0, `world_size` ({world_size}))")
         self.num_files = sum(sizes)
         self.batch_size = batch_size
         self.rank = rank
@@ -74,96 +73,99 @@ class GlobalOrderSampler(Sampler[list[SampleIndex]]):
         self._seed = seed
         self._shuffle = shuffle
         self._sizes = sizes
-        self._first = np.concatenate(
-            [[0], np.cumsum(sizes)[:-1]]
-        )  # of every corpus, its first file
-        self._permutations: dict[
-            int, tuple[int, np.ndarray]
-        ] = {}  # of every corpus, that of the running epoch
-        self._quota = _quota([1.0] if weights is None else weights, len(sizes))
+        self._first_files = [sum(sizes[:corpus]) for corpus in range(len(sizes))]
+        # For each corpus: (epoch, permutation of its files in this epoch).
+        self._permutations: dict[int, tuple[int, np.ndarray]] = {}
+        self._block_counts = count_files_per_block(
+            [1.0] if weights is None else weights, len(sizes)
+        )
 
     @property
     def batches_per_pass(self) -> int:
-        """Micro-batches in which all ranks together see about every file once, at least one."""
+        """Micro-batches in which all ranks together read each file about once; at least 1."""
         return max(1, self.num_files // self.global_batch_size)
 
+    @override
     def __iter__(self) -> Iterator[list[SampleIndex]]:
-        """Endless, from `samples_consumed` on."""
+        """Endless batches from `samples_consumed` on."""
         start = self.samples_consumed + self.rank * self.batch_size
         while True:
-            yield [
-                (position, self.file_at(position))
-                for position in range(start, start + self.batch_size)
-            ]
+            batch = range(start, start + self.batch_size)
+            yield [(position, self.file_at(position)) for position in batch]
             start += self.global_batch_size
 
     def file_at(self, position: int) -> int:
-        """The file that stands at a position of the order."""
-        corpus, turn = (0, position) if len(self._sizes) == 1 else self._turn(position)
-        epoch, place = divmod(turn, self._sizes[corpus])
+        """Index of the file at a position of the order."""
+        corpus, draw = (0, position) if len(self._sizes) == 1 else self._draw_at(position)
+        epoch, index = divmod(draw, self._sizes[corpus])
         if self._shuffle:
-            place = self._shuffled(corpus, epoch)[place]
-        return int(self._first[corpus] + place)
+            index = self._permutation(corpus, epoch)[index]
+        return int(self._first_files[corpus] + index)
 
-    def _shuffled(self, corpus: int, epoch: int) -> Int64[np.ndarray, " files"]:
-        known = self._permutations.get(corpus)
-        if known is None or known[0] != epoch:
-            # The number of the first corpus, 0, draws what no number would.
+    def _permutation(self, corpus: int, epoch: int) -> Int64[np.ndarray, " files"]:
+        cached = self._permutations.get(corpus)
+        if cached is None or cached[0] != epoch:
+            # numpy treats [seed, epoch, 0] like [seed, epoch]: the order of a single corpus is the
+            # one of versions without mixtures.
             rng = np.random.default_rng([self._seed, epoch, corpus])
-            known = self._permutations[corpus] = epoch, rng.permutation(self._sizes[corpus])
-        return known[1]
+            cached = self._permutations[corpus] = epoch, rng.permutation(self._sizes[corpus])
+        return cached[1]
 
-    def _turn(self, position: int) -> tuple[int, int]:
-        """Which corpus a position takes, and which of the files it takes from it, counted from the run's start."""
-        block, place = divmod(position, _BLOCK)
-        corpora, turns = _shuffled_block(self._seed, block, self._quota)
+    def _draw_at(self, position: int) -> tuple[int, int]:
+        """(corpus at a position, number of earlier positions in the run with this corpus)."""
+        block, place = divmod(position, _BLOCK_SIZE)
+        corpora, draws = _shuffled_block(self._seed, block, self._block_counts)
         corpus = int(corpora[place])
-        return corpus, block * self._quota[corpus] + int(turns[place])
+        return corpus, block * self._block_counts[corpus] + int(draws[place])
 
 
-def _quota(weights: Sequence[float], num_corpora: int) -> tuple[int, ...]:
-    """Files of every corpus in a block: the largest remainders round up."""
+def count_files_per_block(weights: Sequence[float], num_corpora: int) -> tuple[int, ...]:
+    """Files of each corpus in a block of 10,000 positions; the largest remainders round up.
+
+    Raises:
+        UserError: if a weight is missing, not positive or below 1 in 10,000 of the sum.
+    """
     if len(weights) != num_corpora or min(weights) <= 0:
         raise UserError(
-            f"`weights` {list(weights)} must be {num_corpora} positive numbers, one for each corpus"
+            f"`weights` {list(weights)} must be {num_corpora} positive numbers, one for each source"
         )
-    exact = np.array(weights, dtype=np.float64) / sum(weights) * _BLOCK
-    quota = np.floor(exact).astype(int)
-    quota[np.argsort(quota - exact, kind="stable")[: _BLOCK - quota.sum()]] += 1
-    if quota.min() < 1:
+    exact = np.array(weights, dtype=np.float64) / sum(weights) * _BLOCK_SIZE
+    counts = np.floor(exact).astype(int)
+    counts[np.argsort(counts - exact, kind="stable")[: _BLOCK_SIZE - counts.sum()]] += 1
+    if counts.min() < 1:
         raise UserError(
-            f"`weights` {list(weights)}: the smallest share must be at least 1 in {_BLOCK}"
+            f"`weights` {list(weights)}: the smallest share must be at least 1 in {_BLOCK_SIZE}"
         )
-    return tuple(quota.tolist())
+    return tuple(counts.tolist())
 
 
 @lru_cache(maxsize=4)
 def _shuffled_block(
-    seed: int, block: int, quota: tuple[int, ...]
+    seed: int, block: int, counts: tuple[int, ...]
 ) -> tuple[Int64[np.ndarray, " block"], Int64[np.ndarray, " block"]]:
-    """For each place of a block: its corpus, and how many places before it took the same one."""
-    corpora = np.repeat(np.arange(len(quota)), quota)
+    """For each position of a block: its corpus, and how many earlier positions have this corpus."""
+    corpora = np.repeat(np.arange(len(counts)), counts)
     np.random.default_rng([seed, block, 1]).shuffle(corpora)
-    turns = np.empty(_BLOCK, dtype=np.int64)
-    for corpus, count in enumerate(quota):
-        turns[corpora == corpus] = np.arange(count)
-    return corpora, turns
+    draws = np.empty(_BLOCK_SIZE, dtype=np.int64)
+    for corpus, count in enumerate(counts):
+        draws[corpora == corpus] = np.arange(count)
+    return corpora, draws
 
 
 class EveryNthBatch(Sampler[SampleIndex]):
-    """The files of batches rank, rank + world_size, ... of the table: every batch whole, on one rank.
+    """The files of batches rank, rank + world_size, ... of the table.
 
-    Whole, because validation masks are drawn for a batch at once: the loss does not depend on the
-    number of processes. With fewer batches than ranks one is repeated, for a rank without a batch
-    would leave the others waiting.
+    A batch is never divided between ranks: validation masks are drawn for a batch at once, so the
+    loss does not depend on the number of processes. With fewer batches than ranks a batch is
+    repeated, because a rank without a batch would block the others.
 
     Args:
-        num_files: in the table.
-        batch_size: files of a batch.
-        rank: of this process.
+        num_files: number of files in the table.
+        batch_size: files in a batch.
+        rank: rank of this process.
         world_size: number of processes.
-        even: give every rank as many batches as any other and leave out the last ones: processes
-            that hold shares of the weights need each other at every batch.
+        even: give all ranks the same number of batches and drop the last ones. Processes that hold
+            shares of the weights synchronise at each batch.
     """
 
     def __init__(
@@ -179,9 +181,10 @@ class EveryNthBatch(Sampler[SampleIndex]):
         ]
         if even and len(batches) > world_size:
             batches = batches[: len(batches) // world_size * world_size]
-        own = batches[rank::world_size] or [batches[rank % len(batches)]]
-        self._files = [index for batch in own for index in batch]
+        rank_batches = batches[rank::world_size] or [batches[rank % len(batches)]]
+        self._files = [index for batch in rank_batches for index in batch]
 
+    @override
     def __iter__(self) -> Iterator[SampleIndex]:
         return ((index, index) for index in self._files)
 

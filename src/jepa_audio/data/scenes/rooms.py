@@ -1,9 +1,7 @@
-"""Impulse responses of simulated shoebox rooms, for users who have none: the image-source method of pyroomacoustics."""
+"""Impulse responses of simulated shoebox rooms, for users without recorded ones (pyroomacoustics)."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,21 +9,18 @@ import soundfile as sf
 from jaxtyping import Float
 
 from jepa_audio.errors import UserError
+from jepa_audio.files import atomic_path
 from jepa_audio.parallel import track_progress
 
 _HEAD_RADIUS_M = 0.0875
-_HIGHEST_ORDER = 24  # of reflections; what comes later is far below the rest
+# Reflections of higher orders are far below the others in level.
+_MAX_REFLECTION_ORDER = 24
 
 
-def default_rooms(num_channels: int, sample_rate: int) -> Path:
-    """Where the rooms lie that are simulated when a user has none."""
-    return (
-        Path.home()
-        / ".cache"
-        / "jepa_audio"
-        / "rooms"
-        / f"{num_channels}-channels-{sample_rate}-hz"
-    )
+def default_rooms_folder(num_channels: int, sample_rate: int) -> Path:
+    """The folder of the simulated rooms that are used if the user gives no impulse responses."""
+    cache = Path.home() / ".cache" / "jepa_audio" / "rooms"
+    return cache / f"{num_channels}-channels-{sample_rate}-hz"
 
 
 def write_rooms(
@@ -38,44 +33,40 @@ def write_rooms(
     distance_m: tuple[float, float] = (1.5, 5.0),
     seed: int = 0,
 ) -> None:
-    """Write impulse responses, one folder a room; what is already there is kept.
+    """Write impulse responses (image-source method), one folder for each room; keep existing files.
 
-    The listener is a pair of microphones at the distance of two ears, turned outwards and a little
-    directional: arrival times and levels differ between them as they do for a head, its shadow and
-        its shape do not. One channel is a
-    microphone that hears all directions alike.
+    With two channels the receiver is a pair of subcardioid microphones that point outwards, at the
+    distance of two ears. Arrival times and levels differ between them as between two ears, but the
+    shadow and the shape of a head are not simulated. One channel is an omnidirectional microphone.
 
     Args:
-        directory: folder to write; the same settings give the same responses.
-        num_rooms: shoebox rooms of drawn sizes and reverberation times.
-        num_places: sources in every room, at drawn distances and directions.
+        directory: output folder; equal settings give equal responses.
+        num_rooms: number of rooms, with random sizes and reverberation times.
+        num_places: sources in each room, at random distances and directions.
         num_channels: 1 or 2.
-        sample_rate: in Hz.
-        rt60_seconds: bounds of the reverberation time.
-        distance_m: bounds of the distance from source to listener; a small room ends it earlier.
-        seed: another seed, other rooms.
+        sample_rate: sample rate in Hz.
+        rt60_seconds: range of the reverberation time.
+        distance_m: range of the distance between source and receiver; limited by the room size.
+        seed: seed of all random draws.
 
     Raises:
         UserError: if the settings are impossible or pyroomacoustics is not installed.
     """
-    if num_channels not in (1, 2):
+    if num_channels not in {1, 2}:
         raise UserError(
-            f"`num_channels` ({num_channels}) of simulated rooms must be 1 or 2; give a folder in `scenes.rirs`"
+            f"`num_channels` ({num_channels}) of simulated rooms must be 1 or 2; "
+            "set `scenes.rirs` to a folder of impulse responses"
         )
     for room in track_progress(range(num_rooms), "simulating rooms", num_rooms):
         folder = directory / f"room-{room:04}"
-        if folder.exists():
+        paths = [folder / f"place-{place}.wav" for place in range(num_places)]
+        if all(path.exists() for path in paths):
             continue
-        unfinished = directory / f".{folder.name}.{os.getpid()}"
-        unfinished.mkdir(parents=True, exist_ok=True)
         rng = np.random.default_rng([seed, room])
         responses = _simulate(rng, num_places, num_channels, sample_rate, rt60_seconds, distance_m)
-        for place, response in enumerate(responses):
-            sf.write(unfinished / f"place-{place}.wav", response.T, sample_rate, subtype="FLOAT")
-        try:
-            unfinished.rename(folder)
-        except OSError:  # another process has been faster
-            shutil.rmtree(unfinished)
+        for path, response in zip(paths, responses, strict=True):
+            with atomic_path(path) as unfinished:
+                sf.write(unfinished, response.T, sample_rate, subtype="FLOAT", format="WAV")
 
 
 def _simulate(
@@ -85,9 +76,11 @@ def _simulate(
     sample_rate: int,
     rt60_seconds: tuple[float, float],
     distance_m: tuple[float, float],
-) -> list[Float[np.ndarray, "C L"]]:
+) -> Float[np.ndarray, "P C L"]:
+    """Impulse responses from P sources in one room to the microphones."""
     try:
-        import pyroomacoustics as pra  # noqa: PLC0415 (an extra: only those without impulse responses need it)
+        # An optional dependency.
+        import pyroomacoustics as pra  # noqa: PLC0415
         from pyroomacoustics.directivities import DirectionVector, SubCardioid  # noqa: PLC0415
     except ImportError as error:
         raise UserError(
@@ -99,7 +92,7 @@ def _simulate(
         size,
         fs=sample_rate,
         materials=pra.Material(absorption),
-        max_order=min(order, _HIGHEST_ORDER),
+        max_order=min(order, _MAX_REFLECTION_ORDER),
     )
     head = size * [*rng.uniform(0.35, 0.65, 2), 0.0] + [0.0, 0.0, min(1.6, size[2] / 2)]
     if num_channels == 1:
@@ -115,23 +108,20 @@ def _simulate(
             np.stack([head + left, head - left], axis=1), directivity=outwards
         )
     for _ in range(num_places):
-        room.add_source(_place(rng, head, size, distance_m))
+        room.add_source(_draw_source(rng, head, size, distance_m))
     room.compute_rir()
-    longest = max(
-        len(room.rir[ear][place]) for ear in range(num_channels) for place in range(num_places)
-    )
-    responses = np.zeros((num_places, num_channels, longest), dtype=np.float32)
-    for place in range(num_places):
-        for ear in range(num_channels):
-            response = room.rir[ear][place]
-            responses[place, ear, : len(response)] = response
-    return list(responses)
+    num_samples = max(len(response) for channel in room.rir for response in channel)
+    responses = np.zeros((num_places, num_channels, num_samples), dtype=np.float32)
+    for channel, of_channel in enumerate(room.rir):
+        for place, response in enumerate(of_channel):
+            responses[place, channel, : len(response)] = response
+    return responses
 
 
-def _place(
+def _draw_source(
     rng: np.random.Generator, head: np.ndarray, size: np.ndarray, distance_m: tuple[float, float]
 ) -> Float[np.ndarray, " 3"]:
-    """A place at a drawn distance and direction, moved into the room where it lies outside."""
+    """A source at a random distance and direction, at least 0.3 m from each wall."""
     azimuth, elevation = rng.uniform(0, 2 * np.pi), rng.uniform(-0.4, 0.4)
     direction = [
         np.cos(azimuth) * np.cos(elevation),

@@ -1,4 +1,4 @@
-"""Clips put into rooms with noise: dry mono in, reverberant and noisy out, one or several channels."""
+"""Clips placed in rooms with noise: dry mono in, reverberant and noisy out, on one or more channels."""
 
 from __future__ import annotations
 
@@ -13,50 +13,49 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int
 from scipy.fft import next_fast_len
 from torch import Tensor
+from typing_extensions import override
 
 from jepa_audio.data.audio.read import AudioLocation, AudioReadError, TarMember, read
 from jepa_audio.data.audio.resample import resample
 from jepa_audio.data.corpus.index import index_corpus
 from jepa_audio.data.corpus.table import CorpusError, IndexedFile, load_corpus
-from jepa_audio.data.loading.crops import (
-    BadRead,
-    ChannelMode,
-    ClipDataset,
-    CropDataset,
-    checked_clip,
-    cut,
-)
+from jepa_audio.data.loading.clips import BadRead, ClipDataset, ClipSettings, fit_length
+from jepa_audio.data.loading.crops import CropDataset
 from jepa_audio.data.loading.file_table import FileTable
-from jepa_audio.data.scenes.rooms import default_rooms, write_rooms
-from jepa_audio.errors import UserError
+from jepa_audio.data.scenes.rooms import default_rooms_folder, write_rooms
+from jepa_audio.errors import UserError, check_bounds
 from jepa_audio.steps.grid import AudioBatch
 
 log = logging.getLogger(__name__)
 
-_ROOMS_TRIED = 20
+_MAX_ROOMS_TRIED = 20
 
 
 @dataclass(frozen=True)
-class Scenes:
-    """How clips are put into scenes, as WavJEPA-Nat is trained (Yuksel et al., 2025, arXiv:2509.23238).
+class SceneSettings:
+    """How clips are placed in scenes, as in WavJEPA-Nat (Yuksel et al., 2025, arXiv:2509.23238).
 
-    A clip is convolved with an impulse response of a room; noise, convolved with others of the same
-    room, is added at a drawn ratio. Localised noise comes from one place; diffuse noise from
-    several, each with another stretch of it. In WavJEPA-Nat all places give the same noise, the
-    ratio is of each ear by itself, and all is mixed at 32 kHz.
+    A clip is convolved with an impulse response of a room. Noise is convolved with other impulse
+    responses of the same room and added at a random ratio. Localised noise has one source; diffuse
+    noise has several, each with another segment of the noise.
 
-    Args:
-        rirs: folder of impulse responses with as many channels as the model takes; the files of one
-            folder are places in one room. `None` for simulated shoebox rooms, see
+    Differences from WavJEPA-Nat: there all noise sources play the same segment, the ratio is set
+    for each ear separately, and scenes are mixed at 32 kHz.
+
+    Attributes:
+        rirs: folder of impulse responses with as many channels as the model takes; files in one
+            folder belong to one room. `None` simulates shoebox rooms, see
             `jepa_audio.data.scenes.rooms`.
-        noise: folder of noise recordings; `None` for none.
-        snr_db: bounds of the drawn ratio of the clip's energy to the noise's, over all channels, in
-            decibels.
-        diffuse_share: share of the scenes whose noise is diffuse.
-        diffuse_sources: fewest and most places of diffuse noise.
-        fade_seconds: of the noise, in and out.
+        noise: folder of noise recordings; `None` adds no noise.
+        snr_db: range of the ratio of clip energy to noise energy over all channels, in decibels.
+        diffuse_share: share of the scenes with diffuse noise.
+        diffuse_sources: smallest and largest number of sources of diffuse noise.
+        fade_seconds: length of the fade-in and fade-out of the noise.
         rir_seconds: longer impulse responses are cut.
-        clean_share: share of the clips that stay dry and clean, the same on every channel.
+        clean_share: share of the clips that stay dry and clean, the same on all channels.
+
+    Raises:
+        UserError: if a value is out of range.
     """
 
     rirs: str | None = None
@@ -69,33 +68,30 @@ class Scenes:
     clean_share: float = 0.0
 
     def __post_init__(self) -> None:
-        fewest, most = self.diffuse_sources
-        if not 1 <= fewest <= most:
+        low, high = self.diffuse_sources
+        if not 1 <= low <= high:
             raise UserError(
-                f"`diffuse_sources` {self.diffuse_sources} must be [fewest, most], both at least 1"
+                f"`diffuse_sources` {self.diffuse_sources} must be [smallest, largest], both >= 1"
             )
         if self.snr_db[0] > self.snr_db[1]:
             raise UserError(f"`snr_db` {self.snr_db} must be [lowest, highest]")
-        for name in ("diffuse_share", "clean_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"`{name}` ({getattr(self, name)}) must be in [0, 1]")
-        if self.fade_seconds <= 0 or self.rir_seconds <= 0:
-            raise UserError(
-                f"`fade_seconds` ({self.fade_seconds}) and `rir_seconds` ({self.rir_seconds}) must be > 0"
-            )
+        check_bounds(self, 0, 1, "diffuse_share", "clean_share")
+        for name in ("fade_seconds", "rir_seconds"):
+            if (seconds := getattr(self, name)) <= 0:
+                raise UserError(f"`{name}` ({seconds}) must be > 0")
 
 
 class Scene(NamedTuple):
-    """What clips are put into; places that no noise comes from have an impulse response of zeros.
+    """Impulse responses and noise of a scene; unused noise sources have a response of zeros.
 
     Attributes:
-        source_rir: from the clip's place to the ears.
-        noise_rirs: the same for each of P places of noise.
-        noise: as long as the clip, a shorter recording again and again.
-        envelope: how loud the noise is, faded in and out.
-        shift: samples by which the noise of each place is shifted around.
-        snr_db: energy of the clip over that of the noise, both at the ears.
-        clean: True where the clip stays as it is.
+        source_rir: impulse response from the clip to the C output channels.
+        noise_rirs: the same from each of P noise sources.
+        noise: noise of the length of the clip; a shorter recording is repeated.
+        envelope: gain of the noise over time, with fade-in and fade-out.
+        shift: circular shift of the noise of each source, in samples.
+        snr_db: energy ratio of clip and noise, both after convolution.
+        clean: True if the clip stays unchanged.
     """
 
     source_rir: Float32[Tensor, "*B C L"]
@@ -107,7 +103,7 @@ class Scene(NamedTuple):
     clean: Bool[Tensor, "*B"]
 
 
-class PlacedClip(NamedTuple):
+class SceneSample(NamedTuple):
     """One clip of a `SceneBatch`."""
 
     clip: Float32[Tensor, "1 S"]
@@ -117,7 +113,7 @@ class PlacedClip(NamedTuple):
 
 
 class SceneBatch(NamedTuple):
-    """Clips, their scenes, and where in them the crops begin; `render` makes the training batch, on any device."""
+    """Clips, their scenes and the first samples of the crops; `render` gives the training batch."""
 
     clip: Float32[Tensor, "B 1 S"]
     scene: Scene
@@ -126,218 +122,204 @@ class SceneBatch(NamedTuple):
     num_samples: int
 
     def to(self, device: torch.device) -> SceneBatch:
-        """The sounds on another device; positions are read on the CPU."""
+        """Move the audio to a device; positions stay on the CPU, where they are needed."""
         clip, starts = (tensor.to(device, non_blocking=True) for tensor in (self.clip, self.starts))
         scene = Scene(*(tensor.to(device, non_blocking=True) for tensor in self.scene))
         return SceneBatch(clip, scene, starts, self.position, self.num_samples)
 
     def render(self) -> AudioBatch:
-        """The crops of the scenes, numbered by their place in the order of the run."""
-        sound = render(self.clip, self.scene)
-        within = self.starts[..., None] + torch.arange(
-            self.num_samples, device=sound.device
-        )  # [B, crops, S']
-        index = within[:, :, None].expand(-1, -1, sound.shape[1], -1)
-        crops = sound[:, None].expand(-1, within.shape[1], -1, -1).gather(-1, index)
-        row = self.position[:, None] * within.shape[1] + torch.arange(within.shape[1])
+        """Render the scenes on the device of the batch and cut the crops."""
+        audio = render_scenes(self.clip, self.scene)
+        offsets = torch.arange(self.num_samples, device=audio.device)
+        samples = self.starts[..., None] + offsets  # [B, crops, S']
+        num_crops, num_channels = samples.shape[1], audio.shape[1]
+        index = samples[:, :, None].expand(-1, -1, num_channels, -1)
+        crops = audio[:, None].expand(-1, num_crops, -1, -1).gather(-1, index)
+        row = self.position[:, None] * num_crops + torch.arange(num_crops)
         return AudioBatch(crops.flatten(0, 1), row.flatten())
 
 
-def prepare_scenes(scenes: Scenes, num_channels: int, sample_rate: int, num_workers: int) -> None:
-    """Look at every impulse response and noise file once; simulate rooms where no folder is given.
+def prepare_scenes(
+    settings: SceneSettings, num_channels: int, sample_rate: int, num_workers: int
+) -> None:
+    """Index impulse responses and noise; simulate rooms if no impulse responses are given.
 
     Raises:
-        CorpusError: if one of the folders holds nothing usable.
+        CorpusError: if one of the folders contains no usable file.
     """
-    if scenes.noise is None:
+    if settings.noise is None:
         log.warning("scenes without noise: set `data.scenes.noise` to a folder of recordings")
-    if scenes.rirs is None:
+    if settings.rirs is None:
         write_rooms(
-            default_rooms(num_channels, sample_rate),
+            default_rooms_folder(num_channels, sample_rate),
             num_channels=num_channels,
             sample_rate=sample_rate,
         )
-    for folder in _folders(scenes, num_channels, sample_rate):
-        index_corpus(folder, num_workers=num_workers)
+    for folder in (_rirs_folder(settings, num_channels, sample_rate), settings.noise):
+        if folder is not None:
+            index_corpus(folder, num_workers=num_workers)
 
 
-def _folders(scenes: Scenes, num_channels: int, sample_rate: int) -> list[Path]:
-    rirs = default_rooms(num_channels, sample_rate) if scenes.rirs is None else Path(scenes.rirs)
-    return [rirs] if scenes.noise is None else [rirs, Path(scenes.noise)]
+def _rirs_folder(settings: SceneSettings, num_channels: int, sample_rate: int) -> str | Path:
+    if settings.rirs is None:
+        return default_rooms_folder(num_channels, sample_rate)
+    return settings.rirs
 
 
-def render(clip: Float[Tensor, "B 1 S"], scene: Scene) -> Float[Tensor, "B C S"]:
-    """Clips in their scenes, no longer than they are; a whole batch at once."""
+def render_scenes(clip: Float[Tensor, "B 1 S"], scene: Scene) -> Float[Tensor, "B C S"]:
+    """Render a batch of scenes; reverberation after the end of a clip is cut."""
     num_samples, num_channels = clip.shape[-1], scene.source_rir.shape[1]
     size = next_fast_len(num_samples + scene.source_rir.shape[-1] - 1, real=True)
-    place = (
-        torch.arange(num_samples, device=clip.device) + scene.shift[..., None]
-    ) % num_samples  # [B, P, S]
-    heard = (
-        scene.noise[:, None].expand(-1, place.shape[1], -1).gather(-1, place)
+    index = torch.arange(num_samples, device=clip.device) + scene.shift[..., None]  # [B, P, S]
+    dry_noise = (
+        scene.noise[:, None].expand(-1, index.shape[1], -1).gather(-1, index % num_samples)
         * scene.envelope[:, None]
     )
-    source = torch.fft.rfft(clip, size) * torch.fft.rfft(scene.source_rir, size)
-    noise = (torch.fft.rfft(heard, size)[:, :, None] * torch.fft.rfft(scene.noise_rirs, size)).sum(
-        dim=1
-    )
+    source_spectrum = torch.fft.rfft(clip, size) * torch.fft.rfft(scene.source_rir, size)
+    noise_spectrum = (
+        torch.fft.rfft(dry_noise, size)[:, :, None] * torch.fft.rfft(scene.noise_rirs, size)
+    ).sum(dim=1)
     source, noise = (
-        torch.fft.irfft(spectrum, size)[..., :num_samples] for spectrum in (source, noise)
+        torch.fft.irfft(spectrum, size)[..., :num_samples]
+        for spectrum in (source_spectrum, noise_spectrum)
     )
-    energy, noise_energy = (sound.square().sum(dim=(1, 2)) for sound in (source, noise))
+    energy, noise_energy = (audio.square().sum(dim=(1, 2)) for audio in (source, noise))
     gain = (energy / noise_energy.clamp(min=1e-20) * 10 ** (-scene.snr_db / 10)).sqrt()
     gain = torch.where(noise_energy > 0, gain, 0.0)
     dry = clip.expand(-1, num_channels, -1)
     return torch.where(scene.clean[:, None, None], dry, source + gain[:, None, None] * noise)
 
 
-class SceneDataset(ClipDataset[PlacedClip]):
-    """Clips with all that their scenes are made of; the scenes are rendered for a whole batch, see `SceneBatch`.
+class SceneDataset(ClipDataset[SceneSample]):
+    """Clips and random scenes; `SceneBatch` renders them for a whole batch.
 
     Args:
-        scenes: what to draw.
-        files: see `ClipDataset`.
-        sample_rate: see `ClipDataset`.
-        num_samples: length of the crops that will be cut from a scene.
-        clip_seconds: length of a scene.
-        num_channels: of the impulse responses.
-        crops_per_clip: crops of one scene.
-        mono: see `ClipDataset`.
-        loudness_dbfs: of the clips, see `ClipDataset`.
-        seed: see `ClipDataset`.
+        files: files of the clips.
+        settings: settings of the dry mono clips; `clip_seconds` is the length of a scene.
+        scenes: settings of the scenes.
+        num_channels: channels of the impulse responses.
         random_crops: see `ClipDataset`.
+
+    Raises:
+        CorpusError: if no impulse response with this number of channels is usable.
     """
 
     def __init__(
         self,
-        scenes: Scenes,
         files: FileTable,
-        sample_rate: int,
-        num_samples: int,
-        *,
-        clip_seconds: float | None,
-        num_channels: int = 1,
-        crops_per_clip: int = 1,
-        mono: ChannelMode = "mean",
-        loudness_dbfs: float | None = None,
-        seed: int = 0,
+        settings: ClipSettings,
+        scenes: SceneSettings,
+        num_channels: int,
         random_crops: bool = True,
     ) -> None:
-        if mono == "keep":
-            raise UserError(
-                "`scenes` are made of one channel: set `mono` to 'mean', 'first' or 'random'"
-            )
-        super().__init__(
-            files,
-            sample_rate,
-            mono=mono,
-            loudness_dbfs=loudness_dbfs,
-            seed=seed,
-            random_crops=random_crops,
-        )
-        clip_samples = checked_clip(sample_rate, num_samples, crops_per_clip, clip_seconds)
-        if clip_samples is None:
-            raise UserError(
-                "`scenes` need `clip_seconds`: a scene is rendered for a clip, the crops are cut from it"
-            )
-        self.num_samples = num_samples
-        self.clip_samples = clip_samples
-        self.crops_per_clip = crops_per_clip
+        super().__init__(files, settings, random_crops)
+        assert settings.clip_seconds is not None and settings.clip_samples is not None
+        assert settings.num_channels == 1
+        self.clip_samples = settings.clip_samples
         self._scenes = scenes
-        self._num_ears = num_channels
-        rirs, *noise = _folders(scenes, num_channels, sample_rate)
-        self._rooms = _rooms(rirs, num_channels)
+        self._num_channels = num_channels
+        rirs = _rirs_folder(scenes, num_channels, settings.sample_rate)
+        self._rooms = _load_rooms(rirs, num_channels)
         self._noise = None
-        if noise:
-            recordings = FileTable([load_corpus(noise[0]).usable()])
-            self._noise = CropDataset(
-                recordings, sample_rate, clip_samples, mono="random", seed=seed
+        if scenes.noise is not None:
+            noise_settings = ClipSettings(
+                settings.sample_rate, settings.clip_seconds, mono="random", seed=settings.seed
             )
+            recordings = FileTable([load_corpus(scenes.noise).usable()])
+            self._noise = CropDataset(recordings, noise_settings)
 
-    def draw(
-        self, file: IndexedFile, position: int, rng: np.random.Generator, bad: list[BadRead]
-    ) -> PlacedClip:
-        """A clip of the file, and what it is put into."""
-        clip = self.clip(file, self.clip_samples, rng)
-        starts = self.starts(clip.shape[-1], self.num_samples, self.crops_per_clip, rng)
-        return PlacedClip(cut(clip, self.clip_samples), self._scene(rng, bad), starts, position)
+    @override
+    def draw_sample(
+        self,
+        file: IndexedFile,
+        position: int,
+        rng: np.random.Generator,
+        bad_reads: list[BadRead],
+    ) -> SceneSample:
+        clip = self.read_clip(file, self.clip_samples, rng)
+        starts = self.draw_starts(
+            clip.shape[-1], self.settings.crop_samples, self.settings.crops_per_clip, rng
+        )
+        scene = self._draw_scene(rng, bad_reads)
+        return SceneSample(fit_length(clip, self.clip_samples), scene, starts, position)
 
-    def _scene(self, rng: np.random.Generator, bad: list[BadRead]) -> Scene:
-        fewest, most = self._scenes.diffuse_sources
-        diffuse = rng.random() < self._scenes.diffuse_share
-        num_places = int(rng.integers(fewest, most, endpoint=True)) if diffuse else 1
-        source, *places = self._responses(1 + num_places, rng, bad)
-        noise, envelope = self._noise_clip(rng, bad)
+    def _draw_scene(self, rng: np.random.Generator, bad_reads: list[BadRead]) -> Scene:
+        low, high = self._scenes.diffuse_sources
+        is_diffuse = rng.random() < self._scenes.diffuse_share
+        num_sources = int(rng.integers(low, high, endpoint=True)) if is_diffuse else 1
+        source, *noise_rirs = self._draw_responses(1 + num_sources, rng, bad_reads)
+        noise, envelope = self._draw_noise(rng, bad_reads)
         return Scene(
             source,
-            torch.stack([*places, *[torch.zeros_like(source)] * (most - num_places)]),
+            torch.stack([*noise_rirs, *[torch.zeros_like(source)] * (high - num_sources)]),
             noise,
             envelope,
-            torch.from_numpy(rng.integers(len(noise), size=most)),
+            torch.from_numpy(rng.integers(len(noise), size=high)),
             torch.tensor(rng.uniform(*self._scenes.snr_db)),
             torch.tensor(rng.random() < self._scenes.clean_share),
         )
 
-    def _responses(
-        self, count: int, rng: np.random.Generator, bad: list[BadRead]
+    def _draw_responses(
+        self, count: int, rng: np.random.Generator, bad_reads: list[BadRead]
     ) -> list[Float32[Tensor, "C L"]]:
-        """Impulse responses of places in one room; where one cannot be read, of another room."""
-        for _ in range(_ROOMS_TRIED):
+        """Draw impulse responses of one room; if one is unreadable, draw another room."""
+        for _ in range(_MAX_ROOMS_TRIED):
             room = self._rooms[int(rng.integers(len(self._rooms)))]
             chosen = rng.choice(len(room), count, replace=len(room) < count)
             try:
-                return [self._response(room[place]) for place in chosen]
+                return [self._read_response(room[number]) for number in chosen]
             except AudioReadError as error:
-                bad.append(BadRead(str(error.audio), error.reason))
-        raise CorpusError(f"impulse responses of {_ROOMS_TRIED} rooms in a row cannot be read")
+                bad_reads.append(BadRead(str(error.audio), error.reason))
+        raise CorpusError(f"impulse responses of {_MAX_ROOMS_TRIED} rooms in a row cannot be read")
 
-    def _response(self, audio: AudioLocation) -> Float32[Tensor, "C L"]:
+    def _read_response(self, audio: AudioLocation) -> Float32[Tensor, "C L"]:
         samples, rate = read(audio)
-        response = resample(torch.from_numpy(samples), rate, self.sample_rate)
-        if len(response) != self._num_ears:
+        if len(samples) != self._num_channels:
             raise AudioReadError(
-                audio, f"{len(response)} channels, the model takes {self._num_ears}"
+                audio, f"{len(samples)} channels, the model takes {self._num_channels}"
             )
-        return cut(response, round(self._scenes.rir_seconds * self.sample_rate))
+        sample_rate = self.settings.sample_rate
+        response = resample(torch.from_numpy(samples), rate, sample_rate)
+        return fit_length(response, round(self._scenes.rir_seconds * sample_rate))
 
-    def _noise_clip(
-        self, rng: np.random.Generator, bad: list[BadRead]
+    def _draw_noise(
+        self, rng: np.random.Generator, bad_reads: list[BadRead]
     ) -> tuple[Float32[Tensor, " S"], Float32[Tensor, " S"]]:
+        """Draw noise of the length of a clip, and its envelope; silence if there is no noise."""
         if self._noise is None:
             silence = torch.zeros(self.clip_samples)
             return silence, silence
-        crops, unread = self._noise[int(rng.integers(2**62)), int(rng.integers(len(self._noise)))]
-        bad += unread
-        num_samples = crops.num_samples
-        again = crops.waveform[0, 0, :num_samples].repeat(-(-self.clip_samples // num_samples))[
-            : self.clip_samples
-        ]
-        fade = round(self._scenes.fade_seconds * self.sample_rate)
+        sample, unread = self._noise[int(rng.integers(2**62)), int(rng.integers(len(self._noise)))]
+        bad_reads += unread
+        num_samples = sample.num_samples
+        num_repeats = -(-self.clip_samples // num_samples)
+        noise = sample.waveform[0, 0, :num_samples].repeat(num_repeats)[: self.clip_samples]
+        fade_samples = max(round(self._scenes.fade_seconds * self.settings.sample_rate), 1)
         start = int(rng.integers(self.clip_samples - num_samples, endpoint=True))
-        place = torch.arange(self.clip_samples) - start  # from the noise's first sample
-        envelope = (torch.minimum(place + 1, num_samples - place) / max(fade, 1)).clamp(0, 1)
-        return again, envelope
+        age = torch.arange(self.clip_samples) - start  # samples since the start of the noise
+        envelope = (torch.minimum(age + 1, num_samples - age) / fade_samples).clamp(0, 1)
+        return noise, envelope
 
 
-def collate_scenes(items: Sequence[PlacedClip], num_samples: int) -> SceneBatch:
-    """A batch of clips with their scenes; crops of them will have `num_samples`."""
+def collate_scenes(samples: Sequence[SceneSample], num_samples: int) -> SceneBatch:
+    """A batch of clips and scenes; `num_samples` is the length of the crops."""
     return SceneBatch(
-        torch.stack([item.clip for item in items]),
-        Scene(*map(torch.stack, zip(*(item.scene for item in items), strict=True))),
-        torch.tensor([item.starts for item in items]),
-        torch.tensor([item.position for item in items]),
+        torch.stack([sample.clip for sample in samples]),
+        Scene(*map(torch.stack, zip(*(sample.scene for sample in samples), strict=True))),
+        torch.tensor([sample.starts for sample in samples]),
+        torch.tensor([sample.position for sample in samples]),
         num_samples,
     )
 
 
-def _rooms(folder: Path, num_channels: int) -> list[list[AudioLocation]]:
+def _load_rooms(folder: str | Path, num_channels: int) -> list[list[AudioLocation]]:
+    """Impulse responses by room: by folder, or by tar."""
     rooms: dict[Path, list[AudioLocation]] = {}
     responses = load_corpus(folder).mark_unfit(num_channels=num_channels).usable()
     for row in range(len(responses)):
-        response = responses.file(row).audio
-        rooms.setdefault(
-            response.path if isinstance(response, TarMember) else response.parent, []
-        ).append(response)
+        audio = responses.file(row).audio
+        room = audio.path if isinstance(audio, TarMember) else audio.parent
+        rooms.setdefault(room, []).append(audio)
     if not rooms:
         raise CorpusError(f"no usable impulse response of {num_channels} channels under {folder}")
     return list(rooms.values())

@@ -1,0 +1,223 @@
+"""Clips of audio files: their settings, how they are read, and the replacement of unreadable files."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import inf
+from typing import Generic, Literal, NamedTuple, TypeVar, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from jepa_audio.data.audio.read import AudioReadError, read
+from jepa_audio.data.audio.resample import resample, resampled_length, source_slice
+from jepa_audio.data.corpus.table import CorpusError, IndexedFile
+from jepa_audio.data.loading.file_table import FileTable
+from jepa_audio.data.loading.order import SampleIndex
+from jepa_audio.errors import UserError, check_bounds
+
+ChannelMode = Literal["mean", "first", "random", "keep"]
+Sample = TypeVar("Sample")
+
+_MAX_ATTEMPTS = 20
+# -100 dBFS: a quieter clip holds only dither and is not amplified.
+_SILENCE_RMS = 1e-5
+
+
+@dataclass(frozen=True)
+class ClipSettings:
+    """How clips are read from files, and crops are cut from clips.
+
+    Attributes:
+        sample_rate: sample rate of clips and crops in Hz; files of other rates are resampled.
+        crop_seconds: length of a crop; a shorter file is padded with zeros at its end.
+        num_channels: channels of a clip; more than 1 requires `mono="keep"` and files with exactly
+            this number of channels.
+        mono: "mean" averages the channels of a file, "first" takes the first one, "random" takes
+            a random one, "keep" keeps all.
+        crops_per_clip: crops cut from one clip.
+        clip_seconds: length of a clip (WavJEPA: 10 s); `None` uses the whole file. WavJEPA pads
+            shorter files to this length before it cuts crops; here they are not padded, because
+            some crops would then be silent.
+        loudness_dbfs: RMS level of a clip after scaling (WavJEPA: -14); `None` keeps the level.
+            A whole file is scaled by the RMS over all its channels, which is in the table.
+        seed: seed of all random draws.
+
+    Raises:
+        UserError: if a value is out of range or contradicts another one.
+    """
+
+    sample_rate: int
+    crop_seconds: float
+    num_channels: int = 1
+    mono: ChannelMode = "mean"
+    crops_per_clip: int = 1
+    clip_seconds: float | None = None
+    loudness_dbfs: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_bounds(self, 1, inf, "sample_rate", "num_channels", "crops_per_clip")
+        check_bounds(self, 0, inf, "seed")
+        if self.mono not in get_args(ChannelMode):
+            raise UserError(f"`mono` must be one of {get_args(ChannelMode)}, got {self.mono!r}")
+        if self.num_channels > 1 and self.mono != "keep":
+            raise UserError(
+                f"`mono={self.mono!r}` gives 1 channel; "
+                f"set `mono='keep'` for `num_channels` ({self.num_channels})"
+            )
+        if self.crop_samples < 1:
+            raise UserError(
+                f"`crop_seconds` ({self.crop_seconds}) must be at least one sample "
+                f"at {self.sample_rate} Hz"
+            )
+        if self.clip_samples is not None and self.clip_samples < self.crop_samples:
+            raise UserError(
+                f"`clip_seconds` ({self.clip_seconds}) must be at least "
+                f"`crop_seconds` ({self.crop_seconds})"
+            )
+
+    @property
+    def crop_samples(self) -> int:
+        """Length of a crop in samples."""
+        return round(self.crop_seconds * self.sample_rate)
+
+    @property
+    def clip_samples(self) -> int | None:
+        """Length of a clip in samples; `None` for the whole file."""
+        return None if self.clip_seconds is None else round(self.clip_seconds * self.sample_rate)
+
+
+class BadRead(NamedTuple):
+    """A file that could not be read during training."""
+
+    name: str
+    reason: str
+
+
+WithBadReads = tuple[Sample, list[BadRead]]
+"""A sample or batch, and the failed reads that happened while it was loaded."""
+
+
+class ClipDataset(Dataset[WithBadReads[Sample]], ABC, Generic[Sample]):
+    """Random samples of files; each is a function of (seed, position) alone.
+
+    The same position gives the same sample on every rank, in every worker and in every run. A file
+    that cannot be read is replaced by another file, drawn from the same (seed, position).
+
+    Args:
+        files: files to read.
+        settings: lengths, channels and loudness of clips and crops.
+        random_crops: False takes the clip from the middle of the file and distributes the crops
+            evenly over it.
+
+    Raises:
+        UserError: if `mono="keep"` and a file has another number of channels.
+    """
+
+    def __init__(self, files: FileTable, settings: ClipSettings, random_crops: bool = True) -> None:
+        if settings.mono == "keep" and (files.num_channels != settings.num_channels).any():
+            raise UserError(
+                f"`mono='keep'` needs files of `num_channels` ({settings.num_channels}) channels, "
+                f"the table has {sorted(set(files.num_channels.tolist()))}"
+            )
+        self.files = files
+        self.settings = settings
+        self.random_crops = random_crops
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: SampleIndex) -> WithBadReads[Sample]:
+        """The sample at (position in the order of the run, file)."""
+        position, file_index = index
+        bad_reads: list[BadRead] = []
+        for attempt in range(_MAX_ATTEMPTS):
+            # One generator per attempt: draws do not depend on where in a file reading failed.
+            rng = np.random.default_rng([self.settings.seed, position, attempt])
+            if attempt > 0:
+                # Replacements come from the same corpus, so the shares of a mixture stay constant.
+                corpus = self.files.corpus_of(file_index)
+                file_index = int(rng.integers(corpus.start, corpus.stop))
+            try:
+                return self.draw_sample(self.files[file_index], position, rng, bad_reads), bad_reads
+            except AudioReadError as error:
+                bad_reads.append(BadRead(str(error.audio), error.reason))
+        examples = "; ".join(f"{name} ({reason})" for name, reason in bad_reads[:3])
+        raise CorpusError(
+            f"{_MAX_ATTEMPTS} files in a row cannot be read: {examples}; and {_MAX_ATTEMPTS - 3} "
+            "more. Is the disk mounted, and has the audio been moved without its table?"
+        )
+
+    @abstractmethod
+    def draw_sample(
+        self,
+        file: IndexedFile,
+        position: int,
+        rng: np.random.Generator,
+        bad_reads: list[BadRead],
+    ) -> Sample:
+        """Draw a sample of a file; append other files that could not be read to `bad_reads`.
+
+        Raises:
+            AudioReadError: if this file cannot be read.
+        """
+
+    def read_clip(
+        self, file: IndexedFile, num_samples: int, rng: np.random.Generator
+    ) -> Float32[Tensor, "C S"]:
+        """Read a clip at the set loudness; it is shorter than `num_samples` if the file is."""
+        channel, length = self.draw_channel(file, rng), self.file_samples(file)
+        (start,) = self.draw_starts(length, num_samples, 1, rng)
+        clip = self.read_segment(file, start, min(num_samples, length), channel)
+        if self.settings.loudness_dbfs is None:
+            return clip
+        return clip * self.gain(float(clip.square().mean().sqrt()))
+
+    def draw_channel(self, file: IndexedFile, rng: np.random.Generator) -> int:
+        """Draw a channel if `mono` is "random"; 0 otherwise."""
+        return int(rng.integers(file.num_channels)) if self.settings.mono == "random" else 0
+
+    def file_samples(self, file: IndexedFile) -> int:
+        """Length of the file in samples at the sample rate of the clips."""
+        return resampled_length(file.num_frames, file.sample_rate, self.settings.sample_rate)
+
+    def draw_starts(
+        self, length: int, window: int, count: int, rng: np.random.Generator
+    ) -> list[int]:
+        """Draw the first sample of `count` windows within `length` samples."""
+        last_start = max(length - window, 0)
+        if self.random_crops:
+            return rng.integers(last_start, size=count, endpoint=True).tolist()
+        return [(2 * crop + 1) * last_start // (2 * count) for crop in range(count)]
+
+    def read_segment(
+        self, file: IndexedFile, start: int, length: int, channel: int
+    ) -> Float32[Tensor, "C S"]:
+        """Read a part of the file at the sample rate of the clips; pad it at the end with zeros."""
+        rate = self.settings.sample_rate
+        source = source_slice(start, length, file.num_frames, file.sample_rate, rate)
+        samples, file_rate = read(file.audio, source.start, source.num_frames)
+        file.check_unchanged(samples, file_rate)
+        waveform = torch.from_numpy(samples)
+        if len(waveform) > 1 and self.settings.mono == "mean":
+            waveform = waveform.mean(0, keepdim=True)
+        elif len(waveform) > 1 and self.settings.mono != "keep":
+            waveform = waveform[channel : channel + 1]
+        return fit_length(resample(waveform, file.sample_rate, rate)[:, source.skip :], length)
+
+    def gain(self, rms: float) -> float:
+        """The factor that scales a clip of this RMS to the set loudness."""
+        if self.settings.loudness_dbfs is None or rms < _SILENCE_RMS:
+            return 1.0
+        return 10 ** (self.settings.loudness_dbfs / 20) / rms
+
+
+def fit_length(waveform: Float32[Tensor, "C S"], length: int) -> Float32[Tensor, "C R"]:
+    """Cut the waveform to `length` samples, or pad it with zeros at the end."""
+    missing = length - waveform.shape[-1]
+    return torch.nn.functional.pad(waveform, (0, missing)) if missing > 0 else waveform[:, :length]
