@@ -25,7 +25,6 @@ _MODULES = {
     "monitor": "training.collapse_monitor",
     "positions": "steps.encoder.positions",
     "predictor": "steps.predictor",
-    "data.scenes": "data.scenes.scenes",
     "schedules": "training.schedules",
     "sharding": "training.sharding",
     "targets": "steps.targets",
@@ -33,6 +32,7 @@ _MODULES = {
 }
 _CLASSES = {
     "cli.RunProgressBar": "training.progress.RunProgressBar",
+    "data.scenes.Scenes": "data.scenes.scenes.SceneSettings",
     "transformer.Encoder": "steps.encoder.transformer.Transformer",
 }
 
