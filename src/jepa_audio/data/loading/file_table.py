@@ -41,9 +41,9 @@ class FileTable:
                 f"no usable audio file under {', '.join(str(corpus.root) for corpus in corpora)}"
             )
         tables = [
-            corpus.table.select(["source", "member", "offset", *IndexedFile._fields[1:]]).append_column(
-                "corpus", pa.array(np.full(len(corpus), number, np.int16))
-            )
+            corpus.table.select(
+                ["source", "member", "offset", *IndexedFile._fields[1:]]
+            ).append_column("corpus", pa.array(np.full(len(corpus), number, np.int16)))
             for number, corpus in enumerate(corpora)
         ]
         table = pa.concat_tables(tables).combine_chunks()
