@@ -1,1 +1,1 @@
-"""Use of a pretrained encoder."""
+"""Use of a pretrained encoder: load it and encode audio."""

@@ -1,1 +1,1 @@
-"""What trains a JEPA: the LightningModule, its callbacks, schedules and checkpoints."""
+"""Training of a JEPA: the LightningModule, callbacks, schedules, optimizer and checkpoints."""

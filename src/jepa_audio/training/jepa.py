@@ -160,7 +160,7 @@ class JEPA(LightningModule):
         return masks.to(batch.waveform.device)
 
     def training_step(self, batch: AudioBatch, batch_idx: int) -> Tensor:
-        """Compute and log the loss; masks and drop path depend on the rows of the batch alone."""
+        """Compute and log the loss; masks and drop path depend on `seed` and the rows alone."""
         torch.manual_seed(hash((self.seed, int(batch.row[0]))))
         num_batches = self.trainer.world_size * self.trainer.accumulate_grad_batches
         loss = self.loss(batch.waveform, self.draw_masks(batch, len(batch.waveform) * num_batches))
@@ -195,6 +195,6 @@ class JEPA(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by total norm and log it, also for fused optimizers, which Lightning refuses."""
+        """Clip by total norm and log it, also with fused optimizers under bf16 (unlike Lightning)."""
         norm = clip_gradients(self, gradient_clip_val, gradient_clip_algorithm)
         self.log("train/gradient_norm", norm)
