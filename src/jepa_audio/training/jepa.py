@@ -195,6 +195,6 @@ class JEPA(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by total norm and log it, also with fused optimizers under bf16 (unlike Lightning)."""
+        """Clip by total norm, log it, also with fused optimizers under bf16 (unlike Lightning)."""
         norm = clip_gradients(self, gradient_clip_val, gradient_clip_algorithm)
         self.log("train/gradient_norm", norm)
