@@ -1,4 +1,4 @@
-"""The package itself: its public names are there, and importing it is fast."""
+"""The package itself: its public names, and what importing it loads."""
 
 import subprocess
 import sys
@@ -11,14 +11,13 @@ def run_python(code: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_importing_the_package_imports_neither_torch_nor_lightning():
-    code = "import sys, jepa_audio; print(sorted({'torch', 'lightning'} & sys.modules.keys()))"
-    assert run_python(code) == "[]"
-
-
-def test_importing_the_package_takes_less_than_300_ms():
-    code = "import time; t = time.perf_counter(); import jepa_audio; print(time.perf_counter() - t)"
-    assert min(float(run_python(code)) for _ in range(3)) < 0.3
+def test_importing_the_package_imports_nothing_else_that_is_installed():
+    code = (
+        "import sys; before = set(sys.modules); import jepa_audio; "
+        "after = {name.partition('.')[0] for name in set(sys.modules) - before}; "
+        "print(sorted(after - sys.stdlib_module_names))"
+    )
+    assert run_python(code) == "['jepa_audio']"
 
 
 def test_every_public_name_is_imported_from_the_package():
