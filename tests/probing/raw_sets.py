@@ -1,4 +1,4 @@
-"""Tiny copies of data sets as they are downloaded and unpacked, for the tests of what is made of them."""
+"""Tiny copies of data sets as downloaded and unpacked, for the tests of the converters."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def gtzan(raw: Path, folder: str = "genres", suffix: str = ".wav") -> Path:
 
 
 def artists(part_of_val: bool) -> Iterator[str]:
-    """Names of artists of train or of val, as the rule says."""
+    """Names of artists that the rule puts into train or val."""
     for number in count():
         name = f"Artist {number}"
         if (int(hashlib.sha1(name.lower().encode()).hexdigest(), 16) % 116 >= 100) == part_of_val:
@@ -74,7 +74,7 @@ def giantsteps(raw: Path) -> Path:
     one, two, three, four = islice(artists(part_of_val=False), 4)
     valid = next(artists(part_of_val=True))
     songs = {
-        5061: (f"{two}, {one}", "D# minor", "2"),  # reached at the second time only, by way of 7217
+        5061: (f"{two}, {one}", "D# minor", "2"),  # moved in the second pass only, by 7217
         5881: (three, "A major ", "2"),
         7217: (f"{one},{valid}", "F minor", "2"),
         10359: (four, "C# major", "2"),
@@ -101,7 +101,7 @@ def giantsteps(raw: Path) -> Path:
 
 def emomusic(raw: Path, folder: str = "") -> Path:
     """Twelve songs, the last three of the evaluation set."""
-    heads = "song_id,file_name,Artist,Song title,start of the segment (min.sec),end of the segment (min.sec),Genre,"
+    heads = "song_id,file_name,Artist,Song title,start of the segment (min.sec),Genre,"
     info, annotated = (
         [heads + "Mediaeval 2013 set"],
         ["song_id,mean_arousal,std_arousal,mean_valence,std_valence"],
@@ -109,7 +109,7 @@ def emomusic(raw: Path, folder: str = "") -> Path:
     for song in range(2, 14):
         name = "evaluation" if song > 10 else "development"
         info.append(
-            f'{song},{song}.mp3,"The Käse  Band {chr(64 + song)}\t",A title ,0.05,0.50,Blues,{name}'
+            f'{song},{song}.mp3,"The Käse  Band {chr(64 + song)}\t",A title ,0.05,Blues,{name}'
         )
         annotated.append(f"{song},{3 + song % 5},1.5,{8 - song / 3},1.2")
         sound(raw / "clips_45seconds" / f"{song}.mp3")
@@ -119,7 +119,7 @@ def emomusic(raw: Path, folder: str = "") -> Path:
 
 
 def mtt(raw: Path) -> Path:
-    """64 clips in 16 folders; tag n of 60 is on the first 60 - n clips, and tag 50, on one more, draws with 49."""
+    """64 clips; tag n of 60 is on the first 60 - n clips, tag 50 is as frequent as tag 49."""
     rare = {60: 50, 61: 57, 62: 58, 63: 59}
     tags = [f"tag {n}" for n in range(60)]
     lines = ["\t".join(f'"{name}"' for name in ("clip_id", *tags, "mp3_path"))]

@@ -1,4 +1,4 @@
-"""Records, windows and labels: what is asked is what the lines say, or the line is named."""
+"""Records, windows and labels: values are those of the lines, and errors name the line."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ RATE = 100
 def spans_by_the_rule(
     num_samples: int, rate: int, seconds: float, ratio: float
 ) -> list[tuple[int, int]]:
-    """MARBLE's slices, as the facts have them: whole ones, and the remainder if it is long enough."""
+    """MARBLE's rule: whole windows, and the remainder if it is long enough."""
     length = int(seconds * rate)
     whole, rest = divmod(num_samples, length)
     spans = [(i * length, (i + 1) * length) for i in range(whole)]
@@ -28,7 +28,7 @@ def spans_by_the_rule(
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.8, 1.0])
 @pytest.mark.parametrize("seconds", [1.0, 0.37, 30.2])
-def test_windows_are_cut_by_the_rule_at_every_edge(seconds: float, ratio: float):
+def test_windows_follow_marbles_rule_at_every_edge(seconds: float, ratio: float):
     windows, length = Windows(seconds, ratio), int(seconds * RATE)
     edges = [k * length + d for k in (1, 2, 3) for d in (-1, 0, 1)]
     edges += [2 * length + round(ratio * length) + d for d in (-1, 0, 1)]
@@ -37,7 +37,7 @@ def test_windows_are_cut_by_the_rule_at_every_edge(seconds: float, ratio: float)
         assert windows.spans(num_samples, RATE) == (expected or [(0, num_samples)]), num_samples
 
 
-def test_nothing_that_is_scored_vanishes_and_only_the_first_seconds_are_heard():
+def test_short_segments_are_one_window_and_first_seconds_limits_the_length():
     assert Windows(30.0).spans(7, RATE) == [(0, 7)]
     assert Windows().spans(777, RATE) == [(0, 777)]
     assert Windows(5.0, first_seconds=12.0).spans(4500, RATE) == [(0, 500), (500, 1000)]
@@ -69,7 +69,7 @@ def written(records: list[dict], tmp_path: Path) -> Path:
     return path
 
 
-def test_paths_start_from_a_folder_above_and_units_from_the_key(
+def test_paths_start_from_a_folder_above_and_units_come_from_a_key(
     records: list[dict], tmp_path: Path
 ):
     path = written(records, tmp_path)
@@ -83,13 +83,13 @@ def test_paths_start_from_a_folder_above_and_units_from_the_key(
     assert read_split(written(records, tmp_path), "ori_uid").uids == ("song 0", "apart", "song 1")
 
 
-def test_stretches_of_one_file_are_items_of_their_own(records: list[dict], tmp_path: Path):
+def test_segments_of_one_file_are_separate_items(records: list[dict], tmp_path: Path):
     same = records[0]["audio_path"]
-    stretches = [
+    segments = [
         {"audio_path": same, "label": "a", "uid": "first", "start": 0, "end": 0.2},
         {"audio_path": same, "label": "b", "uid": "second", "start": 0.2},
     ]
-    split = read_split(written(stretches, tmp_path))
+    split = read_split(written(segments, tmp_path))
     assert [(item.start_seconds, item.end_seconds) for item in split.items] == [
         (0.0, 0.2),
         (0.2, None),
@@ -97,7 +97,7 @@ def test_stretches_of_one_file_are_items_of_their_own(records: list[dict], tmp_p
     assert split.uids == ("first", "second")
 
 
-def test_what_is_wrong_is_named_with_file_and_line(records: list[dict], tmp_path: Path):
+def test_errors_of_records_name_file_and_line(records: list[dict], tmp_path: Path):
     path = written(records, tmp_path)
 
     def refused(match: str, error: type[Exception] = ValueError, **changes: object) -> None:
@@ -146,7 +146,7 @@ def test_a_subset_has_all_items_of_its_units_in_order():
         split.subset(0, 0)
 
 
-def test_classes_are_those_of_the_training_split_in_order_and_others_are_unknown():
+def test_classes_are_those_of_the_training_split_and_others_are_unknown():
     labels = Multiclass().fitted(split_of(62, 9, 62, 100))
     assert labels.names == ("9", "62", "100")
     assert labels.encode(split_of(100, 9, 61).items).tolist() == [2, 0, UNKNOWN]
@@ -159,7 +159,7 @@ def test_classes_are_those_of_the_training_split_in_order_and_others_are_unknown
         labels.encode(split_of(["a"]).items)
 
 
-def test_unknown_classes_say_nothing_in_the_loss():
+def test_unknown_classes_do_not_affect_the_loss():
     logits = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(0))
     targets = torch.tensor([0, UNKNOWN, 2, 1, UNKNOWN])
     known = targets != UNKNOWN
@@ -172,7 +172,7 @@ def test_unknown_classes_say_nothing_in_the_loss():
     assert Multiclass(("a", "b", "c")).losses(logits, torch.full((5,), UNKNOWN)).tolist() == [0, 0]
 
 
-def test_tags_may_be_none_and_numbers_are_standardised_on_the_training_split():
+def test_tags_may_be_empty_and_numbers_are_standardised_on_the_training_split():
     tags = Multilabel().fitted(split_of(["b", "a"], [], ["b"]))
     assert tags.encode(split_of([], ["a", "other"], ["a", "b"]).items).tolist() == [
         [0, 0],
@@ -191,7 +191,7 @@ def test_tags_may_be_none_and_numbers_are_standardised_on_the_training_split():
         Regression().fitted(split_of([1, 5], [2, 5]))
 
 
-def test_answers_are_means_over_a_unit_and_equal_ones_stay_equal():
+def test_predictions_are_means_over_a_unit_and_equal_logits_stay_equal():
     items = tuple(Item(Path("x"), "a", f"song {i // 2}", "here") for i in range(4))
     split = Split(items)
     rows = Rows(np.array([0, 0, 1, 2, 3, 3, 3]), np.arange(7), np.zeros(7))

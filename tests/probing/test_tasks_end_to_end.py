@@ -1,4 +1,4 @@
-"""Every task from its files on the disk to rows: what is heard scores one, what is not scores chance."""
+"""Every task from files to results: an encoder of the label scores one, a constant one chance."""
 
 import json
 import os
@@ -20,7 +20,8 @@ from jepa_audio.probing.run import probe
 from jepa_audio.probing.tasks import TASKS
 from jepa_audio.probing.tasks.base import ProbeData
 from tests.probing import oracle_encoders
-from tests.probing.tiny_sets import SET_OF, Probed, rows_of, write_json_lines, write_notes
+from tests.probing.tiny_sets import SET_OF, Probed, rows_of
+from tests.probing.tiny_sounds import write_json_lines, write_notes
 
 ENCODERS = "tests.probing.oracle_encoders:"
 CLIP_TASKS = [name for name, task in TASKS.items() if task.grid_hz is None]
@@ -77,12 +78,12 @@ def test_every_task_has_a_tiny_data_set():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_an_encoder_that_hears_the_label_scores_one(task: str, probed: Callable[[str], Probed]):
+def test_an_encoder_of_the_label_scores_one(task: str, probed: Callable[[str], Probed]):
     tiny, rows = SET_OF[task], rows_of(probed(task).rows, task, SET_OF[task].oracle)
     assert rows[0].head in {"logistic", "ridge"}
     assert rows[0].value > 0.95
     for row in rows:
-        assert row.layer == tiny.oracle  # and not the one that hears nothing
+        assert row.layer == tiny.oracle  # and not the constant one
         assert row.layers == ("nothing", tiny.oracle)
         assert row.value > 0.5 * (1 + row.chance)
         assert row.metric == TASKS[task].metrics[0].name
@@ -94,7 +95,7 @@ def test_an_encoder_that_hears_the_label_scores_one(task: str, probed: Callable[
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_an_encoder_that_hears_nothing_is_at_chance(task: str, probed: Callable[[str], Probed]):
+def test_a_constant_encoder_scores_chance(task: str, probed: Callable[[str], Probed]):
     rows = rows_of(probed(task).rows, task, "constant")
     kind = TASKS[task].labels.kind
     for row in rows:
@@ -112,7 +113,7 @@ def test_an_encoder_that_hears_nothing_is_at_chance(task: str, probed: Callable[
 @pytest.mark.parametrize(
     "task", [name for name in CLIP_TASKS if TASKS[name].labels.kind != "numbers"]
 )
-def test_chance_is_what_a_blind_guess_scores(task: str, probed: Callable[[str], Probed]):
+def test_chance_is_the_score_of_a_constant_prediction(task: str, probed: Callable[[str], Probed]):
     expected = {
         "gtzan_genre": 1 / 10,
         "giantsteps_key": 2 / 24,  # the key, and a half, 0.3 and 0.2 for its relations
@@ -130,7 +131,7 @@ def test_chance_is_what_a_blind_guess_scores(task: str, probed: Callable[[str], 
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_shuffled_labels_are_at_chance(task: str, probed: Callable[[str], Probed], tmp_path: Path):
+def test_shuffled_labels_score_chance(task: str, probed: Callable[[str], Probed], tmp_path: Path):
     clean, tiny = probed(task), SET_OF[task]
     records = as_records(task, clean.root, tmp_path / "records")
     shuffle_labels(records / f"{TASKS[task].stem}.train.jsonl")
@@ -149,7 +150,7 @@ def test_shuffled_labels_are_at_chance(task: str, probed: Callable[[str], Probed
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_rows_and_leaderboard_are_there_to_be_read(task: str, probed: Callable[[str], Probed]):
+def test_results_and_leaderboard_are_written(task: str, probed: Callable[[str], Probed]):
     of = probed(task)
     assert read_jsonl(of.output / "results.jsonl") == of.rows
     for name in ("leaderboard.md", "leaderboard.html"):
@@ -160,7 +161,7 @@ def test_rows_and_leaderboard_are_there_to_be_read(task: str, probed: Callable[[
 
 
 @pytest.mark.parametrize("task", [name for name in TASKS if SET_OF[name].audio])
-def test_a_missing_sound_is_named(task: str, roots: Callable[[str], Path], tmp_path: Path):
+def test_a_missing_audio_file_is_named(task: str, roots: Callable[[str], Path], tmp_path: Path):
     tiny, copy = SET_OF[task], linked(roots(task), tmp_path / "copy")
     (copy / tiny.audio).unlink()
     with pytest.raises(MissingFileError, match=Path(tiny.audio).name):
@@ -168,7 +169,7 @@ def test_a_missing_sound_is_named(task: str, roots: Callable[[str], Path], tmp_p
 
 
 @pytest.mark.parametrize("task", ["vocalset_singer", "vocalset_technique"])
-def test_a_missing_sound_of_converted_records_is_named(
+def test_a_missing_audio_file_of_converted_records_is_named(
     task: str, roots: Callable[[str], Path], tmp_path: Path
 ):
     copy = linked(roots(task), tmp_path / "copy")
@@ -180,13 +181,11 @@ def test_a_missing_sound_of_converted_records_is_named(
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_what_is_missing_beside_the_sounds_is_named(
-    task: str, roots: Callable[[str], Path], tmp_path: Path
-):
+def test_missing_annotations_are_named(task: str, roots: Callable[[str], Path], tmp_path: Path):
     tiny, copy = SET_OF[task], linked(roots(task), tmp_path / "copy")
-    said = copy / tiny.said.format(stem=TASKS[task].stem)
-    said.rename(tmp_path / "away")
-    with pytest.raises(MissingFileError, match=said.name):
+    annotations = copy / tiny.annotations.format(stem=TASKS[task].stem)
+    annotations.rename(tmp_path / "away")
+    with pytest.raises(MissingFileError, match=annotations.name):
         probe(ENCODERS + "constant", task, copy / tiny.root, tmp_path / "results", preset="linear")
     assert not (tmp_path / "results").exists()
 
@@ -215,7 +214,7 @@ def test_missing_records_are_named(task: str, roots: Callable[[str], Path], tmp_
         ("mtg_top50", {1: 31, 3: 1}),  # 62 s: a rest of 2 s counts
     ],
 )
-def test_encoders_hear_the_windows_of_the_protocol(
+def test_audio_is_encoded_in_the_windows_of_the_protocol(
     task: str, windows: dict[int, int], probed: Callable[[str], Probed]
 ):
     encoder = getattr(oracle_encoders, SET_OF[task].oracle)()
@@ -229,16 +228,16 @@ def test_encoders_hear_the_windows_of_the_protocol(
     assert dict(zip(num_windows.tolist(), num_items.tolist(), strict=True)) == windows
 
 
-def test_beats_and_downbeats_are_scored_by_track_and_in_one_pool(probed: Callable[[str], Probed]):
-    heard = rows_of(probed("gtzan_beat").rows, "gtzan_beat", "onsets")[0]
-    blind = rows_of(probed("gtzan_beat").rows, "gtzan_beat", "constant")[0]
-    assert set(heard.scores) == {"beat_f1", "beat_f1_pooled", "downbeat_f1", "downbeat_f1_pooled"}
-    assert heard.scores["beat_f1_pooled"].value > 0.95
-    assert heard.scores["downbeat_f1"].value > blind.scores["downbeat_f1"].value + 0.4
-    assert heard.decoder == "dbn"
+def test_beats_and_downbeats_are_scored_by_track_and_pooled(probed: Callable[[str], Probed]):
+    oracle = rows_of(probed("gtzan_beat").rows, "gtzan_beat", "onsets")[0]
+    constant = rows_of(probed("gtzan_beat").rows, "gtzan_beat", "constant")[0]
+    assert set(oracle.scores) == {"beat_f1", "beat_f1_pooled", "downbeat_f1", "downbeat_f1_pooled"}
+    assert oracle.scores["beat_f1_pooled"].value > 0.95
+    assert oracle.scores["downbeat_f1"].value > constant.scores["downbeat_f1"].value + 0.4
+    assert oracle.decoder == "dbn"
 
 
-def test_silence_within_a_song_is_no_chord(probed: Callable[[str], Probed]):
+def test_silence_within_a_song_is_a_no_chord(probed: Callable[[str], Probed]):
     of = probed("chords1217")
     row = rows_of(of.rows, "chords1217", "triads")[0]
     assert set(row.scores) == {"majmin", "frame_accuracy"}
@@ -248,7 +247,7 @@ def test_silence_within_a_song_is_no_chord(probed: Callable[[str], Probed]):
     assert rows_of(of.rows, "chords1217", "constant")[0].value == pytest.approx(8 / 32, abs=1e-3)
 
 
-def test_chunks_and_files_of_singers_are_both_scored(probed: Callable[[str], Probed]):
+def test_windows_and_files_of_singers_are_both_scored(probed: Callable[[str], Probed]):
     for task in ("vocalset_singer", "vocalset_technique"):
         for row in rows_of(probed(task).rows, task, "spectrum"):
             assert set(row.scores) == {"accuracy", "file_accuracy"}
@@ -261,7 +260,7 @@ def test_chunks_and_files_of_singers_are_both_scored(probed: Callable[[str], Pro
     )
 
 
-def test_tracks_of_each_tag_set_are_those_of_its_table(probed: Callable[[str], Probed]):
+def test_each_tag_set_has_the_tracks_of_its_table(probed: Callable[[str], Probed]):
     tables = {
         "top50": "top50tags",
         "genre": "genre",
@@ -288,11 +287,11 @@ def test_clips_of_one_song_are_one_unit_and_hooks_of_one_song_are_not(
             for clip in range(2):
                 path = tmp_path / "GS" / "giantsteps_clips" / "wav" / f"{split}{song}-{clip}.wav"
                 write_notes(path, [60 + 4 * (song % 3)])
-                said = {
+                record = {
                     "audio_path": f"GS/giantsteps_clips/wav/{path.name}",
                     "ori_uid": f"{split}{song}",
                 }
-                records.append({**said, "label": keys[song % 3]})
+                records.append({**record, "label": keys[song % 3]})
         write_json_lines(tmp_path / "GS" / f"GS.{split}.jsonl", records)
     row = probe(
         ENCODERS + "spectrum", "giantsteps_key", tmp_path, tmp_path / "results", preset="linear"

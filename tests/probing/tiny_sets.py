@@ -1,4 +1,4 @@
-"""Every labelled data set in small, as it lies on the disk: one can hear in each sound what it is labelled.
+"""A tiny copy of every labelled data set as downloaded; the label can be computed from the audio.
 
 Sounds are notes (MIDI numbers) that stand for classes and tags, levels, clicks and triads; see
 `oracle_encoders`.
@@ -10,138 +10,41 @@ import csv
 import hashlib
 import json
 import random
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count, islice, product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-import soundfile as sf
+from tests.probing.raw_sets import GENRES
+from tests.probing.tiny_frame_sets import JAMS, chords1217, gtzan_rhythm
+from tests.probing.tiny_sounds import (
+    RATE,
+    SHARPS,
+    TONICS,
+    key_notes,
+    note,
+    write,
+    write_json_lines,
+    write_lines,
+    write_notes,
+)
 
 if TYPE_CHECKING:
     from jepa_audio.probing.rows import ProbeRow
 
-RATE = 8000
-GENRES = (
-    "blues",
-    "classical",
-    "country",
-    "disco",
-    "hiphop",
-    "jazz",
-    "metal",
-    "pop",
-    "reggae",
-    "rock",
-)
-TONICS = ("C", "Db", "D", "Eb", "E", "F", "Gb", "G", "Ab", "A", "Bb", "B")
-SHARPS = {"Db": "C#", "Eb": "D#", "Gb": "F#", "Ab": "G#", "Bb": "A#"}
-CARRIER = 98  # in every sound, so that one without any tag is not silent
 LONG_TAKES = ("straight", "vibrato")
-JAMS = "GTZAN-Rhythm_v2_ismir2015_lbd/jams"
-
-
-def note(number: float, seconds: float) -> np.ndarray:
-    """A sine."""
-    return np.sin(
-        2 * np.pi * 440 * 2 ** ((number - 69) / 12) * np.arange(round(seconds * RATE)) / RATE
-    )
-
-
-def write(path: Path, wave: np.ndarray) -> Path:
-    """A sound with noise of its own, more or less, in the format that the suffix names."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(zlib.crc32(path.name.encode()))
-    noise = 10 ** rng.uniform(-4, -1.7) * rng.standard_normal(len(wave))
-    sf.write(path, wave + noise, RATE)
-    return path
-
-
-def write_notes(path: Path, notes: Sequence[int], seconds: float = 0.6, level: float = 0.3) -> Path:
-    """Notes at once, and the carrier."""
-    together = sum(note(number, seconds) for number in (CARRIER, *notes))
-    return write(path, level * together / (1 + len(notes)))
-
-
-def write_lines(path: Path, lines: Sequence[str]) -> Path:
-    """A text file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return path
-
-
-def write_json_lines(path: Path, records: Sequence[dict[str, Any]]) -> Path:
-    """MARBLE's records."""
-    return write_lines(path, [json.dumps(record) for record in records])
 
 
 def gtzan(raw: Path) -> Path:
     """Nine files a genre: four, two and three in the lists."""
-    for place, genre in enumerate(GENRES):
+    for index, genre in enumerate(GENRES):
         for number in range(9):
-            write_notes(raw / "genres" / genre / f"{genre}.{number:05}.wav", [60 + 3 * place])
+            write_notes(raw / "genres" / genre / f"{genre}.{number:05}.wav", [60 + 3 * index])
     for name, numbers in {"train": range(4), "valid": range(4, 6), "test": range(6, 9)}.items():
         files = [f"{genre}/{genre}.{number:05}.wav" for genre in GENRES for number in numbers]
         write_lines(raw / f"{name}_filtered.txt", files)
     return raw
-
-
-def gtzan_rhythm(raw: Path) -> Path:
-    """Clicks at 80 to 120 BPM, every fourth beat of two tones; five tracks train, two validate, three test."""
-    rng = random.Random(0)
-    sizes = {"train": 5, "valid": 2, "test": 3}
-    for genre in GENRES:
-        (raw / "genres" / genre).mkdir(parents=True)
-    number = 0
-    for name, size in sizes.items():
-        files = []
-        for _ in range(size):
-            stem = f"{GENRES[number % 10]}.{number:05}"
-            seconds = 10.8 if name == "test" else 6.0  # a window and a rest, or less than a window
-            write_rhythm(
-                raw,
-                stem,
-                seconds,
-                60 / rng.uniform(80, 120),
-                rng.uniform(0.1, 0.5),
-                rng.randrange(4),
-            )
-            files.append(f"{stem.partition('.')[0]}/{stem}.wav")
-            number += 1
-        write_lines(raw / f"{name}_filtered.txt", files)
-    return raw
-
-
-def write_rhythm(
-    raw: Path, stem: str, seconds: float, period: float, first: float, upbeats: int
-) -> None:
-    """One track and its annotation."""
-    beats = np.arange(first, seconds - 0.1, period)
-    downbeats = beats[upbeats::4]
-    wave, click = np.zeros(round(seconds * RATE)), np.hanning(120)
-    time = np.arange(120) / RATE
-    for hz, events in {1000: beats, 2500: downbeats}.items():
-        for event in events:
-            start = round(event * RATE)
-            wave[start : start + 120] += 0.4 * click * np.sin(2 * np.pi * hz * time)
-    write(raw / "genres" / stem.partition(".")[0] / f"{stem}.wav", wave)
-    annotations = [
-        {
-            "namespace": "beat",
-            "sandbox": {"annotation_type": kind},
-            "data": [
-                {"time": float(event), "duration": 0.0, "value": 1, "confidence": None}
-                for event in events
-            ],
-        }
-        for kind, events in {"beat": beats, "downbeat": downbeats}.items()
-    ]
-    write_lines(
-        raw / JAMS / f"{stem}.wav.jams",
-        [json.dumps({"annotations": annotations, "file_metadata": {}})],
-    )
 
 
 def names_where(wanted: Callable[[int], bool], prefix: str = "artist") -> list[str]:
@@ -152,25 +55,20 @@ def names_where(wanted: Callable[[int], bool], prefix: str = "artist") -> list[s
     )
 
 
-def key_notes(tonic: int, mode: str) -> list[int]:
-    """The tonic, and the third in the octave above."""
-    return [60 + tonic, 72 + tonic + (4 if mode == "major" else 3)]
-
-
 def giantsteps(raw: Path) -> Path:
-    """Every key twice to test and three times to train, once to validate; the first two test songs are long."""
+    """Every key 3, 1 and 2 times in train, val and test; the first two test songs are long."""
     test, mtg = raw / "giantsteps-key-dataset", raw / "giantsteps-mtg-key-dataset"
     artists = {
         "train": names_where(lambda n: n % 116 < 100),
         "val": names_where(lambda n: n % 116 >= 100),
     }
     metadata, keys = ["ID\tARTIST\tSONG TITLE\tMIX\tLABEL\tGENRE"], ["ID\tMANUAL KEY\tC\tAUTO KEY"]
-    for place, (tonic, mode) in enumerate(
+    for index, (tonic, mode) in enumerate(
         (tonic, mode) for mode in ("major", "minor") for tonic in range(12)
     ):
         name, notes = f"{SHARPS.get(TONICS[tonic], TONICS[tonic])} {mode}", key_notes(tonic, mode)
         for take in range(2):
-            song = 1000 + 24 * take + place
+            song = 1000 + 24 * take + index
             seconds = 61.0 if song < 1002 else 0.6
             write_notes(test / "audio" / f"{song}.LOFI.mp3", notes, seconds)
             (test / "annotations" / "key").mkdir(parents=True, exist_ok=True)
@@ -178,11 +76,9 @@ def giantsteps(raw: Path) -> Path:
                 f"{TONICS[tonic]} {mode}"
             )
         for take in range(4):
-            song = 5000 + 24 * take + place
+            song = 5000 + 24 * take + index
             write_notes(mtg / "audio" / f"{song}.LOFI.mp3", notes)
-            metadata.append(
-                f"{song}\t{artists['val' if take == 3 else 'train'][place % 6]}\tTitle\tMix\tLabel\tHouse"
-            )
+            metadata.append(f"{song}\t{artists['val' if take == 3 else 'train'][index % 6]}\tTitle")
             keys.append(f"{song}\t{name}\t2\t-")
     write_lines(mtg / "annotations" / "beatport_metadata.txt", metadata)
     write_lines(mtg / "annotations" / "annotations.txt", keys)
@@ -190,7 +86,7 @@ def giantsteps(raw: Path) -> Path:
 
 
 def emomusic(raw: Path) -> Path:
-    """Arousal is the level, valence the height of a tone; every eighth song is a window and a rest, one has 32 s."""
+    """Arousal is the level, valence the pitch of a tone; some songs have several windows."""
     rng = random.Random(1)
     artists = {
         "train": names_where(lambda n: n % 10 < 8),
@@ -261,7 +157,7 @@ def nsynth(raw: Path) -> Path:
 
 
 def vocalset(raw: Path) -> Path:
-    """Twenty singers by ten techniques; long takes are a window, and a rest that is one for the singer."""
+    """20 singers by 10 techniques; long recordings have a second, short window."""
     techniques = (
         *LONG_TAKES,
         "belt",
@@ -290,7 +186,7 @@ def vocalset(raw: Path) -> Path:
 
 
 def mtg(raw: Path) -> Path:
-    """Tags of three kinds, and the first two of each kind in the top 50; the first test track is 62 s long."""
+    """Tags of three kinds, the first two of each in the top 50; the first test track has 62 s."""
     rng = random.Random(3)
     kinds = {"genre": "genre", "instrument": "instrument", "moodtheme": "mood/theme"}
     lowest = {"genre": 58, "instrument": 68, "moodtheme": 78}
@@ -360,57 +256,15 @@ def hooktheory(raw: Path) -> Path:
     return raw
 
 
-def chords1217(raw: Path) -> Path:
-    """Songs of 26 chords and more, 1.5 s each; a fifth of the time has none, in the middle as well as at the ends."""
-    rng = random.Random(4)
-    folder, number = raw / "data" / "Chords1217", 0
-    for split, size in {"train": 4, "val": 2, "test": 3}.items():
-        records = []
-        for _ in range(size):
-            number += 1
-            path = f"data/Chords1217/audio/{number}.flac"
-            records.append(
-                {"audio_path": path, "label": write_song(raw / path, rng), "sample_rate": RATE}
-            )
-        write_json_lines(folder / f"Chords1217.{split}.jsonl", records)
-    return raw
-
-
-def write_song(path: Path, rng: random.Random, seconds: float = 1.5) -> list[dict[str, Any]]:
-    """A song of all triads, no chords, and one chord that is neither major nor minor; and its annotation."""
-    triads = [(root, mode) for root in range(12) for mode in ("maj", "min")]
-    chords = [*triads, *[(None, "N")] * 6, (3, "sus4")]
-    rng.shuffle(chords)
-    chords = [(None, "N"), *chords, (None, "N")]
-    parts, label = [], []
-    for place, (root, mode) in enumerate(chords):
-        third = {"maj": 4, "min": 3, "sus4": 5, "N": 0}[mode]
-        notes = [] if root is None else [60 + (root + up) % 12 for up in (0, third, 7)]
-        parts.append(
-            0.1 * sum((note(number, seconds) for number in notes), np.zeros(round(seconds * RATE)))
-        )
-        name = (
-            "N"
-            if root is None
-            else f"{TONICS[root]}:{rng.choice(('min', 'min7')) if mode == 'min' else mode}"
-        )
-        label.append(
-            {"start_time": place * seconds, "end_time": (place + 1) * seconds, "chord_str": name}
-        )
-    write(path, np.concatenate(parts))
-    return label
-
-
 @dataclass(frozen=True)
 class TinySet:
     """A data set, and what a probe on it should find.
 
     Attributes:
         build: writes it below a folder.
-        oracle: function of `oracle_encoders` that hears its labels.
+        oracle: function of `oracle_encoders` that encodes its labels.
         num_test: scored units of the test split, by task.
-        said: a file (or folder) of annotations or of a split, without which there is nothing to
-            probe; `{stem}` is the task's.
+        annotations: a file or folder that the probe needs; `{stem}` is that of the task.
         audio: a sound of the test split; "" where the sounds that lie there say what there is.
         root: folder that a user gives, below the one that was written.
     """
@@ -418,7 +272,7 @@ class TinySet:
     build: Callable[[Path], Path]
     oracle: str
     num_test: dict[str, int]
-    said: str
+    annotations: str
     audio: str
     root: str = "."
 

@@ -15,12 +15,7 @@ from typing_extensions import override
 
 from jepa_audio.errors import UserError
 from jepa_audio.probing.tasks.beat_decoder import BarPointer, decode_beats
-from jepa_audio.probing.tasks.frames import (
-    FrameLabels,
-    FrameSequence,
-    frame_rate,
-    frame_sequences,
-)
+from jepa_audio.probing.tasks.frames import FrameLabels, FrameSequence, frame_sequences
 from jepa_audio.probing.tasks.labels import Logits, Predictions, Rows, Unit
 from jepa_audio.probing.tasks.records import Item, Split, is_time
 
@@ -64,9 +59,9 @@ class Beats(FrameLabels):
 
     @override
     def row_targets(self, split: Split, rows: Rows) -> Float[Tensor, "rows 2"]:
-        """1 for frames at most one step from an event, else 0; on a coarse grid a step is a frame."""
+        """1 for frames at most one step from an event, else 0; a step is at least one frame."""
         targets = np.zeros((len(rows), len(EVENTS)), dtype=np.float32)
-        step = max(_TARGET_STEP_SECONDS, 1 / frame_rate(rows))
+        step = max(_TARGET_STEP_SECONDS, 1 / rows.frame_rate)
         for frames in frame_sequences(split, rows, "file"):
             for output, name in enumerate(EVENTS):
                 num_steps = _distance(frames.seconds, _event_times(frames.item, name)) / step
@@ -77,7 +72,7 @@ class Beats(FrameLabels):
     @override
     def predictions(self, logits: Logits, split: Split, rows: Rows, by: Unit) -> Predictions:
         """Counts of each unit and head, see `BEAT_COLUMNS`; 0 for events that are not decoded."""
-        sequences, rate = list(frame_sequences(split, rows, by)), frame_rate(rows)
+        sequences, rate = list(frame_sequences(split, rows, by)), rows.frame_rate
         counts = torch.zeros(rows.num_units(split, by), logits.shape[1], 2 * len(BEAT_COLUMNS))
         for output, name in enumerate(EVENTS):
             if name not in self.decoded:

@@ -17,7 +17,7 @@ from typing_extensions import override
 from jepa_audio.errors import UserError
 from jepa_audio.probing.metrics import SHARP_TONICS, Share
 from jepa_audio.probing.tasks.base import MARBLE_LEARNING_RATES, Protocol, Task
-from jepa_audio.probing.tasks.frames import FrameLabels, frame_rate, frame_sequences
+from jepa_audio.probing.tasks.frames import FrameLabels, frame_sequences
 from jepa_audio.probing.tasks.labels import UNKNOWN, Logits, Predictions, Rows, Unit
 from jepa_audio.probing.tasks.records import Item, Split, is_time
 from jepa_audio.probing.tasks.windows import Windows
@@ -34,8 +34,8 @@ class Chords(FrameLabels):
     """One of `CHORDS`, of records with a list of `{"start_time", "end_time", "chord_str"}`.
 
     A chord that contains a major triad is that triad, else one that contains a minor triad is that
-    triad. Other chords and moments without annotation are `UNKNOWN`. No-chord stays no-chord. A frame
-    covers half a step on both sides of its centre.
+    triad. Other chords and moments without annotation are `UNKNOWN`. No-chord stays no-chord. A
+    frame covers half a step on both sides of its centre.
     """
 
     kind = "class"
@@ -84,7 +84,7 @@ def _overlaps(
     split: Split, rows: Rows
 ) -> tuple[Int64[np.ndarray, " n"], Float[np.ndarray, " n"], Float[np.ndarray, "n C"]]:
     """Overlaps of a frame and a chord: row, seconds, and credit of each class (see `_Timeline`)."""
-    half, parts = 0.5 / frame_rate(rows), []
+    half, parts = 0.5 / rows.frame_rate, []
     for frames in frame_sequences(split, rows, "file"):
         timeline = _Timeline.of(frames.item)
         low, high = frames.seconds - half, frames.seconds + half
@@ -128,8 +128,8 @@ class _Timeline:
         for (_, end, _), (start, _, chord) in itertools.pairwise(regions):
             if start < end - _OVERLAP_SECONDS:
                 raise UserError(
-                    f"{item.where}: chord {chord!r} starts at {start} s, but the one before ends at "
-                    f"{end} s; chords must be in order of time and not overlap"
+                    f"{item.where}: chord {chord!r} starts at {start} s, but the one before ends "
+                    f"at {end} s; chords must be in order of time and not overlap"
                 )
         regions = [region for region in regions if region[0] < region[1]]
         starts, ends = (np.array([region[i] for region in regions], dtype=float) for i in (0, 1))

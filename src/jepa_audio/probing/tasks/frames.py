@@ -52,10 +52,3 @@ def frame_sequences(split: Split, rows: Rows, by: Unit) -> Iterator[FrameSequenc
         item = split.items[rows.item[part[0]]]
         seconds = item.start_seconds + rows.seconds[part].astype(np.float64)
         yield FrameSequence(item, int(unit[part[0]]), part, seconds)
-
-
-def frame_rate(rows: Rows) -> float:
-    """Frames per second within the windows; 1 if every window has a single frame."""
-    is_same_window = np.diff(rows.window) == 0
-    steps = np.diff(rows.seconds.astype(np.float64))[is_same_window]
-    return 1 / float(steps.mean()) if len(steps) else 1.0

@@ -52,6 +52,13 @@ class Rows:
         """Number of units."""
         return int(self.unit_index(split, by).max()) + 1
 
+    @property
+    def frame_rate(self) -> float:
+        """Rows per second within the windows; 1 if every window has a single row."""
+        is_same_window = np.diff(self.window) == 0
+        steps = np.diff(self.seconds.astype(np.float64))[is_same_window]
+        return 1 / float(steps.mean()) if len(steps) else 1.0
+
 
 Logits = Float[Tensor, "rows K C"]
 """C outputs of K heads for each feature row, called logits for all label types."""

@@ -16,7 +16,7 @@ Conversion = Mapping[str, Mapping[str, Sequence[Record]]]
 
 
 class Example(NamedTuple):
-    """A labelled audio file of a raw data set; `ori_uid` names its song if several files have one."""
+    """A labelled audio file of a raw data set; `ori_uid` is the key of that name in its record."""
 
     split: str
     path: Path

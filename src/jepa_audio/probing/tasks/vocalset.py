@@ -62,9 +62,8 @@ class _Recording:
     @property
     def percent(self) -> int:
         """0 to 99, a function of the names alone and not of other recordings or the folder."""
-        return hash_modulo(
-            "/".join((self.singer, self.context, self.technique, self.path.stem)), 100
-        )
+        name = f"{self.singer}/{self.context}/{self.technique}/{self.path.stem}"
+        return hash_modulo(name, 100)
 
 
 def read(raw: Path) -> dict[str, list[Example]]:
@@ -133,7 +132,7 @@ def _read_recordings(raw: Path) -> Sequence[_Recording]:
 
 
 def _recording(path: Path) -> _Recording:
-    """Singer, context and technique are those of the folders: some file names lack or misspell them."""
+    """Read the names of the folders: some file names lack the technique or misspell it."""
     singer_folder, context, folder = path.parts[-4:-1]
     singer, technique = _singer(singer_folder), _MISSPELT.get(folder, folder)
     if singer not in SINGERS:
@@ -158,9 +157,9 @@ def _singer(name: str) -> str | None:
 
 VOCALSET = DataSet("vocalset", read)
 
-# Windows are scored: each is a file of its own in MARBLE, with mean 0 and deviation 1, which is left
-# to the encoder here. A last window of at least 1 s is kept for the singer and dropped for the
-# technique: the better choice in MARBLE for each.
+# Windows are scored: each is a file of its own in MARBLE. It scales each to mean 0 and deviation 1,
+# which is left to the encoder here. A last window of at least 1 s is kept for the singer and
+# dropped for the technique: the better choice in MARBLE for each.
 _UNITS: tuple[Unit, ...] = ("window", "file")
 _SINGER_V1 = Protocol(Windows(3.0, min_ratio=1 / 3))
 _TECHNIQUE_V1 = Protocol(Windows(3.0), stop_patience=10)

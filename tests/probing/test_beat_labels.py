@@ -1,4 +1,4 @@
-"""Annotations in time: what frames are held to, and how what is heard in them is scored."""
+"""Beat labels: targets of frames, and scores equal to those of mir_eval."""
 
 import json
 import logging
@@ -15,34 +15,11 @@ from jepa_audio.errors import MissingFileError
 from jepa_audio.probing.tasks.base import ProbeData
 from jepa_audio.probing.tasks.beat_decoder import BarPointer, decode_beats
 from jepa_audio.probing.tasks.beats import EVENTS, TEMPO_BPM, Beats
-from jepa_audio.probing.tasks.chords import CHORDS, CHORDS1217, Chords
-from jepa_audio.probing.tasks.labels import UNKNOWN, Rows
-from jepa_audio.probing.tasks.records import Item, Split
 from jepa_audio.probing.tasks.rhythm import GTZAN_BEAT, GTZAN_RHYTHM
 from tests.probing import raw_sets
+from tests.probing.frame_data import rows_of, split_of
 
 BEAT, DOWNBEAT = slice(0, 3), slice(3, 6)
-
-
-def split_of(*labels: Any, start_seconds: float = 0.0) -> Split:
-    return Split(
-        tuple(
-            Item(Path(f"{n}.wav"), label, f"{n}.wav", f"songs.jsonl, line {n + 1}", start_seconds)
-            for n, label in enumerate(labels)
-        )
-    )
-
-
-def rows_of(*lengths: float, rate: float, window_seconds: float = 10.0) -> Rows:
-    """Frames of items of some seconds, cut into windows; only whole frames of a window count."""
-    item, window, seconds = [], [], []
-    for number, length in enumerate(lengths):
-        for start in np.arange(0, length, window_seconds):
-            num_frames = max(1, int((min(window_seconds, length - start)) * rate + 1e-6))
-            item += [number] * num_frames
-            window += [window[-1] + 1 if window else 0] * num_frames
-            seconds += (start + (np.arange(num_frames) + 0.5) / rate).tolist()
-    return Rows(np.array(item), np.array(window), np.array(seconds, dtype=np.float32))
 
 
 def beat_label(bpm: float, seconds: float, first: float = 0.313) -> dict[str, Any]:
@@ -51,35 +28,14 @@ def beat_label(bpm: float, seconds: float, first: float = 0.313) -> dict[str, An
 
 
 def logits_of(targets: Tensor) -> Tensor:
-    """Of one head that is nearly sure of what it should say."""
+    """Logits of one head that nearly equal the targets."""
     return (targets.clamp(0.02, 0.98).logit())[:, None]
-
-
-def region(start: Any, end: Any, chord: Any) -> dict[str, Any]:
-    return {"start_time": start, "end_time": end, "chord_str": chord}
-
-
-SONG = [
-    region(0.0, 1.03, "N"),
-    region(1.03, 3.0, "C:maj7/3"),
-    region(3.0, 4.21, "N"),
-    region(4.21, 6.0, "Bb:min7"),
-    region(6.0, 6.5, "G:sus4"),
-    region(7.0, 8.02, "F#"),
-    region(8.02, 9.0, "X"),
-]
-
-
-def chord_logits(classes: np.ndarray | Tensor) -> Tensor:
-    """Of one head that says these classes; `UNKNOWN` becomes a guess."""
-    places = torch.as_tensor(classes).clamp_min(0)
-    return torch.nn.functional.one_hot(places, len(CHORDS)).float()[:, None]
 
 
 # Beats
 
 
-def test_frames_near_a_beat_are_targets_as_wide_as_published():
+def test_frames_up_to_one_step_from_a_beat_are_targets():
     split = split_of({"beat": [0.5], "downbeat": []})
     rows = rows_of(1.0, rate=75.0)
     targets = Beats().row_targets(split, rows)
@@ -91,13 +47,13 @@ def test_frames_near_a_beat_are_targets_as_wide_as_published():
     assert coarse[:, 0].nonzero()[:, 0].tolist() == [3, 4, 5, 6]
 
 
-def test_targets_do_not_end_at_the_border_of_a_window():
+def test_targets_continue_across_windows():
     split = split_of({"beat": [10.001], "downbeat": [10.001]})
     targets = Beats().row_targets(split, rows_of(20.0, rate=100.0))
     assert targets.nonzero()[::2, 0].tolist() == [998, 999, 1000, 1001]
 
 
-def test_the_loss_is_that_of_torch_on_every_head():
+def test_the_loss_of_every_head_is_that_of_torch():
     generator = torch.Generator().manual_seed(0)
     logits, targets = (
         torch.randn(7, 3, 2, generator=generator),
@@ -163,7 +119,7 @@ def test_heads_are_scored_separately_and_zero_activations_score_zero():
     assert counts[0, 0, BEAT].tolist() == [0, 0, 33]
 
 
-def test_heads_are_chosen_by_beats_alone():
+def test_the_first_metric_needs_beats_only():
     split, rows = split_of(beat_label(100, 20.0)), rows_of(20.0, rate=100.0)
     beats = Beats()
     logits = logits_of(beats.row_targets(split, rows))
@@ -177,7 +133,7 @@ def test_heads_are_chosen_by_beats_alone():
     assert chosen[0, 0, DOWNBEAT].tolist() == [0, 0, 0]
 
 
-def test_windows_can_be_scored_apart_and_unheard_beats_are_not():
+def test_windows_can_be_scored_separately_and_beats_outside_are_ignored():
     split, rows = split_of(beat_label(120, 30.0)), rows_of(20.0, rate=100.0)
     beats = Beats()
     logits = logits_of(beats.row_targets(split, rows))
@@ -200,7 +156,7 @@ def test_annotations_count_from_the_start_of_the_file():
     ]
 
 
-def test_tracks_without_downbeats_are_no_fault():
+def test_a_track_may_have_no_downbeats():
     split, rows = split_of({"beat": [0.5], "downbeat": []}), rows_of(1.0, rate=100.0)
     counts = Beats().predictions(torch.zeros(100, 1, 2), split, rows, "file")
     assert counts[0, 0, 5] == 0
@@ -217,171 +173,10 @@ def test_tracks_without_downbeats_are_no_fault():
         ({"beat": [0.5, 2.0, 1.0], "downbeat": []}, "`beat` must increase, but 1.0 s"),
     ],
 )
-def test_beats_that_are_none_are_refused_with_their_record(label: Any, message: str):
+def test_wrong_beat_labels_are_an_error_that_names_the_record(label: Any, message: str):
     split, rows = split_of(beat_label(100, 1.0), label), rows_of(1.0, 1.0, rate=100.0)
     with pytest.raises(ValueError, match=f"songs.jsonl, line 2: .*{message}"):
         Beats().row_targets(split, rows)
-
-
-# Chords
-
-
-@pytest.mark.parametrize(
-    ("chord", "name"),
-    [
-        *[
-            ("C", "C:maj"),
-            ("C:maj/5", "C:maj"),
-            ("Cb:7", "B:maj"),
-            ("B#:min", "C:min"),
-            ("Db:min7/b3", "C#:min"),
-        ],
-        *[
-            ("E#:maj6", "F:maj"),
-            ("G:(1,3,5)", "G:maj"),
-            ("A:minmaj7", "A:min"),
-            ("C/2", "C:maj"),
-            ("N", "N"),
-        ],
-        *[(chord, None) for chord in ("X", "C:sus4", "C:aug", "C:dim", "C:hdim7", "F:5", "G:1")],
-    ],
-)
-def test_chords_become_triads(chord: str, name: str | None):
-    targets = Chords().row_targets(split_of([region(0, 1, chord)]), rows_of(1.0, rate=10.0))
-    assert set(targets.tolist()) == {UNKNOWN if name is None else CHORDS.index(name)}
-
-
-def test_no_chord_stays_no_chord_and_gaps_and_tails_are_ignored():
-    targets = Chords().row_targets(split_of(SONG), rows_of(12.0, rate=10.0, window_seconds=5.0))
-    names = ["-" if place == UNKNOWN else CHORDS[place] for place in targets.tolist()]
-    assert names[:10] == ["N"] * 10
-    assert names[30:42] == ["N"] * 12  # in the middle, and not the chord before
-    assert names[15], names[50] == ("C:maj", "A#:min")
-    assert names[60:70] == ["-"] * 10  # what is no triad, then a gap
-    assert names[80:] == ["-"] * 40  # an unknown chord, then nothing
-    assert names[75] == "F#:maj"
-
-
-def test_ignored_frames_teach_nothing():
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(6, 2, 25, generator=generator, requires_grad=True)
-    targets = torch.tensor([3, UNKNOWN, 24, UNKNOWN, 0, UNKNOWN])
-    losses = Chords().losses(logits, targets)
-    expected = [torch.nn.functional.cross_entropy(logits[::2, k], targets[::2]) for k in range(2)]
-    torch.testing.assert_close(losses, torch.stack(expected))
-    losses.sum().backward()
-    assert not logits.grad[1::2].any()
-    assert Chords().losses(logits, torch.full((6,), UNKNOWN)).tolist() == [0, 0]
-
-
-def majmin_of(song: list[dict[str, Any]], predicted: np.ndarray, rate: float) -> float:
-    """By mir_eval, of intervals of equal frames."""
-    borders = np.concatenate([[0], np.flatnonzero(np.diff(predicted)) + 1, [len(predicted)]])
-    intervals = np.stack([borders[:-1], borders[1:]], axis=1) / rate
-    chords = [CHORDS[predicted[start]] for start in borders[:-1]]
-    gapless, labels = [], []
-    for part in song:
-        if gapless and part["start_time"] > gapless[-1][1]:
-            gapless.append((gapless[-1][1], part["start_time"]))
-            labels.append("X")
-        gapless.append((part["start_time"], part["end_time"]))
-        labels.append(part["chord_str"])
-    return float(mir_eval.chord.evaluate(np.array(gapless), labels, intervals, chords)["majmin"])
-
-
-@pytest.mark.parametrize("rate", [10.0, 20.0, 43.0])
-def test_seconds_are_weighed_as_mir_eval_weighs_them(rate: float):
-    rows = rows_of(9.0, 9.0, rate=rate, window_seconds=9.0)
-    split = split_of(SONG, SONG)
-    num_frames = len(rows) // 2
-    generator = torch.Generator().manual_seed(5)
-    ideal = Chords().row_targets(split, rows).clamp_min(0)
-    random = torch.where(torch.rand(len(rows), generator=generator) < 0.6, ideal, 24)
-    constant = torch.full_like(ideal, CHORDS.index("F#:maj"))
-    predicted = torch.stack([ideal, random, constant], dim=1)
-    logits = torch.cat([chord_logits(column) for column in predicted.T], dim=1)
-    counts = Chords().predictions(logits, split, rows, "file")
-    for k in range(3):
-        for n in range(2):
-            mine = predicted[n * num_frames : (n + 1) * num_frames, k].numpy()
-            expected = majmin_of(SONG, mine, rate)
-            assert (counts[n, k, 0] / counts[n, k, 1]).item() == pytest.approx(expected, abs=1e-4)
-    assert (counts[..., 2] / counts[..., 3])[:, 0].tolist() == [1.0, 1.0]
-    assert (counts[..., 0] / counts[..., 1])[
-        :, 0
-    ].min() > 0.95  # frames cannot tell where within them a chord ends
-
-
-def test_a_chord_that_changes_between_frames_is_weighed_by_its_seconds():
-    song = [region(0.0, 0.3, "C"), region(0.3, 1.0, "A:min")]
-    split, rows = split_of(song), rows_of(1.0, rate=2.0)
-    counts = Chords().predictions(
-        chord_logits(np.array([CHORDS.index("A:min")] * 2)), split, rows, "file"
-    )
-    assert counts[0, 0].tolist() == pytest.approx([0.7, 1.0, 1, 2])
-
-
-def test_a_constant_answer_scores_the_share_of_its_chord():
-    split, rows = split_of(SONG), rows_of(12.0, rate=20.0, window_seconds=5.0)
-    constant = chord_logits(np.full(len(rows), CHORDS.index("N")))
-    counts = Chords().predictions(constant, split, rows, "file")
-    majmin, frames = (
-        metric(counts, Chords().unit_targets(split, rows, "file")).item()
-        for metric in CHORDS1217.metrics
-    )
-    assert counts.shape == (1, 1, 4)
-    assert counts[0, 0, :2].tolist() == pytest.approx([1.03 + 1.21, 6.0 + 1.02], abs=1e-4)
-    assert majmin == pytest.approx(2.24 / 7.02, abs=1e-4)
-    assert frames == pytest.approx(2.24 / 7.02, abs=0.02)
-
-
-def test_windows_of_a_song_can_be_scored_apart_and_a_last_one_of_one_frame_works():
-    song = [region(0.0, 10.05, "C")]
-    split, rows = split_of(song), rows_of(10.05, rate=20.0, window_seconds=5.0)
-    assert np.bincount(rows.window).tolist() == [100, 100, 1]
-    by_window = Chords().predictions(
-        chord_logits(np.zeros(len(rows), dtype=np.int64)), split, rows, "window"
-    )
-    assert by_window[:, 0, 1].tolist() == pytest.approx([5.0, 5.0, 0.05], abs=1e-4)
-    assert by_window[:, 0, 3].tolist() == [100, 100, 1]
-
-
-def test_a_song_without_anything_to_compare_counts_nothing():
-    split, rows = split_of([], [region(0.0, 1.0, "X")]), rows_of(1.0, 1.0, rate=20.0)
-    counts = Chords().predictions(
-        chord_logits(np.zeros(len(rows), dtype=np.int64)), split, rows, "file"
-    )
-    assert not counts.any()
-
-
-@pytest.mark.parametrize(
-    ("label", "message"),
-    [
-        ("C:maj", "must be a list of chords"),
-        (
-            [{"start_time": 0.0, "chord_str": "C"}],
-            "must have `start_time`, `end_time` and `chord_str`",
-        ),
-        ([region(1.0, 0.5, "C")], "must be seconds, in this order"),
-        ([region("0", 0.5, "C")], "must be seconds, in this order"),
-        ([region(0.0, 1.0, "H:moll")], "`chord_str` is 'H:moll'"),
-        ([region(0.0, 1.0, None)], "`chord_str` is None"),
-        (
-            [region(0.0, 2.0, "C"), region(1.0, 3.0, "D")],
-            "'D' starts at 1.0 s, but the one before ends at 2.0 s",
-        ),
-    ],
-)
-def test_chords_that_are_none_are_refused_with_their_record(label: Any, message: str):
-    split, rows = split_of(SONG, label), rows_of(1.0, 1.0, rate=20.0)
-    with pytest.raises(ValueError, match=f"songs.jsonl, line 2: .*{message}"):
-        Chords().row_targets(split, rows)
-
-
-def test_times_that_were_rounded_may_overlap_by_a_millisecond():
-    song = [region(0.0, 0.5004, "C"), region(0.5, 0.5, "G"), region(0.5, 1.0, "D")]
-    targets = Chords().row_targets(split_of(song), rows_of(1.0, rate=10.0))
-    assert targets.tolist() == [0] * 5 + [2] * 5
 
 
 # GTZAN-Rhythm
@@ -420,7 +215,7 @@ def rhythm(raw: Path) -> Path:
     return raw
 
 
-def test_gtzan_rhythm_becomes_the_records_of_marble(
+def test_gtzan_rhythm_is_converted_to_marbles_records(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     with caplog.at_level(logging.WARNING):
@@ -438,7 +233,7 @@ def test_gtzan_rhythm_becomes_the_records_of_marble(
     assert data.labels.row_targets(data.splits["train"], rows_of(*[0.2] * 10, rate=100.0)).any()
 
 
-def test_what_is_missing_of_gtzan_rhythm_is_named(tmp_path: Path):
+def test_missing_or_wrong_files_of_gtzan_rhythm_are_named(tmp_path: Path):
     raw = rhythm(tmp_path)
     jams = raw / "GTZAN-Rhythm_v2_ismir2015_lbd" / "jams"
     (jams / "pop.00001.wav.jams").unlink()
