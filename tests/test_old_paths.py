@@ -17,8 +17,8 @@ from jepa_audio.inference.encoder import load_encoder
 from jepa_audio.interop import WeightsError, export_weights
 from jepa_audio.old_paths import current_path, with_current_paths
 from jepa_audio.probing.encoders import encoders_of
-from jepa_audio.probing.rows import read_jsonl
-from jepa_audio.report.leaderboard import write_leaderboard
+from jepa_audio.probing.rows import read_rows
+from jepa_audio.report.page import write_leaderboard
 
 BEFORE = Path(__file__).parent / "data" / "before_rooms"
 CHECKPOINTS = ["wave.ckpt", "mel.ckpt"]
@@ -168,6 +168,6 @@ def test_old_class_paths_in_a_list_and_in_a_front_end_file_are_replaced(
 def test_old_result_rows_are_read_into_a_leaderboard(tmp_path: Path):
     shutil.copytree(BEFORE / "probe", tmp_path / "probe")
     results = tmp_path / "probe" / "results.jsonl"
-    assert len(read_jsonl(results)) > 4
+    assert len(read_rows(results)) > 4
     write_leaderboard(results)
     assert "wave" in (tmp_path / "probe" / "leaderboard.md").read_text()

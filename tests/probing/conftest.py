@@ -31,7 +31,7 @@ def probed(
     """Results of the oracle and the constant encoder for a task; each data set is probed once."""
     from jepa_audio.probing.run import probe
     from jepa_audio.probing.tasks import TASKS
-    from jepa_audio.report.leaderboard import write_leaderboard
+    from jepa_audio.report.page import write_leaderboard
 
     done: dict[str, Probed] = {}
 

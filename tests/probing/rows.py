@@ -1,4 +1,4 @@
-"""Rows of results for tests, with evidence where it is wanted."""
+"""Rows of results for tests, with their evidence."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from jepa_audio.probing.intervals import Difference, interval
-from jepa_audio.probing.rows import Evidence, ProbeRow, Score, append_jsonl, save_evidence
+from jepa_audio.probing.rows import Evidence, ProbeRow, Score, append_rows, save_evidence
 
 
 def a_row(**changes: object) -> ProbeRow:
-    """An encoder with four layers and a twin, on notes of which a fifth is guessed."""
+    """A result of an encoder with four layers, with a difference to its random-init baseline."""
     metric = changes.get("metric", "accuracy")
     fields: dict = {
         "encoder": "mel",
@@ -50,7 +50,7 @@ def a_row(**changes: object) -> ProbeRow:
 
 
 def baseline(**changes: object) -> ProbeRow:
-    """Log-mel statistics: one layer, no twin."""
+    """Log-mel statistics: one layer, no random-init baseline."""
     one_layer = {
         "layer": "statistics",
         "layers": ("statistics",),
@@ -64,27 +64,27 @@ def baseline(**changes: object) -> ProbeRow:
 def evidence_of(
     draws: dict[str, np.ndarray], num_units: int = 5, uids: tuple[str, ...] = ()
 ) -> Evidence:
-    answers = np.zeros((num_units, 5), dtype=np.float32)
+    predictions = np.zeros((num_units, 5), dtype=np.float32)
     names = uids or tuple(f"clip {i}" for i in range(num_units))
-    return Evidence(answers, np.zeros(num_units, dtype=np.int64), names, draws)
+    return Evidence(predictions, np.zeros(num_units, dtype=np.int64), names, draws)
 
 
 def add(results: Path, value: float, draws: np.ndarray, **changes: object) -> ProbeRow:
-    """Append a row whose headline metric has some value and draws."""
+    """Append a row whose headline metric has this value and these draws."""
     return add_scores(results, {str(changes.get("metric", "accuracy")): (value, draws)}, **changes)
 
 
 def add_scores(
     results: Path, scores: dict[str, tuple[float, np.ndarray]], **changes: object
 ) -> ProbeRow:
-    """The same for several metrics; the weights are named after encoder and variant if they are not given."""
+    """Append a row of several metrics; the default hash is the encoder and its variant."""
     number = len(results.read_text().splitlines()) if results.exists() else 0
-    said = {name: Score(value, *interval(draws)) for name, (value, draws) in scores.items()}
+    intervals = {name: Score(value, *interval(draws)) for name, (value, draws) in scores.items()}
     uids = changes.pop("uids", ())
-    row = a_row(scores=said, evidence=f"evidence/{number}.npz", against_random=None, **changes)
+    row = a_row(scores=intervals, evidence=f"evidence/{number}.npz", against_random=None, **changes)
     if "encoder_hash" not in changes:
         row = a_row(**{**row.__dict__, "encoder_hash": f"{row.encoder} {row.variant}"})
     draws_of = {name: draws.astype(np.float32) for name, (_, draws) in scores.items()}
     save_evidence(results.parent / row.evidence, evidence_of(draws_of, uids=uids))
-    append_jsonl(results, [row])
+    append_rows(results, [row])
     return row

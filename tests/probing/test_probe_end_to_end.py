@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from jepa_audio.probing.robustness import SWEEPS
-from jepa_audio.probing.rows import ProbeRow, read_jsonl
+from jepa_audio.probing.rows import ProbeRow, read_rows
 from jepa_audio.probing.run import probe
 from jepa_audio.probing.tasks import TASKS
-from jepa_audio.report.pictures import draw_all
+from jepa_audio.report.figures import draw_close_ups, draw_conditions
+from jepa_audio.report.results import read_results
 from tests.probing.tiny_sets import SET_OF, Probed, rows_of
 
 ENCODERS = "tests.probing.oracle_encoders:"
@@ -81,7 +82,7 @@ def test_heads_have_the_requested_seeds(probed: Callable[[str], Probed], tmp_pat
     assert [row.seed for row in default] == [1234, 1235, 1236]
     assert len({row.value for row in chosen}) == 3
     assert len({row.evidence for row in [*chosen, *default]}) == 6
-    assert len(read_jsonl(tmp_path / "results.jsonl")) == 12  # with log-mel statistics
+    assert len(read_rows(tmp_path / "results.jsonl")) == 12  # with log-mel statistics
 
 
 def test_max_train_with_tasks_in_several_folders(roots: Callable[[str], Path], tmp_path: Path):
@@ -131,14 +132,9 @@ def test_clips_are_encoded_once_and_degradations_do_not_change_the_clean_score(
     assert [row for row in second if row.task == "nsynth_pitch"] == first
     degraded = run("nsynth_pitch,nsynth_instrument", robustness=["gain", "low_pass"])
     assert stored.items() <= contents(tmp_path / "features").items()
-    assert read_jsonl(tmp_path / "results.jsonl") == [*first, *second, *degraded]
+    assert read_rows(tmp_path / "results.jsonl") == [*first, *second, *degraded]
     for clean, row in zip(second, degraded, strict=True):
-        assert (clean.value, clean.low, clean.high, clean.valid) == (
-            row.value,
-            row.low,
-            row.high,
-            row.valid,
-        )
+        assert (clean.score, clean.valid) == (row.score, row.valid)
         assert {name: [level for level, _ in curve] for name, curve in row.robustness.items()} == {
             name: [condition.level for condition in SWEEPS[name]] for name in ("gain", "low_pass")
         }
@@ -226,7 +222,7 @@ def test_layers_of_a_function_are_chosen_by_index(roots: Callable[[str], Path], 
     assert rows[0].layers == ("nothing",)
 
 
-# Pictures
+# Figures
 
 
 def results_with_curves(of: Probed, folder: Path) -> Path:
@@ -238,11 +234,13 @@ def results_with_curves(of: Probed, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("task", ["chords1217", "gtzan_beat"])
-def test_pictures_of_annotations_in_time_are_drawn(task: str, probed: Callable[[str], Probed]):
-    drawn = draw_all(probed(task).output / "results.jsonl")
-    assert len(drawn) == 2, "of the oracle and of the constant encoder, one grid each"
-    assert all(path.stat().st_size > 1000 for path in drawn)
+def test_figures_of_annotations_in_time_are_drawn(task: str, probed: Callable[[str], Probed]):
+    files = draw_close_ups(read_results([probed(task).output / "results.jsonl"]))
+    grids = [file.path for of_result in files[task] for file in of_result]
+    assert len(grids) == 2, "one grid each of the oracle and of the constant encoder"
+    assert all(path.stat().st_size > 1000 for path in grids)
 
 
-def test_pictures_of_conditions_are_drawn(probed: Callable[[str], Probed], tmp_path: Path):
-    assert draw_all(results_with_curves(probed("chords1217"), tmp_path))
+def test_figures_of_conditions_are_drawn(probed: Callable[[str], Probed], tmp_path: Path):
+    results = results_with_curves(probed("chords1217"), tmp_path)
+    assert draw_conditions(read_results([results]), tmp_path)

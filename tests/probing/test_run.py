@@ -17,11 +17,11 @@ from jepa_audio.probing.encoder_loading import EncoderOptions, load_jepa_encoder
 from jepa_audio.probing.encoders import FunctionEncoder, LogMelStatistics, state_hash
 from jepa_audio.probing.intervals import difference
 from jepa_audio.probing.presets import preset_of
-from jepa_audio.probing.rows import ProbeRow, load_evidence, read_jsonl
+from jepa_audio.probing.rows import ProbeRow, load_evidence, read_rows
 from jepa_audio.probing.run import probe
 from jepa_audio.probing.tasks import TASKS
 from jepa_audio.probing.tasks.base import ProbeData
-from jepa_audio.report.leaderboard import write_leaderboard
+from jepa_audio.report.page import write_leaderboard
 
 RATE, PITCHES, FAMILIES = 1000, (60, 62, 64, 65), ("bass", "reed")
 
@@ -67,14 +67,14 @@ def checkpoint(tiny_cli: Callable, fit: Callable, tmp_path: Path) -> tuple[Path,
 
 def check_rows(rows: list[ProbeRow], folder: Path) -> None:
     for row in rows:
-        assert row.low <= row.value <= row.high
+        assert row.score.low <= row.value <= row.score.high
         assert (row.num_train, row.num_valid, row.num_test) == (30, 16, 24)
         place = row.layers.index(row.layer), row.settings.index(row.setting)
         assert row.valid_grid[place[0]][place[1]] == max(map(max, row.valid_grid))
         evidence = load_evidence(folder / row.evidence)
-        right = evidence.answers.argmax(axis=1) == evidence.truth
+        right = evidence.predictions.argmax(axis=1) == evidence.labels
         assert right.mean() == pytest.approx(row.value)
-        assert np.percentile(evidence.draws["accuracy"], 2.5) == pytest.approx(row.low)
+        assert np.percentile(evidence.draws["accuracy"], 2.5) == pytest.approx(row.score.low)
 
 
 def test_every_encoder_is_compared_with_the_initial_weights_of_its_run(
@@ -84,7 +84,7 @@ def test_every_encoder_is_compared_with_the_initial_weights_of_its_run(
     tasks, output = ["nsynth_pitch", "nsynth_instrument"], tmp_path / "probe"
     settings = {"preset": "linear", "random_seeds": (7,), "frequency": "concat", "max_train": 30}
     rows = probe(str(path), tasks, corpus, output, **settings)
-    assert read_jsonl(output / "results.jsonl") == rows
+    assert read_rows(output / "results.jsonl") == rows
     assert [(row.encoder, row.variant) for row in rows[::4]] == [
         ("mel", "random"),
         ("mel", "random-7"),
@@ -126,7 +126,7 @@ def test_the_command_accepts_lists_with_commas_and_prints_the_scores(
     options = "--tasks nsynth_pitch,nsynth_instrument --variants [context] --max_train 30"
     main(["probe", *paths.split(), *options.split(), "--layers", "[1, 2]"])
     printed = capsys.readouterr().out
-    rows = read_jsonl(output / "results.jsonl")
+    rows = read_rows(output / "results.jsonl")
     assert {row.preset for row in rows} == {"marble-v1"}
     assert {row.layers for row in rows if row.encoder == "mel"} == {
         ("block 1", "block 2", "weighted sum")

@@ -15,7 +15,7 @@ from jepa_audio.errors import MissingFileError
 from jepa_audio.probing.convert import convert
 from jepa_audio.probing.features import FeatureStore
 from jepa_audio.probing.presets import preset_of
-from jepa_audio.probing.rows import load_evidence, read_jsonl
+from jepa_audio.probing.rows import load_evidence, read_rows
 from jepa_audio.probing.run import probe
 from jepa_audio.probing.tasks import TASKS
 from jepa_audio.probing.tasks.base import ProbeData
@@ -88,7 +88,7 @@ def test_an_encoder_of_the_label_scores_one(task: str, probed: Callable[[str], P
         assert row.value > 0.5 * (1 + row.chance)
         assert row.metric == TASKS[task].metrics[0].name
         assert (
-            row.low - 1e-5 <= row.value <= row.high + 1e-5
+            row.score.low - 1e-5 <= row.value <= row.score.high + 1e-5
         )  # the value is rounded to 32 bits, its ends are not
         assert row.num_test == tiny.num_test[task]
         assert row.against_random is None
@@ -152,7 +152,7 @@ def test_shuffled_labels_score_chance(task: str, probed: Callable[[str], Probed]
 @pytest.mark.parametrize("task", TASKS)
 def test_results_and_leaderboard_are_written(task: str, probed: Callable[[str], Probed]):
     of = probed(task)
-    assert read_jsonl(of.output / "results.jsonl") == of.rows
+    assert read_rows(of.output / "results.jsonl") == of.rows
     for name in ("leaderboard.md", "leaderboard.html"):
         assert task in (of.output / name).read_text()
     for row in of.rows:

@@ -10,8 +10,10 @@ import torch
 from jepa_audio.cli.trainer import JEPACLI
 from jepa_audio.errors import MissingFileError
 from jepa_audio.probing.intervals import Difference
-from jepa_audio.probing.rows import ProbeRow, Score, append_jsonl
-from jepa_audio.report.runs import draw_masks_of, write_report
+from jepa_audio.probing.rows import ProbeRow, Score, append_rows
+from jepa_audio.report.masks import draw_model_masks
+from jepa_audio.report.page import write_report
+from jepa_audio.report.runs import find_runs
 from tests.probing import rows
 
 AHEAD, BEHIND, UNDECIDED = (
@@ -42,11 +44,11 @@ def monitored(step: int, alarm: float = 0.0, loss: float = 0.5) -> dict[str, flo
     }
 
 
-def a_run(folder: Path, **last_look: float) -> None:
+def a_run(folder: Path, **last_check: float) -> None:
     lines: list[dict[str, float]] = [
         {"step": step, "epoch": 0, "train/loss": 1 / (step + 1)} for step in range(10)
     ]
-    lines += [{"step": 4, "valid/loss": 0.7}, monitored(1), monitored(9, **last_look)]
+    lines += [{"step": 4, "valid/loss": 0.7}, monitored(1), monitored(9, **last_check)]
     write_metrics(folder, lines)
 
 
@@ -61,16 +63,16 @@ def a_row(encoder: str, task: str, against: Difference | None, **changes: object
 
 
 def probed(directory: Path, *probe_rows: ProbeRow) -> None:
-    append_jsonl(directory / "probe" / "results.jsonl", probe_rows)
+    append_rows(directory / "probe" / "results.jsonl", probe_rows)
 
 
 def text_of(page: Path) -> str:
     """What a reader sees, without pictures and markup, whitespace collapsed."""
-    body = page.read_text().split("</style>")[1]
+    body = page.read_text().split("</nav>")[1]
     return " ".join(re.sub(r"<[^>]*>", " ", body).split())
 
 
-def test_the_page_needs_no_other_file(tmp_path):
+def test_page_needs_no_other_file(tmp_path):
     a_run(tmp_path / "mel")
     probed(tmp_path, a_row("mel", "pitch", None), a_row("mel", "pitch", AHEAD))
     page = write_report(tmp_path)
@@ -79,45 +81,72 @@ def test_the_page_needs_no_other_file(tmp_path):
     figures = sorted((tmp_path / "figures").iterdir())
     assert [figure.name for figure in figures] == ["layers.png", "mel-curves.png", "probe.png"]
     assert html.count("data:image/png;base64,") == len(figures)
-    assert not re.search(r'(src|href)="(?!data:)', html)
+    assert not re.search(r'src="(?!data:)|href="(?!#)', html)
+    assert html.count("<table>") == html.count('<div class="scroll"><table>')
+    assert "prefers-color-scheme: dark" in html
+    assert set(re.findall(r'href="#([^"]*)"', html)) == set(re.findall(r'h2 id="([^"]*)"', html))
 
 
-def test_won_and_lost_tasks_are_both_told(tmp_path):
+def test_runs_and_leaderboard_are_on_one_page(tmp_path):
+    draws = np.random.default_rng(0).normal(0, 0.02, 400)
     a_run(tmp_path / "mel")
-    gaps = {"family": AHEAD, "pitch": BEHIND, "octave": UNDECIDED}
-    probed(
-        tmp_path, *(a_row("mel", task, against) for task in gaps for against in (None, gaps[task]))
-    )
+    a_run(tmp_path / "seeds" / "wave")
+    for folder, encoder in (("probe", "mel"), ("seeds/probe", "wave")):
+        results = tmp_path / folder / "results.jsonl"
+        for task in ("nsynth_pitch", "nsynth_instrument"):
+            rows.add(results, 0.5, 0.5 + draws, encoder=encoder, task=task)
+    page = write_report(tmp_path)
+    text, html = text_of(page), page.read_text()
+    sections = ["Training curves", "Run: mel", "Run: seeds/wave", "Probes", "Averages over tasks"]
+    assert set(sections) < set(re.findall(r"<h2[^>]*>([^<]*)</h2>", html))
+    assert "linear, linear head, best epoch, 2 tasks" in text
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert {"curves.png", "mel-curves.png", "seeds-wave-curves.png"} < names
+    pictures = list(tmp_path.rglob("pictures/*.png"))
+    assert len(pictures) == 2 * 2 * 3
+    assert html.count("data:image/png;base64,") == len(names) + len(pictures)
+    average = html[html.index("Averages over tasks</h2>") :].split("</table>")[0]
+    assert average.count('class="best"') == 2, "encoders of both files share a rank"
+
+
+def test_missing_evidence_is_named_and_the_results_are_shown(tmp_path):
+    probed(tmp_path, a_row("mel", "pitch", AHEAD))
+    text = text_of(write_report(tmp_path))
+    assert "Results are not compared or ranked: there is no" in text
+    assert "evidence/0.npz" in text
+    assert "0.350 [0.300, 0.400] block 1" in text
+
+
+def test_both_verdicts_are_shown(tmp_path):
+    a_run(tmp_path / "mel")
+    verdicts = {"family": AHEAD, "pitch": BEHIND, "octave": UNDECIDED}
+    for task, difference in verdicts.items():
+        probed(tmp_path, a_row("mel", task, None), a_row("mel", task, difference))
     page = write_report(tmp_path)
     text = text_of(page)
-    assert (
-        "Ahead of its random-init twin: context encoder on family (+0.100 [+0.050, +0.150])."
-        in text
-    )
-    assert (
-        "Behind its random-init twin: context encoder on pitch (-0.100 [-0.150, -0.050])." in text
-    )
-    assert (
-        "No significant difference to its random-init baseline: context encoder on octave" in text
-    )
-    assert "pitch: accuracy, chance 0.200, 77 files" in text
+    baseline = "its random-init baseline: context encoder on"
+    assert f"Ahead of {baseline} family (+0.100 [+0.050, +0.150])." in text
+    assert f"Behind {baseline} pitch (-0.100 [-0.150, -0.050])." in text
+    assert f"No significant difference to {baseline} octave" in text
+    assert "pitch accuracy, chance 0.200, 77 files" in text
     html = page.read_text()
     assert html.count('<span class="ahead">') == 1
     assert html.count('<span class="behind">') == 1
-    assert "3 differences were tested" in text
+    assert "3 differences to random-init baselines were tested" in text
 
 
-def test_the_badge_says_the_verdict(tmp_path):
+def test_badge_shows_the_verdict(tmp_path):
     verdicts = {
         "up": [AHEAD],
         "down": [BEHIND],
         "even": [UNDECIDED],
         "both": [AHEAD, BEHIND, UNDECIDED],
-        "unasked": [],
+        "unprobed": [],
     }
-    for name, gaps in verdicts.items():
+    for name, differences in verdicts.items():
         write_metrics(tmp_path / name, [{"step": 1}])
-        probed(tmp_path, *(a_row(name, f"{k}", gap) for k, gap in enumerate(gaps)))
+        found = (a_row(name, str(number), each) for number, each in enumerate(differences))
+        probed(tmp_path, *found)
     html = write_report(tmp_path).read_text()
     badges = dict(re.findall(r"<h3>(\w+) <span[^>]*>([^<]*)</span>", html))
     assert badges == {
@@ -125,77 +154,89 @@ def test_the_badge_says_the_verdict(tmp_path):
         "down": "worse than untrained",
         "even": "no significant difference to untrained",
         "both": "ahead and behind",
-        "unasked": "not probed",
+        "unprobed": "not probed",
     }
 
 
-def test_trained_heads_decide_and_the_last_answer_counts(tmp_path):
+def test_run_below_log_mel_has_a_badge(tmp_path):
+    a_run(tmp_path / "mel")
+    log_mel = {"scores": {"accuracy": Score(0.36, 0.3, 0.4)}}
+    probed(tmp_path, rows.baseline(task="pitch", **log_mel), rows.baseline(task="family"))
+    probed(tmp_path, a_row("mel", "pitch", AHEAD), a_row("mel", "family", AHEAD))
+    badges = re.findall(r'<span class="badge (\w+)">([^<]*)<', write_report(tmp_path).read_text())
+    assert badges == [
+        ("ahead", "learned"),
+        ("behind", "below log-mel on 1 of 2 results"),
+        ("behind", "below log-mel"),
+    ]
+
+
+def test_trained_heads_decide_and_the_last_result_counts(tmp_path):
     a_run(tmp_path / "mel")
     probed(tmp_path, a_row("mel", "pitch", AHEAD), a_row("mel", "pitch", AHEAD, head="knn"))
     probed(tmp_path, a_row("mel", "pitch", BEHIND, scores={"accuracy": Score(0.123, 0.1, 0.2)}))
     page = write_report(tmp_path)
     assert ">worse than untrained</span>" in page.read_text()
-    assert "Ahead of its random-init twin" not in text_of(page).split("Probes")[0]
+    assert "Ahead of its random-init baseline" not in text_of(page).split("Probes")[0]
     assert "0.350 [0.300, 0.400] block 1" in text_of(page), "the other head stays in the table"
     assert "0.123" in text_of(page)
 
 
-def test_seeds_of_a_head_are_one_answer_and_protocols_are_several(tmp_path):
+def test_seeds_are_averaged_and_protocols_are_separate(tmp_path):
     a_run(tmp_path / "mel")
     seeds = [Difference(0.1, 0.05, 0.15), Difference(0.3, 0.25, 0.35)]
-    probed(tmp_path, *(a_row("mel", "pitch", gap, seed=seed) for seed, gap in enumerate(seeds)))
+    probed(tmp_path, *(a_row("mel", "pitch", each, seed=seed) for seed, each in enumerate(seeds)))
     assert "context encoder on pitch (+0.200 [+0.150, +0.250])." in text_of(write_report(tmp_path))
     probed(tmp_path, a_row("mel", "pitch", BEHIND, preset="marble-v1", head="mlp"))
     text = text_of(write_report(tmp_path))
-    assert "Ahead of its random-init twin: context encoder on pitch, linear (+0.200" in text
-    assert "Behind its random-init twin: context encoder on pitch, marble-v1 (-0.100" in text
+    assert "Ahead of its random-init baseline: context encoder on pitch, linear (+0.200" in text
+    assert "Behind its random-init baseline: context encoder on pitch, marble-v1 (-0.100" in text
     names = {path.stem for path in (tmp_path / "figures").iterdir()}
     assert {"probe-linear", "probe-marble-v1", "layers-linear", "layers-marble-v1"} <= names
 
 
-def test_losses_and_alarms_are_told(tmp_path):
+def test_losses_and_alarms_are_shown(tmp_path):
     a_run(tmp_path / "good", loss=1.5)
     a_run(tmp_path / "bad", alarm=1.0)
     text = text_of(write_report(tmp_path))
     assert "The last loss, 1.5, is not below that of predicting the mean target (1)" in text
     assert "and below that of copying the nearest context token (2)" in text
     assert "The last validation loss is 0.7." in text
-    assert "Not collapsed: no alarm at any of 2 looks" in text
-    assert "Collapse alarm at 1 of 2 looks, first at step 9, and still at the last" in text
+    assert "Not collapsed: no alarm at any of 2 checks" in text
+    assert "Collapse alarm at 1 of 2 checks, first at step 9, including the last" in text
 
 
-def test_a_run_with_nothing_but_a_training_loss_has_a_page(tmp_path):
+def test_run_with_only_a_training_loss_has_a_page(tmp_path):
     write_metrics(
         tmp_path / "mel", [{"step": 0, "train/loss": 1.0}, {"step": 1, "train/loss": float("nan")}]
     )
     text = text_of(write_report(tmp_path))
     assert "not probed" in text
-    assert "Collapse was not watched. The last training loss is not a finite number." in text
+    assert "Collapse was not monitored. The last training loss is not a finite number." in text
     assert "validation" not in text.split("Probes")[0]
-    assert "No picture of the masks: there is no checkpoint" in text
+    assert "No figure of the masks: no checkpoint" in text
 
 
-def test_online_probes_stand_in_for_missing_ones(tmp_path):
+def test_online_probes_are_shown_if_nothing_was_probed(tmp_path):
     write_metrics(
         tmp_path / "mel", [{"step": 5, "probe/pitch/accuracy": 0.25, "probe/pitch/twin": 0.125}]
     )
-    assert "pitch was last at 0.250 (accuracy), its twin at 0.125." in text_of(
-        write_report(tmp_path)
-    )
+    online = "online probe of pitch had accuracy 0.250, its random-init baseline 0.125."
+    assert online in text_of(write_report(tmp_path))
 
 
-def test_probe_results_alone_have_a_page(tmp_path):
+def test_probe_results_without_runs_have_a_page(tmp_path):
     probed(
         tmp_path,
         a_row("elsewhere", "pitch", UNDECIDED),
         a_row("log-mel", "pitch", None, variant="statistics"),
     )
     text = text_of(write_report(tmp_path))
-    assert "0 runs" in text
+    assert "Verdict" not in text
     assert "log-mel statistics" in text
 
 
-def test_a_resumed_run_forgets_what_it_took_back(tmp_path):
+def test_resumed_run_replaces_steps_after_its_checkpoint(tmp_path):
     first = [{"step": step, "train/loss": 1.0, "valid/loss": 9.0} for step in range(8)]
     second = [{"step": step, "train/loss": 2.0} for step in range(4, 6)]
     tenth = [{"step": 6, "train/loss": 3.0}]
@@ -207,9 +248,17 @@ def test_a_resumed_run_forgets_what_it_took_back(tmp_path):
     assert "seed: &lt;7&gt;" in page.read_text()
 
 
-def test_one_run_can_be_reported_on_too(tmp_path):
+def test_start_without_steps_keeps_the_logs_of_the_previous_start(tmp_path):
+    versions = tmp_path / "mel" / "metrics"
+    write_metrics(versions / "version_0", [{"step": 3, "train/loss": 1.0}])
+    write_metrics(versions / "version_1", [])
+    (run,) = find_runs(tmp_path)
+    assert (run.name, run.label, run.last_step) == ("mel", "mel", 3)
+
+
+def test_folder_can_be_a_single_run(tmp_path):
     a_run(tmp_path / "mel")
-    assert "1 run," in text_of(write_report(tmp_path / "mel"))
+    assert "1 run," in write_report(tmp_path / "mel").read_text()
 
 
 def test_names_are_escaped(tmp_path):
@@ -223,7 +272,7 @@ def test_names_are_escaped(tmp_path):
     assert "&lt;script&gt;" in html
 
 
-def test_a_folder_that_is_not_there_or_holds_no_runs_is_named(tmp_path):
+def test_missing_folder_and_folder_without_runs_are_named(tmp_path):
     with pytest.raises(MissingFileError, match=r"no folder at .*nowhere"):
         write_report(tmp_path / "nowhere")
     (tmp_path / "mel").mkdir()
@@ -274,37 +323,38 @@ def test_masks_of_a_checkpoint_are_drawn_on_its_corpus(tmp_path):
     (logged,) = run.glob("metrics/version_*/metrics.csv")
     logged.write_text("step,train/loss\n1,1.0\n")
     text = text_of(write_report(tmp_path / "runs"))
-    assert "No picture of the masks" not in text
+    assert "No figure of the masks" not in text
     assert "jepa-audio fit --config" in text
     assert (tmp_path / "runs" / "figures" / "it-masks.png").stat().st_size > 10_000
     (tmp_path / "corpus").rename(tmp_path / "moved")
-    assert "No picture of the masks" in text_of(write_report(tmp_path / "runs"))
+    assert "No figure of the masks" in text_of(write_report(tmp_path / "runs"))
 
 
-def test_masks_of_a_waveform_model_lie_on_a_log_mel_spectrogram(tmp_path):
+def test_masks_of_a_waveform_model_are_drawn_on_a_log_mel_spectrogram(tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(FIT.format(folder=tmp_path, front_end=WAVE, masker="SpanMasker"))
     model = JEPACLI(["--config", str(config)], run=False).model
     waveform = torch.randn(1, 4000, generator=torch.Generator().manual_seed(0))
-    figure = draw_masks_of(model, waveform, step=0, title="wave")
+    figure = draw_model_masks(model, waveform, step=0, title="wave")
     assert len(figure.axes) == 3
     image, overlay = figure.axes[0].images
     assert image.get_extent() == [0.0, 0.5, 0.0, 64.0]
     assert np.asarray(overlay.get_array()).shape == (4, model.front_end.grid(4000).num_time, 4)
 
 
-def test_masks_of_two_ears_are_drawn_once_over_all_frequencies(tiny_jepa):
-    ears = (
+def test_masks_of_two_channels_are_drawn_once_over_all_frequencies(tiny_jepa):
+    channels = (
         "--model.front_end.init_args.num_channels=2",
         "--model.front_end.init_args.separate_channels=true",
+        "--data.mono=keep",
     )
     places = [
         f"--model.{part}.positions=BinauralPositions"
         for part in ("encoder", "predictor.trunk.init_args")
     ]
-    model = tiny_jepa("wave", *ears, *places)
-    drawn = draw_masks_of(model, torch.randn(1, 1000), step=0, title="ears")
-    mono = draw_masks_of(tiny_jepa("wave"), torch.randn(1, 1000), step=0, title="one")
+    model = tiny_jepa("wave", *channels, *places)
+    drawn = draw_model_masks(model, torch.randn(1, 1000), step=0, title="two")
+    mono = draw_model_masks(tiny_jepa("wave"), torch.randn(1, 1000), step=0, title="one")
     assert [ax.get_title(loc="left") for ax in drawn.axes] == [
         ax.get_title(loc="left") for ax in mono.axes
     ]

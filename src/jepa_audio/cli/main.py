@@ -40,7 +40,7 @@ COMMANDS = {
         "score frozen encoders on labelled tasks, with random-init and log-mel baselines",
     ),
     "report": Command(
-        "jepa_audio.report.runs:write_report",
+        "jepa_audio.report.page:write_report",
         "the runs of a folder as one HTML page: curves, masks, probe results",
     ),
     "import": Command(

@@ -9,9 +9,8 @@ from typing import Any
 from rich.console import Console
 
 from jepa_audio.probing import run
-from jepa_audio.probing.rows import table
-from jepa_audio.report.leaderboard import write_leaderboard
-from jepa_audio.report.pictures import draw_all
+from jepa_audio.report.page import write_leaderboard
+from jepa_audio.report.results import terminal_table
 
 
 # The decorator replaces the signature and the docstring: they are the options and the help.
@@ -21,5 +20,4 @@ def probe(**settings: Any) -> None:
     results = Path(settings["output"]) / "results.jsonl"
     rows = run.probe(**settings)
     write_leaderboard(results)
-    draw_all(results)
-    Console().print(table(rows))
+    Console().print(terminal_table(rows))

@@ -27,7 +27,7 @@ from jepa_audio.probing.heads.stacked import Select
 from jepa_audio.probing.intervals import Difference, difference
 from jepa_audio.probing.presets import HeadKind, Preset, preset_of
 from jepa_audio.probing.robustness import SWEEPS, Condition, area, noise_sweep
-from jepa_audio.probing.rows import ProbeRow, append_jsonl, save_evidence
+from jepa_audio.probing.rows import ProbeRow, append_rows, save_evidence
 from jepa_audio.probing.scoring import TestResult, chance_score, score_head
 from jepa_audio.probing.tasks import ProbeData, load_task
 from jepa_audio.probing.tasks.table import LabelKind
@@ -154,7 +154,7 @@ class ProbeRun:
                     new_rows, results = self._probe(encoder, data, baseline)
                     if encoder.variant == "random":
                         baseline |= results
-                    append_jsonl(self.output / "results.jsonl", new_rows)
+                    append_rows(self.output / "results.jsonl", new_rows)
                     rows += new_rows
         return rows
 

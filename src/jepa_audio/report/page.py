@@ -1,233 +1,223 @@
-"""Headings, sentences and tables, written as Markdown and as a page of HTML for light and for dark screens."""
+"""Pages about runs and probe results, in HTML and Markdown."""
 
 from __future__ import annotations
 
+import logging
+import os
+import platform
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
-from string import Template
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from jepa_audio.errors import MissingFileError, UserError
+from jepa_audio.files import write_text
+from jepa_audio.parallel import num_cores
+from jepa_audio.report.comparisons import compute_scores
+from jepa_audio.report.curves import draw_curves, standard_panels
+from jepa_audio.report.figures import FigureFile, draw_close_ups, draw_conditions, save_figure
+from jepa_audio.report.leaderboard import (
+    build_averages,
+    build_elsewhere,
+    build_overviews,
+    build_tasks,
+    current_results,
+    describe_encoders,
+)
+from jepa_audio.report.masks import draw_run_masks
+from jepa_audio.report.probe_figures import draw_layers, draw_probe, variant_style
+from jepa_audio.report.published import PROTOCOL_NOISE
+from jepa_audio.report.results import read_results
+from jepa_audio.report.runs import Run, Verdict, find_runs, judge_run
+
+log = logging.getLogger(__name__)
+
+# Results of a task whose figures are embedded; the files of all results are in `pictures/`.
+NUM_CLOSE_UPS = 4
 
 
 @dataclass(frozen=True)
-class Heading:
-    """Of a section (2) or of a part of it (3)."""
+class RunSection:
+    """A run with its figures; `no_masks` is the reason why its masks are not drawn."""
 
-    text: str
-    level: int = 2
-
-
-@dataclass(frozen=True)
-class Sentence:
-    """A paragraph; `look` is "" or "quiet"."""
-
-    text: str
-    look: str = ""
+    run: Run
+    verdict: Verdict
+    curves: FigureFile
+    masks: FigureFile | None
+    no_masks: str
 
 
-@dataclass(frozen=True)
-class Span:
-    """A bar from `low` to `high` with a mark at `value`, on an axis of its own: where an interval lies, at a glance.
+def write_leaderboard(results: Path) -> Path:
+    """Write `leaderboard.html`, `leaderboard.md` and `pictures/` next to a file of results.
 
-    Attributes:
-        low: lower end.
-        value: of the mark.
-        high: upper end.
-        axis: ends of the axis.
-        chance: where a dotted line is drawn; `None` for none.
+    Args:
+        results: `results.jsonl` of `jepa-audio probe`, with its evidence.
+
+    Returns:
+        The HTML page; it needs no other file.
+
+    Raises:
+        UserError: if the results are missing or empty, naming the line that is not a row, or the
+            evidence that is missing.
     """
+    table = read_results([results])
+    if table.empty:
+        raise UserError(f"{results} holds no rows: run `jepa-audio probe` first")
+    page = results.with_name("leaderboard.html")
+    content = compare_results(table)
+    figures = _draw_results(table, content["results"], results.with_name("pictures"))
+    figures["close_ups"] = draw_close_ups(table)
+    write_text(page, render("page.html", content | figures))
+    write_text(page.with_suffix(".md"), render("leaderboard.md", content))
+    log.info("the leaderboard is %s", page)
+    return page
 
-    low: float
-    value: float
-    high: float
-    axis: tuple[float, float]
-    chance: float | None = None
 
-    def svg(self) -> str:
-        """The drawing; its colours are those of the page."""
-        start, end = self.axis
-        low, value, high = (
-            4 + 132 * (x - start) / ((end - start) or 1) for x in (self.low, self.value, self.high)
+def write_report(directory: Path) -> Path:
+    """Write `report.html` about all runs and probe results in a folder, with `figures/`.
+
+    Args:
+        directory: a run, or a folder with runs and with the outputs of `jepa-audio probe`.
+
+    Returns:
+        The page; it needs no other file.
+
+    Raises:
+        UserError: if the folder is missing, or holds neither a run nor probe results.
+    """
+    if not directory.is_dir():
+        raise MissingFileError(f"no folder at {directory}: give the folder that holds the runs")
+    runs, files = find_runs(directory), sorted(directory.rglob("results.jsonl"))
+    if not runs and not files:
+        raise UserError(
+            f"{directory} holds no runs (folders with a metrics.csv) and no probe results "
+            f"(results.jsonl): give the folder above the `--run_dir` of `jepa-audio fit`"
         )
-        parts = [f'<line class="bar" x1="{low:.1f}" x2="{high:.1f}" y1="8" y2="8"/>']
-        if self.chance is not None:
-            x = 4 + 132 * (self.chance - start) / ((end - start) or 1)
-            parts.append(f'<line class="chance" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="16"/>')
-        parts.append(f'<circle class="dot" cx="{value:.1f}" cy="8" r="3.5"/>')
-        return f'<svg width="140" height="16" viewBox="0 0 140 16" aria-hidden="true">{"".join(parts)}</svg>'
+    table, figures = read_results(files), directory / "figures"
+    close_ups = {}
+    try:
+        content = compare_results(table)
+        close_ups = draw_close_ups(table)
+    except UserError as error:
+        # Evidence is missing: the page shows the results without comparisons.
+        content = compare_results(table, str(error))
+    content |= {
+        **_draw_results(table, content["results"], figures),
+        "close_ups": close_ups,
+        "title": f"jepa-audio report: {directory.resolve().name}",
+        "runs": [_run_section(run, content["results"], figures) for run in runs],
+        "overlay": _draw_overlay(runs, figures) if len(runs) > 1 else None,
+    }
+    page = directory / "report.html"
+    write_text(page, render("page.html", content))
+    log.info("the report is %s", page)
+    return page
 
 
-@dataclass(frozen=True)
-class Cell:
-    """Some text.
+def compare_results(table: pd.DataFrame, no_comparisons: str = "") -> dict[str, Any]:
+    """What the templates show of probe results, without figures.
 
-    Attributes:
-        text: of the first line.
-        look: "", "strong", "quiet", "ahead" or "behind".
-        note: a quiet second line.
-        span: drawn beside the text, in HTML alone.
+    Args:
+        table: of results.
+        no_comparisons: why results are not compared with each other; empty if they are.
+
+    Raises:
+        UserError: naming the evidence that is missing.
     """
-
-    text: str
-    look: str = ""
-    note: str = ""
-    span: Span | None = None
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of a table; `look` is "", "best" or "reference"."""
-
-    cells: Sequence[Cell]
-    look: str = ""
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table that scrolls inside its own box."""
-
-    columns: Sequence[str]
-    lines: Sequence[Line]
+    results = current_results(table)
+    scores = pd.DataFrame()
+    if not no_comparisons:
+        scores = describe_encoders(compute_scores(table))
+    return {
+        "title": "Leaderboard of frozen encoders",
+        "written": datetime.now(),
+        "runs": [],
+        "overlay": None,
+        "results": results,
+        "num_encoders": results[~results["is_baseline"]]["encoder"].nunique(),
+        "num_tasks": results["task"].nunique(),
+        "no_comparisons": no_comparisons,
+        "averages": build_averages(scores),
+        "tasks": build_tasks(scores),
+        "elsewhere": build_elsewhere(),
+    }
 
 
-@dataclass(frozen=True)
-class Fold:
-    """Parts that are shown when they are asked for."""
-
-    summary: str
-    parts: Sequence[Heading | Sentence | Grid]
-
-
-Part = Heading | Sentence | Grid | Fold
-BAR = r"\|"
-
-
-def to_markdown(title: str, parts: Sequence[Part]) -> str:
-    """As a document."""
-    return "\n\n".join([f"# {_plain(title)}", *map(_markdown, parts)]) + "\n"
-
-
-def _markdown(part: Part) -> str:
-    match part:
-        case Heading(text, level):
-            return f"{'#' * level} {_plain(text)}"
-        case Sentence(text):
-            return _plain(text)
-        case Fold(summary, parts):
-            inner = "\n\n".join(map(_markdown, parts))
-            return f"<details>\n<summary>{escape(summary)}</summary>\n\n{inner}\n\n</details>"
-        case Grid(columns, lines):
-            cells = [
-                columns,
-                ["---"] * len(columns),
-                *(list(map(_shown, line.cells)) for line in lines),
-            ]
-            return "\n".join(
-                f"| {' | '.join(_plain(text).replace('|', BAR) for text in line)} |"
-                for line in cells
-            )
+def _draw_results(table: pd.DataFrame, results: pd.DataFrame, folder: Path) -> dict[str, Any]:
+    """Figures of many results, with the overview of each protocol."""
+    overviews = build_overviews(results)
+    sections = []
+    for overview in overviews:
+        suffix = re.sub(r"[^\w.]+", "-", f"-{overview.protocol}") if len(overviews) > 1 else ""
+        rows = overview.results["row"].tolist()
+        drawn = {"probe": draw_probe(rows, "Test scores"), "layers": draw_layers(rows, "Layers")}
+        files = [
+            save_figure(figure, folder / f"{name}{suffix}.png", f"{name}, {overview.protocol}")
+            for name, figure in drawn.items()
+        ]
+        sections.append((overview, files))
+    return {
+        "overviews": sections,
+        "conditions": draw_conditions(table, folder),
+        "num_close_ups": NUM_CLOSE_UPS,
+    }
 
 
-def _shown(cell: Cell) -> str:
-    text = f"**{cell.text}**" if cell.look == "strong" and cell.text else cell.text
-    return f"{text} {cell.note}".strip()
+def _draw_overlay(runs: Sequence[Run], folder: Path) -> FigureFile:
+    curves = {run.label: run.curves for run in runs}
+    figure = draw_curves(curves, standard_panels(curves), "All runs")
+    return save_figure(figure, folder / "curves.png", "curves of all runs")
 
 
-def _plain(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;")
+def _run_section(run: Run, results: pd.DataFrame, folder: Path) -> RunSection:
+    name, curves = run.label.replace("/", "-"), {run.label: run.curves}
+    figure = draw_curves(curves, standard_panels(curves))
+    drawn = save_figure(figure, folder / f"{name}-curves.png", f"curves of {run.label}")
+    masks, no_masks = None, ""
+    try:
+        figure = draw_run_masks(run.folder)
+        masks = save_figure(figure, folder / f"{name}-masks.png", f"masks of {run.label}")
+    except UserError as error:
+        no_masks = str(error)
+    return RunSection(run, judge_run(run, results), drawn, masks, no_masks)
 
 
-def to_html(title: str, subtitle: str, parts: Sequence[Part]) -> str:
-    """As a page that needs no other file."""
-    sections = [part.text for part in parts if isinstance(part, Heading) and part.level == 2]
-    links = "\n".join(f'<a href="#{_anchor(text)}">{escape(text)}</a>' for text in sections)
-    body = "\n".join(map(_html, parts))
-    return _PAGE.substitute(title=escape(title), subtitle=escape(subtitle), links=links, body=body)
+def render(template: str, context: dict[str, Any]) -> str:
+    """A template filled in; all values are escaped, in Markdown also the bars of tables."""
+    environment = Environment(
+        loader=PackageLoader("jepa_audio.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_escape_bars if template.endswith(".md") else None,
+    )
+    environment.filters |= {"anchor": _anchor, "variant": lambda name: variant_style(name)[1]}
+    environment.globals |= {"environment": describe_environment, "protocol_noise": PROTOCOL_NOISE}
+    return environment.get_template(template).render(context, sections=[])
+
+
+def _escape_bars(value: object) -> object:
+    # What macros and blocks return is escaped already.
+    return value if isinstance(value, Markup) else Markup(escape(value).replace("|", "&#124;"))
 
 
 def _anchor(text: str) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in text.lower())
 
 
-def _html(part: Part) -> str:
-    match part:
-        case Heading(text, level):
-            return (
-                f'<h{level} id="{_anchor(text)}">{escape(text)}</h{level}>'
-                if level == 2
-                else f"<h3>{escape(text)}</h3>"
-            )
-        case Sentence(text, look):
-            return f'<p class="{look}">{escape(text)}</p>'
-        case Fold(summary, parts):
-            inner = "\n".join(map(_html, parts))
-            return f"<details><summary>{escape(summary)}</summary>\n{inner}\n</details>"
-        case Grid(columns, lines):
-            head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-            body = "\n".join(map(_line, lines))
-            return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
-
-
-def _line(line: Line) -> str:
-    return f'<tr class="{line.look}">{"".join(map(_cell, line.cells))}</tr>'
-
-
-def _cell(cell: Cell) -> str:
-    note = f"<small>{escape(cell.note)}</small>" if cell.note else ""
-    text = f"<div>{escape(cell.text)}{note}</div>"
-    return f'<td class="{cell.look}"><div class="beside">{text}{cell.span.svg() if cell.span else ""}</div></td>'
-
-
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-:root { color-scheme: light dark;
-  --page: #fbfbfa; --card: #fff; --ink: #1f2328; --quiet: #656d76; --line: #e4e4e1; --head: #f3f3f0;
-  --ahead: #00507d; --behind: #9a4300; --best: #e9f3fa; --mark: #0072b2; --bar: #9cc6e0; --chance:
-  #a05a00; }
-@media (prefers-color-scheme: dark) { :root {
-  --page: #15181c; --card: #1c2025; --ink: #e3e6ea; --quiet: #9aa3ad; --line: #30363d; --head:
-  #23282e;
-  --ahead: #74bdf0; --behind: #f0a062; --best: #1b3346; --mark: #56b4e9; --bar: #35607f; --chance:
-  #e69f00; } }
-body { font: 15px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--page);
-  max-width: 1180px; margin: 2.2rem auto 5rem; padding: 0 1.2rem; }
-h1 { font-size: 1.7rem; margin: 0 0 .2rem; letter-spacing: -.01em; }
-h2 { font-size: 1.25rem; margin: 3rem 0 .5rem; padding-top: 1rem; border-top: 1px solid var(--line);
-} h3 { font-size: 1rem; margin: 1.6rem 0 .3rem; } h1, h2, h3 { overflow-wrap: anywhere; }
-p { max-width: 78ch; margin: .45rem 0; } .quiet, td.quiet { color: var(--quiet); }
-nav { display: flex; flex-wrap: wrap; gap: .4rem; margin: 1.2rem 0; }
-nav a { color: inherit; text-decoration: none; font-size: .85rem; padding: .15rem .65rem;
-  border: 1px solid var(--line); border-radius: 1rem; background: var(--card); }
-nav a:hover { border-color: var(--mark); }
-.scroll { overflow-x: auto; margin: .7rem 0 1.2rem; border: 1px solid var(--line); border-radius:
-.5rem;
-  background: var(--card); }
-table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; min-width:
-100%; } th, td { text-align: left; padding: .4rem .8rem; border-bottom: 1px solid var(--line); }
-th, td { white-space: nowrap; }
-td:nth-child(2) div div { white-space: normal; overflow-wrap: anywhere; min-width: 11rem; max-width:
-19rem; } small { display: block; font-size: .78rem; font-weight: 400; color: var(--quiet); }
-.beside { display: flex; gap: .9rem; align-items: center; } .beside div:has(+ svg) { min-width:
-6.2rem; } th { font-weight: 600; background: var(--head); } tr:last-child td { border-bottom: 0; }
-tr.best td { background: var(--best); } tr.reference td { color: var(--quiet); font-style: italic; }
-td.strong { font-weight: 600; } td.ahead { color: var(--ahead); } td.behind { color: var(--behind);
-} details { margin: .8rem 0; } summary { cursor: pointer; color: var(--quiet); }
-svg { display: block; } .bar { stroke: var(--bar); stroke-width: 5; stroke-linecap: round; }
-.dot { fill: var(--mark); } .chance { stroke: var(--chance); stroke-dasharray: 2 2; }
-tr.reference .dot { fill: var(--quiet); } tr.reference .bar { stroke: var(--line); }
-</style>
-</head>
-<body>
-<h1>$title</h1>
-<p class="quiet">$subtitle</p>
-<nav>
-$links
-</nav>
-$body
-</body>
-</html>
-""")
+def describe_environment(packages: Sequence[str] = ("jepa-audio", "torch", "lightning")) -> str:
+    """Versions and hardware of this process."""
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    machine = f"{num_cores()} of {os.cpu_count()} CPU cores, {platform.machine()}, {device}"
+    python = f"Python {platform.python_version()}"
+    return f"{python}, {versions}; {platform.system()}, {machine}."

@@ -1,147 +1,178 @@
-"""What others have published about frozen encoders, and where it may be held beside our own rows."""
+"""Published scores of frozen encoders, and whether they are comparable with our results."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
+import pandas as pd
+
+from jepa_audio.probing.tasks import TASKS
 from jepa_audio.probing.tasks.base import Sizes, differ_from_published
 
 PROTOCOL_NOISE = (
-    "Papers differ by 2 to 4 points on the same model under the same protocol (MERT-330M on GiantSteps: 61.7 and 65.6),"
-    " so a smaller gap to a published number says nothing."
+    "Papers differ by 2 to 4 points on the same model under the same protocol (MERT-330M on "
+    "GiantSteps: 61.7 and 65.6), so a smaller difference to a published number means nothing."
 )
-
-
-@dataclass(frozen=True)
-class PublishedProtocol:
-    """How published numbers were come by.
-
-    Attributes:
-        name: as it is shown.
-        preset: ours that does the same; `None` if there is none, so that no number of ours may be
-            held beside it.
-        note: what it is, or where it differs.
-    """
-
-    name: str
-    preset: str | None
-    note: str
-
-
-@dataclass(frozen=True)
-class PublishedNumber:
-    """A published score.
-
-    Attributes:
-        model: as its paper calls it.
-        task: ours, or the benchmark's own name for it.
-        metric: ours, or a unit.
-        value: 0 to 1 where percent was printed, as our own scores.
-        deviation: over repeats, on the same scale; `None` if it was not given.
-        source: paper or repository.
-        protocol: how it was come by.
-        benchmark: the collection of tasks; empty for tasks that are probed here.
-    """
-
-    model: str
-    task: str
-    metric: str
-    value: float
-    deviation: float | None
-    source: str
-    protocol: PublishedProtocol
-    benchmark: str = ""
-
-    def __str__(self) -> str:
-        digits = 3 if self.metric != "SDR in dB" else 1
-        deviation = "" if self.deviation is None else f" ± {self.deviation:.{digits}f}"
-        return f"{self.value:.{digits}f}{deviation}"
+_DECIBEL = "SDR in dB"
 
 
 @cache
-def load_published() -> tuple[PublishedNumber, ...]:
-    """Every number of `published.json`, in the order of its tables."""
-    content = json.loads(
-        files("jepa_audio.report").joinpath("published.json").read_text(encoding="utf-8")
-    )
-    protocols = {
-        key: PublishedProtocol(**protocol) for key, protocol in content["protocols"].items()
-    }
-    return tuple(
-        _number(table, protocols[table["protocol"]], model, column, printed)
+def load_published() -> pd.DataFrame:
+    """Every number of `published.json`, in the order of its tables.
+
+    Columns: `model`; `task` and `metric`, ours or the benchmark's own; `value` and `deviation`
+    over repeats (NaN if not given), from 0 to 1 where the source prints percent; `source`;
+    `benchmark`, empty for tasks that this package probes; `protocol`; `preset`, ours with the same
+    protocol or `None`; `note`, what the protocol is or how it differs.
+    """
+    text = files("jepa_audio.report").joinpath("published.json").read_text(encoding="utf-8")
+    content = json.loads(text)
+    return pd.DataFrame(
+        {
+            **number,
+            "protocol": protocol["name"],
+            "preset": protocol["preset"],
+            "note": protocol["note"],
+        }
         for table in content["tables"]
-        for model, line in table["models"].items()
-        for column, printed in zip(table["columns"], line, strict=True)
-        if printed is not None
+        for protocol in [content["protocols"][table["protocol"]]]
+        for number in _numbers(table)
     )
 
 
-def _number(
-    table: dict[str, Any],
-    protocol: PublishedProtocol,
-    model: str,
-    column: str,
-    printed: float | list[float],
-) -> PublishedNumber:
-    value, deviation = printed if isinstance(printed, list) else (printed, None)
+def _numbers(table: dict[str, Any]) -> Iterator[dict[str, Any]]:
     scale = 100 if table["unit"] == "percent" else 1
     benchmark = table.get("benchmark", "")
-    task, metric = (column, table["unit"]) if benchmark else column.split()
-    return PublishedNumber(
-        model,
-        task,
-        metric,
-        round(value / scale, 6),
-        None if deviation is None else round(deviation / scale, 6),
-        table["source"],
-        protocol,
-        benchmark,
-    )
+    for model, printed in table["models"].items():
+        for column, numbers in zip(table["columns"], printed, strict=True):
+            if numbers is None:
+                continue
+            value, deviation = numbers if isinstance(numbers, list) else (numbers, None)
+            task, metric = (column, table["unit"]) if benchmark else column.split()
+            yield {
+                "model": model,
+                "task": task,
+                "metric": metric,
+                "value": round(value / scale, 6),
+                "deviation": None if deviation is None else round(deviation / scale, 6),
+                "source": table["source"],
+                "benchmark": benchmark,
+            }
 
 
-def published_on(task: str) -> list[PublishedNumber]:
-    """The numbers on one of our tasks."""
-    return [number for number in load_published() if not number.benchmark and number.task == task]
+def published_on(task: str) -> pd.DataFrame:
+    """The numbers on a task of this package."""
+    numbers = load_published()
+    return numbers[(numbers["benchmark"] == "") & (numbers["task"] == task)]
 
 
-def published_elsewhere() -> list[PublishedNumber]:
-    """The numbers on benchmarks that are not probed here."""
-    return [number for number in load_published() if number.benchmark]
+def published_elsewhere() -> pd.DataFrame:
+    """The numbers on benchmarks that this package does not probe."""
+    numbers = load_published()
+    return numbers[numbers["benchmark"] != ""]
 
 
-def place(value: float, low: float, high: float) -> str:
-    """Where a published value lies, seen from our interval."""
+def position(value: float, low: float, high: float) -> str:
+    """Where a published value lies relative to the interval of our result."""
     if low <= value <= high:
         return "inside our interval"
     return "above" if value > high else "below"
 
 
 def why_not_comparable(
-    preset: str, select: str, sizes: tuple[int, int, int], published_sizes: Sizes
+    task: str, preset: str, select: str, sizes: tuple[int, int, int]
 ) -> str | None:
-    """A clause that says what keeps rows of ours from being held beside numbers of MARBLE v1; `None` if nothing does.
+    """Why results cannot be compared with numbers of MARBLE v1; `None` if they can.
 
     Args:
-        preset: of our rows.
+        task: name of the task.
+        preset: of our results.
         select: epoch that was tested.
-        sizes: units of our train, val and test splits.
-        published_sizes: those of the published split, as far as they are known.
+        sizes: units in our train, valid and test splits.
     """
+    known: Sizes = TASKS[task].num_units if task in TASKS else (None, None, None)
     if preset != "marble-v1":
-        return f"the preset of our rows is {preset}, the published protocol is that of marble-v1"
+        return f"the preset of our results is {preset}, the published protocol is that of marble-v1"
     if select != "best":
-        return "our rows test the last epoch, the published ones the best on the validation split"
-    if published_sizes[2] is None:
+        return "our results test the last epoch, published ones the best on the validation split"
+    if known[2] is None:
         return "the size of the published test split is not known"
-    if differ_from_published(sizes, published_sizes):
+    if differ_from_published(sizes, known):
         ours, theirs = (
-            "/".join(map(str, some)).replace("None", "?") for some in (sizes, published_sizes)
+            "/".join("?" if size is None else str(size) for size in split)
+            for split in (sizes, known)
         )
         return (
-            f"our rows are of {ours} units in train, val and test, the published ones of {theirs}"
+            f"our results are of {ours} units in train, valid and test, published ones of {theirs}"
         )
     return None
+
+
+@dataclass(frozen=True)
+class PublishedTable:
+    """The numbers of one protocol; numbers of different protocols are never in one table.
+
+    Attributes:
+        title: protocol, sources and note.
+        columns: tasks or metrics.
+        lines: by model, best first: for each column the number and its `position` ("" if none).
+    """
+
+    title: str
+    columns: list[str]
+    lines: dict[str, list[tuple[str, str]]]
+
+
+def published_tables(
+    numbers: pd.DataFrame, ours: dict[str, tuple[float, float]] | None = None
+) -> list[PublishedTable]:
+    """A table for each protocol.
+
+    Args:
+        numbers: lines of `load_published`.
+        ours: intervals of our best result by metric, if comparable.
+    """
+    by_protocol = numbers.groupby(["protocol", "note"], sort=False)
+    return [_table(f"{key[0]}", f"{key[1]}", group, ours or {}) for key, group in by_protocol]
+
+
+def _table(
+    protocol: str, note: str, numbers: pd.DataFrame, ours: dict[str, tuple[float, float]]
+) -> PublishedTable:
+    column = numbers["task"].where(numbers["benchmark"] != "", numbers["metric"])
+    cells = [
+        (_format(line), position(line.value, *ours[line.metric]) if line.metric in ours else "")
+        for line in numbers.itertuples()
+    ]
+    numbers = numbers.assign(column=column, cell=pd.Series(cells, numbers.index))
+    numbers = numbers.drop_duplicates(["model", "column"], keep="last")
+    columns = list(dict.fromkeys(column))
+    values, shown = (
+        numbers.pivot(index="model", columns="column", values=name) for name in ("value", "cell")
+    )
+    models = (
+        values.loc[numbers["model"].unique()]
+        .sort_values(columns[0], ascending=False, kind="stable")
+        .index
+    )
+    return PublishedTable(
+        f"{protocol} ({', '.join(numbers['source'].unique())}): {note}.",
+        columns,
+        {
+            model: [
+                cell if isinstance(cell, tuple) else ("", "") for cell in shown.loc[model, columns]
+            ]
+            for model in models
+        },
+    )
+
+
+def _format(number: Any) -> str:
+    digits = 1 if number.metric == _DECIBEL else 3
+    deviation = "" if pd.isna(number.deviation) else f" ± {number.deviation:.{digits}f}"
+    return f"{number.value:.{digits}f}{deviation}"

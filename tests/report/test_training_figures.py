@@ -4,7 +4,9 @@ import torch
 from matplotlib.colors import to_hex, to_rgba
 from matplotlib.figure import Figure
 
-from jepa_audio.report.plots import PALETTE, VEIL, draw_curves, draw_masks, standard_panels
+from jepa_audio.report.curves import draw_curves, standard_panels
+from jepa_audio.report.masks import draw_masks
+from jepa_audio.report.style import PALETTE, VEIL
 from jepa_audio.steps.grid import Grid, Masks
 
 
@@ -37,7 +39,7 @@ def draw(grid: Grid, masks: list[Masks], clip: int = 0) -> Figure:
 
 @pytest.mark.parametrize("num_groups", [1, 2, 3, 4])
 @pytest.mark.parametrize("clip", [0, 1])
-def test_painted_cells_equal_the_masks_on_a_plane(num_groups, clip):
+def test_overlay_equals_the_masks_on_a_two_dimensional_grid(num_groups, clip):
     grid = Grid(3, 5)
     masks = random_masks(grid, num_groups, seed=num_groups)
     overlay = draw(grid, [masks], clip).axes[0].images[1].get_array()
@@ -47,10 +49,10 @@ def test_painted_cells_equal_the_masks_on_a_plane(num_groups, clip):
     for token in range(grid.num_tokens):
         time, freq = token // grid.num_freq, token % grid.num_freq
         cell = cells[freq, :, time]
-        wanted = {group for group in range(num_groups) if targets[group, token]}
-        assert groups_painted(cell) == wanted
+        expected = {group for group in range(num_groups) if targets[group, token]}
+        assert groups_painted(cell) == expected
         is_veiled = np.allclose(cell[..., :3], to_rgba(VEIL)[:3]) and (cell[..., 3] > 0).all()
-        assert is_veiled == (not wanted and not context[token])
+        assert is_veiled == (not expected and not context[token])
         assert (cell[..., 3] == 0).all() == bool(context[token])
 
 
@@ -63,7 +65,7 @@ def test_groups_share_a_cell_evenly():
     assert len(set(counts)) == 1
 
 
-def test_each_group_has_its_own_lane_on_a_line_of_tokens():
+def test_each_group_has_its_own_lane_on_a_grid_with_one_row():
     grid, num_groups = Grid(1, 12), 4
     masks = random_masks(grid, num_groups, seed=0)
     overlay = np.asarray(draw(grid, [masks]).axes[0].images[1].get_array())
@@ -77,7 +79,7 @@ def test_each_group_has_its_own_lane_on_a_line_of_tokens():
         assert torch.equal(is_clear, masks.context.to_mask(12)[0])
 
 
-def test_masks_are_small_multiples_in_seconds_with_a_legend():
+def test_masks_have_a_panel_for_each_draw_with_seconds_and_a_legend():
     grid = Grid(3, 5)
     figure = draw(grid, [random_masks(grid, 2, seed) for seed in range(3)])
     assert len(figure.axes) == 3
@@ -92,7 +94,7 @@ def test_masks_are_small_multiples_in_seconds_with_a_legend():
     ]
 
 
-def test_nothing_hidden_nothing_in_the_legend():
+def test_legend_names_hidden_tokens_only_if_there_are_some():
     grid = Grid(2, 3)
     context = torch.tensor([[True, False] * 3])
     figure = draw(grid, [Masks.from_bool(context, ~context[:, None])])
@@ -145,7 +147,7 @@ def a_run(num_steps: int = 20) -> dict:
     }
 
 
-def test_curves_have_a_panel_for_each_thing_watched():
+def test_curves_have_a_panel_for_each_quantity():
     runs = {"run": a_run()}
     figure = draw_curves(runs, standard_panels(runs), "run")
     assert len(figure.axes) == 12
@@ -170,10 +172,10 @@ def test_online_probes_of_any_metric_have_a_panel():
     }
     (panel,) = draw_curves({"run": run}, standard_panels({"run": run})).axes
     assert panel.get_title(loc="left") == "Online probe: mtt"
-    assert [text.get_text() for text in panel.get_legend().get_texts()] == ["auroc", "random twin"]
+    assert [text.get_text() for text in panel.get_legend().get_texts()] == ["auroc", "random-init"]
 
 
-def test_missing_and_never_finite_series_leave_their_panel_out():
+def test_panels_without_a_finite_value_are_left_out():
     run = a_run()
     for key in ("train/gradient_norm", "lr-AdamW/pg1", "lr-AdamW/pg2", "collapse/clip_cosine"):
         del run[key]
@@ -186,15 +188,18 @@ def test_missing_and_never_finite_series_leave_their_panel_out():
     )
 
 
-def test_several_runs_have_a_colour_each():
+def test_several_runs_share_panels_and_have_a_colour_each():
     runs = {"first": a_run(), "second": a_run(7)}
     figure = draw_curves(runs, standard_panels(runs))
     assert legend_texts(figure) == ["first", "second"]
     colors = {line.get_color() for line in figure.axes[0].lines}
     assert colors == set(PALETTE[:2])
+    many = {f"run {number}": a_run() for number in range(9)}
+    lines = draw_curves(many, standard_panels(many)).axes[-1].lines
+    assert len({line.get_color() for line in lines}) == 9
 
 
-def test_alarms_are_marked_where_they_were_raised():
+def test_alarms_are_marked_at_their_steps():
     run = a_run()
     run["collapse/alarm"][1][[3, 9]] = 1.0
     figure = draw_curves({"run": run}, standard_panels({"run": run}))
@@ -203,7 +208,7 @@ def test_alarms_are_marked_where_they_were_raised():
     assert legend_texts(figure) == ["collapse alarm"]
 
 
-def test_long_series_show_their_running_mean_and_skip_what_is_not_a_number():
+def test_long_series_have_a_running_mean_without_nan():
     values = np.full(400, 5.0)
     values[[0, 100, 101]] = np.nan
     run = {"train/loss": (np.arange(400), values)}
@@ -212,7 +217,7 @@ def test_long_series_show_their_running_mean_and_skip_what_is_not_a_number():
     np.testing.assert_allclose(mean.get_ydata(), 5.0)
 
 
-def test_nothing_logged_gives_a_note_not_an_error():
+def test_run_without_logs_has_a_note():
     figure = draw_curves({"run": {}}, standard_panels({"run": {}}), "empty")
     assert not figure.axes
     assert [text.get_text() for text in figure.texts] == ["nothing was logged"]

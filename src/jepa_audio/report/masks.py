@@ -1,0 +1,216 @@
+"""Masks drawn over a spectrogram, of a model or of a run's checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import cycle, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FixedLocator
+from torch import Tensor
+
+from jepa_audio.data.audio.read import read
+from jepa_audio.data.audio.resample import resample
+from jepa_audio.data.corpus.table import load_corpus
+from jepa_audio.data.loading.file_table import FileTable
+from jepa_audio.errors import UserError
+from jepa_audio.report.style import (
+    GREY,
+    NORMAL,
+    PALETTE,
+    VEIL,
+    small_multiples,
+    title_figure,
+    title_panel,
+)
+from jepa_audio.steps.front_ends import FrontEnd, SpectrogramFrontEnd
+from jepa_audio.steps.front_ends.transforms import LogMel
+from jepa_audio.steps.grid import Grid, Masks
+from jepa_audio.training.jepa import JEPA
+from jepa_audio.training.load import load_jepa, read_checkpoint
+
+NUM_DRAWS = 3
+LABELLED_HZ = (125, 500, 1000, 2000, 4000, 8000, 16000)
+# Opacity of a target group on the spectrogram, and of what is hidden from the context.
+TINT, VEILED = 0.6, 0.85
+# Stripes in the cell of a token: 2, 3, 4 or 6 groups share it evenly.
+STRIPES = 12
+
+
+def draw_run_masks(folder: Path) -> Figure:
+    """Masks over a clip of the run's own corpus, from its last checkpoint.
+
+    Raises:
+        UserError: if the checkpoint or the corpus is missing, or the checkpoint does not name the
+            corpus.
+    """
+    path = folder / "checkpoints" / "last.ckpt"
+    checkpoint = read_checkpoint(path)
+    data, step = checkpoint.get("datamodule_hyper_parameters", {}), checkpoint["global_step"]
+    if not {"root", "crop_seconds"} <= data.keys():
+        raise UserError(f"{path} does not contain `root` and `crop_seconds` of the corpus")
+    jepa = load_jepa(path)
+    # The first source of a list or a mixture.
+    source = data["root"] if isinstance(data["root"], str) else next(iter(data["root"]))
+    waveform = _load_clip(source, data["crop_seconds"], jepa.front_end.sample_rate)
+    return draw_model_masks(jepa, waveform, step, f"Context and targets at step {step}")
+
+
+def draw_model_masks(jepa: JEPA, waveform: Float[Tensor, "1 S"], step: int, title: str) -> Figure:
+    """Several draws of a model's masker over a clip at its sample rate."""
+    grid = jepa.front_end.grid(waveform.shape[-1])
+    generator = torch.Generator().manual_seed(0)
+    masks = [jepa.masker(grid, 1, generator, step) for _ in range(NUM_DRAWS)]
+    if not isinstance(jepa.front_end, SpectrogramFrontEnd):
+        # The rows of the grid are audio channels, not frequencies: only the first is drawn.
+        masks = [_first_row(draw, grid) for draw in masks]
+        grid = Grid(1, grid.num_time)
+    spectrogram, seconds, band_hz = _spectrogram(jepa.front_end, waveform)
+    return draw_masks(
+        spectrogram, grid, masks, clip=0, seconds=seconds, title=title, band_hz=band_hz
+    )
+
+
+def _first_row(masks: Masks, grid: Grid) -> Masks:
+    context, targets = (part.to_mask(grid.num_tokens) for part in (masks.context, masks.targets))
+    return Masks.from_bool(context[..., :: grid.num_freq], targets[..., :: grid.num_freq])
+
+
+@torch.no_grad()
+def _spectrogram(
+    front_end: FrontEnd, waveform: Tensor
+) -> tuple[np.ndarray, float, np.ndarray | None]:
+    """The front end's spectrogram up to the last token, or a log-mel one; seconds; bands in Hz."""
+    num_samples, sample_rate = waveform.shape[-1], front_end.sample_rate
+    if isinstance(front_end, SpectrogramFrontEnd):
+        transform = front_end.spectrogram
+        num_frames = front_end.grid(num_samples).num_time * front_end.patch_frames
+        seconds = num_frames * transform.hop_length / sample_rate
+    else:
+        transform = LogMel(sample_rate, n_fft=1024, hop_length=sample_rate // 100, n_mels=64)
+        num_frames, seconds = transform.num_frames(num_samples), num_samples / sample_rate
+    spectrogram = transform(waveform[None])[0, 0, :, :num_frames].numpy()
+    if not isinstance(transform, LogMel):
+        return spectrogram, seconds, None
+    bins_hz = torch.linspace(0, sample_rate / 2, transform.bank.shape[1])
+    band_hz = transform.bank @ bins_hz / transform.bank.sum(dim=1)
+    return spectrogram, seconds, band_hz.numpy()
+
+
+def _load_clip(source: str, seconds: float, sample_rate: int) -> Float[Tensor, "1 S"]:
+    """The middle of the file with the median level among those that are long enough."""
+    corpus = load_corpus(source).mark_unfit(min_seconds=seconds).usable()
+    if not len(corpus):
+        raise UserError(f"no file under {source} is {seconds:g} s long")
+    file = FileTable([corpus])[int(np.argsort(corpus.table["rms"].to_numpy())[len(corpus) // 2])]
+    num_frames = min(math.ceil(seconds * file.sample_rate) + 1, file.num_frames)
+    samples, rate = read(file.audio, (file.num_frames - num_frames) // 2, num_frames)
+    mono = torch.from_numpy(samples).mean(dim=0, keepdim=True)
+    return resample(mono, rate, sample_rate)[:, : round(seconds * sample_rate)]
+
+
+def draw_masks(
+    log_spectrogram: Float[np.ndarray, "bands frames"],
+    grid: Grid,
+    masks: Sequence[Masks],
+    *,
+    clip: int,
+    seconds: float,
+    title: str,
+    band_hz: Float[np.ndarray, " bands"] | None = None,
+) -> Figure:
+    """Several masks of one clip: context clear, target groups tinted, the rest veiled.
+
+    A token of several groups has stripes in their colours. On a grid with one frequency row, each
+    group has a lane of its own instead.
+
+    Args:
+        log_spectrogram: of the part of the clip that the grid covers, lowest band first.
+        grid: of the tokens.
+        masks: the draws.
+        clip: row of the clip in the batch of the masks.
+        seconds: duration of the spectrogram.
+        title: of the figure.
+        band_hz: rising centre frequencies of the bands; bands are numbered if `None`.
+    """
+    figure, axes = small_multiples(len(masks), 1, height=1.75, extra=0.75, share="x")
+    extent = (0.0, seconds, 0.0, float(len(log_spectrogram)))
+    low, high = np.percentile(log_spectrogram, (2, 99.8))
+    planes = [_mask_planes(grid, draw, clip) for draw in masks]
+    overlays = [_paint_overlay(*plane) for plane in planes]
+    for ax, (context, targets), overlay in zip(axes, planes, overlays, strict=True):
+        ax.imshow(log_spectrogram, cmap="Greys", vmin=low, vmax=high, origin="lower", extent=extent)
+        ax.imshow(overlay, interpolation="nearest", origin="lower", extent=extent)
+        ax.set_aspect("auto")
+        _draw_cell_borders(ax, grid, extent)
+        fractions = (
+            f"context {context.mean():.0%} of the tokens, targets {targets.any(0).mean():.0%}"
+        )
+        title_panel(ax, fractions)
+        _label_bands(ax, band_hz)
+    axes[-1].set_xlabel("seconds", fontsize=NORMAL)
+    handles = [Patch(facecolor="white", edgecolor=GREY, label="context")]
+    for number, color in enumerate(_group_colors(max(len(targets) for _, targets in planes))):
+        handles.append(Patch(facecolor=color, alpha=TINT, label=f"target group {number + 1}"))
+    if any((overlay[..., 3] == VEILED).any() for overlay in overlays):
+        handles.append(Patch(facecolor=VEIL, label="hidden from the context"))
+    title_figure(figure, title, handles)
+    return figure
+
+
+def _group_colors(num_groups: int) -> list[str]:
+    return list(islice(cycle(PALETTE), num_groups))
+
+
+def _mask_planes(grid: Grid, masks: Masks, clip: int) -> tuple[np.ndarray, np.ndarray]:
+    """Context `[F, T]` and target groups `[M, F, T]` of one clip, bool."""
+    row = masks.rows(slice(clip, clip + 1))
+    context, targets = (
+        part.to_mask(grid.num_tokens).cpu().numpy() for part in (row.context, row.targets)
+    )
+    shape = (-1, grid.num_time, grid.num_freq)
+    return context.reshape(shape)[0].T, targets.reshape(shape).swapaxes(1, 2)
+
+
+def _paint_overlay(context: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """The overlay, RGBA `[F * stripes, T, 4]`, lowest row first."""
+    colors = np.array([[*to_rgb(color), TINT] for color in _group_colors(len(targets))])
+    veiled = np.where(context[..., None], 0.0, [*to_rgb(VEIL), VEILED])  # [F, T, 4]
+    if len(context) == 1:
+        return np.where(targets[::-1, 0, :, None], colors[::-1, None], veiled)
+    count = targets.sum(axis=0)  # [F, T]
+    # Rank of a group among the groups of the token.
+    rank = np.where(targets, targets.cumsum(axis=0), 0)  # [M, F, T]
+    stripe = np.arange(STRIPES)[:, None, None]
+    group = (rank[:, None] == stripe * count // STRIPES + 1).argmax(axis=0)  # [STRIPES, F, T]
+    painted = np.where(count[..., None] > 0, colors[group], veiled)
+    return painted.swapaxes(0, 1).reshape(-1, context.shape[1], 4)
+
+
+def _draw_cell_borders(ax: Axes, grid: Grid, extent: tuple[float, float, float, float]) -> None:
+    if grid.num_time <= 128:
+        edges = np.linspace(0, extent[1], grid.num_time + 1).tolist()
+        ax.xaxis.set_minor_locator(FixedLocator(edges))
+    if grid.num_freq <= 32:
+        edges = np.linspace(0, extent[3], grid.num_freq + 1).tolist()
+        ax.yaxis.set_minor_locator(FixedLocator(edges))
+    ax.grid(visible=False)
+    ax.grid(which="minor", color=GREY, linewidth=0.5, alpha=0.35)
+    ax.tick_params(which="minor", length=0)
+    ax.set_axisbelow(False)
+
+
+def _label_bands(ax: Axes, band_hz: np.ndarray | None) -> None:
+    ax.set_ylabel("band" if band_hz is None else "kHz", fontsize=NORMAL)
+    if band_hz is not None:
+        shown = [hz for hz in LABELLED_HZ if band_hz[0] <= hz <= band_hz[-1]]
+        positions = np.interp(shown, band_hz, np.arange(len(band_hz)) + 0.5)
+        ax.set_yticks(positions, [f"{hz / 1000:g}" for hz in shown])

@@ -1,0 +1,115 @@
+"""The style of all figures: colours, panels, titles, legends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+# The colours of Okabe and Ito, which colour-blind readers can distinguish.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+BLUE, ORANGE, GREEN, PURPLE, RED, SKY = PALETTE
+INK, GREY, PALE, VEIL = "#222222", "#767676", "#EBEBEB", "#CFCFCF"
+Dash = tuple[float, tuple[float, ...]]
+SOLID: Dash = (0.0, ())
+DASHED: Dash = (0.0, (4.0, 1.5))
+DOTTED: Dash = (0.0, (1.2, 1.2))
+DASH_DOTTED: Dash = (0.0, (6.0, 1.5, 1.2, 1.5))
+DASHES = (SOLID, DASHED, DOTTED, DASH_DOTTED)
+# Font sizes in points, width of a figure in inches.
+SMALL, NORMAL, WIDTH = 8.0, 9.0, 10.5
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty white figure, sizes in inches."""
+    return Figure(figsize=(width, height), dpi=110, facecolor="white", layout="constrained")
+
+
+def small_multiples(
+    count: int, columns: int, height: float, extra: float, share: str = ""
+) -> tuple[Figure, list[Axes]]:
+    """A figure of equal panels.
+
+    Args:
+        count: number of panels.
+        columns: largest number of panels in a row.
+        height: of a panel, in inches.
+        extra: height of title and axis label, in inches.
+        share: axis with one scale for all panels, "x" or "y".
+    """
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = new_figure(WIDTH, rows * height + extra)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=share == "x", sharey=share == "y")
+    axes = list(grid.flat)
+    for ax in axes[count:]:
+        ax.remove()
+    for ax in axes[:count]:
+        ax.set_axisbelow(True)
+        ax.grid(visible=True, color=PALE, linewidth=0.7)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.spines[["left", "bottom"]].set(color=GREY, linewidth=0.7)
+        ax.tick_params(labelsize=SMALL, labelcolor=INK, color=GREY, width=0.7, length=3)
+    return figure, axes[:count]
+
+
+def title_panel(ax: Axes, text: str, handles: Sequence[Line2D] = ()) -> None:
+    """Set the title and, on a line of its own below it, the legend: it covers no curve."""
+    ax.set_title(text, loc="left", fontsize=NORMAL, color=INK, pad=17 if handles else 6)
+    if handles:
+        ax.legend(
+            handles=handles,
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=len(handles),
+            fontsize=SMALL - 0.5,
+            handlelength=1.6,
+            handletextpad=0.4,
+            columnspacing=0.9,
+            borderpad=0.2,
+            borderaxespad=0,
+            frameon=False,
+        )
+
+
+def title_figure(figure: Figure, title: str, handles: Sequence[Artist]) -> None:
+    """Set the title at the left and the legend of all panels below it."""
+    widths = [0.45 + 0.062 * len(str(handle.get_label())) for handle in handles]
+    fits = sum(widths) <= figure.get_figwidth()
+    columns = len(handles) if fits else int(figure.get_figwidth() / max(widths))
+    figure.legend(
+        handles=list(handles),
+        loc="outside upper left",
+        title=title or None,
+        title_fontproperties={"size": NORMAL + 2, "weight": "bold"},
+        fontsize=SMALL + 0.5,
+        ncols=max(1, columns),
+        alignment="left",
+        borderpad=0.1,
+        frameon=False,
+    )
+
+
+def line_handle(label: str, color: str, dash: Dash, marker: str = "") -> Line2D:
+    """A line for a legend."""
+    face = "white" if marker == "s" else color
+    return Line2D([], [], color=color, ls=dash, lw=1.4, marker=marker, ms=5, mfc=face, label=label)
+
+
+def note_figure(text: str, title: str) -> Figure:
+    """A figure with a sentence, for missing data."""
+    figure = new_figure(WIDTH, 0.8)
+    figure.text(0.008, 0.2, text, fontsize=NORMAL, color=GREY)
+    title_figure(figure, title, [])
+    return figure
+
+
+def shorten(name: str, length: int) -> str:
+    """The name without its middle if it is too long (both ends identify runs); `$` is escaped."""
+    shown = name
+    if len(name) > length:
+        shown = f"{name[: length // 2]}…{name[length // 2 + 1 - length :]}"
+    return shown.replace("$", r"\$")
