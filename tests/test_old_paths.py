@@ -12,7 +12,7 @@ import yaml
 
 from jepa_audio.cli.main import main
 from jepa_audio.cli.trainer import JEPACLI
-from jepa_audio.data.synthetic import synthesize_corpus
+from jepa_audio.data.synthetic.corpus import synthesize_corpus
 from jepa_audio.inference.encoder import load_encoder
 from jepa_audio.interop import WeightsError, export_weights
 from jepa_audio.old_paths import current_path, with_current_paths

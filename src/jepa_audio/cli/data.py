@@ -13,7 +13,7 @@ from jepa_audio.data.corpus.index import index_corpus
 from jepa_audio.data.corpus.shards import Packing, write_shards
 from jepa_audio.data.corpus.survey import summarize_corpus, verify_corpus
 from jepa_audio.data.corpus.table import Corpus, CorpusError, default_table_path, load_corpus
-from jepa_audio.data.synthetic import synthesize_corpus
+from jepa_audio.data.synthetic.corpus import synthesize_corpus
 from jepa_audio.errors import UserError
 from jepa_audio.parallel import num_cores
 

@@ -1,0 +1,1 @@
+"""A labelled corpus of synthesised notes in the folder layout of NSynth."""
