@@ -87,18 +87,6 @@ def test_a_file_rewritten_after_it_was_indexed_is_replaced(tmp_path: Path):
     }
 
 
-def test_a_replacement_comes_from_the_same_corpus(tmp_path: Path):
-    small, large = folder_of(tmp_path / "small", 2), folder_of(tmp_path / "large", 60)
-    data = module({str(small): 1.0, str(large): 1.0}, valid_share=0.0)
-    dataset = data._dataset("train", random_crops=True)
-    (small / "0.wav").write_bytes(b"")
-    replaced = [position for position in range(40) if dataset[position, 0][1]]
-    assert len(replaced) == 40
-    sums = {dataset[position, 0][0].waveform.sum().item() for position in replaced}
-    expected = {dataset[position, 1][0].waveform.sum().item() for position in range(500)}
-    assert len(sums - expected) < len(sums), "all crops are from the other file of the small corpus"
-
-
 def test_files_that_could_not_be_opened_are_tried_again_and_broken_files_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

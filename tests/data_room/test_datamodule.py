@@ -6,17 +6,18 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
-import pyarrow as pa
 import pytest
 import soundfile as sf
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from jepa_audio.data.corpus.index import index_corpus
-from jepa_audio.data.corpus.table import SCHEMA, Corpus, CorpusError, default_table_path
+from jepa_audio.data.corpus.table import CorpusError, default_table_path
 from jepa_audio.data.datamodule import AudioDataModule
 from jepa_audio.errors import UserError
 from jepa_audio.steps.grid import AudioBatch
+from tests.recorder import Recorder, make_trainer
+from tests.sounds import make_corpus
 
 RATE = 16_000
 
@@ -145,41 +146,21 @@ def test_a_folder_without_usable_audio_is_refused(tmp_path: Path, make, message:
     assert str(tmp_path / "root") in str(refusal.value)
 
 
-def corpus_of(num_files: int) -> Corpus:
-    empty = {
-        name: "" if kind == pa.string() else 0
-        for name, kind in zip(SCHEMA.names, SCHEMA.types, strict=True)
-    }
-    rows = [{**empty, "source": f"{file}.wav", "status": "ok"} for file in range(num_files)]
-    return Corpus(Path("/nowhere"), pa.Table.from_pylist(rows, SCHEMA))
-
-
-def split_names(num_files: int, share: float) -> tuple[list[str], list[str]]:
-    train, valid, test = corpus_of(num_files).split(share)
-    assert len(test) == 0
-    return train.names.to_pylist(), valid.names.to_pylist()
-
-
 def test_the_split_contains_each_file_once_and_has_about_the_given_share():
-    train, valid = split_names(1000, 0.1)
-    assert sorted(train + valid) == sorted(corpus_of(1000).names.to_pylist())
+    names = {f"{file}.wav" for file in range(1000)}
+    train, valid, test = make_corpus(sorted(names)).split(0.1)
+    assert set(train.names.to_pylist()) | set(valid.names.to_pylist()) == names
+    assert len(train) + len(valid) == 1000
     assert 70 < len(valid) < 130
-
-
-def test_a_file_keeps_its_split_when_files_are_added():
-    train, valid = split_names(500, 0.1)
-    train_later, valid_later = split_names(1000, 0.1)
-    assert set(train) <= set(train_later)
-    assert set(valid) <= set(valid_later)
+    assert len(test) == 0
 
 
 @pytest.mark.parametrize("share", [1e-9, 0.999999])
-@pytest.mark.parametrize("num_files", [2, 5])
-def test_neither_split_is_empty(num_files: int, share: float):
-    train, valid = split_names(num_files, share)
+def test_neither_split_is_empty(share: float):
+    train, valid, _ = make_corpus(list("abcde")).split(share)
     assert len(train) >= 1
     assert len(valid) >= 1
-    assert len(train) + len(valid) == num_files
+    assert len(train) + len(valid) == 5
 
 
 def test_a_single_file_is_in_both_splits_with_a_warning(
@@ -318,48 +299,15 @@ def test_invalid_settings_are_refused(tmp_path: Path, settings: dict[str, object
         AudioDataModule(**{"root": tmp_path, "sample_rate": RATE, "crop_seconds": 1.0, **settings})
 
 
-class Recorder(pl.LightningModule):
-    """Records (row, file) of its training batches, in a buffer of its checkpoint."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.register_buffer("read", torch.zeros(0, 2, dtype=torch.long))
-
-    def training_step(self, batch: AudioBatch, batch_idx: int) -> torch.Tensor:
-        files = torch.tensor(level_of(batch))
-        self.read = torch.cat([self.read, torch.stack([batch.row, files], dim=1)])
-        return self.weight.sum()
-
-    def validation_step(self, batch: AudioBatch, batch_idx: int) -> None:
-        self.log("valid/rows", float(len(batch.row)))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    def load_state_dict(self, state_dict, strict=True, assign=False):
-        self.read = torch.zeros_like(state_dict["read"])
-        return super().load_state_dict(state_dict, strict, assign)
-
-
 def fit(
     root: Path, folder: Path, max_steps: int, num_workers: int, ckpt_path: Path | None = None
-) -> list[list[int]]:
+) -> list[tuple[int, float]]:
+    """(row, level) of the training samples."""
     recorder = Recorder()
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_steps=max_steps,
-        max_epochs=-1,
-        accumulate_grad_batches=2,
-        val_check_interval=2,
-        callbacks=[ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    checkpoint = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
     data = AudioDataModule(root, RATE, 0.01, batch_size=2, num_workers=num_workers, valid_share=0.2)
-    trainer.fit(recorder, datamodule=data, ckpt_path=ckpt_path)
-    return recorder.read.tolist()
+    make_trainer(max_steps, 2, checkpoint).fit(recorder, datamodule=data, ckpt_path=ckpt_path)
+    return [*zip(recorder.rows.tolist(), recorder.values.tolist(), strict=True)]
 
 
 def test_a_resumed_run_reads_the_samples_of_an_uninterrupted_run(levels: Path, tmp_path: Path):

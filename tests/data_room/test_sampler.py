@@ -16,6 +16,7 @@ from jepa_audio.data.loading.loader import BadReadCounter, EvaluationLoader, Res
 from jepa_audio.data.loading.order import EveryNthBatch, GlobalOrderSampler
 from jepa_audio.errors import UserError
 from jepa_audio.steps.grid import AudioBatch
+from tests.recorder import Recorder, make_trainer
 
 
 def first_batches(num_batches: int, **arguments: object) -> list[list[tuple[int, int]]]:
@@ -231,33 +232,6 @@ def test_a_loader_with_another_sampler_is_refused():
         ResumableLoader(DataLoader(IndexDataset(3), batch_size=2), BadReadCounter(0.5))
 
 
-class Recorder(pl.LightningModule):
-    """Records the rows that it received, in a buffer of its checkpoint."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.register_buffer("rows", torch.zeros(0, dtype=torch.long))
-        self.rows_at_steps: list[int] = []
-
-    def training_step(self, batch: AudioBatch, batch_idx: int) -> torch.Tensor:
-        self.rows = torch.cat([self.rows, batch.row])
-        return self.weight.sum()
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.rows_at_steps.append(len(self.rows))
-
-    def validation_step(self, batch: AudioBatch, batch_idx: int) -> None:
-        self.log("valid/rows", float(len(batch.row)))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    def load_state_dict(self, state_dict, strict=True, assign=False):
-        self.rows = torch.zeros_like(state_dict["rows"])
-        return super().load_state_dict(state_dict, strict, assign)
-
-
 class KilledError(Exception):
     pass
 
@@ -286,31 +260,20 @@ def fit(
     validate_every: int | None = None,
     save_every: str = "step",
 ) -> Recorder:
-    module = Recorder()
+    recorder = Recorder()
     checkpoint = ModelCheckpoint(folder, "{step}", save_top_k=-1, **SAVE_EVERY[save_every])
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_steps=max_steps,
-        max_epochs=-1,
-        accumulate_grad_batches=2,
-        val_check_interval=validate_every,
-        callbacks=[checkpoint, KillAfter(kill_after)],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
+    trainer = make_trainer(max_steps, validate_every, checkpoint, KillAfter(kill_after))
     # 12 files in batches of 2: an epoch of 6 micro-batches or 3 optimizer steps.
     valid = DataLoader(
         IndexDataset(4), sampler=EveryNthBatch(4, 2), batch_size=2, collate_fn=collate_indices
     )
     trainer.fit(
-        module,
+        recorder,
         make_loader(12),
         EvaluationLoader(valid, BadReadCounter(0.5)) if validate_every else None,
         ckpt_path=ckpt_path,
     )
-    return module
+    return recorder
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ def test_splits_have_different_instruments_and_no_repeated_note():
 
 
 def cents_of_the_strongest_period(samples: np.ndarray, pitch: int) -> float:
-    """Distance, modulo octave, of the autocorrelation's highest peak from the pitch of the label."""
+    """Distance, modulo octave, of the autocorrelation's highest peak from the labelled pitch."""
     wave = samples.astype(float)
     correlation = np.fft.irfft(np.abs(np.fft.rfft(wave, 2 * wave.size)) ** 2)
     shortest, longest = 12, 300

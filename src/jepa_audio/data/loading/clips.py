@@ -1,4 +1,4 @@
-"""Clips of audio files: their settings, how they are read, and the replacement of unreadable files."""
+"""Clips of audio files: settings, reading, and the replacement of unreadable files."""
 
 from __future__ import annotations
 
@@ -174,9 +174,7 @@ class ClipDataset(Dataset[WithBadReads[Sample]], ABC, Generic[Sample]):
         channel, length = self.draw_channel(file, rng), self.file_samples(file)
         (start,) = self.draw_starts(length, num_samples, 1, rng)
         clip = self.read_segment(file, start, min(num_samples, length), channel)
-        if self.settings.loudness_dbfs is None:
-            return clip
-        return clip * self.gain(float(clip.square().mean().sqrt()))
+        return self.scale(clip)
 
     def draw_channel(self, file: IndexedFile, rng: np.random.Generator) -> int:
         """Draw a channel if `mono` is "random"; 0 otherwise."""
@@ -210,11 +208,16 @@ class ClipDataset(Dataset[WithBadReads[Sample]], ABC, Generic[Sample]):
             waveform = waveform[channel : channel + 1]
         return fit_length(resample(waveform, file.sample_rate, rate)[:, source.skip :], length)
 
-    def gain(self, rms: float) -> float:
-        """The factor that scales a clip of this RMS to the set loudness."""
-        if self.settings.loudness_dbfs is None or rms < _SILENCE_RMS:
-            return 1.0
-        return 10 ** (self.settings.loudness_dbfs / 20) / rms
+    def scale(
+        self, audio: Float32[Tensor, "*B C S"], rms: float | None = None
+    ) -> Float32[Tensor, "*B C S"]:
+        """Scale audio to the set loudness; its RMS is computed if it is not given."""
+        if self.settings.loudness_dbfs is None:
+            return audio
+        rms = float(audio.square().mean().sqrt()) if rms is None else rms
+        if rms < _SILENCE_RMS:
+            return audio
+        return audio * (10 ** (self.settings.loudness_dbfs / 20) / rms)
 
 
 def fit_length(waveform: Float32[Tensor, "C S"], length: int) -> Float32[Tensor, "C R"]:

@@ -52,11 +52,8 @@ class CropDataset(ClipDataset[Crops]):
         else:
             channel, length = self.draw_channel(file, rng), self.file_samples(file)
             starts = self.draw_starts(length, num_samples, num_crops, rng)
-            crops = torch.stack(
-                [self.read_segment(file, start, num_samples, channel) for start in starts]
-            )
-            if self.settings.loudness_dbfs is not None:
-                crops *= self.gain(file.rms)
+            segments = [self.read_segment(file, start, num_samples, channel) for start in starts]
+            crops = self.scale(torch.stack(segments), file.rms)
         return Crops(crops, position, min(length, num_samples))
 
 

@@ -1,4 +1,4 @@
-"""Loaders for the Trainer: resumable training batches, and the count of files that cannot be read."""
+"""Loaders for the Trainer: resumable training batches, and a counter of failed reads."""
 
 from __future__ import annotations
 

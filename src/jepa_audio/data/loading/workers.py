@@ -21,7 +21,7 @@ _WORKER_EXIT = re.compile(
 
 
 def worker_arguments(num_workers: int) -> dict[str, Any]:
-    """Arguments of `DataLoader` for workers that neither deadlock nor stop at a signal to the run."""
+    """Arguments of `DataLoader` for workers without deadlocks that ignore stop signals."""
     if num_workers == 0:
         return {}
     return {

@@ -1,4 +1,4 @@
-"""Impulse responses of simulated shoebox rooms, for users without recorded ones (pyroomacoustics)."""
+"""Impulse responses of simulated shoebox rooms, for users without recorded ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clips placed in rooms with noise: dry mono in, reverberant and noisy out, on one or more channels."""
+"""Clips placed in rooms with noise: dry mono in, reverberant and noisy channels out."""
 
 from __future__ import annotations
 
