@@ -1,6 +1,7 @@
 """Scenes: convolution, noise ratio, ranges of the random draws, and simulated rooms."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from jepa_audio.data.corpus.table import CorpusError
 from jepa_audio.data.datamodule import AudioDataModule
 from jepa_audio.data.scenes.rooms import write_rooms
 from jepa_audio.data.scenes.scenes import (
+    Scene,
+    SceneBatch,
     SceneDataset,
     SceneSettings,
     collate_scenes,
@@ -50,52 +53,48 @@ def folders(tmp_path: Path) -> dict[str, Path]:
     return paths
 
 
+def scenes_of(folders: dict[str, Path], **settings: object) -> SceneSettings:
+    return SceneSettings(rirs=str(folders["rirs"]), noise=str(folders["noise"]), **settings)
+
+
 def data_of(folders: dict[str, Path], scenes: SceneSettings, **settings: object) -> AudioDataModule:
-    defaults = {
-        "crops_per_clip": 3,
-        "clip_seconds": SECONDS,
-        "batch_size": 4,
-        "num_workers": 0,
-        "valid_share": 0.0,
-    }
-    data = AudioDataModule(
-        folders["sounds"], RATE, 0.1, num_channels=2, scenes=scenes, **{**defaults, **settings}
-    )
+    sizes = {"crops_per_clip": 3, "clip_seconds": SECONDS, "batch_size": 4, "num_workers": 0}
+    settings = {**sizes, "num_channels": 2, "valid_share": 0.0, **settings}
+    data = AudioDataModule(folders["sounds"], RATE, 0.1, scenes=scenes, **settings)
     data.prepare_data()
     data.setup("fit")
     return data
-
-
-def scenes_of(folders: dict[str, Path], **settings: object) -> SceneSettings:
-    return SceneSettings(rirs=str(folders["rirs"]), noise=str(folders["noise"]), **settings)
 
 
 def dataset_of(folders: dict[str, Path], **settings: object) -> SceneDataset:
     return data_of(folders, scenes_of(folders, **settings))._dataset("train", random_crops=True)
 
 
+def draw_batch(dataset: SceneDataset, positions: Sequence[int]) -> SceneBatch:
+    return collate_scenes([dataset[position, position % 4][0] for position in positions], 800)
+
+
+def convolve(clip: np.ndarray, rirs: torch.Tensor) -> np.ndarray:
+    return np.stack([fftconvolve(clip, rir)[:4000] for rir in rirs.numpy()])
+
+
 def test_a_scene_is_a_sum_of_convolutions(folders: dict[str, Path]):
-    dataset = dataset_of(folders)
-    items = [dataset[position, position % 4][0] for position in range(6)]
-    batch = collate_scenes(items, 800)
-    sound = render_scenes(batch.clip, batch.scene)
-    assert sound.shape == (6, 2, 4000)
-    for row, item in enumerate(items):
-        scene, clip = item.scene, item.clip[0].numpy()
-        source = np.stack([fftconvolve(clip, rir)[:4000] for rir in scene.source_rir.numpy()])
-        noise = np.zeros((2, 4000))
-        for rir, shift in zip(scene.noise_rirs.numpy(), scene.shift.tolist(), strict=True):
-            dry = np.roll(scene.noise.numpy(), -shift) * scene.envelope.numpy()
-            noise += [fftconvolve(dry, of_channel)[:4000] for of_channel in rir]
+    batch = draw_batch(dataset_of(folders), range(6))
+    audio = render_scenes(batch.clip, batch.scene)
+    assert audio.shape == (6, 2, 4000)
+    for row in range(6):
+        scene = Scene(*(tensor[row] for tensor in batch.scene))
+        source, noise = convolve(batch.clip[row, 0].numpy(), scene.source_rir), np.zeros((2, 4000))
+        for rirs, shift in zip(scene.noise_rirs, scene.shift.tolist(), strict=True):
+            noise += convolve(np.roll(scene.noise, -shift) * scene.envelope.numpy(), rirs)
         gain = np.sqrt(
             np.square(source).sum() / np.square(noise).sum() * 10 ** (-float(scene.snr_db) / 10)
         )
-        np.testing.assert_allclose(sound[row].numpy(), source + gain * noise, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(audio[row].numpy(), source + gain * noise, rtol=1e-3, atol=1e-5)
 
 
 def test_the_ratio_of_clip_and_noise_is_the_drawn_one(folders: dict[str, Path]):
-    dataset = dataset_of(folders, snr_db=(7.0, 7.0))
-    batch = collate_scenes([dataset[position, position % 4][0] for position in range(8)], 800)
+    batch = draw_batch(dataset_of(folders, snr_db=(7.0, 7.0)), range(8))
     silent = batch.scene._replace(noise=torch.zeros_like(batch.scene.noise))
     source, both = render_scenes(batch.clip, silent), render_scenes(batch.clip, batch.scene)
     ratio = 10 * torch.log10(source.square().sum((1, 2)) / (both - source).square().sum((1, 2)))
@@ -134,17 +133,14 @@ def test_rendered_noise_fades_in_and_out_and_short_noise_is_within_the_clip(
 ):
     dataset = dataset_of(folders, fade_seconds=0.05, diffuse_share=0.5)
     fade = round(0.05 * RATE)
-    items = [dataset[position, 0][0] for position in range(24)]
-    batch = collate_scenes(items, 800)
+    batch = draw_batch(dataset, range(24))
     direct = torch.zeros_like(batch.scene.noise_rirs)
     direct[..., 0] = batch.scene.noise_rirs.abs().sum(-1) > 0
-    scene = batch.scene._replace(
-        noise_rirs=direct, source_rir=torch.zeros_like(batch.scene.source_rir)
-    )
-    louder = scene._replace(
-        source_rir=torch.zeros_like(scene.source_rir).index_fill_(-1, torch.tensor([0]), 1e-3)
-    )
-    noise = render_scenes(batch.clip, louder)[:, 0] - 1e-3 * batch.clip[:, 0]
+    # A quiet dry clip defines the level of the noise and is subtracted again.
+    source_rir = torch.zeros_like(batch.scene.source_rir)
+    source_rir[..., 0] = 1e-3
+    scene = batch.scene._replace(noise_rirs=direct, source_rir=source_rir)
+    noise = render_scenes(batch.clip, scene)[:, 0] - 1e-3 * batch.clip[:, 0]
     lengths = set()
     for row, rendered in enumerate(noise):
         (inside,) = batch.scene.envelope[row].nonzero(as_tuple=True)
@@ -158,23 +154,19 @@ def test_rendered_noise_fades_in_and_out_and_short_noise_is_within_the_clip(
 
 
 def test_a_clean_clip_is_the_dry_clip_on_all_channels(folders: dict[str, Path]):
-    dataset = dataset_of(folders, clean_share=1.0)
-    batch = collate_scenes([dataset[position, 0][0] for position in range(3)], 800)
-    sound = render_scenes(batch.clip, batch.scene)
-    assert torch.equal(sound, batch.clip.expand(-1, 2, -1))
+    batch = draw_batch(dataset_of(folders, clean_share=1.0), range(3))
+    audio = render_scenes(batch.clip, batch.scene)
+    assert torch.equal(audio, batch.clip.expand(-1, 2, -1))
 
 
 def test_crops_are_cut_from_the_scene_and_rows_are_numbered(folders: dict[str, Path]):
-    dataset = dataset_of(folders)
-    items = [dataset[position, position % 4][0] for position in (5, 2)]
-    batch = collate_scenes(items, 800)
-    sound, rendered = render_scenes(batch.clip, batch.scene), batch.render()
+    batch = draw_batch(dataset_of(folders), (5, 2))
+    audio, rendered = render_scenes(batch.clip, batch.scene), batch.render()
     assert rendered.row.tolist() == [15, 16, 17, 6, 7, 8]
-    for clip, item in enumerate(items):
-        for crop, start in enumerate(item.starts):
-            torch.testing.assert_close(
-                rendered.waveform[3 * clip + crop], sound[clip, :, start : start + 800]
-            )
+    crops = [
+        audio[clip, :, start : start + 800] for clip in range(2) for start in batch.starts[clip]
+    ]
+    torch.testing.assert_close(rendered.waveform, torch.stack(crops))
 
 
 def test_a_scene_depends_on_position_and_seed(folders: dict[str, Path]):
@@ -184,10 +176,8 @@ def test_a_scene_depends_on_position_and_seed(folders: dict[str, Path]):
         assert torch.equal(left.clip, right.clip)
         assert left.starts == right.starts
         assert all(torch.equal(a, b) for a, b in zip(left.scene, right.scene, strict=True))
-    other = data_of(folders, scenes_of(folders), seed=1)._dataset("train", random_crops=True)[7, 1][
-        0
-    ]
-    assert float(other.scene.snr_db) != float(one[7, 1][0].scene.snr_db)
+    other = data_of(folders, scenes_of(folders), seed=1)._dataset("train", random_crops=True)
+    assert float(other[7, 1][0].scene.snr_db) != float(one[7, 1][0].scene.snr_db)
 
 
 def test_the_data_module_renders_scenes_after_the_transfer(folders: dict[str, Path]):
@@ -203,13 +193,10 @@ def test_the_data_module_renders_scenes_after_the_transfer(folders: dict[str, Pa
 def test_without_noise_a_scene_is_one_convolution(folders: dict[str, Path]):
     scenes = SceneSettings(rirs=str(folders["rirs"]))
     dataset = data_of(folders, scenes)._dataset("train", random_crops=True)
-    batch = collate_scenes([dataset[0, 0][0]], 800)
-    expected = [
-        fftconvolve(batch.clip[0, 0], ear)[:4000] for ear in batch.scene.source_rir[0].numpy()
-    ]
-    np.testing.assert_allclose(
-        render_scenes(batch.clip, batch.scene)[0].numpy(), expected, rtol=1e-3, atol=1e-5
-    )
+    batch = draw_batch(dataset, [0])
+    expected = convolve(batch.clip[0, 0].numpy(), batch.scene.source_rir[0])
+    audio = render_scenes(batch.clip, batch.scene)[0].numpy()
+    np.testing.assert_allclose(audio, expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -269,11 +256,8 @@ def test_statistics_are_measured_on_the_scenes(
     folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ):
     mel = LogMel(RATE, n_fft=128, hop_length=64, n_mels=16)
-    stats(
-        SpectrogramFrontEnd(mel, 8, num_channels=2),
-        data_of(folders, scenes_of(folders)),
-        num_clips=3,
-    )
+    front_end = SpectrogramFrontEnd(mel, 8, num_channels=2)
+    stats(front_end, data_of(folders, scenes_of(folders)), num_clips=3)
     assert "mean: " in capsys.readouterr().out
 
 
