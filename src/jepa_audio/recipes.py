@@ -38,8 +38,8 @@ def find_recipe(name: str) -> Path:
     if name not in known:
         bare = name.removeprefix("configs/").removesuffix(".yaml")
         raise MissingFileError(
-            f"'{name}' is neither a file nor a recipe{did_you_mean(bare, known)}; "
-            "`jepa-audio configs` lists the recipes"
+            f"'{name}' is neither a file nor one of the recipes that `jepa-audio configs` lists"
+            f"{did_you_mean(bare, known)}"
         )
     return known[name]
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import pytest
+from torch._utils import ExceptionWrapper
 
 from jepa_audio.cli import main as cli
-from jepa_audio.errors import UserError
+from jepa_audio.cli.messages import user_message
+from jepa_audio.data.corpus.table import CorpusError
+from jepa_audio.errors import MissingFileError, UserError
+from jepa_audio.training.finite_guard import NonFiniteError
 
 HEAVY = ("torch", "numpy", "lightning", "jsonargparse", "pyarrow", "matplotlib", "rich")
 
@@ -153,3 +158,82 @@ def test_a_mistake_of_the_user_ends_in_one_sentence(
         cli.main(["data", "describe", "x"])
     assert end.value.code == 1
     assert capsys.readouterr().err == "jepa-audio: x is [not] a corpus\n"
+
+
+def raised_in_a_loader_process(error: Exception) -> Exception:
+    """The exception that PyTorch raises in the training process for an error in a loader process."""
+    try:
+        raise error  # noqa: TRY301
+    except Exception:
+        wrapper = ExceptionWrapper(sys.exc_info(), where="in DataLoader worker process 0")
+    with pytest.raises(type(error)) as raised:
+        wrapper.reraise()
+    return raised.value
+
+
+@pytest.mark.parametrize("kind", [UserError, MissingFileError, CorpusError])
+def test_the_message_of_an_error_in_a_loader_process_has_no_traceback(kind: type[Exception]):
+    message = "12 files are unreadable:\n  a.wav: empty\n  b.wav: UserError: damaged"
+    error = raised_in_a_loader_process(kind(message))
+    assert "Traceback" in str(error)
+    assert user_message(error) == (message, False)
+
+
+def test_a_bug_in_a_loader_process_is_not_a_message_for_the_user():
+    assert user_message(raised_in_a_loader_process(IndexError("list index"))) == (None, False)
+
+
+def test_the_first_error_of_a_run_counts_if_closing_the_loggers_fails_too():
+    def failing_twice() -> None:
+        try:
+            raise NonFiniteError("the loss is NaN at step 3")
+        finally:
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full") as raised:
+        failing_twice()
+    assert user_message(raised.value) == ("the loss is NaN at step 3", True)
+
+
+def test_a_bug_while_a_mistake_of_the_user_is_handled_is_a_bug():
+    def failing_twice() -> None:
+        try:
+            raise UserError("no such file")  # noqa: TRY301
+        except UserError:
+            [].pop()
+
+    with pytest.raises(IndexError) as raised:
+        failing_twice()
+    assert user_message(raised.value) == (None, False)
+
+
+def run_command(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "jepa_audio", *args]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["fit", "--config", "typo.yaml"], ["'embd_dim' is unknown; did you mean 'embed_dim'?"]),
+        (["data", "index", "nowhere"], ["nowhere", "does not exist"]),
+        (["data", "index", "empty"], ["no audio files under empty"]),
+        (
+            ["validate", "--config", "demo/wavjepa", "--data.root=empty", "--ckpt_path=last"],
+            ["there is no checkpoint in", "runs/default/checkpoints; check `--run_dir`"],
+        ),
+    ],
+    ids=["misspelt key", "missing file", "empty folder", "missing checkpoint"],
+)
+def test_a_mistake_ends_in_a_short_message_as_the_user_sees_it(
+    args: list[str], words: list[str], tmp_path: Path
+):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "typo.yaml").write_text("model: {encoder: {embd_dim: 192}}")
+    done = run_command(*args, cwd=tmp_path)
+    assert done.returncode in (1, 2)
+    message = done.stderr.partition("jepa-audio: ")[2]
+    assert all(word in message for word in words), done.stderr
+    assert message.count("\n") <= 2
+    assert "Traceback" not in done.stderr
+    assert "Warning" not in done.stderr

@@ -51,7 +51,7 @@ def test_a_file_wins_over_a_recipe_and_a_folder_never_matches(empty_folder: Path
     ],
 )
 def test_an_unknown_name_is_answered_by_the_nearest_one(name: str, nearest: str):
-    with pytest.raises(MissingFileError, match=f"did you mean '{nearest}'.*jepa-audio configs"):
+    with pytest.raises(MissingFileError, match=f"jepa-audio configs.*did you mean '{nearest}'"):
         find_recipe(name)
 
 

@@ -129,8 +129,9 @@ def run(args: list[str]) -> None:
 def _call(name: str, args: list[str]) -> None:
     from jepa_audio.cli.messages import show_messages  # noqa: PLC0415
 
-    show_messages()
     function = load_function(name)
+    # Not before the import: Lightning's loggers would print every message twice.
+    show_messages()
     if COMMANDS[name].has_parser:
         function(args)
     else:

@@ -17,9 +17,49 @@ BUG_REPORT = (
     "the command, the traceback below and the output of `jepa-audio --version`."
 )
 
+# (category, regular expression of the text, reason): warnings that correct use raises, and that
+# nobody has to act on. All others are shown. The tests ignore the same ones.
+EXPECTED_WARNINGS: tuple[tuple[type[Warning], str, str], ...] = (
+    (
+        UserWarning,
+        r"LightningCLI's args parameter is intended to run from within Python",
+        "the words of the command line are passed on with paths instead of names of recipes",
+    ),
+    (
+        UserWarning,
+        r"Attribute '\w+' is an instance of `nn\.Module` and is already saved",
+        "the settings of the modules are saved, because a checkpoint rebuilds the model from them",
+    ),
+    (
+        UserWarning,
+        r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
+        "a resumed run, a validation or a test may have other callbacks, or other settings of them",
+    ),
+    (
+        UserWarning,
+        r"Total length of `list` across ranks is zero",
+        "a run without validation files has no validation loader",
+    ),
+    (
+        FutureWarning,
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+        "Lightning 2.6 calls it with torch 2.11 and newer",
+    ),
+    (
+        DeprecationWarning,
+        r"\s*(``ArgumentParser\.add_instantiator``|``instantiate_classes``|skip_none parameter)",
+        "Lightning 2.6 calls what jsonargparse 5 removes; we require jsonargparse < 5",
+    ),
+    (
+        DeprecationWarning,
+        r"\s*By default only one JsonargparseDeprecationWarning per type is shown",
+        "it comes with the warnings of the line above",
+    ),
+)
+
 
 def show_messages() -> None:
-    """Print log messages of level INFO, and no warning that normal use raises."""
+    """Print log messages of level INFO and all warnings except the expected ones."""
     # Lines in a file are not wrapped, so that they can be searched.
     handler = RichHandler(show_path=False) if sys.stderr.isatty() else logging.StreamHandler()
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
@@ -27,7 +67,8 @@ def show_messages() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "💡" not in record.getMessage()
     )
-    warnings.filterwarnings("ignore", module="lightning|torch")
+    for category, message, _ in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message, category)
 
 
 def print_error(error: Exception) -> bool:

@@ -11,10 +11,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from typing_extensions import override
 
 from jepa_audio.cli.models import stats
 from jepa_audio.cli.parser import FRONT_ENDS, HelpfulParser
 from jepa_audio.data.datamodule import AudioDataModule
+from jepa_audio.errors import MissingFileError
 from jepa_audio.interop.convert import load_weights
 from jepa_audio.old_paths import current_path
 from jepa_audio.probing.online import OnlineProbe  # noqa: F401 (its class gets a short name)
@@ -33,10 +35,10 @@ class RunParser(HelpfulParser, LightningArgumentParser):
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Keeps the exact configuration in the folder of the run; a resumed run writes it again."""
+    """Writes the configuration of a training run into its folder; a resumed run writes it again."""
 
+    @override
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write `config.yaml` into `run_dir`, of a training run only."""
         if stage == "fit":
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +52,12 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 class JEPACLI(LightningCLI):
-    """LightningCLI with one folder for all that a run writes, and with callbacks that no configuration can lose."""
+    """LightningCLI with one folder for all files of a run and callbacks that every run has.
+
+    Args:
+        args: words of the command line, with a subcommand if `run` is true.
+        run: run the subcommand; otherwise only build `model`, `datamodule` and `trainer`.
+    """
 
     def __init__(self, args: Sequence[str], run: bool = True) -> None:
         super().__init__(
@@ -75,7 +82,7 @@ class JEPACLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, without `predict`."""
+        """Lightning's subcommands without `predict`."""
         return {
             name: skip
             for name, skip in LightningCLI.subcommands().items()
@@ -83,7 +90,7 @@ class JEPACLI(LightningCLI):
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """One truth for every width and rate, and the callbacks of every run."""
+        """Add options of the run, and link each width and sample rate to its one source."""
         parser.add_argument(
             "--run_dir",
             type=str,
@@ -94,7 +101,7 @@ class JEPACLI(LightningCLI):
             "--weights",
             type=str | None,
             default=None,
-            help="Checkpoint whose weights a new run starts from; a resumed run has its own.",
+            help="Checkpoint whose weights a new run starts from; a resumed run ignores it.",
         )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(CollapseMonitor, "monitor")
@@ -110,7 +117,7 @@ class JEPACLI(LightningCLI):
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """A Trainer that logs to CSV and TensorBoard, unless told otherwise, and writes whole checkpoints."""
+        """Make a Trainer that writes atomic checkpoints and, by default, logs to CSV and TensorBoard."""
         config = self.config_init[self.subcommand] if self.subcommand else self.config_init
         folder, settings = config["run_dir"], config["trainer"]
         callbacks = [FiniteGuard(), *(settings["callbacks"] or [])]
@@ -131,33 +138,48 @@ class JEPACLI(LightningCLI):
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def before_fit(self) -> None:
-        """Take the weights asked for, unless a checkpoint brings its own."""
-        weights, resumed_from = (
-            self._get(self.config, "weights"),
-            self._get(self.config, "ckpt_path"),
-        )
-        folder = Path(self._get(self.config_init, "checkpoint").dirpath)
-        if resumed_from == "last" and not list(
-            folder.glob("last*.ckpt")
-        ):  # the first start of a job that may be requeued
-            resumed_from = None
-        if weights is not None and resumed_from is None:
+        """Load the weights of `--weights`, unless the run resumes from a checkpoint."""
+        weights = self._get(self.config, "weights")
+        # The first start of a job that may be requeued: there is no checkpoint yet.
+        is_resumed = self._get(self.config, "ckpt_path") is not None and not self._lacks_last()
+        if weights is not None and not is_resumed:
             load_weights(self.model, Path(weights))
 
-    before_validate = before_test = before_fit
+    def before_validate(self) -> None:
+        """Load the weights of `--weights`, and refuse a missing checkpoint: Lightning only warns.
+
+        Raises:
+            MissingFileError: if `--ckpt_path last` is given and the run has no checkpoint.
+        """
+        if self._lacks_last():
+            raise MissingFileError(
+                f"`--ckpt_path last`: there is no checkpoint in {self._checkpoints()}; "
+                "check `--run_dir`"
+            )
+        self.before_fit()
+
+    before_test = before_validate
 
     def after_fit(self) -> None:
-        """Leave as a signal that stopped the run would have made it leave: 128 and its number.
+        """Exit with 128 plus the number of the signal that stopped the run, as a shell expects.
 
-        Of the process of rank zero alone: a process that leaves otherwise than with 0 has Lightning
-        kill the others.
+        Only the process of rank zero does: Lightning kills all processes when another one exits
+        with a code other than 0.
         """
         stopped_by = self._get(self.config_init, "checkpoint").stopped_by
         if stopped_by is not None and self.trainer.is_global_zero:
             raise SystemExit(128 + stopped_by)
 
+    def _checkpoints(self) -> Path:
+        return Path(self._get(self.config_init, "checkpoint").dirpath)
+
+    def _lacks_last(self) -> bool:
+        """Whether `--ckpt_path last` is given and the run has no checkpoint."""
+        is_last = self._get(self.config, "ckpt_path") == "last"
+        return is_last and not list(self._checkpoints().glob("last*.ckpt"))
+
     def _parse_ckpt_path(self) -> None:
-        """Leave the command line alone: Lightning would silently override it by what the checkpoint was run with."""
+        """Do nothing: Lightning would override the command line by the checkpoint's settings."""
 
 
 def _checkpoint_folder(run_dir: str) -> str:
@@ -184,7 +206,7 @@ def measure_stats(args: Sequence[str]) -> None:
 
 
 def with_recipe_paths(args: Sequence[str]) -> Iterator[str]:
-    """The command line with file paths instead of the names of recipes.
+    """Replace the names of recipes in a command line by the paths of their files.
 
     Raises:
         MissingFileError: if `--config` names neither a file nor a recipe.
