@@ -5,10 +5,9 @@ import pandas as pd
 import pytest
 
 from jepa_audio.errors import MissingFileError
-from jepa_audio.probing.intervals import interval
+from jepa_audio.probing.intervals import difference, interval
 from jepa_audio.report.comparisons import (
     average_tasks,
-    compare,
     compute_scores,
     mean_scores,
     rank_ranges,
@@ -87,7 +86,7 @@ def scores_of(results):
 def test_difference_can_be_significant_though_intervals_overlap():
     better, worse = (0.52, 0.52 + NOISE), (0.50, 0.50 + NOISE)
     assert interval(better[1])[0] < worse[0] < better[0] < interval(worse[1])[1]
-    assert compare(better, worse).verdict == "ahead"
+    assert difference(better[0], worse[0], better[1], worse[1]).verdict == "ahead"
     assert rank_ranges([0.50, 0.52], [worse[1], better[1]]) == [(2, 2), (1, 1)]
 
 

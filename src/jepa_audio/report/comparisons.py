@@ -13,7 +13,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from jepa_audio.errors import UserError
-from jepa_audio.probing.intervals import Difference, difference, interval
+from jepa_audio.probing.intervals import difference, interval
 from jepa_audio.probing.rows import RANDOM_INIT, STATISTICS, ProbeRow, load_evidence
 from jepa_audio.report.results import ENCODER, PROTOCOL, RECORDS, latest
 
@@ -106,24 +106,22 @@ def add_baselines(lines: pd.DataFrame) -> pd.DataFrame:
     }
     statistics = lines[lines["variant"] == STATISTICS].itertuples()
     log_mel = max(statistics, key=lambda line: line.value, default=None)
-    found: dict[str, list[Any]] = {"random_init": [], "log_mel": [], "below": []}
+    found = []
     for line in lines.itertuples():
-        ranked = not is_baseline(line.variant)
-        of_line = {
-            "random-init": random_init.get((line.encoder, line.pooling)) if ranked else None,
-            "log-mel": log_mel if ranked else None,
-        }
-        found["random_init"].append(of_line["random-init"])
-        found["log_mel"].append(of_line["log-mel"])
-        found["below"].append(
-            tuple(
-                f"below {name}"
-                for name, other in of_line.items()
-                if other is not None and line.value < other.value
-            )
+        others = (random_init.get((line.encoder, line.pooling)), log_mel)
+        others = (None, None) if is_baseline(line.variant) else others
+        below = (
+            f"below {name}"
+            for name, other in zip(("random-init", "log-mel"), others, strict=True)
+            if other is not None and line.value < other.value
         )
-    columns = {name: pd.Series(column, lines.index, object) for name, column in found.items()}
-    return lines.assign(is_baseline=lines["variant"].map(is_baseline).astype(bool), **columns)
+        found.append((is_baseline(line.variant), *others, tuple(below)))
+    names = ("is_baseline", "random_init", "log_mel", "below")
+    columns = {
+        name: pd.Series([each[number] for each in found], lines.index, object)
+        for number, name in enumerate(names)
+    }
+    return lines.assign(**columns).astype({"is_baseline": bool})
 
 
 def rank_lines(lines: pd.DataFrame) -> pd.DataFrame:
@@ -133,17 +131,23 @@ def rank_lines(lines: pd.DataFrame) -> pd.DataFrame:
     `is_best` (rank 1 is possible, and no baseline is better), `against_random` and
     `against_log_mel` (`Difference` or `None`).
     """
-    lines = lines[np.isfinite(lines["value"].astype(float))]
-    lines = add_baselines(lines).sort_values("value", ascending=False, kind="stable")
+    lines = add_baselines(lines[np.isfinite(lines["value"].astype(float))])
+    lines = lines.sort_values("value", ascending=False, kind="stable")
     ranked = lines[~lines["is_baseline"]]
     # Averages over tasks with different numbers of draws have none.
-    has_draws = all(len(draws) for draws in ranked["draws"])
+    has_draws = all(map(len, ranked["draws"]))
     ranks = rank_ranges(ranked["value"].tolist(), ranked["draws"].tolist()) if has_draws else []
     rank_of = dict(zip(ranked.index, ranks, strict=False))
-    firsts = [rank_of.get(label, (0, 0))[0] for label in lines.index]
+    shown = {
+        label: str(first) if first == last else f"{first}–{last}"  # noqa: RUF001
+        for label, (first, last) in rank_of.items()
+    }
     return lines.assign(
-        rank=[_format_rank(*rank_of[label]) if label in rank_of else "" for label in lines.index],
-        is_best=[f == 1 and not below for f, below in zip(firsts, lines["below"], strict=True)],
+        rank=[shown.get(label, "") for label in lines.index],
+        is_best=[
+            not below and rank_of.get(label, (0, 0))[0] == 1
+            for label, below in lines["below"].items()
+        ],
         against_random=_differences(lines, "random_init"),
         against_log_mel=_differences(lines, "log_mel"),
     )
@@ -156,24 +160,18 @@ def rank_ranges(values: Sequence[float], draws: Sequence[Draws]) -> list[tuple[i
     without a significant difference share ranks; that relation is not transitive.
     """
     scores = list(zip(values, draws, strict=True))
-    verdicts = [[compare(one, other).verdict for other in scores] for one in scores]
+    verdicts = [
+        [difference(value, other, draws, other_draws).verdict for other, other_draws in scores]
+        for value, draws in scores
+    ]
     return [(line.count("behind") + 1, len(scores) - line.count("ahead")) for line in verdicts]
-
-
-def compare(one: tuple[float, Draws], other: tuple[float, Draws]) -> Difference:
-    """The difference of two (value, draws) on the same resamples."""
-    return difference(one[0], other[0], one[1], other[1])
-
-
-def _format_rank(first: int, last: int) -> str:
-    return str(first) if first == last else f"{first}–{last}"  # noqa: RUF001
 
 
 def _differences(lines: pd.DataFrame, baseline: str) -> pd.Series:
     found = [
-        None
-        if other is None or not len(line.draws) or len(line.draws) != len(other.draws)
-        else compare((line.value, line.draws), (other.value, other.draws))
+        difference(line.value, other.value, line.draws, other.draws)
+        if other is not None and 0 < len(line.draws) == len(other.draws)
+        else None
         for line, other in zip(lines.itertuples(), lines[baseline], strict=True)
     ]
     return pd.Series(found, lines.index, object)

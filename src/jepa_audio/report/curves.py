@@ -17,22 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullLocator
 
-from jepa_audio.report.style import (
-    DASHES,
-    GREY,
-    INK,
-    NORMAL,
-    PALETTE,
-    RED,
-    SOLID,
-    Dash,
-    line_handle,
-    note_figure,
-    shorten,
-    small_multiples,
-    title_figure,
-    title_panel,
-)
+from jepa_audio.report import style
 
 Curve = tuple[np.ndarray, np.ndarray]
 """Optimizer steps, values."""
@@ -80,7 +65,7 @@ def standard_panels(runs: Mapping[str, Curves]) -> list[Panel]:
         Panel("Loss and two trivial predictors", loss, ("mean target", "nearest context")),
         *(
             Panel(
-                f"Online probe: {shorten(task, 28)}",
+                f"Online probe: {style.shorten(task, 28)}",
                 {f"probe/{task}/{metric}": metric, f"probe/{task}/twin": "random-init"},
                 ("random-init",),
             )
@@ -112,19 +97,21 @@ def draw_curves(runs: Mapping[str, Curves], panels: Sequence[Panel], title: str 
     """
     panels = [panel for panel in panels if any(_has_curves(run, panel) for run in runs.values())]
     if not panels:
-        return note_figure("nothing was logged", title)
-    figure, axes = small_multiples(len(panels), 3, height=2.2, extra=0.5)
+        return style.note_figure("nothing was logged", title)
+    figure, axes = style.small_multiples(len(panels), 3, height=2.2, extra=0.5)
     for ax, panel in zip(axes, panels, strict=True):
         _draw_panel(ax, panel, runs)
     for ax in axes[-3:]:
-        ax.set_xlabel("optimizer step", fontsize=NORMAL)
+        ax.set_xlabel("optimizer step")
     handles: list[Artist] = []
     if len(runs) > 1:
         colors = zip(runs, _run_colors(len(runs)), strict=True)
-        handles += [line_handle(shorten(name, 40), color, SOLID) for name, color in colors]
+        handles += [
+            style.line_handle(style.shorten(name, 40), color, style.SOLID) for name, color in colors
+        ]
     if any(len(_alarm_steps(run)) for run in runs.values()):
-        handles.append(Patch(facecolor=RED, alpha=0.2, label="collapse alarm"))
-    title_figure(figure, title, handles)
+        handles.append(Patch(facecolor=style.RED, alpha=0.2, label="collapse alarm"))
+    style.title_figure(figure, title, handles)
     return figure
 
 
@@ -134,14 +121,14 @@ def _draw_panel(ax: Axes, panel: Panel, runs: Mapping[str, Curves]) -> None:
     for run, run_color in zip(runs.values(), _run_colors(len(runs)), strict=True):
         for number, (pattern, label) in enumerate(panel.series.items()):
             is_reference = label in panel.references
-            color = run_color if several else GREY if is_reference else PALETTE[number]
-            dash = DASHES[number] if several or is_reference else SOLID
+            color = run_color if several else style.GREY if is_reference else style.PALETTE[number]
+            dash = style.DASHES[number] if several or is_reference else style.SOLID
             if (curve := _find_curve(run, pattern)) is not None:
                 _draw_curve(ax, curve, color, dash)
-                handles[label] = line_handle(label, INK if several else color, dash)
+                handles[label] = style.line_handle(label, style.INK if several else color, dash)
         for step in _alarm_steps(run) if panel.alarms else ():
-            ax.axvline(step, color=RED, linewidth=3, alpha=0.15, zorder=0)
-    title_panel(ax, panel.title, [handle for label, handle in handles.items() if label])
+            ax.axvline(step, color=style.RED, linewidth=3, alpha=0.15, zorder=0)
+    style.title_panel(ax, panel.title, [handle for label, handle in handles.items() if label])
     if panel.log_scale:
         ax.set_yscale("log")
         ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
@@ -152,7 +139,7 @@ def _draw_panel(ax: Axes, panel: Panel, runs: Mapping[str, Curves]) -> None:
 def _run_colors(num_runs: int) -> list[str]:
     """A colour for each run; more than 20 runs share colours."""
     many = [to_hex(color) for color in colormaps["tab20"].colors]  # type: ignore[attr-defined]
-    return list(islice(cycle(PALETTE if num_runs <= len(PALETTE) else many), num_runs))
+    return list(islice(cycle(style.PALETTE if num_runs <= len(style.PALETTE) else many), num_runs))
 
 
 def _find_curve(run: Curves, pattern: str) -> Curve | None:
@@ -174,7 +161,7 @@ def _alarm_steps(run: Curves) -> np.ndarray:
     return steps[raised > 0]
 
 
-def _draw_curve(ax: Axes, curve: Curve, color: str, dash: Dash) -> None:
+def _draw_curve(ax: Axes, curve: Curve, color: str, dash: style.Dash) -> None:
     steps, values = curve
     finite = np.isfinite(values)
     if len(values) > MANY_POINTS:

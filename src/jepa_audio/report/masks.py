@@ -22,15 +22,7 @@ from jepa_audio.data.audio.resample import resample
 from jepa_audio.data.corpus.table import load_corpus
 from jepa_audio.data.loading.file_table import FileTable
 from jepa_audio.errors import UserError
-from jepa_audio.report.style import (
-    GREY,
-    NORMAL,
-    PALETTE,
-    VEIL,
-    small_multiples,
-    title_figure,
-    title_panel,
-)
+from jepa_audio.report import style
 from jepa_audio.steps.front_ends import FrontEnd, SpectrogramFrontEnd
 from jepa_audio.steps.front_ends.transforms import LogMel
 from jepa_audio.steps.grid import Grid, Masks
@@ -141,7 +133,7 @@ def draw_masks(
         title: of the figure.
         band_hz: rising centre frequencies of the bands; bands are numbered if `None`.
     """
-    figure, axes = small_multiples(len(masks), 1, height=1.75, extra=0.75, share="x")
+    figure, axes = style.small_multiples(len(masks), 1, height=1.75, extra=0.75, share="x")
     extent = (0.0, seconds, 0.0, float(len(log_spectrogram)))
     low, high = np.percentile(log_spectrogram, (2, 99.8))
     planes = [_mask_planes(grid, draw, clip) for draw in masks]
@@ -154,20 +146,20 @@ def draw_masks(
         fractions = (
             f"context {context.mean():.0%} of the tokens, targets {targets.any(0).mean():.0%}"
         )
-        title_panel(ax, fractions)
+        style.title_panel(ax, fractions)
         _label_bands(ax, band_hz)
-    axes[-1].set_xlabel("seconds", fontsize=NORMAL)
-    handles = [Patch(facecolor="white", edgecolor=GREY, label="context")]
+    axes[-1].set_xlabel("seconds")
+    handles = [Patch(facecolor="white", edgecolor=style.GREY, label="context")]
     for number, color in enumerate(_group_colors(max(len(targets) for _, targets in planes))):
         handles.append(Patch(facecolor=color, alpha=TINT, label=f"target group {number + 1}"))
     if any((overlay[..., 3] == VEILED).any() for overlay in overlays):
-        handles.append(Patch(facecolor=VEIL, label="hidden from the context"))
-    title_figure(figure, title, handles)
+        handles.append(Patch(facecolor=style.VEIL, label="hidden from the context"))
+    style.title_figure(figure, title, handles)
     return figure
 
 
 def _group_colors(num_groups: int) -> list[str]:
-    return list(islice(cycle(PALETTE), num_groups))
+    return list(islice(cycle(style.PALETTE), num_groups))
 
 
 def _mask_planes(grid: Grid, masks: Masks, clip: int) -> tuple[np.ndarray, np.ndarray]:
@@ -183,7 +175,7 @@ def _mask_planes(grid: Grid, masks: Masks, clip: int) -> tuple[np.ndarray, np.nd
 def _paint_overlay(context: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """The overlay, RGBA `[F * stripes, T, 4]`, lowest row first."""
     colors = np.array([[*to_rgb(color), TINT] for color in _group_colors(len(targets))])
-    veiled = np.where(context[..., None], 0.0, [*to_rgb(VEIL), VEILED])  # [F, T, 4]
+    veiled = np.where(context[..., None], 0.0, [*to_rgb(style.VEIL), VEILED])  # [F, T, 4]
     if len(context) == 1:
         return np.where(targets[::-1, 0, :, None], colors[::-1, None], veiled)
     count = targets.sum(axis=0)  # [F, T]
@@ -203,13 +195,13 @@ def _draw_cell_borders(ax: Axes, grid: Grid, extent: tuple[float, float, float, 
         edges = np.linspace(0, extent[3], grid.num_freq + 1).tolist()
         ax.yaxis.set_minor_locator(FixedLocator(edges))
     ax.grid(visible=False)
-    ax.grid(which="minor", color=GREY, linewidth=0.5, alpha=0.35)
+    ax.grid(which="minor", color=style.GREY, linewidth=0.5, alpha=0.35)
     ax.tick_params(which="minor", length=0)
     ax.set_axisbelow(False)
 
 
 def _label_bands(ax: Axes, band_hz: np.ndarray | None) -> None:
-    ax.set_ylabel("band" if band_hz is None else "kHz", fontsize=NORMAL)
+    ax.set_ylabel("band" if band_hz is None else "kHz")
     if band_hz is not None:
         shown = [hz for hz in LABELLED_HZ if band_hz[0] <= hz <= band_hz[-1]]
         positions = np.interp(shown, band_hz, np.arange(len(band_hz)) + 0.5)

@@ -13,41 +13,24 @@ from matplotlib.patches import Patch
 
 from jepa_audio.probing.robustness import SWEEPS
 from jepa_audio.probing.rows import STATISTICS, ProbeRow
-from jepa_audio.report.style import (
-    BLUE,
-    DASHED,
-    DOTTED,
-    GREEN,
-    GREY,
-    INK,
-    NORMAL,
-    ORANGE,
-    PALETTE,
-    PURPLE,
-    SOLID,
-    line_handle,
-    note_figure,
-    shorten,
-    small_multiples,
-    title_figure,
-    title_panel,
-)
+from jepa_audio.report import style
 
 VARIANTS = {
-    "statistics": ("log-mel statistics", PURPLE),
-    "random": ("random-init baseline", GREY),
-    "context": ("context encoder", BLUE),
-    "target": ("target encoder", ORANGE),
-    "function": ("function", GREEN),
+    "statistics": ("log-mel statistics", style.PURPLE),
+    "random": ("random-init baseline", style.GREY),
+    "context": ("context encoder", style.BLUE),
+    "target": ("target encoder", style.ORANGE),
+    "function": ("function", style.GREEN),
 }
 """Label and colour by variant, in drawing order."""
 HEADS = {
-    "mlp": ("MLP", "o", SOLID),
-    "logistic": ("logistic regression", "D", SOLID),
-    "ridge": ("ridge regression", "^", SOLID),
-    "knn": ("k nearest neighbours", "s", DASHED),
+    "mlp": ("MLP", "o", style.SOLID),
+    "logistic": ("logistic regression", "D", style.SOLID),
+    "ridge": ("ridge regression", "^", style.SOLID),
+    "knn": ("k nearest neighbours", "s", style.DASHED),
 }
 """Label, marker and dash by kind of head."""
+CHANCE = style.line_handle("chance", style.INK, style.DOTTED)
 COMBINED = {"weighted sum": "sum", "all layers": "all"}
 """Inputs of a head other than single layers, with their labels."""
 
@@ -67,12 +50,12 @@ def _has_layers(row: ProbeRow) -> bool:
 def draw_probe(rows: Sequence[ProbeRow], title: str = "") -> Figure:
     """Test scores with 95 % intervals: a panel for each task, a line for each variant."""
     if not rows:
-        return note_figure("nothing was probed", title)
+        return style.note_figure("nothing was probed", title)
     lines = list(_probe_lines(rows))
     heights = {key: float(y) for y, (_, key) in enumerate(lines)}
     tasks = list(dict.fromkeys(row.task for row in rows))
     height = 0.65 + 0.27 * len(lines)
-    figure, axes = small_multiples(len(tasks), 3, height, extra=0.6, share="y")
+    figure, axes = style.small_multiples(len(tasks), 3, height, extra=0.6, share="y")
     for ax, task in zip(axes, tasks, strict=True):
         of_task = [row for row in rows if row.task == task]
         for row in of_task:
@@ -81,16 +64,16 @@ def draw_probe(rows: Sequence[ProbeRow], title: str = "") -> Figure:
             ax.plot([row.score.low, row.score.high], [y, y], color=color, linewidth=2, alpha=0.6)
             _draw_marker(ax, row, row.value, y)
         if (chance := of_task[0].chance) is not None:
-            ax.axvline(chance, color=INK, linewidth=1, linestyle=DOTTED)
+            ax.axvline(chance, color=style.INK, linewidth=1, linestyle=style.DOTTED)
         ax.tick_params(axis="y", length=0, grid_alpha=0)
-        title_panel(ax, shorten(task, 40))
-        ax.set_xlabel(f"test {of_task[0].metric}, 95 % interval", fontsize=NORMAL)
+        style.title_panel(ax, style.shorten(task, 40))
+        ax.set_xlabel(f"test {of_task[0].metric}, 95 % interval")
     for ax in axes[::3]:
         ax.set(yticks=range(len(lines)), yticklabels=[label for label, _ in lines])
         ax.set_ylim(len(lines) - 0.3, -0.7)
         for text, (_, key) in zip(ax.get_yticklabels(), lines, strict=True):
             text.set_fontweight("normal" if key else "bold")
-    title_figure(figure, title, [*_head_handles(rows), line_handle("chance", INK, DOTTED)])
+    style.title_figure(figure, title, [*_head_handles(rows), CHANCE])
     return figure
 
 
@@ -100,7 +83,7 @@ def _probe_lines(rows: Sequence[ProbeRow]) -> Iterator[tuple[str, tuple[str, ...
     for encoder in dict.fromkeys(row.encoder for row in sorted(rows, key=_has_layers)):
         of_encoder = [row for row in rows if row.encoder == encoder]
         if any(map(_has_layers, of_encoder)):
-            yield shorten(encoder, 36), ()
+            yield style.shorten(encoder, 36), ()
         keys = {(row.pooling, variant_style(row.variant), row.variant) for row in of_encoder}
         for pooling, (_, label, _), variant in sorted(keys):
             suffix = f", {pooling}" if several_poolings else ""
@@ -116,7 +99,7 @@ def _draw_marker(ax: Axes, row: ProbeRow, x: float, y: float) -> None:
 def _head_handles(rows: Iterable[ProbeRow]) -> list[Line2D]:
     shown = {row.head for row in rows}
     return [
-        line_handle(label, INK, dash, marker)
+        style.line_handle(label, style.INK, dash, marker)
         for head, (label, marker, dash) in HEADS.items()
         if head in shown
     ]
@@ -130,13 +113,13 @@ def draw_layers(rows: Sequence[ProbeRow], title: str = "") -> Figure:
     """
     layered = [row for row in rows if _has_layers(row)]
     if not layered:
-        return note_figure("nothing with layers was probed", title)
+        return style.note_figure("nothing with layers was probed", title)
     encoders = list(dict.fromkeys((row.encoder, row.pooling) for row in layered))
     tasks = list(dict.fromkeys(row.task for row in layered))
     columns = -(-len(tasks) // -(-len(tasks) // 4))
     # Empty panels fill the last row of each encoder.
     tasks += [""] * (-len(tasks) % columns)
-    figure, axes = small_multiples(len(encoders) * len(tasks), columns, height=2.3, extra=0.6)
+    figure, axes = style.small_multiples(len(encoders) * len(tasks), columns, height=2.3, extra=0.6)
     for ax, (encoder, task) in zip(axes, product(encoders, tasks), strict=True):
         if not task:
             ax.remove()
@@ -148,15 +131,15 @@ def draw_layers(rows: Sequence[ProbeRow], title: str = "") -> Figure:
         ]
         for row in shown:
             _draw_layer_scores(ax, row)
-        title_panel(ax, shorten(task, 40))
+        style.title_panel(ax, style.shorten(task, 40))
         _label_layers(ax, [row for row in shown if _has_layers(row)])
         is_first = len(encoders) > 1 and task == tasks[0]
-        name = f"{shorten(encoder[0], 24)} ({encoder[1]})\n" if is_first else ""
-        ax.set_ylabel(f"{name}validation {shown[0].metric}" if shown else name, fontsize=NORMAL)
-        ax.set_xlabel("layer", fontsize=NORMAL)
+        name = f"{style.shorten(encoder[0], 24)} ({encoder[1]})\n" if is_first else ""
+        ax.set_ylabel(f"{name}validation {shown[0].metric}" if shown else name)
+        ax.set_xlabel("layer")
     styles = sorted({variant_style(row.variant) for row in rows})
     handles: list[Artist] = [Patch(color=color, label=label) for _, label, color in styles]
-    title_figure(figure, title, [*handles, *_head_handles(rows)])
+    style.title_figure(figure, title, [*handles, *_head_handles(rows)])
     return figure
 
 
@@ -200,7 +183,9 @@ def _label_layers(ax: Axes, rows: Sequence[ProbeRow]) -> None:
         COMBINED.get(name, "in" if name == "input" else name.removeprefix("block "))
         for name in shown
     ]
-    ax.set_xticks([positions[name] for name in shown], [shorten(label, 8) for label in labels])
+    ax.set_xticks(
+        [positions[name] for name in shown], [style.shorten(label, 8) for label in labels]
+    )
 
 
 def draw_robustness(rows: Sequence[ProbeRow], title: str = "") -> Figure:
@@ -211,26 +196,27 @@ def draw_robustness(rows: Sequence[ProbeRow], title: str = "") -> Figure:
     """
     rows = [row for row in rows if row.robustness]
     if not rows:
-        return note_figure("nothing was probed on degraded clips", title)
+        return style.note_figure("nothing was probed on degraded clips", title)
     conditions = list(dict.fromkeys(name for row in rows for name in row.robustness or ()))
-    figure, axes = small_multiples(len(conditions), 3, height=2.5, extra=0.7, share="y")
+    figure, axes = style.small_multiples(len(conditions), 3, height=2.5, extra=0.7, share="y")
     styles = _encoder_styles(rows)
     for ax, condition in zip(axes, conditions, strict=True):
         for row in rows:
             if row.robustness and condition in row.robustness:
                 _draw_sweep(ax, row, condition, *styles[_encoder_label(row)])
         if (chance := rows[0].chance) is not None:
-            ax.axhline(chance, color=INK, linewidth=1, linestyle=DOTTED)
-        title_panel(ax, condition)
+            ax.axhline(chance, color=style.INK, linewidth=1, linestyle=style.DOTTED)
+        style.title_panel(ax, condition)
         unit = f"level in {SWEEPS[condition][0].unit}, " if condition in SWEEPS else ""
-        ax.set_xlabel(f"{unit}from mild to strong", fontsize=NORMAL)
+        ax.set_xlabel(f"{unit}from mild to strong")
     for ax in axes[::3]:
-        ax.set_ylabel(f"test {rows[0].metric}", fontsize=NORMAL)
+        ax.set_ylabel(f"test {rows[0].metric}")
     handles = [
-        line_handle(label, color, SOLID, marker) for label, (color, marker) in styles.items()
+        style.line_handle(label, color, style.SOLID, marker)
+        for label, (color, marker) in styles.items()
     ]
-    handles += [line_handle("clean", INK, DASHED), line_handle("chance", INK, DOTTED)]
-    title_figure(figure, title, handles)
+    handles += [style.line_handle("clean", style.INK, style.DASHED), CHANCE]
+    style.title_figure(figure, title, handles)
     return figure
 
 
@@ -238,20 +224,20 @@ def _draw_sweep(ax: Axes, row: ProbeRow, condition: str, color: str, marker: str
     levels, scores = zip(*(row.robustness or {})[condition], strict=True)
     positions = range(len(levels))
     ax.plot(positions, scores, color=color, linewidth=1.4, marker=marker, markersize=4)
-    ax.plot([0, len(levels) - 1], [row.value] * 2, color=color, ls=DASHED, lw=1, alpha=0.8)
+    ax.plot([0, len(levels) - 1], [row.value] * 2, color=color, ls=style.DASHED, lw=1, alpha=0.8)
     ax.set_xticks(positions, [f"{level:g}" for level in levels])
 
 
 def _encoder_label(row: ProbeRow) -> str:
-    return f"{shorten(row.encoder, 28)}, {variant_style(row.variant)[1]}"
+    return f"{style.shorten(row.encoder, 28)}, {variant_style(row.variant)[1]}"
 
 
 def _encoder_styles(rows: Iterable[ProbeRow]) -> dict[str, tuple[str, str]]:
     """Colour and marker of every encoder; all random-init baselines are grey."""
-    trained = cycle(product("o^Dv", PALETTE))
+    trained = cycle(product("o^Dv", style.PALETTE))
     styles: dict[str, tuple[str, str]] = {}
     for row in rows:
         if (label := _encoder_label(row)) not in styles:
-            marker, color = ("o", GREY) if row.is_random_init else next(trained)
+            marker, color = ("o", style.GREY) if row.is_random_init else next(trained)
             styles[label] = color, marker
     return styles

@@ -49,6 +49,8 @@ def small_multiples(
         ax.remove()
     for ax in axes[:count]:
         ax.set_axisbelow(True)
+        ax.xaxis.label.set_size(NORMAL)
+        ax.yaxis.label.set_size(NORMAL)
         ax.grid(visible=True, color=PALE, linewidth=0.7)
         ax.spines[["top", "right"]].set_visible(False)
         ax.spines[["left", "bottom"]].set(color=GREY, linewidth=0.7)
