@@ -45,17 +45,25 @@ test: $(STAMP) ## The fast tests on all cores (a process on each, eight at most)
 test-slow: $(STAMP) ## All tests, those that train for minutes too.
 	$(BIN)/pytest $(ON_ALL_CORES) --runslow
 
+.PHONY: wheel
+wheel: $(STAMP) ## Build the wheel and use it in a clean environment, away from this folder.
+	bash tests/wheel.sh
+
 .PHONY: lint
 lint: $(STAMP) ## Ruff: rules and format.
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks setup.py
+	$(BIN)/ruff format --check src tests benchmarks setup.py
 
 .PHONY: type
 type: $(STAMP) ## Mypy.
 	$(BIN)/mypy
 
+.PHONY: deps
+deps: $(STAMP) ## Deptry: the declared dependencies are the imported ones.
+	$(BIN)/deptry src
+
 .PHONY: check
-check: lint type ## Lint and types.
+check: lint type deps ## Lint, types and dependencies.
 
 .PHONY: bench
 bench: $(STAMP) ## Measure the training step; benchmarks/RESULTS.md says what was seen where.
