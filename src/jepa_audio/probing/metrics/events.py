@@ -9,42 +9,35 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from typing_extensions import override
 
-from jepa_audio.probing.metrics.base import MeanMetric, Predictions, Scores, SumMetric, Terms
+from jepa_audio.probing.metrics.base import MeanMetric, Predictions, Scores, Terms
 
 
 @dataclass(frozen=True)
-class Share(MeanMetric):
-    """Sum of one count over the sum of another, such as correct seconds over all seconds.
+class CountMetric(MeanMetric):
+    """A metric of some columns of the predictions.
 
     Args:
         name: name of the metric.
-        columns: columns of the predictions with numerator and denominator.
+        columns: the columns; see the subclass.
     """
 
     name: str
-    columns: tuple[int, int]
+    columns: tuple[int, ...]
 
     @override
     def terms(self, predictions: Predictions, targets: Shaped[Tensor, "units ..."]) -> Terms:
         return predictions[..., list(self.columns)].double()
 
 
-@dataclass(frozen=True)
-class PooledF1(SumMetric):
+class Share(CountMetric):
+    """Sum of one count over the sum of another, such as correct seconds over all seconds."""
+
+
+class PooledF1(CountMetric):
     """F1 of the events of all units pooled, as MARBLE scores beats.
 
-    Args:
-        name: name of the metric.
-        columns: columns of the predictions with the numbers of matching, estimated and annotated
-            events.
+    The columns are the numbers of matching, estimated and annotated events.
     """
-
-    name: str
-    columns: tuple[int, int, int]
-
-    @override
-    def terms(self, predictions: Predictions, targets: Shaped[Tensor, "units ..."]) -> Terms:
-        return predictions[..., list(self.columns)].double()
 
     @override
     def score(self, sums: Float[Tensor, "K 3"]) -> Scores:
@@ -52,24 +45,15 @@ class PooledF1(SumMetric):
         return 2 * matching / (estimated + annotated)
 
 
-@dataclass(frozen=True)
-class MeanF1(MeanMetric):
-    """Mean over the units of the F1 of each, as mir_eval scores beats.
+class MeanF1(CountMetric):
+    """Mean over the units of the F1 of each, as mir_eval scores beats; columns as in `PooledF1`.
 
     Units without an annotated event are left out: mir_eval scores them 0 for any prediction.
-
-    Args:
-        name: name of the metric.
-        columns: see `PooledF1`.
     """
-
-    name: str
-    columns: tuple[int, int, int]
 
     @override
     def terms(self, predictions: Predictions, targets: Shaped[Tensor, "units ..."]) -> Terms:
-        counts = predictions[..., list(self.columns)].double()
-        matching, estimated, annotated = counts.unbind(dim=-1)
+        matching, estimated, annotated = super().terms(predictions, targets).unbind(dim=-1)
         is_scored = annotated > 0
         f1 = 2 * matching / (estimated + annotated).clamp_min(1)
         return torch.stack([f1 * is_scored, is_scored.double()], dim=-1)

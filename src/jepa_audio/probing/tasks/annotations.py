@@ -98,14 +98,14 @@ def _check_header(path: Path, header: Sequence[str], columns: Sequence[str]) -> 
 
 
 def find_column(path: Path, header: Iterable[str], names: Sequence[str]) -> str:
-    """Return the first of some column names that a header has.
+    """Return the first of `names` that a header has.
 
     Raises:
         UserError: if it has none of them.
     """
     found = next((name for name in names if name in header), None)
     if found is None:
-        wanted = " or ".join(f"`{name}`" for name in names)
+        expected = " or ".join(f"`{name}`" for name in names)
         present = ", ".join(f"`{name}`" for name in header)
-        raise UserError(f"{path}, line 1: there is no column {wanted}, only {present}")
+        raise UserError(f"{path}, line 1: there is no column {expected}, only {present}")
     return found

@@ -111,24 +111,16 @@ def _count(
     counts = []
     for of_head in zip(*(times for _, times in parts), strict=True):
         estimated = np.sort(np.concatenate(of_head))
-        counts.append((_num_matches(annotated, estimated), len(estimated), len(annotated)))
+        matches = match_events(annotated, estimated, TOLERANCE_SECONDS)
+        counts.append((len(matches), len(estimated), len(annotated)))
     return torch.tensor(counts, dtype=torch.float32)
-
-
-def _num_matches(annotated: Float[np.ndarray, " n"], estimated: Float[np.ndarray, " m"]) -> int:
-    if not len(annotated) or not len(estimated):
-        return 0
-    return len(match_events(annotated, estimated, TOLERANCE_SECONDS))
 
 
 def _event_times(item: Item, name: str) -> Float[np.ndarray, " events"]:
     """Seconds of the beats or downbeats; raises `UserError` if the label is not as documented."""
     label = item.label
     if not isinstance(label, dict) or not isinstance(label.get(name), list):
-        raise UserError(
-            f"{item.where}: `label` must be an object whose `{name}` is a list of seconds, but is "
-            f"{label!r}"
-        )
+        raise item.error(f"an object whose `{name}` is a list of seconds")
     for time in label[name]:
         if not is_time(time):
             raise UserError(f"{item.where}: `{name}` contains {time!r}, must contain seconds")

@@ -120,10 +120,7 @@ class _Timeline:
     def of(cls, item: Item) -> _Timeline:
         """Read the label of an item; raises `UserError` if it is not as documented."""
         if not isinstance(item.label, list):
-            raise UserError(
-                f"{item.where}: `label` is {item.label!r}, must be a list of chords with start and "
-                "end"
-            )
+            raise item.error("a list of chords with start and end")
         regions = [_region(item, region) for region in item.label]
         for (_, end, _), (start, _, chord) in itertools.pairwise(regions):
             if start < end - _OVERLAP_SECONDS:

@@ -74,10 +74,7 @@ def _check_uids_unique(split: Split) -> None:
 def _key_class(item: Item) -> str | None:
     """The key if it is major or minor."""
     if not isinstance(item.label, str) or not _KEY.fullmatch(item.label):
-        raise UserError(
-            f"{item.where}: `label` is {item.label!r}, must be a tonic ({' '.join(TONICS)}) and a "
-            "mode, such as 'Eb minor'"
-        )
+        raise item.error(f"a tonic ({' '.join(TONICS)}) and a mode, such as 'Eb minor'")
     return item.label if item.label in KEYS else None
 
 
@@ -85,10 +82,7 @@ def _section_class(item: Item) -> str:
     words = item.label if isinstance(item.label, list) else [item.label]
     section = _SECTION_OF.get("_".join(map(str, words)))
     if section is None:
-        raise UserError(
-            f"{item.where}: `label` is {item.label!r}, must be a list of the words of one of "
-            f"{', '.join(_SECTION_OF)}"
-        )
+        raise item.error(f"a list of the words of one of {', '.join(_SECTION_OF)}")
     return section
 
 

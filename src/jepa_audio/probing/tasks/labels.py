@@ -181,8 +181,7 @@ class Multiclass(ClipLabels):
         index = {name: i for i, name in enumerate(self.names)}
         classes = [index.get(_class_name(item), UNKNOWN) for item in items]
         if self.are_given and UNKNOWN in classes:
-            item = items[classes.index(UNKNOWN)]
-            raise _label_error(item, f"one of {', '.join(self.names)}")
+            raise items[classes.index(UNKNOWN)].error(f"one of {', '.join(self.names)}")
         return np.array(classes, dtype=np.int64)
 
 
@@ -252,24 +251,20 @@ class Regression(ClipLabels):
         expected = len(self.names) or len(label)
         are_finite = all(isinstance(value, int | float) and np.isfinite(value) for value in label)
         if not are_finite or len(label) != expected:
-            raise _label_error(item, f"{expected} finite numbers")
+            raise item.error(f"{expected} finite numbers")
         return [float(value) for value in label]
 
 
 def _class_name(item: Item) -> str:
     if isinstance(item.label, bool) or not isinstance(item.label, str | int):
-        raise _label_error(item, "the name or the number of one class")
+        raise item.error("the name or the number of one class")
     return str(item.label)
 
 
 def _tags(item: Item) -> list[str]:
     if not isinstance(item.label, list) or not all(isinstance(tag, str) for tag in item.label):
-        raise _label_error(item, "a list of tags")
+        raise item.error("a list of tags")
     return item.label
-
-
-def _label_error(item: Item, expected: str) -> UserError:
-    return UserError(f"{item.where}: `label` is {item.label!r}, must be {expected}")
 
 
 def _sort_names(names: set[str]) -> tuple[str, ...]:

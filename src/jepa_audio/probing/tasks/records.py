@@ -44,6 +44,10 @@ class Item:
     start_seconds: float = 0.0
     end_seconds: float | None = None
 
+    def error(self, expected: str) -> UserError:
+        """Return the error for a label that is not as expected."""
+        return UserError(f"{self.where}: `label` is {self.label!r}, must be {expected}")
+
 
 @dataclass(frozen=True)
 class Split:
