@@ -46,7 +46,7 @@ class Metric(ABC):
     def resampled(
         self, predictions: HeadPredictions, targets: Targets, counts: Counts
     ) -> DrawScores:
-        """Score one head on resamplings in which each unit occurs as often as `counts` says.
+        """Score one head on resamplings; `counts` is how often each unit occurs in each of them.
 
         A resampling that cannot be scored gets NaN.
         """
