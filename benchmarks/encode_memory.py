@@ -1,8 +1,8 @@
-"""Does the memory of encoding a long file grow with the file, beyond the features themselves?
+"""Does the memory to encode a long file grow with the file, in addition to the features?
 
-Encodes noise of several lengths with a base-size encoder, each in a process of its own, and prints
-the peak of the resident memory above what the process holds before it encodes, and the size of the
-features that are kept.
+The script encodes noise of several lengths with a base-size encoder, each in a separate process. It
+prints the peak of the resident memory, minus the memory before encoding, and the size of the
+features.
 
     python -m benchmarks.encode_memory [--recipe wavjepa|pupujepa] [--minutes 1 5 20]
 """
@@ -27,7 +27,9 @@ def resident_mib() -> float:
 
 
 def measure(recipe: str, minutes: float) -> None:
-    from jepa_audio.cli.trainer import JEPACLI  # noqa: PLC0415 (only the processes that measure need it)
+    """Encode one waveform and print time and memory."""
+    # Not at the top: only the measuring processes need these imports.
+    from jepa_audio.cli.trainer import JEPACLI  # noqa: PLC0415
     from jepa_audio.inference.encoder import Encoder  # noqa: PLC0415
 
     sys.argv[1:] = []
@@ -43,8 +45,9 @@ def measure(recipe: str, minutes: float) -> None:
     seconds = time.perf_counter() - start
     (layer,) = features.layers
     print(
-        f"{recipe}, {minutes:g} min: {layer.shape[1] * layer.shape[2]} tokens of {layer.shape[-1]}, kept "
-        f"{layer.nbytes / 2**20:.0f} MiB, peak {resident_mib() - before:.0f} MiB above {before:.0f} MiB, "
+        f"{recipe}, {minutes:g} min: {layer.shape[1] * layer.shape[2]} tokens of width "
+        f"{layer.shape[-1]}, features {layer.nbytes / 2**20:.0f} MiB, peak "
+        f"{resident_mib() - before:.0f} MiB above {before:.0f} MiB, "
         f"{60 * minutes / seconds:.1f} times real time"
     )
 
@@ -55,16 +58,14 @@ def main() -> None:
     )
     parser.add_argument("--recipe", choices=["wavjepa", "pupujepa"], default="wavjepa")
     parser.add_argument("--minutes", type=float, nargs="+", default=[1, 5, 20])
-    parser.add_argument(
-        "--here", action="store_true", help="measure in this process, one length only"
-    )
+    parser.add_argument("--here", action="store_true", help="measure one length, in this process")
     args = parser.parse_args()
     if args.here:
         measure(args.recipe, args.minutes[0])
         return
     for minutes in args.minutes:
-        own = ["--recipe", args.recipe, "--minutes", str(minutes), "--here"]
-        subprocess.run([sys.executable, "-m", "benchmarks.encode_memory", *own], check=True)
+        options = ["--recipe", args.recipe, "--minutes", str(minutes), "--here"]
+        subprocess.run([sys.executable, "-m", "benchmarks.encode_memory", *options], check=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""How fast is a training step, and what does computing only the tokens asked for save?
+"""How fast is a training step, and how much time does it save to compute only the selected tokens?
 
-Prints, in one run, for both recipes: clips per second, and the model's floating-point operations as
-a share of the matrix-multiplication peak measured on this machine. For WavJEPA also the literal,
-key-masked step of `tests/oracles` with the same weights, masks and loss.
+The script prints, for both recipes, clips per second, and the floating-point operations of the
+model as a share of the peak of matrix multiplication on this machine. For WavJEPA, it also measures
+the literal, key-masked step of `tests/oracles` with the same weights, masks and loss.
 
     python -m benchmarks.train_step [--size base|small] [--recipes wavjepa pupujepa] [--batch 8]
     [--repeats 5]
@@ -49,7 +49,7 @@ def build(recipe: str, size: str) -> tuple[JEPA, float]:
 
 
 def peak_flops(size: int = 2048, repeats: int = 7) -> float:
-    """Best float32 matrix multiplication in operations per second."""
+    """Operations per second of the fastest of several float32 matrix multiplications."""
     a, b = torch.randn(size, size), torch.randn(size, size)
     seconds = []
     for _ in range(repeats):
@@ -59,8 +59,8 @@ def peak_flops(size: int = 2048, repeats: int = 7) -> float:
     return 2 * size**3 / min(seconds)
 
 
-def step_of(module: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], float]:
-    """Forward and backward; gives the loss."""
+def make_step(module: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], float]:
+    """A function that runs forward and backward and returns the loss."""
 
     def step() -> float:
         module.zero_grad()
@@ -72,7 +72,7 @@ def step_of(module: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[],
 
 
 def median_seconds(steps: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-    """Median time of each, taking turns, so that a slow minute of the machine hits all alike."""
+    """Median time of each step; steps alternate, so that a slow minute affects all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         step()
@@ -87,7 +87,7 @@ def median_seconds(steps: dict[str, Callable[[], float]], repeats: int) -> dict[
 def attention_flops(
     query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object
 ) -> int:
-    """Operations of the CPU's fused attention, which torch does not count by itself."""
+    """Operations of the fused CPU attention, which torch does not count."""
     return sdpa_flop_count(query, key, value)
 
 
@@ -99,7 +99,7 @@ def attention_backward_flops(
     *_: object,
     **__: object,
 ) -> int:
-    """The same of its backward pass."""
+    """Operations of the backward pass of the fused CPU attention."""
     return sdpa_backward_flop_count(gradient, query, key, value)
 
 
@@ -124,36 +124,38 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    sys.argv[1:] = []  # they are not those of the command line that builds the models
+    sys.argv[1:] = []  # `JEPACLI`, which builds the models, must not read these arguments
     peak = peak_flops()
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, matmul peak {peak / 1e9:.0f} GFLOP/s"
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, "
+        f"matmul peak {peak / 1e9:.0f} GFLOP/s"
     )
     for recipe in args.recipes:
-        torch.manual_seed(0)
-        jepa, clip_seconds = build(recipe, args.size)
-        waveform = torch.randn(args.batch, 1, round(clip_seconds * jepa.front_end.sample_rate))
-        masks = jepa.draw_masks(AudioBatch(waveform, torch.arange(args.batch)), args.batch)
-        steps = {recipe: step_of(jepa, lambda: jepa.loss(waveform, masks))}  # noqa: B023
-        if recipe == "wavjepa":
-            steps["literal key-masked"] = literal_step(jepa, waveform, masks)
-        losses = {name: step() for name, step in steps.items()}
-        flops = count_flops(steps[recipe])
-        seconds = median_seconds(steps, args.repeats)
-        for name, value in seconds.items():
-            print(
-                f"{name:>20} {args.size}, batch {args.batch} x {clip_seconds:.2f} s: {value:.2f} s a step, "
-                f"{args.batch / value:.2f} clips/s, {flops / value / peak:.0%} of the peak "
-                f"({flops / 1e9:.0f} GFLOP of the fast path), loss {losses[name]:.7f}"
-            )
-        if len(seconds) == 2:
-            ratio, gap = (
-                seconds["literal key-masked"] / seconds[recipe],
-                abs(losses["literal key-masked"] / losses[recipe] - 1),
-            )
-            print(
-                f"{'':>20} literal / fast: {ratio:.2f} times the time, losses differ by {gap:.1e} (relative)"
-            )
+        measure_recipe(recipe, args.size, args.batch, args.repeats, peak)
+
+
+def measure_recipe(recipe: str, size: str, batch_size: int, repeats: int, peak: float) -> None:
+    """Time the training steps of a recipe and print a line for each."""
+    torch.manual_seed(0)
+    jepa, clip_seconds = build(recipe, size)
+    waveform = torch.randn(batch_size, 1, round(clip_seconds * jepa.front_end.sample_rate))
+    masks = jepa.draw_masks(AudioBatch(waveform, torch.arange(batch_size)), batch_size)
+    steps = {recipe: make_step(jepa, lambda: jepa.loss(waveform, masks))}
+    if recipe == "wavjepa":
+        steps["literal key-masked"] = literal_step(jepa, waveform, masks)
+    losses = {name: step() for name, step in steps.items()}
+    flops = count_flops(steps[recipe])
+    seconds = median_seconds(steps, repeats)
+    for name, value in seconds.items():
+        print(
+            f"{name:>20} {size}, batch {batch_size} x {clip_seconds:.2f} s: {value:.2f} s per "
+            f"step, {batch_size / value:.2f} clips/s, {flops / value / peak:.0%} of the peak "
+            f"({flops / 1e9:.0f} GFLOP of the fast path), loss {losses[name]:.7f}"
+        )
+    if len(seconds) == 2:
+        ratio = seconds["literal key-masked"] / seconds[recipe]
+        difference = abs(losses["literal key-masked"] / losses[recipe] - 1)
+        print(f"{'':>20} time literal / fast: {ratio:.2f}; loss difference {difference:.1e}")
 
 
 def literal_step(jepa: JEPA, waveform: torch.Tensor, masks: Masks) -> Callable[[], float]:
@@ -161,7 +163,7 @@ def literal_step(jepa: JEPA, waveform: torch.Tensor, masks: Masks) -> Callable[[
     literal = LiteralWavJEPA(jepa)
     num_tokens = jepa.front_end.grid(waveform.shape[-1]).num_tokens
     context, targets = masks.context.to_mask(num_tokens), masks.targets.to_mask(num_tokens)
-    return step_of(literal, lambda: literal(waveform, context, targets))
+    return make_step(literal, lambda: literal(waveform, context, targets))
 
 
 if __name__ == "__main__":
