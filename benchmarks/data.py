@@ -1,16 +1,18 @@
-"""How many crops a second does one core give, and how many cores does a GPU need?
+"""How many crops per second does one core deliver, and how many cores does a GPU need?
 
-Reads the same music-like clips, 44.1 kHz stereo, from loose flac and mp3 files and from our shards
-packed mono at the rate of the crops, as training does. Beside them a plain pipeline of the
-`webdataset` package, which decodes every file
-whole: from tars of the same flac files, resampled by a `torchaudio.transforms.Resample` made for
-    every sample; the same
-"with care", the channels averaged first and the resampler made once; and from our shards. One
-thread, no workers, the files in the page cache (they have just been written): it is the arithmetic
-that is timed, not the disk.
+The script reads the same music-like clips, 44.1 kHz stereo, as training does: from single flac and
+mp3 files, and from our shards, packed mono at the sample rate of the crops. For comparison, it runs
+a plain pipeline of the `webdataset` package, which decodes every file completely:
+
+- from tars of the same flac files, with a new `torchaudio.transforms.Resample` for every sample
+- the same, optimised: channels are averaged first and the resampler is created once
+- from our shards
+
+It uses one thread and no workers. The files are in the page cache, because they have just been
+written: the computation is measured, not the disk.
 
 A round takes the same number of clips from every source in turn. Ratios are medians over the
-rounds; "CPU" is the processor time per second, 1.00 if the core was ours alone.
+rounds. "CPU" is the processor time per second: 1.00 if no other process used the core.
 
     python -m benchmarks.data [--clips 60] [--repeats 7] [--gpu_crops_per_second 200 500 1000 2000]
 """
@@ -46,14 +48,14 @@ from jepa_audio.data.datamodule import AudioDataModule
 from jepa_audio.parallel import map_threads, num_cores
 
 RATE = 44_100
-NOISE = 0.0035  # white, on music of about -26 dBFS: flac then keeps about 60 % of the bytes
+NOISE = 0.0035  # white noise; the music has -26 dBFS: flac reduces the size to about 60 %
 SHARDS = 4
 PLAIN = "webdataset, flac tars"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is read: crops of a recipe, from files of one length."""
+    """The crops of a recipe, from files of one length."""
 
     name: str
     sample_rate: int
@@ -63,12 +65,12 @@ class Setting:
 
     @property
     def num_samples(self) -> int:
-        """Of a crop."""
+        """Samples of a crop."""
         return round(self.crop_seconds * self.sample_rate)
 
 
 class Round(NamedTuple):
-    """What a source gave in one round, per second or per crop."""
+    """The measurements of a source in one round."""
 
     crops_per_second: float
     cpu: float
@@ -78,18 +80,18 @@ class Round(NamedTuple):
 def music(
     number: int, seconds: int, bank: Float32[np.ndarray, "notes S"]
 ) -> Float32[np.ndarray, "S 2"]:
-    """Four decaying notes a second, placed between the ears, and noise."""
+    """Four decaying notes per second, panned between the channels, and noise."""
     rng = np.random.default_rng(number)
     clip = np.zeros((seconds * RATE, 2), np.float32)
     for start in rng.integers(len(clip), size=4 * seconds):
         note, right = bank[rng.integers(len(bank))], rng.uniform(0.2, 0.8)
-        heard = clip[start : start + len(note)]
-        heard += note[: len(heard), None] * np.array([1 - right, right], np.float32)
+        segment = clip[start : start + len(note)]
+        segment += note[: len(segment), None] * np.array([1 - right, right], np.float32)
     return clip + NOISE * rng.standard_normal(clip.shape, dtype=np.float32)
 
 
 def note_bank(count: int = 48, seconds: float = 2.0) -> Float32[np.ndarray, "notes S"]:
-    """Notes over four octaves: partials up to 17 kHz that die away, the high ones sooner."""
+    """Notes over four octaves with decaying partials up to 17 kHz; high partials decay faster."""
     rng = np.random.default_rng(0)
     t = np.arange(round(seconds * RATE)) / RATE
     notes = np.zeros((count, len(t)), np.float32)
@@ -104,7 +106,7 @@ def note_bank(count: int = 48, seconds: float = 2.0) -> Float32[np.ndarray, "not
 
 
 def write_clips(folder: Path, count: int, seconds: int) -> str:
-    """The same clips as flac, mp3 and tars of flac; what they weigh."""
+    """Write the same clips as flac, mp3 and tars of flac; return a text with their sizes."""
     (folder / "flac").mkdir(parents=True)
     (folder / "mp3").mkdir()
     (folder / "tars").mkdir()
@@ -132,19 +134,19 @@ def write_clips(folder: Path, count: int, seconds: int) -> str:
         sum(path.stat().st_size for path in (folder / kind).iterdir()) for kind in ("flac", "mp3")
     )
     share, kbps = flac / (count * seconds * RATE * 4), mp3 * 8 / (count * seconds) / 1000
-    return f"flac keeps {share:.0%} of the bytes, mp3 {kbps:.0f} kbit/s"
+    return f"flac {share:.0%} of the size, mp3 {kbps:.0f} kbit/s"
 
 
 def write_clip_shards(folder: Path, setting: Setting) -> None:
-    """Our shards of the clips, mono and at the rate of the crops."""
+    """Write our shards of the clips: mono, at the sample rate of the crops."""
     corpus = index_corpus(folder / "flac", num_workers=num_cores())
     size = corpus.seconds.sum() * setting.sample_rate * 2 * 0.6 / SHARDS / 1e6
     packing = Packing(sample_rate=setting.sample_rate, mono=True, shard_mb=max(1, math.ceil(size)))
     write_shards(corpus, folder / f"shards_{setting.sample_rate}", packing, num_cores())
 
 
-def ours(root: Path, setting: Setting, batch_size: int) -> Iterator[Tensor]:
-    """Training batches without end, as a run gets them."""
+def training_batches(root: Path, setting: Setting, batch_size: int) -> Iterator[Tensor]:
+    """An endless iterator over training batches, as in a run."""
     window = setting.file_seconds if setting.crops_per_clip > 1 else None
     data = AudioDataModule(
         root,
@@ -164,14 +166,14 @@ def ours(root: Path, setting: Setting, batch_size: int) -> Iterator[Tensor]:
             yield batch.waveform
 
 
-def plain(
-    folder: Path, setting: Setting, batch_size: int, clip_of: Callable[[bytes], Tensor]
+def webdataset_batches(
+    folder: Path, setting: Setting, batch_size: int, decode_clip: Callable[[bytes], Tensor]
 ) -> Iterator[Tensor]:
-    """Batches of whole files decoded from tars, without end."""
+    """An endless iterator over batches from tars, whose files are decoded completely."""
     rng = np.random.default_rng(0)
 
-    def crops_of(sample: dict[str, Any]) -> Tensor:
-        clip = clip_of(sample["flac"])
+    def draw_crops(sample: dict[str, Any]) -> Tensor:
+        clip = decode_clip(sample["flac"])
         starts = rng.integers(
             max(clip.shape[-1] - setting.num_samples, 0), size=setting.crops_per_clip, endpoint=True
         )
@@ -181,107 +183,114 @@ def plain(
     clips = (
         wds.WebDataset(tars, shardshuffle=False, resampled=True)
         .shuffle(2 * batch_size)
-        .map(crops_of)
+        .map(draw_crops)
     )
     batches = clips.batched(batch_size, collation_fn=torch.cat)
     return iter(wds.WebLoader(batches, batch_size=None, num_workers=0))
 
 
-def decoded(content: bytes) -> tuple[Tensor, int]:
+def decode(content: bytes) -> tuple[Tensor, int]:
+    """All samples `[C, S]` and the sample rate of a file."""
     samples, rate = sf.read(io.BytesIO(content), dtype="float32", always_2d=True)
     return torch.from_numpy(samples.T), rate
 
 
-def resampled_each(content: bytes, sample_rate: int) -> Tensor:
-    waveform, rate = decoded(content)
+def decode_and_resample(content: bytes, sample_rate: int) -> Tensor:
+    """Resample each channel with a new resampler, then average."""
+    waveform, rate = decode(content)
     return Resample(rate, sample_rate)(waveform).mean(0, keepdim=True)
 
 
-def resampled_with_care(content: bytes, resampler: Resample) -> Tensor:
-    return resampler(decoded(content)[0].mean(0, keepdim=True))
+def decode_average_and_resample(content: bytes, resampler: Resample) -> Tensor:
+    """Average the channels, then resample."""
+    return resampler(decode(content)[0].mean(0, keepdim=True))
 
 
-def as_it_is(content: bytes) -> Tensor:
-    return decoded(content)[0]
+def decode_samples(content: bytes) -> Tensor:
+    """All samples, without resampling."""
+    return decode(content)[0]
 
 
-def streams(folder: Path, setting: Setting, batch_size: int) -> dict[str, Iterator[Tensor]]:
-    """Every source, in the order of a round."""
+def make_streams(folder: Path, setting: Setting, batch_size: int) -> dict[str, Iterator[Tensor]]:
+    """The batches of every source, in the order of a round."""
     tars, shards = folder / "tars", folder / f"shards_{setting.sample_rate}"
+    simple = partial(decode_and_resample, sample_rate=setting.sample_rate)
     resampler = Resample(RATE, setting.sample_rate)
+    optimized = partial(decode_average_and_resample, resampler=resampler)
     return {
-        "flac files": ours(folder / "flac", setting, batch_size),
-        "mp3 files": ours(folder / "mp3", setting, batch_size),
-        "packed shards": ours(shards, setting, batch_size),
-        PLAIN: plain(
-            tars, setting, batch_size, partial(resampled_each, sample_rate=setting.sample_rate)
+        "flac files": training_batches(folder / "flac", setting, batch_size),
+        "mp3 files": training_batches(folder / "mp3", setting, batch_size),
+        "packed shards": training_batches(shards, setting, batch_size),
+        PLAIN: webdataset_batches(tars, setting, batch_size, simple),
+        "webdataset, flac tars, optimised": webdataset_batches(
+            tars, setting, batch_size, optimized
         ),
-        "webdataset, flac tars, with care": plain(
-            tars, setting, batch_size, partial(resampled_with_care, resampler=resampler)
+        "webdataset, packed shards": webdataset_batches(
+            shards, setting, batch_size, decode_samples
         ),
-        "webdataset, packed shards": plain(shards, setting, batch_size, as_it_is),
     }
 
 
-def bytes_read() -> int:
-    """By this process so far, from the page cache too."""
+def count_bytes_read() -> int:
+    """Bytes that this process has read so far, including the page cache."""
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
-def timed(stream: Iterator[Tensor], num_batches: int, shape: tuple[int, ...]) -> Round:
-    """Draw batches, and look that they are what they should be."""
-    start, cpu, before = time.perf_counter(), time.process_time(), bytes_read()
+def time_batches(stream: Iterator[Tensor], num_batches: int, shape: tuple[int, ...]) -> Round:
+    """Time some batches of a source and check their shape and level."""
+    start, cpu, before = time.perf_counter(), time.process_time(), count_bytes_read()
     batches = list(itertools.islice(stream, num_batches))
     seconds = time.perf_counter() - start
-    cpu, content = time.process_time() - cpu, bytes_read() - before
+    cpu, content = time.process_time() - cpu, count_bytes_read() - before
     for batch in batches:
         if batch.shape != shape or not (0.005 < batch.square().mean().sqrt() < 0.2):
             raise RuntimeError(
-                f"a batch of {tuple(batch.shape)}, {shape} was expected, or no music in it"
+                f"expected a batch of shape {shape} with music, got {tuple(batch.shape)} with "
+                f"level {float(batch.square().mean().sqrt()):.3g}"
             )
     num_crops = num_batches * shape[0]
     return Round(num_crops / seconds, cpu / seconds, content / num_crops / 1e6)
 
 
 def measure(folder: Path, setting: Setting, num_clips: int, repeats: int) -> dict[str, list[Round]]:
-    """Rounds of every source, taking turns, so that a slow minute of the machine hits all alike."""
+    """Rounds of every source; sources alternate, so that a slow minute affects all of them."""
     batch_size = max(1, 32 // setting.crops_per_clip)
     num_batches = -(-num_clips // batch_size)
     shape = (batch_size * setting.crops_per_clip, 1, setting.num_samples)
-    sources = streams(folder, setting, batch_size)
+    sources = make_streams(folder, setting, batch_size)
     for stream in sources.values():
-        timed(stream, 1, shape)
+        time_batches(stream, 1, shape)
     rounds: dict[str, list[Round]] = {name: [] for name in sources}
     for _ in range(repeats):
         for name, stream in sources.items():
-            rounds[name].append(timed(stream, num_batches, shape))
+            rounds[name].append(time_batches(stream, num_batches, shape))
     return rounds
 
 
 def report(setting: Setting, rounds: dict[str, list[Round]]) -> dict[str, float]:
-    """Print the table; the median of every source."""
-    print(
-        "| source | crops/s of a core | min | max | ratio | seconds of audio/s | MB read per crop | CPU |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    """Print the table; return the median of every source."""
+    columns = ["source", "crops/s per core", "min", "max", "ratio", "seconds of audio/s"]
+    columns += ["MB read per crop", "CPU"]
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     medians = {}
-    for name, own in rounds.items():
-        rates = [one.crops_per_second for one in own]
+    for name, results in rounds.items():
+        rates = [result.crops_per_second for result in results]
         ratio = median(
-            one.crops_per_second / other.crops_per_second
-            for one, other in zip(own, rounds[PLAIN], strict=True)
+            result.crops_per_second / plain.crops_per_second
+            for result, plain in zip(results, rounds[PLAIN], strict=True)
         )
         medians[name] = median(rates)
         print(
             f"| {name} | {medians[name]:.1f} | {min(rates):.1f} | {max(rates):.1f} | {ratio:.2f} | "
-            f"{medians[name] * setting.crop_seconds:.0f} | {median(one.mb_per_crop for one in own):.3f} | "
-            f"{median(one.cpu for one in own):.2f} |"
+            f"{medians[name] * setting.crop_seconds:.0f} | "
+            f"{median(result.mb_per_crop for result in results):.3f} | "
+            f"{median(result.cpu for result in results):.2f} |"
         )
     return medians
 
 
 def report_cores(medians: dict[str, float], gpus: list[float]) -> None:
-    """Print how many cores keep a GPU busy that takes so many crops."""
+    """Print how many cores a GPU needs, for several numbers of crops per second."""
     print("\n| cores for a GPU of | " + " | ".join(f"{gpu:g} crops/s" for gpu in gpus) + " |")
     print("|---|" + "---|" * len(gpus))
     for name, rate in medians.items():
@@ -293,11 +302,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--clips", type=int, default=60, help="files of each length; also clips of a round"
+        "--clips", type=int, default=60, help="files of each length, and clips per round"
     )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument(
-        "--crops_per_clip", type=int, default=16, help="of the setting with several crops"
+        "--crops_per_clip", type=int, default=16, help="for the setting with several crops"
     )
     parser.add_argument(
         "--gpu_crops_per_second", type=float, nargs="+", default=[200, 500, 1000, 2000]
@@ -305,31 +314,30 @@ def main() -> None:
     args = parser.parse_args()
     logging.getLogger("jepa_audio").setLevel(logging.ERROR)
     settings = [
-        Setting("WavJEPA, a crop of a clip", 16_000, 2.01, 10),
+        Setting("WavJEPA, one crop per clip", 16_000, 2.01, 10),
         Setting(
-            f"WavJEPA, {args.crops_per_clip} crops of a 10 s clip",
+            f"WavJEPA, {args.crops_per_clip} crops per 10 s clip",
             16_000,
             2.01,
             10,
             args.crops_per_clip,
         ),
-        Setting("PupuJEPA, a crop of a clip", 24_000, 10.24, 12),
+        Setting("PupuJEPA, one crop per clip", 24_000, 10.24, 12),
     ]
     print(
-        f"torch {torch.__version__}, torchaudio {torchaudio.__version__}, libsndfile {sf.__libsndfile_version__}, "
-        f"webdataset {wds.__version__}; {args.clips} clips a round, {args.repeats} rounds"
+        f"torch {torch.__version__}, torchaudio {torchaudio.__version__}, "
+        f"libsndfile {sf.__libsndfile_version__}, webdataset {wds.__version__}; "
+        f"{args.clips} clips per round, {args.repeats} rounds"
     )
     with tempfile.TemporaryDirectory(prefix="jepa_audio_data_") as name:
-        folders = {}
+        folders: dict[int, Path] = {}
         for setting in settings:
-            if setting.file_seconds not in folders:
-                folder = folders[setting.file_seconds] = (
-                    Path(name) / f"clips_{setting.file_seconds}"
-                )
-                print(
-                    f"clips of {setting.file_seconds} s: {write_clips(folder, args.clips, setting.file_seconds)}"
-                )
-                write_clip_shards(folder, setting)
+            seconds = setting.file_seconds
+            if seconds not in folders:
+                folders[seconds] = Path(name) / f"clips_{seconds}"
+                sizes = write_clips(folders[seconds], args.clips, seconds)
+                print(f"clips of {seconds} s: {sizes}")
+                write_clip_shards(folders[seconds], setting)
         torch.set_num_threads(1)
         for setting in settings:
             print(f"\n{setting.name}: {setting.sample_rate} Hz, {setting.crop_seconds:g} s\n")

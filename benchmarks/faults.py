@@ -1,10 +1,10 @@
-"""Does a run that dies again and again come to what an undisturbed run comes to, and does a rotten corpus stop it?
+"""Does a run that is killed many times equal an uninterrupted run, and do damaged files stop it?
 
-kills   a run is killed (SIGKILL) at random moments and resumed each time: sample ids and losses
-beside those of a run
-        that was left alone
-worlds  the same run with 1, then 2, then 1 process
-damage  500 damaged files among 2,000: what is reported, what is lost, and whether the run completes
+- kills: a run is killed (SIGKILL) at random times and resumed each time; its sample ids and losses
+  are compared with those of an uninterrupted run
+- worlds: the same run with 1, then 2, then 1 process
+- damage: 500 damaged files among 2,000: which files are reported, which good files are lost, and
+  whether the run completes
 
     python -m benchmarks.faults [--kills 25] [--parts kills worlds damage]
 """
@@ -62,12 +62,12 @@ trainer:
 
 
 class Recorder(Callback):
-    """Writes step, rows and loss of every micro-batch of this process, each to disk before the next begins.
+    """Writes step, rows and loss of every micro-batch of this process to disk, one line each.
 
     Args:
-        path: file to add to; a process of another rank adds its number.
-        stop_after: optimizer steps after which this process sends itself SIGTERM; 0 for never.
-        pause: seconds to wait after every micro-batch, that a kill finds the run at work.
+        path: file to append to; its suffix is the rank of the process.
+        stop_after: optimizer step after which this process sends itself SIGTERM; 0 for never.
+        pause: seconds to wait after every micro-batch, so that a kill interrupts the training.
     """
 
     def __init__(self, path: str, stop_after: int = 0, pause: float = 0.0) -> None:
@@ -76,7 +76,7 @@ class Recorder(Callback):
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write a line."""
+        """Append a line and wait."""
         rows = ",".join(map(str, batch.row.tolist()))
         with Path(f"{self.path}.{trainer.global_rank}").open("a") as file:
             file.write(f"{trainer.global_step} {rows} {float(outputs['loss']).hex()}\n")
@@ -86,7 +86,7 @@ class Recorder(Callback):
 
 
 class Run:
-    """A training run in processes of its own."""
+    """A training run in separate processes."""
 
     def __init__(self, folder: Path, corpus: Path) -> None:
         self.folder, self.corpus = folder, corpus
@@ -96,28 +96,18 @@ class Run:
     def start(
         self, name: str, *settings: str, world_size: int = 1, pause: float = 0.0
     ) -> subprocess.Popen[bytes]:
-        """Train, from the last checkpoint if `settings` say so; `name` is that of the records."""
-        recorder = "--trainer.callbacks+=benchmarks.faults.Recorder"
-        own = [
-            f"--trainer.callbacks.path={self.folder / name}",
-            f"--trainer.callbacks.pause={pause}",
-        ]
-        where = [
+        """Start the training; `settings` are further options, `name` is that of the records."""
+        command = [
+            *(sys.executable, "-m", "jepa_audio", "fit"),
             f"--config={self.folder}/settings.yaml",
             f"--data.root={self.corpus}",
             f"--run_dir={self.folder}",
-        ]
-        world = [f"--data.batch_size={BATCH // world_size}", f"--trainer.devices={world_size}"]
-        world += ["--trainer.strategy=ddp"] * (world_size > 1)
-        command = [
-            sys.executable,
-            "-m",
-            "jepa_audio",
-            "fit",
-            *where,
-            recorder,
-            *own,
-            *world,
+            "--trainer.callbacks+=benchmarks.faults.Recorder",
+            f"--trainer.callbacks.path={self.folder / name}",
+            f"--trainer.callbacks.pause={pause}",
+            f"--data.batch_size={BATCH // world_size}",
+            f"--trainer.devices={world_size}",
+            *["--trainer.strategy=ddp"] * (world_size > 1),
             *settings,
         ]
         log = (self.folder / "log.txt").open("ab")
@@ -127,25 +117,26 @@ class Run:
         )
 
     def records(self, name: str) -> dict[int, tuple[tuple[int, ...], float]]:
-        """Rows and mean loss of every micro-batch, of all processes together, by its first row."""
+        """First row → (rows, mean loss) of every micro-batch over all processes."""
         ranks: list[list[tuple[tuple[int, ...], float]]] = []
         for path in sorted(self.folder.glob(f"{name}.[0-9]")):
-            lines = [
-                line.split()
-                for line in path.read_text().splitlines(keepends=True)
-                if line.endswith("\n")
-            ]
+            lines = path.read_text().splitlines(keepends=True)
+            fields = [line.split() for line in lines if line.endswith("\n")]
             ranks.append(
-                [(tuple(map(int, rows.split(","))), float.fromhex(loss)) for _, rows, loss in lines]
+                [
+                    (tuple(map(int, rows.split(","))), float.fromhex(loss))
+                    for _, rows, loss in fields
+                ]
             )
         records = {}
-        for together in zip(*ranks, strict=False):
-            rows = tuple(sorted(row for own, _ in together for row in own))
-            records[rows[0]] = rows, float(np.mean([loss for _, loss in together]))
+        for parts in zip(*ranks, strict=False):
+            rows = tuple(sorted(row for part_rows, _ in parts for row in part_rows))
+            records[rows[0]] = rows, float(np.mean([loss for _, loss in parts]))
         return records
 
 
 def write_corpus(folder: Path, num_files: int) -> Path:
+    """Write audio files without damage."""
     rng = np.random.default_rng(0)
     folder.mkdir()
     for number in range(num_files):
@@ -153,113 +144,121 @@ def write_corpus(folder: Path, num_files: int) -> Path:
     return folder
 
 
-def finish(process: subprocess.Popen[bytes], run: Run, *expected: int) -> None:
+def wait_for_end(process: subprocess.Popen[bytes], run: Run, *expected: int) -> None:
+    """Wait for the end of a run; exit if its code is neither 0 nor expected."""
     if (code := process.wait(600)) not in (0, *expected):
-        raise SystemExit(
-            f"the run ended with {code}:\n{(run.folder / 'log.txt').read_text()[-3000:]}"
-        )
+        log = (run.folder / "log.txt").read_text()
+        raise SystemExit(f"the run ended with code {code}:\n{log[-3000:]}")
 
 
 def compare(
-    name: str, whole: dict[int, Any], pieces: list[dict[int, Any]], tolerance: float
+    name: str, reference: dict[int, Any], pieces: list[dict[int, Any]], tolerance: float
 ) -> bool:
-    """Print what was lost, what was trained on twice, and how far the losses are apart; whether all is well."""
+    """Compare the pieces of an interrupted run with an uninterrupted run and print the result.
+
+    Returns:
+        Whether the samples are the same, in the same order, and all losses are within `tolerance`.
+    """
     sequence: list[tuple[int, tuple[int, ...], float]] = []
     for number, piece in enumerate(pieces):
-        # What was done after the checkpoint that the next piece goes on from is gone with the
-        # weights.
-        later = [first for after in pieces[number + 1 :] for first in [*after][:1]]
-        kept = {first: record for first, record in piece.items() if not later or first < min(later)}
-        sequence += [(first, *record) for first, record in kept.items()]
+        # The next piece starts from a checkpoint: later micro-batches of this piece are discarded.
+        starts = [first for later in pieces[number + 1 :] for first in [*later][:1]]
+        sequence += [
+            (first, *record) for first, record in piece.items() if not starts or first < min(starts)
+        ]
     ids = [row for _, rows, _ in sequence for row in rows]
-    expected = [row for rows, _ in whole.values() for row in rows]
+    expected = [row for rows, _ in reference.values() for row in rows]
     lost, repeated = len(set(expected) - set(ids)), len(ids) - len(set(ids))
-    differences = [abs(loss - whole[first][1]) for first, _, loss in sequence if first in whole]
-    done_again = sum(len(piece) for piece in pieces) - len(sequence)
-    again = [
-        abs(loss - whole[first][1])
+    kept_differences = [
+        abs(loss - reference[first][1]) for first, _, loss in sequence if first in reference
+    ]
+    all_differences = [
+        abs(loss - reference[first][1])
         for piece in pieces
         for first, (_, loss) in piece.items()
-        if first in whole
+        if first in reference
     ]
+    num_repeated = sum(len(piece) for piece in pieces) - len(sequence)
     print(
-        f"{name}: {len(expected)} samples in {len(whole)} micro-batches, samples lost {lost}, samples repeated "
-        f"{repeated}, same order {ids == expected}, largest difference of a loss {max(differences):.3g} "
-        f"({max(again):.3g} with the {done_again} micro-batches done again after a kill)"
+        f"{name}: {len(expected)} samples in {len(reference)} micro-batches, samples lost {lost}, "
+        f"samples repeated {repeated}, same order {ids == expected}, largest difference of a loss "
+        f"{max(kept_differences):.3g} ({max(all_differences):.3g} with the {num_repeated} "
+        "micro-batches that were repeated after a kill)"
     )
-    return lost == repeated == 0 and ids == expected and max(again) <= tolerance
+    return lost == repeated == 0 and ids == expected and max(all_differences) <= tolerance
 
 
-def kills(folder: Path, corpus: Path, number: int, seed: int) -> bool:
+def check_kills(folder: Path, corpus: Path, number: int, seed: int) -> bool:
+    """Kill and resume a run at random times; whether it equals an uninterrupted run."""
     settings = "--data.num_workers=2", f"--trainer.max_steps={8 * number}"
-    whole = Run(folder / "whole", corpus)
-    finish(whole.start("whole", *settings), whole)
-    run, dice = Run(folder / "killed", corpus), random.Random(seed)
-    pieces, moments, too_late = [], [], 0
+    reference = Run(folder / "uninterrupted", corpus)
+    wait_for_end(reference.start("all", *settings), reference)
+    run, rng = Run(folder / "killed", corpus), random.Random(seed)
+    pieces, seconds, num_too_late = [], [], 0
     for attempt in range(number):
         name = f"attempt{attempt:03}"
         process = run.start(name, *settings, "--ckpt_path=last", pause=0.4)
         started = time.monotonic()
-        if dice.random() < 0.8:  # while it trains or saves; else while it starts
+        if rng.random() < 0.8:  # kill during training or saving; otherwise during the start
             wait_for_line(run.folder / f"{name}.0", process)
-        time.sleep(dice.uniform(0, 3.0))
-        too_late += process.poll() is not None
+        time.sleep(rng.uniform(0, 3.0))
+        num_too_late += process.poll() is not None
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        moments.append(time.monotonic() - started)
+        seconds.append(time.monotonic() - started)
         pieces += [piece] if (piece := run.records(name)) else []
-    finish(run.start("last", *settings, "--ckpt_path=last"), run)
+    wait_for_end(run.start("last", *settings, "--ckpt_path=last"), run)
     pieces.append(run.records("last"))
     time.sleep(3)
-    left = subprocess.run(
+    remaining = subprocess.run(
         ["pgrep", "-f", str(run.folder)], capture_output=True, text=True, check=False
     ).stdout.split()
     print(
-        f"kills: {number}, {min(moments):.1f} to {max(moments):.1f} s after a start, {too_late} of them too late; "
-        f"micro-batches done each time {[len(piece) for piece in pieces]}; processes left behind {len(left)}"
+        f"kills: {number}, {min(seconds):.1f} to {max(seconds):.1f} s after a start, "
+        f"{num_too_late} after the end of the run; micro-batches of each piece "
+        f"{[len(piece) for piece in pieces]}; remaining processes {len(remaining)}"
     )
-    return (
-        compare("kills", whole.records("whole"), pieces, tolerance=0.0)
-        and not left
-        and not too_late
-    )
+    is_equal = compare("kills", reference.records("all"), pieces, tolerance=0.0)
+    return is_equal and not remaining and not num_too_late
 
 
 def wait_for_line(path: Path, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    """Wait until the file exists, the process has ended or the time is over."""
     end = time.monotonic() + seconds
     while not path.exists() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.05)
 
 
-def worlds(folder: Path, corpus: Path) -> bool:
-    # Drop path is drawn by each process for its own micro-batch: its noise depends on how many
-    # share the rows.
-    same = "--data.num_workers=0", "--model.encoder.drop_path=0"
-    whole = Run(folder / "one", corpus)
-    finish(whole.start("one", *same), whole)
+def check_worlds(folder: Path, corpus: Path) -> bool:
+    """Change the number of processes of a run; whether it equals a run with one process."""
+    # Each process draws drop path for its micro-batch, so it depends on the number of processes.
+    settings = "--data.num_workers=0", "--model.encoder.drop_path=0"
+    reference = Run(folder / "one", corpus)
+    wait_for_end(reference.start("all", *settings), reference)
     run, pieces = Run(folder / "changing", corpus), []
     for name, world_size, stop_after in (
         ("a", 1, STEPS // 3),
         ("b", 2, 2 * STEPS // 3),
         ("c", 1, 0),
     ):
-        settings = *same, "--ckpt_path=last", f"--trainer.callbacks.stop_after={stop_after}"
-        finish(run.start(name, *settings, world_size=world_size), run, 128 + signal.SIGTERM)
+        stop = "--ckpt_path=last", f"--trainer.callbacks.stop_after={stop_after}"
+        process = run.start(name, *settings, *stop, world_size=world_size)
+        wait_for_end(process, run, 128 + signal.SIGTERM)
         pieces.append(run.records(name))
     print(f"worlds 1 → 2 → 1: micro-batches {[len(piece) for piece in pieces]}")
-    return compare("worlds", whole.records("one"), pieces, tolerance=1e-5)
+    return compare("worlds", reference.records("all"), pieces, tolerance=1e-5)
 
 
-def damage(folder: Path, num_files: int, num_bad: int) -> bool:
-    root = folder / "rotten"
+def check_damage(folder: Path, num_files: int, num_bad: int) -> bool:
+    """Train on damaged files; whether each one is reported and the run completes."""
+    root = folder / "damaged"
     root.mkdir()
     good, bad = write_damaged_corpus(root, num_files - num_bad, num_bad)
-    run = Run(folder / "on-rotten", root)
-    finish(run.start("run", "--data.num_workers=2"), run)
+    run = Run(folder / "run-on-damaged", root)
+    wait_for_end(run.start("run", "--data.num_workers=2"), run)
     with (root / ".jepa_audio" / "index.skipped.csv").open(newline="") as file:
         skipped = [(row["path"], row["reason"]) for row in csv.DictReader(file)]
-    names = [name for name, _ in skipped]
-    reasons = dict(skipped)
+    names, reasons = [name for name, _ in skipped], dict(skipped)
     wrong = [
         name for name, kind in bad.items() if not re.search(REASONS[kind], reasons.get(name, ""))
     ]
@@ -267,8 +266,9 @@ def damage(folder: Path, num_files: int, num_bad: int) -> bool:
     kinds = {kind: sum(other == kind for other in bad.values()) for kind in REASONS}
     print(f"damage: {len(bad)} damaged files among {len(good) + len(bad)}: {kinds}")
     print(
-        f"reported {len(set(names) & set(bad))}, more than once {len(names) - len(set(names))}, with another reason "
-        f"{len(wrong)}, good files lost {len(set(names) & good)}; the run completed {steps} of {STEPS} steps"
+        f"reported {len(set(names) & set(bad))}, more than once {len(names) - len(set(names))}, "
+        f"with a wrong reason {len(wrong)}, good files lost {len(set(names) & good)}; "
+        f"the run completed {steps} of {STEPS} steps"
     )
     return sorted(names) == sorted(bad) and not wrong and steps == STEPS
 
@@ -292,14 +292,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpus = write_corpus(folder / "corpus", 60)
-        results = {
-            "kills": lambda: kills(folder, corpus, args.kills, args.seed),
-            "worlds": lambda: worlds(folder, corpus),
-            "damage": lambda: damage(folder, args.files, args.damaged),
+        checks = {
+            "kills": lambda: check_kills(folder, corpus, args.kills, args.seed),
+            "worlds": lambda: check_worlds(folder, corpus),
+            "damage": lambda: check_damage(folder, args.files, args.damaged),
         }
-        failed = [part for part in args.parts if not results[part]()]
+        failed = [part for part in args.parts if not checks[part]()]
     if failed:
-        raise SystemExit(f"not as it should be: {', '.join(failed)}")
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

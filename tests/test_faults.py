@@ -17,7 +17,7 @@ from tests.damaged import RATE, REASONS, write_damaged_corpus
 
 def test_run_killed_at_random_times_and_resumed_equals_uninterrupted_run(tmp_path: Path):
     corpus = faults.write_corpus(tmp_path / "corpus", 30)
-    assert faults.kills(tmp_path, corpus, number=2, seed=1)
+    assert faults.check_kills(tmp_path, corpus, number=2, seed=1)
 
 
 def test_damaged_files_are_each_reported_once_and_training_completes(
