@@ -200,7 +200,7 @@ def test_a_full_disk_ends_the_run_in_one_sentence_and_the_former_checkpoint_goes
     for word in (
         "last.ckpt could not be written",
         "File too large",
-        "the previous one is complete",
+        "the previous checkpoint is valid",
         "--ckpt_path last",
     ):
         assert word in sentence

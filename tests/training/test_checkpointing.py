@@ -92,7 +92,7 @@ def test_a_full_file_system_keeps_the_previous_file(saved: Path, num_bytes: int)
     writer.join(30)
     assert writer.exitcode == 0
     message = messages.get()
-    for word in (str(saved), "File too large", "the previous one is complete", "--ckpt_path last"):
+    for word in (str(saved), "File too large", "previous checkpoint is valid", "--ckpt_path last"):
         assert word in message
     assert_complete(saved)
     assert [path.name for path in saved.parent.iterdir()] == ["last.ckpt"]

@@ -93,8 +93,8 @@ def test_the_message_names_step_rows_files_last_save_and_remedies(
     message = str(ended.value)
     assert "rows 20 to 23 " in message
     assert "(0.wav, 1.wav, 2.wav, 3.wav, 4.wav and 2 more)" in message
-    assert "optimizer step 3 " in message
-    assert "since step 2 was saved" in message
+    assert "optimizer step 3," in message
+    assert "last checkpoint is of step 2;" in message
     for remedy in ("--ckpt_path last", "--model.optimizer.lr", "gradient_clip_val", "precision"):
         assert remedy in message
 
@@ -117,7 +117,7 @@ def test_the_message_works_without_a_data_module_that_finds_files(
     assert not isinstance(cli.datamodule, FindsRowFiles)
     with pytest.raises(
         NonFiniteError,
-        match=r"rows 8 to 11 of the run in optimizer step 3 is nan.*Nothing has been saved",
+        match=r"is nan in optimizer step 3, rows 8 to 11\..*No checkpoint has been saved",
     ):
         fit(cli, None, Break(8))
 
@@ -146,7 +146,7 @@ def test_losses_are_checked_only_when_logging_is_due_or_when_saving(
 
 def test_a_run_that_saves_nothing_stops_when_logging_is_due(tiny_cli: Callable, fit: Callable):
     cli = tiny_cli("wave", "--trainer.log_every_n_steps=2", "--checkpoint.every_n_train_steps=1000")
-    with pytest.raises(NonFiniteError, match="step 3 is nan"):
+    with pytest.raises(NonFiniteError, match="is nan in optimizer step 3,"):
         fit(cli, None, Break(8))
     assert cli.trainer.global_step == 4
 

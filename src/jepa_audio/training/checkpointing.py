@@ -1,4 +1,4 @@
-"""Checkpoints that are written completely or not at all, and a stop that loses no step."""
+"""Atomic checkpoint files, and a checkpoint of the last step when a signal stops the run."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from jepa_audio.parallel import STOP_SIGNALS
 
 log = logging.getLogger(__name__)
 
-# Within this time a second signal is a copy of the first: the terminal signals all processes, and
-# `torchrun` forwards the same signal to its own processes once more.
+# A second signal within this time is a copy of the first. The terminal sends a signal to all
+# processes, and `torchrun` then forwards the same signal to the processes that it started.
 ECHO_SECONDS = 1.0
 
 
@@ -36,20 +36,21 @@ class CheckpointWriteError(UserError):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a temporary file in the same folder and renames it: a kill never damages a checkpoint.
+    """Write each checkpoint to a temporary file in the same folder, then rename this file.
 
-    Lightning writes into the system's temporary folder instead. If that is another file system,
-    its last step is a copy, which a kill or a full disk can cut short.
+    A kill therefore never damages a checkpoint. Lightning writes the temporary file into the
+    system's temporary folder. If this folder is on another file system, Lightning then copies the
+    file, and a kill or a full disk can truncate the copy.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write a checkpoint; remote paths are left to Lightning.
+        """Write a checkpoint; Lightning writes it if `path` is remote.
 
         Raises:
-            CheckpointWriteError: if the file system reports an error. An existing file of that
-                name stays complete.
+            CheckpointWriteError: if the file system reports an error. An existing file at `path`
+                does not change.
         """
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -66,30 +67,31 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def _system_error(error: BaseException | None) -> OSError | None:
-    """The file system's error in a chain of exceptions: torch raises its own error on top of it."""
+    """The `OSError` in a chain of exceptions; torch raises its own error while it handles this."""
     while error is not None and not isinstance(error, OSError):
         error = error.__context__
     return error
 
 
 def _write_error_message(path: Path, cause: OSError) -> str:
-    previous = "the previous one is complete" if path.exists() else "there is no previous one"
+    previous = "the previous checkpoint is valid" if path.exists() else "no previous one exists"
     return (
         f"the checkpoint {path} could not be written: {cause.strerror or cause}; {previous}. "
-        "Free some space, then resume with the same command and `--ckpt_path last`"
+        "Free disk space, then resume with the same command and `--ckpt_path last`"
     )
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """Saves `last.ckpt` every `every_n_train_steps`, at the end of a run and after a stop signal.
+    """Save `last.ckpt` every `every_n_train_steps`, at the end of a run and after a stop signal.
 
     After the first SIGINT (Ctrl-C), SIGTERM or SIGUSR1 at any process, the run finishes the current
-    optimizer step, saves and ends. A second signal, at least 1 second later, ends the run at once;
-    the last saved checkpoint stays complete.
+    optimizer step, saves a checkpoint and ends. A second signal, at least 1 second later, ends the
+    run immediately; the last saved checkpoint is then valid, but may be of an earlier step.
 
-    Under SLURM, the signal of Lightning's `SLURMEnvironment` (SIGUSR1, unless its `auto_requeue` is
-    off) also requeues the job after the save. Lightning's own handler is not used: it saves in the
-    middle of a step, into a file that later takes precedence over a newer checkpoint.
+    Under SLURM, `SLURMEnvironment.requeue_signal` (by default SIGUSR1) also requeues the job after
+    the save, unless `SLURMEnvironment.auto_requeue` is false. This class replaces the signal
+    handler of Lightning. That handler saves in the middle of an optimizer step, and Lightning
+    later resumes from the saved file even if a newer checkpoint exists.
 
     Args:
         dirpath: folder of the checkpoints; `None` for `checkpoints/` in the folder of the run.
@@ -106,11 +108,11 @@ class RunCheckpoint(ModelCheckpoint):
             every_n_train_steps=every_n_train_steps,
             save_top_k=-1 if keep_all else 0,
             save_last=True,
-            # A resume would skip the rest of an interrupted batch without training on it.
+            # After such a save, a resumed run would skip the rest of the interrupted batch.
             save_on_exception=False,
             enable_version_counter=False,
         )
-        # The signal that ended the run before its last step.
+        # The signal that ended the run before `max_steps`.
         self.stopped_by: signal.Signals | None = None
         self._received: signal.Signals | None = None
         self._received_at = 0.0
@@ -122,7 +124,7 @@ class RunCheckpoint(ModelCheckpoint):
         ] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take requeueing over from Lightning, before Lightning installs its signal handlers."""
+        """Disable Lightning's requeueing before it installs signal handlers; see `teardown`."""
         super().setup(trainer, pl_module, stage)
         cluster = trainer._accelerator_connector.cluster_environment
         if stage == "fit" and isinstance(cluster, SLURMEnvironment) and cluster.auto_requeue:
@@ -144,14 +146,14 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if a save is due; end the run after an optimizer step if a signal was received."""
+        """Save if a save is due; if a signal was received, end the run after the optimizer step."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
         if trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
             trainer.should_stop = True
-            # Lightning validates before it stops; there may be no time for that.
+            # Otherwise Lightning would validate before it stops, and SLURM may not wait so long.
             trainer.limit_val_batches = 0
             if trainer.global_step != trainer.max_steps:
                 self.stopped_by = self._signal_of_any_process(trainer)
@@ -172,7 +174,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._restore_handlers()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Requeue the SLURM job if its signal ended the run; SLURM may kill it from then on."""
+        """Requeue the SLURM job if its signal ended the run; SLURM may then kill this process."""
         super().teardown(trainer, pl_module, stage)
         stopped_by_slurm = self.stopped_by is not None and self.stopped_by == self._requeue_signal
         if stage == "fit" and stopped_by_slurm:
@@ -188,12 +190,15 @@ class RunCheckpoint(ModelCheckpoint):
         return list(dict.fromkeys(signals))
 
     def _signal_of_any_process(self, trainer: Trainer) -> signal.Signals:
-        """The first of `_signals` that any process received; all processes get the same answer."""
+        """The first of `_signals` that any process received; the same signal on all processes."""
         any_process = trainer.strategy.reduce_boolean_decision
         return next(n for n in self._signals if any_process(n == self._received, all=False))
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        """Save; a write error of rank zero ends all processes, which would otherwise wait."""
+        """Save a checkpoint; raise a write error of rank zero on all processes.
+
+        Otherwise the other processes would wait for rank zero forever.
+        """
         error: CheckpointWriteError | None = None
         try:
             super()._save_checkpoint(trainer, filepath)
@@ -214,7 +219,8 @@ class RunCheckpoint(ModelCheckpoint):
             raise KeyboardInterrupt
         self._received, self._received_at = signal.Signals(number), now
         log.warning(
-            "%s: stopping after this step; send it again to stop at once", self._received.name
+            "%s: stopping after this step; send the signal again to stop immediately",
+            self._received.name,
         )
 
     def _restore_handlers(self) -> None:
@@ -224,7 +230,7 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 def requeue() -> None:
-    """Requeue the SLURM job of this process, or its task of a job array.
+    """Requeue the SLURM job of this process; in a job array, only the task of this process.
 
     Raises:
         UserError: if `SLURM_JOB_ID` is not a job number.

@@ -1,4 +1,4 @@
-"""Measures during training: collapse, trivial predictors, speed."""
+"""Metrics during training: signs of collapse, losses of trivial predictors, speed."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from jepa_audio.training.sharding import full_tensor
 
 log = logging.getLogger(__name__)
 
-# Latents that enter a singular value decomposition at most.
+# Largest number of latents in a singular value decomposition.
 MAX_TOKENS = 2048
 
 
 def rank_me(latents: Float[Tensor, "n D"]) -> float:
     """Effective rank (RankMe): the exponential of the entropy of the singular values.
 
-    It is between 1 (all latents lie on one line) and min(n, D), and computed from at most
-    `MAX_TOKENS` latents, evenly spaced. It is NaN if one of them is not finite (Garrido et al.,
-    2023, arXiv:2210.02885).
+    Source: Garrido et al., 2023, arXiv:2210.02885. The rank is between 1 (all latents are parallel)
+    and min(n, D). It is computed from at most `MAX_TOKENS` evenly spaced latents, and is NaN if one
+    of these is not finite.
     """
     stride = -(-len(latents) // MAX_TOKENS)
     latents = latents[::stride].float()
@@ -46,7 +46,7 @@ def mean_std(latents: Float[Tensor, "n D"]) -> float:
 
 
 def clip_cosine(latents: Float[Tensor, "B K D"], valid: Tensor | None) -> float:
-    """Mean cosine between the mean latents of different clips; 1 if all clips are encoded alike."""
+    """Mean cosine between the mean latents of different clips; 1 if all of these are parallel."""
     if len(latents) < 2:
         return float("nan")
     if valid is None:
@@ -58,7 +58,7 @@ def clip_cosine(latents: Float[Tensor, "B K D"], valid: Tensor | None) -> float:
 
 
 def nearest_context(masks: Masks, grid: Grid) -> TokenSet:
-    """For every target token the nearest context token of the clip on the grid, `[B, M, T]`."""
+    """The context token that is nearest on the grid to each target token, `[B, M, T]`."""
     coordinates = grid.coordinates(masks.context.index.device).float()
     targets, context = (coordinates[s.index.flatten(1)] for s in (masks.targets, masks.context))
     distance = torch.cdist(targets, context)  # [B, M * T, K]
@@ -69,26 +69,30 @@ def nearest_context(masks: Masks, grid: Grid) -> TokenSet:
 
 
 class CollapseMonitor(Callback):
-    """Logs what the loss alone does not show, every `every_n_steps` and at the first step.
+    """Log metrics of collapse and speed at the first step and every `every_n_steps` steps.
 
-    It measures the batch that was just trained on, with the weights after the step and with its own
-    masks: standard deviation and RankMe of context, target and prediction; the mean cosine between
-    clips; the loss, and the losses of two predictors without learning (the mean target, and a copy
-    of the target encoder's latent at the nearest context token); the distance of the target encoder
-    from the encoder; seconds of audio per second and the share of time spent waiting for data.
+    The metrics are measured on the last training batch, with the weights after the step and with
+    masks that are drawn only for the measurement:
 
-    It raises the alarm when the context latents have lost most of the standard deviation or rank
-    that they had at the first measurement, or are nearly parallel for all clips. Targets are no
-    evidence: normalisation gives a collapsed target unit variance again. A high rank is no proof of
-    learning; use `OnlineProbe` for that.
+    - standard deviation and RankMe of context, target and prediction;
+    - mean cosine between clips;
+    - the loss of the model, and the losses of two predictors without learning: the mean target, and
+      a copy of the target encoder's latent at the nearest context token;
+    - distance between the weights of the target encoder and those of the encoder;
+    - seconds of audio per second, and the share of time spent waiting for data.
+
+    An alarm is logged if the standard deviation or the rank of the context latents is far below the
+    first measurement, or if the context latents of all clips are nearly parallel. The alarm does
+    not use the targets, because their normalisation gives even collapsed targets unit variance. A
+    high rank does not show that the model learns; `OnlineProbe` measures this.
 
     Args:
         every_n_steps: optimizer steps between two measurements.
         min_std_share: alarm below this share of the first standard deviation of the context.
         min_rank_share: alarm below this share of the first RankMe of the context.
         max_clip_cosine: alarm above this mean cosine between clips, unless the first measurement
-            was above it too.
-        stop_after: stop the run after this many alarms in a row; 0 never stops it.
+            was also above this bound.
+        stop_after: stop the run after this many alarms in a row; 0 never stops the run.
     """
 
     def __init__(
@@ -169,7 +173,7 @@ class CollapseMonitor(Callback):
         }
 
     def _check(self, metrics: dict[str, float], trainer: Trainer) -> None:
-        """Add `collapse/alarm` to the metrics, log a new alarm, stop the run if that is set."""
+        """Add `collapse/alarm` to the metrics; log a new alarm; stop after `stop_after` alarms."""
         if not self.first_metrics:
             self.first_metrics = dict(metrics)
         reasons = self._alarm_reasons(metrics)
@@ -180,7 +184,7 @@ class CollapseMonitor(Callback):
             log.warning("step %d: the encoder may have collapsed: %s", step, "; ".join(reasons))
         stop = 0 < self.stop_after <= self.alarms_in_a_row
         if trainer.strategy.reduce_boolean_decision(stop, all=False):
-            log.error("stopped at step %d after %d collapse alarms", step, self.stop_after)
+            log.error("stopped at step %d after %d collapse alarms in a row", step, self.stop_after)
             trainer.should_stop = True
 
     def _alarm_reasons(self, metrics: dict[str, float]) -> list[str]:
@@ -188,18 +192,18 @@ class CollapseMonitor(Callback):
         for name, min_share in (("std", self.min_std_share), ("rank", self.min_rank_share)):
             key = f"collapse/context_{name}"
             now, first = metrics[key], self.first_metrics[key]
-            # Not `now < ...`, which is false for NaN.
+            # `now < ...` would be false for NaN, and would raise no alarm.
             if not now >= min_share * first:
-                reasons.append(f"context {name} {now:.3g}, at first {first:.3g}")
+                reasons.append(f"the context {name} fell from {first:.3g} to {now:.3g}")
         cosine = metrics["collapse/clip_cosine"]
         if cosine > self.max_clip_cosine >= self.first_metrics["collapse/clip_cosine"]:
-            reasons.append(f"mean cosine between clips {cosine:.4f}")
+            reasons.append(f"the mean cosine between clips is {cosine:.4f}")
         return reasons
 
 
 @torch.no_grad()
 def measure(jepa: JEPA, batch: AudioBatch) -> dict[str, float]:
-    """The collapse metrics of a model on a batch; model and random state stay unchanged."""
+    """The collapse metrics of a model on a batch; the model and the random state do not change."""
     training = jepa.training
     jepa.eval()
     with torch.random.fork_rng(devices=[batch.waveform.device] if batch.waveform.is_cuda else []):
@@ -211,11 +215,11 @@ def measure(jepa: JEPA, batch: AudioBatch) -> dict[str, float]:
 
 
 def _ema_distance(jepa: JEPA) -> float:
-    """Norm of the difference between momentum copies and modules, relative to the modules' norm."""
+    """Norm of the difference between momentum copies and modules, divided by the modules' norm."""
     pairs = list(tensor_pairs(jepa))
-    moved = sum(float(full_tensor((t.float() - o.float()).square().sum())) for t, o in pairs)
+    difference = sum(float(full_tensor((t.float() - o.float()).square().sum())) for t, o in pairs)
     size = sum(float(full_tensor(o.float().square().sum())) for _, o in pairs)
-    return (moved / max(size, 1e-30)) ** 0.5
+    return (difference / max(size, 1e-30)) ** 0.5
 
 
 def _spread(output: JEPAOutput, masks: Masks) -> dict[str, float]:
@@ -232,7 +236,7 @@ def _spread(output: JEPAOutput, masks: Masks) -> dict[str, float]:
 
 
 def _losses(jepa: JEPA, batch: AudioBatch, masks: Masks, output: JEPAOutput) -> dict[str, float]:
-    """The loss of the model and those of the two predictors without learning."""
+    """The loss of the model, and the losses of the two predictors without learning."""
     valid = masks.targets.valid
     if valid is None:
         valid = torch.ones_like(masks.targets.index, dtype=torch.bool)
@@ -248,7 +252,7 @@ def _losses(jepa: JEPA, batch: AudioBatch, masks: Masks, output: JEPAOutput) -> 
 def _copy_of_nearest_context(
     jepa: JEPA, batch: AudioBatch, masks: Masks
 ) -> Float[Tensor, "B M T D"]:
-    """For every target token the target encoder's latent at the nearest context token."""
+    """The target encoder's latent at the context token that is nearest to each target token."""
     grid = jepa.front_end.grid(batch.waveform.shape[-1])
     tokens = jepa.front_end(batch.waveform)
     index, valid = masks.context.index, masks.context.valid

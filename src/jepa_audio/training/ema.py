@@ -19,23 +19,23 @@ class HasMomentumCopies(Protocol):
 
     @property
     def online_modules(self) -> Mapping[str, nn.Module]:
-        """The modules that learn, by name."""
+        """The trained modules, by name."""
 
     @property
     def target_modules(self) -> Mapping[str, nn.Module]:
-        """Their momentum copies, by the same names."""
+        """The momentum copies of `online_modules`, by the same names."""
 
 
 class TargetEncoderEMA(Callback):
-    """Moves every momentum copy towards its module: target = m * target + (1 - m) * online.
+    """Move every momentum copy towards its module: target = m * target + (1 - m) * online.
 
-    Updates exactly once per *optimizer* step, after the step, whatever the accumulation. The
-    momentum m is a function of `trainer.global_step` alone: the callback has no state, and a
-    resumed run equals an uninterrupted one. Floating-point buffers are averaged like parameters;
-    other buffers are copied.
+    The copies are updated once after each *optimizer* step, independent of gradient accumulation.
+    The momentum m is a function of `trainer.global_step` and `max_steps` alone. The callback
+    therefore has no state, and a resumed run equals an uninterrupted run. Floating-point buffers
+    are averaged like parameters; other buffers are copied.
 
     Args:
-        momentum: m by optimizer step, within [0, 1].
+        momentum: m as a function of the optimizer step, within [0, 1].
     """
 
     def __init__(self, momentum: Schedule) -> None:
@@ -43,7 +43,7 @@ class TargetEncoderEMA(Callback):
         self._updated_at = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start from the current step: 0, or the step of the checkpoint."""
+        """Store the current step: 0, or the step of the checkpoint."""
         self._updated_at = trainer.global_step
 
     def on_train_batch_end(
@@ -87,7 +87,7 @@ class TargetEncoderEMA(Callback):
 
 
 def tensor_pairs(module: HasMomentumCopies) -> Iterator[tuple[Tensor, Tensor]]:
-    """(target, online) for every parameter and buffer of the momentum copies."""
+    """Yield (target, online) for every parameter and every buffer of the momentum copies."""
     for name, target in module.target_modules.items():
         online = module.online_modules[name]
         yield from zip(target.parameters(), online.parameters(), strict=True)

@@ -1,4 +1,4 @@
-"""Ends a run whose loss or weights are not finite, before they are saved."""
+"""Stop a run whose loss or weights are not finite, before a checkpoint is saved."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor
 from jepa_audio.errors import UserError
 from jepa_audio.steps.grid import AudioBatch
 
-# Files that a message names at most.
+# Largest number of files in a message.
 MAX_FILES = 5
-# Optimizer steps between two checks of a run that logs nothing.
+# Optimizer steps between two checks if the run logs nothing (`log_every_n_steps` is 0).
 _UNLOGGED_CHECK_STEPS = 1000
 
 
@@ -27,10 +27,10 @@ class NonFiniteError(UserError):
 
 @runtime_checkable
 class FindsRowFiles(Protocol):
-    """A data module that knows from which files it made the rows of training batches."""
+    """A data module that can name the audio files of the rows of training batches."""
 
     def find_row_files(self, rows: Sequence[int]) -> list[str]:
-        """The files of some rows, numbered as in `AudioBatch.row`."""
+        """The audio files of the given rows; row numbers are those of `AudioBatch.row`."""
 
 
 class _MicroBatch(NamedTuple):
@@ -40,13 +40,14 @@ class _MicroBatch(NamedTuple):
 
 
 class FiniteGuard(Callback):
-    """Ends a run whose loss or weights are not finite, before they are saved.
+    """Stop a run whose loss or weights are not finite, before a checkpoint is saved.
 
-    Losses stay on the device. They are checked together whenever logging is due
-    (`trainer.log_every_n_steps`), at the end of the run and before every save; the last two checks
-    include all parameters. All processes stop together.
+    Losses stay on the device until the next check. They are checked every
+    `trainer.log_every_n_steps` steps, before every save and at the end of the run. The checks
+    before a save and at the end include all parameters. All processes stop together.
 
-    It must be the first callback, to run before other callbacks use values that are not finite.
+    This callback must be the first one, because other callbacks must not use values that are not
+    finite.
     """
 
     def __init__(self) -> None:
@@ -57,14 +58,14 @@ class FiniteGuard(Callback):
         self._saved_at: int | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start from the current step: 0, or the step of the checkpoint."""
+        """Delete the stored losses, and store the step of the checkpoint if the run is resumed."""
         self._clear()
         self._saved_at = trainer.global_step or None
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: AudioBatch, batch_idx: int
     ) -> None:
-        """Store the optimizer step to which the batch belongs."""
+        """Store the number of the optimizer step that the batch is part of."""
         self._current_step = trainer.global_step + 1
 
     def on_train_batch_end(
@@ -85,13 +86,13 @@ class FiniteGuard(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Check before every save, by whichever callback."""
+        """Check before every save, independent of the callback that saves."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._check(trainer, pl_module)
             self._saved_at = trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check also a run that saves nothing at its end."""
+        """Check at the end, because a run may end without a save."""
         self._check(trainer, pl_module)
 
     def _check(self, trainer: Trainer, module: nn.Module | None = None) -> None:
@@ -119,25 +120,24 @@ class FiniteGuard(Callback):
         batches = [batch for batch in _gather(first) if batch is not None]
         if batches:
             step, rows, loss = min(batches)
-            what = (
-                f"the loss of rows {_row_numbers(rows)} of the run{_file_names(trainer, rows)} "
-                f"in optimizer step {step} is {loss}; if those files are intact, "
-                "the gradient of the previous step was not finite"
+            problem = (
+                f"the loss is {loss} in optimizer step {step}, "
+                f"rows {_row_numbers(rows)}{_file_names(trainer, rows)}. "
+                "If the audio of these rows is valid, the gradient of the previous step was not "
+                "finite"
             )
         else:
-            what = (
+            problem = (
                 f"the weights are not finite after optimizer step {trainer.global_step}, "
-                "although every loss is"
+                "but all losses are finite"
             )
         if self._saved_at is None:
-            again = "Nothing has been saved yet; the same command trains again"
+            saved, command = "No checkpoint has been saved", "the same command"
         else:
-            again = (
-                f"Nothing since step {self._saved_at} was saved; the same command with "
-                "`--ckpt_path last` resumes from there"
-            )
+            saved = f"The last checkpoint is of step {self._saved_at}"
+            command = "the same command with `--ckpt_path last`"
         return (
-            f"{what}. {again} on exactly the same samples and masks. "
+            f"{problem}. {saved}; {command} repeats exactly the same samples and masks. "
             "Remedies: a lower `--model.optimizer.lr` or a longer warm-up, "
             "`--trainer.gradient_clip_val 1.0`, "
             "`--trainer.precision 32-true` or bf16-mixed instead of 16-mixed"
@@ -146,14 +146,14 @@ class FiniteGuard(Callback):
 
 @torch.no_grad()
 def all_finite(module: nn.Module) -> bool:
-    """Whether every parameter is finite; of a sharded module, the shards of this process."""
+    """Whether all parameters are finite; of sharded parameters, only the shards of this process."""
     local = (p.to_local() if isinstance(p, DTensor) else p for p in module.parameters())
     finite = [parameter.isfinite().all() for parameter in local]
     return not finite or bool(torch.stack(finite).all())
 
 
 def _gather(batch: _MicroBatch | None) -> Sequence[_MicroBatch | None]:
-    """The micro-batches of all processes."""
+    """The micro-batch of every process, or `None` for a process without one."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return [batch]
     batches: list[_MicroBatch | None] = [None] * distributed.get_world_size()

@@ -12,9 +12,9 @@ from jepa_audio.steps.predictor import Predictor
 
 
 def draw_weights(parts: Iterable[FrontEnd | Transformer | Predictor], seed: int) -> None:
-    """Draw the weights of some parts from one generator, in the given order."""
+    """Draw the initial weights of the given modules from one generator, in the given order."""
     with torch.random.fork_rng(devices=[]):
-        # Only the generator of the CPU: no other random state changes.
+        # Seed only the generator of the CPU; the random state of other devices does not change.
         torch.default_generator.manual_seed(seed)
         for part in parts:
             part.reset_parameters()

@@ -32,7 +32,7 @@ from jepa_audio.training.sharding import shard
 
 @dataclass(frozen=True)
 class JEPAOutput:
-    """The result of one forward pass; the masks' `valid` is False where a row is padded."""
+    """The result of one forward pass; `valid` of the token sets in `Masks` is False at padding."""
 
     loss: Float[Tensor, ""]
     context: Float[Tensor, "B K D"]
@@ -52,13 +52,13 @@ class JEPA(LightningModule):
         encoder: step 3, context tokens → latents; its momentum copy is the target encoder.
         targets: step 4, latents of the target encoder → prediction targets.
         predictor: step 5, context latents → predicted latents at the targets.
-        distance: step 6, averaged over all targets of the batch of an optimizer step.
+        distance: step 6, distance per target; the loss is the mean over an optimizer step.
         ema: the momentum update; `configure_callbacks` adds it to every Trainer.
         optimizer: creates the optimizer from parameter groups.
         lr_schedule: factor on the optimizer's learning rate.
-        target_front_end: "shared": the target encoder gets the front end's detached tokens (as in
-            the published WavJEPA and PupuJEPA code); "momentum": it has a momentum copy of it.
-        decay_all: weight decay also on norms, biases and learned tokens (published WavJEPA code).
+        target_front_end: "shared": the target encoder gets detached tokens of the front end (as in
+            the published WavJEPA and PupuJEPA code); "momentum": tokens of a momentum copy.
+        decay_all: also decay norms, biases and learned tokens (as in the published WavJEPA code).
         compile: compile the transformer blocks; state-dict keys do not change.
         seed: seed of the initial weights and the masks.
     """
@@ -96,7 +96,7 @@ class JEPA(LightningModule):
         if target_front_end == "momentum":
             self.target_front_end = copy.deepcopy(front_end).requires_grad_(False)
         if compile:
-            # Blocks, because several methods call them; dynamic, because token counts vary.
+            # Each block, because several methods call blocks; dynamic, because token counts vary.
             for block in (module for module in self.modules() if isinstance(module, Block)):
                 block.compile(dynamic=True)
 
@@ -117,7 +117,7 @@ class JEPA(LightningModule):
         return {name: module for name, module in copies.items() if module is not None}
 
     def reset_parameters(self, seed: int) -> None:
-        """Draw the online weights from `seed` alone: this reproduces the weights of step 0."""
+        """Draw the weights of step 0 of the trained modules; they depend on `seed` alone."""
         draw_weights((self.front_end, self.encoder, self.predictor), seed)
 
     def forward(self, waveform: Float[Tensor, "B C S"], masks: Masks) -> JEPAOutput:
@@ -142,7 +142,7 @@ class JEPA(LightningModule):
         where: TokenSet,
         present: TokenSet | None = None,
     ) -> Float[Tensor, "B M T D"]:
-        """Targets at `where` from tokens of the online front end; `present` excludes padding."""
+        """Targets at `where`; `tokens` come from the front end, `present` excludes padding."""
         self.target_encoder.eval()
         if self.target_front_end is not None:
             tokens = self.target_front_end.eval()(waveform)
@@ -195,6 +195,6 @@ class JEPA(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by total norm, log it, also with fused optimizers under bf16 (unlike Lightning)."""
+        """Clip by total norm and log it; unlike Lightning, clip fused optimizers under bf16 too."""
         norm = clip_gradients(self, gradient_clip_val, gradient_clip_algorithm)
         self.log("train/gradient_norm", norm)

@@ -1,4 +1,4 @@
-"""Checkpoints of this or an earlier version → the model in them."""
+"""Load the model of a checkpoint that this or an earlier version wrote."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from jepa_audio.training.jepa import JEPA
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of the `.ckpt` of a run; the weights are memory-mapped, not read.
+    """The content of the `.ckpt` file of a run; the weights are memory-mapped, not read.
 
     Raises:
-        UserError: if there is no such file, or if it is not a checkpoint of a run of jepa-audio.
+        UserError: if the file does not exist, or is not a checkpoint of a run of jepa-audio.
     """
     if not path.is_file():
         raise MissingFileError(f"no checkpoint at {path}")

@@ -16,18 +16,18 @@ from jepa_audio.training.sharding import full_tensor
 
 
 def parameter_groups(module: nn.Module, decay_all: bool) -> list[dict[str, Any]]:
-    """Groups of the learned parameters, with the weight decay of the optimizer or without.
+    """Group the trained parameters into parameters without and with weight decay.
 
     Args:
         module: the module whose parameters are grouped.
-        decay_all: one group with weight decay for all parameters; otherwise norms, biases and
-            learned tokens have none.
+        decay_all: True puts all parameters into one group with weight decay; otherwise norms,
+            biases and learned tokens have no weight decay.
     """
     if decay_all:
         return [{"params": [p for p in module.parameters() if p.requires_grad]}]
     learned_tokens = [name for name, _ in module.named_parameters() if name.endswith("registers")]
     groups = param_groups_weight_decay(module, no_weight_decay_list=learned_tokens)
-    # The second group takes the weight decay of the optimizer.
+    # The second group uses the weight decay of the optimizer.
     del groups[1]["weight_decay"]
     return groups
 
@@ -35,7 +35,7 @@ def parameter_groups(module: nn.Module, decay_all: bool) -> list[dict[str, Any]]
 def add_schedule(
     optimizer: Optimizer, schedule: Schedule, max_steps: int
 ) -> OptimizerLRSchedulerConfig:
-    """The optimizer with its learning rate times `schedule`, which changes every optimizer step.
+    """Multiply the learning rate of an optimizer by `schedule` at every optimizer step.
 
     Raises:
         UserError: if the run has no `max_steps`.
@@ -48,15 +48,15 @@ def add_schedule(
 
 
 def clip_gradients(module: nn.Module, max_norm: float | None, algorithm: str | None) -> Tensor:
-    """Scale the gradients to a total norm of at most `max_norm`, and return their norm before.
+    """Scale the gradients to a total norm of at most `max_norm`; return the norm before scaling.
 
     Args:
         module: the module whose gradients are scaled.
         max_norm: `None` leaves the gradients unchanged.
-        algorithm: of the Trainer; only "norm" is supported.
+        algorithm: `gradient_clip_algorithm` of the Trainer; only "norm" or `None` is supported.
 
     Raises:
-        UserError: if `algorithm` is another one.
+        UserError: if `algorithm` is not supported.
     """
     if algorithm not in (None, "norm"):
         raise UserError(f"`trainer.gradient_clip_algorithm` ({algorithm!r}) must be 'norm'")

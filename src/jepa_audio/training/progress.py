@@ -8,7 +8,7 @@ from typing_extensions import override
 
 
 class RunProgressBar(RichProgressBar):
-    """One progress bar for the whole run, because one epoch of the data loader is one run."""
+    """One progress bar for the complete run, because one epoch of the data loader is one run."""
 
     @override
     def _get_train_description(self, current_epoch: int) -> str:

@@ -12,7 +12,10 @@ from jepa_audio.errors import UserError
 
 
 class Schedule(ABC):
-    """A number that depends on the optimizer step alone, so that a run can be resumed exactly."""
+    """A number that depends on the optimizer step and the length of the run alone.
+
+    A resumed run therefore computes the same values as an uninterrupted run.
+    """
 
     @abstractmethod
     def __call__(self, step: int, max_steps: int) -> float:
@@ -20,7 +23,7 @@ class Schedule(ABC):
 
 
 def _progress(step: int, num_steps: int) -> float:
-    """The share of `num_steps` that is done, in [0, 1]."""
+    """The completed share of `num_steps`, in [0, 1]."""
     return min(max(step, 0) / num_steps, 1.0) if num_steps > 0 else 1.0
 
 
@@ -30,7 +33,7 @@ def _half_cosine(start: float, end: float, progress: float) -> float:
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """One value for the whole run.
+    """The same value at every step.
 
     Args:
         value: for a learning rate, a factor on the optimizer's `lr`.
@@ -49,8 +52,8 @@ class Linear(Schedule):
 
     Args:
         start: value at step 0.
-        end: value from step `num_steps` on.
-        num_steps: optimizer steps of the line; `None` for the whole run.
+        end: value at step `num_steps` and at all later steps.
+        num_steps: optimizer steps from `start` to `end`; `None` for all steps of the run.
     """
 
     start: float
@@ -65,12 +68,12 @@ class Linear(Schedule):
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    """Half a cosine from `start` to `end`, then constant.
+    """Half a cosine period from `start` to `end`, then constant.
 
     Args:
         start: value at step 0.
-        end: value from step `num_steps` on.
-        num_steps: optimizer steps of the half cosine; `None` for the whole run.
+        end: value at step `num_steps` and at all later steps.
+        num_steps: optimizer steps from `start` to `end`; `None` for all steps of the run.
     """
 
     start: float
@@ -85,11 +88,11 @@ class Cosine(Schedule):
 
 @dataclass(frozen=True)
 class WarmupCosine(Schedule):
-    """A learning-rate factor: a linear rise to 1, then half a cosine to `end` at the last step.
+    """A learning-rate factor: a linear rise to 1, then half a cosine period down to `end`.
 
     Args:
-        warmup_steps: optimizer steps of the rise; the factor of step 0 is 1 / `warmup_steps`.
-        end: factor at the end of the run.
+        warmup_steps: optimizer steps of the rise; the factor at step 0 is 1 / `warmup_steps`.
+        end: factor at step `max_steps`, the end of the run.
     """
 
     warmup_steps: int

@@ -19,48 +19,49 @@ from jepa_audio.steps.encoder.transformer import Block, Transformer
 def shard(module: nn.Module, mesh: DeviceMesh) -> None:
     """Shard every child of a module, and every transformer block separately.
 
-    A momentum copy is sharded like its module, so that the momentum update works on the shards.
-    Children that are sharded already stay unchanged.
+    A momentum copy is sharded in the same way as its module: the momentum update then works on the
+    shards. Children that are already sharded do not change.
 
     Args:
-        module: its children are sharded, not the module itself, because only they are called.
-        mesh: parameters are replicated along its first axis and sharded along its second.
+        module: the parent of the modules to shard. The parent is not sharded, because training
+            calls only the children.
+        mesh: parameters are replicated along the first axis and sharded along the second axis.
     """
     for child in module.children():
         if isinstance(child, FSDPModule) or not any(True for _ in child.parameters()):
             continue
         for block in (inner for inner in child.modules() if isinstance(inner, Block)):
             fully_shard(block, mesh=mesh)
-        # Shard again after a forward pass: the momentum update, which follows one, needs the
-        # shards of both copies.
+        # Shard again after a forward pass, because the momentum update comes after a forward pass
+        # and needs the shards of a module and of its momentum copy.
         fully_shard(child, mesh=mesh, reshard_after_forward=True)
         if isinstance(child, Transformer):
-            # This method is called directly too, like `forward`.
+            # Other code calls this method directly, not only through `forward`.
             register_fsdp_forward_method(child, Transformer.forward_layers.__name__)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The complete tensor of a sharded one; all processes must call this.
+    """The complete tensor of a sharded tensor; all processes must call this function.
 
-    `float` of a sharded sum gives the share of this process.
+    Without it, `float` of a sharded sum gives only the part of this process.
     """
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether some parameter is sharded over the processes."""
+    """Whether any parameter is sharded over the processes."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Lightning's strategy for sharded parameters; `JEPA.configure_model` shards them.
+    """Lightning's strategy for sharded parameters; `JEPA.configure_model` shards the parameters.
 
-    A checkpoint is one file, like that of every other run; an unsharded run can resume from it.
+    A checkpoint is one file, as in a run without sharding, and such a run can resume from the file.
 
     Args:
-        num_copies: copies of the parameters; "auto" for one on each machine.
-        num_shards: processes that share one copy; "auto" for those of one machine. `num_copies`
-            times `num_shards` is the number of all processes.
+        num_copies: copies of the parameters; "auto" for one copy on each machine.
+        num_shards: processes that share one copy; "auto" for all processes of one machine.
+            `num_copies` times `num_shards` is the number of all processes.
     """
 
     def __init__(
@@ -71,14 +72,14 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Load a checkpoint, except for one of an unsharded run.
+        """Load the checkpoint of a sharded run.
 
-        `ModelParallelStrategy` expects the optimizer's state in the order of the parameters. An
-        optimizer with several groups orders it by group, unless Lightning saved it from a sharded
-        run.
+        `ModelParallelStrategy` expects the optimizer's state in the order of the parameters. The
+        checkpoint of a sharded run has this order. In the checkpoint of a run without sharding, the
+        state of an optimizer with several parameter groups is ordered by group.
 
         Raises:
-            UserError: if the optimizer's state is ordered by group and would be read wrongly.
+            UserError: if the optimizer's state is ordered by group.
         """
         path = self.broadcast(checkpoint_path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
