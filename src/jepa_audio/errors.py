@@ -10,20 +10,20 @@ from math import inf
 class UserError(ValueError):
     """A mistake that the user can correct: the command ends with its message, without a traceback.
 
-    The message names the file, the key, the value and the remedy. Every other exception is a
-    fault of this package and is shown with its traceback.
+    The message names the file, the key, the value and the remedy. Every other exception is a bug
+    of this package, and the command shows its traceback.
     """
 
 
 class MissingFileError(UserError):
-    """A file or folder that the user named, or that a data set should hold, does not exist."""
+    """A file or folder that the user named, or that a data set must contain, does not exist."""
 
 
 def check_bounds(settings: object, low: int | float, high: int | float, *names: str) -> None:
-    """Check that attributes of `settings` are between two bounds, or `None`.
+    """Check that the named attributes of `settings` are in [`low`, `high`] or are `None`.
 
     Raises:
-        UserError: with the name, the value and the bounds of the first attribute that is not.
+        UserError: for the first attribute out of bounds, with its name, its value and the bounds.
     """
     for name in names:
         value = getattr(settings, name)
@@ -33,6 +33,6 @@ def check_bounds(settings: object, low: int | float, high: int | float, *names: 
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of an error message that suggests the most similar known word; empty if none is."""
+    """The end of an error message that suggests the most similar known word, or an empty text."""
     close = get_close_matches(word, sorted(known), n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else ""

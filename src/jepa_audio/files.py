@@ -23,8 +23,8 @@ def atomic_path(path: Path, *, one_writer: bool = False) -> Iterator[Path]:
 
     Args:
         path: the file to replace.
-        one_writer: whether no other process writes `path` at the same time. The temporary name is
-            then fixed, so that the next write replaces what a killed process left.
+        one_writer: True if no other process writes `path` at the same time. The temporary name is
+            then fixed, and the next write replaces the temporary file of a killed process.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unique = "" if one_writer else f".{uuid.uuid4().hex}"
@@ -39,7 +39,7 @@ def atomic_path(path: Path, *, one_writer: bool = False) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the content of a file by UTF-8 text, atomically."""
+    """Replace the content of a file with UTF-8 text, atomically."""
     with atomic_path(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
@@ -63,7 +63,7 @@ def parse_json_object(text: str | bytes) -> dict[str, Any]:
     """Parse a JSON object.
 
     Raises:
-        UserError: if the text is not JSON or not an object; the caller adds the name of the file.
+        UserError: if the text is not a JSON object; the message does not name the file.
     """
     try:
         value = json.loads(text)
@@ -113,12 +113,12 @@ def read_csv(
 
     Args:
         path: file in UTF-8, with or without a byte order mark.
-        errors: what to do with bytes that are not UTF-8; see `open`.
-        delimiter: separator of columns; if `None`, a tab for a `.tsv`, a comma for other files.
+        errors: how to decode bytes that are not UTF-8; see `open`.
+        delimiter: separator of columns; `None` for a tab in `.tsv` files and a comma in others.
 
     Raises:
         MissingFileError: if the file does not exist.
-        UserError: if the file is unreadable, not UTF-8 or not CSV; the iterator raises it too.
+        UserError: if the file is unreadable, not UTF-8 or not CSV; the iterator can raise this too.
     """
     separator = delimiter or ("\t" if path.suffix.lower() == ".tsv" else ",")
 
@@ -127,7 +127,7 @@ def read_csv(
             with path.open(encoding="utf-8-sig", errors=errors, newline="") as file:
                 reader = csv.DictReader(file, delimiter=separator)
                 try:
-                    # By index: a header may have the same name twice.
+                    # The keys are indices, because a header may have the same name twice.
                     yield 1, {str(i): name for i, name in enumerate(reader.fieldnames or ())}
                     for row in reader:
                         yield reader.line_num, row

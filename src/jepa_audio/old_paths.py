@@ -1,10 +1,11 @@
-"""Class paths of earlier versions, which checkpoints and saved configurations still name."""
+"""Replace class paths of earlier versions in checkpoints and saved configurations."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# Before the package was divided into `steps`, `training`, `data` and so on (version 0.1.0).
+# Old module → current module. The old modules are from the time before the package was divided into
+# `steps`, `training`, `data` and so on (version 0.1.0).
 _MODULES = {
     "checkpointing": "training.checkpointing",
     "ema": "training.ema",
@@ -38,7 +39,7 @@ _CLASSES = {
 
 
 def current_path(path: str) -> str:
-    """The present path of a class of this package; any other text is returned unchanged."""
+    """The current path of a class of this package; any other text is returned unchanged."""
     package, _, rest = path.partition(".")
     module, _, name = rest.rpartition(".")
     if package != "jepa_audio":
@@ -49,10 +50,10 @@ def current_path(path: str) -> str:
 
 
 def with_current_paths(settings: Any) -> Any:
-    """A copy of nested settings in which every text that is an old class path is replaced.
+    """A copy of nested settings in which every old class path is replaced by the current path.
 
-    Texts are replaced wherever they are, because a class without arguments may be written without
-    the key `class_path`.
+    All texts are checked, not only the values of `class_path`, because settings may name a class
+    without arguments by its path alone.
     """
     if isinstance(settings, dict):
         return {key: with_current_paths(value) for key, value in settings.items()}

@@ -21,13 +21,13 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def num_cores() -> int:
-    """Cores that this process may use; a container or a batch system can allow fewer than exist."""
+    """Number of cores that this process may use; a container or a batch system can limit it."""
     # macOS has no `sched_getaffinity`.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def progress_bar() -> Progress:
-    """A bar on standard error that disappears at the end; disabled if that is not a terminal."""
+    """A progress bar that disappears at the end; no bar if standard error is not a terminal."""
     return Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
 
 
@@ -42,9 +42,9 @@ def map_threads(
 ) -> Iterator[R]:
     """Apply a function in threads; yield the results in the order of the items.
 
-    At most `num_submitted` items are submitted and not yet yielded, so an endless or large iterable
-    needs little memory. Threads run in parallel here, because libsndfile and numpy release the
-    interpreter lock while they compute.
+    At most `num_submitted` items are submitted and not yet yielded, so an endless or very large
+    iterable needs little memory. Decoding and arithmetic run in parallel, because libsndfile and
+    numpy release the global interpreter lock.
     """
     remaining = iter(items)
     pool = ThreadPoolExecutor(num_workers)

@@ -1,4 +1,4 @@
-"""Recipes by name: `pupujepa/large` is `configs/pupujepa/large.yaml` of this package."""
+"""Find recipes by name: `pupujepa/large` is the file `configs/pupujepa/large.yaml`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from pathlib import Path
 
 from jepa_audio.errors import MissingFileError, did_you_mean
 
-# A wheel holds the recipes inside the package (see `setup.py`), a clone at its top level.
+# The recipes are inside the package in a wheel (see `setup.py`), and at the top level of a clone.
 _FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parents[2] / "configs")
 
 
 def recipes() -> dict[str, Path]:
-    """The files of all recipes by name, sorted; a name is the path without `configs/` and `.yaml`."""
+    """The file of every recipe by its name: the path below `configs/` without `.yaml`; sorted."""
     folder = next((folder for folder in _FOLDERS if folder.is_dir()), None)
     if folder is None:
         raise MissingFileError(
@@ -25,12 +25,13 @@ def recipes() -> dict[str, Path]:
 
 
 def find_recipe(name: str) -> Path:
-    """The file that a user names: a file of that path, else the recipe of that name.
+    """The file at the path `name`; if no such file exists, the recipe of this name.
 
-    A folder never matches: `make demo` writes the folder `demo/wavjepa`, which is a recipe's name.
+    A folder never matches. `make demo` writes a folder `demo/wavjepa`, and there is a recipe of the
+    same name.
 
     Raises:
-        MissingFileError: if there is neither a file nor a recipe.
+        MissingFileError: if neither a file nor a recipe exists.
     """
     if Path(name).is_file():
         return Path(name)

@@ -1,1 +1,1 @@
-"""Use of a pretrained encoder: load it and encode audio."""
+"""Load a pretrained encoder and encode audio."""

@@ -26,17 +26,17 @@ from jepa_audio.training.load import load_jepa, read_checkpoint
 class Encoder(nn.Module):
     """Front end and encoder of a JEPA, without gradients and in evaluation mode.
 
-    Clips longer than a training crop are encoded in windows of that length, in which positions mean
-    the same as during training.
+    A clip longer than a training crop is encoded in windows as long as a crop. The position
+    encodings are therefore the same as during training.
 
     Args:
         front_end: waveform → tokens.
         encoder: tokens → latents.
-        window_samples: samples that are encoded at once at most: the length of a training crop.
-        overlap: share of a window that overlaps with the next one, in [0, 1).
-        windowing: "exact" (`cut_exact`): no padding. "wavjepa" (`cut_as_wavjepa`): as the published
-            WavJEPA code does it.
-        max_windows: windows encoded at the same time; limits the memory.
+        window_samples: largest length of a window; it is the length of a training crop.
+        overlap: share of a window that overlaps with the next window, in [0, 1).
+        windowing: "exact" for windows without padding (`cut_exact`), "wavjepa" for the windows of
+            the published WavJEPA code (`cut_as_wavjepa`).
+        max_windows: largest number of windows in one forward pass; it limits the memory.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Encoder(nn.Module):
         return Encoder(*copy.deepcopy(_parts(jepa, which)), window_samples)
 
     def random_twin(self, seed: int) -> Encoder:
-        """The random-init baseline: the same network, weights as from `JEPA.reset_parameters`."""
+        """The random-init baseline: the same network, initialised as by `JEPA.reset_parameters`."""
         twin = copy.deepcopy(self).cpu()
         draw_weights((twin.front_end, twin.encoder), seed)
         return twin
@@ -96,8 +96,8 @@ class Encoder(nn.Module):
         """Features of a batch of clips; samples after the end of a clip have no influence.
 
         Args:
-            waveform: at `sample_rate`.
-            lengths: number of samples of each clip; `None` if all have S samples.
+            waveform: the clips, at `sample_rate`.
+            lengths: number of samples of each clip; `None` if all clips have S samples.
             layers: indices of the layers to return, such as `[-1]` for the last; `None` for all.
 
         Raises:
@@ -105,7 +105,7 @@ class Encoder(nn.Module):
         """
         if lengths is None:
             lengths = torch.full((len(waveform),), waveform.shape[-1])
-        # Clips of equal length are encoded together: no front end gets padding.
+        # Clips of equal length are encoded together: the front end then never gets padding.
         groups = [(lengths == length).nonzero()[:, 0] for length in lengths.unique()]
         parts = [
             self._encode_equal(waveform[rows, :, : int(lengths[rows[0]])], layers)
@@ -143,7 +143,7 @@ class Encoder(nn.Module):
             chunk = slice(first, first + at_once)
             parts = self._encode_chunk(windows, chunk, layers)
             if not joined:
-                # Allocated once: to concatenate at the end would need twice the memory.
+                # Allocate the result once; `torch.cat` at the end would need twice the memory.
                 size = batch_size, len(windows.times)
                 joined = [part.new_empty(*size, *part.shape[2:]) for part in parts]
             end = done + int(windows.kept[chunk].sum())
@@ -155,7 +155,7 @@ class Encoder(nn.Module):
     def _encode_chunk(
         self, windows: Windows, chunk: slice, layers: Sequence[int] | None
     ) -> list[Float[Tensor, "B _ F D"]]:
-        """The kept columns of some windows, which are encoded at once."""
+        """The kept columns of the windows in `chunk`, encoded in one forward pass."""
         waveforms, kept = windows.waveforms[chunk], windows.kept[chunk]
         stacked = torch.stack(list(waveforms)).flatten(0, 1)  # [W * B, C, S]
         grid = self.front_end.grid(stacked.shape[-1])
@@ -209,16 +209,16 @@ def load_encoder(
     """The encoder of a checkpoint, or its random-init baseline.
 
     Args:
-        checkpoint: a `.ckpt` written by `jepa-audio fit`.
-        which: "context" or "target" encoder, or "random": the same network with the weights of
-            step 0.
+        checkpoint: a `.ckpt` file that `jepa-audio fit` or `jepa-audio import` wrote.
+        which: "context" for the context encoder, "target" for the target encoder, "random" for the
+            context encoder with its weights of step 0.
         random_seed: seed of the random weights; `None` for the seed of the run.
         overlap: see `Encoder`.
         windowing: see `Encoder`.
         max_windows: see `Encoder`.
 
     Raises:
-        UserError: if there is no such file, or if it is not a checkpoint of a run.
+        UserError: if the file does not exist, or is not a checkpoint of a run.
     """
     if which not in ("context", "target", "random"):
         raise UserError(f"`which` ({which!r}) must be 'context', 'target' or 'random'")

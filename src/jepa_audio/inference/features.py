@@ -1,4 +1,4 @@
-"""The features of a batch of clips: tokens of every layer with their times, and pooling."""
+"""Features of a batch of clips: the tokens of every layer, their times, and pooling."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class LayerFeatures:
     """The tokens of every layer of an encoder for a batch of clips.
 
     Attributes:
-        layers: one tensor `[B, T, F, D]` for each layer: 0 is the input of the first block, the
-            others are the outputs of the blocks; the last one is taken after the final norm.
+        layers: one tensor `[B, T, F, D]` for each layer. Layer 0 is the input of the first block,
+            the other layers are the outputs of the blocks, the last layer after the final norm.
         times: centre of every time column in seconds, `[B, T]`, increasing along a clip.
-        valid: True where a column belongs to the clip, `[B, T]`; the columns that pad a shorter
-            clip are zeros.
+        valid: True where a column belongs to the clip, `[B, T]`; all features of padding columns
+            are zero.
     """
 
     layers: tuple[Float[Tensor, "B T F _"], ...]
@@ -44,9 +44,10 @@ class LayerFeatures:
         """Partitioned region pooling, as for PupuJEPA (Gu et al., 2026, arXiv:2606.25713).
 
         The tokens of a clip are divided into `freq_chunks` times `time_chunks` regions of nearly
-        equal size, as in `torch.nn.AdaptiveAvgPool2d`. The means of the regions are concatenated,
-        E = chunks * D: first all times of the lowest frequencies. (1, 1) is the mean of all tokens,
-        (F, 1) keeps every frequency row.
+        equal size, as in `torch.nn.AdaptiveAvgPool2d`. The means of the regions are concatenated to
+        a vector of width `freq_chunks` * `time_chunks` * D. The vector begins with all time chunks
+        of the lowest frequencies. (1, 1) gives the mean of all tokens, (F, 1) keeps every frequency
+        row.
 
         Raises:
             UserError: if there are fewer rows than `freq_chunks`, or if a clip has fewer columns
@@ -70,23 +71,23 @@ class LayerFeatures:
 def _mean_weights(
     length: Int[Tensor, " B"], chunks: int, longest: int
 ) -> Float[Tensor, "B chunks L"]:
-    """Weights that average the first `length` of `longest` places in `chunks` parts."""
+    """Weights that average the first `length` of `longest` entries in `chunks` chunks."""
     chunk = torch.arange(chunks, device=length.device)
-    place = torch.arange(longest, device=length.device)
+    index = torch.arange(longest, device=length.device)
     first = chunk * length[:, None] // chunks
-    # Rounded up: neighbours may share a place.
-    last = -(-(chunk + 1) * length[:, None] // chunks)
-    within = (place >= first[..., None]) & (place < last[..., None])
-    return within / (last - first)[..., None]
+    # Rounded up: the last entry of a chunk can also be the first entry of the next chunk.
+    end = -(-(chunk + 1) * length[:, None] // chunks)
+    within = (index >= first[..., None]) & (index < end[..., None])
+    return within / (end - first)[..., None]
 
 
 def pad_features(
     rows: Sequence[Tensor], parts: Sequence[tuple[tuple[Tensor, ...], Tensor]]
 ) -> LayerFeatures:
-    """One batch of clips of different lengths, padded with zeros.
+    """Combine the features of clips of different lengths into one batch, padded with zeros.
 
     Args:
-        rows: row indices in the batch of the clips of each part.
+        rows: for each part, the row of the batch for each of its clips.
         parts: layers `[b, T, F, D]` and times `[T]` of clips of equal length.
     """
     first = parts[0][0]

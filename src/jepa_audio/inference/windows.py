@@ -1,4 +1,4 @@
-"""Clips that are longer than a training crop, cut into windows."""
+"""Cut clips that are longer than a training crop into windows."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from jepa_audio.steps.front_ends import FrontEnd
 
 @dataclass(frozen=True)
 class Windows:
-    """The windows of clips of equal length, and which of their time columns become features.
+    """The windows of clips of equal length, and the time columns that become features.
 
     Attributes:
         waveforms: one tensor `[B, C, S]` for each window.
-        kept: True where a time column becomes a feature, `[W, T]`; a column that lies in several
-            windows is kept in one of them.
+        kept: True where a time column becomes a feature, `[W, T]`. Where windows overlap, each
+            column is kept in one window only.
         times: time of every kept column in seconds.
-        mask_dropped: exclude the columns that are not kept from attention.
+        mask_dropped: True if attention excludes the columns that are not kept.
     """
 
     waveforms: Sequence[Float[Tensor, "B C S"]]
@@ -34,9 +34,10 @@ class Windows:
 def cut_exact(
     clips: Float[Tensor, "B C _"], front_end: FrontEnd, window_samples: int, overlap: float
 ) -> Windows:
-    """Windows without padding: the last one ends with the clip.
+    """Cut windows without padding: the last window ends with the clip.
 
-    Where windows overlap, a column is kept in the window in which it is farther from the border.
+    Where two windows overlap, a column is kept in the window whose border is farther away: the
+    columns before the middle of the overlap in the first window, the others in the second window.
     """
     num_samples, rate = clips.shape[-1], front_end.sample_rate
     window = min(window_samples, num_samples)
@@ -44,22 +45,22 @@ def cut_exact(
     starts = [*range(0, num_samples - window, hop), num_samples - window]
     start = torch.tensor(starts)[:, None] / rate
     times = start + front_end.times(window)  # [W, T]
-    # The middle of the overlap of two neighbours.
-    border = (start[1:] + start[:-1] + window / rate) / 2
+    # The middle of the overlap of two neighbouring windows.
+    middle = (start[1:] + start[:-1] + window / rate) / 2
     kept = torch.ones_like(times, dtype=torch.bool)
-    kept[1:] &= times[1:] >= border
-    kept[:-1] &= times[:-1] < border
+    kept[1:] &= times[1:] >= middle
+    kept[:-1] &= times[:-1] < middle
     return Windows([clips[..., s : s + window] for s in starts], kept, times[kept])
 
 
 def cut_as_wavjepa(
     clips: Float[Tensor, "B C _"], front_end: FrontEnd, window_samples: int
 ) -> Windows:
-    """Windows as the published WavJEPA code cuts them.
+    """Cut windows like the published WavJEPA code.
 
-    The level is -14 dBFS. The last window is padded with zeros, and a clip that ends with a window
-    gets a whole window of zeros more. The normalisation of the front end includes the zeros; their
-    tokens are excluded from attention and dropped.
+    Each clip is scaled to an RMS level of -14 dBFS. The last window is padded with zeros. If a clip
+    fills its last window exactly, one window of zeros is added. The front end includes the zeros in
+    its normalisation. The tokens of the zeros are excluded from attention and are not returned.
     """
     num_samples, rate = clips.shape[-1], front_end.sample_rate
     rms = clips.square().mean(dim=(1, 2), keepdim=True).sqrt()

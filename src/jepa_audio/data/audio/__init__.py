@@ -1,1 +1,1 @@
-"""One audio file: decoding and resampling."""
+"""Decode and resample one audio file."""

@@ -21,37 +21,39 @@ from jepa_audio.errors import UserError
 
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff"})
 
-# A header beyond these bounds is corrupt; decoding by it could exhaust the memory of the machine.
+# A header with values outside these bounds is corrupt. Decoding with such values could exhaust the
+# memory of the machine.
 _SAMPLE_RATES = range(1_000, 1_000_001)
 _MAX_HOURS = 24
 _MAX_CHANNELS = 128
-_MAX_FRAMES_PER_BYTE = 10_000  # flac reaches 5,000 in digital silence, with its longest blocks
+# flac reaches 5,000 frames per byte, for digital silence with the longest blocks.
+_MAX_FRAMES_PER_BYTE = 10_000
 
 _MAX_PEAK = 1e3
 _BLOCK_FRAMES = 1 << 20
 _BUFFER_BYTES = 1 << 18
-# A smaller tar member is read into memory: libsndfile seeks every few bytes.
+# Tar members up to this size are read into memory, because libsndfile seeks every few bytes.
 _MAX_BYTES_IN_MEMORY = 1 << 22
 
-# libsndfile's log for a wav or aiff whose header gives more bytes than the file has. A recorder
-# that writes into a pipe does not know the length and leaves the largest number there.
+# The line in libsndfile's log for a wav or aiff file whose header gives more bytes than the file
+# has. A recorder that writes into a pipe does not know the length and writes the largest number.
 _HEADER_LENGTH = re.compile(r"^\s*(?:data|SSND)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
 _UNKNOWN_LENGTH = 2**31 - 2**16
 
-# An mp3 frame needs bits of up to 23 earlier frames. A decoder that has just seeked does not have
-# them and outputs silence or noise instead, so decoding starts this many samples earlier.
+# An mp3 frame needs bits of up to 23 earlier frames. After a seek, a decoder does not have these
+# bits and outputs silence or noise. Decoding therefore starts this many samples earlier.
 _MP3_WARM_UP = 16 * 1152
 
 
 @dataclass(frozen=True)
 class TarMember:
-    """An audio file inside an uncompressed tar; it is read without extraction.
+    """An audio file inside an uncompressed tar; `read` reads this file without extraction.
 
     Attributes:
-        path: the tar.
-        name: of the file in the tar.
-        offset: first byte of the file in the tar.
-        num_bytes: size of the file.
+        path: path of the tar.
+        name: name of the audio file in the tar.
+        offset: first byte of the audio file in the tar.
+        num_bytes: size of the audio file.
     """
 
     path: Path
@@ -73,11 +75,11 @@ def audio_location(path: Path, member: str, offset: int, num_bytes: int) -> Audi
 
 
 class AudioReadError(UserError):
-    """An audio file that cannot be used.
+    """An audio file cannot be used.
 
     Attributes:
         audio: location of the file.
-        reason: the defect, without the name of the file.
+        reason: why the file cannot be used, without its name.
     """
 
     def __init__(self, audio: AudioLocation, reason: str) -> None:
@@ -91,7 +93,7 @@ class AudioReadError(UserError):
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """Measurements of a completely decoded file.
+    """Measurements of a file over all its samples.
 
     Attributes:
         num_frames: samples per channel.
@@ -114,7 +116,7 @@ def read(
     """Decode a file or a slice of it; return the samples and the sample rate in Hz.
 
     Args:
-        audio: file in a format of libsndfile, on its own or in a tar.
+        audio: file in a format of libsndfile; it may be inside a tar.
         start: first frame.
         num_frames: length of the slice; `None` reads to the end.
 
@@ -133,7 +135,7 @@ def read(
             reason = f"too short: frames {start} to {end} requested, the file has {file.frames}"
             raise AudioReadError(audio, reason)
         samples = _decode(file, start, expected)
-        # The header of an mp3 only estimates the length, so the length to the end may differ.
+        # The header of an mp3 only estimates the length: fewer frames to the end are not an error.
         is_exact = num_frames is not None or file.format != "MP3"
         if len(samples) < (expected if is_exact else 1):
             reason = f"truncated: {len(samples)} of {expected} frames from {start} decoded"
@@ -143,10 +145,11 @@ def read(
 
 
 def inspect(audio: AudioLocation) -> AudioInfo:
-    """Decode a whole file in blocks and measure it; frames are counted, not taken from the header.
+    """Decode a complete file in blocks and measure its samples; count the decoded frames.
 
     Raises:
-        AudioReadError: as `read`; also if a header gives more frames than there are, except in mp3.
+        AudioReadError: if `read` would raise it for the complete file, or if the header gives more
+            frames than the file has; the header of an mp3 may give more frames.
     """
     count, peak, energy = 0, 0.0, 0.0
     with _open_audio(audio) as file:
@@ -171,7 +174,7 @@ def read_bytes(audio: AudioLocation) -> bytes:
     """Read the encoded bytes of a file.
 
     Raises:
-        AudioReadError: if the file does not exist any more, or its tar has changed.
+        AudioReadError: if the file cannot be opened, or its tar has changed.
     """
     try:
         if not isinstance(audio, TarMember):
@@ -211,13 +214,13 @@ def _open_audio(audio: AudioLocation) -> Iterator[sf.SoundFile]:
 
 
 def _cannot_open(audio: AudioLocation, error: Exception) -> AudioReadError:
-    # `index_corpus` tries files again whose reason begins with "cannot be opened".
+    # If a reason begins with "cannot be opened", `index_corpus` decodes the file again next time.
     reason = f"cannot be opened: {getattr(error, 'strerror', None) or error}"
     return AudioReadError(audio, reason)
 
 
 def _check_header(audio: AudioLocation, file: sf.SoundFile, num_bytes: int) -> None:
-    """Refuse a corrupt header before any memory is allocated by it."""
+    """Refuse a corrupt header before its values are used to allocate memory."""
     hours = file.frames / max(file.samplerate, 1) / 3600
     reason = ""
     if file.samplerate not in _SAMPLE_RATES:
@@ -242,9 +245,9 @@ def _frames_in_header(file: sf.SoundFile) -> int:
 
 @contextmanager
 def _open_member(member: TarMember) -> Iterator[IO[bytes]]:
-    """The tar of a member, at the first byte of the member."""
+    """Open the tar of a member at the first byte of the member."""
     start = member.offset - tarfile.BLOCKSIZE
-    changed = f"changed since it was indexed: the tar has %s at byte {start}; index it again"
+    changed = f"changed since it was indexed: the tar has %s at byte {start}; index the tar again"
     with member.path.open("rb") as file:
         file.seek(start)
         try:
@@ -259,7 +262,7 @@ def _open_member(member: TarMember) -> Iterator[IO[bytes]]:
 
 
 class _FileSlice(io.RawIOBase):
-    """The next `size` bytes of a file as a file object."""
+    """A file object of the next `size` bytes of a file."""
 
     def __init__(self, file: IO[bytes], size: int) -> None:
         self._file, self._start, self._size, self._position = file, file.tell(), size, 0

@@ -1,4 +1,4 @@
-"""Polyphase resampling of whole files and slices, with one cached kernel per pair of rates."""
+"""Polyphase resampling of complete files and of slices, with one cached kernel per ratio."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torchaudio.transforms import Resample
 
 from jepa_audio.errors import UserError
 
-# Conversions between multiples of 8 kHz and 11 025, 22 050, 44 100 or 88 200 Hz need at most 1280.
+# The largest denominator of a conversion between a multiple of 8 kHz and 11 025, 22 050, 44 100 or
+# 88 200 Hz.
 _EXACT_DENOMINATOR = 1280
 _ONE_CENT = 2 ** (1 / 1200) - 1
 
@@ -22,9 +23,10 @@ _ONE_CENT = 2 ** (1 / 1200) - 1
 def rate_ratio(from_rate: int, to_rate: int) -> Fraction:
     """Ratio of input to output samples, approximated if the exact ratio needs a huge kernel.
 
-    The kernel has one phase per unit of the denominator: the exact ratio of 44 101 to 16 000 Hz
-    would need 16 000 phases and gigabytes. For such rates the ratio is the simplest fraction whose
-    error in pitch and duration is below one cent (a hundredth of a semitone, 0.058 %).
+    The number of phases of the kernel is the denominator. The exact ratio of 44 101 to 16 000 Hz
+    would need 16 000 phases and gigabytes of memory. For such rates, the ratio is the fraction with
+    the smallest denominator whose error in pitch and duration is below one cent (a hundredth of a
+    semitone, 0.058 %).
     """
     if from_rate < 1 or to_rate < 1:
         raise UserError(f"sample rates must be >= 1 Hz, got {from_rate} Hz and {to_rate} Hz")
@@ -44,14 +46,14 @@ def resample(
 
 
 def resampled_length(num_frames: int, from_rate: int, to_rate: int) -> int:
-    """Number of samples that `resample` returns for `num_frames` input samples."""
+    """Number of samples that `resample` returns for `num_frames` input samples per channel."""
     ratio = rate_ratio(from_rate, to_rate)
     return -(-num_frames * ratio.denominator // ratio.numerator)
 
 
 @dataclass(frozen=True)
 class SourceSlice:
-    """The frames of a file that one slice of the resampled file depends on.
+    """The frames of a file that are needed to compute a slice of the resampled file.
 
     Attributes:
         start: first frame to read.
@@ -69,15 +71,15 @@ def source_slice(
 ) -> SourceSlice:
     """Frames to read for the samples `start` to `start + num_samples` of the resampled file.
 
-    The slice begins at a period of the polyphase filter and is longer by the width of the filter on
-    both sides. So its samples equal those of the whole file resampled at once.
+    The frames begin at a period of the polyphase filter, and include the width of the filter on
+    both sides. The resampled slice therefore equals the same slice of the resampled complete file.
 
     Args:
-        start: first sample, at `to_rate`.
-        num_samples: at `to_rate`.
+        start: first sample of the slice, at `to_rate`.
+        num_samples: length of the slice, at `to_rate`.
         num_frames: length of the file, at `from_rate`.
-        from_rate: of the file, in Hz.
-        to_rate: in Hz.
+        from_rate: sample rate of the file, in Hz.
+        to_rate: sample rate of the resampled file, in Hz.
     """
     ratio = rate_ratio(from_rate, to_rate)
     if ratio == 1:
