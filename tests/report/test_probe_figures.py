@@ -108,7 +108,7 @@ def test_each_task_of_each_encoder_has_a_panel():
     tasks = [f"task {number}" for number in range(5)]
     figure = draw_layers([a_row(task=task, encoder=encoder) for encoder in "ab" for task in tasks])
     assert titles(figure) == tasks * 2
-    assert [ax.get_ylabel().startswith(("a (mean)", "b (mean)")) for ax in figure.axes] == [
+    assert [ax.get_ylabel().startswith(("a\n(mean)", "b\n(mean)")) for ax in figure.axes] == [
         True,
         *[False] * 4,
     ] * 2

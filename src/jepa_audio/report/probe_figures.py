@@ -134,7 +134,7 @@ def draw_layers(rows: Sequence[ProbeRow], title: str = "") -> Figure:
         style.title_panel(ax, style.shorten(task, 40))
         _label_layers(ax, [row for row in shown if _has_layers(row)])
         is_first = len(encoders) > 1 and task == tasks[0]
-        name = f"{style.shorten(encoder[0], 24)} ({encoder[1]})\n" if is_first else ""
+        name = f"{style.shorten(encoder[0], 24)}\n({encoder[1]})\n" if is_first else ""
         ax.set_ylabel(f"{name}validation {shown[0].metric}" if shown else name)
         ax.set_xlabel("layer")
     styles = sorted({variant_style(row.variant) for row in rows})

@@ -78,17 +78,20 @@ def title_panel(ax: Axes, text: str, handles: Sequence[Line2D] = ()) -> None:
 
 
 def title_figure(figure: Figure, title: str, handles: Sequence[Artist]) -> None:
-    """Set the title at the left and the legend of all panels below it."""
+    """Set the title at the left and the legend below it; long legends make the figure higher."""
     widths = [0.45 + 0.062 * len(str(handle.get_label())) for handle in handles]
     fits = sum(widths) <= figure.get_figwidth()
     columns = len(handles) if fits else int(figure.get_figwidth() / max(widths))
+    columns = max(1, columns)
+    more_rows = max(0, -(-len(handles) // columns) - 1)
+    figure.set_figheight(figure.get_figheight() + 0.17 * more_rows)
     figure.legend(
         handles=list(handles),
         loc="outside upper left",
         title=title or None,
         title_fontproperties={"size": NORMAL + 2, "weight": "bold"},
         fontsize=SMALL + 0.5,
-        ncols=max(1, columns),
+        ncols=columns,
         alignment="left",
         borderpad=0.1,
         frameon=False,
