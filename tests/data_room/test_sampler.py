@@ -39,11 +39,6 @@ def test_the_order_depends_on_seed_and_epoch():
     assert files[:20] != files[20:]
 
 
-def test_without_shuffling_the_order_is_that_of_the_table():
-    batches = first_batches(3, num_files=3, batch_size=2, shuffle=False)
-    assert batches == [[(0, 0), (1, 1)], [(2, 2), (3, 0)], [(4, 1), (5, 2)]]
-
-
 MIXTURE = {"num_files": [7, 400, 30], "weights": [1.0, 2.0, 1.0], "seed": 4}
 
 

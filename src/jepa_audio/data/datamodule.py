@@ -211,13 +211,10 @@ class AudioDataModule(LightningDataModule):
     def _load(self, source: str) -> Corpus:
         """The table of a source; files that do not meet the requirements are marked as bad."""
         corpus = load_corpus(source).mark_unfit(**self._requirements)
-        hint = f"; see `jepa-audio data describe {source}`"
-        check_bad_share(corpus, source, self.max_bad_share, hint)
+        check_bad_share(
+            corpus, source, self.max_bad_share, f"; see `jepa-audio data describe {source}`"
+        )
         return corpus
-
-    def _load_usable(self, source: str) -> Corpus:
-        corpus = self._load(source)
-        return corpus.usable()
 
     def _split(self, corpora: list[Corpus]) -> dict[str, list[Corpus]]:
         """Training, validation and test files of each corpus."""
@@ -229,9 +226,9 @@ class AudioDataModule(LightningDataModule):
                 )
         valid, test = [split.valid for split in splits], [split.test for split in splits]
         if self.valid_root is not None:
-            valid = [self._load_usable(self.valid_root).shuffled()]
+            valid = [self._load(self.valid_root).usable().shuffled()]
         if self.test_root is not None:
-            test = [self._load_usable(self.test_root)]
+            test = [self._load(self.test_root).usable()]
         num_each = math.ceil(self.num_valid_clips / len(valid))
         valid = [corpus.take(np.arange(min(len(corpus), num_each))) for corpus in valid]
         return {

@@ -38,7 +38,6 @@ class GlobalOrderSampler(Sampler[list[SampleIndex]]):
         rank: rank of this process.
         world_size: number of processes.
         seed: seed of the shuffle.
-        shuffle: False repeats the order of the table.
 
     Raises:
         UserError: if an argument is out of range.
@@ -53,7 +52,6 @@ class GlobalOrderSampler(Sampler[list[SampleIndex]]):
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
-        shuffle: bool = True,
     ) -> None:
         sizes = [num_files] if isinstance(num_files, int) else list(num_files)
         if weights is None:
@@ -71,7 +69,6 @@ class GlobalOrderSampler(Sampler[list[SampleIndex]]):
         self.global_batch_size = world_size * batch_size
         self.samples_consumed = 0
         self._seed = seed
-        self._shuffle = shuffle
         self._sizes = sizes
         self._first_files = [sum(sizes[:corpus]) for corpus in range(len(sizes))]
         # For each corpus: (epoch, permutation of its files in this epoch).
@@ -98,9 +95,7 @@ class GlobalOrderSampler(Sampler[list[SampleIndex]]):
         """Index of the file at a position of the order."""
         corpus, draw = (0, position) if len(self._sizes) == 1 else self._draw_at(position)
         epoch, index = divmod(draw, self._sizes[corpus])
-        if self._shuffle:
-            index = self._permutation(corpus, epoch)[index]
-        return int(self._first_files[corpus] + index)
+        return int(self._first_files[corpus] + self._permutation(corpus, epoch)[index])
 
     def _permutation(self, corpus: int, epoch: int) -> Int64[np.ndarray, " files"]:
         cached = self._permutations.get(corpus)
