@@ -165,7 +165,7 @@ def test_frames_are_interpolated_to_the_grid(tmp_path: Path):
     line = torch.arange(20.0)
 
     class Rising(FunctionEncoder):
-        def encode(self, waveform: Tensor, lengths: Tensor | None = None) -> LayerFeatures:
+        def encode(self, waveform: Tensor) -> LayerFeatures:
             num = waveform.shape[-1] // 100
             times = ((torch.arange(num) + 0.5) / 10).expand(len(waveform), -1)
             layer = line[:num, None, None].expand(len(waveform), -1, 1, 2)
@@ -210,8 +210,8 @@ def test_features_that_are_not_finite_raise_an_error(tmp_path: Path):
 
 def test_the_number_of_layers_must_match_their_names(tmp_path: Path):
     class Doubled(Counting):
-        def encode(self, waveform: Tensor, lengths: Tensor | None = None) -> LayerFeatures:
-            features = super().encode(waveform, lengths)
+        def encode(self, waveform: Tensor) -> LayerFeatures:
+            features = super().encode(waveform)
             return LayerFeatures(features.layers * 2, features.times, features.valid)
 
     with pytest.raises(

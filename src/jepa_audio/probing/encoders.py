@@ -1,4 +1,4 @@
-"""Encoders that can be probed: checkpoints, random-init baselines, log-mel statistics, functions."""
+"""Encoders that can be probed: JEPA encoders, log-mel statistics and any function."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -26,8 +26,8 @@ class ProbeEncoder(ABC):
 
     Args:
         name: name of the model in the results.
-        variant: name of the encoder of this model, for example "target".
-        sample_rate: sample rate of the input in Hz.
+        variant: which encoder of the model, for example "target".
+        sample_rate: in Hz.
         num_channels: channels of the input.
         layer_names: one name for each layer.
         frequency: how the tokens of one time column become one vector: "mean" averages the
@@ -70,13 +70,8 @@ class ProbeEncoder(ABC):
         """Hash of the weights."""
 
     @abstractmethod
-    def encode(
-        self, waveform: Float[Tensor, "B C S"], lengths: Int[Tensor, " B"] | None = None
-    ) -> LayerFeatures:
-        """Tokens of the layers in `layers`, in that order, with their times in seconds.
-
-        Columns after the end of a clip are zero and marked as invalid.
-        """
+    def encode(self, waveform: Float[Tensor, "B C S"]) -> LayerFeatures:
+        """Tokens of the layers in `layers`, in that order, with their times in seconds."""
 
     @property
     def settings(self) -> str:
@@ -87,17 +82,15 @@ class ProbeEncoder(ABC):
         """Move the weights to a device."""
         return self
 
-    def encode_clips(
-        self, waveform: Float[Tensor, "B C S"], lengths: Int[Tensor, " B"] | None = None
-    ) -> list[Float[Tensor, "B _"]]:
+    def encode_clips(self, waveform: Float[Tensor, "B C S"]) -> list[Float[Tensor, "B _"]]:
         """One vector per clip for each layer: the mean over the valid columns of the clip."""
-        return self.encode(waveform, lengths).pool(self.frequency)
+        return self.encode(waveform).pool(self.frequency)
 
     def encode_frames(
-        self, waveform: Float[Tensor, "B C S"], lengths: Int[Tensor, " B"] | None = None
+        self, waveform: Float[Tensor, "B C S"]
     ) -> tuple[list[Float[Tensor, "B T _"]], LayerFeatures]:
         """One vector per time column for each layer, and the features with the times."""
-        features = self.encode(waveform, lengths)
+        features = self.encode(waveform)
         return features.over_time(self.frequency), features
 
     @cached_property
@@ -146,11 +139,9 @@ class JEPAEncoder(ProbeEncoder):
         return self
 
     @override
-    def encode(
-        self, waveform: Float[Tensor, "B C S"], lengths: Int[Tensor, " B"] | None = None
-    ) -> LayerFeatures:
+    def encode(self, waveform: Float[Tensor, "B C S"]) -> LayerFeatures:
         device = next(self.frozen.parameters()).device
-        return self.frozen.encode(waveform.to(device), lengths, self.layers)
+        return self.frozen.encode(waveform.to(device), layers=self.layers)
 
 
 class LogMelStatistics(ProbeEncoder):
@@ -173,41 +164,34 @@ class LogMelStatistics(ProbeEncoder):
         return hashlib.sha256(f"{self.name} {self.sample_rate}".encode()).hexdigest()
 
     @override
-    def encode(
-        self, waveform: Float[Tensor, "B C S"], lengths: Int[Tensor, " B"] | None = None
-    ) -> LayerFeatures:
+    def encode(self, waveform: Float[Tensor, "B C S"]) -> LayerFeatures:
         """Bands and their change, `[B, T, 64, 2]`."""
-        _check_equal_lengths(self, waveform, lengths)
         bands = self.log_mel(waveform).mean(dim=1).mT  # [B, T, F]
         change = bands.diff(dim=1, prepend=bands[:, :1])
         times = torch.arange(bands.shape[1]) * (self.log_mel.hop_length / self.sample_rate)
-        return _unpadded([torch.stack([bands, change], dim=-1)], times)
+        return _layer_features([torch.stack([bands, change], dim=-1)], times)
 
     @override
-    def encode_clips(
-        self, waveform: Float[Tensor, "B C S"], lengths: Int[Tensor, " B"] | None = None
-    ) -> list[Float[Tensor, "B _"]]:
-        bands, change = self.encode(waveform, lengths).layers[0].unbind(dim=-1)  # [B, T, F]
+    def encode_clips(self, waveform: Float[Tensor, "B C S"]) -> list[Float[Tensor, "B _"]]:
+        bands, change = self.encode(waveform).layers[0].unbind(dim=-1)  # [B, T, F]
         change = change[:, 1:] if change.shape[1] > 1 else change
         statistics = bands.mean(dim=1), bands.std(dim=1, correction=0), change.abs().mean(dim=1)
         return [torch.cat(statistics, dim=-1)]
 
 
 class FunctionEncoder(ProbeEncoder):
-    """Any model: a function `waveform [B, C, S] → [B, T, D]` or `[B, D]`, or a list with one per layer.
+    """Any model: a function `waveform [B, C, S] → [B, T, D]` or `[B, D]`, or a list of layers.
 
     The function runs in inference mode, on clips of one length at a time. Its columns are taken to
-    divide the clip into equal parts. A layer named "input" is not part of the weighted sum of
-    layers.
+    divide the clip into equal parts. A layer named "input" is not part of the weighted sum.
 
     Args:
         function: the model, on any device.
         name: name in the results.
-        sample_rate: sample rate of the input in Hz.
+        sample_rate: in Hz.
         num_channels: channels of the input.
-        layer_names: one name for each layer; "layer 0", "layer 1" and so on by default.
-        encoder_hash: hash of the weights. The default is computed from the state of a module, or
-            from the name for another function.
+        layer_names: one name for each layer; by default "layer 0", "layer 1" and so on.
+        encoder_hash: hash of the weights; by default from the state of a module, or from `name`.
     """
 
     def __init__(
@@ -242,10 +226,7 @@ class FunctionEncoder(ProbeEncoder):
         return self
 
     @override
-    def encode(
-        self, waveform: Float[Tensor, "B C S"], lengths: Int[Tensor, " B"] | None = None
-    ) -> LayerFeatures:
-        _check_equal_lengths(self, waveform, lengths)
+    def encode(self, waveform: Float[Tensor, "B C S"]) -> LayerFeatures:
         layers = self._call(waveform)
         if len({layer.shape[:2] for layer in layers}) > 1 or len(layers[0]) != len(waveform):
             raise UserError(
@@ -255,7 +236,7 @@ class FunctionEncoder(ProbeEncoder):
         num_columns = layers[0].shape[1]
         seconds_per_column = waveform.shape[-1] / self.sample_rate / num_columns
         times = (torch.arange(num_columns) + 0.5) * seconds_per_column
-        return _unpadded([layers[layer][:, :, None] for layer in self.layers], times)
+        return _layer_features([layers[layer][:, :, None] for layer in self.layers], times)
 
     @torch.inference_mode()
     def _call(self, waveform: Tensor) -> list[Tensor]:
@@ -268,13 +249,7 @@ class FunctionEncoder(ProbeEncoder):
         return [(layer[:, None] if layer.ndim == 2 else layer).float().cpu() for layer in layers]
 
 
-def _check_equal_lengths(encoder: ProbeEncoder, waveform: Tensor, lengths: Tensor | None) -> None:
-    if lengths is not None and (lengths != waveform.shape[-1]).any():
-        raise UserError(f"{encoder.name} takes clips of one length at a time")
-
-
-def _unpadded(layers: Sequence[Tensor], times: Float[Tensor, " T"]) -> LayerFeatures:
-    """Features of clips of one length."""
+def _layer_features(layers: Sequence[Tensor], times: Float[Tensor, " T"]) -> LayerFeatures:
     times = times.expand(len(layers[0]), -1)
     return LayerFeatures(tuple(layers), times, torch.ones_like(times, dtype=torch.bool))
 

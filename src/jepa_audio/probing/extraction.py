@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int32
 from torch import Tensor
 
 from jepa_audio.data.audio.read import read
@@ -45,28 +45,6 @@ class Preparation:
         """Text with all settings, for cache keys."""
         condition = self.condition.key if self.condition else "clean"
         return f"revision {REVISION} {self.windows} {self.per_frame} {self.grid_hz} {condition}"
-
-
-@dataclass(frozen=True)
-class FeatureRows:
-    """Feature rows of several items, in the order of items and windows.
-
-    Attributes:
-        layers: one table for each layer.
-        window: index of each row's window in its item.
-        seconds: centre of each row from the start of its item.
-        rows_per_item: number of rows of each item.
-    """
-
-    layers: list[np.ndarray]
-    window: np.ndarray
-    seconds: np.ndarray
-    rows_per_item: list[int]
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the layers."""
-        return sum(layer.nbytes for layer in self.layers)
 
 
 @dataclass(frozen=True)
@@ -124,16 +102,12 @@ def encode_waveforms(
     waveforms: Sequence[Tensor],
     batch_seconds: float,
     dtype: np.dtype,
-) -> FeatureRows:
-    """Encode all windows of the waveforms; windows are never padded.
+) -> tuple[list[np.ndarray], Int32[np.ndarray, " rows"], Float32[np.ndarray, " rows"], list[int]]:
+    """Encode all windows of the waveforms of some items; windows are never padded.
 
-    Args:
-        encoder: the frozen encoder.
-        preparation: windows and time resolution.
-        items: items of the waveforms, for error messages.
-        waveforms: audio `[C, S]` at the rate of the encoder.
-        batch_seconds: seconds of audio that are encoded at once.
-        dtype: type of the layers.
+    Returns:
+        The rows of every layer, in the order of items and windows; the index of each row's window
+        in its item; the centre of each row in seconds in its item; and the rows of each item.
 
     Raises:
         UserError: naming the item, if it cannot be encoded or its features are not finite.
@@ -160,7 +134,7 @@ def encode_waveforms(
     counts = [len(seconds_of[window]) for window in windows]
     per_item = np.bincount([window.item for window in windows], counts, len(waveforms))
     tables = zip(*(layers_of[window] for window in windows), strict=True)
-    return FeatureRows(
+    return (
         [np.concatenate(table) for table in tables],
         np.repeat([window.number for window in windows], counts).astype(np.int32),
         np.concatenate([seconds_of[window] for window in windows]).astype(np.float32),

@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -20,7 +20,7 @@ from torch import Tensor
 from jepa_audio.errors import UserError
 from jepa_audio.parallel import map_threads, track_progress
 from jepa_audio.probing.encoders import ProbeEncoder
-from jepa_audio.probing.extraction import FeatureRows, Preparation, encode_waveforms, load_degraded
+from jepa_audio.probing.extraction import Preparation, encode_waveforms, load_degraded
 from jepa_audio.probing.tasks.labels import Rows
 from jepa_audio.probing.tasks.records import Item, Split
 
@@ -75,12 +75,8 @@ class FeatureStore:
 
     The tables have one row for each window (or time frame) of each item that was encoded before.
     An index file maps items to rows. An interrupted extraction continues where it stopped, and
-    tasks on the same audio share rows. One process at a time writes.
-
-    Args:
-        folder: parent folder of all stores.
-        encoder: the frozen encoder.
-        preparation: windows, time resolution and degradation of the audio.
+    tasks on the same audio share rows. One process at a time writes. `folder` is the parent of all
+    stores.
     """
 
     def __init__(self, folder: Path, encoder: ProbeEncoder, preparation: Preparation) -> None:
@@ -93,10 +89,7 @@ class FeatureStore:
     def features(self, split: Split, batch_seconds: float, description: str) -> Features:
         """Features of all items of a split; items that are not in the store are encoded first.
 
-        Args:
-            split: the items.
-            batch_seconds: seconds of audio that are encoded at once.
-            description: text of the progress bar.
+        `batch_seconds` of audio are encoded at once.
 
         Raises:
             AudioReadError: if a file cannot be read.
@@ -158,27 +151,28 @@ class FeatureStore:
         is_first = True
         while chunk := list(islice(progress, _ITEMS_PER_WRITE)):
             items, audio = [missing[key] for key, _ in chunk], [waveform for _, waveform in chunk]
-            rows = encode_waveforms(
+            layers, window, seconds, rows_per_item = encode_waveforms(
                 self.encoder, self.preparation, items, audio, batch_seconds, self._dtype
             )
             if is_first:
-                self._check_free_space(rows.num_bytes / len(chunk) * len(missing))
-                widths = [layer.shape[1] for layer in rows.layers]
+                num_bytes = sum(layer.nbytes for layer in layers) / len(chunk) * len(missing)
+                self._check_free_space(num_bytes)
+                widths = [layer.shape[1] for layer in layers]
                 (self.folder / "widths.json").write_text(json.dumps(widths))
                 is_first = False
-            self._append([key for key, _ in chunk], rows)
+            tables = {_layer_table(i): layer for i, layer in enumerate(layers)}
+            tables |= {"window": window, "seconds": seconds}
+            self._append(tables, dict(zip((key for key, _ in chunk), rows_per_item, strict=True)))
 
-    def _append(self, keys: Sequence[str], rows: FeatureRows) -> None:
+    def _append(self, tables: Mapping[str, np.ndarray], rows_of_key: Mapping[str, int]) -> None:
         num_rows = self._num_rows
-        tables = {_layer_table(i): layer for i, layer in enumerate(rows.layers)}
-        tables |= {"window": rows.window, "seconds": rows.seconds}
         for name, table in tables.items():
             with (self.folder / name).open("ab") as file:
                 # A killed process may have left rows that are not in the index.
                 file.truncate(num_rows * table[0].nbytes)
                 table.tofile(file)
         with (self.folder / "index.jsonl").open("a") as index:
-            for key, count in zip(keys, rows.rows_per_item, strict=True):
+            for key, count in rows_of_key.items():
                 self._index[key] = num_rows, count
                 index.write(json.dumps([key, num_rows, count]) + "\n")
                 num_rows += count

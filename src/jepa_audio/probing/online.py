@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule, Trainer
 from sklearn.linear_model import RidgeClassifierCV, RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import override
 
@@ -23,9 +21,8 @@ from jepa_audio.inference.encoder import Encoder
 from jepa_audio.probing.encoders import state_hash
 from jepa_audio.probing.extraction import load_waveform
 from jepa_audio.probing.intervals import Difference, difference, draw_counts
-from jepa_audio.probing.metrics import Metric
 from jepa_audio.probing.tasks import TASKS, ProbeData, load_task
-from jepa_audio.probing.tasks.labels import ClipLabels, Labels
+from jepa_audio.probing.tasks.labels import ClipLabels
 from jepa_audio.probing.tasks.table import LabelKind
 from jepa_audio.steps.front_ends import FrontEnd
 from jepa_audio.steps.grid import AudioBatch
@@ -110,7 +107,7 @@ class OnlineProbe(Callback):
         self._baseline, self._last_step = None, trainer.global_step
         if trainer.is_global_zero:
             data = load_task(self.task, [self.corpus], self.table_kind)
-            self._clips = _Clips.load(
+            self._clips = _Clips(
                 data, self.num_train, self.num_valid, pl_module.front_end, self.seed
             )
 
@@ -147,18 +144,13 @@ class OnlineProbe(Callback):
         """Score the encoder, and log and print the comparison."""
         assert isinstance(pl_module, JEPA)
         assert self._baseline is not None
-        assert self._clips is not None
         frozen = Encoder.from_jepa(pl_module, batch.waveform.shape[-1], self.which)
         is_baseline = state_hash(frozen) == self._baseline_hash
         score, baseline = self._baseline if is_baseline else self._score(frozen), self._baseline
         gap = difference(score.value, baseline.value, score.draws, baseline.draws)
         step = trainer.global_step
         self.differences[step] = gap
-        values = {
-            self._clips.metric.name: score.value,
-            "twin": baseline.value,
-            "difference": gap.value,
-        }
+        values = {score.metric: score.value, "twin": baseline.value, "difference": gap.value}
         for logger in trainer.loggers:
             metrics = {f"probe/{self.task}/{name}": value for name, value in values.items()}
             logger.log_metrics(metrics, step=step)
@@ -168,74 +160,63 @@ class OnlineProbe(Callback):
         )
 
     def _score(self, frozen: Encoder) -> _RidgeScore:
-        """Validation score of the best layer's head."""
-        clips = self._clips
-        assert clips is not None
-        device = next(frozen.parameters()).device
-        batches = [
-            frozen.encode(waveform.to(device), lengths).pool()
-            for waveform, lengths in clips.batches(self.batch_size)
-        ]
-        layers = [torch.cat(parts).cpu().numpy() for parts in zip(*batches, strict=True)]
-        train, valid = slice(clips.num_train), slice(clips.num_train, None)
-        is_class = clips.labels.kind == "class"
-        ridge = RidgeClassifierCV if is_class else RidgeCV
-        heads = [
-            make_pipeline(StandardScaler(), ridge(_PENALTIES)).fit(
-                layer[train], clips.targets[train]
-            )
-            for layer in layers
-        ]
-        best = max(range(len(heads)), key=lambda layer: heads[layer][-1].best_score_)
-        predictions = heads[best].predict(layers[best][valid])
-        if is_class:
-            predictions = np.eye(clips.labels.num_outputs)[predictions]
-        predictions = predictions.reshape(len(predictions), -1).astype(np.float32)
-        truth = clips.targets[valid]
-        value = float(clips.metric(torch.from_numpy(predictions)[:, None], truth)[0])
-        return _RidgeScore(value, clips.metric.resampled(predictions, truth, clips.counts))
+        assert self._clips is not None
+        return self._clips.score(frozen, self.batch_size)
 
 
 @dataclass(frozen=True)
 class _RidgeScore:
     """First metric of the task on the validation clips, and on their resamples."""
 
+    metric: str
     value: float
     draws: Float[np.ndarray, " draws"]
 
 
-@dataclass(frozen=True)
 class _Clips:
-    """Labelled clips in memory, training clips first."""
+    """Random labelled clips of the training and validation splits in memory, training first."""
 
-    waveforms: list[Tensor]
-    targets: Shaped[np.ndarray, "clips ..."]
-    num_train: int
-    labels: Labels
-    metric: Metric
-    counts: Shaped[np.ndarray, "draws valid"]
-
-    @staticmethod
-    def load(
-        data: ProbeData, num_train: int, num_valid: int, front_end: FrontEnd, seed: int
-    ) -> _Clips:
-        """Read random clips of the training and validation splits."""
+    def __init__(
+        self, data: ProbeData, num_train: int, num_valid: int, front_end: FrontEnd, seed: int
+    ) -> None:
         assert isinstance(data.labels, ClipLabels)
         train = data.splits["train"].subset(num_train, seed).unit_items
         valid = data.splits["val"].subset(num_valid, seed).unit_items
         rate, num_channels = front_end.sample_rate, front_end.num_channels
-        return _Clips(
-            [load_waveform(item, rate, num_channels).T for item in train + valid],
-            data.labels.encode(train + valid),
-            len(train),
-            data.labels,
-            data.task.metrics[0],
-            draw_counts(len(valid), seed=seed),
-        )
+        self.waveforms = [load_waveform(item, rate, num_channels).T for item in train + valid]
+        self.labels, self.metric = data.labels, data.task.metrics[0]
+        self.targets, self.num_train = data.labels.encode(train + valid), len(train)
+        self.counts = draw_counts(len(valid), seed=seed)
 
-    def batches(self, size: int) -> Iterator[tuple[Float[Tensor, "B C S"], Tensor]]:
-        """Padded waveforms and their numbers of samples."""
-        for start in range(0, len(self.waveforms), size):
-            batch = self.waveforms[start : start + size]
+    def score(self, frozen: Encoder, batch_size: int) -> _RidgeScore:
+        """Score of the best layer's head on the validation clips."""
+        layers = self._encode(frozen, batch_size)
+        train, valid = slice(self.num_train), slice(self.num_train, None)
+        is_class = self.labels.kind == "class"
+        ridge = RidgeClassifierCV if is_class else RidgeCV
+        heads = [
+            make_pipeline(StandardScaler(), ridge(_PENALTIES)).fit(
+                layer[train], self.targets[train]
+            )
+            for layer in layers
+        ]
+        best = max(range(len(heads)), key=lambda layer: heads[layer][-1].best_score_)
+        predictions = heads[best].predict(layers[best][valid])
+        if is_class:
+            predictions = np.eye(self.labels.num_outputs)[predictions]
+        predictions = predictions.reshape(len(predictions), -1).astype(np.float32)
+        truth = self.targets[valid]
+        value = float(self.metric(torch.from_numpy(predictions)[:, None], truth)[0])
+        draws = self.metric.resampled(predictions, truth, self.counts)
+        return _RidgeScore(self.metric.name, value, draws)
+
+    def _encode(self, frozen: Encoder, batch_size: int) -> list[Float[np.ndarray, "clips _"]]:
+        """Mean over time and frequency of every layer."""
+        device = next(frozen.parameters()).device
+        batches = []
+        for start in range(0, len(self.waveforms), batch_size):
+            batch = self.waveforms[start : start + batch_size]
             lengths = torch.tensor([len(waveform) for waveform in batch])
-            yield pad_sequence(batch, batch_first=True).mT, lengths
+            padded = pad_sequence(batch, batch_first=True).mT.to(device)
+            batches.append(frozen.encode(padded, lengths).pool())
+        return [torch.cat(parts).cpu().numpy() for parts in zip(*batches, strict=True)]

@@ -98,7 +98,10 @@ def probe(
         device: "auto" uses the GPU if there is one.
     """
     chosen_preset = preset_of(preset, select)
-    sources = _check_sources(_comma_list(encoder))
+    sources = _comma_list(encoder)
+    _check_unique("encoder", [run_name(Path(s)) for s in sources if s.endswith(".ckpt")])
+    for source in sources:
+        check_source(source)
     roots = [Path(root) for root in _comma_list(data)]
     datasets = [load_task(task, roots, table_kind) for task in _comma_list(tasks)]
     _check_unique("tasks", [dataset.task.name for dataset in datasets])
@@ -302,15 +305,6 @@ def _comma_list(words: Sequence[str | Path] | Path) -> list[str]:
     """The words of `a,b` or `[a, b]`."""
     parts = str(words).split(",") if isinstance(words, (str, Path)) else words
     return [str(word).strip() for word in parts]
-
-
-def _check_sources(sources: list[str]) -> list[str]:
-    """The sources, if all exist and their runs have different names."""
-    checkpoints = [Path(source) for source in sources if source.endswith(".ckpt")]
-    _check_unique("encoder", [run_name(checkpoint) for checkpoint in checkpoints])
-    for source in sources:
-        check_source(source)
-    return sources
 
 
 def _check_unique(option: str, names: Sequence[str]) -> None:

@@ -16,6 +16,8 @@ from torch import Tensor
 from jepa_audio.probing.features import Features
 from jepa_audio.probing.tasks.base import ProbeData
 
+Device = torch.device | str
+
 
 @dataclass(frozen=True)
 class HeadInput:
@@ -50,7 +52,7 @@ class FitContext:
     data: ProbeData
     layer_names: tuple[str, ...]
     seeds: Sequence[int]
-    device: torch.device | str
+    device: Device
     description: str
 
     def layer_inputs(self) -> list[HeadInput]:
@@ -86,9 +88,7 @@ class Head(ABC):
     valid: float
 
     @abstractmethod
-    def logits(
-        self, features: Features, device: torch.device | str = "cpu"
-    ) -> Float[Tensor, "rows 1 C"]:
+    def logits(self, features: Features, device: Device = "cpu") -> Float[Tensor, "rows 1 C"]:
         """Logits of every row of a split."""
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from jepa_audio.probing.features import Features
-from jepa_audio.probing.heads.base import Head, HeadInput
+from jepa_audio.probing.heads.base import Device, Head, HeadInput
 
 RIDGE_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 NEIGHBOURS = (1, 5, 20)
@@ -70,9 +70,7 @@ class LinearHead(Head):
     bias: Float[Tensor, " C"]
 
     @override
-    def logits(
-        self, features: Features, device: torch.device | str = "cpu"
-    ) -> Float[Tensor, "rows 1 C"]:
+    def logits(self, features: Features, device: Device = "cpu") -> Float[Tensor, "rows 1 C"]:
         weight, bias = self.weight.to(device), self.bias.to(device)
         chunks = _chunks(features, self.input.layers[0], _ROWS_PER_CHUNK)
         logits = [torch.addmm(bias, self.scale(rows).to(device), weight) for rows in chunks]
@@ -94,9 +92,7 @@ class NeighbourHead(Head):
     votes: Float[Tensor, "n C"]
 
     @override
-    def logits(
-        self, features: Features, device: torch.device | str = "cpu"
-    ) -> Float[Tensor, "rows 1 C"]:
+    def logits(self, features: Features, device: Device = "cpu") -> Float[Tensor, "rows 1 C"]:
         votes, num_neighbours = self.votes.to(device), int(self.setting)
         layer = self.input.layers[0]
         train_rows = self.train.read(layer)
@@ -120,7 +116,7 @@ def fit_ridge(
     strengths: Sequence[float] = RIDGE_STRENGTHS,
     *,
     seed: int = 0,
-    device: torch.device | str = "cpu",
+    device: Device = "cpu",
 ) -> list[LinearHead]:
     """Ridge regression on each single-layer input, with each strength.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from jepa_audio.probing.features import Features
-from jepa_audio.probing.heads.base import HeadInput
+from jepa_audio.probing.heads.base import Device, HeadInput
 from jepa_audio.probing.heads.linear import LinearHead, Standardisation
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def fit_logistic(
     strengths: Sequence[float] = L2_STRENGTHS,
     *,
     seed: int = 0,
-    device: torch.device | str = "cpu",
+    device: Device = "cpu",
 ) -> list[LinearHead]:
     """Multinomial logistic regression on each single-layer input, with each strength.
 

@@ -108,7 +108,7 @@ class StackedHeads(nn.Module):
         num_outputs: logits of a head.
         heads_per_input: heads on each input, adjacent in the stack.
         settings: hidden units and dropout.
-        seed: seed of the weights and of the dropout.
+        seed: of the weights and of the dropout.
 
     Raises:
         UserError: if layers of different widths are to be summed or stacked.

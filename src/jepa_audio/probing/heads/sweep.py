@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from threading import Event
 
@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from jepa_audio.parallel import progress_bar
 from jepa_audio.probing.features import Features
-from jepa_audio.probing.heads.base import FitContext, Head, HeadInput
+from jepa_audio.probing.heads.base import Device, FitContext, Head, HeadInput
 from jepa_audio.probing.heads.stacked import MLPSettings, StackedAdam, StackedHeads
 from jepa_audio.probing.tasks.labels import Labels
 
@@ -50,9 +50,7 @@ class MLPHead(Head):
     settings: MLPSettings
 
     @override
-    def logits(
-        self, features: Features, device: torch.device | str = "cpu"
-    ) -> Float[Tensor, "rows 1 C"]:
+    def logits(self, features: Features, device: Device = "cpu") -> Float[Tensor, "rows 1 C"]:
         layers, num_outputs = self.input.layers, self.state["outer.bias"].shape[1]
         widths = features.widths(layers)
         heads = StackedHeads([self.input], widths, num_outputs, 1, self.settings, self.seed)
@@ -78,24 +76,16 @@ class TrainingRows:
             yield np.concatenate([self._windows[window] for window in batch.tolist()])
 
 
-class _HeadState:
-    """Learning rate schedule, early stopping and kept weights of one head."""
+class _HeadTraining:
+    """A head during training, with its learning rate schedule and early stopping."""
 
-    def __init__(
-        self, head_input: HeadInput, seed: int, learning_rate: float, settings: MLPSettings
-    ) -> None:
-        self.input, self.seed, self.setting = head_input, seed, learning_rate
-        self.settings = settings
-        self.curve: list[float] = []
-        self.best, self.epochs_since_best = -math.inf, 0
-        self.weights: dict[str, Tensor] = {}
+    def __init__(self, head: MLPHead) -> None:
+        self.head, self.best, self.epochs_since_best = head, -math.inf, 0
+        protocol = head.settings.protocol
         # A schedule needs an optimizer; only its learning rate is used.
-        self._optimizer = Optimizer([torch.empty(0)], {"lr": learning_rate})
+        self._optimizer = Optimizer([torch.empty(0)], {"lr": head.setting})
         self._schedule = ReduceLROnPlateau(
-            self._optimizer,
-            mode="max",
-            factor=settings.protocol.plateau_factor,
-            patience=settings.protocol.plateau_patience,
+            self._optimizer, "max", protocol.plateau_factor, protocol.plateau_patience
         )
 
     @property
@@ -105,23 +95,19 @@ class _HeadState:
 
     def end_epoch(self, score: float, heads: StackedHeads, index: int) -> bool:
         """Record the validation score of an epoch; True if the training of this head ends."""
-        self.curve.append(score)
-        self._schedule.step(score)
-        self.epochs_since_best = 0 if score > self.best else self.epochs_since_best + 1
-        if score > self.best or not self.weights or self.settings.select == "last":
-            self.weights = heads.state_of(index)
+        head, protocol = self.head, self.head.settings.protocol
+        is_best, is_selected = score > self.best, head.settings.select == "last"
         self.best = max(self.best, score)
-        protocol = self.settings.protocol
-        is_stopped = self.epochs_since_best >= protocol.stop_patience
-        return is_stopped or len(self.curve) >= protocol.max_epochs
-
-    def trained_head(self) -> MLPHead:
-        """The head with the weights of the selected epoch."""
-        valid = self.best if self.settings.select == "best" else self.curve[-1]
-        curve = tuple(self.curve)
-        return MLPHead(
-            self.input, self.setting, self.seed, valid, curve, self.weights, self.settings
+        self.epochs_since_best = 0 if is_best else self.epochs_since_best + 1
+        self._schedule.step(score)
+        self.head = replace(
+            head,
+            valid=score if is_selected else self.best,
+            curve=(*head.curve, score),
+            state=heads.state_of(index) if is_best or is_selected or not head.state else head.state,
         )
+        is_stopped = self.epochs_since_best >= protocol.stop_patience
+        return is_stopped or len(self.head.curve) >= protocol.max_epochs
 
 
 def fit_grid(fit: FitContext, inputs: Sequence[HeadInput], settings: MLPSettings) -> list[MLPHead]:
@@ -170,26 +156,29 @@ def _train_stack(
     heads = StackedHeads(inputs, widths, labels.num_outputs, len(rates), settings, seed)
     heads.to(fit.device)
     adam = StackedAdam(heads)
-    states = [_HeadState(one, seed, rate, settings) for one, rate in product(inputs, rates)]
+    trainings = [
+        _HeadTraining(MLPHead(head_input, rate, seed, -math.inf, (), {}, settings))
+        for head_input, rate in product(inputs, rates)
+    ]
     order = torch.Generator().manual_seed(seed)
-    while states:
+    while trainings:
         for rows in train.batches(settings.protocol.batch_size, order):
             if stop.is_set():
                 return
             batch = [train.features.read(layer, rows).to(fit.device) for layer in layers]
             gradients = _gradients(heads, batch, train.targets[rows].to(fit.device), labels)
-            adam.step(gradients, [state.learning_rate for state in states])
+            adam.step(gradients, [training.learning_rate for training in trainings])
         logits = compute_logits(heads, layers, fit.features["val"], fit.device)
         scores = fit.validation_scores(logits).tolist()
         stopped: list[int] = []
         kept: list[int] = []
-        for i, (state, score) in enumerate(zip(states, scores, strict=True)):
-            (stopped if state.end_epoch(score, heads, i) else kept).append(i)
-        yield [states[i].trained_head() for i in stopped]
+        for i, (training, score) in enumerate(zip(trainings, scores, strict=True)):
+            (stopped if training.end_epoch(score, heads, i) else kept).append(i)
+        yield [trainings[i].head for i in stopped]
         if stopped:
             heads.keep(kept)
             adam.keep(kept, heads)
-            states = [states[i] for i in kept]
+            trainings = [trainings[i] for i in kept]
 
 
 def _gradients(
@@ -252,7 +241,7 @@ def _thread_pool(by_core: bool) -> Iterator[tuple[ThreadPoolExecutor, Event]]:
 
 @torch.no_grad()
 def compute_logits(
-    heads: StackedHeads, layers: Sequence[int], features: Features, device: torch.device | str
+    heads: StackedHeads, layers: Sequence[int], features: Features, device: Device
 ) -> Float[Tensor, "rows K C"]:
     """Logits of all heads for every row of a split, in evaluation mode."""
     heads.eval()
