@@ -220,7 +220,8 @@ def test_folders_without_noise_raise_errors(tmp_path: Path):
 @pytest.mark.parametrize("rt60", [0.2, 0.4, 0.8, 1.6])
 def test_reverberation_falls_by_60_db_in_its_time(rt60: float):
     response = Reverberation(rt60)(impulse(2 * RATE), RATE, 3)[0].double()
-    energy = response.square().flip(0).cumsum(0).flip(0)  # backward integration (Schroeder, 1965)
+    # Backward integration (Schroeder, 1965).
+    energy = response.square().flip(0).cumsum(0).flip(0)
     level = 10 * torch.log10(energy / energy[0])
     first, last = (int((level > limit).sum()) for limit in (-8.0, -38.0))
     assert (last - first) * 2 / RATE == pytest.approx(rt60, rel=0.05)

@@ -137,13 +137,7 @@ def test_the_command_accepts_lists_with_commas_and_prints_the_scores(
     assert f"{rows[0].value:.3f}" in printed
 
 
-def test_marble_v2_needs_a_protocol_and_is_the_only_preset_with_select(
-    checkpoint: tuple[Path, str], corpus: Path, tmp_path: Path
-):
-    with pytest.raises(
-        ValueError, match="nsynth_pitch has no protocol marble-v2, it has marble-v1"
-    ):
-        probe(str(checkpoint[0]), "nsynth_pitch", corpus, tmp_path / "probe", preset="marble-v2")
+def test_only_marble_v2_can_select_the_last_epoch():
     assert preset_of("marble-v2", "last").select == "last"
     with pytest.raises(ValueError, match="only the preset marble-v2 has this option"):
         preset_of("marble-v1", "last")
@@ -258,15 +252,13 @@ def test_invalid_options_raise_errors_before_anything_is_encoded(corpus: Path, t
     )
     check_error("`tasks` must have different names", tasks="nsynth_pitch,nsynth_pitch")
     check_error("give a checkpoint, or MODULE:FUNCTION", encoder="nowhere:nothing")
+    check_error("no attribute 'nobody'", encoder="tests.probing.test_run:nobody")
+    check_error("is 1000, not a function", encoder="tests.probing.test_run:RATE")
+    check_error("`select` is 'last'", preset="linear", select="last")
+    check_error("nsynth_pitch has no protocol marble-v2, it has marble-v1", preset="marble-v2")
+    check_error("at least one unit", max_train=0)
     check_error("returns str, not a `ProbeEncoder`", encoder="tests.probing.test_run:no_encoder")
     check_error("GTZANGenre|genres", MissingFileError, tasks="gtzan_genre")
-
-
-def test_a_missing_layer_is_named(checkpoint: tuple[Path, str], corpus: Path, tmp_path: Path):
-    with pytest.raises(
-        ValueError, match=r"`layers` is \[9\], mel has 0 \(input\), 1 \(block 1\), 2 \(block 2\)"
-    ):
-        probe(str(checkpoint[0]), "nsynth_pitch", corpus, tmp_path, layers=(9,))
 
 
 def test_a_run_has_the_name_of_its_folder():

@@ -178,7 +178,7 @@ def _labelled_rows(fit: FitContext) -> tuple[Features, Tensor]:
 
 
 def _regression_targets(fit: FitContext, targets: Tensor) -> Float[Tensor, "n C"]:
-    """Targets of a regression: numbers, or ±2 for classes and tags, so that predictions are logits."""
+    """Numbers, or ±2 for classes and tags, so that the predictions are logits."""
     labels = fit.data.labels
     if labels.kind == "numbers":
         return targets

@@ -32,8 +32,6 @@ _MP3_RATES = (
 _MP3_KBITS = sorted({kbits for _, bit_rates in _MP3_RATES for kbits in bit_rates})
 
 _OPUS_RATES = (8_000, 12_000, 16_000, 24_000, 48_000)
-# For one channel, in libsndfile.
-_OPUS_KBITS = (6, 256)
 
 
 class Codec(Condition):
@@ -128,11 +126,7 @@ class Vorbis(Codec):
     unit = "quality"
     _container = "OGG"
     _subtype = "VORBIS"
-    _level_rule = "a quality from 0 to 10"
-
-    @override
-    def _is_valid_level(self) -> bool:
-        return 0 <= self.level <= 10
+    _level_rule, _level_range = "a quality from 0 to 10", (0, 10)
 
     @override
     def _settings(self, sample_rate: int) -> tuple[int, float]:
@@ -147,15 +141,12 @@ class Opus(Codec):
     unit = "kbit/s"
     _container = "OGG"
     _subtype = "OPUS"
-    _level_rule = "a bit rate from 6 to 256 kbit/s"
-
-    @override
-    def _is_valid_level(self) -> bool:
-        return _OPUS_KBITS[0] <= self.level <= _OPUS_KBITS[1]
+    # The limits of libsndfile for one channel.
+    _level_rule, _level_range = "a bit rate from 6 to 256 kbit/s", (6, 256)
 
     @override
     def _settings(self, sample_rate: int) -> tuple[int, float]:
-        lowest, highest = _OPUS_KBITS
+        lowest, highest = self._level_range
         rate = next((rate for rate in _OPUS_RATES if rate >= sample_rate), _OPUS_RATES[-1])
         return rate, (highest - self.level) / (highest - lowest)
 

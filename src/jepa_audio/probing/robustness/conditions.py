@@ -26,6 +26,8 @@ from jepa_audio.errors import UserError
 REVISION = 1
 """Part of every cache key. It increases when a condition gives other samples than before."""
 
+_POSITIVE = (math.ulp(0.0), math.inf)
+
 
 @dataclass(frozen=True)
 class Condition(ABC):
@@ -43,7 +45,8 @@ class Condition(ABC):
 
     name: ClassVar[str]
     unit: ClassVar[str]
-    _level_rule: ClassVar[str] = "a finite number"
+    _level_rule: ClassVar[str] = "a number"
+    _level_range: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
 
     level: float
 
@@ -52,7 +55,8 @@ class Condition(ABC):
             raise UserError(f"`level` ({self.level}) must be {self._level_rule}")
 
     def _is_valid_level(self) -> bool:
-        return math.isfinite(self.level)
+        lowest, highest = self._level_range
+        return lowest <= self.level <= highest
 
     @property
     def key(self) -> str:
@@ -202,11 +206,7 @@ class Reverberation(Condition):
     direct_db: float = 0.0
     name = "reverberation"
     unit = "s"
-    _level_rule = "a reverberation time above 0 s"
-
-    @override
-    def _is_valid_level(self) -> bool:
-        return self.level > 0
+    _level_rule, _level_range = "a reverberation time above 0 s", _POSITIVE
 
     def _response(self, sample_rate: int, generator: Generator) -> Tensor:
         length = max(math.ceil(self.level * sample_rate), 1)
@@ -234,12 +234,8 @@ class BandLimit(Condition):
     """
 
     unit = "Hz"
-    _level_rule = "a cut-off above 0 Hz"
+    _level_rule, _level_range = "a cut-off above 0 Hz", _POSITIVE
     _side: ClassVar[Literal["lowpass", "highpass"]]
-
-    @override
-    def _is_valid_level(self) -> bool:
-        return self.level > 0
 
     @override
     def _degrade(self, waveform: Tensor, sample_rate: int, generator: Generator) -> Tensor:
@@ -298,11 +294,7 @@ class Clipping(Condition):
 
     name = "clipping"
     unit = "%"
-    _level_rule = "a share from 0 to 100 %"
-
-    @override
-    def _is_valid_level(self) -> bool:
-        return 0 <= self.level <= 100
+    _level_rule, _level_range = "a share from 0 to 100 %", (0, 100)
 
     @override
     def _degrade(self, waveform: Tensor, sample_rate: int, generator: Generator) -> Tensor:
