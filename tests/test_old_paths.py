@@ -16,7 +16,7 @@ from jepa_audio.data.synthetic.corpus import synthesize_corpus
 from jepa_audio.inference.encoder import load_encoder
 from jepa_audio.interop import WeightsError, export_weights
 from jepa_audio.old_paths import current_path, with_current_paths
-from jepa_audio.probing.encoders import encoders_of
+from jepa_audio.probing.encoder_loading import EncoderOptions, load_encoders
 from jepa_audio.probing.rows import read_rows
 from jepa_audio.report.page import write_leaderboard
 
@@ -83,7 +83,7 @@ def test_an_old_checkpoint_is_loaded_to_encode(name: str, which: str):
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_an_old_checkpoint_is_loaded_to_probe(name: str):
-    encoders = list(encoders_of(str(BEFORE / name), ("context", "target"), "mean", (), ()))
+    encoders = list(load_encoders(str(BEFORE / name), EncoderOptions()))
     assert [encoder.variant for encoder in encoders] == ["random", "context", "target"]
 
 

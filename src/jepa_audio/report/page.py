@@ -113,7 +113,7 @@ def write_report(directory: Path) -> Path:
         **_draw_results(table, content["results"], figures),
         "close_ups": close_ups,
         "title": f"jepa-audio report: {directory.resolve().name}",
-        "runs": [_run_section(run, content["results"], figures) for run in runs],
+        "runs": [_run_section(run, content["results"], figures, runs) for run in runs],
         "overlay": _draw_overlay(runs, figures) if len(runs) > 1 else None,
     }
     page = directory / "report.html"
@@ -177,7 +177,7 @@ def _draw_overlay(runs: Sequence[Run], folder: Path) -> FigureFile:
     return save_figure(figure, folder / "curves.png", "curves of all runs")
 
 
-def _run_section(run: Run, results: pd.DataFrame, folder: Path) -> RunSection:
+def _run_section(run: Run, results: pd.DataFrame, folder: Path, runs: Sequence[Run]) -> RunSection:
     name, curves = run.label.replace("/", "-"), {run.label: run.curves}
     figure = draw_curves(curves, standard_panels(curves))
     drawn = save_figure(figure, folder / f"{name}-curves.png", f"curves of {run.label}")
@@ -187,7 +187,7 @@ def _run_section(run: Run, results: pd.DataFrame, folder: Path) -> RunSection:
         masks = save_figure(figure, folder / f"{name}-masks.png", f"masks of {run.label}")
     except UserError as error:
         no_masks = str(error)
-    return RunSection(run, judge_run(run, results), drawn, masks, no_masks)
+    return RunSection(run, judge_run(run, results, runs), drawn, masks, no_masks)
 
 
 def render(template: str, context: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ VERDICTS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """The files of a training run.
 
@@ -120,12 +120,13 @@ class Verdict:
     text: str
 
 
-def judge_run(run: Run, results: pd.DataFrame) -> Verdict:
+def judge_run(run: Run, results: pd.DataFrame, runs: Sequence[Run] = ()) -> Verdict:
     """Whether the run learned, collapsed and predicts better than trivial predictors.
 
     Args:
         run: the run.
         results: lines of `current` with the columns of `add_baselines`.
+        runs: all runs; results of runs with the same name cannot be distinguished.
     """
     compared = results[(results["encoder"] == run.name) & results["against_random"].notna()]
     # Trained heads decide; nearest neighbours only if nothing else was probed.
@@ -142,6 +143,10 @@ def judge_run(run: Run, results: pd.DataFrame) -> Verdict:
     sentences = [f"{VERDICTS[key]}: {'; '.join(found[key])}." for key in VERDICTS if key in found]
     if not found:
         sentences = ["It was not probed; only a probe shows whether it learned.", *_online(run)]
+    namesakes = [other.label for other in runs if other.name == run.name and other != run]
+    if namesakes and found:
+        names = ", ".join(namesakes)
+        sentences.append(f"These results may be of a run with the same name: {names}.")
     num_below = sum("below log-mel" in labels for labels in compared["below"])
     badges = [_badge(set(found))]
     if num_below:
