@@ -96,8 +96,9 @@ class SpectrogramFrontEnd(FrontEnd):
 
     @override
     def num_time(self, num_samples: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
-        overlap = self.spectrogram.window_length - self.spectrogram.padding
-        num_frames = 1 + (num_samples - overlap) // self.spectrogram.hop_length
+        # The first frame ends at this sample; the last frame must not reach into the padding.
+        first_end = self.spectrogram.window_length - self.spectrogram.padding
+        num_frames = 1 + (num_samples - first_end) // self.spectrogram.hop_length
         columns = num_frames // self.patch_frames
         if int(columns.min()) < 1:
             clip = f"a clip of {int(num_samples.min())} samples"

@@ -77,7 +77,7 @@ class Spectrogram(nn.Module, ABC):
 
     def forward(self, waveform: Float[Tensor, "B C S"]) -> Float[Tensor, "B C F T"]:
         """Log magnitudes of every channel, `T == num_frames(S)`."""
-        self.num_frames(waveform.shape[-1])
+        self.num_frames(waveform.shape[-1])  # raises `UserError` if the clip is too short
         with torch.autocast(device_type=waveform.device.type, enabled=False):
             spectrum = self.log_magnitude(waveform.flatten(0, 1).float())
         return spectrum.unflatten(0, waveform.shape[:2])

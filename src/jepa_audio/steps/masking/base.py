@@ -60,7 +60,9 @@ class Masker(ABC):
             UserError: if a clip is too short to be masked.
         """
         draw = int(row[0]) // rows_per_draw
-        masks = self(grid, rows_per_draw, _generator(*seed, draw), draw).rows(row % rows_per_draw)
+        masks = self(grid, rows_per_draw, _make_generator(*seed, draw), draw).rows(
+            row % rows_per_draw
+        )
         if num_time is None or bool((num_time == grid.num_time).all()):
             return masks
         index = torch.arange(grid.num_tokens)
@@ -72,7 +74,7 @@ class Masker(ABC):
             short_grid = Grid(grid.num_freq, int(num_time[clip]))
             num_tokens = short_grid.num_tokens
             try:
-                redrawn = self(short_grid, 1, _generator(*seed, draw, int(row[clip])), draw)
+                redrawn = self(short_grid, 1, _make_generator(*seed, draw, int(row[clip])), draw)
             except UserError as error:
                 raise UserError(
                     f"a clip of {short_grid.num_time} time columns is too short to be masked, "
@@ -85,6 +87,6 @@ class Masker(ABC):
         return Masks(part.context, part.targets, part.targets_per_clip, all_tokens)
 
 
-def _generator(*entropy: int) -> torch.Generator:
+def _make_generator(*entropy: int) -> torch.Generator:
     seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed))
