@@ -297,7 +297,7 @@ def test_the_existing_table_of_a_read_only_folder_is_used_without_an_update(
     ],
 )
 def test_invalid_shares_are_refused(shares: dict[str, float]):
-    with pytest.raises(ValueError, match="sum to 1"):
+    with pytest.raises(ValueError, match="their sum must be 1"):
         make_corpus(["a"]).assign_splits(shares)
 
 

@@ -383,7 +383,7 @@ def test_only_the_shard_of_a_changed_file_is_written_again(
 def test_a_folder_with_other_tars_is_refused(tmp_path: Path):
     corpus = sounds(tmp_path / "in", 2)
     foreign = tar(tmp_path / "out" / "mine.tar", pairs(1)).read_bytes()
-    with pytest.raises(CorpusError, match=r"has other shards \(mine.tar\)"):
+    with pytest.raises(CorpusError, match=r"contains other shards \(mine.tar\)"):
         write_shards(corpus, tmp_path / "out", Packing())
     assert packed_bytes(tmp_path / "out") == {"mine.tar": foreign}
     with pytest.raises(CorpusError, match="is a file"):

@@ -315,5 +315,5 @@ def test_a_bad_tar_affects_no_other_tar(tmp_path: Path):
     assert reasons(index_corpus(tmp_path)) == {
         "good.tar:0.wav": "",
         "good.tar:1.wav": "",
-        "gzip.tar": "a compressed tar does not allow random access: decompress it",
+        "gzip.tar": "a compressed tar does not allow random access: decompress the tar",
     }

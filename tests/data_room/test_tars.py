@@ -184,24 +184,27 @@ def cut_offsets(files: dict[str, bytes], path: Path) -> dict[str, int]:
 
 
 CUTS = {
-    "inside audio": ({0, 1}, {"2.wav": "the tar ends inside this file: copy it again"}),
-    "inside a header": ({0, 1}, {"byte {cut}": "broken header: the file after it is lost"}),
+    "inside audio": ({0, 1}, {"2.wav": "the tar ends inside this file: copy the tar again"}),
+    "inside a header": (
+        {0, 1},
+        {"byte {cut}": "broken header: the file after this header is lost"},
+    ),
     "inside the JSON": ({0}, {"1.wav": "1.json is not JSON"}),
     "between files": (
         {0, 1},
-        {"byte {cut}": "the tar has no end mark and may be cut: copy it again"},
+        {"byte {cut}": "the tar has no end mark and may be truncated: copy the tar again"},
     ),
     "between audio and its JSON": (
         {0, 1},
-        {"byte {cut}": "the tar has no end mark and may be cut: copy it again"},
+        {"byte {cut}": "the tar has no end mark and may be truncated: copy the tar again"},
     ),
     "before the end mark": (
         {0, 1, 2},
-        {"byte {cut}": "the tar has no end mark and may be cut: copy it again"},
+        {"byte {cut}": "the tar has no end mark and may be truncated: copy the tar again"},
     ),
     "in the padding after audio": (
         {0, 1, 2},
-        {"byte {cut}": "the tar has no end mark and may be cut: copy it again"},
+        {"byte {cut}": "the tar has no end mark and may be truncated: copy the tar again"},
     ),
 }
 
@@ -235,7 +238,7 @@ def test_a_broken_header_loses_only_the_file_after_it(tmp_path: Path, kind: str,
     overwrite(path, offset)
     number, suffix = lost.split(".")
     assert set(good(path)) == set(range(4)) - ({int(number)} if suffix == "wav" else set())
-    assert bad(path) == {f"byte {offset}": "broken header: the file after it is lost"}
+    assert bad(path) == {f"byte {offset}": "broken header: the file after this header is lost"}
     others = {other: entry.group for other, entry in good(path).items() if other != int(number)}
     assert others == {other: f"g{other}" for other in others}
 
@@ -291,17 +294,20 @@ def test_json_without_audio_is_reported(tmp_path: Path):
 
 
 NOT_AUDIO_TARS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "gzip": (gzip.compress, "a compressed tar does not allow random access: decompress it"),
-    "bzip2": (bzip2, "a compressed tar does not allow random access: decompress it"),
-    "xz": (lzma.compress, "a compressed tar does not allow random access: decompress it"),
+    "gzip": (gzip.compress, "a compressed tar does not allow random access: decompress the tar"),
+    "bzip2": (bzip2, "a compressed tar does not allow random access: decompress the tar"),
+    "xz": (lzma.compress, "a compressed tar does not allow random access: decompress the tar"),
     "zstd": (
         lambda raw: b"\x28\xb5\x2f\xfd" + raw,
-        "a compressed tar does not allow random access: decompress it",
+        "a compressed tar does not allow random access: decompress the tar",
     ),
-    "end mark only": (lambda raw: bytes(20 * BLOCK), "a tar without audio files"),
-    "zero bytes": (lambda raw: b"", "the tar has no end mark and may be cut: copy it again"),
-    "text": (lambda raw: b"not a tar " * 300, "broken header: the file after it is lost"),
-    "short text": (lambda raw: b"not a tar", "broken header: the file after it is lost"),
+    "end mark only": (lambda raw: bytes(20 * BLOCK), "the tar contains no audio files"),
+    "zero bytes": (
+        lambda raw: b"",
+        "the tar has no end mark and may be truncated: copy the tar again",
+    ),
+    "text": (lambda raw: b"not a tar " * 300, "broken header: the file after this header is lost"),
+    "short text": (lambda raw: b"not a tar", "broken header: the file after this header is lost"),
 }
 
 
@@ -314,7 +320,7 @@ def test_a_file_that_is_not_a_tar_of_audio_is_one_row_with_the_reason(tmp_path: 
 
 def test_a_tar_without_audio_is_one_row_with_the_reason(tmp_path: Path):
     path = tar(tmp_path / "t.tar", {"a.txt": b"words", "b.cls": b".."})
-    assert bad(path) == {"": "a tar without audio files"}
+    assert bad(path) == {"": "the tar contains no audio files"}
 
 
 def test_slices_of_members_are_equal_from_memory_and_from_disk(

@@ -1,1 +1,1 @@
-"""Corpora: find, index, describe, verify and pack audio files."""
+"""Find, index, describe, verify and pack the audio files of a corpus."""

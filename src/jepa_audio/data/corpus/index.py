@@ -1,4 +1,4 @@
-"""Index a corpus: decode every file once, and again only after it has changed."""
+"""Index a corpus: decode every file once, and again only after the file has changed."""
 
 from __future__ import annotations
 
@@ -58,17 +58,20 @@ def index_corpus(
     """Write the table of all audio files of the sources; only new and changed files are decoded.
 
     Bad files stay in the table, are logged, and are listed in a CSV file in the folder of the
-    table. Decoded rows are kept in `PATH.parts/` until the table is complete, so that an
-    interrupted run continues from them. If the folder is not writable, an existing table is used
-    without looking for changes.
+    table. Decoded rows are kept in `PATH.parts/` until the table is complete. After an interrupted
+    call, the next call continues from these rows. If the folder of the table is not writable, an
+    existing table is used without a check for changed files.
+
+    The limits `min_seconds`, `max_seconds` and `num_channels` mark files as bad in the returned
+    corpus, but not in the written table.
 
     Args:
         sources: see `jepa_audio.data.corpus.sources.discover_files`.
         path: Parquet file of the table; `None` for `default_table_path` of a single source.
         num_workers: decoding threads.
-        min_seconds: shorter files are bad in the returned corpus, but not in the written table.
-        max_seconds: longer files likewise.
-        num_channels: files with another number of channels likewise; `None` allows any.
+        min_seconds: shorter files are bad.
+        max_seconds: longer files are bad; `None` for no limit.
+        num_channels: files with another number of channels are bad; `None` allows any number.
         max_bad_share: largest allowed share of bad files.
 
     Raises:
@@ -82,14 +85,14 @@ def index_corpus(
     title, hint = ", ".join(names), ""
     known = _load_known(path, root)
     if len(known) and not os.access(path.parent, os.W_OK):
-        log.info("%s is not writable; its table is used without looking for changes", path.parent)
+        log.info("%s is not writable; the table is used without a check for changes", path.parent)
         corpus = Corpus(root, known).mark_unfit(min_seconds, max_seconds, num_channels)
     else:
         corpus = _update_table(names, path, root, known, num_workers)
         corpus = corpus.mark_unfit(min_seconds, max_seconds, num_channels)
         bad_files = path.with_suffix(".skipped.csv")
         _report_bad_files(corpus, bad_files)
-        hint = f"; all are listed in {bad_files}"
+        hint = f"; {bad_files} lists all of these files"
     check_bad_share(corpus, title, max_bad_share, hint)
     return corpus
 
@@ -98,13 +101,13 @@ def check_bad_share(corpus: Corpus, title: str, max_bad_share: float, hint: str 
     """Check that enough files of a corpus are usable.
 
     Args:
-        corpus: to check.
+        corpus: corpus to check.
         title: name of the corpus in the message.
         max_bad_share: largest allowed share of bad files.
-        hint: where to find all bad files; follows the examples in the message.
+        hint: text after the examples in the message; names the list of all bad files.
 
     Raises:
-        CorpusError: with some of the bad files and their reasons.
+        CorpusError: if too many files are bad; the message gives examples and their reasons.
     """
     bad = _bad_files(corpus)
     if len(bad) <= max_bad_share * len(corpus) and len(bad) < len(corpus):
@@ -120,7 +123,7 @@ def check_bad_share(corpus: Corpus, title: str, max_bad_share: float, hint: str 
 
 
 def index_file(root: Path, file: DiscoveredFile) -> dict[str, Any]:
-    """Decode a file; return its row of the table."""
+    """Decode a file; return the row of the table for this file."""
     info, reason = AudioInfo(0, 0, 0, 0.0, 0.0), file.reason
     if not reason:
         try:
@@ -133,10 +136,13 @@ def index_file(root: Path, file: DiscoveredFile) -> dict[str, Any]:
 
 
 def _table_location(sources: list[str], path: Path | None) -> tuple[Path, Path]:
-    """Path of the table, and the folder that its sources are relative to."""
+    """Path of the table, and the folder that the sources in the table are relative to."""
     if path is None:
         if len(sources) != 1:
-            raise UserError(f"{len(sources)} sources need a `path` for their table, as in -o PATH")
+            raise UserError(
+                f"{len(sources)} sources share one table: set its `path` (on the command line "
+                "`-o PATH`)"
+            )
         source = Path(os.path.abspath(sources[0]))  # noqa: PTH100 (Path.resolve follows links)
         return default_table_path(source), source if source.is_dir() else source.parent
     if path.suffix != ".parquet":
@@ -147,7 +153,7 @@ def _table_location(sources: list[str], path: Path | None) -> tuple[Path, Path]:
 
 
 def _load_known(path: Path, root: Path) -> pa.Table:
-    """The rows of the existing table; none if there is no valid table of this root."""
+    """The rows of the existing table; no rows if no valid table of this root exists."""
     if not path.exists():
         return SCHEMA.empty_table()
     try:
@@ -180,7 +186,7 @@ def _update_table(
 def _discover(
     sources: list[str], root: Path, known: pa.Table, num_workers: int
 ) -> tuple[pa.Table, pa.Table]:
-    """All files to look up, with the members of changed tars; known rows of unchanged tars."""
+    """Return (discovered files without the members of unchanged tars, rows of unchanged tars)."""
     not_final = known["source"].filter(pc.invert(_is_final(known)))
     is_complete = pc.invert(pc.is_in(known["source"], not_final))
     in_tars = known.filter(pc.and_(pc.not_equal(known["member"], ""), is_complete))
@@ -197,7 +203,8 @@ def _discover(
             is_known = (file.source, file.source_bytes, file.mtime_ns) in known_versions
             if is_known and not (file.group or file.split):
                 unchanged.add(file.source)
-            else:  # changed, or with labels of a manifest, which may be new
+            else:
+                # The tar is new or changed, or a manifest may have given it new labels.
                 tars.append(file)
 
     loose_files = discover_loose_files()
@@ -215,12 +222,12 @@ def _to_batch(files: list[DiscoveredFile]) -> pa.RecordBatch:
 
 
 def _is_final(table: pa.Table) -> pa.ChunkedArray:
-    """False for files that could not be opened: a network or permission error can go away."""
+    """False for files that could not be opened: a network or permission error may be temporary."""
     return pc.invert(pc.starts_with(table["reason"], "cannot be opened"))
 
 
 def _sort_labelled_first(discovered: pa.Table) -> pa.Table:
-    """Of the same file in a folder and in a manifest, that of the manifest has the labels."""
+    """Sort files with labels first: a file may be in a folder and, with labels, in a manifest."""
     unlabelled = pc.and_(pc.equal(discovered["group"], ""), pc.equal(discovered["split"], ""))
     return discovered.take(np.argsort(unlabelled.to_numpy(), kind="stable"))
 
@@ -233,10 +240,10 @@ def _drop_duplicates(table: pa.Table, columns: list[str]) -> pa.Table:
 
 
 def _find_changed(discovered: pa.Table, decoded: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """Rows of discovered files that are decoded already, and discovered files that are not."""
+    """Return (decoded rows of unchanged files, discovered files that are new or changed)."""
     is_readable = pc.equal(discovered["reason"], "")
     readable, unreadable = discovered.filter(is_readable), discovered.filter(pc.invert(is_readable))
-    # Labels from a manifest or a tar replace those that `data split` wrote to the table.
+    # Labels from a manifest or a tar replace the labels that `data split` wrote to the table.
     labels = readable.select([*_IDENTITY, *_LABELS])
     labels = labels.rename_columns([*_IDENTITY, *(f"new_{name}" for name in _LABELS)])
     current = labels.join(decoded, _IDENTITY, join_type="inner")
@@ -253,7 +260,7 @@ def _find_changed(discovered: pa.Table, decoded: pa.Table) -> tuple[pa.Table, pa
 
 
 def _fill_labels(table: pa.Table, preferred: list[str], others: list[str]) -> pa.Table:
-    """Set the labels of a table to the preferred columns where these are not "", else to others."""
+    """Set each label to its preferred column, or to the other column if the preferred one is ""."""
     columns = {
         label: pc.if_else(pc.equal(table[name], ""), pc.fill_null(table[other], ""), table[name])
         for label, name, other in zip(_LABELS, preferred, others, strict=True)
@@ -272,7 +279,7 @@ def _index_files(
 
 
 class _PartialTable:
-    """Decoded rows on disk: an interrupted run loses only the last seconds of its work."""
+    """Decoded rows on disk: a killed process loses only the work of about 30 seconds."""
 
     def __init__(self, path: Path) -> None:
         self._folder = path.with_name(f"{path.name}.parts")
@@ -283,7 +290,7 @@ class _PartialTable:
             try:
                 tables.append(pq.read_table(part, schema=SCHEMA))
             except (pa.ArrowException, OSError) as error:
-                log.warning("%s cannot be read (%s): its files are decoded again", part, error)
+                log.warning("%s cannot be read (%s): these files are decoded again", part, error)
         return pa.concat_tables(tables)
 
     def collect(self, rows: Iterator[dict[str, Any]]) -> pa.Table:
@@ -303,7 +310,8 @@ class _PartialTable:
         return pa.concat_tables([*tables, pa.Table.from_pylist(unsaved, schema=SCHEMA)])
 
     def remove(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)  # another run may use the folder too
+        # Errors are ignored, because another process may use the folder at the same time.
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _save(self, rows: list[dict[str, Any]]) -> pa.Table:
         table = pa.Table.from_pylist(rows, schema=SCHEMA)
@@ -312,8 +320,8 @@ class _PartialTable:
             try:
                 with atomic_path(part) as unfinished:
                     pq.write_table(table, unfinished)
-            except FileNotFoundError:  # another run on this corpus has removed the folder
-                log.warning("%s was removed: does another run index this corpus?", self._folder)
+            except FileNotFoundError:
+                log.warning("%s was removed: another run may index this corpus", self._folder)
         return table
 
 
@@ -330,4 +338,4 @@ def _report_bad_files(corpus: Corpus, path: Path) -> None:
     for name, reason in bad[:_NUM_LOGGED]:
         log.warning("skipped %s: %s", corpus.root / name, reason)
     if len(bad) > _NUM_LOGGED:
-        log.warning("skipped %d more files; all are listed in %s", len(bad) - _NUM_LOGGED, path)
+        log.warning("skipped %d more files; %s lists all of them", len(bad) - _NUM_LOGGED, path)

@@ -41,9 +41,11 @@ log = logging.getLogger(__name__)
 CHECKSUMS = "SHA256SUMS"
 
 _BLOCK_SECONDS = 60
-_FLAC_SHARE = 0.6  # estimated bytes of a flac file per byte of its samples
+# Estimated size of a flac file, as a share of the size of its samples.
+_FLAC_SHARE = 0.6
 _MAX_FLAC_CHANNELS = 8
-_COMPRESSION = 0.0  # of 0 to 1; decodes an eighth faster than the default and is 4 % larger
+# In [0, 1]. Files at level 0 decode 1/8 faster than at the default level and are 4 % larger.
+_COMPRESSION = 0.0
 _DIGEST = b"jepa_audio.plan"
 _SUM = b"jepa_audio.sha256"
 
@@ -53,10 +55,10 @@ class Packing:
     """Settings of `write_shards`.
 
     Args:
-        sample_rate: in Hz, to which all files are resampled; `None` keeps the rate of each file.
+        sample_rate: sample rate of the shards in Hz; `None` keeps the rate of each file.
         mono: average the channels.
-        bits: per sample of encoded files, 16 or 24. A flac file that keeps its rate and channels is
-            copied with its own bits.
+        bits: bits per sample of encoded files, 16 or 24. A flac file that keeps its rate and
+            channels is not encoded again, and keeps its bits per sample.
         shard_mb: approximate size of a shard in 10^6 bytes.
     """
 
@@ -77,19 +79,21 @@ class Packing:
 def write_shards(corpus: Corpus, directory: Path, packing: Packing, num_workers: int = 2) -> Corpus:
     """Write the usable files of a corpus as shards, and the table of the shards.
 
-    The files are shuffled by a hash of their names, so that every shard is a random sample. The
-    same corpus and settings give the same bytes for any number of workers. Every shard is decoded
-    once after it is written. An interrupted call continues with its unfinished shard.
+    The files are ordered by a hash of their names: every shard is a random sample of the corpus.
+    The same corpus and settings give the same bytes for any number of workers. Every shard is
+    decoded once after it is written. After an interrupted call, the next call continues with the
+    unfinished shard.
 
     Args:
-        corpus: to pack; its bad files are left out.
-        directory: folder for `shard-000000.tar`, ..., `SHA256SUMS`, and the table at the path where
-            training looks for it.
-        packing: rate, channels, sizes.
+        corpus: corpus to pack; bad files are left out.
+        directory: folder for `shard-000000.tar` and so on, `SHA256SUMS`, and the table, which is
+            written to `default_table_path`.
+        packing: sample rate, channels, bits and size of a shard.
         num_workers: encoding threads.
 
     Raises:
-        CorpusError: if no file is usable, or if the folder has other shards or is not writable.
+        CorpusError: if no file is usable, or if the folder contains other shards or is not
+            writable.
     """
     usable = corpus.usable().shuffled()
     if not len(usable):
@@ -125,7 +129,7 @@ def write_shards(corpus: Corpus, directory: Path, packing: Packing, num_workers:
 
 
 def read_checksums(directory: Path) -> dict[str, str]:
-    """SHA-256 of every shard by its name; empty without a file of checksums."""
+    """SHA-256 of every shard by the name of the shard; empty if `SHA256SUMS` does not exist."""
     path = directory / CHECKSUMS
     if not path.exists():
         return {}
@@ -144,7 +148,7 @@ def _shard_name(number: int) -> str:
 
 
 def _plan_shards(corpus: Corpus, packing: Packing) -> list[np.ndarray]:
-    """The rows of every shard, by the estimated sizes of the encoded files."""
+    """The rows of the corpus in every shard, from the estimated sizes of the encoded files."""
     rates = packing.sample_rate or corpus.table["sample_rate"].to_numpy()
     channels = 1 if packing.mono else corpus.table["num_channels"].to_numpy()
     sizes = corpus.seconds * rates * channels * packing.bits / 8 * _FLAC_SHARE
@@ -158,16 +162,14 @@ def _check_directory(directory: Path, num_shards: int, corpus: Corpus) -> None:
         raise CorpusError(f"{directory} is a file; give a folder for the shards")
     sources = pc.unique(corpus.table["source"]).to_pylist()
     if any((corpus.root / source).parent.resolve() == directory.resolve() for source in sources):
-        raise CorpusError(f"{directory} has the files to pack; give another folder")
+        raise CorpusError(f"{directory} contains files to pack; give another folder")
     expected = {_shard_name(number) for number in range(num_shards)}
     if foreign := sorted({path.name for path in directory.glob("*.tar")} - expected):
-        raise CorpusError(
-            f"{directory} has other shards ({foreign[0]}); give another folder, or empty this one"
-        )
+        raise CorpusError(f"{directory} contains other shards ({foreign[0]}); give an empty folder")
 
 
 class _Shard:
-    """One tar: written atomically, then decoded and recorded."""
+    """One shard: the tar is written atomically and decoded, then its rows are written to a file."""
 
     def __init__(
         self, path: Path, record: Path, corpus: Corpus, rows: np.ndarray, packing: Packing
@@ -180,7 +182,7 @@ class _Shard:
         self._digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def load_finished(self) -> pa.Table | None:
-        """The rows of the shard, if an earlier call has finished it and nothing has changed."""
+        """The rows of the shard, if an earlier call finished the shard and nothing has changed."""
         if not (self._record.exists() and self._path.exists()):
             return None
         table = pq.read_table(self._record)
@@ -210,7 +212,7 @@ class _Shard:
     def _write_tar(
         self, file: IO[bytes], num_workers: int, tick: Callable[[], object]
     ) -> dict[str, str]:
-        """Write all files that can be read; return the reasons of the others by member name."""
+        """Write all readable files; return why the others are not readable, by member name."""
         skipped: dict[str, str] = {}
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
             encoded = map_threads(
@@ -228,7 +230,7 @@ class _Shard:
         return skipped
 
     def _encode_row(self, row: int) -> tuple[bytes, dict[str, Any]] | AudioReadError:
-        """A file as flac and its metadata, or the error of reading it."""
+        """A file as flac with its metadata, or the error if the file cannot be read."""
         group, split = (self._corpus.table[name][row].as_py() for name in ("group", "split"))
         try:
             content, rate, gain = _encode_flac(self._corpus.file(row), self._packing)
@@ -239,7 +241,7 @@ class _Shard:
 
 
 def _encode_flac(file: IndexedFile, packing: Packing) -> tuple[bytes, int, float]:
-    """The file as flac, its rate, and the gain that was applied to avoid clipping."""
+    """The file as flac, its sample rate, and the gain that was applied to avoid clipping."""
     rate = packing.sample_rate or file.sample_rate
     num_channels = 1 if packing.mono else file.num_channels
     if num_channels > _MAX_FLAC_CHANNELS:
@@ -253,7 +255,7 @@ def _encode_flac(file: IndexedFile, packing: Packing) -> tuple[bytes, int, float
     content, peak = _encode_scaled(file, rate, num_channels, packing, gain=1.0)
     if peak <= 1:
         return content, rate, 1.0
-    # Resampling can raise the peak; its value is known only now.
+    # Resampling can raise the peak, so the peak is known only after a first encoding.
     gain = 0.999 / peak
     return _encode_scaled(file, rate, num_channels, packing, gain)[0], rate, gain
 
@@ -261,17 +263,18 @@ def _encode_flac(file: IndexedFile, packing: Packing) -> tuple[bytes, int, float
 def _encode_scaled(
     file: IndexedFile, rate: int, num_channels: int, packing: Packing, gain: float
 ) -> tuple[bytes, float]:
-    """The file as flac with its samples times `gain`, and the peak before that."""
+    """The file as flac with its samples multiplied by `gain`, and the peak without the gain."""
     buffer, peak = io.BytesIO(), 0.0
-    form = {"subtype": f"PCM_{packing.bits}", "format": "FLAC", "compression_level": _COMPRESSION}
+    subtype = f"PCM_{packing.bits}"
+    options = {"subtype": subtype, "format": "FLAC", "compression_level": _COMPRESSION}
     try:
-        flac = sf.SoundFile(buffer, "w", rate, num_channels, **form)
+        flac = sf.SoundFile(buffer, "w", rate, num_channels, **options)
     except sf.LibsndfileError as error:
         reason = f"flac does not allow {rate} Hz: pack with a `sample_rate`"
         raise AudioReadError(file.audio, reason) from error
     with flac:
         for block in _resampled_blocks(file, rate, packing.mono):
-            # The largest integer is one step below full scale, the smallest is at full scale.
+            # The largest integer is one step below full scale, the smallest is at -1.
             peak = max(peak, float(block.max()) + 2.0 ** (1 - packing.bits), float(-block.min()))
             flac.write(gain * block.T)
     return buffer.getvalue(), peak
@@ -280,7 +283,7 @@ def _encode_scaled(
 def _resampled_blocks(
     file: IndexedFile, rate: int, mono: bool
 ) -> Iterator[Float32[np.ndarray, "C S"]]:
-    """The resampled file in blocks: memory does not grow with the length of the file."""
+    """Resample the file in blocks, so the memory does not depend on the length of the file."""
     length = resampled_length(file.num_frames, file.sample_rate, rate)
     block_samples = _BLOCK_SECONDS * rate
     for start in range(0, length, block_samples):
@@ -295,6 +298,7 @@ def _resampled_blocks(
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    info = tarfile.TarInfo(name)  # without owner and time: the same corpus gives the same bytes
+    # No owner and no time are written: the same corpus then gives the same bytes.
+    info = tarfile.TarInfo(name)
     info.size = len(content)
     archive.addfile(info, io.BytesIO(content))

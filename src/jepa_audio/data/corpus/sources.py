@@ -1,4 +1,4 @@
-"""Discover the audio files of folders, tars, manifests and NSynth; nothing is decoded here."""
+"""Find the audio files of folders, tars, manifests and NSynth; nothing is decoded here."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NSYNTH_MANIFEST = "examples.json"
 UNSUPPORTED_SUFFIXES = frozenset(
     {".m4a", ".aac", ".mp4", ".wma", ".webm", ".mka", ".ape", ".wv", ".amr"}
 )
-"""Audio formats that libsndfile cannot open; ignored files are counted in the log."""
+"""Audio formats that libsndfile cannot open; the log gives the number of ignored files."""
 
 _COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _PATH_COLUMNS = ("path", "audio_path", "file")
@@ -39,7 +39,7 @@ _SPLIT_NAMES = {
 
 
 class FileLabels(NamedTuple):
-    """Group and split of a file from a manifest or a JSON file, or a reason against the file."""
+    """Group and split of a file from a manifest or a JSON file; `reason` if they are invalid."""
 
     group: str = ""
     split: str = ""
@@ -50,7 +50,7 @@ NO_LABELS = FileLabels()
 
 
 class DiscoveredFile(NamedTuple):
-    """A file of a source before it is decoded: the columns of `SCHEMA` that are known then.
+    """A file that is not decoded yet: the columns of `SCHEMA` that are known without decoding.
 
     `reason` is set if the file cannot be used. Unknown sizes are -1, unknown labels "".
     """
@@ -67,12 +67,12 @@ class DiscoveredFile(NamedTuple):
 
     @property
     def is_tar(self) -> bool:
-        """Whether this is a tar whose members are not listed yet."""
+        """Whether the file is a tar whose members are not listed yet."""
         return self.source.lower().endswith(TAR_SUFFIX) and not self.member and not self.reason
 
 
 def discover_files(sources: Sequence[str], root: Path) -> Iterator[DiscoveredFile]:
-    """Yield every audio file of the sources; a tar is one file, see `list_tar_members`.
+    """Yield every audio file of the sources, and each tar as one file (see `list_tar_members`).
 
     Args:
         sources: folders (with subfolders; links are followed, hidden folders are skipped), audio
@@ -82,7 +82,8 @@ def discover_files(sources: Sequence[str], root: Path) -> Iterator[DiscoveredFil
         root: folder that `DiscoveredFile.source` is relative to.
 
     Raises:
-        UserError: if a source does not exist, is of an unknown kind, is unreadable or has no audio.
+        UserError: if a source does not exist, is unreadable, contains no audio, or is none of these
+            kinds.
     """
     for source in sources:
         for path in _expand_pattern(source):
@@ -94,7 +95,7 @@ def read_nsynth_examples(path: Path) -> dict[str, dict[str, Any]]:
 
     Raises:
         MissingFileError: if the file does not exist.
-        UserError: if the file is unreadable, or does not hold one JSON object per note.
+        UserError: if the file is unreadable, or does not contain one JSON object per note.
     """
     notes = read_json(path)
     if not (isinstance(notes, dict) and notes and all(isinstance(n, dict) for n in notes.values())):
@@ -105,10 +106,10 @@ def read_nsynth_examples(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def parse_labels(record: Mapping[str, Any]) -> FileLabels:
-    """Group and split of a record of a manifest, or of the JSON of a tar member.
+    """Group and split in a line of a manifest, or in the JSON file of a tar member.
 
-    A file whose split has an unknown name gets a reason: it may be a test file, so it must not be
-    used for training.
+    A file with an unknown name of its split cannot be used, because it may be a test file. The
+    result then has a `reason`.
     """
     group, split = record.get("group"), escape_surrogates(str(record.get("split")).strip().lower())
     reason = "" if split in _SPLIT_NAMES else f"unknown split {split!r}; use train, valid or test"
@@ -117,13 +118,13 @@ def parse_labels(record: Mapping[str, Any]) -> FileLabels:
 
 
 def name_defect(name: str) -> str:
-    """The reason why a file of this name cannot be used, or ""."""
+    """The reason why a file with this name cannot be used, or ""."""
     is_utf8 = name == escape_surrogates(name)
     return "" if is_utf8 else "its name is not UTF-8: rename the file"
 
 
 def escape_surrogates(name: str) -> str:
-    """Escape the lone surrogates by which Python represents bytes that are not UTF-8."""
+    """Escape lone surrogates, which Python uses for the bytes of a name that are not UTF-8."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
@@ -177,7 +178,8 @@ def _discovered_file(path: str, root: Path, labels: FileLabels = NO_LABELS) -> D
         return DiscoveredFile(escape_surrogates(source), reason=defect)
     try:
         status = os.stat(path)
-    except OSError:  # a broken link or a wrong line of a manifest; decoding gives the reason
+    except OSError:
+        # A broken link, or a wrong path in a manifest; decoding sets the reason later.
         return DiscoveredFile(source, "", 0, -1, -1, -1, *labels)
     except ValueError as error:
         return DiscoveredFile(source.replace("\0", "\\0"), reason=f"invalid file name: {error}")
@@ -219,7 +221,8 @@ def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
     visited = set()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
         status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in visited:  # a link to a parent, or a second link
+        # The folder was already visited through another link, or is a link to a parent.
+        if (status.st_dev, status.st_ino) in visited:
             subfolders.clear()
             continue
         visited.add((status.st_dev, status.st_ino))

@@ -1,4 +1,4 @@
-"""Summarize a corpus as a page of text, and verify its files against its table."""
+"""Summarise a corpus as a page of text, and compare its files with its table."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ _NUM_REASONS = 20
 _LENGTH_BOUNDS = (0, 0.5, 1, 2, 5, 10, 30, 60, 300, 3600, np.inf)  # seconds
 _FULL_SCALE = 0.9999
 _COMPARED = ("num_frames", "sample_rate", "num_channels", "peak", "rms")
-_LEVEL_TOLERANCE = 1e-3  # another version of an mp3 or ogg decoder may round differently
+# Relative; another version of an mp3 or ogg decoder may round differently.
+_LEVEL_TOLERANCE = 1e-3
 
 
 def summarize_corpus(corpus: Corpus) -> Group:
-    """Hours, rates, channels, lengths, levels, groups and splits of a corpus; its worst files."""
+    """Hours, rates, channels, lengths, levels, groups, splits and worst files of a corpus."""
     usable, bad = corpus.usable(), corpus.take(~corpus.is_usable)
     hours = usable.seconds.sum() / 3600
     gigabytes = float(usable.table["num_bytes"].to_numpy().clip(0).sum()) / 1e9

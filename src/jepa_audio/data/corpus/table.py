@@ -1,4 +1,4 @@
-"""The table of a corpus: one row for each audio file, with its measurements or its defect."""
+"""The table of a corpus: one row for each file, with its measurements or why it is bad."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ log = logging.getLogger(__name__)
 SCHEMA = pa.schema(
     {
         "source": pa.string(),  # file on disk, relative to the root if it is below the root
-        "member": pa.string(),  # name in `source` if that is a tar, else ""
-        "offset": pa.int64(),  # first byte of the audio in `source`
-        "num_bytes": pa.int64(),  # size of the audio
-        "source_bytes": pa.int64(),
+        "member": pa.string(),  # name of the audio file in `source` if `source` is a tar, else ""
+        "offset": pa.int64(),  # first byte of the audio file in `source`
+        "num_bytes": pa.int64(),  # size of the audio file
+        "source_bytes": pa.int64(),  # size of `source`
         "mtime_ns": pa.int64(),  # modification time of `source`
-        "group": pa.string(),  # files of one group must be in the same split
+        "group": pa.string(),  # name of the group, or ""; files of one group are in one split
         "split": pa.string(),  # train, valid, test or ""
         "num_frames": pa.int64(),
         "sample_rate": pa.int32(),
@@ -47,11 +47,11 @@ _CURRENT = b"2"
 
 
 class CorpusError(UserError):
-    """A corpus that cannot be used."""
+    """A corpus cannot be used, or cannot be written."""
 
 
 class IndexedFile(NamedTuple):
-    """A row of a corpus table, as far as reading needs it; see `SCHEMA`."""
+    """The columns of a table row that are needed to read the file; see `SCHEMA`."""
 
     audio: AudioLocation
     num_bytes: int
@@ -68,12 +68,12 @@ class IndexedFile(NamedTuple):
         return cls(audio, *(row[name] for name in cls._fields[1:]))
 
     def check_unchanged(self, samples: Float32[np.ndarray, "C S"], sample_rate: int) -> None:
-        """Compare the size of the file, and the samples that were read from it, with the table.
+        """Compare the size of the file, its sample rate and its channels with the table.
 
         Raises:
             AudioReadError: if the file has another size, rate or number of channels.
         """
-        # `read` has compared the size of a tar member with the header of the member.
+        # For a tar member, `read` has already compared this size with the header in the tar.
         if isinstance(self.audio, Path) and self.audio.stat().st_size != self.num_bytes:
             raise AudioReadError(self.audio, "changed since it was indexed: other size")
         if (sample_rate, len(samples)) != (self.sample_rate, self.num_channels):
@@ -94,7 +94,7 @@ class Corpus:
     """A table of audio files.
 
     Attributes:
-        root: folder that relative sources are relative to.
+        root: folder for the relative paths in the column `source`.
         table: one row for each file, see `SCHEMA`.
     """
 
@@ -132,8 +132,8 @@ class Corpus:
     def save(self, path: Path) -> None:
         """Write the table atomically.
 
-        If the table is in the folder of its audio or in a folder above it, both can be moved
-        together: then the table refers to its root by a relative path.
+        The table stores `root` as a relative path if the folder of the table is above, below or
+        equal to `root`. Audio and table can then be moved together.
 
         Raises:
             CorpusError: if the table cannot be written.
@@ -174,7 +174,7 @@ class Corpus:
 
     @property
     def seconds(self) -> Float64[np.ndarray, " N"]:
-        """Length of every file; 0 if it is unknown."""
+        """Length of every file in seconds; 0 if the length is unknown."""
         rates = np.maximum(self.table["sample_rate"].to_numpy(), 1)
         return self.table["num_frames"].to_numpy() / rates
 
@@ -189,7 +189,7 @@ class Corpus:
         max_seconds: float | None = None,
         num_channels: int | None = None,
     ) -> Corpus:
-        """Mark files as bad, with a reason, that do not fit one use of the corpus.
+        """Mark usable files outside the given limits as bad, with a reason.
 
         Args:
             min_seconds: shorter files are bad.
@@ -220,7 +220,8 @@ class Corpus:
 
     def take(self, rows: np.ndarray) -> Corpus:
         """The files at the given row numbers, or where a mask is true."""
-        if rows.dtype == bool and rows.all():  # no copy of millions of rows
+        # Do not copy millions of rows if all are selected.
+        if rows.dtype == bool and rows.all():
             return self
         chosen = self.table.filter(pa.array(rows)) if rows.dtype == bool else self.table.take(rows)
         return replace(self, table=chosen.combine_chunks())
@@ -230,16 +231,18 @@ class Corpus:
         return self.take(np.argsort([_hash(name) for name in self.names.to_pylist()]))
 
     def split(self, valid_share: float) -> Splits:
-        """Training, validation and test files, by the table or by a hash.
+        """Split the corpus into training, validation and test files.
 
-        If the table has validation files, its splits are used and files without a split are left
-        out. Otherwise a share of the files that are not test files is held out by a hash of the
-        group or the name: a file keeps its split when other files are added, and no group is in
-        both splits. If `valid_share` is positive, neither split is empty: one of two files is held
-        out, and a single file is in both splits.
+        If the table has validation files, its splits are used, and files without a split are left
+        out. Otherwise a share of all files except the test files becomes validation files. They are
+        chosen by a hash of the group, or of the name if there is no group. A file therefore keeps
+        its split when other files are added, and all files of a group are in one split.
+
+        If `valid_share` is positive, the training and the validation split are never empty: of two
+        files, one is a validation file; a single file is in both splits.
 
         Args:
-            valid_share: share of the files to hold out if the table has no validation files.
+            valid_share: share of validation files if the table has no validation files.
         """
         split = self.table["split"].to_numpy(zero_copy_only=False)
         test = self.take(split == "test")
@@ -262,19 +265,22 @@ class Corpus:
         """Assign a split to every file without one; all files of a group get the same split.
 
         Args:
-            shares: of "train", "valid" and "test"; their sum is 1. They hold for groups and on
-                average, not exactly.
-            groups: group of every file; `None` takes the groups of the table, in which a file
-                without a group is a group of its own.
+            shares: shares of the groups in "train", "valid" and "test"; their sum is 1. The
+                resulting shares are exact only on average over many groups.
+            groups: group of every file; `None` uses the groups of the table. A file without a group
+                forms a group by itself.
 
         Raises:
             UserError: if the shares are invalid.
-            CorpusError: if a group already has files in two splits, or only some files have a
-                group.
+            CorpusError: if a group already has files in two splits, or if some files have a group
+                and others have none.
         """
         is_valid = set(shares) <= set(SPLITS) and all(0 <= share <= 1 for share in shares.values())
         if not is_valid or abs(sum(shares.values()) - 1) > 1e-6:
-            raise UserError(f"`shares` {shares} must be of train, valid and test, and sum to 1")
+            raise UserError(
+                f"`shares` ({shares}) must be in [0, 1] for train, valid or test, and their sum "
+                "must be 1"
+            )
         corpus = self if groups is None else self._with(group=pa.array(groups, pa.string()))
         corpus._check_groups()
         group_names, splits = corpus._group_names(), corpus.table["split"].to_pylist()
@@ -303,7 +309,7 @@ class Corpus:
         if (hashes == hashes[0]).all():
             log.warning("all files are in one group; it is split into training and validation")
             hashes = np.array([_hash(name) for name in self.names.to_pylist()])
-        # The file with the lowest hash is always held out, the one with the highest never.
+        # The file with the lowest hash is always a validation file, that with the highest never.
         return (hashes <= max(np.nextafter(share, 0), hashes.min())) & (hashes < hashes.max())
 
     def _check_groups(self) -> None:
@@ -326,7 +332,7 @@ class Corpus:
 
 
 def set_columns(table: pa.Table, **columns: pa.Array | pa.ChunkedArray) -> pa.Table:
-    """Replace columns of a table; their order stays."""
+    """Replace columns of a table; the order of the columns does not change."""
     for name, values in columns.items():
         table = table.set_column(table.schema.get_field_index(name), name, values)
     return table
@@ -335,8 +341,8 @@ def set_columns(table: pa.Table, **columns: pa.Array | pa.ChunkedArray) -> pa.Ta
 def default_table_path(source: str | Path) -> Path:
     """Path of the table of a source.
 
-    It is in `.jepa_audio/` in the folder of the source, or in the user's cache if that folder is
-    not writable.
+    The table is in `.jepa_audio/` in the folder of the source. If this folder is not writable, the
+    table is in the user's cache.
     """
     source = Path(source)
     if source.suffix == ".parquet":
@@ -361,10 +367,10 @@ def is_table(path: Path) -> bool:
 
 
 def load_corpus(source: str | Path) -> Corpus:
-    """Load the table of a source that has been indexed, or a table.
+    """Load a table, or the table of a source that has been indexed.
 
     Raises:
-        CorpusError: if there is no table.
+        CorpusError: if the table does not exist or cannot be read.
     """
     path = default_table_path(source)
     if not path.exists() and path != Path(source):

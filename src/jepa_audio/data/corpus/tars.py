@@ -1,4 +1,4 @@
-"""List the audio files of a tar, also of a damaged one; nothing is extracted or decoded here."""
+"""List the audio files of a tar, even if the tar is damaged; nothing is extracted or decoded."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ _WEBDATASET_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # key, extension
 
 
 def list_tar_members(tar: DiscoveredFile, root: Path) -> list[DiscoveredFile]:
-    """List the audio files of a tar; `KEY.json` holds group and split of `KEY.*`, as in WebDataset.
+    """List the audio files of a tar; `KEY.json` gives group and split of `KEY.*` (WebDataset).
 
-    Damage is listed as a file with a reason. A broken header loses only the file after it.
+    A damaged part of the tar is listed as a file with a reason. A broken header loses only the file
+    that follows this header.
     """
     try:
         with (root / tar.source).open("rb") as file:
             if file.read(6).startswith(_COMPRESSED_MAGIC):
-                reason = "a compressed tar does not allow random access: decompress it"
+                reason = "a compressed tar does not allow random access: decompress the tar"
                 return [tar._replace(reason=reason)]
             infos, damages = _scan_tar(file)
             labels = {
@@ -51,11 +52,11 @@ def list_tar_members(tar: DiscoveredFile, root: Path) -> list[DiscoveredFile]:
     audio_keys = set()
     for info in infos:
         key, suffix = _webdataset_key(info.name), Path(info.name).suffix.lower()
-        if info.name.rpartition("/")[2].startswith("._"):  # a file of macOS
+        if info.name.rpartition("/")[2].startswith("._"):  # macOS adds such a file to every file
             continue
         if suffix in AUDIO_SUFFIXES:
-            is_cut = info.offset_data + info.size > tar.source_bytes
-            reason = "the tar ends inside this file: copy it again" if is_cut else ""
+            is_truncated = info.offset_data + info.size > tar.source_bytes
+            reason = "the tar ends inside this file: copy the tar again" if is_truncated else ""
         elif suffix in UNSUPPORTED_SUFFIXES:
             reason = f"unsupported format ({suffix}): convert it to .flac"
         else:
@@ -65,9 +66,10 @@ def list_tar_members(tar: DiscoveredFile, root: Path) -> list[DiscoveredFile]:
     damage_ends = {damage.end for damage in damages}
     for info in infos:
         is_orphan = info.name.endswith(".json") and _webdataset_key(info.name) not in audio_keys
-        if is_orphan and info.offset not in damage_ends:  # else the damage is its audio file
+        # If a damaged part ends at the JSON file, the audio file was in the damaged part.
+        if is_orphan and info.offset not in damage_ends:
             files.append(_tar_member(tar, info, NO_LABELS, "no audio file of this name in the tar"))
-    return files or [tar._replace(reason="a tar without audio files")]
+    return files or [tar._replace(reason="the tar contains no audio files")]
 
 
 def _tar_member(
@@ -90,7 +92,7 @@ class _Damage(NamedTuple):
 
 
 def _scan_tar(file: IO[bytes]) -> tuple[list[tarfile.TarInfo], list[_Damage]]:
-    """All regular files of a tar, and the byte ranges that belong to no file."""
+    """All regular files of a tar, and the damaged byte ranges, which belong to no file."""
     infos: list[tarfile.TarInfo] = []
     damages: list[_Damage] = []
     end = file.seek(0, os.SEEK_END)
@@ -106,24 +108,27 @@ def _scan_tar(file: IO[bytes]) -> tuple[list[tarfile.TarInfo], list[_Damage]]:
                     expected = info.offset_data + num_blocks * tarfile.BLOCKSIZE
                     infos += [info] if info.isreg() else []
             break
-        except tarfile.ReadError:  # `ignore_zeros` stops at the broken header of a long name
+        except tarfile.ReadError:
+            # In spite of `ignore_zeros`, tarfile stops at the broken header of a long name.
             start = max(start, expected) + tarfile.BLOCKSIZE
-    is_cut_inside_file = infos and infos[-1].offset_data + infos[-1].size > end
-    if expected >= end and not is_cut_inside_file:
-        damages.append(_Damage(end, end, "the tar has no end mark and may be cut: copy it again"))
+    ends_inside_file = infos and infos[-1].offset_data + infos[-1].size > end
+    if expected >= end and not ends_inside_file:
+        reason = "the tar has no end mark and may be truncated: copy the tar again"
+        damages.append(_Damage(end, end, reason))
     return infos, damages + _find_damage(file, expected, end)
 
 
 def _find_damage(file: IO[bytes], start: int, end: int) -> list[_Damage]:
-    """The range between two files as damage, unless all its bytes are zero."""
+    """The bytes between two files are damaged, unless all of them are zero."""
     if end <= start:
         return []
     archive_position = file.tell()
     file.seek(start)
     block = file.read(min(end - start, tarfile.RECORDSIZE))
     file.seek(archive_position)
-    is_zero = not block.strip(b"\0")
-    return [] if is_zero else [_Damage(start, end, "broken header: the file after it is lost")]
+    if not block.strip(b"\0"):
+        return []
+    return [_Damage(start, end, "broken header: the file after this header is lost")]
 
 
 def _read_labels(file: IO[bytes], info: tarfile.TarInfo) -> FileLabels:
