@@ -66,7 +66,7 @@ def impulse(num_samples: int, place: int = 0) -> Tensor:
 
 @pytest.fixture(scope="module")
 def music() -> Tensor:
-    """1 s, two channels that differ: plucked chords with overtones, a little noise, a silent start."""
+    """1 s of plucked chords in two different channels, with noise and a silent start."""
     rng = torch.Generator().manual_seed(3)
     time = torch.arange(RATE) / RATE
     clip = 0.002 * torch.randn(2, len(time), generator=rng)

@@ -50,13 +50,9 @@ def load_jepa_encoder(
     options: EncoderOptions,
     random_seed: int | None = None,
 ) -> JEPAEncoder:
-    """One encoder of a checkpoint.
+    """One encoder of a checkpoint; "random" is the random-init baseline of the run's own seed.
 
-    Args:
-        checkpoint: a `.ckpt` file.
-        variant: the encoder; "random" is the random-init baseline.
-        options: frequency, layers and windows.
-        random_seed: seed of the random-init baseline; `None` for the seed of the run.
+    `random_seed` replaces that seed.
     """
     overlap, windowing = options.overlap, options.windowing
     frozen = load_encoder(checkpoint, variant, random_seed, overlap=overlap, windowing=windowing)
@@ -68,12 +64,12 @@ def load_jepa_encoder(
 
 
 def load_encoders(source: str, options: EncoderOptions) -> Iterator[ProbeEncoder]:
-    """The encoders of a checkpoint after its random-init baselines, or the one of a function.
+    """The random-init baselines and the encoders of a checkpoint, or the encoder of a function.
 
     Args:
         source: a `.ckpt` file, or `module:function` for a function without arguments that returns
             a `ProbeEncoder`.
-        options: variants, layers and settings.
+        options: for a function, only its `layers` are used.
 
     Raises:
         UserError: if the checkpoint or the function does not exist, or if the function returns

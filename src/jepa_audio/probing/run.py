@@ -240,10 +240,8 @@ class ProbeRun:
         chance: float,
     ) -> ProbeRow:
         task, preset = data.task, self.preset
-        encoder_key = (
-            *(encoder.name, encoder.variant, encoder.encoder_hash),
-            *(encoder.frequency, encoder.layer_names),
-        )
+        weights, names = encoder.encoder_hash, encoder.layer_names
+        encoder_key = (encoder.name, encoder.variant, weights, encoder.frequency, names)
         task_key = (task.name, data.checksum, sizes, preset.name, preset.select, kind, head.seed)
         name = hashlib.sha256(repr((encoder_key, task_key)).encode()).hexdigest()[:16]
         return ProbeRow(
