@@ -168,7 +168,9 @@ def _task(task: str, scores: pd.DataFrame) -> TaskSection:
     published = published_on(task)
     groups = [group for _, group in scores.groupby("comparison", sort=False)]
     comparisons = [_comparison(group, set(published["metric"])) for group in groups]
-    comparable = next((each for each in comparisons if each.obstacle is None), None)
+    comparable = next(
+        (each for each in comparisons if each.obstacle is None and each.tables[0].lines), None
+    )
     is_ours = published["preset"] == "marble-v1"
     if comparable is None or published.empty:
         best, tables, otherwise = "", [], published_tables(published)
@@ -239,8 +241,6 @@ def _best(comparison: Comparison) -> tuple[str, dict[str, tuple[float, float]]]:
         for table in comparison.tables
         if table.lines
     }
-    if not best:
-        return "", {}
     line = next(iter(best.values()))
     marks = f" ({', '.join(line.below)})" if line.below else ""
     name = f"{line.encoder}, {line.note}{marks}"

@@ -32,17 +32,12 @@ def load_published() -> pd.DataFrame:
     """
     text = files("jepa_audio.report").joinpath("published.json").read_text(encoding="utf-8")
     content = json.loads(text)
-    return pd.DataFrame(
-        {
-            **number,
-            "protocol": protocol["name"],
-            "preset": protocol["preset"],
-            "note": protocol["note"],
-        }
+    numbers = pd.DataFrame(
+        number | content["protocols"][table["protocol"]]
         for table in content["tables"]
-        for protocol in [content["protocols"][table["protocol"]]]
         for number in _numbers(table)
     )
+    return numbers.rename(columns={"name": "protocol"})
 
 
 def _numbers(table: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -137,13 +132,10 @@ def published_tables(
         numbers: lines of `load_published`.
         ours: intervals of our best result by metric, if comparable.
     """
-    by_protocol = numbers.groupby(["protocol", "note"], sort=False)
-    return [_table(f"{key[0]}", f"{key[1]}", group, ours or {}) for key, group in by_protocol]
+    return [_table(group, ours or {}) for _, group in numbers.groupby("protocol", sort=False)]
 
 
-def _table(
-    protocol: str, note: str, numbers: pd.DataFrame, ours: dict[str, tuple[float, float]]
-) -> PublishedTable:
+def _table(numbers: pd.DataFrame, ours: dict[str, tuple[float, float]]) -> PublishedTable:
     column = numbers["task"].where(numbers["benchmark"] != "", numbers["metric"])
     cells = [
         (_format(line), position(line.value, *ours[line.metric]) if line.metric in ours else "")
@@ -155,21 +147,14 @@ def _table(
     values, shown = (
         numbers.pivot(index="model", columns="column", values=name) for name in ("value", "cell")
     )
-    models = (
-        values.loc[numbers["model"].unique()]
-        .sort_values(columns[0], ascending=False, kind="stable")
-        .index
-    )
-    return PublishedTable(
-        f"{protocol} ({', '.join(numbers['source'].unique())}): {note}.",
-        columns,
-        {
-            model: [
-                cell if isinstance(cell, tuple) else ("", "") for cell in shown.loc[model, columns]
-            ]
-            for model in models
-        },
-    )
+    in_order = values.loc[numbers["model"].unique(), columns[0]]
+    lines = {
+        model: [cell if isinstance(cell, tuple) else ("", "") for cell in shown.loc[model, columns]]
+        for model in in_order.sort_values(ascending=False, kind="stable").index
+    }
+    first = numbers.iloc[0]
+    sources = ", ".join(numbers["source"].unique())
+    return PublishedTable(f"{first['protocol']} ({sources}): {first['note']}.", columns, lines)
 
 
 def _format(number: Any) -> str:
