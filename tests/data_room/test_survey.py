@@ -175,7 +175,7 @@ def test_data_describe_and_verify_read_the_output_of_pack(
     main("data", "describe", tmp_path / "out")
     assert "4000 Hz: 4" in capsys.readouterr().out
     main("data", "verify", tmp_path / "out")
-    assert "all 4 usable files are what its table says" in capsys.readouterr().out
+    assert "all 4 usable files agree with the table" in capsys.readouterr().out
     shard = tmp_path / "out" / "shard-000000.tar"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
     with pytest.raises(SystemExit) as exit_error:

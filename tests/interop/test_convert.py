@@ -18,7 +18,7 @@ from jepa_audio.inference.encoder import load_encoder
 from jepa_audio.interop import WeightsError, export_weights, import_weights
 from jepa_audio.interop.convert import load_weights
 from jepa_audio.interop.layout import SizeHints
-from jepa_audio.interop.published import conv_layers_of, open_published
+from jepa_audio.interop.published import open_published, parse_conv_layers
 from jepa_audio.steps.grid import Masks
 from jepa_audio.training.jepa import JEPA
 
@@ -177,12 +177,12 @@ def test_what_no_shape_tells_is_asked_for(layout: str, published: Path, tmp_path
         import_weights(layout, published, tmp_path / "ours")
     given = SizeHints(num_heads=2, predictor_num_heads=2, conv_strides=(5, 2, 2, 2, 2, 2))
     jepa = JEPA.load_from_checkpoint(
-        import_weights(layout, published, tmp_path / "ours", given=given)
+        import_weights(layout, published, tmp_path / "ours", hints=given)
     )
     assert jepa.encoder.num_heads == 2
     with pytest.raises(WeightsError, match="do not divide the width"):
         import_weights(
-            layout, published, tmp_path / "odd", given=SizeHints(num_heads=5, predictor_num_heads=2)
+            layout, published, tmp_path / "odd", hints=SizeHints(num_heads=5, predictor_num_heads=2)
         )
 
 
@@ -195,7 +195,7 @@ def test_strides_that_nobody_tells_are_asked_for(tmp_path: Path):
     with pytest.raises(WeightsError, match="2 strides were given for the 6 convolutions"):
         given = SizeHints(conv_strides=(5, 2))
         import_weights(
-            "wavjepa", tmp_path / "published.safetensors", tmp_path / "ours", given=given
+            "wavjepa", tmp_path / "published.safetensors", tmp_path / "ours", hints=given
         )
 
 
@@ -205,7 +205,7 @@ def test_strides_that_nobody_tells_are_asked_for(tmp_path: Path):
         (lambda state, name: state.pop(name), r"missing \(1\): {name}"),
         (
             lambda state, name: state.update({"stranger": torch.zeros(2)}),
-            r"not known here \(1\): stranger",
+            r"unknown \(1\): stranger",
         ),
         (
             lambda state, name: state.update({name: state[name][:-1]}),
@@ -273,13 +273,13 @@ def test_files_that_are_none_are_named(tmp_path: Path):
     ],
 )
 def test_fairseq_layers(spec: str | list, layers: list):
-    assert conv_layers_of(spec) == layers
+    assert parse_conv_layers(spec) == layers
 
 
 @pytest.mark.parametrize("spec", ["__import__('os').getcwd()", "[(1, 2)]", "(", "[x for x in ()]"])
 def test_fairseq_layers_are_never_evaluated(spec: str):
     with pytest.raises(WeightsError, match=r"no list of \(channels, kernel, stride\)"):
-        conv_layers_of(spec)
+        parse_conv_layers(spec)
 
 
 @pytest.mark.parametrize("held", ["student", "teacher"])

@@ -24,52 +24,48 @@ def index(
     num_workers: int = num_cores(),
     max_bad_share: float = 0.5,
 ) -> None:
-    """Look at every audio file of a corpus once; later runs look only at what has changed.
+    """Read every audio file of a corpus once into a table; later runs read only changed files.
 
     Args:
         sources: folders, audio files, tars, patterns of them ("shards/{000..127}.tar"), manifests
             (.csv, .tsv, .jsonl) or NSynth's examples.json.
-        output: table to write (-o), for `--data.root`; if not given, it lies inside or beside the
-            one source.
+        output: table to write (-o), for `--data.root`; by default it is in the source if that is a
+            folder, or next to it.
         num_workers: files decoded at the same time.
         max_bad_share: above this share of unusable files the command fails.
     """
     corpus = index_corpus(sources, output, num_workers=num_workers, max_bad_share=max_bad_share)
-    bad = len(corpus) - int(corpus.is_usable.sum())
+    num_bad = len(corpus) - int(corpus.is_usable.sum())
     table = output or default_table_path(sources[0])
-    print(
-        f"{', '.join(sources)}: {len(corpus)} files, {bad} of them unusable; the table is {table}"
-    )
+    print(f"{', '.join(sources)}: {len(corpus)} files, {num_bad} unusable; the table is {table}")
 
 
 def describe(source: str) -> None:
-    """Print what a corpus holds: hours, rates, lengths, levels, groups, splits, and its worst files.
+    """Print hours, sample rates, lengths, levels, groups, splits and the worst files of a corpus.
 
     Args:
         source: table (.parquet), or what `data index` takes.
     """
-    Console().print(summarize_corpus(_indexed(source)))
+    Console().print(summarize_corpus(_load_or_index(source)))
 
 
 def verify(source: str, num_workers: int = num_cores()) -> None:
-    """Read every file of a corpus anew, and check the shards' checksums; what has changed is listed.
+    """Read every file of a corpus again, check the checksums of shards, and list what has changed.
 
     Args:
         source: table (.parquet), or a source that has been indexed.
         num_workers: files decoded at the same time.
 
     Raises:
-        CorpusError: if a file is not what the table says.
+        CorpusError: if a file differs from its row in the table.
     """
     corpus = load_corpus(source)
-    wrong = verify_corpus(corpus, num_workers)
-    for name, reason in wrong:
+    changed = verify_corpus(corpus, num_workers)
+    for name, reason in changed:
         print(f"{name}: {reason}")
-    if wrong:
-        raise CorpusError(
-            f"{len(wrong)} of {len(corpus)} entries of {source} are not what its table says"
-        )
-    print(f"{source}: all {int(corpus.is_usable.sum())} usable files are what its table says")
+    if changed:
+        raise CorpusError(f"{len(changed)} of {len(corpus)} files of {source} differ from its table")
+    print(f"{source}: all {int(corpus.is_usable.sum())} usable files agree with the table")
 
 
 def split(
@@ -79,33 +75,32 @@ def split(
     pattern: str | None = None,
     anew: bool = False,
 ) -> None:
-    """Divide a corpus into train, valid and test in its table, never a group; files that have a split keep it.
+    """Split a corpus in its table, keeping each group in one split; files with a split keep it.
 
     Args:
         source: table (.parquet), or a source that has been indexed.
-        shares: of the groups, for instance "{train: 0.9, valid: 0.05, test: 0.05}".
+        shares: share of the groups in each split: "{train: 0.9, valid: 0.05, test: 0.05}".
         group: "table": the groups of the table (from a manifest, the JSON in a tar, or NSynth's
-            instruments), a file without one by itself; "folder": files of one folder belong
-            together.
-        pattern: regular expression on the name of a file instead; what its first group matches is
-            the group, for instance "^([^_]+)_".
-        anew: forget former splits.
+            instruments), where a file without a group is one; "folder": the files of one folder
+            are a group.
+        pattern: regular expression for file names, whose first group is the group of the file:
+            "^([^_]+)_".
+        anew: clear the present splits first.
     """
     corpus = load_corpus(source)
     if anew:
         corpus = corpus.clear_splits()
     groups = None
     if pattern is not None:
-        groups = [_matched(pattern, name) for name in corpus.names.to_pylist()]
+        groups = [_match_group(pattern, name) for name in corpus.names.to_pylist()]
     elif group == "folder":
         groups = [str(Path(name).parent) for name in corpus.names.to_pylist()]
-    divided = corpus.assign_splits(shares, groups)
-    divided.save(default_table_path(source))
-    seconds, splits = divided.seconds, np.array(divided.table["split"].to_pylist())
+    corpus = corpus.assign_splits(shares, groups)
+    corpus.save(default_table_path(source))
+    splits = np.array(corpus.table["split"].to_pylist())
     for name in shares:
-        print(
-            f"{name}: {int((splits == name).sum())} files, {seconds[splits == name].sum() / 3600:.2f} hours"
-        )
+        hours = corpus.seconds[splits == name].sum() / 3600
+        print(f"{name}: {int((splits == name).sum())} files, {hours:.2f} hours")
 
 
 def pack(
@@ -117,40 +112,39 @@ def pack(
     shard_mb: int = 1000,
     num_workers: int = num_cores(),
 ) -> None:
-    """Write a corpus as tars of flac files in WebDataset's layout, to train on with `--data.root DIRECTORY`.
+    """Write a corpus as tars of flac files in WebDataset's layout, for `--data.root DIRECTORY`.
 
     Args:
         source: table (.parquet), or what `data index` takes.
-        directory: folder for the shards; the same command goes on where it was interrupted.
-        sample_rate: in Hz, to which all is resampled, once and for all; if not given, every file
-            keeps its own.
+        directory: folder for the shards; the same command continues after an interruption.
+        sample_rate: in Hz, to which all files are resampled; by default every file keeps its own.
         mono: average the channels.
-        bits: per sample; flac files that stay as they are are copied.
+        bits: per sample; flac files that need no change are copied.
         shard_mb: size of a shard in 10^6 bytes.
         num_workers: files encoded at the same time.
     """
     packing = Packing(sample_rate, mono, bits, shard_mb)
-    packed = write_shards(_indexed(source), directory, packing, num_workers)
-    left_out = len(packed) - int(packed.is_usable.sum())
+    packed = write_shards(_load_or_index(source), directory, packing, num_workers)
+    num_packed = int(packed.is_usable.sum())
     num_shards = len(set(packed.table["source"].to_pylist()))
     print(
-        f"{directory}: {len(packed) - left_out} files in {num_shards} shards, {left_out} left out"
+        f"{directory}: {num_packed} files in {num_shards} shards, "
+        f"{len(packed) - num_packed} left out"
     )
 
 
-def _indexed(source: str) -> Corpus:
-    return (
-        load_corpus(source)
-        if source.endswith(".parquet")
-        else index_corpus(source, num_workers=num_cores())
-    )
+def _load_or_index(source: str) -> Corpus:
+    if source.endswith(".parquet"):
+        return load_corpus(source)
+    return index_corpus(source, num_workers=num_cores())
 
 
-def _matched(pattern: str, name: str) -> str:
+def _match_group(pattern: str, name: str) -> str:
     match = re.search(pattern, name)
     if match is None or not match.groups():
         raise UserError(
-            f"`pattern` {pattern!r} finds no group in {name}: put what tells groups apart in brackets"
+            f"`pattern` {pattern!r} finds no group in {name}: put the part that names the group "
+            "into parentheses"
         )
     return match[1]
 
@@ -174,7 +168,7 @@ def synth(
         num_test: notes of the test split; its instruments are not those of the training split.
         seconds: length of a note.
         sample_rate: in Hz.
-        seed: another seed, other notes.
+        seed: another seed gives other notes.
         num_workers: processes that synthesise; their number does not change the notes.
     """
     synthesize_corpus(

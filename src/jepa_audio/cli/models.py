@@ -24,57 +24,55 @@ def import_published(
     predictor_num_heads: int | None = None,
     conv_strides: list[int] | None = None,
 ) -> None:
-    """Make a checkpoint of published weights, to probe, to encode with and to train further.
+    """Convert published weights to a checkpoint, to probe, to encode with and to train further.
 
     Args:
-        layout: whose files: "wavjepa" (WavJEPA-Nat's too) or "pupujepa".
+        layout: of the file: "wavjepa" (also for WavJEPA-Nat) or "pupujepa".
         source: `.safetensors`, `.ckpt`, `.pt` or `.bin` file, or a folder with one and its
             `config.json`.
-        output: folder to write (-o); `runs/NAME` if not given.
+        output: folder to write (-o), by default `runs/NAME`.
         recipe: name or YAML file of the settings that weights do not hold; the paper's if not given.
-        num_heads: attention heads of the encoder, where the file does not tell.
-        predictor_num_heads: the same of the predictor.
-        conv_strides: of the convolutions, where the file does not tell.
+        num_heads: attention heads of the encoder, if the file does not hold their number.
+        predictor_num_heads: attention heads of the predictor, likewise.
+        conv_strides: strides of the convolutions, if the file does not hold them.
     """
     output = output or Path("runs") / source.stem
-    given = SizeHints(
-        num_heads, predictor_num_heads, None if conv_strides is None else tuple(conv_strides)
-    )
-    checkpoint = import_weights(layout, source, output, recipe=recipe, given=given)
-    print(
-        f"{checkpoint}\n"
-        f"  probe:         jepa-audio probe --encoder {checkpoint} --tasks nsynth_pitch --data DIR --output DIR\n"
-        f"  train further: jepa-audio fit --config {output / 'config.yaml'} --data.root DIR --run_dir runs/further"
-    )
+    strides = None if conv_strides is None else tuple(conv_strides)
+    hints = SizeHints(num_heads, predictor_num_heads, strides)
+    checkpoint = import_weights(layout, source, output, recipe=recipe, hints=hints)
+    print(checkpoint)
+    print(f"  probe:         jepa-audio probe --encoder {checkpoint} --tasks TASK --data DIR")
+    print(f"  train further: jepa-audio fit --config {output / 'config.yaml'} --data.root DIR")
 
 
 def export_published(
     layout: Literal["wavjepa", "pupujepa"], checkpoint: Path, output: Path | None = None
 ) -> None:
-    """Write a checkpoint as the published model of that layout: `model.safetensors` and `config.json`.
+    """Write a checkpoint in a published layout, as `model.safetensors` and `config.json`.
 
     Args:
-        layout: "wavjepa" (WavJEPA-Nat's too) or "pupujepa".
+        layout: "wavjepa" (also for WavJEPA-Nat) or "pupujepa".
         checkpoint: `.ckpt` of a run or of an import.
-        output: folder to write (-o); `exported/` in the folder of the run if not given.
+        output: folder to write (-o), by default `exported/` in the folder of the run.
     """
     print(export_weights(layout, checkpoint, output or checkpoint.parent.parent / "exported"))
 
 
 def stats(front_end: FrontEnd, data: AudioDataModule, num_clips: int) -> None:
-    """Print the mean and standard deviation that a `SpectrogramFrontEnd` should normalise with.
+    """Print the mean and standard deviation with which a `SpectrogramFrontEnd` normalises.
 
     Args:
-        front_end: of the run; its own `mean` and `std` are not used.
-        data: of the run; its training crops are measured.
+        front_end: of the run; its present `mean` and `std` are not used.
+        data: of the run; training crops are measured.
         num_clips: crops to measure.
 
     Raises:
-        UserError: if the front end normalises nothing.
+        UserError: if the front end does not normalise.
     """
     if not isinstance(front_end, SpectrogramFrontEnd):
         raise UserError(
-            f"a {type(front_end).__name__} has no statistics to measure, only a SpectrogramFrontEnd has"
+            f"`model.front_end` is a {type(front_end).__name__}, which has no statistics to measure; "
+            "`data stats` is for a SpectrogramFrontEnd"
         )
     data.batch_size = 1
     data.prepare_data()

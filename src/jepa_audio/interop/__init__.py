@@ -1,4 +1,4 @@
-"""Weights in the layouts of other people's code: read, written and compared to the last bit."""
+"""Published weights of WavJEPA and PupuJEPA: import and export without any change of a value."""
 
 from jepa_audio.interop.convert import LAYOUTS, export_weights, import_weights
 from jepa_audio.interop.published import WeightsError

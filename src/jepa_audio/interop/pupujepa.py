@@ -1,12 +1,14 @@
-"""PupuJEPA's published layout (later renamed PupuM2D): timm's EVA blocks on 2-D patches of a log-mel spectrogram."""
+"""PupuJEPA's published layout (later renamed PupuM2D): timm's EVA blocks on log-mel patches."""
 
 from __future__ import annotations
+
+from typing_extensions import override
 
 from jepa_audio.interop.layout import Layout, Settings, SizeHints, check_blocks, encoder_sizes
 from jepa_audio.interop.published import Published, WeightsError
 from jepa_audio.steps.encoder.positions import RotaryPositions
 from jepa_audio.steps.front_ends import SpectrogramFrontEnd
-from jepa_audio.steps.front_ends.transforms import LogMel
+from jepa_audio.steps.front_ends.transforms import LogMel, Spectrogram
 from jepa_audio.training.jepa import JEPA
 
 _BLOCKS = ("blocks", "mlp.fc2.weight")
@@ -25,13 +27,13 @@ class PupuJEPALayout(Layout):
         (r"^predictor\.(proj_in|proj_out|mask_token)", r"predictor.\1"),
     )
 
-    def sizes(self, published: Published, given: SizeHints, recipe: Settings) -> Settings:
-        """See `Layout`."""
+    @override
+    def sizes(self, published: Published, hints: SizeHints, recipe: Settings) -> Settings:
         encoder = encoder_sizes(
             published,
             "student" if "student.norm.weight" in published.tensors else "teacher",
             *_BLOCKS,
-            given.num_heads,
+            hints.num_heads,
             "--num_heads",
             ("num_heads", "encoder_num_heads", "model.num_heads", "encoder.heads"),
         )
@@ -42,48 +44,44 @@ class PupuJEPALayout(Layout):
             "patch_frames": patch_frames,
             "patch_bands": patch_bands,
         }
-        for name, told in (
-            ("mean", published.told("mel_mean")),
-            ("std", published.told("mel_std")),
-        ):
-            if told is not None:
-                patches[name] = float(told)
+        for name in ("mean", "std"):
+            if (value := published.config_value(f"mel_{name}")) is not None:
+                patches[name] = float(value)
         changes = {"front_end": patches, "encoder": encoder, "predictor": {"embed_dim": width}}
         if "predictor.norm.weight" in published.tensors:
-            places = ("decoder_num_heads", "model.decoder_num_heads", "predictor.heads")
+            keys = ("decoder_num_heads", "model.decoder_num_heads", "predictor.heads")
             trunk = encoder_sizes(
                 published,
                 "predictor",
                 *_BLOCKS,
-                given.predictor_num_heads,
+                hints.predictor_num_heads,
                 "--predictor_num_heads",
-                places,
+                keys,
             )
             changes["predictor"] = {"embed_dim": width, "trunk": trunk}
         return {"model": changes}
 
+    @override
     def config(self, jepa: JEPA) -> Settings:
-        """See `Layout`; as `args.json` names them."""
+        # The keys are those of the published `args.json`.
         front_end = jepa.front_end
-        if not isinstance(front_end, SpectrogramFrontEnd) or not isinstance(
-            front_end.spectrogram, LogMel
-        ):
-            raise WeightsError(
-                "PupuJEPA's layout holds a SpectrogramFrontEnd over LogMel, no other front end"
-            )
+        is_mel = isinstance(getattr(front_end, "spectrogram", None), LogMel)
+        if not isinstance(front_end, SpectrogramFrontEnd) or not is_mel:
+            raise WeightsError("PupuJEPA's layout holds only a SpectrogramFrontEnd over LogMel")
         for name, encoder in (("encoder", jepa.encoder), ("predictor", jepa.predictor.trunk)):
             check_blocks(
                 name,
                 encoder,
                 pre_norm=True,
                 gated=True,
-                positions=(RotaryPositions(),),
+                positions=RotaryPositions(),
                 final_norm_eps=1e-5,
                 norm_eps=1e-5,
             )
-        if _sizes_of(front_end.spectrogram) != _sizes_of(LogMel()):
+        if _settings_of(front_end.spectrogram) != _settings_of(LogMel()):
             raise WeightsError(
-                "PupuJEPA's layout has no place for `front_end.spectrogram` other than `LogMel()`"
+                "PupuJEPA's layout has no place for settings of `front_end.spectrogram` other than "
+                "those of `LogMel()`"
             )
         return {
             "embed_dim": jepa.encoder.embed_dim,
@@ -99,8 +97,9 @@ class PupuJEPALayout(Layout):
         }
 
 
-def _sizes_of(spectrogram: LogMel) -> tuple[object, ...]:
-    plain = {
+def _settings_of(spectrogram: Spectrogram) -> tuple[object, ...]:
+    assert isinstance(spectrogram, LogMel)
+    numbers = {
         name: value for name, value in vars(spectrogram).items() if isinstance(value, int | float)
     }
-    return (*sorted(plain.items()), tuple(spectrogram.bank.sum(dim=1).tolist()))
+    return (*sorted(numbers.items()), tuple(spectrogram.bank.sum(dim=1).tolist()))

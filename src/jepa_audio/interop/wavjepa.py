@@ -1,4 +1,4 @@
-"""WavJEPA's published layout: its Lightning checkpoints and its Hugging Face files, WavJEPA-Nat's too."""
+"""The published layouts of WavJEPA and WavJEPA-Nat: Lightning checkpoints and Hugging Face files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from jepa_audio.interop.layout import (
     Layout,
@@ -18,7 +19,7 @@ from jepa_audio.interop.layout import (
     encoder_sizes,
     first_block,
 )
-from jepa_audio.interop.published import Published, WeightsError, conv_layers_of
+from jepa_audio.interop.published import Published, WeightsError, parse_conv_layers
 from jepa_audio.steps.encoder.positions import BinauralPositions, SinCosPositions
 from jepa_audio.steps.encoder.transformer import Transformer
 from jepa_audio.steps.front_ends import WaveformFrontEnd
@@ -38,7 +39,8 @@ _ENCODERS = (
     ("target_encoder", "teacher_encoder"),
     ("predictor.trunk", "decoder"),
 )
-_FINAL_NORM_EPS = 1e-5  # torch's default, which the published code leaves
+# The default of torch, which the published code does not change.
+_FINAL_NORM_EPS = 1e-5
 _LAYERS = ("layers", "linear2.weight")
 _TABLES = {"pos_encoding_encoder": "encoder", "pos_encoding_decoder": "predictor.trunk"}
 _NAMES = (
@@ -60,10 +62,10 @@ _NAMES = (
 
 
 class WavJEPALayout(Layout):
-    """`labhamlet/wavjepa`: torch's own transformer, layers of convolution, dropout, norm, GELU, tables of positions."""
+    """`labhamlet/wavjepa`: torch's transformer, convolutions with norm and GELU, position tables."""
 
     recipe = "wavjepa"
-    ears = 1
+    num_stacks = 1
     stack = "cnn"
     positions = SinCosPositions()
     names = (
@@ -72,31 +74,33 @@ class WavJEPALayout(Layout):
         *_NAMES,
     )
     formula_names = tuple(_TABLES)
-    prefix = "model."  # of the Hugging Face files
-    ignored = r"resampler_\w+\.kernel$"  # of torchaudio's transforms, which later Lightning checkpoints hold
+    # Of the Hugging Face files.
+    prefix = "model."
+    # Of torchaudio's transforms, which later Lightning checkpoints hold.
+    ignored = r"resampler_\w+\.kernel$"
 
+    @override
     def variant_of_file(self, published: Published) -> Layout:
-        """WavJEPA-Nat's, if there is more than one stack."""
         separate = any(name.startswith("extract_audio.cnns.") for name in published.tensors)
         return WavJEPANatLayout() if separate else WavJEPALayout()
 
+    @override
     def variant_of_model(self, jepa: JEPA) -> Layout:
-        """WavJEPA-Nat's, if every channel has a stack of its own."""
         separate = isinstance(jepa.front_end, WaveformFrontEnd) and len(jepa.front_end.stacks) == 2
         return WavJEPANatLayout() if separate else WavJEPALayout()
 
-    def sizes(self, published: Published, given: SizeHints, recipe: Settings) -> Settings:
-        """See `Layout`."""
+    @override
+    def sizes(self, published: Published, hints: SizeHints, recipe: Settings) -> Settings:
         part = "encoder" if "encoder.norm.weight" in published.tensors else "teacher_encoder"
-        encoder = _transformer(published, part, "encoder", given.num_heads, "--num_heads")
+        encoder = _transformer(published, part, "encoder", hints.num_heads, "--num_heads")
         width = encoder["embed_dim"]
         predictor: Settings = {"embed_dim": width}
         if "decoder.norm.weight" in published.tensors:
-            heads = given.predictor_num_heads
+            heads = hints.predictor_num_heads
             predictor["trunk"] = _transformer(
                 published, "decoder", "decoder", heads, "--predictor_num_heads"
             )
-        front_end = self._front_end(published, given, arguments(recipe["model"]["front_end"]))
+        front_end = self._front_end(published, hints, arguments(recipe["model"]["front_end"]))
         return {
             "model": {
                 "front_end": {**front_end, "embed_dim": width},
@@ -106,68 +110,46 @@ class WavJEPALayout(Layout):
             "data": _clip_length(published, front_end, recipe),
         }
 
-    def _front_end(self, published: Published, given: SizeHints, recipe: Settings) -> Settings:
+    def _front_end(self, published: Published, hints: SizeHints, recipe: Settings) -> Settings:
         stack = f"extract_audio.{self.stack}"
-        count = published.layers(rf"{re.escape(stack)}\.(\d+)\.0\.weight")
-        shapes = [published.shape(f"{stack}.{i}.0.weight", 3) for i in range(max(count, 1))]
-        told = published.told(
-            "extractor_config.conv_layers_spec", "conv_layers_spec", "conv_layers"
-        )
-        spec = (
-            conv_layers_of(told)
-            if told is not None
-            else [tuple(layer) for layer in recipe["conv_layers"]]
-        )
+        num_layers = max(published.num_layers(rf"{re.escape(stack)}\.(\d+)\.0\.weight"), 1)
+        shapes = [published.shape(f"{stack}.{i}.0.weight", 3) for i in range(num_layers)]
         kernels = [(channels, kernel) for channels, _, kernel in shapes]
-        if given.conv_strides is not None:
-            strides = list(given.conv_strides)
-        elif [layer[:2] for layer in spec] == kernels:
-            strides = [stride for _, _, stride in spec]
-        else:
-            raise WeightsError(
-                f"{published.path} does not tell the strides of its convolutions of (channels, kernel) {kernels}, "
-                "which are not the recipe's: give `--conv_strides [5, 2, ...]`"
-            )
-        if len(strides) != len(kernels):
-            raise WeightsError(
-                f"{len(strides)} strides were given for the {len(kernels)} convolutions of {published.path}"
-            )
+        strides = _conv_strides(published, hints, recipe, kernels)
         return {
             "conv_layers": [
                 [*kernel, stride] for kernel, stride in zip(kernels, strides, strict=True)
             ],
             "bias": f"{stack}.0.0.bias" in published.tensors,
-            "num_channels": shapes[0][1] * self.ears,
-            "separate_channels": self.ears > 1,
+            "num_channels": shapes[0][1] * self.num_stacks,
+            "separate_channels": self.num_stacks > 1,
         }
 
+    @override
     def formulas(self, jepa: JEPA, num_samples: int) -> Mapping[str, Tensor]:
-        """The tables of positions, one row for each token."""
         grid = jepa.front_end.grid(num_samples)
         return {name: _table(jepa.get_submodule(part), grid) for name, part in _TABLES.items()}
 
+    @override
     def check_formulas(self, published: Published) -> None:
-        """See `Layout`."""
         for name in _TABLES.keys() & published.tensors.keys():
             _, num_tokens, width = published.shape(name, 3)
-            grid = Grid(self.ears, num_tokens // self.ears)
-            ours = self.positions.additive(grid, width, torch.device("cpu"))
-            gap = float((_channel_major(ours, grid) - published.tensors[name]).abs().max())
-            if gap > 1e-5:
-                own = type(self.positions).__name__
+            grid = Grid(self.num_stacks, num_tokens // self.num_stacks)
+            table = _channel_major(self.positions.additive(grid, width, torch.device("cpu")), grid)
+            difference = float((table - published.tensors[name]).abs().max())
+            if difference > 1e-5:
                 raise WeightsError(
-                    f"`{name}` of {published.path} is not the table of {own}: off by {gap:.1e}"
+                    f"`{name}` of {published.path} is not the table of "
+                    f"{type(self.positions).__name__}: it differs by {difference:.1e}"
                 )
 
+    @override
     def config(self, jepa: JEPA) -> Settings:
-        """See `Layout`; the groups of the Hugging Face file."""
+        # The groups are those of the Hugging Face file.
         front_end = jepa.front_end
-        if not isinstance(front_end, WaveformFrontEnd) or not any(
-            isinstance(m, nn.GroupNorm) for m in front_end.modules()
-        ):
-            raise WeightsError(
-                "WavJEPA's layout holds a WaveformFrontEnd with `norm: group`, this model has another one"
-            )
+        has_group_norm = any(isinstance(module, nn.GroupNorm) for module in front_end.modules())
+        if not isinstance(front_end, WaveformFrontEnd) or not has_group_norm:
+            raise WeightsError("WavJEPA's layout holds only a WaveformFrontEnd with `norm: group`")
         groups: dict[str, Any] = {
             "extractor_config": {
                 "conv_layers_spec": str([tuple(layer) for layer in front_end.conv_layers]),
@@ -184,7 +166,7 @@ class WavJEPALayout(Layout):
                 encoder,
                 pre_norm=False,
                 gated=False,
-                positions=(self.positions,),
+                positions=self.positions,
                 final_norm_eps=_FINAL_NORM_EPS,
             )
             layers = {
@@ -202,10 +184,10 @@ class WavJEPALayout(Layout):
 
 
 class WavJEPANatLayout(WavJEPALayout):
-    """WavJEPA-Nat: a stack of convolutions for each ear, tokens of the left one before those of the right one."""
+    """WavJEPA-Nat: a stack of convolutions for each ear; tokens of the left ear come first."""
 
     recipe = "wavjepa_nat"
-    ears = 2
+    num_stacks = 2
     stack = "cnns.0"
     positions = BinauralPositions()
     names = (
@@ -215,19 +197,45 @@ class WavJEPANatLayout(WavJEPALayout):
     )
 
 
+def _conv_strides(
+    published: Published, hints: SizeHints, recipe: Settings, kernels: list[tuple[int, int]]
+) -> list[int]:
+    """Strides of convolutions of (channels, kernel): the hint, else the file's, else the recipe's."""
+    spec = published.config_value(
+        "extractor_config.conv_layers_spec", "conv_layers_spec", "conv_layers"
+    )
+    layers = parse_conv_layers(recipe["conv_layers"] if spec is None else spec)
+    if hints.conv_strides is not None:
+        strides = list(hints.conv_strides)
+    elif [layer[:2] for layer in layers] == kernels:
+        strides = [stride for _, _, stride in layers]
+    else:
+        raise WeightsError(
+            f"{published.path}: the strides of its convolutions of (channels, kernel) {kernels} are "
+            "not in the file, and the recipe has other convolutions: give "
+            "`--conv_strides [5, 2, ...]`"
+        )
+    if len(strides) != len(kernels):
+        raise WeightsError(
+            f"`conv_strides` has {len(strides)} values, {published.path} has {len(kernels)} "
+            "convolutions"
+        )
+    return strides
+
+
 def _transformer(
-    published: Published, part: str, told: str, heads: int | None, flag: str
+    published: Published, part: str, group: str, heads: int | None, option: str
 ) -> Settings:
-    """Sizes of the transformer `part`, of which the configuration speaks as of the `told`."""
-    ours = "encoder" if told == "encoder" else "predictor"
-    places = (f"{told}_layers_cfg.nhead", f"{told}_nhead", f"{ours}.heads")
-    sizes = encoder_sizes(published, part, *_LAYERS, heads, flag, places)
-    eps = published.told(f"{told}_layers_cfg.layer_norm_eps")
+    """Sizes of the transformer `part`, whose settings begin with `group` in the configuration."""
+    ours = "encoder" if group == "encoder" else "predictor"
+    keys = (f"{group}_layers_cfg.nhead", f"{group}_nhead", f"{ours}.heads")
+    sizes = encoder_sizes(published, part, *_LAYERS, heads, option, keys)
+    eps = published.config_value(f"{group}_layers_cfg.layer_norm_eps")
     return sizes if eps is None else {**sizes, "norm_eps": float(eps)}
 
 
 def _clip_length(published: Published, sizes: Settings, recipe: Settings) -> Settings:
-    """Other than the recipe's only where the file's table of positions has another number of tokens."""
+    """The crop length, if the file's position table has another number of tokens than the recipe's."""
     seconds = recipe["data"]["crop_seconds"]
     if "pos_encoding_encoder" not in published.tensors:
         return {}
@@ -244,19 +252,18 @@ def _clip_length(published: Published, sizes: Settings, recipe: Settings) -> Set
     if front_end.grid(round(seconds * sample_rate)).num_tokens == num_tokens:
         return {}
     num_time = num_tokens // len(front_end.stacks)
-    return {
-        "crop_seconds": (front_end.receptive_field + (num_time - 1) * front_end.stride)
-        / sample_rate
-    }
+    num_samples = front_end.receptive_field + (num_time - 1) * front_end.stride
+    return {"crop_seconds": num_samples / sample_rate}
 
 
 def _table(encoder: nn.Module, grid: Grid) -> Tensor:
     assert isinstance(encoder, Transformer)
     table = encoder.positions.additive(grid, encoder.embed_dim, torch.device("cpu"))
-    assert table is not None  # `check_blocks` has seen to it
+    # `check_blocks` has refused positions without a table.
+    assert table is not None
     return _channel_major(table, grid)[None].contiguous()
 
 
 def _channel_major(table: Tensor, grid: Grid) -> Tensor:
-    """Published tables go through one ear after the other, ours through both ears of one time after the other."""
+    """Reorder our table (both ears of a time, then the next time) as published: ear after ear."""
     return table.unflatten(0, (grid.num_time, grid.num_freq)).transpose(0, 1).flatten(0, 1)
