@@ -66,7 +66,7 @@ deps: $(STAMP) ## Deptry: the declared dependencies are the imported ones.
 check: lint type deps ## Lint, types and dependencies.
 
 .PHONY: bench
-bench: $(STAMP) ## Measure the training step; benchmarks/RESULTS.md says what was seen where.
+bench: $(STAMP) ## Measure the training step; results are in benchmarks/RESULTS.md.
 	$(BIN)/python -m benchmarks.train_step
 
 .PHONY: docs
@@ -74,7 +74,7 @@ docs: $(STAMP) ## Check that the documents' commands, files and settings exist.
 	$(BIN)/pytest tests/test_docs.py
 
 .PHONY: lock
-lock: $(STAMP) ## Resolve requirements.lock anew.
+lock: $(STAMP) ## Resolve requirements.lock again, with the newest versions.
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --quiet --upgrade -o requirements.lock
 
 .PHONY: clean

@@ -1,4 +1,4 @@
-"""The command line: misspelt words, users' mistakes in one sentence, a run from start to resumed end."""
+"""The commands of a run: misspelt words, useless data, a run that is continued, a full disk."""
 
 from __future__ import annotations
 
@@ -103,10 +103,10 @@ def test_a_useless_folder_ends_in_one_sentence(
                 *TINY,
             ]
         )
-    told = " ".join(capsys.readouterr().err.split())
+    stderr = " ".join(capsys.readouterr().err.split())
     assert ended.value.code == 1
-    assert sentence in told
-    assert "Traceback" not in told
+    assert sentence in stderr
+    assert "Traceback" not in stderr
 
 
 def test_a_run_leaves_its_config_metrics_and_last_checkpoint_and_goes_on(tmp_path: Path):
@@ -193,10 +193,10 @@ def test_a_full_disk_ends_the_run_in_one_sentence_and_the_former_checkpoint_goes
     )
     limited.start()
     limited.join(60)
-    told = " ".join((tmp_path / "stderr").read_text().split())
-    assert limited.exitcode == 1, told
-    assert "Traceback" not in told
-    sentence = told.partition("jepa-audio: ")[2]
+    stderr = " ".join((tmp_path / "stderr").read_text().split())
+    assert limited.exitcode == 1, stderr
+    assert "Traceback" not in stderr
+    sentence = stderr.partition("jepa-audio: ")[2]
     for word in (
         "last.ckpt could not be written",
         "File too large",

@@ -183,4 +183,4 @@ def test_data_describe_and_verify_read_the_output_of_pack(
     assert exit_error.value.code == 1
     output = capsys.readouterr()
     assert f"{shard}: its SHA-256 differs from SHA256SUMS" in output.out
-    assert "1 of 4 entries" in output.err
+    assert "1 of 4 files" in output.err

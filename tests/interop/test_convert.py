@@ -1,4 +1,4 @@
-"""Published files in and out: to the last bit, strictly, without running code, and with a remedy where it fails."""
+"""Published files are imported and exported bit by bit; other files are refused with a remedy."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from jepa_audio.cli.main import main
 from jepa_audio.cli.trainer import JEPACLI
-from jepa_audio.errors import MissingFileError
+from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.inference.encoder import load_encoder
 from jepa_audio.interop import WeightsError, export_weights, import_weights
 from jepa_audio.interop.convert import load_weights
@@ -29,7 +29,7 @@ LAYOUTS = ("wavjepa", "pupujepa")
 def state_of(layout: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The published weights of a parity file and its metadata."""
     with safe_open(DATA / f"{layout}.safetensors", "pt") as file:
-        names = [name for name in file.keys() if name.startswith("state/")]  # noqa: SIM118 (a handle is no mapping)
+        names = [name for name in file.keys() if name.startswith("state/")]  # noqa: SIM118 (not a mapping)
         return {
             name.removeprefix("state/"): file.get_tensor(name) for name in names
         }, file.metadata()
@@ -62,7 +62,7 @@ def test_import_of_export_is_the_same_bit_for_bit(layout: str, published: Path, 
     again = import_weights(layout, tmp_path / "theirs", tmp_path / "again")
     assert_equal(weights_of(again), weights_of(checkpoint))
     ours, theirs = open_published(file).tensors, state_of(layout)[0]
-    assert ours.keys() == theirs.keys(), "every published name is written, no other"
+    assert ours.keys() == theirs.keys(), "exactly the published names are written"
     for name, value in theirs.items():
         assert ours[name].shape == value.shape, name
         torch.testing.assert_close(
@@ -70,7 +70,7 @@ def test_import_of_export_is_the_same_bit_for_bit(layout: str, published: Path, 
         )
 
 
-def test_a_run_of_ours_is_exported_and_comes_back(
+def test_a_run_is_exported_and_imported_again(
     tmp_path: Path, tiny_cli: Callable[..., JEPACLI], fit
 ):
     final = (
@@ -86,7 +86,7 @@ def test_a_run_of_ours_is_exported_and_comes_back(
     recipe = Path(cli.trainer.default_root_dir) / "recipe.yaml"
     configuration = torch.load(checkpoint, weights_only=True)
     model = {k: v for k, v in configuration["hyper_parameters"].items() if not k.startswith("_")}
-    model["encoder"]["init_args"]["norm_eps"] = 1e-6  # the file knows better
+    model["encoder"]["init_args"]["norm_eps"] = 1e-6  # the file holds another value
     recipe.write_text(yaml.safe_dump({"model": model, "data": {"crop_seconds": 0.5}}))
     again = import_weights("wavjepa", tmp_path / "theirs", tmp_path / "again", recipe=recipe)
     assert_equal(weights_of(again), configuration["state_dict"])
@@ -95,7 +95,7 @@ def test_a_run_of_ours_is_exported_and_comes_back(
     assert torch.equal(ours, back)
 
 
-def test_the_statistics_of_the_log_mel_come_back(tmp_path: Path):
+def test_the_statistics_of_the_log_mel_are_exported_and_imported_again(tmp_path: Path):
     state, metadata = state_of("pupujepa")
     save_file(state, tmp_path / "published.safetensors", metadata)
     recipe = yaml.safe_load((Path(__file__).parents[2] / "configs" / "pupujepa.yaml").read_text())
@@ -129,12 +129,15 @@ def test_a_broken_configuration_and_a_missing_recipe_are_named(
     with pytest.raises(MissingFileError, match=r"nowhere.yaml' is neither a file nor"):
         import_weights(layout, published, tmp_path / "ours", recipe=tmp_path / "nowhere.yaml")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(WeightsError, match=r"config.json is no JSON object"):
+    with pytest.raises(UserError, match=r"config.json is not JSON"):
+        import_weights(layout, published, tmp_path / "ours")
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(WeightsError, match=r"config.json is not a JSON object"):
         import_weights(layout, published, tmp_path / "ours")
 
 
 @pytest.mark.parametrize("wrapper", ["_orig_mod.", "module."])
-def test_wrappers_and_the_lightning_way_to_pack_are_seen_through(
+def test_prefixes_and_the_structure_of_lightning_checkpoints_are_removed(
     layout: str, published: Path, tmp_path: Path, wrapper: str
 ):
     state, metadata = state_of(layout)
@@ -153,31 +156,35 @@ def test_wrappers_and_the_lightning_way_to_pack_are_seen_through(
 
 
 def test_sizes_are_read_from_the_hugging_face_configuration(tmp_path: Path):
-    state, _ = state_of("wavjepa")
+    state, metadata = state_of("wavjepa")
+    sizes = {name: json.loads(value) for name, value in metadata.items()}
+    num_heads = sizes["encoder"]["heads"], sizes["predictor"]["heads"]
+    strides = [stride for _, _, stride in sizes["conv_layers"]]
     folder = tmp_path / "hub"
     folder.mkdir()
     save_file(
         {f"model.{name}": value for name, value in state.items()}, folder / "model.safetensors"
     )
+    spec = " + ".join(f"[{tuple(layer)}]" for layer in sizes["conv_layers"])
     config = {
-        "extractor_config": {"conv_layers_spec": "[(16,10,5)] + [(16,3,2)]*4 + [(16,2,2)]"},
-        "encoder_layers_cfg": {"nhead": 4},
-        "decoder_layers_cfg": {"nhead": 4},
+        "extractor_config": {"conv_layers_spec": spec},
+        "encoder_layers_cfg": {"nhead": num_heads[0]},
+        "decoder_layers_cfg": {"nhead": num_heads[1]},
     }
     (folder / "config.json").write_text(json.dumps(config))
     jepa = JEPA.load_from_checkpoint(import_weights("wavjepa", folder, tmp_path / "ours"))
-    assert (jepa.encoder.num_heads, jepa.predictor.trunk.num_heads) == (4, 4)
-    assert [layer[2] for layer in jepa.front_end.conv_layers] == [5, 2, 2, 2, 2, 2]
+    assert (jepa.encoder.num_heads, jepa.predictor.trunk.num_heads) == num_heads
+    assert [layer[2] for layer in jepa.front_end.conv_layers] == strides
 
 
-def test_what_no_shape_tells_is_asked_for(layout: str, published: Path, tmp_path: Path):
+def test_a_missing_number_of_heads_is_an_option(layout: str, published: Path, tmp_path: Path):
     state, _ = state_of(layout)
     save_file(state, published)
-    with pytest.raises(WeightsError, match=r"how many attention heads.*--num_heads N"):
+    with pytest.raises(WeightsError, match=r"number of attention heads .*--num_heads N"):
         import_weights(layout, published, tmp_path / "ours")
-    given = SizeHints(num_heads=2, predictor_num_heads=2, conv_strides=(5, 2, 2, 2, 2, 2))
+    hints = SizeHints(num_heads=2, predictor_num_heads=2, conv_strides=(5, 2, 2, 2, 2, 2))
     jepa = JEPA.load_from_checkpoint(
-        import_weights(layout, published, tmp_path / "ours", hints=given)
+        import_weights(layout, published, tmp_path / "ours", hints=hints)
     )
     assert jepa.encoder.num_heads == 2
     with pytest.raises(WeightsError, match="do not divide the width"):
@@ -186,21 +193,21 @@ def test_what_no_shape_tells_is_asked_for(layout: str, published: Path, tmp_path
         )
 
 
-def test_strides_that_nobody_tells_are_asked_for(tmp_path: Path):
+def test_missing_strides_are_an_option(tmp_path: Path):
     state, metadata = state_of("wavjepa")
     metadata.pop("conv_layers")
     save_file(state, tmp_path / "published.safetensors", metadata)
     with pytest.raises(WeightsError, match="--conv_strides"):
         import_weights("wavjepa", tmp_path / "published.safetensors", tmp_path / "ours")
-    with pytest.raises(WeightsError, match="2 strides were given for the 6 convolutions"):
-        given = SizeHints(conv_strides=(5, 2))
+    with pytest.raises(WeightsError, match=r"`conv_strides` has 2 values, .* 6 convolutions"):
+        hints = SizeHints(conv_strides=(5, 2))
         import_weights(
-            "wavjepa", tmp_path / "published.safetensors", tmp_path / "ours", hints=given
+            "wavjepa", tmp_path / "published.safetensors", tmp_path / "ours", hints=hints
         )
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (lambda state, name: state.pop(name), r"missing \(1\): {name}"),
         (
@@ -215,13 +222,13 @@ def test_strides_that_nobody_tells_are_asked_for(tmp_path: Path):
     ids=["missing", "extra", "misshapen"],
 )
 def test_differences_are_refused_and_listed(
-    layout: str, published: Path, tmp_path: Path, damage, said: str
+    layout: str, published: Path, tmp_path: Path, damage, message: str
 ):
     state, metadata = state_of(layout)
     name = "encoder.layers.1.linear2.bias" if layout == "wavjepa" else "student.blocks.1.norm2.bias"
     damage(state, name)
     save_file({name: value.contiguous() for name, value in state.items()}, published, metadata)
-    with pytest.raises(WeightsError, match=said.format(name=name)):
+    with pytest.raises(WeightsError, match=message.format(name=name)):
         import_weights(layout, published, tmp_path / "ours")
 
 
@@ -229,31 +236,35 @@ def test_other_positions_are_refused(tmp_path: Path):
     state, metadata = state_of("wavjepa")
     state["pos_encoding_decoder"] = state["pos_encoding_decoder"] + 0.1
     save_file(state, tmp_path / "published.safetensors", metadata)
-    with pytest.raises(WeightsError, match=r"`pos_encoding_decoder`.*SinCosPositions: off by"):
+    with pytest.raises(
+        WeightsError, match=r"`pos_encoding_decoder`.*SinCosPositions: it differs by"
+    ):
         import_weights("wavjepa", tmp_path / "published.safetensors", tmp_path / "ours")
 
 
-class Runs:
-    """Something a pickle would have to call."""
+class RunsCode:
+    """An object that runs code when it is unpickled."""
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
         return print, ("the file ran its code",)
 
 
 def test_a_file_that_would_run_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    torch.save({"state_dict": {"a": torch.zeros(1)}, "callbacks": Runs()}, tmp_path / "pickle.ckpt")
-    with pytest.raises(WeightsError, match=r"would run code of its own .*It is refused"):
+    torch.save(
+        {"state_dict": {"a": torch.zeros(1)}, "callbacks": RunsCode()}, tmp_path / "pickle.ckpt"
+    )
+    with pytest.raises(WeightsError, match=r"would run code .* is refused"):
         open_published(tmp_path / "pickle.ckpt")
     assert "ran its code" not in capsys.readouterr().out
 
 
-def test_files_that_are_none_are_named(tmp_path: Path):
+def test_damaged_missing_and_empty_files_are_refused(tmp_path: Path):
     torch.save({"state_dict": {"a": torch.zeros(1000)}}, tmp_path / "whole.ckpt")
     (tmp_path / "short.ckpt").write_bytes((tmp_path / "whole.ckpt").read_bytes()[:2000])
     (tmp_path / "short.safetensors").write_bytes(b"nothing of the kind")
     (tmp_path / "text.ckpt").write_bytes(b"nothing of the kind")
     for name in ("short.safetensors", "short.ckpt", "text.ckpt"):
-        with pytest.raises(WeightsError, match=rf"{name} is no whole"):
+        with pytest.raises(WeightsError, match=rf"{name} is not a complete"):
             open_published(tmp_path / name)
     with pytest.raises(MissingFileError, match="no file of weights at"):
         open_published(tmp_path / "nowhere.ckpt")
@@ -277,20 +288,20 @@ def test_fairseq_layers(spec: str | list, layers: list):
 
 
 @pytest.mark.parametrize("spec", ["__import__('os').getcwd()", "[(1, 2)]", "(", "[x for x in ()]"])
-def test_fairseq_layers_are_never_evaluated(spec: str):
-    with pytest.raises(WeightsError, match=r"no list of \(channels, kernel, stride\)"):
+def test_fairseq_layers_are_not_evaluated(spec: str):
+    with pytest.raises(WeightsError, match=r"not a list of \(channels, kernel, stride\)"):
         parse_conv_layers(spec)
 
 
-@pytest.mark.parametrize("held", ["student", "teacher"])
-def test_a_subset_is_completed_and_said(
-    tmp_path: Path, held: str, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("part_of_file", ["student", "teacher"])
+def test_missing_parts_are_replaced_with_a_warning(
+    tmp_path: Path, part_of_file: str, caplog: pytest.LogCaptureFixture
 ):
     state, metadata = state_of("pupujepa")
     subset = {
         name: value
         for name, value in state.items()
-        if name.startswith((f"{held}.", "patch_embed."))
+        if name.startswith((f"{part_of_file}.", "patch_embed."))
     }
     save_file(subset, tmp_path / "subset.safetensors", metadata)
     weights = weights_of(
@@ -298,7 +309,8 @@ def test_a_subset_is_completed_and_said(
     )
     for part in ("encoder", "target_encoder"):
         assert torch.equal(
-            weights[f"{part}.blocks.1.mlp.fc1.weight"], state[f"{held}.blocks.1.mlp.fc1.weight"]
+            weights[f"{part}.blocks.1.mlp.fc1.weight"],
+            state[f"{part_of_file}.blocks.1.mlp.fc1.weight"],
         )
     assert "starts as a copy" in caplog.text
     assert "holds no predictor: it is drawn" in caplog.text
@@ -317,7 +329,7 @@ def test_a_file_without_an_encoder_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("flavour", "layout_name", "setting", "said"),
+    ("flavour", "layout_name", "setting", "message"),
     [
         ("wave", "wavjepa", "--model.encoder.mlp=swiglu", "`mlp`"),
         ("wave", "wavjepa", "--model.encoder.norm=pre", "`norm`"),
@@ -335,19 +347,19 @@ def test_a_model_that_the_layout_cannot_hold_is_refused(
     flavour: str,
     layout_name: str,
     setting: str,
-    said: str,
+    message: str,
     tmp_path: Path,
     tiny_cli: Callable[..., JEPACLI],
 ):
     cli = tiny_cli(flavour, setting, "--trainer.max_steps=2")
     cli.trainer.fit(cli.model, cli.datamodule)
-    with pytest.raises(WeightsError, match=said):
+    with pytest.raises(WeightsError, match=message):
         export_weights(
             layout_name, Path(cli.trainer.default_root_dir) / "checkpoints" / "last.ckpt", tmp_path
         )
 
 
-def test_a_run_that_starts_from_weights_begins_at_their_loss(
+def test_a_run_from_weights_starts_at_their_loss(
     tmp_path: Path, tiny_cli: Callable[..., JEPACLI], fit
 ):
     trained = tiny_cli("wave", "--trainer.max_steps=20")
@@ -404,8 +416,8 @@ def test_the_command_line_imports_trains_further_and_exports(
         weights_of(Path("imported/checkpoints/last.ckpt")),
         weights_of(Path("further/checkpoints/last.ckpt")),
     )
-    gap = max(float((after[name] - before[name]).abs().max()) for name in before)
-    assert 0 < gap < 1e-2, "two steps away from the imported weights"
+    change = max(float((after[name] - before[name]).abs().max()) for name in before)
+    assert 0 < change < 1e-2, "two steps away from the imported weights"
     main(["export", "wavjepa", "further/checkpoints/last.ckpt", "-o", "published"])
     assert load_file("published/model.safetensors").keys() == {f"model.{name}" for name in state}
 
@@ -424,7 +436,7 @@ def test_weights_of_another_model_are_refused(
 
 @pytest.fixture
 def nat(tmp_path: Path) -> dict[str, Tensor]:
-    """The mono parity model with a stack of convolutions for each ear, in WavJEPA-Nat's names."""
+    """The mono model with a stack of convolutions for each ear, in the names of WavJEPA-Nat."""
     state, _ = state_of("wavjepa")
     ears = {name: value for name, value in state.items() if name.startswith("extract_audio.cnn.")}
     both = {
@@ -438,7 +450,7 @@ def nat(tmp_path: Path) -> dict[str, Tensor]:
     return both
 
 
-def test_wavjepa_nat_comes_in_and_goes_out(nat: dict[str, Tensor], tmp_path: Path):
+def test_wavjepa_nat_is_imported_and_exported(nat: dict[str, Tensor], tmp_path: Path):
     save_file(nat, tmp_path / "nat.safetensors", state_of("wavjepa")[1])
     checkpoint = import_weights("wavjepa", tmp_path / "nat.safetensors", tmp_path / "ours")
     jepa = JEPA.load_from_checkpoint(checkpoint)
@@ -461,8 +473,8 @@ def test_wavjepa_nat_comes_in_and_goes_out(nat: dict[str, Tensor], tmp_path: Pat
     )
 
 
-def test_every_weight_of_the_published_transformer_has_its_place():
-    """Torch's own encoder, filled by the names of the layout, computes what ours computes."""
+def test_the_names_of_the_layout_match_the_transformer_of_torch():
+    """Torch's encoder with the same weights by the names of the layout has the same output."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(
         8, 2, 32, dropout=0.0, activation="gelu", layer_norm_eps=1e-6, batch_first=True

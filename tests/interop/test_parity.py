@@ -1,7 +1,7 @@
-"""The published numbers: what WavJEPA's and PupuJEPA's own code computes with small weights, through our importer.
+"""Imported models compute the numbers of the published code of WavJEPA and PupuJEPA.
 
-Every size is read from the files' metadata: another file of the same kind can be put in their
-place.
+The files hold small weights and the numbers. All sizes are read from the metadata of the files, so
+that a file can be replaced by another one of its kind.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from jepa_audio.training.jepa import JEPA
 
 
 class Published(NamedTuple):
-    """What one of the files holds, and the model made of it."""
+    """The content of a file, and the model imported from it."""
 
     values: dict[str, Tensor]
     sizes: dict[str, object]
@@ -32,9 +32,9 @@ class Published(NamedTuple):
 
 
 def publish(name: str, folder: Path) -> Published:
-    """The weights of a parity file as a published file, imported; and its numbers."""
+    """Import the weights of a file and read its numbers."""
     with safe_open(Path(__file__).parent.parent / "data" / f"{name}.safetensors", "pt") as file:
-        values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (a handle is no mapping)
+        values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
         metadata = file.metadata()
     state = {
         key.removeprefix("state/"): value
@@ -48,9 +48,9 @@ def publish(name: str, folder: Path) -> Published:
 
 
 def assert_same(ours: Tensor, published: Tensor, tolerance: float = 1e-5) -> None:
-    """Within `tolerance` of the largest published value."""
+    """Assert that all differences are within `tolerance` times the largest published value."""
     error = (ours.detach() - published).abs().max() / published.abs().max()
-    assert error <= tolerance, f"off by {error:.2e} of the largest value"
+    assert error <= tolerance, f"the largest difference is {error:.2e} of the largest value"
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def wave_masks(wave: Published) -> Masks:
 
 
 def valid(tokens: TokenSet) -> Tensor:
-    """True at what is no filling."""
+    """True where a token is valid."""
     return torch.arange(tokens.index.shape[-1]) < tokens.counts[..., None]
 
 
@@ -82,14 +82,14 @@ def test_wavjepa_front_end(wave: Published):
 
 def test_wavjepa_context_predictions_targets_and_loss(wave: Published, wave_masks: Masks):
     output = wave.jepa(wave.values["audio"], wave_masks)
-    seen, asked = valid(wave_masks.context), valid(wave_masks.targets)
+    visible, target = valid(wave_masks.context), valid(wave_masks.targets)
     assert_same(
-        wave.jepa.predictor.proj_in(output.context)[seen], wave.values["contextual_features"]
+        wave.jepa.predictor.proj_in(output.context)[visible], wave.values["contextual_features"]
     )
-    planes = wave.values["preds"].unflatten(0, asked.shape[:2])
-    assert_same(output.prediction[asked], wave_masks.targets.gather(planes)[asked])
-    targets = wave.values["teacher_targets"][:, None].expand(-1, asked.shape[1], -1, -1)
-    assert_same(output.target[asked], wave_masks.targets.gather(targets)[asked])
+    planes = wave.values["preds"].unflatten(0, target.shape[:2])
+    assert_same(output.prediction[target], wave_masks.targets.gather(planes)[target])
+    targets = wave.values["teacher_targets"][:, None].expand(-1, target.shape[1], -1, -1)
+    assert_same(output.target[target], wave_masks.targets.gather(targets)[target])
     assert_same(output.loss, wave.values["loss"])
 
 
@@ -154,7 +154,7 @@ def test_pupujepa_context_encoder_and_predictor(mel: Published, mel_masks: Masks
 
 
 def test_pupujepa_targets(mel: Published, mel_masks: Masks):
-    assert mel.jepa.targets == Targets("targets"), "what the recipe says of the targets"
+    assert mel.jepa.targets == Targets("targets"), "the targets of the recipe"
     ours = mel.jepa.targets(
         mel.jepa.target_encoder, mel.values["patch_tokens"], mel_grid(mel), mel_masks.targets
     )
@@ -176,10 +176,17 @@ def test_pupujepa_log_mel_of_the_recipe(mel: Published):
 
 
 def test_pupujepa_log_mel_of_the_metadata(mel: Published):
-    told = mel.sizes["mel"]
-    band = float(told["f_min"]), float(told["f_max"])
-    log_mel = LogMel(told["sample_rate"], told["n_fft"], None, told["hop"], told["n_mels"], *band)
-    front_end = SpectrogramFrontEnd(log_mel, 32, mean=told["mean"], std=told["std"])
+    mel_sizes = mel.sizes["mel"]
+    band = float(mel_sizes["f_min"]), float(mel_sizes["f_max"])
+    log_mel = LogMel(
+        mel_sizes["sample_rate"],
+        mel_sizes["n_fft"],
+        None,
+        mel_sizes["hop"],
+        mel_sizes["n_mels"],
+        *band,
+    )
+    front_end = SpectrogramFrontEnd(log_mel, 32, mean=mel_sizes["mean"], std=mel_sizes["std"])
     audio = mel.values["mel/audio"][:, None]
     assert_same(log_mel(audio)[:, 0], mel.values["mel/log_mel"], tolerance=1e-4)
     assert_same(

@@ -64,7 +64,9 @@ def verify(source: str, num_workers: int = num_cores()) -> None:
     for name, reason in changed:
         print(f"{name}: {reason}")
     if changed:
-        raise CorpusError(f"{len(changed)} of {len(corpus)} files of {source} differ from its table")
+        raise CorpusError(
+            f"{len(changed)} of {len(corpus)} files of {source} differ from its table"
+        )
     print(f"{source}: all {int(corpus.is_usable.sum())} usable files agree with the table")
 
 

@@ -41,6 +41,11 @@ EXPECTED_WARNINGS: tuple[tuple[type[Warning], str, str], ...] = (
         "a run without validation files has no validation loader",
     ),
     (
+        UserWarning,
+        r"The dirpath has changed from .* therefore `best_model_score`",
+        "a run folder may be moved; the run continues, and saves only its last state",
+    ),
+    (
         FutureWarning,
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",
         "Lightning 2.6 calls it with torch 2.11 and newer",
