@@ -1,4 +1,4 @@
-"""Puts the recipes of `configs/` into the wheel as `jepa_audio/configs`; all else is in pyproject.toml."""
+"""Puts the recipes of `configs/` into the wheel as `jepa_audio/configs`."""
 
 import shutil
 from pathlib import Path

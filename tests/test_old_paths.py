@@ -1,4 +1,4 @@
-"""Files written before the package was divided into rooms load: checkpoints, configurations, result rows."""
+"""Checkpoints, configurations and result rows of the time before the package had rooms load."""
 
 from __future__ import annotations
 
@@ -124,35 +124,24 @@ def test_an_old_run_is_continued(name: str, tmp_path: Path, monkeypatch: pytest.
     assert saved["model"]["encoder"]["class_path"] == current_path("jepa_audio.transformer.Encoder")
 
 
-@pytest.fixture
-def wave_config(tmp_path: Path) -> Path:
-    """The old configuration without the settings of the subcommand `fit`."""
-    config = yaml.safe_load((BEFORE / "wave.yaml").read_text())
-    del config["ckpt_path"], config["weights_only"]
-    (tmp_path / "wave.yaml").write_text(yaml.safe_dump(config))
-    return tmp_path / "wave.yaml"
-
-
-def test_a_new_run_starts_from_old_weights(wave_config: Path, tmp_path: Path):
+def test_a_new_run_starts_from_old_weights(tmp_path: Path):
     from jepa_audio.interop.convert import load_weights
 
-    args = [f"--config={wave_config}", f"--run_dir={tmp_path}", "--model.seed=7"]
+    args = [f"--config={BEFORE / 'wave.yaml'}", f"--run_dir={tmp_path}", "--model.seed=7"]
     jepa = JEPACLI(args, run=False).model
     load_weights(jepa, BEFORE / "wave.ckpt")
     stored = torch.load(BEFORE / "wave.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(value, stored[key]) for key, value in jepa.state_dict().items())
 
 
-def test_old_class_paths_in_a_list_and_in_a_front_end_file_are_replaced(
-    wave_config: Path, tmp_path: Path
-):
+def test_old_class_paths_in_a_list_and_in_a_front_end_file_are_replaced(tmp_path: Path):
     front_end = yaml.safe_load((BEFORE / "mel.yaml").read_text())["model"]["front_end"]
     (tmp_path / "front_end.yaml").write_text(yaml.safe_dump(front_end))
     callbacks = {"trainer": {"callbacks": [{"class_path": "jepa_audio.finite.FiniteGuard"}]}}
     (tmp_path / "callbacks.yaml").write_text(yaml.safe_dump(callbacks))
     cli = JEPACLI(
         [
-            f"--config={wave_config}",
+            f"--config={BEFORE / 'wave.yaml'}",
             f"--config={tmp_path / 'callbacks.yaml'}",
             f"--model.front_end={tmp_path / 'front_end.yaml'}",
             "--model.distance=jepa_audio.losses.SmoothL1",

@@ -1,4 +1,4 @@
-"""The light part of the command: the table of commands, unknown commands, errors, time until help."""
+"""The light part of the command: the table of commands, unknown commands, errors."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_a_mistake_of_the_user_ends_in_one_sentence(
 
 
 def raised_in_a_loader_process(error: Exception) -> Exception:
-    """The exception that PyTorch raises in the training process for an error in a loader process."""
+    """The exception that PyTorch raises in the training process for an error in a loader."""
     try:
         raise error  # noqa: TRY301
     except Exception:

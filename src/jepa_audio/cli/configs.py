@@ -10,7 +10,7 @@ from jepa_audio.recipes import description, find_recipe, recipes
 
 
 def list_recipes() -> None:
-    """List the recipes that `--config NAME` finds; those in `front_ends/` are for `--model.front_end NAME`."""
+    """List the recipes: for `--config NAME`, and `front_ends/` for `--model.front_end NAME`."""
     known = recipes()
     width = max(map(len, known)) + 2
     for name, path in known.items():

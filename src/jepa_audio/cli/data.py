@@ -13,7 +13,6 @@ from jepa_audio.data.corpus.index import index_corpus
 from jepa_audio.data.corpus.shards import Packing, write_shards
 from jepa_audio.data.corpus.survey import summarize_corpus, verify_corpus
 from jepa_audio.data.corpus.table import Corpus, CorpusError, default_table_path, load_corpus
-from jepa_audio.data.synthetic.corpus import synthesize_corpus
 from jepa_audio.errors import UserError
 from jepa_audio.parallel import num_cores
 
@@ -149,37 +148,3 @@ def _match_group(pattern: str, name: str) -> str:
             "into parentheses"
         )
     return match[1]
-
-
-def synth(
-    directory: Path,
-    num_train: int = 4000,
-    num_valid: int = 500,
-    num_test: int = 1000,
-    seconds: float = 2.0,
-    sample_rate: int = 16_000,
-    seed: int = 0,
-    num_workers: int = 2,
-) -> None:
-    """Write a labelled corpus of synthetic notes in NSynth's layout.
-
-    Args:
-        directory: folder to write; the same settings again change nothing.
-        num_train: notes of the training split.
-        num_valid: notes of the validation split.
-        num_test: notes of the test split; its instruments are not those of the training split.
-        seconds: length of a note.
-        sample_rate: in Hz.
-        seed: another seed gives other notes.
-        num_workers: processes that synthesise; their number does not change the notes.
-    """
-    synthesize_corpus(
-        directory,
-        num_train=num_train,
-        num_valid=num_valid,
-        num_test=num_test,
-        seconds=seconds,
-        sample_rate=sample_rate,
-        seed=seed,
-        num_workers=num_workers,
-    )

@@ -1,4 +1,4 @@
-"""The command `jepa-audio`: a table of commands, each of which is imported only when it is chosen."""
+"""The command `jepa-audio`: a table of commands, each imported only when it is chosen."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ class Command:
         help: one line of `jepa-audio --help`.
         has_parser: the function takes the words of the command line and parses them itself; the
             options of any other function are its arguments.
+        as_positional: required arguments may be given by position; otherwise only by name.
     """
 
     function: str
     help: str
     has_parser: bool = False
+    as_positional: bool = True
 
 
 _CLI = "jepa_audio.cli"
@@ -38,6 +40,7 @@ COMMANDS = {
     "probe": Command(
         f"{_CLI}.probe:probe",
         "score frozen encoders on labelled tasks, with random-init and log-mel baselines",
+        as_positional=False,
     ),
     "report": Command(
         "jepa_audio.report.page:write_report",
@@ -71,7 +74,10 @@ COMMANDS = {
         "mean and standard deviation of a spectrogram front end on a corpus",
         True,
     ),
-    "data synth": Command(f"{_CLI}.data:synth", "write a labelled corpus of synthetic notes"),
+    "data synth": Command(
+        "jepa_audio.data.synthetic.corpus:synthesize_corpus",
+        "write a labelled corpus of synthetic notes in NSynth's layout",
+    ),
     "data convert": Command(
         "jepa_audio.probing.convert:convert",
         "a labelled data set as downloaded to records for `probe`",
@@ -129,15 +135,15 @@ def run(args: list[str]) -> None:
 def _call(name: str, args: list[str]) -> None:
     from jepa_audio.cli.messages import show_messages  # noqa: PLC0415
 
-    function = load_function(name)
+    command, function = COMMANDS[name], load_function(name)
     # Not before the import: Lightning's loggers would print every message twice.
     show_messages()
-    if COMMANDS[name].has_parser:
+    if command.has_parser:
         function(args)
     else:
         from jepa_audio.cli.parser import run_function  # noqa: PLC0415
 
-        run_function(name, function, args[len(name.split()) :])
+        run_function(name, function, args[len(name.split()) :], command.as_positional)
 
 
 def load_function(name: str) -> Callable[..., object]:

@@ -1,4 +1,4 @@
-"""What the command prints besides its results: log messages, warnings, and the errors of a command."""
+"""What a command prints besides its results: log messages, warnings and errors."""
 
 from __future__ import annotations
 

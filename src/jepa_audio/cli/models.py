@@ -31,7 +31,7 @@ def import_published(
         source: `.safetensors`, `.ckpt`, `.pt` or `.bin` file, or a folder with one and its
             `config.json`.
         output: folder to write (-o), by default `runs/NAME`.
-        recipe: name or YAML file of the settings that weights do not hold; the paper's if not given.
+        recipe: name or YAML file of all settings that are not weights, by default the paper's.
         num_heads: attention heads of the encoder, if the file does not hold their number.
         predictor_num_heads: attention heads of the predictor, likewise.
         conv_strides: strides of the convolutions, if the file does not hold them.
@@ -71,8 +71,8 @@ def stats(front_end: FrontEnd, data: AudioDataModule, num_clips: int) -> None:
     """
     if not isinstance(front_end, SpectrogramFrontEnd):
         raise UserError(
-            f"`model.front_end` is a {type(front_end).__name__}, which has no statistics to measure; "
-            "`data stats` is for a SpectrogramFrontEnd"
+            f"`model.front_end` is a {type(front_end).__name__}, which has no statistics to "
+            "measure; `data stats` is for a SpectrogramFrontEnd"
         )
     data.batch_size = 1
     data.prepare_data()

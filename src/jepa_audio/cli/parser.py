@@ -37,10 +37,16 @@ class HelpfulParser(ArgumentParser):
         raise SystemExit(2)
 
 
-def run_function(name: str, function: Callable[..., object], args: Sequence[str]) -> None:
+def run_function(
+    name: str, function: Callable[..., object], args: Sequence[str], as_positional: bool = True
+) -> None:
     """Call a function with arguments from the command line, and print what it returns.
 
-    Required arguments are given by position or by name, the others by name.
+    Args:
+        name: of the command.
+        function: its docstring is the help; an argument `sources` takes one or more words.
+        args: words of the command line after the name; `-o` stands for `--output`.
+        as_positional: required arguments may be given by position; all others only by name.
     """
     summary = str(inspect.getdoc(function)).partition("\n\nArgs:")[0]
     parser = HelpfulParser(prog=f"jepa-audio {name}", description=summary)
@@ -49,7 +55,7 @@ def run_function(name: str, function: Callable[..., object], args: Sequence[str]
         parser.add_argument("sources", nargs="+", type=str, help="what to index")
     parser.add_function_arguments(
         function,
-        as_positional=name != "probe",
+        as_positional=as_positional,
         skip={"sources"} if has_sources else None,
     )
     args = ["--output" if arg == "-o" else arg for arg in args]

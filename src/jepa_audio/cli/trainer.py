@@ -60,6 +60,7 @@ class JEPACLI(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str], run: bool = True) -> None:
+        self._has_subcommands = run
         super().__init__(
             JEPA,
             AudioDataModule,
@@ -103,6 +104,12 @@ class JEPACLI(LightningCLI):
             default=None,
             help="Checkpoint whose weights a new run starts from; a resumed run ignores it.",
         )
+        if not self._has_subcommands:
+            # Subcommands add them themselves; here they let the `config.yaml` of a run be read.
+            for name in ("ckpt_path", "weights_only"):
+                parser.add_argument(
+                    f"--{name}", type=str | bool | None, default=None, help="unused"
+                )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(CollapseMonitor, "monitor")
         parser.link_arguments("run_dir", "trainer.default_root_dir")
@@ -117,7 +124,7 @@ class JEPACLI(LightningCLI):
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make a Trainer that writes atomic checkpoints and, by default, logs to CSV and TensorBoard."""
+        """Make a Trainer with atomic checkpoints and, by default, CSV and TensorBoard logs."""
         config = self.config_init[self.subcommand] if self.subcommand else self.config_init
         folder, settings = config["run_dir"], config["trainer"]
         callbacks = [FiniteGuard(), *(settings["callbacks"] or [])]

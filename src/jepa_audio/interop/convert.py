@@ -151,7 +151,7 @@ def _read_recipe(recipe: Path) -> Settings:
 
 
 def _state(rules: Layout, published: Published, model: Settings) -> dict[str, Tensor]:
-    """The weights of the model, from the file and for missing parts as `import_weights` says."""
+    """The weights of the model; those of missing parts as described at `import_weights`."""
     with torch.device("meta"):
         expected = _initial_state(model)
     names = {name: rules.published_name(name) for name in expected}
@@ -189,7 +189,7 @@ def _refuse_differences(
     tensors: Mapping[str, Tensor],
     formulas: Collection[str] = (),
 ) -> None:
-    """Raise `WeightsError` with missing, unknown and misshapen tensors; `names` are ours → theirs."""
+    """Raise `WeightsError` with the tensors that differ; `names` maps ours to theirs."""
     missing = [theirs for theirs in names.values() if theirs not in tensors]
     unknown = sorted(tensors.keys() - set(names.values()) - set(formulas))
     misshapen = [

@@ -64,7 +64,7 @@ class Published:
         shape = tuple(self.tensors[name].shape)
         if len(shape) != num_axes:
             raise WeightsError(
-                f"`{name}` of {self.path} has the shape {list(shape)}, {num_axes} axes were expected"
+                f"`{name}` of {self.path} has shape {list(shape)}, {num_axes} axes were expected"
             )
         return shape
 
@@ -80,7 +80,7 @@ class Published:
 
 
 def open_published(path: Path) -> Published:
-    """Open a `.safetensors` file, a torch file (weights only: no code is run), or a folder with one.
+    """Open a `.safetensors` file, a torch file (weights only, no code is run), or its folder.
 
     Raises:
         MissingFileError: if there is nothing at `path`.
@@ -111,7 +111,7 @@ def parse_conv_layers(spec: str | list[Any]) -> list[tuple[int, int, int]]:
         return [(int(channels), int(kernel), int(stride)) for channels, kernel, stride in layers]
     except (SyntaxError, TypeError, ValueError) as error:
         raise WeightsError(
-            f"conv layers {spec!r} in the configuration are not a list of (channels, kernel, stride)"
+            f"conv layers {spec!r} of the configuration: not a list of (channels, kernel, stride)"
         ) from error
 
 

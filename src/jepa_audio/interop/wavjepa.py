@@ -1,4 +1,4 @@
-"""The published layouts of WavJEPA and WavJEPA-Nat: Lightning checkpoints and Hugging Face files."""
+"""The published layouts of WavJEPA and WavJEPA-Nat, of Lightning and of Hugging Face."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ _NAMES = (
 
 
 class WavJEPALayout(Layout):
-    """`labhamlet/wavjepa`: torch's transformer, convolutions with norm and GELU, position tables."""
+    """`labhamlet/wavjepa`: torch's transformer, convolutions with norms, position tables."""
 
     recipe = "wavjepa"
     num_stacks = 1
@@ -200,7 +200,7 @@ class WavJEPANatLayout(WavJEPALayout):
 def _conv_strides(
     published: Published, hints: SizeHints, recipe: Settings, kernels: list[tuple[int, int]]
 ) -> list[int]:
-    """Strides of convolutions of (channels, kernel): the hint, else the file's, else the recipe's."""
+    """Strides of convolutions (channels, kernel): the hint, else the file's, else the recipe's."""
     spec = published.config_value(
         "extractor_config.conv_layers_spec", "conv_layers_spec", "conv_layers"
     )
@@ -211,9 +211,8 @@ def _conv_strides(
         strides = [stride for _, _, stride in layers]
     else:
         raise WeightsError(
-            f"{published.path}: the strides of its convolutions of (channels, kernel) {kernels} are "
-            "not in the file, and the recipe has other convolutions: give "
-            "`--conv_strides [5, 2, ...]`"
+            f"{published.path}: the strides of its convolutions (channels, kernel) {kernels} are not "
+            "in the file, and the recipe has other convolutions: give `--conv_strides [5, 2, ...]`"
         )
     if len(strides) != len(kernels):
         raise WeightsError(
@@ -235,7 +234,7 @@ def _transformer(
 
 
 def _clip_length(published: Published, sizes: Settings, recipe: Settings) -> Settings:
-    """The crop length, if the file's position table has another number of tokens than the recipe's."""
+    """The crop length, if the position table has another number of tokens than the recipe."""
     seconds = recipe["data"]["crop_seconds"]
     if "pos_encoding_encoder" not in published.tensors:
         return {}
