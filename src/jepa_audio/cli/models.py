@@ -40,9 +40,12 @@ def import_published(
     strides = None if conv_strides is None else tuple(conv_strides)
     hints = SizeHints(num_heads, predictor_num_heads, strides)
     checkpoint = import_weights(layout, source, output, recipe=recipe, hints=hints)
+    config = output / "config.yaml"
     print(checkpoint)
     print(f"  probe:         jepa-audio probe --encoder {checkpoint} --tasks TASK --data DIR")
-    print(f"  train further: jepa-audio fit --config {output / 'config.yaml'} --data.root DIR")
+    print(
+        f"  train further: jepa-audio fit --config {config} --data.root DIR --run_dir runs/further"
+    )
 
 
 def export_published(

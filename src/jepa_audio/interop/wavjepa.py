@@ -211,8 +211,8 @@ def _conv_strides(
         strides = [stride for _, _, stride in layers]
     else:
         raise WeightsError(
-            f"{published.path}: the strides of its convolutions (channels, kernel) {kernels} are not "
-            "in the file, and the recipe has other convolutions: give `--conv_strides [5, 2, ...]`"
+            f"{published.path}: it does not hold the strides of its convolutions (channels, kernel) "
+            f"{kernels}, and the recipe has other ones: give `--conv_strides [5, 2, ...]`"
         )
     if len(strides) != len(kernels):
         raise WeightsError(
