@@ -342,7 +342,7 @@ def test_the_same_signal_forwarded_by_a_launcher_does_not_count_twice(
 def test_the_second_signal_stops_at_once_and_keeps_the_last_checkpoint(
     tiny_cli: Callable, fit: Callable, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("jepa_audio.training.checkpointing.ECHO_SECONDS", 0.0)
+    monkeypatch.setattr("jepa_audio.training.checkpointing.DUPLICATE_SIGNAL_SECONDS", 0.0)
     handler = signal.getsignal(signal.SIGINT)
     cli = tiny_cli("wave", "--checkpoint.every_n_train_steps=2")
     with pytest.raises((KeyboardInterrupt, SystemExit)):

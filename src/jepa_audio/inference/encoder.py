@@ -136,11 +136,11 @@ class Encoder(nn.Module):
     ) -> tuple[Float[Tensor, "B _ F D"], ...]:
         """The kept columns of all windows, concatenated in time."""
         batch_size = len(windows.waveforms[0])
-        at_once = max(1, self.max_windows // batch_size)
+        chunk_size = max(1, self.max_windows // batch_size)
         joined: list[Tensor] = []
         done = 0
-        for first in range(0, len(windows.waveforms), at_once):
-            chunk = slice(first, first + at_once)
+        for first in range(0, len(windows.waveforms), chunk_size):
+            chunk = slice(first, first + chunk_size)
             parts = self._encode_chunk(windows, chunk, layers)
             if not joined:
                 # Allocate the result once; `torch.cat` at the end would need twice the memory.

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 # A second signal within this time is a copy of the first. The terminal sends a signal to all
 # processes, and `torchrun` then forwards the same signal to the processes that it started.
-ECHO_SECONDS = 1.0
+DUPLICATE_SIGNAL_SECONDS = 1.0
 
 
 class CheckpointWriteError(UserError):
@@ -67,7 +67,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def _system_error(error: BaseException | None) -> OSError | None:
-    """The `OSError` in a chain of exceptions; torch raises its own error while it handles this."""
+    """The `OSError` in a chain of exceptions: torch raises a second one after a write error."""
     while error is not None and not isinstance(error, OSError):
         error = error.__context__
     return error
@@ -214,7 +214,7 @@ class RunCheckpoint(ModelCheckpoint):
     def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self._received is not None:
-            if now - self._received_at < ECHO_SECONDS:
+            if now - self._received_at < DUPLICATE_SIGNAL_SECONDS:
                 return
             raise KeyboardInterrupt
         self._received, self._received_at = signal.Signals(number), now

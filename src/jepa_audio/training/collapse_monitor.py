@@ -69,7 +69,7 @@ def nearest_context(masks: Masks, grid: Grid) -> TokenSet:
 
 
 class CollapseMonitor(Callback):
-    """Log metrics of collapse and speed at the first step and every `every_n_steps` steps.
+    """Log metrics of collapse and speed at the first step and at every multiple of `every_n_steps`.
 
     The metrics are measured on the last training batch, with the weights after the step and with
     masks that are drawn only for the measurement:
@@ -84,7 +84,7 @@ class CollapseMonitor(Callback):
     An alarm is logged if the standard deviation or the rank of the context latents is far below the
     first measurement, or if the context latents of all clips are nearly parallel. The alarm does
     not use the targets, because their normalisation gives even collapsed targets unit variance. A
-    high rank does not show that the model learns; `OnlineProbe` measures this.
+    high rank does not show that the model learns; use `OnlineProbe` to measure what it learns.
 
     Args:
         every_n_steps: optimizer steps between two measurements.
@@ -128,7 +128,7 @@ class CollapseMonitor(Callback):
         self._start_clocks()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restart the clocks: validation is neither training nor waiting."""
+        """Restart the clocks, so the time of validation is not counted."""
         self._start_clocks()
 
     def on_train_batch_start(

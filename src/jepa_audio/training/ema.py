@@ -15,7 +15,7 @@ from jepa_audio.training.schedules import Schedule
 
 @runtime_checkable
 class HasMomentumCopies(Protocol):
-    """A module with momentum copies of some of its parts."""
+    """A module that contains modules and their momentum copies."""
 
     @property
     def online_modules(self) -> Mapping[str, nn.Module]:

@@ -212,7 +212,7 @@ class _Shard:
     def _write_tar(
         self, file: IO[bytes], num_workers: int, tick: Callable[[], object]
     ) -> dict[str, str]:
-        """Write all readable files; return why the others are not readable, by member name."""
+        """Write all readable files; return the reason for each unreadable file by member name."""
         skipped: dict[str, str] = {}
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
             encoded = map_threads(
