@@ -69,8 +69,8 @@ def probe(
     Args:
         encoder: checkpoints, for example runs/NAME/checkpoints/last.ckpt, or MODULE:FUNCTION for a
             function that returns a `ProbeEncoder`. Separate several with commas.
-        tasks: names of tasks, or tables with your own labels (.csv, .tsv; see `table_task`).
-            Separate several with commas.
+        tasks: names of tasks, or tables of your own (.csv, .tsv) with the columns `path` and
+            `label`. Separate several with commas.
         data: folder with records in MARBLE's layout, or with a raw data set that `data convert`
             supports. Separate several with commas. Tables do not need it.
         output: folder of the results.
@@ -79,8 +79,9 @@ def probe(
             (for cross-checks).
         select: epoch of the head that is scored, "best" or "last". MARBLE v2 itself uses "last".
             Only marble-v2 has this option.
-        variants: encoders of a checkpoint, besides its random-init baseline.
+        variants: encoders of each checkpoint, besides its random-init baseline.
         frequency: how the frequency rows of a time column become one vector: "mean" or "concat".
+            Checkpoints only.
         layers: indices of the layers that are probed, 0 for the input of the first block. The
             default is all.
         overlap: overlap of the windows of a long clip as a share of a window, in [0, 1).
