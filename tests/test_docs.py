@@ -1,4 +1,4 @@
-"""What the documents name is there: files, commands, options, make targets."""
+"""The files, commands, options, recipes and make targets that the documents name exist."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def test_files_exist(text: str):
 
 
 def test_rooms_of_the_architecture_exist():
-    drawn = (ROOT / "docs" / "architecture.md").read_text().partition("src/jepa_audio/")[2]
-    rooms = re.findall(r"^  (\w+(?:/|\.py))", drawn.partition("configs/")[0], re.MULTILINE)
+    layout = (ROOT / "docs" / "architecture.md").read_text().partition("src/jepa_audio/")[2]
+    rooms = re.findall(r"^  (\w+(?:/|\.py))", layout.partition("configs/")[0], re.MULTILINE)
     package = ROOT / "src" / "jepa_audio"
     exist = {path.name for path in package.glob("*.py")} - {"__init__.py", "__main__.py"}
     exist |= {f"{path.name}/" for path in package.iterdir() if (path / "__init__.py").exists()}
@@ -71,9 +71,9 @@ def test_recipes_exist(text: str):
     assert {f"front_ends/{name}" for name in front_ends} - recipes().keys() == set()
 
 
-def test_make_targets_are_helped():
+def test_make_help_lists_the_targets():
     makefile = (ROOT / "Makefile").read_text()
-    wanted = {
+    targets = {
         "help",
         "install",
         "demo",
@@ -85,4 +85,4 @@ def test_make_targets_are_helped():
         "bench",
         "docs",
     }
-    assert wanted <= set(re.findall(r"^([a-z-]+):.*## ", makefile, re.MULTILINE))
+    assert targets <= set(re.findall(r"^([a-z-]+):.*## ", makefile, re.MULTILINE))

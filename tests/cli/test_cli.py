@@ -87,7 +87,7 @@ def test_a_misspelt_key_is_refused_with_the_right_word(
     ],
     ids=["missing", "empty", "junk"],
 )
-def test_a_useless_folder_ends_in_one_sentence(
+def test_a_folder_without_usable_audio_ends_in_one_sentence(
     make, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     from jepa_audio.cli.main import main
@@ -109,7 +109,7 @@ def test_a_useless_folder_ends_in_one_sentence(
     assert "Traceback" not in stderr
 
 
-def test_a_run_leaves_its_config_metrics_and_last_checkpoint_and_goes_on(tmp_path: Path):
+def test_a_run_writes_config_metrics_and_last_checkpoint_and_is_continued(tmp_path: Path):
     from jepa_audio.cli.main import main
 
     (tmp_path / "sounds").mkdir()
@@ -153,7 +153,7 @@ def test_a_run_leaves_its_config_metrics_and_last_checkpoint_and_goes_on(tmp_pat
         assert {int(row["step"]) for row in csv.DictReader(file)} & {4, 5, 6}
 
 
-def main_with_a_limit(args: list[str], num_bytes: int, stderr: Path) -> None:
+def main_with_file_size_limit(args: list[str], num_bytes: int, stderr: Path) -> None:
     from jepa_audio.cli.main import main
 
     sys.stderr = stderr.open("w")
@@ -165,7 +165,7 @@ def main_with_a_limit(args: list[str], num_bytes: int, stderr: Path) -> None:
 @pytest.mark.parametrize(
     "loggers_fail", [False, True], ids=["checkpoint fails", "loggers fail after it"]
 )
-def test_a_full_disk_ends_the_run_in_one_sentence_and_the_former_checkpoint_goes_on(
+def test_a_full_disk_ends_the_run_in_one_sentence_and_keeps_the_previous_checkpoint(
     tmp_path: Path, loggers_fail: bool, monkeypatch: pytest.MonkeyPatch
 ):
     from lightning.pytorch.loggers import CSVLogger
@@ -189,7 +189,8 @@ def test_a_full_disk_ends_the_run_in_one_sentence_and_the_former_checkpoint_goes
         monkeypatch.setattr(CSVLogger, "finalize", lambda *_: (tmp_path / "run").read_bytes())
     more = [*run, "--trainer.max_steps=6", "--ckpt_path=last"]
     limited = multiprocessing.get_context("fork").Process(
-        target=main_with_a_limit, args=(more, last.stat().st_size - 100, tmp_path / "stderr")
+        target=main_with_file_size_limit,
+        args=(more, last.stat().st_size - 100, tmp_path / "stderr"),
     )
     limited.start()
     limited.join(60)
@@ -210,7 +211,7 @@ def test_a_full_disk_ends_the_run_in_one_sentence_and_the_former_checkpoint_goes
     assert torch.load(last, weights_only=True)["global_step"] == 6
 
 
-def test_statistics_are_measured_with_the_configuration_of_a_run(
+def test_data_stats_measures_with_the_configuration_of_a_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     from jepa_audio.cli.main import main

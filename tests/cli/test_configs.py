@@ -1,4 +1,4 @@
-"""Every file under configs/ trains two steps, at reduced width; misspelt words are refused."""
+"""Every file under configs/ trains two steps, at reduced width."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import pytest
 import torch
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-STRATEGIES = [
-    CONFIGS / "fsdp.yaml"
-]  # stand over a recipe, and train in tests/test_sharding.py on two processes
+# Layers over a recipe, which train on two processes in tests/training/test_sharding.py.
+STRATEGIES = [CONFIGS / "fsdp.yaml"]
 RECIPES = sorted({*CONFIGS.glob("*.yaml"), *CONFIGS.glob("demo/*.yaml")} - {*STRATEGIES})
 SIZES = sorted(CONFIGS.glob("pupujepa/*.yaml"))
 FRONT_ENDS = sorted(CONFIGS.glob("front_ends/*.yaml"))
@@ -68,7 +67,7 @@ def test_a_recipe_trains(config: Path, wavs: Path, tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda path: path.stem)
-def test_a_size_is_what_it_says_and_trains(size: Path, wavs: Path, tmp_path: Path):
+def test_a_size_has_the_sizes_of_its_name_and_trains(size: Path, wavs: Path, tmp_path: Path):
     import yaml
 
     sizes = {
@@ -85,7 +84,7 @@ def test_a_size_is_what_it_says_and_trains(size: Path, wavs: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS, ids=lambda path: path.stem)
-def test_a_front_end_swaps_by_one_flag(front_end: Path, wavs: Path, tmp_path: Path):
+def test_one_option_replaces_the_front_end(front_end: Path, wavs: Path, tmp_path: Path):
     is_wave = front_end.stem == "waveform"
     base = "wavjepa.yaml" if is_wave else "pupujepa.yaml"
     narrow = (
@@ -100,12 +99,12 @@ def test_a_front_end_swaps_by_one_flag(front_end: Path, wavs: Path, tmp_path: Pa
     )
 
 
-def test_a_spectrogram_replaces_the_waveform_by_one_flag(wavs: Path, tmp_path: Path):
+def test_one_option_replaces_the_waveform_by_a_spectrogram(wavs: Path, tmp_path: Path):
     mel = f"--model.front_end={CONFIGS / 'front_ends' / 'log_mel.yaml'}"
     train_two_steps(wavs, tmp_path, f"--config={CONFIGS / 'demo' / 'wavjepa.yaml'}", mel)
 
 
-def test_experiments_stay_small():
+def test_recipes_have_at_most_50_lines():
     for path in [*RECIPES, *STRATEGIES, *SIZES, *FRONT_ENDS]:
         lines = [
             line
@@ -155,7 +154,7 @@ def test_wavjepa_nat_has_a_stack_and_tokens_for_each_ear():
     assert jepa.front_end.grid(32_160).num_tokens == 400
 
 
-def test_speech_jepa_speaks_at_50_hz():
+def test_speech_jepa_has_tokens_at_50_hz():
     front_end = on_the_meta_device("speech_jepa.yaml").front_end
     assert front_end.sample_rate / front_end.stride == 50
     assert front_end.receptive_field == 400  # of wav2vec 2.0: 25 ms

@@ -211,7 +211,7 @@ def _conv_strides(
         strides = [stride for _, _, stride in layers]
     else:
         raise WeightsError(
-            f"{published.path}: it does not hold the strides of its convolutions (channels, kernel) "
+            f"{published.path}: it lacks the strides of its convolutions (channels, kernel) "
             f"{kernels}, and the recipe has other ones: give `--conv_strides [5, 2, ...]`"
         )
     if len(strides) != len(kernels):
