@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-# Old module → current module. The old modules are from the time before the package was divided into
-# `steps`, `training`, `data` and so on (version 0.1.0).
+# Old module → current module. Files written by version 0.1.0 before it had the packages `steps`,
+# `training` and so on name the old modules.
 _MODULES = {
     "checkpointing": "training.checkpointing",
     "ema": "training.ema",

@@ -74,7 +74,7 @@ def split(
     shares: dict[str, float],
     group: Literal["table", "folder"] = "table",
     pattern: str | None = None,
-    anew: bool = False,
+    reassign: bool = False,
 ) -> None:
     """Split a corpus in its table, keeping each group in one split; files with a split keep it.
 
@@ -86,10 +86,10 @@ def split(
             are a group.
         pattern: regular expression for file names, whose first group is the group of the file:
             "^([^_]+)_".
-        anew: clear the present splits first.
+        reassign: clear the present splits first.
     """
     corpus = load_corpus(source)
-    if anew:
+    if reassign:
         corpus = corpus.clear_splits()
     groups = None
     if pattern is not None:

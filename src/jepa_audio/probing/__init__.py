@@ -1,1 +1,1 @@
-"""Probing: what heads read off a frozen encoder, beside its random-init twin and log-mel statistics."""
+"""Probes of frozen encoders, compared with random-init baselines and log-mel statistics."""

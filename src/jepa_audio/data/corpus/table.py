@@ -289,7 +289,7 @@ class Corpus:
             if split and split_of_group.setdefault(group, split) != split:
                 raise CorpusError(
                     f"the group {group!r} has files in {split_of_group[group]} and in {split}; "
-                    "assign all splits again with `--anew true`"
+                    "assign all splits again with `--reassign true`"
                 )
         names = [name for name in SPLITS if name in shares]
         bounds = np.cumsum([shares[name] for name in names])[:-1]
