@@ -89,7 +89,8 @@ def test_imports_run_one_way():
 def test_imports_inside_functions_are_found(tmp_path: Path):
     file = tmp_path / "steps.py"
     file.write_text(
-        "def f():\n    from jepa_audio.training import jepa\n    import jepa_audio.data.audio.read\n"
+        "def f():\n    from jepa_audio.training import jepa\n"
+        "    import jepa_audio.data.audio.read\n"
     )
     found = [("training", "jepa", 2), ("data", "audio", "read", 3)]
     assert [(*parts, line) for parts, line in imported_modules(file)] == found

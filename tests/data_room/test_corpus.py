@@ -254,7 +254,8 @@ def test_existing_splits_are_kept_and_extended_to_their_groups():
 
 def test_a_group_in_two_splits_is_refused_and_can_be_assigned_again():
     corpus = make_corpus(list("abcd"), group=["z"] * 4, split=["test", "", "", "valid"])
-    with pytest.raises(CorpusError, match=r"group 'z' has files in test and in valid; .*--reassign"):
+    message = r"group 'z' has files in test and in valid; .*--reassign"
+    with pytest.raises(CorpusError, match=message):
         corpus.assign_splits({"train": 1.0})
     reassigned = corpus.clear_splits().assign_splits({"train": 1.0})
     assert reassigned.table["split"].to_pylist() == ["train"] * 4
