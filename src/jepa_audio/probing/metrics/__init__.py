@@ -1,10 +1,20 @@
-"""Metrics of the predictions for a whole split, and of its bootstrap resamplings."""
+"""Metrics of the predictions for a whole split, and for bootstrap resamples of it."""
 
 from jepa_audio.probing.metrics.base import Metric
-from jepa_audio.probing.metrics.clips import F1, R2, Accuracy, KeyScore, key_credits
-from jepa_audio.probing.metrics.events import MeanF1, PooledF1, Share
-from jepa_audio.probing.metrics.pitch import KEYS, SHARP_TONICS, TONICS
 from jepa_audio.probing.metrics.ranking import AUROC, AveragePrecision
+from jepa_audio.probing.metrics.sums import (
+    F1,
+    KEYS,
+    R2,
+    SHARP_TONICS,
+    TONICS,
+    Accuracy,
+    KeyScore,
+    MeanF1,
+    PooledF1,
+    Share,
+    key_credits,
+)
 
 TAG_METRICS: tuple[Metric, ...] = (AUROC(), AveragePrecision(), F1("macro"), F1("micro"))
 """Metrics of every task on tags."""

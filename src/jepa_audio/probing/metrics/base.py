@@ -15,13 +15,13 @@ _HEADS_AT_ONCE = 2**22
 """Predictions in one chunk of heads; about ten tensors of 32 MB are alive."""
 
 _DRAWS_AT_ONCE = 2**18
-"""Counts in one chunk of draws; larger chunks do not fit into the cache of a core."""
+"""Counts in one chunk of draws; larger chunks exceed the cache of a core."""
 
 Predictions = Float[Tensor, "units K A"]
-"""Predictions of K heads for each unit, from the `Labels` of a task; A numbers each."""
+"""Predictions of K heads, from the `Labels` of a task: A numbers for each unit."""
 
 Targets = Shaped[np.ndarray, "units ..."]
-"""Label of each unit, from the `Labels` of a task."""
+"""Labels of the units, encoded by the `Labels` of a task."""
 
 HeadPredictions = Float[np.ndarray, "units A"]
 Scores = Float[Tensor, " K"]
@@ -46,9 +46,9 @@ class Metric(ABC):
     def resampled(
         self, predictions: HeadPredictions, targets: Targets, counts: Counts
     ) -> DrawScores:
-        """Score one head on resamplings; `counts` is how often each unit occurs in each of them.
+        """Score one head on bootstrap draws; NaN for a draw that cannot be scored.
 
-        A resampling that cannot be scored gets NaN.
+        `counts` is how often each draw contains each unit.
         """
 
     def num_scored(self, targets: Targets) -> int | None:
@@ -57,15 +57,15 @@ class Metric(ABC):
 
 
 class SumMetric(Metric):
-    """A function of sums over the units: a resampling weights the terms of the sums."""
+    """A function of sums over the units. Resamples weight the terms of the sums."""
 
     @abstractmethod
     def terms(self, predictions: Predictions, targets: Shaped[Tensor, "units ..."]) -> Terms:
         """Terms of the sums, in 64 bits."""
 
-    @abstractmethod
     def score(self, sums: Float[Tensor, "K ..."]) -> Scores:
-        """Scores from sums of the terms."""
+        """Scores from sums of the terms; the default is a ratio: numerator and denominator."""
+        return sums[:, 0] / sums[:, 1]
 
     @override
     def __call__(self, predictions: Predictions, targets: Targets) -> Scores:
@@ -88,23 +88,10 @@ class SumMetric(Metric):
         return self.score(torch.cat(sums)).numpy()
 
 
-class MeanMetric(SumMetric):
-    """A ratio of two sums: the terms are the numerator and the denominator of each unit."""
-
-    @override
-    def score(self, sums: Float[Tensor, "K 2"]) -> Scores:
-        return sums[:, 0] / sums[:, 1]
-
-
-def mean_terms(values: Shaped[Tensor, "units k"]) -> Float[Tensor, "units k 2"]:
-    """Terms of the mean over all units."""
-    return torch.stack([values.double(), torch.ones_like(values, dtype=torch.float64)], dim=-1)
-
-
 def chunk_draws(
     counts: Int[np.ndarray, "draws units"],
 ) -> Iterator[Int[np.ndarray, "chunk units"]]:
-    """Yield the resamplings in chunks: memory is bounded for any number of them."""
+    """Yield the draws in chunks, to bound the memory."""
     chunk = max(1, _DRAWS_AT_ONCE // counts.shape[1])
     for start in range(0, len(counts), chunk):
         yield counts[start : start + chunk]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,33 +29,31 @@ from jepa_audio.probing.metrics.base import (
 Columns = Float[Tensor, "units N"]
 
 
-@dataclass(frozen=True)
-class RankWeights:
-    """Weights of the units in a chunk of draws, in the order of one class's logits.
+class RankWeights(NamedTuple):
+    """Sums of the counts of units in a chunk of draws, for one class.
 
-    A positive is a unit of the class, a negative any other unit.
-
-    Attributes:
-        positives: weight of each positive, from the highest logit to the lowest.
-        positives_above: weight of the positives with at least the logit of each positive.
-        negatives_higher: weight of the negatives with a higher logit than each positive.
-        negatives_above: weight of the negatives with at least the logit of each positive.
-        negatives: weight of all negatives.
+    A positive is a unit of the class, a negative any other unit. Columns are the n positives, from
+    the highest logit to the lowest.
     """
 
     positives: Float[np.ndarray, "draws n"]
+    """Counts of each positive."""
     positives_above: Float[np.ndarray, "draws n"]
+    """Positives with at least the logit of each positive."""
     negatives_higher: Float[np.ndarray, "draws n"]
+    """Negatives with a higher logit than each positive."""
     negatives_above: Float[np.ndarray, "draws n"]
+    """Negatives with at least the logit of each positive."""
     negatives: DrawScores
+    """All negatives."""
 
 
 class RankMetric(Metric):
     """Mean over classes of a score of the order in which a head ranks the units.
 
-    torchmetrics scores the whole split, in 32 bits. It gets ranks: these order the units as
-    probabilities do, but without ties where probabilities saturate. It has no weights, so
-    resamplings are scored here, many at once.
+    torchmetrics computes the score of the whole split, in 32 bits, from ranks. Ranks have the order
+    of probabilities, but no ties where probabilities saturate. torchmetrics has no weights, so the
+    scores of resamples are computed here, many at once.
     """
 
     @abstractmethod
@@ -91,13 +90,16 @@ class RankMetric(Metric):
     ) -> DrawScores:
         """See `Metric`; a class that cannot be scored in a draw is left out of its mean."""
         keys = _sort_keys(torch.from_numpy(predictions)).numpy()
-        orders = [_Order(keys[:, c], targets[:, c] > 0) for c in self._scored_classes(targets)]
-        means = []
-        for chunk in chunk_draws(counts):
-            with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: the class is left out
-                scores = np.stack([self.score_weights(order.weigh(chunk)) for order in orders])
-            means.append(torch.from_numpy(scores).nanmean(dim=0).numpy())
-        return np.concatenate(means)
+        of_classes = [
+            map(self.score_weights, _rank_weights(keys[:, c], targets[:, c] > 0, counts))
+            for c in self._scored_classes(targets)
+        ]
+        with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: the class is left out
+            means = [
+                torch.from_numpy(np.stack(scores)).nanmean(dim=0)
+                for scores in zip(*of_classes, strict=True)
+            ]
+        return torch.cat(means).numpy()
 
     def _scored_classes(self, targets: Targets) -> list[int]:
         classes: list[int] = np.flatnonzero(self.is_scored(targets > 0)).tolist()
@@ -153,31 +155,29 @@ class AveragePrecision(RankMetric):
         return (weights.positives * precision).sum(-1) / weights.positives.sum(-1)
 
 
-class _Order:
-    """The order of the units by the keys of one class, prepared for `RankWeights`."""
+def _rank_weights(
+    keys: Float[np.ndarray, " units"], is_positive: Bool[np.ndarray, " units"], counts: Counts
+) -> Iterator[RankWeights]:
+    """Yield the weights of each chunk of draws.
 
-    def __init__(
-        self, keys: Float[np.ndarray, " units"], is_positive: Bool[np.ndarray, " units"]
-    ) -> None:
-        order = keys.argsort()
-        self.positives, self.negatives = order[is_positive[order]], order[~is_positive[order]]
-        positives, negatives = keys[self.positives], keys[self.negatives]
-        self.positives_above = np.searchsorted(positives, positives, side="right")
-        self.negatives_higher = np.searchsorted(negatives, positives, side="left")
-        self.negatives_above = np.searchsorted(negatives, positives, side="right")
-
-    def weigh(self, counts: Counts) -> RankWeights:
-        """Sum the counts of the units: much faster than to sort the units of every draw."""
-        weights = counts[:, self.positives]
-        positives, negatives = _running_sums(weights), _running_sums(counts[:, self.negatives])
+    The units are sorted once. To sum counts in this order is much faster than to sort every draw.
+    """
+    order = keys.argsort()
+    positives, negatives = order[is_positive[order]], order[~is_positive[order]]
+    positives_above = np.searchsorted(keys[positives], keys[positives], side="right")
+    negatives_higher = np.searchsorted(keys[negatives], keys[positives], side="left")
+    negatives_above = np.searchsorted(keys[negatives], keys[positives], side="right")
+    for chunk in chunk_draws(counts):
+        of_positives = _running_sums(chunk[:, positives])
+        of_negatives = _running_sums(chunk[:, negatives])
         sums = (
-            weights,
-            positives[:, self.positives_above],
-            negatives[:, self.negatives_higher],
-            negatives[:, self.negatives_above],
-            negatives[:, -1],
+            chunk[:, positives],
+            of_positives[:, positives_above],
+            of_negatives[:, negatives_higher],
+            of_negatives[:, negatives_above],
+            of_negatives[:, -1],
         )
-        return RankWeights(*(table.astype(np.float64) for table in sums))
+        yield RankWeights(*(table.astype(np.float64) for table in sums))
 
 
 def _sort_keys(logits: Tensor) -> Tensor:
@@ -198,6 +198,4 @@ def _ranks(logits: Columns) -> Columns:
 
 def _running_sums(counts: Int[np.ndarray, "draws n"]) -> Int[np.ndarray, "draws m"]:
     """Sums of the first 0, 1, ... n counts."""
-    sums = np.zeros((len(counts), counts.shape[1] + 1), dtype=np.int64)
-    np.cumsum(counts, axis=1, out=sums[:, 1:])
-    return sums
+    return np.cumsum(np.pad(counts, ((0, 0), (1, 0))), axis=1, dtype=np.int64)

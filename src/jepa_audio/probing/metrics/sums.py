@@ -1,4 +1,4 @@
-"""Metrics of classes, keys, tags and numbers."""
+"""Metrics that are functions of sums over the units: classes, keys, tags, numbers and events."""
 
 from __future__ import annotations
 
@@ -15,34 +15,40 @@ from torchmetrics.functional.regression import r2_score
 from typing_extensions import override
 
 from jepa_audio.errors import UserError
-from jepa_audio.probing.metrics.base import (
-    MeanMetric,
-    Predictions,
-    Scores,
-    SumMetric,
-    Targets,
-    Terms,
-    mean_terms,
-)
-from jepa_audio.probing.metrics.pitch import KEYS
+from jepa_audio.probing.metrics.base import Predictions, Scores, SumMetric, Targets, Terms
+
+SHARP_TONICS = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
+"""The twelve pitch classes from C upwards, with sharps."""
+
+TONICS = ("C", "Db", "D", "Eb", "E", "F", "Gb", "G", "Ab", "A", "Bb", "B")
+"""The twelve pitch classes from C upwards, with flats."""
+
+KEYS = tuple(f"{tonic} {mode}" for mode in ("major", "minor") for tonic in TONICS)
+"""Major and minor keys, spelt as in the labels of MARBLE's GS."""
 
 
-class Accuracy(MeanMetric):
+def _mean_terms(values: Shaped[Tensor, "units k"]) -> Float[Tensor, "units k 2"]:
+    """Terms of the mean over all units."""
+    return torch.stack([values.double(), torch.ones_like(values, dtype=torch.float64)], dim=-1)
+
+
+class Accuracy(SumMetric):
     """Share of units whose largest logit is that of their class; an unknown class is wrong."""
 
     name = "accuracy"
 
     @override
     def terms(self, predictions: Predictions, targets: Shaped[Tensor, "units ..."]) -> Terms:
-        return mean_terms(predictions.argmax(dim=-1) == targets[:, None])
+        return _mean_terms(predictions.argmax(dim=-1) == targets[:, None])
 
 
-class KeyScore(MeanMetric):
+class KeyScore(SumMetric):
     """Mean credit for a key: 1 if correct, less if related (mir_eval's `key.weighted_score`).
 
+    mir_eval gives credit for a key a fifth above the true key, but none for a key a fifth below.
+
     Args:
-        symmetric: mir_eval gives credit for a key a fifth above the true one and none for a key a
-            fifth below. If set, both get the same credit.
+        symmetric: whether both keys get the same credit.
     """
 
     def __init__(self, symmetric: bool = False) -> None:
@@ -54,7 +60,7 @@ class KeyScore(MeanMetric):
         assert predictions.shape[-1] == len(KEYS), "the classes are not `KEYS`"
         credit = torch.from_numpy(key_credits(self.symmetric)).to(predictions.device)
         credit = credit[targets.clamp_min(0)[:, None], predictions.argmax(dim=-1)]
-        return mean_terms(credit * (targets[:, None] >= 0))
+        return _mean_terms(credit * (targets[:, None] >= 0))
 
 
 @cache
@@ -104,11 +110,10 @@ class F1(SumMetric):
 class R2(SumMetric):
     """Coefficient of determination over the whole split: 1 - squared errors / variance.
 
-    The mean over batches is another number, and mostly a smaller one.
+    It differs from the mean over batches, which is mostly smaller.
 
     Args:
         output: index of the output that is scored; `None` for the mean over all.
-        name: name of the metric.
 
     Raises:
         UserError: when called, if the targets are constant.
@@ -140,7 +145,7 @@ class R2(SumMetric):
 
     @override
     def score(self, sums: Float[Tensor, "K A 4"]) -> Scores:
-        """The variance is about the mean of the draw."""
+        """The variance is around the mean of the draw."""
         errors, total, squares, units = sums.unbind(dim=-1)
         variance = squares - total.square() / units
         is_constant = variance <= 1e-12 * squares  # in a draw of a single unit
@@ -159,5 +164,47 @@ class R2(SumMetric):
 
 
 def _finite(predictions: Tensor) -> Tensor:
-    """In 64 bits, with -inf for NaN: a head that has diverged gets the lowest score, not NaN."""
+    """Replace NaN by -inf, in 64 bits: a diverged head gets the lowest score instead of NaN."""
     return predictions.double().nan_to_num(-torch.inf)
+
+
+@dataclass(frozen=True)
+class CountMetric(SumMetric):
+    """A metric of some columns of the predictions, which are counts for each unit."""
+
+    name: str
+    columns: tuple[int, ...]
+
+    @override
+    def terms(self, predictions: Predictions, targets: Shaped[Tensor, "units ..."]) -> Terms:
+        return predictions[..., list(self.columns)].double()
+
+
+class Share(CountMetric):
+    """Sum of one count over the sum of another, such as correct seconds over all seconds."""
+
+
+class PooledF1(CountMetric):
+    """F1 of the events of all units pooled, as MARBLE scores beats.
+
+    The columns are the numbers of matching, estimated and annotated events.
+    """
+
+    @override
+    def score(self, sums: Float[Tensor, "K 3"]) -> Scores:
+        matching, estimated, annotated = sums.unbind(dim=-1)
+        return 2 * matching / (estimated + annotated)
+
+
+class MeanF1(CountMetric):
+    """Mean over the units of the F1 of each, as mir_eval scores beats; columns as in `PooledF1`.
+
+    Units without an annotated event are left out: mir_eval scores them 0 for any prediction.
+    """
+
+    @override
+    def terms(self, predictions: Predictions, targets: Shaped[Tensor, "units ..."]) -> Terms:
+        matching, estimated, annotated = super().terms(predictions, targets).unbind(dim=-1)
+        is_scored = annotated > 0
+        f1 = 2 * matching / (estimated + annotated).clamp_min(1)
+        return torch.stack([f1 * is_scored, is_scored.double()], dim=-1)
