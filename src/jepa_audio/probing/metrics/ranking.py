@@ -198,4 +198,6 @@ def _ranks(logits: Columns) -> Columns:
 
 def _running_sums(counts: Int[np.ndarray, "draws n"]) -> Int[np.ndarray, "draws m"]:
     """Sums of the first 0, 1, ... n counts."""
-    return np.cumsum(np.pad(counts, ((0, 0), (1, 0))), axis=1, dtype=np.int64)
+    sums = np.zeros((len(counts), counts.shape[1] + 1), dtype=np.int64)
+    np.cumsum(counts, axis=1, out=sums[:, 1:])
+    return sums
