@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -90,16 +89,13 @@ class RankMetric(Metric):
     ) -> DrawScores:
         """See `Metric`; a class that cannot be scored in a draw is left out of its mean."""
         keys = _sort_keys(torch.from_numpy(predictions)).numpy()
-        of_classes = [
-            map(self.score_weights, _rank_weights(keys[:, c], targets[:, c] > 0, counts))
-            for c in self._scored_classes(targets)
-        ]
-        with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: the class is left out
-            means = [
-                torch.from_numpy(np.stack(scores)).nanmean(dim=0)
-                for scores in zip(*of_classes, strict=True)
-            ]
-        return torch.cat(means).numpy()
+        orders = [_Order(keys[:, c], targets[:, c] > 0) for c in self._scored_classes(targets)]
+        means = []
+        for chunk in chunk_draws(counts):
+            with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: the class is left out
+                scores = np.stack([self.score_weights(order.weights_of(chunk)) for order in orders])
+            means.append(torch.from_numpy(scores).nanmean(dim=0).numpy())
+        return np.concatenate(means)
 
     def _scored_classes(self, targets: Targets) -> list[int]:
         classes: list[int] = np.flatnonzero(self.is_scored(targets > 0)).tolist()
@@ -155,29 +151,30 @@ class AveragePrecision(RankMetric):
         return (weights.positives * precision).sum(-1) / weights.positives.sum(-1)
 
 
-def _rank_weights(
-    keys: Float[np.ndarray, " units"], is_positive: Bool[np.ndarray, " units"], counts: Counts
-) -> Iterator[RankWeights]:
-    """Yield the weights of each chunk of draws.
+class _Order:
+    """Positions of the units in the order of the keys of one class, computed once for all draws."""
 
-    The units are sorted once. To sum counts in this order is much faster than to sort every draw.
-    """
-    order = keys.argsort()
-    positives, negatives = order[is_positive[order]], order[~is_positive[order]]
-    positives_above = np.searchsorted(keys[positives], keys[positives], side="right")
-    negatives_higher = np.searchsorted(keys[negatives], keys[positives], side="left")
-    negatives_above = np.searchsorted(keys[negatives], keys[positives], side="right")
-    for chunk in chunk_draws(counts):
-        of_positives = _running_sums(chunk[:, positives])
-        of_negatives = _running_sums(chunk[:, negatives])
+    def __init__(
+        self, keys: Float[np.ndarray, " units"], is_positive: Bool[np.ndarray, " units"]
+    ) -> None:
+        order = keys.argsort()
+        self.positives, self.negatives = order[is_positive[order]], order[~is_positive[order]]
+        positives, negatives = keys[self.positives], keys[self.negatives]
+        self.positives_above = np.searchsorted(positives, positives, side="right")
+        self.negatives_higher = np.searchsorted(negatives, positives, side="left")
+        self.negatives_above = np.searchsorted(negatives, positives, side="right")
+
+    def weights_of(self, counts: Counts) -> RankWeights:
+        weights = counts[:, self.positives]
+        positives, negatives = _running_sums(weights), _running_sums(counts[:, self.negatives])
         sums = (
-            chunk[:, positives],
-            of_positives[:, positives_above],
-            of_negatives[:, negatives_higher],
-            of_negatives[:, negatives_above],
-            of_negatives[:, -1],
+            weights,
+            positives[:, self.positives_above],
+            negatives[:, self.negatives_higher],
+            negatives[:, self.negatives_above],
+            negatives[:, -1],
         )
-        yield RankWeights(*(table.astype(np.float64) for table in sums))
+        return RankWeights(*(table.astype(np.float64) for table in sums))
 
 
 def _sort_keys(logits: Tensor) -> Tensor:
