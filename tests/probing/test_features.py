@@ -16,8 +16,8 @@ from jepa_audio.probing.encoders import FunctionEncoder, LogMelStatistics, Probe
 from jepa_audio.probing.extraction import Preparation, load_waveform
 from jepa_audio.probing.features import Features, FeatureStore
 from jepa_audio.probing.robustness.conditions import Gain
+from jepa_audio.probing.tasks.base import Windows
 from jepa_audio.probing.tasks.records import Item, Split
-from jepa_audio.probing.tasks.windows import Windows
 
 RATE = 1000
 # The log-mel baseline needs half a second.

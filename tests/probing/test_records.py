@@ -9,9 +9,9 @@ import soundfile as sf
 import torch
 
 from jepa_audio.errors import MissingFileError
+from jepa_audio.probing.tasks.base import Windows
 from jepa_audio.probing.tasks.labels import UNKNOWN, Multiclass, Multilabel, Regression, Rows
 from jepa_audio.probing.tasks.records import Item, Split, read_split, write_records
-from jepa_audio.probing.tasks.windows import Windows
 
 RATE = 100
 

@@ -16,10 +16,9 @@ from jepa_audio.probing.heads.stacked import MLPSettings, StackedAdam, StackedHe
 from jepa_audio.probing.heads.sweep import MLPHead, TrainingRows, group_inputs
 from jepa_audio.probing.metrics import AUROC, R2, Accuracy, Metric
 from jepa_audio.probing.tasks import ProbeData, Task
-from jepa_audio.probing.tasks.base import Protocol
+from jepa_audio.probing.tasks.base import Protocol, Windows
 from jepa_audio.probing.tasks.labels import ClipLabels, Multiclass, Multilabel, Regression, Rows
 from jepa_audio.probing.tasks.records import Item, Split
-from jepa_audio.probing.tasks.windows import Windows
 
 # The last of the training batches 22 + 22 + 1 has a single row.
 SIZES = {"train": 45, "val": 21, "test": 17}

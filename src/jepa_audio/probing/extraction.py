@@ -16,8 +16,8 @@ from jepa_audio.data.audio.resample import resample
 from jepa_audio.errors import UserError
 from jepa_audio.probing.encoders import ProbeEncoder
 from jepa_audio.probing.robustness.conditions import Condition
+from jepa_audio.probing.tasks.base import Windows
 from jepa_audio.probing.tasks.records import Item
-from jepa_audio.probing.tasks.windows import Windows
 
 REVISION = 1
 """Part of every cache key. It increases when the same audio gives other features than before."""

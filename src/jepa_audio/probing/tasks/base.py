@@ -10,12 +10,11 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
-from jepa_audio.errors import MissingFileError
+from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.probing.metrics import Metric
 from jepa_audio.probing.tasks.labels import Labels, Rows, Unit
 from jepa_audio.probing.tasks.raw_data import DataSet
 from jepa_audio.probing.tasks.records import SPLITS, Split, read_split, split_checksum, split_of
-from jepa_audio.probing.tasks.windows import Windows
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +23,45 @@ MARBLE_LEARNING_RATES = (5e-5, 1e-4, 5e-4, 1e-3, 5e-3, 1e-2)
 
 Sizes = tuple[int | None, int | None, int | None]
 """Number of scored units in train, val and test; `None` where it is not known."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Consecutive windows without overlap.
+
+    Args:
+        seconds: length of a window; `None` for the whole segment.
+        min_ratio: a shorter last window is kept if it has at least this share of `seconds`.
+        first_seconds: use this much of the segment; `None` for all of it.
+    """
+
+    seconds: float | None = None
+    min_ratio: float = 1.0
+    first_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_ratio <= 1 or min(self.seconds or 1, self.first_seconds or 1) <= 0:
+            raise UserError(
+                f"`min_ratio` ({self.min_ratio}) must be in (0, 1], `seconds` ({self.seconds}) and "
+                f"`first_seconds` ({self.first_seconds}) positive or None"
+            )
+
+    def spans(self, num_samples: int, sample_rate: int) -> list[tuple[int, int]]:
+        """First sample and end (exclusive) of every window of a segment of `num_samples`.
+
+        A segment shorter than the shortest window is still one window, so that every unit is
+        scored. Windows are not padded: see `LayerFeatures`.
+        """
+        if self.first_seconds is not None:
+            num_samples = min(num_samples, round(self.first_seconds * sample_rate))
+        length = num_samples if self.seconds is None else int(self.seconds * sample_rate)
+        if length < 1 or num_samples < length:
+            return [(0, num_samples)]
+        spans = [(start, start + length) for start in range(0, num_samples - length + 1, length)]
+        end = spans[-1][1]
+        if (num_samples - end) / length >= self.min_ratio:
+            spans.append((end, num_samples))
+        return spans
 
 
 @dataclass(frozen=True)

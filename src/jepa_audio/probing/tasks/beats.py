@@ -15,8 +15,15 @@ from typing_extensions import override
 
 from jepa_audio.errors import UserError
 from jepa_audio.probing.tasks.beat_decoder import BarPointer, decode_beats
-from jepa_audio.probing.tasks.frames import FrameLabels, FrameSequence, frame_sequences
-from jepa_audio.probing.tasks.labels import Logits, Predictions, Rows, Unit
+from jepa_audio.probing.tasks.labels import (
+    FrameLabels,
+    FrameSequence,
+    Logits,
+    Predictions,
+    Rows,
+    Unit,
+    frame_sequences,
+)
 from jepa_audio.probing.tasks.records import Item, Split, is_time
 
 EVENTS = ("beat", "downbeat")

@@ -16,11 +16,17 @@ from typing_extensions import override
 
 from jepa_audio.errors import UserError
 from jepa_audio.probing.metrics import SHARP_TONICS, Share
-from jepa_audio.probing.tasks.base import MARBLE_LEARNING_RATES, Protocol, Task
-from jepa_audio.probing.tasks.frames import FrameLabels, frame_sequences
-from jepa_audio.probing.tasks.labels import UNKNOWN, Logits, Predictions, Rows, Unit
+from jepa_audio.probing.tasks.base import MARBLE_LEARNING_RATES, Protocol, Task, Windows
+from jepa_audio.probing.tasks.labels import (
+    UNKNOWN,
+    FrameLabels,
+    Logits,
+    Predictions,
+    Rows,
+    Unit,
+    frame_sequences,
+)
 from jepa_audio.probing.tasks.records import Item, Split, is_time
-from jepa_audio.probing.tasks.windows import Windows
 
 CHORDS = (*(f"{root}:{quality}" for quality in ("maj", "min") for root in SHARP_TONICS), "N")
 """Major triads, minor triads, no chord; in the notation of (Harte et al., 2005)."""

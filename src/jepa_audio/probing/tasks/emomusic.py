@@ -10,11 +10,17 @@ import numpy as np
 
 from jepa_audio.errors import UserError
 from jepa_audio.probing.metrics import R2
-from jepa_audio.probing.tasks.annotations import Row, read_rows
-from jepa_audio.probing.tasks.base import Protocol, Task
+from jepa_audio.probing.tasks.base import Protocol, Task, Windows
 from jepa_audio.probing.tasks.labels import Regression
-from jepa_audio.probing.tasks.raw_data import DataSet, Example, audio_files, find_path, hash_modulo
-from jepa_audio.probing.tasks.windows import Windows
+from jepa_audio.probing.tasks.raw_data import (
+    DataSet,
+    Example,
+    Row,
+    audio_files,
+    find_path,
+    hash_modulo,
+    read_rows,
+)
 
 _SET = "Mediaeval 2013 set"
 _QUANTITIES = ("mean_arousal", "mean_valence")

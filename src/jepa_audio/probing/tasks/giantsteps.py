@@ -10,11 +10,16 @@ import mir_eval
 
 from jepa_audio.errors import UserError
 from jepa_audio.probing.metrics import KEYS, TONICS, Accuracy, KeyScore
-from jepa_audio.probing.tasks.annotations import read_rows
-from jepa_audio.probing.tasks.base import Protocol, Task
+from jepa_audio.probing.tasks.base import Protocol, Task, Windows
 from jepa_audio.probing.tasks.labels import Multiclass
-from jepa_audio.probing.tasks.raw_data import DataSet, Example, audio_files, find_path, hash_modulo
-from jepa_audio.probing.tasks.windows import Windows
+from jepa_audio.probing.tasks.raw_data import (
+    DataSet,
+    Example,
+    audio_files,
+    find_path,
+    hash_modulo,
+    read_rows,
+)
 
 TEST_FOLDER = "giantsteps-key-dataset"
 TRAIN_FOLDER = "giantsteps-mtg-key-dataset"

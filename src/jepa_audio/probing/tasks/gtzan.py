@@ -9,12 +9,11 @@ from pathlib import Path
 from jepa_audio.data.audio.read import AudioReadError, inspect
 from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.probing.metrics import Accuracy
-from jepa_audio.probing.tasks.base import Protocol, Task
+from jepa_audio.probing.tasks.base import Protocol, Task, Windows
 from jepa_audio.probing.tasks.labels import Multiclass
 from jepa_audio.probing.tasks.raw_data import DataSet, Example, audio_files, find_path
 from jepa_audio.probing.tasks.records import SPLITS
 from jepa_audio.probing.tasks.splits import load_splits
-from jepa_audio.probing.tasks.windows import Windows
 
 log = logging.getLogger(__name__)
 

@@ -17,10 +17,9 @@ from functools import partial
 
 from jepa_audio.errors import UserError
 from jepa_audio.probing.metrics import KEYS, TONICS, Accuracy, KeyScore
-from jepa_audio.probing.tasks.base import MARBLE_LEARNING_RATES, Protocol, Task
+from jepa_audio.probing.tasks.base import MARBLE_LEARNING_RATES, Protocol, Task, Windows
 from jepa_audio.probing.tasks.labels import Multiclass
 from jepa_audio.probing.tasks.records import Item, Split
-from jepa_audio.probing.tasks.windows import Windows
 
 log = logging.getLogger(__name__)
 

@@ -1,9 +1,9 @@
-"""Label types of whole clips: one class, tags or numbers; targets and losses of heads."""
+"""Label types: the targets, losses and predictions of heads for clips, and for frames in time."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -15,16 +15,17 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from jepa_audio.errors import UserError
+from jepa_audio.probing.metrics.base import Predictions, Targets
 from jepa_audio.probing.tasks.records import Item, Split
 
 UNKNOWN = -1
-"""Class of a row without a known class: it is not learnt.
+"""Class of a row without a known class. Heads are not trained on it.
 
-A clip of a class without training examples counts as wrong; an unknown frame is not scored.
+A clip whose class has no training example counts as wrong; an unknown frame is not scored.
 """
 
 Unit = Literal["file", "window"]
-"""What is scored: a file (all items of one `uid`), or every window on its own."""
+"""The scored unit: a file (all items of one `uid`), or a single window."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Rows:
     """The origin of each feature row.
 
     Attributes:
-        item: index of the row's item in its split.
-        window: index of the row's window, counted over the whole split.
+        item: index in the split.
+        window: index over all windows of the split.
         seconds: centre of the row from the start of its item.
     """
 
@@ -64,21 +65,18 @@ Logits = Float[Tensor, "rows K C"]
 """C outputs of K heads for each feature row, called logits for all label types."""
 
 RowTargets = Shaped[Tensor, "rows ..."]
-Predictions = Float[Tensor, "units K A"]
-UnitTargets = Shaped[np.ndarray, "units ..."]
 
 
 class Labels(ABC):
     """Targets, losses and predictions for one type of label.
 
     Training compares the logits with `row_targets` by `losses`. Metrics compare the `predictions`
-    for each unit (for clips the mean logits of its rows, for annotations in time counts of matches)
-    with its `unit_targets`.
+    for each unit with its `unit_targets`.
 
     Attributes:
-        kind: target of a row: index of a class, "tags" (each from 0 to 1), or "numbers".
+        kind: target of a row: the index of a class, "tags" (each from 0 to 1), or "numbers".
         names: names of the outputs.
-        decoder: name of what makes events of frames; `None` for clips.
+        decoder: name of the method that finds events in frames; `None` without events.
     """
 
     kind: ClassVar[Literal["class", "tags", "numbers"]]
@@ -87,15 +85,15 @@ class Labels(ABC):
 
     @property
     def num_outputs(self) -> int:
-        """Numbers that a head computes for a row."""
+        """Number of outputs of a head for each row."""
         return len(self.names)
 
     def fitted(self, train: Split) -> Labels:
-        """Return labels with what is computed from the training split, such as class names."""
+        """Return labels with the values of the training split, such as class names."""
         return self
 
     def for_first_metric(self) -> Labels:
-        """Return labels whose predictions need only serve the first metric of their task."""
+        """Return labels that compute only the predictions of the first metric of their task."""
         return self
 
     @abstractmethod
@@ -105,8 +103,8 @@ class Labels(ABC):
     def losses(self, logits: Logits, targets: RowTargets) -> Float[Tensor, " K"]:
         """Loss of each head, mean over rows (and tags or numbers).
 
-        Classes have cross-entropy over the rows that are not `UNKNOWN`, tags binary cross-entropy,
-        numbers the squared error.
+        The loss is cross-entropy for classes (over the rows that are not `UNKNOWN`), binary
+        cross-entropy for tags, and the squared error for numbers.
         """
         if self.kind == "class":
             expanded = targets[:, None].expand(-1, logits.shape[1])
@@ -124,12 +122,12 @@ class Labels(ABC):
         """Predictions of each head for each unit."""
 
     @abstractmethod
-    def unit_targets(self, split: Split, rows: Rows, by: Unit) -> UnitTargets:
+    def unit_targets(self, split: Split, rows: Rows, by: Unit) -> Targets:
         """Label of each unit, encoded for metrics."""
 
 
 class ClipLabels(Labels):
-    """One label for a whole item: the target of all its rows, scored by their mean logits."""
+    """One label for an item: the target of its rows. Predictions are mean logits over a unit."""
 
     @abstractmethod
     def encode(self, items: Sequence[Item]) -> Shaped[np.ndarray, "items ..."]:
@@ -143,12 +141,12 @@ class ClipLabels(Labels):
     def predictions(self, logits: Logits, split: Split, rows: Rows, by: Unit) -> Predictions:
         unit = torch.from_numpy(rows.unit_index(split, by)).to(logits.device)
         shape = rows.num_units(split, by), *logits.shape[1:]
-        # In 64 bits: there the mean of equal numbers is that number.
+        # In 64 bits the mean of equal numbers is exactly that number.
         total = logits.new_zeros(shape, dtype=torch.float64).index_add_(0, unit, logits.double())
         return (total / unit.bincount()[:, None, None]).to(logits)
 
     @override
-    def unit_targets(self, split: Split, rows: Rows, by: Unit) -> UnitTargets:
+    def unit_targets(self, split: Split, rows: Rows, by: Unit) -> Targets:
         if by == "file":
             return self.encode(split.unit_items)
         _, first = np.unique(rows.window, return_index=True)
@@ -268,6 +266,46 @@ def _tags(item: Item) -> list[str]:
 
 
 def _sort_names(names: set[str]) -> tuple[str, ...]:
-    """Sort by number if all are numbers, else by the alphabet."""
+    """Sort as numbers if all names are numbers, else as text."""
     are_numbers = all(name.isdecimal() for name in names)
     return tuple(sorted(names, key=int) if are_numbers else sorted(names))
+
+
+class FrameLabels(Labels):
+    """An annotation in time: each frame has a target. Predictions are counts for each unit.
+
+    The times of annotations start at the start of the file, also in a record of a segment. Parts
+    without frames are not scored, such as an end that is too short for a window.
+    """
+
+    @override
+    def unit_targets(self, split: Split, rows: Rows, by: Unit) -> Targets:
+        """Zeros: `predictions` already contain the comparison with the annotation."""
+        return np.zeros(rows.num_units(split, by))
+
+
+@dataclass(frozen=True)
+class FrameSequence:
+    """Consecutive frames of one item.
+
+    Attributes:
+        unit: index of the unit of the item.
+        rows: indices of the frames.
+        seconds: centres of the frames from the start of the file, as in annotations.
+    """
+
+    item: Item
+    unit: int
+    rows: Int64[np.ndarray, " rows"]
+    seconds: Float[np.ndarray, " rows"]
+
+
+def frame_sequences(split: Split, rows: Rows, by: Unit) -> Iterator[FrameSequence]:
+    """Yield the frames of each item, or of each window if the unit is a window."""
+    key = rows.window if by == "window" else rows.item
+    order = np.argsort(key, kind="stable")
+    unit = rows.unit_index(split, by)
+    for part in np.split(order, np.flatnonzero(np.diff(key[order])) + 1):
+        item = split.items[rows.item[part[0]]]
+        seconds = item.start_seconds + rows.seconds[part].astype(np.float64)
+        yield FrameSequence(item, int(unit[part[0]]), part, seconds)

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from jepa_audio.errors import UserError
 from jepa_audio.probing.metrics import TAG_METRICS
-from jepa_audio.probing.tasks.base import Protocol, Task
+from jepa_audio.probing.tasks.base import Protocol, Task, Windows
 from jepa_audio.probing.tasks.labels import Multilabel
 from jepa_audio.probing.tasks.raw_data import DataSet, Example, find_path
-from jepa_audio.probing.tasks.windows import Windows
 
 TAG_SETS = {
     "MTG/MTGTop50": "top50tags",

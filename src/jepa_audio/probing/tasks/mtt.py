@@ -8,11 +8,9 @@ from collections.abc import Collection
 from pathlib import Path
 
 from jepa_audio.probing.metrics import TAG_METRICS
-from jepa_audio.probing.tasks.annotations import Row, read_rows
-from jepa_audio.probing.tasks.base import Protocol, Task
+from jepa_audio.probing.tasks.base import Protocol, Task, Windows
 from jepa_audio.probing.tasks.labels import Multilabel
-from jepa_audio.probing.tasks.raw_data import DataSet, Example, find_path
-from jepa_audio.probing.tasks.windows import Windows
+from jepa_audio.probing.tasks.raw_data import DataSet, Example, Row, find_path, read_rows
 
 log = logging.getLogger(__name__)
 

@@ -7,11 +7,10 @@ from pathlib import Path
 from jepa_audio.errors import UserError
 from jepa_audio.files import read_json
 from jepa_audio.probing.metrics import MeanF1, PooledF1
-from jepa_audio.probing.tasks.base import Protocol, Task
+from jepa_audio.probing.tasks.base import Protocol, Task, Windows
 from jepa_audio.probing.tasks.beats import BEAT_COLUMNS, DOWNBEAT_COLUMNS, EVENTS, Beats
 from jepa_audio.probing.tasks.gtzan import split_files
 from jepa_audio.probing.tasks.raw_data import DataSet, Example, find_path
-from jepa_audio.probing.tasks.windows import Windows
 
 _ANNOTATIONS = tuple(
     f"{folder}*.jams"

@@ -11,11 +11,10 @@ from typing import Literal
 
 from jepa_audio.errors import UserError
 from jepa_audio.probing.metrics import R2, TAG_METRICS, Accuracy, Metric
-from jepa_audio.probing.tasks.annotations import Row, find_column, read_rows
-from jepa_audio.probing.tasks.base import ProbeData, Protocol, Task
+from jepa_audio.probing.tasks.base import ProbeData, Protocol, Task, Windows
 from jepa_audio.probing.tasks.labels import Labels, Multiclass, Multilabel, Regression
+from jepa_audio.probing.tasks.raw_data import Row, find_column, read_rows
 from jepa_audio.probing.tasks.records import SPLITS, Record, split_of
-from jepa_audio.probing.tasks.windows import Windows
 
 log = logging.getLogger(__name__)
 

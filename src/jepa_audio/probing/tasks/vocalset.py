@@ -10,10 +10,9 @@ from pathlib import Path
 
 from jepa_audio.errors import UserError
 from jepa_audio.probing.metrics import Accuracy
-from jepa_audio.probing.tasks.base import Protocol, Task
+from jepa_audio.probing.tasks.base import Protocol, Task, Windows
 from jepa_audio.probing.tasks.labels import Multiclass, Unit
 from jepa_audio.probing.tasks.raw_data import DataSet, Example, find_path, hash_modulo
-from jepa_audio.probing.tasks.windows import Windows
 
 log = logging.getLogger(__name__)
 
