@@ -7,36 +7,36 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
 from jepa_audio.errors import UserError
 
 _EPSILON = 1e-6
-"""Distance of activations from 0 and 1: the log of a certainty would outweigh a whole track."""
+"""Smallest distance of activations from 0 and 1, so that no single frame outweighs a track."""
 
 _MAX_SCORES = 2**26
 """Scores held at once (256 MiB); more tracks are decoded in chunks."""
 
 _IMPOSSIBLE = -36.0
-"""Log-probability of a tempo change that counts as impossible: the resolution of 64 bits."""
+"""Log-probability below which a tempo change is impossible: the resolution of 64 bits."""
 
 
 @dataclass(frozen=True)
 class BarPointer:
     """Hidden Markov model of tempo and position in a beat, for beats without meter.
 
-    The model is that of (Krebs, Böck and Widmer, 2015, "An efficient state-space model for joint
-    tempo and meter tracking") with madmom's constants. A state is an interval (frames from one beat
-    to the next) and a position in it. A path passes through the positions of an interval frame by
+    The model is from (Krebs, Böck and Widmer, 2015, "An efficient state-space model for joint tempo
+    and meter tracking"), with madmom's constants. A state is an interval (frames from one beat to
+    the next) and a position in it. A path passes through the positions of an interval frame by
     frame, and can change the interval only where a beat starts.
 
     Attributes:
         intervals: consecutive numbers of frames.
         widths: for each interval, the number of its first positions that observe a beat.
-        change: log-probability of the interval of a beat (columns), given the one before (rows).
-        beat_prior: log-odds that activations contribute beyond their own at a beat position.
+        change: log-probability of the interval of a beat (columns), given the previous one (rows).
+        beat_prior: log-odds that are added to those of the activation at each beat position.
     """
 
     intervals: Int64[Tensor, " J"]
@@ -60,8 +60,8 @@ class BarPointer:
             min_bpm: slowest tempo in beats per minute.
             max_bpm: fastest tempo in beats per minute.
             transition_lambda: steadiness of the tempo: a change by the share x is
-                exp(-transition_lambda · x) times as probable as none.
-            observation_lambda: a beat is observed in the first 1/observation_lambda of an interval.
+                exp(-transition_lambda · x) times as probable as no change.
+            observation_lambda: the first 1/observation_lambda of an interval observes a beat.
 
         Raises:
             UserError: if the fastest beat has fewer than two frames.
@@ -103,12 +103,12 @@ def decode_beats(
     if lengths is None:
         lengths = torch.full((num_tracks,), num_frames)
     lengths = lengths.to(activations.device)
+    inside = torch.arange(num_frames, device=lengths.device) < lengths[:, None]
+    lengths = lengths.where(((activations > 0) & inside).any(dim=1), 0)
     num_padded = num_frames + 2 * int(model.intervals[-1])
     chunk = max(1, _MAX_SCORES // (len(model.intervals) * num_padded))
     widths, beats = model.widths.tolist(), []
     for tracks, sizes in zip(activations.split(chunk), lengths.split(chunk), strict=True):
-        inside = torch.arange(num_frames, device=tracks.device) < sizes[:, None]
-        sizes = sizes.where(((tracks > 0) & inside).any(dim=1), 0)  # noqa: PLW2901
         values = tracks.cpu().numpy()
         for n, starts in enumerate(beat_starts(tracks, sizes, model)):
             beats.append(_peak_frames(starts, values[n, : int(sizes[n])], widths))
@@ -120,21 +120,18 @@ def beat_starts(
 ) -> list[list[tuple[int, int]]]:
     """First frame of each beat of the best path of each track, and the index of its interval.
 
-    The first beat may start before the track: a path begins anywhere in a beat with the same
+    The first beat may start before the track: a path begins at any position of a beat with the same
     probability.
     """
-    inside = torch.arange(activations.shape[1], device=activations.device) < num_frames[:, None]
-    trellis = _Trellis.build(activations, inside, model)
-    scores = trellis.scores(int(num_frames.max()))
-    index, start = trellis.last_beat(scores, num_frames)
+    scores, pad = _path_scores(activations, num_frames, model), int(model.intervals[-1])
     intervals, change = model.intervals.to(scores.device), model.change.to(scores)
     track = torch.arange(scores.shape[1], device=scores.device)
     every = torch.arange(len(intervals), device=scores.device)[:, None]
+    index, start = _last_beat(scores, num_frames, intervals)
     path = [(start, index)]
     while bool((start > 0).any()):
-        frame = (start - intervals[:, None] + trellis.pad).clamp_min(0)
-        gains = trellis.gains[trellis.width_index[:, None], track, frame]
-        total = scores[every, track, frame] + gains + change[:, index]
+        frame = (start - intervals[:, None] + pad).clamp_min(0)
+        total = scores[every, track, frame] + change[:, index]
         index = torch.where(start > 0, total.argmax(dim=0), index)
         start = torch.where(start > 0, start - intervals[index], start)
         path.append((start, index))
@@ -149,80 +146,57 @@ def beat_starts(
     return beats
 
 
-@dataclass(frozen=True)
-class _Trellis:
-    """Scores of paths relative to a path without beats, which changes no comparison.
+def _path_scores(
+    activations: Float[Tensor, "N T"], num_frames: Int64[Tensor, " N"], model: BarPointer
+) -> Float[Tensor, "J N P"]:
+    """Best score of a path to the end of a beat, by its interval (J) and its first frame (P).
 
-    Between two beats a path has no choice. So only the scores of the first frame of each beat are
-    kept, and one step leads from beat to beat.
-
-    Attributes:
-        model: model of the tempo.
-        gains: log-odds of a beat, summed over each number of positions from each frame on. There
-            are `pad` frames before and after the track, where nothing is gained.
-        width_index: index in `gains` of the number of positions of each interval.
-        pad: longest interval.
+    Scores are relative to a path without beats, which changes no comparison. Between two beats a
+    path has no choice, so only one score is kept for each beat. P counts from the longest interval
+    before the track to the longest interval after it; nothing is gained outside the track, and
+    paths begin before it.
     """
+    shortest, pad = int(model.intervals[0]), int(model.intervals[-1])
+    inside = torch.arange(activations.shape[1], device=activations.device) < num_frames[:, None]
+    log_odds = activations.clamp(_EPSILON, 1 - _EPSILON).logit() + model.beat_prior
+    padded = F.pad(log_odds.where(inside, log_odds.new_zeros(())), (pad, pad))
+    widths, width_index = model.widths.unique(return_inverse=True)
+    # Every sum is computed separately: differences of running sums would lose single frames.
+    gains = [
+        F.pad(padded.unfold(1, width, 1).sum(dim=-1), (0, width - 1)) for width in widths.tolist()
+    ]
+    scores = torch.stack([gains[i] for i in width_index.tolist()])
+    change, end = model.change.to(scores), pad + int(num_frames.max())
+    possible = [row.isfinite().nonzero().flatten().tolist() for row in model.change]
+    # No beat is shorter than the shortest interval: so many frames depend on earlier ones only.
+    for start in range(pad + 1, end, shortest):
+        stop = min(start + shortest, end)
+        # Contiguous copies: the rows of `scores` are so far apart that memory limits the speed.
+        best = scores.new_full((len(scores), scores.shape[1], stop - start), -math.inf)
+        for j, interval in enumerate(model.intervals.tolist()):
+            low, high = possible[j][0], possible[j][-1] + 1
+            ended = scores[j, :, start - interval : stop - interval].contiguous()
+            torch.maximum(
+                best[low:high], ended + change[j, low:high, None, None], out=best[low:high]
+            )
+        scores[:, :, start:stop] += best
+    return scores
 
-    model: BarPointer
-    gains: Float[Tensor, "R N P"]
-    width_index: Int64[Tensor, " J"]
-    pad: int
 
-    @classmethod
-    def build(
-        cls, activations: Float[Tensor, "N T"], inside: Bool[Tensor, "N T"], model: BarPointer
-    ) -> _Trellis:
-        log_odds = activations.clamp(_EPSILON, 1 - _EPSILON).logit() + model.beat_prior
-        widths, width_index = model.widths.unique(return_inverse=True)
-        pad = int(model.intervals[-1])
-        padded = F.pad(log_odds.where(inside, log_odds.new_zeros(())), (pad, pad))
-        # Every sum is computed separately: differences of running sums would lose single frames.
-        gains = [
-            F.pad(padded.unfold(1, width, 1).sum(dim=-1), (0, width - 1))
-            for width in widths.tolist()
-        ]
-        return cls(model, torch.stack(gains), width_index, pad)
-
-    def scores(self, num_frames: int) -> Float[Tensor, "J N P"]:
-        """Best score of a path up to a beat of each interval from each frame; 0 where paths begin.
-
-        No beat is shorter than the shortest interval, so that many frames depend on earlier ones
-        only and are computed at once.
-        """
-        shortest, end = int(self.model.intervals[0]), self.pad + num_frames
-        change = self.model.change.to(self.gains)
-        scores = self.gains.new_zeros(len(change), *self.gains.shape[1:])
-        possible = [row.isfinite().nonzero().flatten().tolist() for row in self.model.change]
-        for start in range(self.pad + 1, end, shortest):
-            stop = min(start + shortest, end)
-            # Not in `scores`, whose rows are so far apart that a processor would wait for memory.
-            best = scores.new_full((len(scores), scores.shape[1], stop - start), -math.inf)
-            for j, interval in enumerate(self.model.intervals.tolist()):
-                before = slice(start - interval, stop - interval)
-                low, high = possible[j][0], possible[j][-1] + 1
-                ended = scores[j, :, before] + self.gains[self.width_index[j], :, before]
-                torch.maximum(
-                    best[low:high], ended + change[j, low:high, None, None], out=best[low:high]
-                )
-            scores[:, :, start:stop] = best
-        return scores
-
-    def last_beat(
-        self, scores: Float[Tensor, "J N P"], num_frames: Int64[Tensor, " N"]
-    ) -> tuple[Int64[Tensor, " N"], Int64[Tensor, " N"]]:
-        """Index of the interval and first frame of the beat in which the best path ends."""
-        best = scores.new_full(num_frames.shape, -math.inf)
-        index, start = torch.zeros_like(num_frames), torch.zeros_like(num_frames)
-        for j, interval in enumerate(self.model.intervals.tolist()):
-            frame = num_frames[:, None] - torch.arange(interval, 0, -1, device=scores.device)
-            total = (scores[j] + self.gains[self.width_index[j]]).gather(1, frame + self.pad)
-            highest, position = total.max(dim=1)
-            is_better = highest > best
-            best = torch.where(is_better, highest, best)
-            index = torch.where(is_better, j, index)
-            start = torch.where(is_better, frame.gather(1, position[:, None])[:, 0], start)
-        return index, start
+def _last_beat(
+    scores: Float[Tensor, "J N P"], num_frames: Int64[Tensor, " N"], intervals: Int64[Tensor, " J"]
+) -> tuple[Int64[Tensor, " N"], Int64[Tensor, " N"]]:
+    """Index of the interval and first frame of the beat in which the best path ends."""
+    best = scores.new_full(num_frames.shape, -math.inf)
+    index, start = torch.zeros_like(num_frames), torch.zeros_like(num_frames)
+    for j, interval in enumerate(intervals.tolist()):
+        frame = num_frames[:, None] - torch.arange(interval, 0, -1, device=scores.device)
+        highest, position = scores[j].gather(1, frame + int(intervals[-1])).max(dim=1)
+        is_better = highest > best
+        best = torch.where(is_better, highest, best)
+        index = torch.where(is_better, j, index)
+        start = torch.where(is_better, frame.gather(1, position[:, None])[:, 0], start)
+    return index, start
 
 
 def _peak_frames(
