@@ -172,7 +172,7 @@ def collate_indices(indices: list[tuple[int, int]]) -> tuple[AudioBatch, list[Ba
 def make_loader(num_files: int = 10, batch_size: int = 2, **arguments: int) -> ResumableLoader:
     sampler = GlobalOrderSampler(num_files, batch_size, seed=5, **arguments)
     loader = DataLoader(IndexDataset(num_files), batch_sampler=sampler, collate_fn=collate_indices)
-    return ResumableLoader(loader, BadReadCounter(0.5))
+    return ResumableLoader(loader, BadReadCounter(0.5), sampler.batches_per_pass)
 
 
 def indices_of(batches: list[AudioBatch]) -> list[tuple[int, int]]:
@@ -224,7 +224,7 @@ def test_a_run_continues_with_other_numbers_of_processes_and_clips_per_batch():
 
 def test_a_loader_with_another_sampler_is_refused():
     with pytest.raises(TypeError, match="GlobalOrderSampler"):
-        ResumableLoader(DataLoader(IndexDataset(3), batch_size=2), BadReadCounter(0.5))
+        ResumableLoader(DataLoader(IndexDataset(3), batch_size=2), BadReadCounter(0.5), 1)
 
 
 class KilledError(Exception):

@@ -24,8 +24,7 @@ from jepa_audio.data.corpus import shards as shards_module
 from jepa_audio.data.corpus.index import index_corpus
 from jepa_audio.data.corpus.shards import Packing, read_checksums, sha256_of, write_shards
 from jepa_audio.data.corpus.table import Corpus, CorpusError, load_corpus
-from jepa_audio.data.loading.clips import ClipSettings
-from jepa_audio.data.loading.crops import CropDataset
+from jepa_audio.data.loading.clips import ClipSettings, CropDataset
 from jepa_audio.data.loading.file_table import FileTable
 from tests.sounds import audio, noise, pairs, tar, write
 

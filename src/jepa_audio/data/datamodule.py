@@ -21,8 +21,15 @@ from typing_extensions import override
 
 from jepa_audio.data.corpus.index import check_bad_share, index_corpus
 from jepa_audio.data.corpus.table import Corpus, CorpusError, load_corpus
-from jepa_audio.data.loading.clips import ChannelMode, ClipDataset, ClipSettings, WithBadReads
-from jepa_audio.data.loading.crops import CropDataset, collate_crops, collate_with_bad_reads
+from jepa_audio.data.loading.clips import (
+    ChannelMode,
+    ClipDataset,
+    ClipSettings,
+    CropDataset,
+    WithBadReads,
+    collate_crops,
+    collate_with_bad_reads,
+)
 from jepa_audio.data.loading.file_table import FileTable
 from jepa_audio.data.loading.loader import BadReadCounter, EvaluationLoader, ResumableLoader
 from jepa_audio.data.loading.order import EveryNthBatch, GlobalOrderSampler, count_files_per_block

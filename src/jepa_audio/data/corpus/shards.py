@@ -7,21 +7,19 @@ import io
 import json
 import logging
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import soundfile as sf
-import torch
-from jaxtyping import Float32
 
-from jepa_audio.data.audio.read import AudioReadError, read, read_bytes
-from jepa_audio.data.audio.resample import resample, resampled_length, source_slice
+from jepa_audio.data.audio.read import AudioReadError, read_bytes
+from jepa_audio.data.audio.resample import resampled_length
 from jepa_audio.data.corpus.index import index_file
 from jepa_audio.data.corpus.sources import DiscoveredFile
 from jepa_audio.data.corpus.table import (
@@ -272,29 +270,18 @@ def _encode_scaled(
     except sf.LibsndfileError as error:
         reason = f"flac does not allow {rate} Hz: pack with a `sample_rate`"
         raise AudioReadError(file.audio, reason) from error
+    length = resampled_length(file.num_frames, file.sample_rate, rate)
+    block_samples = _BLOCK_SECONDS * rate
     with flac:
-        for block in _resampled_blocks(file, rate, packing.mono):
+        # In blocks, so the memory does not depend on the length of the file.
+        for start in range(0, length, block_samples):
+            num_samples = min(block_samples, length - start)
+            channel: Literal["mean"] | None = "mean" if packing.mono else None
+            block = file.read_slice(start, num_samples, rate, channel).numpy()
             # The largest integer is one step below full scale, the smallest is at -1.
             peak = max(peak, float(block.max()) + 2.0 ** (1 - packing.bits), float(-block.min()))
             flac.write(gain * block.T)
     return buffer.getvalue(), peak
-
-
-def _resampled_blocks(
-    file: IndexedFile, rate: int, mono: bool
-) -> Iterator[Float32[np.ndarray, "C S"]]:
-    """Resample the file in blocks, so the memory does not depend on the length of the file."""
-    length = resampled_length(file.num_frames, file.sample_rate, rate)
-    block_samples = _BLOCK_SECONDS * rate
-    for start in range(0, length, block_samples):
-        num_samples = min(block_samples, length - start)
-        source = source_slice(start, num_samples, file.num_frames, file.sample_rate, rate)
-        decoded, sample_rate = read(file.audio, source.start, source.num_frames)
-        file.check_unchanged(decoded, sample_rate)
-        samples = torch.from_numpy(decoded)
-        samples = samples.mean(dim=0, keepdim=True) if mono else samples
-        resampled = resample(samples, file.sample_rate, rate)
-        yield resampled[:, source.skip : source.skip + num_samples].numpy()
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:

@@ -8,15 +8,18 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 from jaxtyping import Bool, Float32, Float64
+from torch import Tensor
 
-from jepa_audio.data.audio.read import AudioLocation, AudioReadError, audio_location
+from jepa_audio.data.audio.read import AudioLocation, AudioReadError, audio_location, read
+from jepa_audio.data.audio.resample import resample, source_slice
 from jepa_audio.errors import UserError
 from jepa_audio.files import atomic_path
 
@@ -67,18 +70,40 @@ class IndexedFile(NamedTuple):
         audio = audio_location(path, row["member"], row["offset"], row["num_bytes"])
         return cls(audio, *(row[name] for name in cls._fields[1:]))
 
-    def check_unchanged(self, samples: Float32[np.ndarray, "C S"], sample_rate: int) -> None:
-        """Compare the size of the file, its sample rate and its channels with the table.
+    def read_slice(
+        self,
+        start: int,
+        num_samples: int,
+        sample_rate: int,
+        channel: int | Literal["mean"] | None = None,
+    ) -> Float32[Tensor, "C S"]:
+        """Read a slice of the file at another sample rate.
+
+        Args:
+            start: first sample of the slice, at `sample_rate`.
+            num_samples: length of the slice, at `sample_rate`; it must end within the file.
+            sample_rate: sample rate of the slice in Hz.
+            channel: number of the channel, or "mean" for their average; `None` for all channels.
 
         Raises:
-            AudioReadError: if the file has another size, rate or number of channels.
+            AudioReadError: if the file cannot be read, or has another size, sample rate or number
+                of channels than in the table.
         """
+        source = source_slice(start, num_samples, self.num_frames, self.sample_rate, sample_rate)
+        samples, rate = read(self.audio, source.start, source.num_frames)
         # For a tar member, `read` has already compared this size with the header in the tar.
         if isinstance(self.audio, Path) and self.audio.stat().st_size != self.num_bytes:
             raise AudioReadError(self.audio, "changed since it was indexed: other size")
-        if (sample_rate, len(samples)) != (self.sample_rate, self.num_channels):
+        if (rate, len(samples)) != (self.sample_rate, self.num_channels):
             reason = "changed since it was indexed: other sample rate or channels"
             raise AudioReadError(self.audio, reason)
+        waveform = torch.from_numpy(samples)
+        if channel == "mean" and len(waveform) > 1:
+            waveform = waveform.mean(0, keepdim=True)
+        elif isinstance(channel, int):
+            waveform = waveform[channel : channel + 1]
+        resampled = resample(waveform, rate, sample_rate)
+        return resampled[:, source.skip : source.skip + num_samples]
 
 
 class Splits(NamedTuple):

@@ -1,8 +1,9 @@
-"""Clips of audio files: settings, reading, and the replacement of unreadable files."""
+"""Read clips, cut crops, replace unreadable files by others, and collate batches."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Generic, Literal, NamedTuple, TypeVar, get_args
@@ -12,16 +13,19 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 from torch.utils.data import Dataset
+from typing_extensions import override
 
-from jepa_audio.data.audio.read import AudioReadError, read
-from jepa_audio.data.audio.resample import resample, resampled_length, source_slice
+from jepa_audio.data.audio.read import AudioReadError
+from jepa_audio.data.audio.resample import resampled_length
 from jepa_audio.data.corpus.table import CorpusError, IndexedFile
 from jepa_audio.data.loading.file_table import FileTable
 from jepa_audio.data.loading.order import SampleIndex
 from jepa_audio.errors import UserError, check_bounds
+from jepa_audio.steps.grid import AudioBatch
 
 ChannelMode = Literal["mean", "first", "random", "keep"]
 Sample = TypeVar("Sample")
+Batch = TypeVar("Batch")
 
 _MAX_ATTEMPTS = 20
 # -100 dBFS: a quieter clip holds only dither and is not amplified.
@@ -33,19 +37,17 @@ class ClipSettings:
     """How clips are read from files, and crops are cut from clips.
 
     Attributes:
-        sample_rate: sample rate of clips and crops in Hz; files of other rates are resampled.
+        sample_rate: in Hz; files of other rates are resampled.
         crop_seconds: length of a crop; a shorter file is padded with zeros at its end.
         num_channels: channels of a clip; more than 1 requires `mono="keep"` and files with exactly
             this number of channels.
         mono: "mean" averages the channels of a file, "first" takes the first one, "random" takes
             a random one, "keep" keeps all.
-        crops_per_clip: crops cut from one clip.
         clip_seconds: length of a clip (WavJEPA: 10 s); `None` uses the whole file. WavJEPA pads
             shorter files to this length before it cuts crops; here they are not padded, because
             some crops would then be silent.
         loudness_dbfs: RMS level of a clip after scaling (WavJEPA: -14); `None` keeps the level.
             A whole file is scaled by the RMS over all its channels, which is in the table.
-        seed: seed of all random draws.
 
     Raises:
         UserError: if a value is out of range or contradicts another one.
@@ -167,22 +169,26 @@ class ClipDataset(Dataset[WithBadReads[Sample]], ABC, Generic[Sample]):
             AudioReadError: if this file cannot be read.
         """
 
+    def read_segments(
+        self, file: IndexedFile, num_samples: int, count: int, rng: np.random.Generator
+    ) -> list[Float32[Tensor, "C S"]]:
+        """Read segments of a file; they are shorter than `num_samples` if the file is."""
+        channels: dict[str, int | Literal["mean"] | None] = {"mean": "mean", "first": 0}
+        channel = channels.get(self.settings.mono)
+        if self.settings.mono == "random":
+            channel = int(rng.integers(file.num_channels))
+        rate = self.settings.sample_rate
+        length = resampled_length(file.num_frames, file.sample_rate, rate)
+        starts = self.draw_starts(length, num_samples, count, rng)
+        length = min(num_samples, length)
+        return [file.read_slice(start, length, rate, channel) for start in starts]
+
     def read_clip(
         self, file: IndexedFile, num_samples: int, rng: np.random.Generator
     ) -> Float32[Tensor, "C S"]:
         """Read a clip at the set loudness; it is shorter than `num_samples` if the file is."""
-        channel, length = self.draw_channel(file, rng), self.file_samples(file)
-        (start,) = self.draw_starts(length, num_samples, 1, rng)
-        clip = self.read_segment(file, start, min(num_samples, length), channel)
-        return self.scale(clip)
-
-    def draw_channel(self, file: IndexedFile, rng: np.random.Generator) -> int:
-        """Draw a channel if `mono` is "random"; 0 otherwise."""
-        return int(rng.integers(file.num_channels)) if self.settings.mono == "random" else 0
-
-    def file_samples(self, file: IndexedFile) -> int:
-        """Length of the file in samples at the sample rate of the clips."""
-        return resampled_length(file.num_frames, file.sample_rate, self.settings.sample_rate)
+        (clip,) = self.read_segments(file, num_samples, 1, rng)
+        return self.scale(clip, float(clip.square().mean().sqrt()))
 
     def draw_starts(
         self, length: int, window: int, count: int, rng: np.random.Generator
@@ -193,34 +199,77 @@ class ClipDataset(Dataset[WithBadReads[Sample]], ABC, Generic[Sample]):
             return rng.integers(last_start, size=count, endpoint=True).tolist()
         return [(2 * crop + 1) * last_start // (2 * count) for crop in range(count)]
 
-    def read_segment(
-        self, file: IndexedFile, start: int, length: int, channel: int
-    ) -> Float32[Tensor, "C S"]:
-        """Read a part of the file at the sample rate of the clips; pad it at the end with zeros."""
-        rate = self.settings.sample_rate
-        source = source_slice(start, length, file.num_frames, file.sample_rate, rate)
-        samples, file_rate = read(file.audio, source.start, source.num_frames)
-        file.check_unchanged(samples, file_rate)
-        waveform = torch.from_numpy(samples)
-        if len(waveform) > 1 and self.settings.mono == "mean":
-            waveform = waveform.mean(0, keepdim=True)
-        elif len(waveform) > 1 and self.settings.mono != "keep":
-            waveform = waveform[channel : channel + 1]
-        return fit_length(resample(waveform, file.sample_rate, rate)[:, source.skip :], length)
-
-    def scale(
-        self, audio: Float32[Tensor, "*B C S"], rms: float | None = None
-    ) -> Float32[Tensor, "*B C S"]:
-        """Scale audio to the set loudness; its RMS is computed if it is not given."""
-        if self.settings.loudness_dbfs is None:
-            return audio
-        rms = float(audio.square().mean().sqrt()) if rms is None else rms
-        if rms < _SILENCE_RMS:
+    def scale(self, audio: Float32[Tensor, "*B C S"], rms: float) -> Float32[Tensor, "*B C S"]:
+        """Scale audio of a known RMS level to the set loudness."""
+        if self.settings.loudness_dbfs is None or rms < _SILENCE_RMS:
             return audio
         return audio * (10 ** (self.settings.loudness_dbfs / 20) / rms)
+
+
+class Crops(NamedTuple):
+    """The crops of one clip.
+
+    Attributes:
+        waveform: waveforms of all crops.
+        position: position of the clip in the order of the run.
+        num_samples: samples of each crop without padding.
+    """
+
+    waveform: Float32[Tensor, "crops C S"]
+    position: int
+    num_samples: int
+
+
+class CropDataset(ClipDataset[Crops]):
+    """Crops of files; see `ClipDataset`."""
+
+    @override
+    def draw_sample(
+        self,
+        file: IndexedFile,
+        position: int,
+        rng: np.random.Generator,
+        bad_reads: list[BadRead],
+    ) -> Crops:
+        size, count = self.settings.crop_samples, self.settings.crops_per_clip
+        if self.settings.clip_samples is None:
+            segments = self.read_segments(file, size, count, rng)
+        else:
+            clip = self.read_clip(file, self.settings.clip_samples, rng)
+            starts = self.draw_starts(clip.shape[-1], size, count, rng)
+            segments = [clip[:, start : start + size] for start in starts]
+        crops = torch.stack([fit_length(segment, size) for segment in segments])
+        if self.settings.clip_samples is None:
+            crops = self.scale(crops, file.rms)
+        return Crops(crops, position, segments[0].shape[-1])
 
 
 def fit_length(waveform: Float32[Tensor, "C S"], length: int) -> Float32[Tensor, "C R"]:
     """Cut the waveform to `length` samples, or pad it with zeros at the end."""
     missing = length - waveform.shape[-1]
     return torch.nn.functional.pad(waveform, (0, missing)) if missing > 0 else waveform[:, :length]
+
+
+def collate_crops(samples: list[Crops], mask_padding: bool = False) -> AudioBatch:
+    """A batch of all crops; row = position * crops per clip + number of the crop.
+
+    With `mask_padding`, the batch holds the number of samples of each crop without padding.
+    """
+    waveform = torch.stack([sample.waveform for sample in samples])  # [B, crops, C, S]
+    num_crops = waveform.shape[1]
+    position = torch.tensor([sample.position for sample in samples])
+    row = position[:, None] * num_crops + torch.arange(num_crops)
+    num_samples = torch.tensor([sample.num_samples for sample in samples])
+    return AudioBatch(
+        waveform.flatten(0, 1),
+        row.flatten(),
+        num_samples.repeat_interleave(num_crops) if mask_padding else None,
+    )
+
+
+def collate_with_bad_reads(
+    samples: Sequence[WithBadReads[Sample]], collate: Callable[[list[Sample]], Batch]
+) -> WithBadReads[Batch]:
+    """Collate samples to a batch, and concatenate their failed reads."""
+    batch = collate([sample for sample, _ in samples])
+    return batch, [bad_read for _, bad_reads in samples for bad_read in bad_reads]

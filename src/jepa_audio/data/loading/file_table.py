@@ -40,13 +40,10 @@ class FileTable:
             raise CorpusError(
                 f"no usable audio file under {', '.join(str(corpus.root) for corpus in corpora)}"
             )
-        tables = [
-            corpus.table.select(
-                ["source", "member", "offset", *IndexedFile._fields[1:]]
-            ).append_column("corpus", pa.array(np.full(len(corpus), number, np.int16)))
-            for number, corpus in enumerate(corpora)
-        ]
-        table = pa.concat_tables(tables).combine_chunks()
+        columns = ["source", "member", "offset", *IndexedFile._fields[1:]]
+        table = pa.concat_tables([corpus.table.select(columns) for corpus in corpora])
+        numbers = np.repeat(np.arange(len(corpora), dtype=np.int16), self.sizes)
+        table = table.append_column("corpus", pa.array(numbers)).combine_chunks()
         self._roots = [corpus.root for corpus in corpora]
         # The system deletes an unnamed file when the last process ends, also after a crash.
         with tempfile.TemporaryFile() as file:
@@ -75,20 +72,22 @@ class FileTable:
 
     def corpus_of(self, index: int) -> range:
         """Indices of all files in the corpus of a file."""
-        first = 0
-        for size in self.sizes:
-            if index < first + size:
-                return range(first, first + size)
-            first += size
-        raise IndexError(index)
+        corpus = self._columns["corpus"][index].as_py()
+        first = sum(self.sizes[:corpus])
+        return range(first, first + self.sizes[corpus])
 
     @property
     def num_channels(self) -> Int64[np.ndarray, " N"]:
         """Number of channels of each file."""
         return self._table["num_channels"].to_numpy().astype(np.int64)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _attach, (self._roots, self.sizes, DupFd(self._descriptor))
+    # Another process receives the file descriptor and maps the same file.
+    def __getstate__(self) -> tuple[list[Path], list[int], Any]:
+        return self._roots, self.sizes, DupFd(self._descriptor)
+
+    def __setstate__(self, state: tuple[list[Path], list[int], Any]) -> None:
+        self._roots, self.sizes, descriptor = state
+        self._map(descriptor.detach())
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):
@@ -99,11 +98,3 @@ class FileTable:
         content = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
         self._table = pa.ipc.open_file(pa.py_buffer(content)).read_all()
         self._columns = {name: self._table[name] for name in self._table.column_names}
-
-
-def _attach(roots: list[Path], sizes: list[int], descriptor: Any) -> FileTable:
-    """Map the table of another process, whose file descriptor this process has received."""
-    files = FileTable.__new__(FileTable)
-    files._roots, files.sizes = roots, sizes
-    files._map(descriptor.detach())
-    return files

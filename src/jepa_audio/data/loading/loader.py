@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import Any, TypedDict
+from typing import Any
 
 from torch.utils.data import DataLoader
 
@@ -64,18 +64,6 @@ class BadReadCounter:
         )
 
 
-class LoaderState(TypedDict):
-    """State of the data for a resumed run.
-
-    Attributes:
-        samples_consumed: samples that all ranks together have received.
-        files: fingerprint of the files.
-    """
-
-    samples_consumed: int
-    files: str
-
-
 class ResumableLoader:
     """Iterates over the batches of an endless sampler and counts those that it has returned.
 
@@ -90,15 +78,15 @@ class ResumableLoader:
     Args:
         loader: batches of the order; its `batch_sampler` is a `GlobalOrderSampler`.
         bad_reads: counter of failed reads.
-        batches_per_epoch: micro-batches in an epoch; `None` for about one pass over the files.
-        fingerprint: fingerprint of the files.
+        batches_per_epoch: micro-batches in an epoch.
+        fingerprint: fingerprint of the files, see `FileTable`.
     """
 
     def __init__(
         self,
         loader: DataLoader[WithBadReads[Any]],
         bad_reads: BadReadCounter,
-        batches_per_epoch: int | None = None,
+        batches_per_epoch: int,
         fingerprint: str = "",
     ) -> None:
         sampler = loader.batch_sampler
@@ -110,9 +98,7 @@ class ResumableLoader:
         self._loader = loader
         self._fingerprint = fingerprint
         self._bad_reads = bad_reads
-        self._batches_per_epoch = (
-            sampler.batches_per_pass if batches_per_epoch is None else batches_per_epoch
-        )
+        self._batches_per_epoch = batches_per_epoch
         self._samples_consumed = sampler.samples_consumed
         self._batches: Iterator[WithBadReads[Any]] | None = None
 
@@ -121,7 +107,7 @@ class ResumableLoader:
 
     def __iter__(self) -> Iterator[AudioBatch]:
         """The next `len(self)` batches of the run."""
-        for _ in range(len(self)):
+        for _ in range(self._batches_per_epoch):
             if self._batches is None:
                 self._batches = iter(self._loader)
             batch, bad_reads = next(self._batches)
@@ -130,17 +116,17 @@ class ResumableLoader:
             self._samples_consumed += self.order.global_batch_size
             yield batch
 
-    def state_dict(self) -> LoaderState:
-        """The state, the same on all ranks."""
+    def state_dict(self) -> dict[str, Any]:
+        """Number of samples that all ranks together have received, and the fingerprint."""
         return {"samples_consumed": self._samples_consumed, "files": self._fingerprint}
 
-    def load_state_dict(self, state: LoaderState) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the samples of `state`."""
         # Checkpoints of earlier versions hold no fingerprint.
         if state.get("files", self._fingerprint) != self._fingerprint:
             log.warning(
-                "the files have changed since the checkpoint was written: the order of samples is "
-                "another one from here on. To keep the list of files, train from a table "
+                "the files have changed since the checkpoint was written: the order of samples "
+                "changes from here on. To keep the list of files, train from a table "
                 "(`--data.root corpus.parquet`): files that become unreadable are replaced"
             )
         self.close()
@@ -153,14 +139,10 @@ class ResumableLoader:
 
 
 class EvaluationLoader:
-    """The same batches in each iteration.
+    """The batches of the files of one rank, the same in each iteration.
 
     This class is not a `DataLoader`, because Lightning repeats files of a `DataLoader` to give all
     ranks the same number.
-
-    Args:
-        loader: batches of the files of one rank.
-        bad_reads: counter of failed reads.
     """
 
     def __init__(self, loader: DataLoader[WithBadReads[Any]], bad_reads: BadReadCounter) -> None:

@@ -70,12 +70,9 @@ class GlobalOrderSampler(Sampler[list[SampleIndex]]):
         self.samples_consumed = 0
         self._seed = seed
         self._sizes = sizes
-        self._first_files = [sum(sizes[:corpus]) for corpus in range(len(sizes))]
         # For each corpus: (epoch, permutation of its files in this epoch).
         self._permutations: dict[int, tuple[int, np.ndarray]] = {}
-        self._block_counts = count_files_per_block(
-            [1.0] if weights is None else weights, len(sizes)
-        )
+        self._block_counts = count_files_per_block(weights or [1.0], len(sizes))
 
     @property
     def batches_per_pass(self) -> int:
@@ -95,7 +92,7 @@ class GlobalOrderSampler(Sampler[list[SampleIndex]]):
         """Index of the file at a position of the order."""
         corpus, draw = (0, position) if len(self._sizes) == 1 else self._draw_at(position)
         epoch, index = divmod(draw, self._sizes[corpus])
-        return int(self._first_files[corpus] + self._permutation(corpus, epoch)[index])
+        return sum(self._sizes[:corpus]) + int(self._permutation(corpus, epoch)[index])
 
     def _permutation(self, corpus: int, epoch: int) -> Int64[np.ndarray, " files"]:
         cached = self._permutations.get(corpus)
@@ -171,13 +168,12 @@ class EveryNthBatch(Sampler[SampleIndex]):
         world_size: int = 1,
         even: bool = False,
     ) -> None:
-        batches = [
-            range(i, min(i + batch_size, num_files)) for i in range(0, num_files, batch_size)
-        ]
-        if even and len(batches) > world_size:
-            batches = batches[: len(batches) // world_size * world_size]
-        rank_batches = batches[rank::world_size] or [batches[rank % len(batches)]]
-        self._files = [index for batch in rank_batches for index in batch]
+        num_batches = -(-num_files // batch_size)
+        if even and num_batches > world_size:
+            num_batches -= num_batches % world_size
+        batches = range(num_batches)[rank::world_size] or [rank % num_batches]
+        starts = [batch * batch_size for batch in batches]
+        self._files = [i for s in starts for i in range(s, min(s + batch_size, num_files))]
 
     @override
     def __iter__(self) -> Iterator[SampleIndex]:

@@ -59,7 +59,7 @@ def _context() -> BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["jepa_audio.data.loading.crops"])
+    context.set_forkserver_preload(["jepa_audio.data.loading.clips"])
     # The server and its workers start with the stop signals blocked, so no signal can reach a
     # worker before it ignores them. The resource tracker must run first: otherwise the server
     # starts it, which unblocks the signals.

@@ -19,8 +19,13 @@ from jepa_audio.data.audio.read import AudioLocation, AudioReadError, TarMember,
 from jepa_audio.data.audio.resample import resample
 from jepa_audio.data.corpus.index import index_corpus
 from jepa_audio.data.corpus.table import CorpusError, IndexedFile, load_corpus
-from jepa_audio.data.loading.clips import BadRead, ClipDataset, ClipSettings, fit_length
-from jepa_audio.data.loading.crops import CropDataset
+from jepa_audio.data.loading.clips import (
+    BadRead,
+    ClipDataset,
+    ClipSettings,
+    CropDataset,
+    fit_length,
+)
 from jepa_audio.data.loading.file_table import FileTable
 from jepa_audio.data.scenes.rooms import default_rooms_folder, write_rooms
 from jepa_audio.errors import UserError, check_bounds
