@@ -75,12 +75,7 @@ def audio_location(path: Path, member: str, offset: int, num_bytes: int) -> Audi
 
 
 class AudioReadError(UserError):
-    """An audio file cannot be used.
-
-    Attributes:
-        audio: location of the file.
-        reason: why the file cannot be used, without its name.
-    """
+    """An audio file cannot be used; `reason` does not contain the name of the file."""
 
     def __init__(self, audio: AudioLocation, reason: str) -> None:
         super().__init__(audio, reason)
@@ -93,14 +88,14 @@ class AudioReadError(UserError):
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """Measurements of a file over all its samples.
+    """Measurements of a file over all samples of all channels.
 
     Attributes:
         num_frames: samples per channel.
         sample_rate: in Hz.
         num_channels: audio channels.
-        peak: largest magnitude of all samples; full scale is 1.
-        rms: root mean square of all samples of all channels.
+        peak: largest magnitude; full scale is 1.
+        rms: root mean square.
     """
 
     num_frames: int
@@ -140,7 +135,7 @@ def read(
         if len(samples) < (expected if is_exact else 1):
             reason = f"truncated: {len(samples)} of {expected} frames from {start} decoded"
             raise AudioReadError(audio, reason)
-        _check_peak(audio, _peak(samples))
+        _check_peak(audio, samples)
         return np.ascontiguousarray(samples.T), file.samplerate
 
 
@@ -155,7 +150,7 @@ def inspect(audio: AudioLocation) -> AudioInfo:
     with _open_audio(audio) as file:
         while len(block := _decode(file, count, _BLOCK_FRAMES)):
             count += len(block)
-            peak = max(peak, _check_peak(audio, _peak(block)))
+            peak = max(peak, _check_peak(audio, block))
             energy += float(np.vdot(block, block))
             if len(block) < _BLOCK_FRAMES:
                 break
@@ -292,12 +287,9 @@ def _decode(file: sf.SoundFile, start: int, num_frames: int) -> Float32[np.ndarr
     return file.read(lead + num_frames, dtype="float32", always_2d=True)[lead:]
 
 
-def _peak(samples: Float32[np.ndarray, "S C"]) -> float:
-    # min and max need no copy of the block, and both propagate NaN.
-    return float(np.maximum(-samples.min(), samples.max()))
-
-
-def _check_peak(audio: AudioLocation, peak: float) -> float:
+def _check_peak(audio: AudioLocation, samples: Float32[np.ndarray, "S C"]) -> float:
+    # min and max need no copy of the samples, and both propagate NaN.
+    peak = float(np.maximum(-samples.min(), samples.max()))
     if not math.isfinite(peak):
         raise AudioReadError(audio, "non-finite samples (NaN or infinity)")
     if peak > _MAX_PEAK:

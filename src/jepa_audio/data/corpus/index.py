@@ -9,7 +9,6 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,8 @@ from jepa_audio.parallel import map_threads, track_progress
 log = logging.getLogger(__name__)
 
 _SAVE_EVERY_SECONDS = 30.0
+# A batch of an Arrow table needs far less memory than the Python objects of its files.
+_BATCH_FILES = 100_000
 _NUM_LOGGED = 100
 _NUM_EXAMPLES = 5
 _VERSION = ["source_bytes", "mtime_ns"]
@@ -104,7 +105,7 @@ def check_bad_share(corpus: Corpus, title: str, max_bad_share: float, hint: str 
         corpus: corpus to check.
         title: name of the corpus in the message.
         max_bad_share: largest allowed share of bad files.
-        hint: text after the examples in the message; names the list of all bad files.
+        hint: end of the message; names the list of all bad files.
 
     Raises:
         CorpusError: if too many files are bad; the message gives examples and their reasons.
@@ -169,11 +170,19 @@ def _update_table(
 ) -> Corpus:
     partial = _PartialTable(path)
     discovered, in_unchanged_tars = _discover(sources, root, known, num_workers)
-    discovered = _drop_duplicates(_sort_labelled_first(discovered), [*_NAME, "offset"])
+    # A file may be in a folder and, with labels, in a manifest: keep the row with labels.
+    unlabelled = pc.and_(pc.equal(discovered["group"], ""), pc.equal(discovered["split"], ""))
+    discovered = discovered.take(np.argsort(unlabelled.to_numpy(), kind="stable"))
+    discovered = _drop_duplicates(discovered, [*_NAME, "offset"])
     decoded = pa.concat_tables([known, partial.load()])
     decoded = _drop_duplicates(decoded.filter(_is_final(decoded)), _IDENTITY)
     current, changed = _find_changed(discovered, decoded)
-    indexed = partial.collect(_index_files(root, changed, num_workers, ", ".join(sources)))
+    files = (
+        DiscoveredFile(**row) for batch in changed.to_batches(1024) for row in batch.to_pylist()
+    )
+    rows = map_threads(lambda file: index_file(root, file), files, num_workers)
+    title = f"Indexing {', '.join(sources)}"
+    indexed = partial.collect(track_progress(rows, title, len(changed)))
     order = [(name, "ascending") for name in ("source", "offset", "member")]
     table = pa.concat_tables([current, in_unchanged_tars, indexed]).sort_by(order)
     corpus = Corpus(root, table.combine_chunks())
@@ -194,22 +203,23 @@ def _discover(
     known_versions = {*zip(*versions, strict=True)}
     unchanged: set[str] = set()
     tars: list[DiscoveredFile] = []
-
-    def discover_loose_files() -> Iterator[DiscoveredFile]:
-        for file in discover_files(sources, root):
-            if not file.is_tar:
-                yield file
-                continue
-            is_known = (file.source, file.source_bytes, file.mtime_ns) in known_versions
-            if is_known and not (file.group or file.split):
-                unchanged.add(file.source)
-            else:
-                # The tar is new or changed, or a manifest may have given it new labels.
-                tars.append(file)
-
-    loose_files = discover_loose_files()
-    chunks = iter(lambda: list(islice(loose_files, 100_000)), [])
-    batches = [_to_batch(chunk) for chunk in chunks]
+    batches: list[pa.RecordBatch] = []
+    loose_files: list[DiscoveredFile] = []
+    for file in discover_files(sources, root):
+        if not file.is_tar:
+            loose_files.append(file)
+            if len(loose_files) == _BATCH_FILES:
+                batches.append(_to_batch(loose_files))
+                loose_files.clear()
+            continue
+        is_known = (file.source, file.source_bytes, file.mtime_ns) in known_versions
+        # A manifest may have given new labels to a tar: then list the tar again.
+        if is_known and not (file.group or file.split):
+            unchanged.add(file.source)
+        else:
+            tars.append(file)
+    if loose_files:
+        batches.append(_to_batch(loose_files))
     listed = map_threads(lambda tar: _to_batch(list_tar_members(tar, root)), tars, num_workers)
     batches += track_progress(listed, "Listing tars", len(tars))
     is_unchanged = pc.is_in(in_tars["source"], pa.array(sorted(unchanged), pa.string()))
@@ -224,12 +234,6 @@ def _to_batch(files: list[DiscoveredFile]) -> pa.RecordBatch:
 def _is_final(table: pa.Table) -> pa.ChunkedArray:
     """False for files that could not be opened: a network or permission error may be temporary."""
     return pc.invert(pc.starts_with(table["reason"], "cannot be opened"))
-
-
-def _sort_labelled_first(discovered: pa.Table) -> pa.Table:
-    """Sort files with labels first: a file may be in a folder and, with labels, in a manifest."""
-    unlabelled = pc.and_(pc.equal(discovered["group"], ""), pc.equal(discovered["split"], ""))
-    return discovered.take(np.argsort(unlabelled.to_numpy(), kind="stable"))
 
 
 def _drop_duplicates(table: pa.Table, columns: list[str]) -> pa.Table:
@@ -268,16 +272,6 @@ def _fill_labels(table: pa.Table, preferred: list[str], others: list[str]) -> pa
     return set_columns(table, **columns)
 
 
-def _index_files(
-    root: Path, files: pa.Table, num_workers: int, title: str
-) -> Iterator[dict[str, Any]]:
-    if len(files) == 0:
-        return iter(())
-    rows = (row for batch in files.to_batches(1024) for row in batch.to_pylist())
-    indexed = map_threads(lambda row: index_file(root, DiscoveredFile(**row)), rows, num_workers)
-    return track_progress(indexed, f"Indexing {title}", len(files))
-
-
 class _PartialTable:
     """Decoded rows on disk: a killed process loses only the work of about 30 seconds."""
 
@@ -294,7 +288,7 @@ class _PartialTable:
         return pa.concat_tables(tables)
 
     def collect(self, rows: Iterator[dict[str, Any]]) -> pa.Table:
-        """Return all rows as a table; save them every 30 seconds and when an exception occurs."""
+        """Return all rows as a table; save them every 30 seconds and if an exception occurs."""
         tables: list[pa.Table] = []
         unsaved: list[dict[str, Any]] = []
         saved_at = time.monotonic()

@@ -49,6 +49,14 @@ _VERSION, _ROOT = b"jepa_audio.index", b"jepa_audio.root"
 _CURRENT = b"2"
 
 
+class Splits(NamedTuple):
+    """The files of a corpus by split; `test` is empty if the table has no test files."""
+
+    train: Corpus
+    valid: Corpus
+    test: Corpus
+
+
 class CorpusError(UserError):
     """A corpus cannot be used, or cannot be written."""
 
@@ -106,22 +114,9 @@ class IndexedFile(NamedTuple):
         return resampled[:, source.skip : source.skip + num_samples]
 
 
-class Splits(NamedTuple):
-    """The files of a corpus by split; `test` is empty if the table has no test files."""
-
-    train: Corpus
-    valid: Corpus
-    test: Corpus
-
-
 @dataclass(frozen=True)
 class Corpus:
-    """A table of audio files.
-
-    Attributes:
-        root: folder for the relative paths in the column `source`.
-        table: one row for each file, see `SCHEMA`.
-    """
+    """A table of audio files, see `SCHEMA`; relative paths in it start at the folder `root`."""
 
     root: Path
     table: pa.Table
@@ -200,7 +195,7 @@ class Corpus:
     @property
     def seconds(self) -> Float64[np.ndarray, " N"]:
         """Length of every file in seconds; 0 if the length is unknown."""
-        rates = np.maximum(self.table["sample_rate"].to_numpy(), 1)
+        rates = self.table["sample_rate"].to_numpy().clip(1)
         return self.table["num_frames"].to_numpy() / rates
 
     @property
@@ -214,13 +209,7 @@ class Corpus:
         max_seconds: float | None = None,
         num_channels: int | None = None,
     ) -> Corpus:
-        """Mark usable files outside the given limits as bad, with a reason.
-
-        Args:
-            min_seconds: shorter files are bad.
-            max_seconds: longer files are bad; `None` for no limit.
-            num_channels: files with another number of channels are bad; `None` allows any.
-        """
+        """Mark usable files outside the given limits as bad, with a reason; `None` is no limit."""
         seconds, channels = self.seconds, self.table["num_channels"].to_numpy()
         is_short = seconds < min_seconds
         is_long = seconds > (np.inf if max_seconds is None else max_seconds)
@@ -259,15 +248,13 @@ class Corpus:
         """Split the corpus into training, validation and test files.
 
         If the table has validation files, its splits are used, and files without a split are left
-        out. Otherwise a share of all files except the test files becomes validation files. They are
-        chosen by a hash of the group, or of the name if there is no group. A file therefore keeps
-        its split when other files are added, and all files of a group are in one split.
+        out. Otherwise `valid_share` of all files except the test files becomes validation files.
+        They are chosen by a hash of the group, or of the name if there is no group. A file
+        therefore keeps its split when other files are added, and all files of a group are in one
+        split.
 
         If `valid_share` is positive, the training and the validation split are never empty: of two
         files, one is a validation file; a single file is in both splits.
-
-        Args:
-            valid_share: share of validation files if the table has no validation files.
         """
         split = self.table["split"].to_numpy(zero_copy_only=False)
         test = self.take(split == "test")
@@ -307,7 +294,12 @@ class Corpus:
                 "must be 1"
             )
         corpus = self if groups is None else self._with(group=pa.array(groups, pa.string()))
-        corpus._check_groups()
+        num_ungrouped = pc.sum(pc.equal(corpus.table["group"], "")).as_py() or 0
+        if 0 < num_ungrouped < len(corpus):
+            raise CorpusError(
+                f"{num_ungrouped} of {len(corpus)} files have no group; "
+                "define the groups of all files with `--group folder` or `--pattern`"
+            )
         group_names, splits = corpus._group_names(), corpus.table["split"].to_pylist()
         split_of_group: dict[str, str] = {}
         for group, split in zip(group_names, splits, strict=True):
@@ -337,14 +329,6 @@ class Corpus:
         # The file with the lowest hash is always a validation file, that with the highest never.
         return (hashes <= max(np.nextafter(share, 0), hashes.min())) & (hashes < hashes.max())
 
-    def _check_groups(self) -> None:
-        num_ungrouped = pc.sum(pc.equal(self.table["group"], "")).as_py() or 0
-        if 0 < num_ungrouped < len(self):
-            raise CorpusError(
-                f"{num_ungrouped} of {len(self)} files have no group; "
-                "define the groups of all files with `--group folder` or `--pattern`"
-            )
-
     def _group_names(self) -> list[str]:
         group = self.table["group"]
         return pc.if_else(pc.equal(group, ""), self.names, group).to_pylist()
@@ -364,10 +348,9 @@ def set_columns(table: pa.Table, **columns: pa.Array | pa.ChunkedArray) -> pa.Ta
 
 
 def default_table_path(source: str | Path) -> Path:
-    """Path of the table of a source.
+    """Path of the table of a source: in `.jepa_audio/` in the folder of the source.
 
-    The table is in `.jepa_audio/` in the folder of the source. If this folder is not writable, the
-    table is in the user's cache.
+    If this folder is not writable, the table is in the user's cache.
     """
     source = Path(source)
     if source.suffix == ".parquet":

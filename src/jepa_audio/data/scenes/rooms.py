@@ -17,12 +17,6 @@ _HEAD_RADIUS_M = 0.0875
 _MAX_REFLECTION_ORDER = 24
 
 
-def default_rooms_folder(num_channels: int, sample_rate: int) -> Path:
-    """The folder of the simulated rooms that are used if the user gives no impulse responses."""
-    cache = Path.home() / ".cache" / "jepa_audio" / "rooms"
-    return cache / f"{num_channels}-channels-{sample_rate}-hz"
-
-
 def write_rooms(
     directory: Path,
     num_rooms: int = 100,
@@ -41,10 +35,10 @@ def write_rooms(
 
     Args:
         directory: output folder; equal settings give equal responses.
-        num_rooms: number of rooms, with random sizes and reverberation times.
+        num_rooms: rooms, with random sizes and reverberation times.
         num_places: sources in each room, at random distances and directions.
         num_channels: 1 or 2.
-        sample_rate: sample rate in Hz.
+        sample_rate: in Hz.
         rt60_seconds: range of the reverberation time.
         distance_m: range of the distance between source and receiver; limited by the room size.
         seed: seed of all random draws.
@@ -123,9 +117,6 @@ def _draw_source(
 ) -> Float[np.ndarray, " 3"]:
     """A source at a random distance and direction, at least 0.3 m from each wall."""
     azimuth, elevation = rng.uniform(0, 2 * np.pi), rng.uniform(-0.4, 0.4)
-    direction = [
-        np.cos(azimuth) * np.cos(elevation),
-        np.sin(azimuth) * np.cos(elevation),
-        np.sin(elevation),
-    ]
+    horizontal = np.cos(elevation)
+    direction = [np.cos(azimuth) * horizontal, np.sin(azimuth) * horizontal, np.sin(elevation)]
     return np.clip(head + rng.uniform(*distance_m) * np.array(direction), 0.3, size - 0.3)

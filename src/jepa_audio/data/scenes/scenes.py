@@ -27,7 +27,7 @@ from jepa_audio.data.loading.clips import (
     fit_length,
 )
 from jepa_audio.data.loading.file_table import FileTable
-from jepa_audio.data.scenes.rooms import default_rooms_folder, write_rooms
+from jepa_audio.data.scenes.rooms import write_rooms
 from jepa_audio.errors import UserError, check_bounds
 from jepa_audio.steps.grid import AudioBatch
 
@@ -154,21 +154,17 @@ def prepare_scenes(
     """
     if settings.noise is None:
         log.warning("scenes without noise: set `data.scenes.noise` to a folder of recordings")
+    rirs = _rirs_folder(settings, num_channels, sample_rate)
     if settings.rirs is None:
-        write_rooms(
-            default_rooms_folder(num_channels, sample_rate),
-            num_channels=num_channels,
-            sample_rate=sample_rate,
-        )
-    for folder in (_rirs_folder(settings, num_channels, sample_rate), settings.noise):
+        write_rooms(Path(rirs), num_channels=num_channels, sample_rate=sample_rate)
+    for folder in (rirs, settings.noise):
         if folder is not None:
             index_corpus(folder, num_workers=num_workers)
 
 
-def _rirs_folder(settings: SceneSettings, num_channels: int, sample_rate: int) -> str | Path:
-    if settings.rirs is None:
-        return default_rooms_folder(num_channels, sample_rate)
-    return settings.rirs
+def _rirs_folder(settings: SceneSettings, num_channels: int, sample_rate: int) -> str:
+    cache = Path.home() / ".cache" / "jepa_audio" / "rooms"
+    return settings.rirs or str(cache / f"{num_channels}-channels-{sample_rate}-hz")
 
 
 def render_scenes(clip: Float[Tensor, "B 1 S"], scene: Scene) -> Float[Tensor, "B C S"]:
@@ -317,7 +313,7 @@ def collate_scenes(samples: Sequence[SceneSample], num_samples: int) -> SceneBat
     )
 
 
-def _load_rooms(folder: str | Path, num_channels: int) -> list[list[AudioLocation]]:
+def _load_rooms(folder: str, num_channels: int) -> list[list[AudioLocation]]:
     """Impulse responses by room: by folder, or by tar."""
     rooms: dict[Path, list[AudioLocation]] = {}
     responses = load_corpus(folder).mark_unfit(num_channels=num_channels).usable()
