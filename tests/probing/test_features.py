@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from jepa_audio.inference.features import LayerFeatures
 from jepa_audio.probing.encoders import FunctionEncoder, LogMelStatistics, ProbeEncoder
 from jepa_audio.probing.extraction import Preparation, load_waveform
 from jepa_audio.probing.features import Features, FeatureStore
-from jepa_audio.probing.robustness.conditions import Gain
+from jepa_audio.probing.robustness import SWEEPS
 from jepa_audio.probing.tasks.base import Windows
 from jepa_audio.probing.tasks.records import Item, Split
 
@@ -120,9 +121,10 @@ def test_another_file_content_function_or_preparation_is_encoded_again(tmp_path:
     after = features_of(split, folder, Preparation(Windows()), encoder).read(0)
     assert float(after[2, 0]) == pytest.approx(0.25)
     assert torch.equal(after[[0, 1, 3, 4]], before[[0, 1, 3, 4]])
-    louder = features_of(split, folder, Preparation(Windows(), condition=Gain(20.0)), encoder).read(
-        0
-    )
+    louder_by_20_db = replace(SWEEPS["gain"][0], level=20.0)
+    louder = features_of(
+        split, folder, Preparation(Windows(), condition=louder_by_20_db), encoder
+    ).read(0)
     torch.testing.assert_close(louder, 10 * after)
 
     class Opposite(Counting):

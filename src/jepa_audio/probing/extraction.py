@@ -15,7 +15,7 @@ from jepa_audio.data.audio.read import read
 from jepa_audio.data.audio.resample import resample
 from jepa_audio.errors import UserError
 from jepa_audio.probing.encoders import ProbeEncoder
-from jepa_audio.probing.robustness.conditions import Condition
+from jepa_audio.probing.robustness import Condition
 from jepa_audio.probing.tasks.base import Windows
 from jepa_audio.probing.tasks.records import Item
 
