@@ -14,8 +14,7 @@ from torch import Tensor
 from jepa_audio.errors import MissingFileError
 from jepa_audio.probing.tasks.base import ProbeData
 from jepa_audio.probing.tasks.beat_decoder import BarPointer, decode_beats
-from jepa_audio.probing.tasks.beats import EVENTS, TEMPO_BPM, Beats
-from jepa_audio.probing.tasks.rhythm import GTZAN_BEAT, GTZAN_RHYTHM
+from jepa_audio.probing.tasks.beats import EVENTS, GTZAN_BEAT, GTZAN_RHYTHM, TEMPO_BPM, Beats
 from tests.probing import raw_sets
 from tests.probing.frame_data import rows_of, split_of
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from torchaudio.datasets import gtzan as torchaudio_gtzan
 
-from jepa_audio.errors import MissingFileError
-from jepa_audio.probing.tasks import splits
+from jepa_audio.errors import MissingFileError, UserError
+from jepa_audio.probing.tasks import gtzan
 from jepa_audio.probing.tasks.base import ProbeData, Task
 from jepa_audio.probing.tasks.emomusic import EMOMUSIC_EMOTION
 from jepa_audio.probing.tasks.giantsteps import GIANTSTEPS_KEY
@@ -70,11 +70,11 @@ def test_the_shipped_split_is_the_fault_filtered_one(tmp_path: Path):
 
 
 def test_a_changed_split_file_is_an_error(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(splits.CHECKSUMS, "gtzan", "0" * 64)
-    with pytest.raises(ValueError, match=r"gtzan\.json has the sha256 checksum .*, must have 0000"):
-        splits.load_splits("gtzan")
-    with pytest.raises(ValueError, match=r"no split file for 'vocals', only for .*gtzan"):
-        splits.load_splits("vocals")
+    monkeypatch.setattr(gtzan, "SPLIT_SHA256", "0" * 64)
+    with pytest.raises(
+        UserError, match=r"gtzan_split\.json has the sha256 checksum .*, must have 0"
+    ):
+        gtzan.published_split()
 
 
 @pytest.mark.parametrize("content", [None, b"RIFF", b""])

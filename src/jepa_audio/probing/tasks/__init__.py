@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jepa_audio.errors import MissingFileError, UserError, did_you_mean
 from jepa_audio.probing.tasks import (
+    beats,
     chords,
     emomusic,
     giantsteps,
@@ -15,7 +16,6 @@ from jepa_audio.probing.tasks import (
     mtg,
     mtt,
     nsynth,
-    rhythm,
     vocalset,
 )
 from jepa_audio.probing.tasks.base import ProbeData, Protocol, Task
@@ -37,7 +37,7 @@ TASKS: dict[str, Task] = {
         mtg.MTG_GENRE,
         mtg.MTG_INSTRUMENT,
         mtg.MTG_MOOD,
-        rhythm.GTZAN_BEAT,
+        beats.GTZAN_BEAT,
         chords.CHORDS1217,
         hooktheory.HOOKTHEORY_KEY,
         hooktheory.HOOKTHEORY_STRUCTURE,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 
 from jepa_audio.data.audio.read import AudioReadError, inspect
@@ -13,7 +16,6 @@ from jepa_audio.probing.tasks.base import Protocol, Task, Windows
 from jepa_audio.probing.tasks.labels import Multiclass
 from jepa_audio.probing.tasks.raw_data import DataSet, Example, audio_files, find_path
 from jepa_audio.probing.tasks.records import SPLITS
-from jepa_audio.probing.tasks.splits import load_splits
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +32,8 @@ GENRES = (
     "rock",
 )
 FILES_PER_GENRE = 100
+SPLIT_SHA256 = "417da1ac79518cf41329e3c325677aec4445884967f14143a21e71b75816b7d6"
+"""Checksum of `gtzan_split.json`, the published split as file numbers of each genre."""
 
 _LISTS = {"train": "train_filtered.txt", "val": "valid_filtered.txt", "test": "test_filtered.txt"}
 _FIRST_GENRE = tuple(
@@ -46,16 +50,15 @@ _REMEDY = (
 def read(raw: Path) -> dict[str, list[Example]]:
     """Read the genres.
 
-    The split is the fault-filtered one (Kereliuk, Sturm and Larsen, 2015, arXiv:1507.04761): its
-    three lists if they are in the folder, else those of this package. The most common copy of the
-    data set has a corrupt jazz.00054. It is left out if it cannot be decoded; MARBLE's first
+    The split is the fault-filtered one (Kereliuk, Sturm and Larsen, 2015, arXiv:1507.04761), from
+    its three lists if the folder has them, else from this package. jazz.00054, which is corrupt in
+    the most common copy of the data set, is left out if it cannot be decoded; MARBLE's first
     version always leaves it out.
     """
-    files = split_files(raw)
     examples = [
         Example(split, path, stem.partition(".")[0])
-        for split in files
-        for stem, path in files[split].items()
+        for split, files in split_files(raw).items()
+        for stem, path in files.items()
     ]
     return {"GTZAN/GTZANGenre": examples}
 
@@ -71,43 +74,64 @@ def split_files(raw: Path) -> dict[str, dict[str, Path]]:
     audio: dict[str, Path] = {}
     for genre in GENRES:
         audio |= audio_files(find_path(folder, (genre,), _REMEDY), (".wav", ".flac", ".au"))
-    files = {
+    splits = {
         split: {
             stem: audio.get(stem, folder / stem.partition(".")[0] / f"{stem}.wav") for stem in stems
         }
         for split, stems in _read_lists(raw).items()
     }
-    for of_split in files.values():
-        if _OFTEN_CORRUPT in of_split:
+    for files in splits.values():
+        if _OFTEN_CORRUPT in files:
             try:
-                inspect(of_split[_OFTEN_CORRUPT])
+                inspect(files[_OFTEN_CORRUPT])
             except AudioReadError as error:
                 log.warning("%s is left out: %s", _OFTEN_CORRUPT, error)
-                del of_split[_OFTEN_CORRUPT]
-    return files
+                del files[_OFTEN_CORRUPT]
+    return splits
 
 
 def _read_lists(raw: Path) -> dict[str, list[str]]:
-    """Stems by split."""
+    """Stems by split.
+
+    Lines are files such as `blues/blues.00029.wav`, or numbers from 1 that count the files.
+    """
     paths = {split: raw / name for split, name in _LISTS.items()}
     missing = [path for path in paths.values() if not path.is_file()]
     if len(missing) == len(paths):
-        shipped = load_splits("gtzan")
-        return {
-            split: [f"{genre}.{n:05}" for genre in GENRES for n in shipped[split][genre]]
-            for split in SPLITS
-        }
+        return published_split()
     if missing:
         raise MissingFileError(
             f"{missing[0]} is missing: all three lists of files are needed, or none"
         )
-    return {split: _read_list(path) for split, path in paths.items()}
+    return {
+        split: [
+            _stem(line.strip(), f"{path}, line {number}")
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+            if line.strip()
+        ]
+        for split, path in paths.items()
+    }
 
 
-def _read_list(path: Path) -> list[str]:
-    """Lines are files such as `blues/blues.00029.wav`, or numbers from 1 that count the files."""
-    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
-    return [_stem(line.strip(), f"{path}, line {number}") for number, line in lines if line.strip()]
+def published_split() -> dict[str, list[str]]:
+    """Read the stems of each split from this package.
+
+    Raises:
+        UserError: if the file has a wrong checksum.
+    """
+    file = resources.files(__package__).joinpath("gtzan_split.json")
+    text = file.read_text(encoding="utf-8")  # not bytes: line ends differ between checkouts
+    checksum = hashlib.sha256(text.encode()).hexdigest()
+    if checksum != SPLIT_SHA256:
+        raise UserError(
+            f"{file} has the sha256 checksum {checksum}, must have {SPLIT_SHA256}: the file was "
+            "changed, and scores on it would not be comparable; install the package again"
+        )
+    numbers = json.loads(text)
+    return {
+        split: [f"{genre}.{n:05}" for genre in GENRES for n in numbers[split][genre]]
+        for split in SPLITS
+    }
 
 
 def _stem(line: str, where: str) -> str:
@@ -125,8 +149,6 @@ def _stem(line: str, where: str) -> str:
     return f"{genre}.{digits}"
 
 
-GTZAN = DataSet("gtzan", read)
-
 _V1 = Protocol(Windows(), plateau_patience=6)
 
 GTZAN_GENRE = Task(
@@ -140,5 +162,5 @@ GTZAN_GENRE = Task(
     },
     num_seeds=3,
     num_units=(443, 197, 290),
-    data_set=GTZAN,
+    data_set=DataSet("gtzan", read),
 )
