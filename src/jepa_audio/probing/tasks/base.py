@@ -122,6 +122,11 @@ class Task:
     relabel: Callable[[Split], Split] | None = None
 
 
+def protocols_of_v2(v2: Protocol) -> dict[str, Protocol]:
+    """Protocols of a task that only MARBLE's second version has: the first adds the search."""
+    return {"marble-v1": replace(v2, learning_rates=MARBLE_LEARNING_RATES), "marble-v2": v2}
+
+
 def differ_from_published(sizes: Sequence[int], published: Sizes) -> bool:
     """Whether a size differs from the published one, if known, by more than 1 %.
 

@@ -1,4 +1,4 @@
-"""Beats and downbeats: labels, and the task of GTZAN-Rhythm (Marchand, Fresnel and Peeters, 2015)."""
+"""Beats and downbeats, with the task of GTZAN-Rhythm (Marchand, Fresnel and Peeters, 2015)."""
 
 from __future__ import annotations
 

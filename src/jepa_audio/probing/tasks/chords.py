@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from jepa_audio.errors import UserError
 from jepa_audio.probing.metrics import SHARP_TONICS, Share
-from jepa_audio.probing.tasks.base import MARBLE_LEARNING_RATES, Protocol, Task, Windows
+from jepa_audio.probing.tasks.base import Protocol, Task, Windows, protocols_of_v2
 from jepa_audio.probing.tasks.labels import (
     UNKNOWN,
     FrameLabels,
@@ -39,9 +39,9 @@ _OVERLAP_SECONDS = 1e-3
 class Chords(FrameLabels):
     """One of `CHORDS`, of records with a list of `{"start_time", "end_time", "chord_str"}`.
 
-    A chord that contains a major triad is that triad, else one that contains a minor triad is that
-    triad. Other chords and moments without annotation are `UNKNOWN`. No-chord stays no-chord. A
-    frame covers half a step on both sides of its centre.
+    The class of a chord is its major triad, or else its minor triad, or no-chord. Other chords and
+    moments without annotation are `UNKNOWN`. A frame covers half a step on both sides of its
+    centre.
     """
 
     kind = "class"
@@ -61,9 +61,8 @@ class Chords(FrameLabels):
     def predictions(self, logits: Logits, split: Split, rows: Rows, by: Unit) -> Predictions:
         """Sums of each unit and head: correct and comparable seconds, correct and scored frames.
 
-        Seconds are those of mir_eval's `majmin`. Every annotated chord is compared with the 25
-        classes once; what mir_eval would then sum over merged intervals is summed over their
-        parts, for all heads at once.
+        The seconds equal those of mir_eval's `majmin`, but are summed over parts of the intervals
+        that mir_eval merges, for all heads at once.
         """
         classes, device = logits.detach().argmax(dim=-1), logits.device
         targets = self.row_targets(split, rows).to(device)
@@ -89,7 +88,7 @@ class Chords(FrameLabels):
 def _overlaps(
     split: Split, rows: Rows
 ) -> tuple[Int64[np.ndarray, " n"], Float[np.ndarray, " n"], Float[np.ndarray, "n C"]]:
-    """Overlaps of a frame and a chord: row, seconds, and credit of each class (see `_Timeline`)."""
+    """Overlaps of a frame and a chord: row, seconds, and credit (see `_Timeline`)."""
     half, parts = 0.5 / rows.frame_rate, []
     for frames in frame_sequences(split, rows, "file"):
         timeline = _Timeline.of(frames.item)
@@ -109,12 +108,8 @@ def _overlaps(
 class _Timeline:
     """The chords of an item in order of time; where two overlap, the later one counts.
 
-    Attributes:
-        starts: start of each chord in seconds.
-        ends: end of each chord in seconds.
-        classes: index in `CHORDS` of each chord, or `UNKNOWN`.
-        credit: score of each of `CHORDS` as a prediction, by mir_eval's `majmin`; -1 if the chord
-            is not comparable.
+    Times are in seconds, `classes` are indices in `CHORDS` or `UNKNOWN`. `credit` is the score of
+    each of `CHORDS` as a prediction, by mir_eval's `majmin`; -1 if the chord is not comparable.
     """
 
     starts: Float[np.ndarray, " n"]
@@ -190,18 +185,17 @@ def _credit_of(chord: str) -> tuple[float, ...]:
     return tuple(mir_chord.majmin([chord] * len(CHORDS), list(CHORDS)).tolist())
 
 
-_V2 = Protocol(
-    Windows(15.0, min_ratio=0.1), max_epochs=50, stop_patience=10, learning_rates=(1e-3,)
-)
-
 CHORDS1217 = Task(
     "chords1217",
     "Chords1217/Chords1217",
     Chords(),
     (Share("majmin", (0, 1)), Share("frame_accuracy", (2, 3))),
-    # MARBLE's first version has no chords: its settings are the second's, with the search.
-    {"marble-v1": replace(_V2, learning_rates=MARBLE_LEARNING_RATES), "marble-v2": _V2},
-    # A chord change is missed by 12.5 ms on average, under 1 % of chords that last 2 s; 100 Hz
-    # would need five times the memory.
+    protocols_of_v2(
+        Protocol(
+            Windows(15.0, min_ratio=0.1), max_epochs=50, stop_patience=10, learning_rates=(1e-3,)
+        )
+    ),
+    # The average error at a chord change is 12.5 ms, under 1 % of a chord of 2 s. 100 Hz would need
+    # five times the memory.
     grid_hz=20.0,
 )

@@ -30,9 +30,9 @@ _REMEDY = "give the folder that holds clips_45seconds/, songs_info.csv and stati
 def read(raw: Path) -> dict[str, list[Example]]:
     """Read arousal and valence.
 
-    The test split is the evaluation set of MediaEval 2013. The other songs are split 8:2 by the
-    sha1 checksum of the artist modulo 10, as in MARBLE's first version. The labels are MARBLE's
-    too: minus the mean, over the standard deviation, of all songs that are not in the test split.
+    Splits and labels are those of MARBLE's first version. The test split is the evaluation set of
+    MediaEval 2013. The other songs are split 8:2 by the sha1 checksum of the artist modulo 10.
+    Labels are standardised with the mean and deviation of all songs outside the test split.
     """
     info, annotations = (
         find_path(raw, (name, f"annotations/{name}"), _REMEDY)
@@ -65,7 +65,7 @@ def _split(row: Row) -> str:
         raise row.error(_SET, "must be development or evaluation")
     if row[_SET] == "evaluation":
         return "test"
-    # Only a to z and spaces count: the spelling of artists differs between copies of the table.
+    # Only a to z and spaces are used: copies of the table differ in the spelling of artists.
     letters = (c for c in row["Artist"].lower() if c.isascii() and (c.isalpha() or c.isspace()))
     artist = " ".join("".join(letters).split())
     return "train" if hash_modulo(artist, 10, "sha1") < 8 else "val"
@@ -83,9 +83,7 @@ def _standardise(
     return {song: ((np.array(value) - mean) / deviation).tolist() for song, value in values.items()}
 
 
-EMOMUSIC = DataSet("emomusic", read)
-
-# Features of 5 s each; a shorter last window is used from 1 s on.
+# Windows of 5 s; a shorter last window is kept if it has at least 1 s.
 _V1 = Protocol(Windows(5.0, min_ratio=0.2, first_seconds=30.0))
 
 EMOMUSIC_EMOTION = Task(
@@ -98,5 +96,5 @@ EMOMUSIC_EMOTION = Task(
         "marble-v2": replace(_V1, windows=Windows(15.0, min_ratio=0.8), learning_rates=(1e-3,)),
     },
     num_seeds=3,
-    data_set=EMOMUSIC,
+    data_set=DataSet("emomusic", read),
 )

@@ -24,7 +24,7 @@ from jepa_audio.probing.tasks.raw_data import (
 TEST_FOLDER = "giantsteps-key-dataset"
 TRAIN_FOLDER = "giantsteps-mtg-key-dataset"
 
-_MAX_CONFIDENCE = "2"  # of 0, 1 and 2
+_MAX_CONFIDENCE = "2"  # the values are 0, 1 and 2
 _REMEDY = (
     f"give the folder that holds {TEST_FOLDER} and {TRAIN_FOLDER}, as on GitHub, each with its mp3 "
     "files in audio/"
@@ -34,19 +34,18 @@ _REMEDY = (
 def read(raw: Path) -> dict[str, Iterator[Example]]:
     """Read the keys; sharps become flats.
 
-    The test split is the GiantSteps key data set. Train and val are those songs of the GiantSteps
-    MTG key data set that have a single key of the highest confidence, split by artist as in
-    MARBLE's first version: see `split_by_artist`.
+    The test split is the GiantSteps key data set. Train and val are the songs of the GiantSteps MTG
+    key data set with a single key of the highest confidence: see `split_by_artist`.
     """
     return {"GS/GS": itertools.chain(_train_examples(raw), _test_examples(raw))}
 
 
 def split_by_artist(artists: Mapping[int, str]) -> dict[int, str]:
-    """Assign every song to train or val.
+    """Assign every song to train or val, as in MARBLE's first version.
 
     An artist is in train if the sha1 checksum of the name in lower case, modulo 116, is below 100,
-    else in val. (That is about 80 % of the songs, because collaborators follow.) Then, song by song
-    in their order and twice, all artists of a song with an artist in val are moved to val.
+    else in val. Then two passes over the songs move all artists of a song with an artist in val to
+    val. About 80 % of the songs remain in train.
 
     Args:
         artists: artists of every song, separated by commas.
@@ -65,9 +64,8 @@ def split_by_artist(artists: Mapping[int, str]) -> dict[int, str]:
 
 def _train_examples(raw: Path) -> Iterator[Example]:
     folder = _find_folder(raw, TRAIN_FOLDER)
-    metadata, annotations = (
-        folder / "annotations" / name for name in ("beatport_metadata.txt", "annotations.txt")
-    )
+    metadata = folder / "annotations" / "beatport_metadata.txt"
+    annotations = folder / "annotations" / "annotations.txt"
     songs = read_rows(metadata, ("ID", "ARTIST"), "\t", errors="replace", ragged=True)
     splits = split_by_artist({row.whole_number("ID"): row["ARTIST"] for row in songs})
     audio = _audio_by_song(folder)
@@ -90,7 +88,7 @@ def _test_examples(raw: Path) -> Iterator[Example]:
 
 
 def _find_folder(raw: Path, name: str) -> Path:
-    """Also find the names that GitHub gives to an archive of a branch or a commit."""
+    """Find the folder, also with a suffix that GitHub appends: the branch or commit."""
     folders = sorted(raw.glob(f"{name}*/"))
     if len(folders) > 1:
         names = ", ".join(folder.name for folder in folders)
@@ -102,7 +100,7 @@ def _audio_by_song(folder: Path) -> dict[int, Path]:
     find_path(folder, ("audio", "wav"), _REMEDY)
     return {
         _song_of(path): path
-        for name in ("wav", "audio")  # of one song, the file in audio/
+        for name in ("wav", "audio")  # a file in audio/ replaces one of the same song in wav/
         if (folder / name).is_dir()
         for path in audio_files(folder / name, (".flac", ".mp3", ".wav")).values()
     }
@@ -135,8 +133,6 @@ def _key(text: str, where: str) -> str:
     return key
 
 
-GIANTSTEPS = DataSet("giantsteps", read)
-
 GIANTSTEPS_KEY = Task(
     "giantsteps_key",
     "GS/GS",
@@ -151,5 +147,5 @@ GIANTSTEPS_KEY = Task(
     group_by="ori_uid",
     num_seeds=3,
     num_units=(None, None, 604),
-    data_set=GIANTSTEPS,
+    data_set=DataSet("giantsteps", read),
 )

@@ -1,9 +1,9 @@
 """HookTheory (Donahue et al., 2022, arXiv:2212.01884): key and section of clips of pop songs.
 
-The annotated clips are called hooks. Each hook is scored on its own, also if several are from one
-song (`ori_uid`); MARBLE averages its key heads over a song and takes the label of the first hook
-for all. The files in MARBLE's records are already cut: `segment_start` and `segment_end` give the
-position of a hook in its song and are not read.
+The annotated clips are called hooks. Each hook is scored separately, also if several are from one
+song (`ori_uid`). MARBLE averages the predicted keys over a song and uses the label of its first
+hook. The audio files of MARBLE's records are hooks: the position of a hook in its song
+(`segment_start`, `segment_end`) is not read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import partial
 
 from jepa_audio.errors import UserError
 from jepa_audio.probing.metrics import KEYS, TONICS, Accuracy, KeyScore
-from jepa_audio.probing.tasks.base import MARBLE_LEARNING_RATES, Protocol, Task, Windows
+from jepa_audio.probing.tasks.base import Protocol, Task, Windows, protocols_of_v2
 from jepa_audio.probing.tasks.labels import Multiclass
 from jepa_audio.probing.tasks.records import Item, Split
 
@@ -39,7 +39,7 @@ _KEY = re.compile(f"({'|'.join(TONICS)}) [A-Za-z]+")
 
 
 def _label_classes(split: Split, class_of: Callable[[Item], str | None]) -> Split:
-    """Label every item with its class; leave out, with a warning, the items that have none."""
+    """Replace every label by its class. Items without a class are left out, with a warning."""
     _check_uids_unique(split)
     classes = [class_of(item) for item in split.items]
     items = tuple(
@@ -85,11 +85,6 @@ def _section_class(item: Item) -> str:
     return section
 
 
-def _protocols(v2: Protocol) -> dict[str, Protocol]:
-    """MARBLE's first version has no such tasks: its settings are the second's, with the search."""
-    return {"marble-v1": replace(v2, learning_rates=MARBLE_LEARNING_RATES), "marble-v2": v2}
-
-
 _KEY_V2 = Protocol(
     Windows(15.0, min_ratio=0.8),
     max_epochs=50,
@@ -103,7 +98,7 @@ HOOKTHEORY_KEY = Task(
     "HookTheory/HookTheoryKey",
     Multiclass(KEYS),
     (KeyScore(), Accuracy(), KeyScore(symmetric=True)),
-    _protocols(_KEY_V2),
+    protocols_of_v2(_KEY_V2),
     relabel=partial(_label_classes, class_of=_key_class),
 )
 HOOKTHEORY_STRUCTURE = Task(
@@ -111,6 +106,6 @@ HOOKTHEORY_STRUCTURE = Task(
     "HookTheory/HookTheoryStructure",
     Multiclass(tuple(SECTIONS)),
     (Accuracy(),),
-    _protocols(replace(_KEY_V2, windows=Windows(15.0, min_ratio=0.1))),
+    protocols_of_v2(replace(_KEY_V2, windows=Windows(15.0, min_ratio=0.1))),
     relabel=partial(_label_classes, class_of=_section_class),
 )

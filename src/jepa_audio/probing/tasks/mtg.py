@@ -34,7 +34,7 @@ _REMEDY = (
 def read(raw: Path) -> dict[str, list[Example]]:
     """Read the four sets of tags; the splits are split-0, by artist.
 
-    Published scores are for the low bit rate, which is used if both are present.
+    Published scores are for the low bit rate, which is preferred if both are present.
     """
     tables, audio = find_path(raw, _TABLES, _REMEDY), find_path(raw, _AUDIO, _REMEDY)
     return {
@@ -48,7 +48,7 @@ def read(raw: Path) -> dict[str, list[Example]]:
 
 
 def _read_tracks(table: Path, audio: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Yield file and tags of each track of a table; every tag is a cell of its own."""
+    """Yield file and tags of each track of a table. Each tag is in a separate cell."""
     lines = find_path(table.parent, (table.name,), _REMEDY).read_text(encoding="utf-8").splitlines()
     if len(lines) < 2 or lines[0].split("\t") != _COLUMNS:
         raise UserError(

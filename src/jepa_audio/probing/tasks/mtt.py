@@ -24,9 +24,9 @@ _REMEDY = "give the folder that holds annotations_final.csv and mp3/ with its fo
 def read(raw: Path) -> dict[str, list[Example]]:
     """Read the tags.
 
-    The folders 0 to b are train, c is val, d to f are test. The tags are the 50 that most clips of
-    all splits have; among equally frequent tags, those whose columns are first. Clips without any
-    of them are kept: heads should predict no tag. Empty files are left out: the archive has three.
+    The folders 0 to b are train, c is val, d to f are test. The tags are the 50 most frequent of
+    all splits; among equally frequent tags the first columns win. Clips without any of these tags
+    are kept: heads should predict no tag. Empty files are left out; the archive has three.
     """
     table = find_path(raw, ("annotations_final.csv",), _REMEDY)
     clips = [(row, _tags(row)) for row in read_rows(table, _OTHER_COLUMNS, "\t")]
@@ -55,7 +55,7 @@ def _most_frequent(clips: Collection[set[str]], columns: list[str]) -> list[str]
     """The most frequent tags, in the order of their columns."""
     count = Counter(tag for tags in clips for tag in tags)
     tags = [column for column in columns if column not in _OTHER_COLUMNS]
-    chosen = sorted(tags, key=lambda tag: -count[tag])[:NUM_TAGS]  # stable: the first of equals
+    chosen = sorted(tags, key=lambda tag: -count[tag])[:NUM_TAGS]  # the sort is stable
     return sorted(chosen, key=columns.index)
 
 
@@ -65,8 +65,6 @@ def _split(row: Row) -> str:
         raise row.error("mp3_path", "must be a file in one of the folders 0 to f")
     return _SPLITS[folder]
 
-
-MTT = DataSet("mtt", read)
 
 MTT_TAGS = Task(
     "mtt",
@@ -85,5 +83,5 @@ MTT_TAGS = Task(
         ),
     },
     num_units=(18_706, 1_825, 5_329),
-    data_set=MTT,
+    data_set=DataSet("mtt", read),
 )

@@ -22,7 +22,7 @@ _REMEDY = (
 
 
 def read(raw: Path) -> dict[str, list[Example]]:
-    """Read pitches and instrument families; the splits are NSynth's own."""
+    """Read pitches and instrument families. The splits are NSynth's."""
     examples: dict[str, list[Example]] = {stem: [] for stem in _KEYS}
     for split, folder in FOLDERS.items():
         audio = find_path(raw, (f"{folder}/audio",), _REMEDY)
