@@ -237,7 +237,7 @@ def test_other_positions_are_refused(tmp_path: Path):
     state["pos_encoding_decoder"] = state["pos_encoding_decoder"] + 0.1
     save_file(state, tmp_path / "published.safetensors", metadata)
     with pytest.raises(
-        WeightsError, match=r"`pos_encoding_decoder`.*SinCosPositions: it differs by"
+        WeightsError, match=r"`pos_encoding_decoder`.*differs from the table of SinCosPositions by"
     ):
         import_weights("wavjepa", tmp_path / "published.safetensors", tmp_path / "ours")
 
@@ -269,10 +269,10 @@ def test_damaged_missing_and_empty_files_are_refused(tmp_path: Path):
     with pytest.raises(MissingFileError, match="no file of weights at"):
         open_published(tmp_path / "nowhere.ckpt")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(WeightsError, match="holds no file of weights"):
+    with pytest.raises(WeightsError, match="has no file of weights"):
         open_published(tmp_path / "empty")
     torch.save({"state_dict": {"a": "text"}}, tmp_path / "words.pt")
-    with pytest.raises(WeightsError, match="holds no tensors"):
+    with pytest.raises(WeightsError, match="has no tensors"):
         open_published(tmp_path / "words.pt")
 
 
@@ -312,8 +312,8 @@ def test_missing_parts_are_replaced_with_a_warning(
             weights[f"{part}.blocks.1.mlp.fc1.weight"],
             state[f"{part_of_file}.blocks.1.mlp.fc1.weight"],
         )
-    assert "starts as a copy" in caplog.text
-    assert "holds no predictor: it is drawn" in caplog.text
+    assert "the model gets a copy" in caplog.text
+    assert "has no predictor: its weights are drawn" in caplog.text
     JEPA.load_from_checkpoint(tmp_path / "ours" / "checkpoints" / "last.ckpt")
 
 
@@ -324,7 +324,7 @@ def test_a_file_without_an_encoder_is_refused(tmp_path: Path):
         tmp_path / "part.safetensors",
         metadata,
     )
-    with pytest.raises(WeightsError, match=r"holds no `teacher.norm.weight`"):
+    with pytest.raises(WeightsError, match=r"does not contain `teacher.norm.weight`"):
         import_weights("pupujepa", tmp_path / "part.safetensors", tmp_path / "ours")
 
 

@@ -1,4 +1,4 @@
-"""Published weights of WavJEPA and PupuJEPA: import and export without any change of a value."""
+"""Import and export the published weights of WavJEPA and PupuJEPA; no value changes."""
 
 from jepa_audio.interop.convert import LAYOUTS, export_weights, import_weights
 from jepa_audio.interop.published import WeightsError

@@ -1,4 +1,4 @@
-"""Published files → checkpoints of this package, and back."""
+"""Convert published files to checkpoints of this package, and checkpoints to published files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import lightning
@@ -45,24 +45,25 @@ def import_weights(
     recipe: Path | str | None = None,
     hints: SizeHints | None = None,
 ) -> Path:
-    """Convert a published model to a checkpoint, with the configuration to train it further.
+    """Convert a published model to a checkpoint, and write a configuration for further training.
 
-    Every weight of the file is used without any change, or the file is refused. A part that the
-    file lacks is replaced: an encoder or target encoder by a copy of the other one, a predictor by
-    a draw from the seed of the recipe.
+    The checkpoint contains every weight of the file without any change; otherwise the file is
+    refused. Missing parts are replaced: a missing encoder or target encoder is a copy of the other
+    one, and a missing predictor has initial weights from the seed of the recipe.
 
     Args:
         layout: a name in `LAYOUTS`.
         source: file or folder, see `open_published`.
-        output: folder to write: `checkpoints/last.ckpt` and `config.yaml`.
-        recipe: name or YAML of the settings that are not weights; `None` for that of the layout.
-        hints: sizes that the file does not hold.
+        output: folder for `checkpoints/last.ckpt` and `config.yaml`.
+        recipe: name or YAML file with the other settings; `None` for the recipe of the layout.
+        hints: sizes that the file does not contain.
 
     Returns:
-        The checkpoint.
+        The path of the checkpoint.
 
     Raises:
-        WeightsError: if the file is damaged, lacks a size, or holds other weights than the model.
+        WeightsError: if the file is damaged, a size is unknown, or the weights do not fit the
+            model.
     """
     checkpoint = output / "checkpoints" / "last.ckpt"
     if checkpoint.exists():
@@ -70,7 +71,7 @@ def import_weights(
             f"{checkpoint} exists and is not overwritten: give another folder with `-o`"
         )
     published = open_published(source)
-    rules = _layout(layout).variant_of_file(published)
+    rules = _layout(layout).variant(published.tensors)
     base = _read_recipe(find_recipe(str(recipe)) if recipe else recipes()[rules.recipe])
     settings = merged(base, rules.sizes(published, hints or SizeHints(), base))
     model = settings["model"]
@@ -87,28 +88,27 @@ def import_weights(
 
 
 def export_weights(layout: str, checkpoint: Path, output: Path) -> Path:
-    """Write a checkpoint as a published model, `model.safetensors` and `config.json`.
+    """Convert a checkpoint of this package to a published model.
 
     Args:
         layout: a name in `LAYOUTS`.
-        checkpoint: a `.ckpt` of this package.
-        output: folder to write.
+        checkpoint: a `.ckpt` file.
+        output: folder for `model.safetensors` and `config.json`.
 
     Returns:
-        The file of weights.
+        The path of `model.safetensors`.
 
     Raises:
         WeightsError: if the layout cannot express what the model computes.
-        UserError: if the checkpoint does not hold the length of its crops.
+        UserError: if the checkpoint does not contain the length of its crops.
     """
     jepa = load_jepa(checkpoint)
-    rules = _layout(layout).variant_of_model(jepa)
+    state = jepa.state_dict()
+    rules = _layout(layout).variant(state)
     if jepa.target_front_end is not None:
-        raise WeightsError(f"{layout}'s layout has no place for `target_front_end: momentum`")
+        raise WeightsError(f"the layout {layout} cannot express `target_front_end: momentum`")
     config = rules.config(jepa)
-    tensors = {
-        rules.published_name(name): value.contiguous() for name, value in jepa.state_dict().items()
-    }
+    tensors = {rules.published_name(name): value.contiguous() for name, value in state.items()}
     tensors |= rules.formulas(jepa, num_crop_samples(checkpoint, jepa))
     tensors = {
         f"{rules.prefix}{name}": value.reshape(1, 1, -1) if name.endswith("mask_token") else value
@@ -122,11 +122,11 @@ def export_weights(layout: str, checkpoint: Path, output: Path) -> Path:
 
 
 def load_weights(jepa: JEPA, checkpoint: Path) -> None:
-    """Replace all weights of a model by those of a checkpoint.
+    """Replace all weights of a model by the weights of a checkpoint.
 
     Raises:
-        MissingFileError: if there is no such file.
-        WeightsError: if it holds other weights than `jepa`, with the list of differences.
+        MissingFileError: if the file does not exist.
+        WeightsError: if the weights do not fit the model; the message lists the differences.
     """
     if not checkpoint.is_file():
         raise MissingFileError(f"no checkpoint at {checkpoint}")
@@ -139,7 +139,7 @@ def load_weights(jepa: JEPA, checkpoint: Path) -> None:
 
 def _layout(name: str) -> Layout:
     if name not in LAYOUTS:
-        raise WeightsError(f"'{name}' is not a published layout; there are {', '.join(LAYOUTS)}")
+        raise WeightsError(f"'{name}' is not a published layout: use one of {', '.join(LAYOUTS)}")
     return LAYOUTS[name]
 
 
@@ -151,24 +151,21 @@ def _read_recipe(recipe: Path) -> Settings:
 
 
 def _state(rules: Layout, published: Published, model: Settings) -> dict[str, Tensor]:
-    """The weights of the model; those of missing parts as described at `import_weights`."""
+    """All weights of the model; see `import_weights` for missing parts."""
     with torch.device("meta"):
         expected = _initial_state(model)
     names = {name: rules.published_name(name) for name in expected}
     parts = {_part(ours) for ours, theirs in names.items() if theirs in published.tensors}
     if "front_end" not in parts or not parts & {"encoder", "target_encoder"}:
         raise WeightsError(
-            f"{published.path} holds no front end or no encoder in this layout, only "
-            f"{sorted(parts) or 'other tensors'}"
+            f"{published.path} must contain a front end and an encoder in this layout, but "
+            f"contains only {sorted(parts) or 'other tensors'}"
         )
     names = {ours: theirs for ours, theirs in names.items() if _part(ours) in parts}
     rules.check_formulas(published)
-    tensors = {
-        name: value
-        for name, value in published.tensors.items()
-        if not re.match(rules.ignored, name)
-    }
-    _refuse_differences(published.path, names, expected, tensors, rules.formula_names)
+    is_ignored = re.compile(rules.ignored).match
+    tensors = {name: value for name, value in published.tensors.items() if not is_ignored(name)}
+    _refuse_differences(published.path, names, expected, tensors)
     state = {ours: tensors[theirs].reshape(expected[ours].shape) for ours, theirs in names.items()}
     return state | _missing_parts(published.path, state, parts, model)
 
@@ -178,7 +175,7 @@ def _part(name: str) -> str:
 
 
 def _initial_state(model: Settings) -> dict[str, Tensor]:
-    # The parser writes into what it parses.
+    # The parser changes the settings in place.
     return instantiate_module(JEPA, copy.deepcopy(model)).state_dict()
 
 
@@ -187,11 +184,13 @@ def _refuse_differences(
     names: Mapping[str, str],
     expected: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor],
-    formulas: Collection[str] = (),
 ) -> None:
-    """Raise `WeightsError` with the tensors that differ; `names` maps ours to theirs."""
+    """Raise `WeightsError` with the names of all `tensors` that do not fit the model.
+
+    `names` maps the names in `expected`, the state of the model, to the names in `tensors`.
+    """
     missing = [theirs for theirs in names.values() if theirs not in tensors]
-    unknown = sorted(tensors.keys() - set(names.values()) - set(formulas))
+    unknown = sorted(tensors.keys() - set(names.values()))
     misshapen = [
         f"{theirs} {list(tensors[theirs].shape)}, not {list(expected[ours].shape)}"
         for ours, theirs in names.items()
@@ -204,11 +203,11 @@ def _refuse_differences(
         if found
     ]
     if lines:
-        raise WeightsError(f"{path} holds other weights than the model:{''.join(lines)}")
+        raise WeightsError(f"the weights of {path} do not fit the model:{''.join(lines)}")
 
 
 def _squeezed(tensor: Tensor) -> tuple[int, ...]:
-    """The shape without leading ones: a mask token is `[D]` here and `[1, 1, D]` there."""
+    """The shape without leading ones, because the published mask token is `[1, 1, D]`."""
     shape = tuple(tensor.shape)
     while len(shape) > 1 and shape[0] == 1:
         shape = shape[1:]
@@ -218,31 +217,25 @@ def _squeezed(tensor: Tensor) -> tuple[int, ...]:
 def _missing_parts(
     path: Path, state: Mapping[str, Tensor], parts: set[str], model: Settings
 ) -> dict[str, Tensor]:
-    """The weights of the parts that the file lacks."""
     weights: dict[str, Tensor] = {}
     for part, other in (("encoder", "target_encoder"), ("target_encoder", "encoder")):
         if part not in parts:
-            log.warning("%s holds no %s: it starts as a copy of the %s", path, part, other)
+            log.warning("%s has no %s: the model gets a copy of the %s", path, part, other)
             weights |= {
                 f"{part}{name.removeprefix(other)}": value
                 for name, value in state.items()
                 if _part(name) == other
             }
     if "predictor" not in parts:
-        log.warning("%s holds no predictor: it is drawn from `model.seed`", path)
-        drawn = _initial_state(model)
-        weights |= {name: value for name, value in drawn.items() if _part(name) == "predictor"}
+        log.warning("%s has no predictor: its weights are drawn from `model.seed`", path)
+        initial = _initial_state(model)
+        weights |= {name: value for name, value in initial.items() if _part(name) == "predictor"}
     return weights
 
 
 def _without_linked(model: Settings) -> Settings:
-    """Settings without the width of the encoder in other parts, which the command line fills in."""
-    front_end, predictor = model["front_end"], model["predictor"]
-    unlinked = {
-        name: value for name, value in front_end["init_args"].items() if name != "embed_dim"
-    }
-    return {
-        **model,
-        "front_end": {**front_end, "init_args": unlinked},
-        "predictor": {name: value for name, value in predictor.items() if name != "embed_dim"},
-    }
+    """Settings without the `embed_dim` values that the command line copies from the encoder."""
+    model = copy.deepcopy(model)
+    model["front_end"]["init_args"].pop("embed_dim", None)
+    model["predictor"].pop("embed_dim", None)
+    return model

@@ -1,10 +1,10 @@
-"""A published layout: its names for our weights, and how sizes are read from its files."""
+"""The interface of a published layout of weights: names of the weights, sizes of the model."""
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,12 +20,12 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True)
 class SizeHints:
-    """Sizes from the user, for files that do not hold them.
+    """Sizes from the user that replace those of the file; some files do not contain them.
 
     Attributes:
-        num_heads: attention heads of the encoder.
-        predictor_num_heads: attention heads of the predictor.
-        conv_strides: strides of the layers of a convolution stack.
+        num_heads: number of attention heads of the encoder.
+        predictor_num_heads: number of attention heads of the predictor.
+        conv_strides: stride of each convolution of the front end.
     """
 
     num_heads: int | None = None
@@ -38,54 +38,48 @@ class Layout(ABC):
 
     Attributes:
         recipe: name of the recipe with all settings that are not sizes.
-        names: (pattern, replacement) pairs that turn our name of a weight into the published one;
-            the first pattern that matches is used.
-        ignored: pattern of published tensors that are not weights.
-        formula_names: published tensors that are computed here by a formula.
-        prefix: of all names in a written file.
+        names: (pattern, replacement) pairs that convert the name of a weight in this package to the
+            published name; the first pattern that matches is used.
+        ignored: pattern of the names of published tensors that are not weights.
+        prefix: prefix of all names in an exported file.
     """
 
     recipe: ClassVar[str]
     names: ClassVar[tuple[tuple[str, str], ...]]
     ignored: ClassVar[str] = r"$."
-    formula_names: ClassVar[tuple[str, ...]] = ()
     prefix: ClassVar[str] = ""
 
-    def variant_of_file(self, published: Published) -> Layout:
-        """The layout of this family that the file has."""
-        return self
-
-    def variant_of_model(self, jepa: JEPA) -> Layout:
-        """The layout of this family that can hold the model."""
+    def variant(self, names: Iterable[str]) -> Layout:
+        """The variant of the layout for a published file or a `JEPA` with these weight names."""
         return self
 
     def published_name(self, name: str) -> str:
-        """The published name of one of our weights."""
+        """The published name of a weight of this package."""
         for pattern, replacement in self.names:
             renamed, count = re.subn(pattern, replacement, name)
             if count:
                 return renamed
-        raise WeightsError(f"{type(self).__name__} has no name for the weight `{name}`")
+        raise WeightsError(f"{type(self).__name__} does not define a name for the weight `{name}`")
 
     @abstractmethod
     def sizes(self, published: Published, hints: SizeHints, recipe: Settings) -> Settings:
         """The settings that the file determines; they replace those of the recipe.
 
         Raises:
-            WeightsError: if a size is neither in the file nor in the hints.
+            WeightsError: if neither the file nor the hints contain a size.
         """
 
     def formulas(self, jepa: JEPA, num_samples: int) -> Mapping[str, Tensor]:
-        """The tensors of `formula_names`, for clips of `num_samples`."""
+        """Published tensors that a formula computes, for clips of `num_samples`."""
         return {}
 
-    # Not abstract: a layout without formulas has nothing to check.
+    # This method is not abstract, because a layout without formulas has nothing to check.
     def check_formulas(self, published: Published) -> None:  # noqa: B027
-        """Raise `WeightsError` if a published tensor differs from the formula."""
+        """Raise `WeightsError` if a published tensor differs from its formula."""
 
     @abstractmethod
     def config(self, jepa: JEPA) -> Settings:
-        """The content of `config.json`, from which all sizes can be read again.
+        """The content of `config.json`, which contains all sizes of the model.
 
         Raises:
             WeightsError: if the layout cannot express what the model computes.
@@ -93,12 +87,12 @@ class Layout(ABC):
 
 
 def arguments(settings: Settings) -> Settings:
-    """The arguments of a part, written with or without its class."""
+    """The arguments of a part of the model, written with or without `class_path`."""
     return settings["init_args"] if "class_path" in settings else settings
 
 
 def merged(settings: Settings, changes: Settings) -> Settings:
-    """Settings with changes at any depth; changes without a class are changes of `init_args`."""
+    """Settings with changes at any depth; changes without `class_path` apply to `init_args`."""
     if "class_path" in settings and not {"init_args", "class_path"} & changes.keys():
         return {**settings, "init_args": merged(settings.get("init_args", {}), changes)}
     nested = {
@@ -109,7 +103,7 @@ def merged(settings: Settings, changes: Settings) -> Settings:
     return {**settings, **changes, **nested}
 
 
-def encoder_sizes(
+def transformer_sizes(
     published: Published,
     part: str,
     blocks: str,
@@ -118,54 +112,40 @@ def encoder_sizes(
     option: str,
     keys: tuple[str, ...],
 ) -> Settings:
-    """Sizes of a transformer.
+    """The sizes of a transformer.
 
     Args:
         published: the file.
-        part: prefix of the names of the transformer.
-        blocks: name of its list of blocks.
-        mlp_weight: weight of a block whose input is as wide as the hidden layer of the MLP.
-        heads: see `num_heads`.
-        option: see `num_heads`.
-        keys: see `num_heads`.
+        part: prefix of the names of all weights of the transformer.
+        blocks: name of the list of blocks.
+        mlp_weight: name of the weight of a block that maps the hidden layer of the MLP to D.
+        heads: number of attention heads from the user; `None` takes it from the configuration of
+            the file, because no shape of a tensor depends on it.
+        option: command-line option for `heads`, for the error message.
+        keys: dotted keys of the number of heads in the configuration; the first key found is used.
     """
     (width,) = published.shape(f"{part}.norm.weight", 1)
     _, hidden = published.shape(f"{part}.{blocks}.0.{mlp_weight}", 2)
+    num_heads = published.config_value(*keys) if heads is None else heads
+    if num_heads is None:
+        raise WeightsError(
+            f"{published.path}: the configuration ({', '.join(keys)}) does not contain the number "
+            f"of attention heads of the transformer of width {width}: give `{option} N`"
+        )
+    if int(num_heads) < 1 or width % int(num_heads):
+        raise WeightsError(
+            f"{published.path}: {num_heads} attention heads do not divide the width {width}"
+        )
     return {
         "embed_dim": width,
         "depth": published.num_layers(rf"{part}\.{blocks}\.(\d+)\."),
-        "num_heads": num_heads(published, heads, option, keys, width),
+        "num_heads": int(num_heads),
         "mlp_ratio": hidden / width,
     }
 
 
-def num_heads(
-    published: Published, hint: int | None, option: str, keys: tuple[str, ...], width: int
-) -> int:
-    """The number of attention heads, which is not in any shape: the hint, else the file's.
-
-    Args:
-        published: the file.
-        hint: from the user.
-        option: of the command, for the error message.
-        keys: of the configuration of the file, dotted; the first one found counts.
-        width: of the transformer.
-    """
-    heads = hint if hint is not None else published.config_value(*keys)
-    if heads is None:
-        raise WeightsError(
-            f"{published.path}: the number of attention heads of the transformer of width {width} "
-            f"is not in its configuration ({', '.join(keys)}): give `{option} N`"
-        )
-    if int(heads) < 1 or width % int(heads):
-        raise WeightsError(
-            f"{published.path}: {heads} attention heads do not divide the width {width}"
-        )
-    return int(heads)
-
-
 def first_block(encoder: Transformer) -> Block:
-    """The first block; all blocks have the same sizes."""
+    """The first block of a transformer; all blocks have the same sizes."""
     block = encoder.blocks[0]
     assert isinstance(block, Block)
     return block
@@ -181,16 +161,16 @@ def check_blocks(
     final_norm_eps: float,
     norm_eps: float | None = None,
 ) -> None:
-    """Raise `WeightsError` if an encoder computes anything that the layout cannot express.
+    """Raise `WeightsError` if an encoder has settings that the layout cannot express.
 
     Args:
-        part: name of the encoder, for the message.
-        encoder: of the model.
-        pre_norm: whether the layout has its norms before attention and MLP.
+        part: name of the encoder in the error message.
+        encoder: transformer of the model.
+        pre_norm: whether the norms of the layout are before attention and MLP.
         gated: whether the MLPs of the layout are SwiGLUs.
-        positions: of the layout.
-        final_norm_eps: of the norm after the last block.
-        norm_eps: of the other norms; `None` if the layout has a place for it.
+        positions: the position encoding of the layout.
+        final_norm_eps: epsilon of the norm after the last block.
+        norm_eps: epsilon of the other norms; `None` if the layout can express any value.
     """
     block = first_block(encoder)
     differs = {
@@ -205,4 +185,4 @@ def check_blocks(
     }
     if any(differs.values()):
         settings = ", ".join(f"`{setting}`" for setting, is_other in differs.items() if is_other)
-        raise WeightsError(f"the layout has no place for these settings of the {part}: {settings}")
+        raise WeightsError(f"the layout cannot express these settings of the {part}: {settings}")

@@ -1,4 +1,4 @@
-"""Published files of weights, opened without running code that they contain."""
+"""Open published files of weights without running any code in them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from jepa_audio.files import read_json
 CONFIG_NAMES = ("config.json", "args.json")
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _STATE_NAMES = ("state_dict", "model", "model_state_dict")
-# Of torch.compile and of DistributedDataParallel.
-_WRAPPERS = ("_orig_mod.", "module.")
+# The prefixes that torch.compile and DistributedDataParallel add to a part of a name.
+_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod\.|module\.)")
 
 
 class WeightsError(UserError):
-    """A file of weights that cannot be used; the message names the reason or the differences."""
+    """Raised for unusable files of weights and for models that a layout cannot express."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,9 @@ class Published:
 
     Attributes:
         path: the file.
-        tensors: by name, without the prefixes of torch.compile, DistributedDataParallel and Hugging
-            Face.
-        config: sizes from the file itself and from a `config.json` or `args.json` in its folder,
-            nested as found.
+        tensors: the tensors by name; the prefixes of torch.compile, DistributedDataParallel and
+            Hugging Face are removed.
+        config: the sizes in the file, and those in the `config.json` or `args.json` of its folder.
     """
 
     path: Path
@@ -46,7 +45,7 @@ class Published:
     config: dict[str, Any] = field(default_factory=dict)
 
     def num_layers(self, pattern: str) -> int:
-        """The number of different values of the group of `pattern` at the beginning of names."""
+        """Number of layers: `pattern` matches the start of a name; its group is the layer."""
         matches = (re.match(pattern, name) for name in self.tensors)
         return len({match[1] for match in matches if match})
 
@@ -54,22 +53,22 @@ class Published:
         """The shape of a tensor.
 
         Raises:
-            WeightsError: if there is no such tensor, or it has another number of axes.
+            WeightsError: if the tensor does not exist or has another number of axes.
         """
         if name not in self.tensors:
             raise WeightsError(
-                f"{self.path} holds no `{name}`, whose shape gives a size; it holds "
-                f"{shorten(sorted(self.tensors), 5)}"
+                f"{self.path} does not contain `{name}`, whose shape gives a size of the model; "
+                f"it contains {shorten(sorted(self.tensors), 5)}"
             )
         shape = tuple(self.tensors[name].shape)
         if len(shape) != num_axes:
             raise WeightsError(
-                f"`{name}` of {self.path} has shape {list(shape)}, {num_axes} axes were expected"
+                f"{self.path}: `{name}` must have {num_axes} axes, but has shape {list(shape)}"
             )
         return shape
 
     def config_value(self, *keys: str) -> Any | None:
-        """The value of the first dotted key that the configuration holds, or `None`."""
+        """The value of the first dotted key that the configuration contains, or `None`."""
         for key in keys:
             value: Any = self.config
             for part in key.split("."):
@@ -80,14 +79,14 @@ class Published:
 
 
 def open_published(path: Path) -> Published:
-    """Open a `.safetensors` file, a torch file (weights only, no code is run), or its folder.
+    """Open a `.safetensors` file, a torch file, or a folder with one of them.
 
     Raises:
-        MissingFileError: if there is nothing at `path`.
-        WeightsError: if it is another file, or holds more than weights.
+        MissingFileError: if `path` does not exist.
+        WeightsError: if the file is not a file of weights, or contains code.
     """
     if not path.exists():
-        raise MissingFileError(f"no file of weights at {path}")
+        raise MissingFileError(f"there is no file of weights at {path}")
     file = _find_file(path) if path.is_dir() else path
     read = _read_safetensors if file.suffix == ".safetensors" else _read_torch
     tensors, config = read(file)
@@ -101,22 +100,25 @@ def open_published(path: Path) -> Published:
 
 
 def parse_conv_layers(spec: str | list[Any]) -> list[tuple[int, int, int]]:
-    """Layers (channels, kernel, stride) from fairseq's notation: `[(512,10,5)] + [(512,3,2)] * 4`.
+    """Parse layers (channels, kernel, stride) in the notation of fairseq, without running code.
+
+    An example is `[(512,10,5)] + [(512,3,2)] * 4`.
 
     Raises:
-        WeightsError: if it is anything else; nothing is evaluated.
+        WeightsError: if `spec` has another form.
     """
     try:
         layers = _literal_list(ast.parse(spec, mode="eval").body) if isinstance(spec, str) else spec
         return [(int(channels), int(kernel), int(stride)) for channels, kernel, stride in layers]
     except (SyntaxError, TypeError, ValueError) as error:
         raise WeightsError(
-            f"conv layers {spec!r} of the configuration: not a list of (channels, kernel, stride)"
+            f"the configuration has conv layers {spec!r}, which are not a list of (channels, "
+            "kernel, stride)"
         ) from error
 
 
 def shorten(names: Iterable[str], max_names: int) -> str:
-    """The first names, and how many more there are."""
+    """The first `max_names` names as text, and the number of the others."""
     names = list(names)
     more = f", ... and {len(names) - max_names} more" if len(names) > max_names else ""
     return ", ".join(names[:max_names]) + more
@@ -134,16 +136,16 @@ def _find_file(folder: Path) -> Path:
     for suffix in SUFFIXES:
         files = sorted(folder.glob(f"*{suffix}"))
         if len(files) > 1:
-            raise WeightsError(f"{folder} holds {len(files)} files *{suffix}: give one of them")
+            raise WeightsError(f"{folder} has {len(files)} files *{suffix}: give one of them")
         if files:
             return files[0]
-    raise WeightsError(f"{folder} holds no file of weights ({', '.join(SUFFIXES)})")
+    raise WeightsError(f"{folder} has no file of weights ({', '.join(SUFFIXES)})")
 
 
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(file, "pt") as content:
-            # `content` is not a mapping.
+            # `content` has `keys()`, but cannot be iterated.
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
             metadata = content.metadata() or {}
     except SafetensorError as error:
@@ -162,35 +164,34 @@ def _read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
     if not isinstance(content, Mapping):
         raise WeightsError(
-            f"{file} holds a {type(content).__name__}, a mapping of names to tensors was expected"
+            f"{file} must contain a mapping of names to tensors, but contains a "
+            f"{type(content).__name__}"
         )
     states = (content[name] for name in _STATE_NAMES if isinstance(content.get(name), Mapping))
     state = next(states, content)
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         raise WeightsError(
-            f"{file} holds no tensors, neither at the top nor in {', '.join(_STATE_NAMES)}"
+            f"{file} has no tensors, neither at the top level nor in {', '.join(_STATE_NAMES)}"
         )
     config = content.get("hyper_parameters", {})
     return tensors, dict(config) if isinstance(config, Mapping) else {}
 
 
 def _refusal(file: Path, error: str) -> str:
-    """Why a torch file is not unpickled."""
     code = re.search(r"GLOBAL (\S+)", error)
     if code is None:
-        return f"{file} is not a complete torch file, or needs more than weights to be unpickled"
+        return f"{file} is not a complete torch file, or contains other objects than weights"
     return (
-        f"{file} holds more than weights: it would run code ({code[1]}) when it is opened, and is "
-        "refused. If you trust it, save its tensors alone: `torch.save({'state_dict': "
+        f"{file} would run code ({code[1]}) when it is opened, and is refused. If you trust the "
+        "file, save only its tensors: `torch.save({'state_dict': "
         "torch.load(FILE, weights_only=False)['state_dict']}, OTHER)`"
     )
 
 
 def _remove_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    wrappers = "|".join(map(re.escape, _WRAPPERS))
-    plain = {re.sub(rf"(?<![^.])(?:{wrappers})", "", name): t for name, t in tensors.items()}
-    # The prefix of Hugging Face.
+    plain = {_WRAPPERS.sub("", name): value for name, value in tensors.items()}
+    # Hugging Face adds this prefix.
     if all(name.startswith("model.") for name in plain):
         plain = {name.removeprefix("model."): value for name, value in plain.items()}
     return plain

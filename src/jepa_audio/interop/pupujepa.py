@@ -1,10 +1,10 @@
-"""PupuJEPA's published layout (later renamed PupuM2D): timm's EVA blocks on log-mel patches."""
+"""The published layout of PupuJEPA (later renamed PupuM2D): EVA blocks on log-mel patches."""
 
 from __future__ import annotations
 
 from typing_extensions import override
 
-from jepa_audio.interop.layout import Layout, Settings, SizeHints, check_blocks, encoder_sizes
+from jepa_audio.interop.layout import Layout, Settings, SizeHints, check_blocks, transformer_sizes
 from jepa_audio.interop.published import Published, WeightsError
 from jepa_audio.steps.encoder.positions import RotaryPositions
 from jepa_audio.steps.front_ends import SpectrogramFrontEnd
@@ -15,7 +15,7 @@ _BLOCKS = ("blocks", "mlp.fc2.weight")
 
 
 class PupuJEPALayout(Layout):
-    """`sizigi/PupuJEPA`: `patch_embed`, `student`, `teacher` and `predictor`."""
+    """The layout of `sizigi/PupuJEPA`; its blocks are those of EVA in timm."""
 
     recipe = "pupujepa"
     names = (
@@ -29,7 +29,7 @@ class PupuJEPALayout(Layout):
 
     @override
     def sizes(self, published: Published, hints: SizeHints, recipe: Settings) -> Settings:
-        encoder = encoder_sizes(
+        encoder = transformer_sizes(
             published,
             "student" if "student.norm.weight" in published.tensors else "teacher",
             *_BLOCKS,
@@ -50,7 +50,7 @@ class PupuJEPALayout(Layout):
         changes = {"front_end": patches, "encoder": encoder, "predictor": {"embed_dim": width}}
         if "predictor.norm.weight" in published.tensors:
             keys = ("decoder_num_heads", "model.decoder_num_heads", "predictor.heads")
-            trunk = encoder_sizes(
+            trunk = transformer_sizes(
                 published,
                 "predictor",
                 *_BLOCKS,
@@ -67,7 +67,7 @@ class PupuJEPALayout(Layout):
         front_end = jepa.front_end
         is_mel = isinstance(getattr(front_end, "spectrogram", None), LogMel)
         if not isinstance(front_end, SpectrogramFrontEnd) or not is_mel:
-            raise WeightsError("PupuJEPA's layout holds only a SpectrogramFrontEnd over LogMel")
+            raise WeightsError("the layout of PupuJEPA needs a SpectrogramFrontEnd with LogMel")
         for name, encoder in (("encoder", jepa.encoder), ("predictor", jepa.predictor.trunk)):
             check_blocks(
                 name,
@@ -80,8 +80,8 @@ class PupuJEPALayout(Layout):
             )
         if _settings_of(front_end.spectrogram) != _settings_of(LogMel()):
             raise WeightsError(
-                "PupuJEPA's layout has no place for settings of `front_end.spectrogram` other than "
-                "those of `LogMel()`"
+                "the layout of PupuJEPA cannot express settings of `front_end.spectrogram` other "
+                "than the defaults of `LogMel`"
             )
         return {
             "embed_dim": jepa.encoder.embed_dim,

@@ -1,9 +1,9 @@
-"""The published layouts of WavJEPA and WavJEPA-Nat, of Lightning and of Hugging Face."""
+"""The published layouts of WavJEPA and WavJEPA-Nat: Lightning and Hugging Face files."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from jepa_audio.interop.layout import (
     SizeHints,
     arguments,
     check_blocks,
-    encoder_sizes,
     first_block,
+    transformer_sizes,
 )
 from jepa_audio.interop.published import Published, WeightsError, parse_conv_layers
 from jepa_audio.steps.encoder.positions import BinauralPositions, SinCosPositions
@@ -39,9 +39,8 @@ _ENCODERS = (
     ("target_encoder", "teacher_encoder"),
     ("predictor.trunk", "decoder"),
 )
-# The default of torch, which the published code does not change.
+# The published code uses the default epsilon of torch for this norm.
 _FINAL_NORM_EPS = 1e-5
-_LAYERS = ("layers", "linear2.weight")
 _TABLES = {"pos_encoding_encoder": "encoder", "pos_encoding_decoder": "predictor.trunk"}
 _NAMES = (
     (r"^front_end\.norm\.", "feature_norms."),
@@ -62,7 +61,7 @@ _NAMES = (
 
 
 class WavJEPALayout(Layout):
-    """`labhamlet/wavjepa`: torch's transformer, convolutions with norms, position tables."""
+    """The layout of `labhamlet/wavjepa`; its blocks are those of torch's transformer."""
 
     recipe = "wavjepa"
     num_stacks = 1
@@ -73,21 +72,18 @@ class WavJEPALayout(Layout):
         (r"^front_end\.stacks\.0\.(\d+)\.1\.", r"extract_audio.cnn.\1.2."),
         *_NAMES,
     )
-    formula_names = tuple(_TABLES)
-    # Of the Hugging Face files.
+    # The Hugging Face files have this prefix.
     prefix = "model."
-    # Of torchaudio's transforms, which later Lightning checkpoints hold.
-    ignored = r"resampler_\w+\.kernel$"
+    # `check_formulas` checks the position tables. Later Lightning checkpoints contain kernels of
+    # torchaudio's transforms.
+    ignored = r"pos_encoding_(en|de)coder$|resampler_\w+\.kernel$"
 
     @override
-    def variant_of_file(self, published: Published) -> Layout:
-        separate = any(name.startswith("extract_audio.cnns.") for name in published.tensors)
-        return WavJEPANatLayout() if separate else WavJEPALayout()
-
-    @override
-    def variant_of_model(self, jepa: JEPA) -> Layout:
-        separate = isinstance(jepa.front_end, WaveformFrontEnd) and len(jepa.front_end.stacks) == 2
-        return WavJEPANatLayout() if separate else WavJEPALayout()
+    def variant(self, names: Iterable[str]) -> Layout:
+        # The names of the second stack in a published file and in a `JEPA`.
+        second_stack = ("extract_audio.cnns.1.", "front_end.stacks.1.")
+        has_two_stacks = any(name.startswith(second_stack) for name in names)
+        return WavJEPANatLayout() if has_two_stacks else WavJEPALayout()
 
     @override
     def sizes(self, published: Published, hints: SizeHints, recipe: Settings) -> Settings:
@@ -139,17 +135,17 @@ class WavJEPALayout(Layout):
             difference = float((table - published.tensors[name]).abs().max())
             if difference > 1e-5:
                 raise WeightsError(
-                    f"`{name}` of {published.path} is not the table of "
-                    f"{type(self.positions).__name__}: it differs by {difference:.1e}"
+                    f"{published.path}: `{name}` differs from the table of "
+                    f"{type(self.positions).__name__} by {difference:.1e}"
                 )
 
     @override
     def config(self, jepa: JEPA) -> Settings:
-        # The groups are those of the Hugging Face file.
+        # The Hugging Face file has the same groups of settings.
         front_end = jepa.front_end
         has_group_norm = any(isinstance(module, nn.GroupNorm) for module in front_end.modules())
         if not isinstance(front_end, WaveformFrontEnd) or not has_group_norm:
-            raise WeightsError("WavJEPA's layout holds only a WaveformFrontEnd with `norm: group`")
+            raise WeightsError("the layout of WavJEPA needs a WaveformFrontEnd with `norm: group`")
         groups: dict[str, Any] = {
             "extractor_config": {
                 "conv_layers_spec": str([tuple(layer) for layer in front_end.conv_layers]),
@@ -184,7 +180,7 @@ class WavJEPALayout(Layout):
 
 
 class WavJEPANatLayout(WavJEPALayout):
-    """WavJEPA-Nat: a stack of convolutions for each ear; tokens of the left ear come first."""
+    """WavJEPA-Nat: one stack of convolutions for each ear; the left ear is the first one."""
 
     recipe = "wavjepa_nat"
     num_stacks = 2
@@ -200,7 +196,10 @@ class WavJEPANatLayout(WavJEPALayout):
 def _conv_strides(
     published: Published, hints: SizeHints, recipe: Settings, kernels: list[tuple[int, int]]
 ) -> list[int]:
-    """Strides of convolutions (channels, kernel): the hint, else the file's, else the recipe's."""
+    """The strides of the convolutions `kernels` (channels, kernel).
+
+    They are taken from the hints, the configuration of the file, or the recipe, in this order.
+    """
     spec = published.config_value(
         "extractor_config.conv_layers_spec", "conv_layers_spec", "conv_layers"
     )
@@ -211,12 +210,12 @@ def _conv_strides(
         strides = [stride for _, _, stride in layers]
     else:
         raise WeightsError(
-            f"{published.path}: it lacks the strides of its convolutions (channels, kernel) "
-            f"{kernels}, and the recipe has other ones: give `--conv_strides [5, 2, ...]`"
+            f"{published.path} does not contain the strides of its convolutions (channels, kernel) "
+            f"{kernels}, and the recipe has other convolutions: give `--conv_strides [5, 2, ...]`"
         )
     if len(strides) != len(kernels):
         raise WeightsError(
-            f"`conv_strides` has {len(strides)} values, {published.path} has {len(kernels)} "
+            f"`conv_strides` has {len(strides)} values, but {published.path} has {len(kernels)} "
             "convolutions"
         )
     return strides
@@ -225,16 +224,16 @@ def _conv_strides(
 def _transformer(
     published: Published, part: str, group: str, heads: int | None, option: str
 ) -> Settings:
-    """Sizes of the transformer `part`, whose settings begin with `group` in the configuration."""
+    """The sizes of the transformer `part`; `group` is the prefix of its configuration keys."""
     ours = "encoder" if group == "encoder" else "predictor"
     keys = (f"{group}_layers_cfg.nhead", f"{group}_nhead", f"{ours}.heads")
-    sizes = encoder_sizes(published, part, *_LAYERS, heads, option, keys)
+    sizes = transformer_sizes(published, part, "layers", "linear2.weight", heads, option, keys)
     eps = published.config_value(f"{group}_layers_cfg.layer_norm_eps")
     return sizes if eps is None else {**sizes, "norm_eps": float(eps)}
 
 
 def _clip_length(published: Published, sizes: Settings, recipe: Settings) -> Settings:
-    """The crop length, if the position table has another number of tokens than the recipe."""
+    """The crop length, if the position table and the recipe have different numbers of tokens."""
     seconds = recipe["data"]["crop_seconds"]
     if "pos_encoding_encoder" not in published.tensors:
         return {}
@@ -258,11 +257,11 @@ def _clip_length(published: Published, sizes: Settings, recipe: Settings) -> Set
 def _table(encoder: nn.Module, grid: Grid) -> Tensor:
     assert isinstance(encoder, Transformer)
     table = encoder.positions.additive(grid, encoder.embed_dim, torch.device("cpu"))
-    # `check_blocks` has refused positions without a table.
+    # `check_blocks` refuses positions without a table.
     assert table is not None
     return _channel_major(table, grid)[None].contiguous()
 
 
 def _channel_major(table: Tensor, grid: Grid) -> Tensor:
-    """Reorder our table (both ears of a time, then the next time) as published: ear after ear."""
+    """Reorder a time-major table (both ears at each time) as published: all times of each ear."""
     return table.unflatten(0, (grid.num_time, grid.num_freq)).transpose(0, 1).flatten(0, 1)

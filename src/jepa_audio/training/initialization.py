@@ -1,4 +1,4 @@
-"""Initial weights that depend on a seed alone."""
+"""Draw initial weights that depend only on a seed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jepa_audio.steps.predictor import Predictor
 def draw_weights(parts: Iterable[FrontEnd | Transformer | Predictor], seed: int) -> None:
     """Draw the initial weights of the given modules from one generator, in the given order."""
     with torch.random.fork_rng(devices=[]):
-        # Seed only the generator of the CPU; the random state of other devices does not change.
+        # `torch.manual_seed` would also change the random state of other devices.
         torch.default_generator.manual_seed(seed)
         for part in parts:
             part.reset_parameters()

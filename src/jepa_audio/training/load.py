@@ -1,4 +1,4 @@
-"""Load the model of a checkpoint that this or an earlier version wrote."""
+"""Load the model of a checkpoint of this or an earlier version."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from jepa_audio.training.jepa import JEPA
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of the `.ckpt` file of a run; the weights are memory-mapped, not read.
+    """The content of the `.ckpt` file of a run; the weights are memory-mapped.
 
     Raises:
-        UserError: if the file does not exist, or is not a checkpoint of a run of jepa-audio.
+        UserError: if the file does not exist or is not a checkpoint of jepa-audio.
     """
     if not path.is_file():
         raise MissingFileError(f"no checkpoint at {path}")
@@ -25,12 +25,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise UserError(
-            f"{path} is not a checkpoint, or is incomplete: {str(error).splitlines()[0]}"
+            f"{path} is incomplete or not a checkpoint: {str(error).splitlines()[0]}"
         ) from error
     if not isinstance(content, dict) or not {"state_dict", "hyper_parameters"} <= content.keys():
         raise UserError(
-            f"{path} is not a checkpoint of a run of jepa-audio: it has no `state_dict` and "
-            "`hyper_parameters`; convert published weights with `jepa-audio import`"
+            f"{path} is not a checkpoint of jepa-audio, because `state_dict` or "
+            "`hyper_parameters` is missing; convert published weights with `jepa-audio import`"
         )
     return content
 

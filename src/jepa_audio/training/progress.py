@@ -18,6 +18,6 @@ class RunProgressBar(RichProgressBar):
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        # The version number of the logs is not a metric.
+        # `v_num`, the version number of the logs, is not a metric.
         metrics = super().get_metrics(trainer, pl_module)
         return {name: value for name, value in metrics.items() if name != "v_num"}
