@@ -15,7 +15,7 @@ from jepa_audio.data.corpus.shards import CHECKSUMS, Packing, write_shards
 from jepa_audio.data.corpus.survey import verify_corpus
 from jepa_audio.data.corpus.table import CorpusError, load_corpus
 from jepa_audio.data.datamodule import AudioDataModule
-from jepa_audio.data.loading.order import EveryNthBatch
+from jepa_audio.data.loading.order import evaluation_batches
 from jepa_audio.parallel import map_threads
 from tests.sounds import audio, pairs, tar, write
 
@@ -73,7 +73,7 @@ def test_a_run_refuses_a_table_with_too_many_bad_files(tmp_path: Path):
         module(tmp_path / "c.parquet")
     assert (
         "2 training files"
-        in module(tmp_path / "c.parquet", max_bad_share=0.9, valid_share=0.0).summary()
+        in module(tmp_path / "c.parquet", max_bad_share=0.9, valid_share=0.0).summary
     )
 
 
@@ -217,7 +217,7 @@ def test_thread_results_are_in_order_and_few_are_pending():
 
 @pytest.mark.parametrize("num_batches", [1, 2, 3, 5, 8])
 def test_even_ranks_get_equally_many_batches(num_batches: int):
-    counts = {len(EveryNthBatch(num_batches, 1, rank, 2, even=True)) for rank in range(2)}
+    counts = {len(evaluation_batches(num_batches, 1, rank, 2, even=True)) for rank in range(2)}
     assert counts == {max(1, num_batches // 2)}
 
 

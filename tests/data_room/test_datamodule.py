@@ -176,7 +176,7 @@ def test_a_single_file_is_in_both_splits_with_a_warning(
 def test_a_share_of_zero_holds_out_nothing(levels: Path):
     data = module(levels, crop_seconds=0.01, valid_share=0.0)
     assert data.val_dataloader() == []
-    assert data.summary().startswith(f"{levels}: 12 training files")
+    assert data.summary.startswith(f"{levels}: 12 training files")
 
 
 def test_validation_and_test_files_can_come_from_other_folders(
@@ -191,8 +191,8 @@ def test_validation_and_test_files_can_come_from_other_folders(
     assert torch.cat([batch.waveform for batch in valid]).unique().tolist() == [0.5]
     assert [batch.row.tolist() for batch in valid] == [[0, 1, 2]]
     assert [batch.row.tolist() for batch in test] == [[0, 1, 2, 3], [4]]
-    assert "12 training files" in data.summary()
-    assert "3 validation files" in data.summary()
+    assert "12 training files" in data.summary
+    assert "3 validation files" in data.summary
 
 
 def level_of(batch: AudioBatch) -> list[int]:
@@ -203,7 +203,7 @@ def test_a_table_is_used_without_indexing_its_folder(levels: Path, tmp_path: Pat
     corpus = index_corpus(levels, tmp_path / "corpus.parquet")
     write(levels / "new.wav", np.full((1, 2000), 0.9))
     data = module(tmp_path / "corpus.parquet", 0.01, valid_share=0.0)
-    assert "12 training files" in data.summary()
+    assert "12 training files" in data.summary
     assert len(corpus) == 12
     assert not (levels / ".jepa_audio").exists()
 
@@ -219,7 +219,7 @@ def test_a_list_of_sources_is_one_corpus_and_a_mapping_a_mixture(
     mixture = module({str(levels): 1.0, str(other): 3.0}, 0.01, valid_share=0.0, batch_size=1000)
     share = np.mean(np.array(level_of(next(iter(mixture.train_dataloader())))) > 50)
     assert 0.7 < share < 0.8
-    assert f"{levels}, {other}: 14 training files" in mixture.summary()
+    assert f"{levels}, {other}: 14 training files" in mixture.summary
 
 
 def test_the_splits_of_the_table_are_used(levels: Path, tmp_path: Path):

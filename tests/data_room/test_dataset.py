@@ -15,7 +15,6 @@ from jepa_audio.data.loading.clips import (
     ClipSettings,
     CropDataset,
     Crops,
-    collate_crops,
 )
 from jepa_audio.data.loading.file_table import FileTable
 from jepa_audio.errors import UserError
@@ -219,14 +218,16 @@ def test_a_corpus_of_deleted_files_stops_the_run(tmp_path: Path):
         crops[0, 0]
 
 
-def test_rows_of_a_batch_are_numbered_by_position_and_crop():
+def test_rows_of_a_batch_are_numbered_by_position_and_crop(tmp_path: Path):
+    write(tmp_path / "a.wav", ramp(100))
     samples = [
         Crops(torch.full((3, 2, 5), float(position)), position, position - 36)
         for position in (40, 41)
     ]
-    batch = collate_crops(samples)
+    batch = dataset(tmp_path).collate_samples(samples)
     assert batch.num_samples is None
-    assert collate_crops(samples, mask_padding=True).num_samples.tolist() == [4, 4, 4, 5, 5, 5]
+    masked = dataset(tmp_path, mask_padding=True).collate_samples(samples)
+    assert masked.num_samples.tolist() == [4, 4, 4, 5, 5, 5]
     assert batch.waveform.shape == (6, 2, 5)
     assert batch.row.tolist() == [120, 121, 122, 123, 124, 125]
     assert batch.row.dtype == torch.int64

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +26,20 @@ from jepa_audio.data.loading.clips import (
     ClipSettings,
     CropDataset,
     WithBadReads,
-    collate_crops,
-    collate_with_bad_reads,
 )
 from jepa_audio.data.loading.file_table import FileTable
 from jepa_audio.data.loading.loader import BadReadCounter, EvaluationLoader, ResumableLoader
-from jepa_audio.data.loading.order import EveryNthBatch, GlobalOrderSampler, count_files_per_block
+from jepa_audio.data.loading.order import (
+    GlobalOrderSampler,
+    SampleIndex,
+    count_files_per_block,
+    evaluation_batches,
+)
 from jepa_audio.data.loading.workers import worker_arguments
 from jepa_audio.data.scenes.scenes import (
     SceneBatch,
     SceneDataset,
     SceneSettings,
-    collate_scenes,
     prepare_scenes,
 )
 from jepa_audio.errors import UserError, check_bounds
@@ -136,10 +137,10 @@ class AudioDataModule(LightningDataModule):
             crops_per_clip=crops_per_clip,
             clip_seconds=clip_seconds,
             loudness_dbfs=loudness_dbfs,
+            mask_padding=mask_padding,
             seed=seed,
         )
         self.num_channels = num_channels
-        self.mask_padding = mask_padding
         self.scenes = scenes
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -152,7 +153,8 @@ class AudioDataModule(LightningDataModule):
         # The table is on the same file system as the audio, so one process of all nodes indexes.
         self.prepare_data_per_node = False
         self._files: dict[str, FileTable] = {}
-        self._summary = ""
+        # One line about the training and validation files.
+        self.summary = ""
         self._bad_reads = BadReadCounter(max_bad_share)
         self._train_loader: ResumableLoader | None = None
 
@@ -170,7 +172,7 @@ class AudioDataModule(LightningDataModule):
             raise UserError("`valid_share` (1) must be < 1: no training files would remain")
         if self.scenes is None:
             return
-        if self.mask_padding:
+        if self.clips.mask_padding:
             raise UserError("`mask_padding` must be false with `scenes`: scenes have no padding")
         if self.clips.mono == "keep":
             raise UserError(
@@ -204,16 +206,15 @@ class AudioDataModule(LightningDataModule):
             name: FileTable(corpora) for name, corpora in parts.items() if _num_files(corpora)
         }
         num_usable = _num_files(usable)
-        self._summary = _summarize(self.sources, parts, _num_files(indexed) - num_usable)
+        self.summary = _summarize(self.sources, parts, _num_files(indexed) - num_usable)
         # Release the tables: about 1 GB for millions of files that the run does not use again.
         del indexed, usable, parts
         pa.default_memory_pool().release_unused()
         if self._rank == 0:
-            log.info(self._summary)
+            log.info(self.summary)
             if num_usable == 1 and self.valid_root is None and self.valid_share > 0:
-                log.warning(
-                    "%s contains 1 file: it is used for training and validation", self.sources[0]
-                )
+                message = "%s contains 1 file: it is used for training and validation"
+                log.warning(message, self.sources[0])
 
     def _load(self, source: str) -> Corpus:
         """The table of a source; files that do not meet the requirements are marked as bad."""
@@ -253,10 +254,6 @@ class AudioDataModule(LightningDataModule):
             "num_channels": self.clips.num_channels if self.clips.mono == "keep" else None,
         }
 
-    def summary(self) -> str:
-        """One line about the training and validation files."""
-        return self._summary
-
     def find_row_files(self, rows: Sequence[int]) -> list[str]:
         """The files at the positions of rows of training batches, before any replacement."""
         if self._train_loader is None:
@@ -282,7 +279,7 @@ class AudioDataModule(LightningDataModule):
         if self.trainer and self.trainer.max_steps > 0:
             num_steps = self.trainer.max_steps
         self._train_loader = ResumableLoader(
-            self._loader(dataset, batch_sampler=sampler),
+            self._loader(dataset, sampler),
             self._bad_reads,
             num_steps * accumulated,
             dataset.files.fingerprint,
@@ -319,38 +316,36 @@ class AudioDataModule(LightningDataModule):
             return []
         dataset = self._dataset(part, random_crops=False)
         even = self.trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
-        sampler = EveryNthBatch(len(dataset), self.batch_size, self._rank, self._world_size, even)
-        loader = self._loader(
-            dataset,
-            sampler=sampler,
-            batch_size=self.batch_size,
-            persistent_workers=self._workers_per_process() > 0,
+        batches = evaluation_batches(
+            len(dataset), self.batch_size, self._rank, self._world_size, even
         )
+        loader = self._loader(dataset, batches, persistent_workers=True)
         return [EvaluationLoader(loader, self._bad_reads)]
 
-    def _dataset(self, part: str, random_crops: bool) -> ClipDataset[Any]:
+    def _dataset(self, part: str, random_crops: bool) -> ClipDataset[Any, Any]:
         files = self._files[part]
         if self.scenes is None:
             return CropDataset(files, self.clips, random_crops)
         return SceneDataset(files, self.clips, self.scenes, self.num_channels, random_crops)
 
-    def _loader(self, dataset: ClipDataset[Any], **arguments: Any) -> DataLoader[WithBadReads[Any]]:
+    def _loader(
+        self,
+        dataset: ClipDataset[Any, Any],
+        batches: Iterable[list[SampleIndex]],
+        persistent_workers: bool = False,
+    ) -> DataLoader[WithBadReads[Any]]:
         num_workers = self._workers_per_process()
-        collate: Callable[[list[Any]], AudioBatch | SceneBatch] = (
-            partial(collate_crops, mask_padding=self.mask_padding)
-            if self.scenes is None
-            else partial(collate_scenes, num_samples=self.clips.crop_samples)
-        )
         return DataLoader(
             dataset,
+            batch_sampler=batches,
             num_workers=num_workers,
-            collate_fn=partial(collate_with_bad_reads, collate=collate),
+            persistent_workers=persistent_workers and num_workers > 0,
+            collate_fn=dataset.collate,
             pin_memory=torch.cuda.is_available(),
             # Without it, worker seeds are drawn from the global generator, and the random numbers
             # of the model change.
             generator=torch.Generator(),
             **worker_arguments(num_workers),
-            **arguments,
         )
 
     def _workers_per_process(self) -> int:

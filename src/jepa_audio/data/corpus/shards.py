@@ -9,6 +9,7 @@ import logging
 import tarfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -32,7 +33,7 @@ from jepa_audio.data.corpus.table import (
 from jepa_audio.data.corpus.tars import list_tar_members
 from jepa_audio.errors import UserError
 from jepa_audio.files import atomic_path, write_text
-from jepa_audio.parallel import map_threads, track_progress
+from jepa_audio.parallel import map_threads, progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +53,8 @@ _SUM = b"jepa_audio.sha256"
 class Packing:
     """Settings of `write_shards`.
 
-    Args:
-        sample_rate: sample rate of the shards in Hz; `None` keeps the rate of each file.
+    Attributes:
+        sample_rate: in Hz; `None` keeps the rate of each file.
         mono: average the channels.
         bits: bits per sample of encoded files, 16 or 24. A flac file that keeps its rate and
             channels is not encoded again, and keeps its bits per sample.
@@ -82,12 +83,8 @@ def write_shards(corpus: Corpus, directory: Path, packing: Packing, num_workers:
     decoded once after it is written. After an interrupted call, the next call continues with the
     unfinished shard.
 
-    Args:
-        corpus: corpus to pack; bad files are left out.
-        directory: folder for `shard-000000.tar` and so on, `SHA256SUMS`, and the table, which is
-            written to `default_table_path`.
-        packing: sample rate, channels, bits and size of a shard.
-        num_workers: encoding threads.
+    The folder then contains `shard-000000.tar` and so on, `SHA256SUMS`, and the table at
+    `default_table_path`. Files are encoded in `num_workers` threads.
 
     Raises:
         CorpusError: if no file is usable, or if the folder contains other shards or is not
@@ -98,20 +95,17 @@ def write_shards(corpus: Corpus, directory: Path, packing: Packing, num_workers:
         raise CorpusError(f"none of the {len(corpus)} files can be used")
     plan = _plan_shards(usable, packing)
     _check_directory(directory, len(plan), usable)
-    records = directory / ".jepa_audio" / "packed"
-    progress = track_progress(range(len(usable)), f"Packing {directory}", len(usable))
     tables: list[pa.Table] = []
     try:
-        for number, rows in enumerate(plan):
-            path, record = directory / _shard_name(number), records / f"{number:06d}.parquet"
-            shard = _Shard(path, record, usable, rows, packing)
-            table = shard.load_finished()
-            if table is None:
-                table = shard.write(num_workers, lambda: next(progress, None))
-            else:
-                for _ in rows:
-                    next(progress, None)
-            tables.append(table)
+        with progress_bar() as bar:
+            task = bar.add_task(f"Packing {directory}", total=len(usable))
+            for number, rows in enumerate(plan):
+                shard = _Shard(directory, number, usable, rows, packing)
+                table = shard.load_finished()
+                if table is None:
+                    table = shard.write(num_workers, partial(bar.advance, task))
+                bar.update(task, completed=rows[-1] + 1)
+                tables.append(table)
         sums = [table.schema.metadata[_SUM].decode() for table in tables]
         lines = [f"{digest}  {_shard_name(number)}\n" for number, digest in enumerate(sums)]
         write_text(directory / CHECKSUMS, "".join(lines))
@@ -170,54 +164,52 @@ class _Shard:
     """One shard: the tar is written atomically and decoded, then its rows are written to a file."""
 
     def __init__(
-        self, path: Path, record: Path, corpus: Corpus, rows: np.ndarray, packing: Packing
+        self, directory: Path, number: int, corpus: Corpus, rows: np.ndarray, packing: Packing
     ) -> None:
-        self._path, self._record, self._first_row = path, record, int(rows[0])
+        self._path = directory / _shard_name(number)
+        self._record = directory / ".jepa_audio" / "packed" / f"{number:06d}.parquet"
+        self._first_row = int(rows[0])
         self._corpus, self._packing = corpus.take(rows), packing
         self._names = self._corpus.names.to_pylist()
         columns = ["source", "member", "num_bytes", "mtime_ns", "group", "split"]
         content = [asdict(packing), self._first_row, self._corpus.table.select(columns).to_pylist()]
-        self._digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        self._digest = hashlib.sha256(json.dumps(content).encode()).hexdigest().encode()
 
     def load_finished(self) -> pa.Table | None:
         """The rows of the shard, if an earlier call finished the shard and nothing has changed."""
         if not (self._record.exists() and self._path.exists()):
             return None
         table = pq.read_table(self._record)
-        if table.schema.metadata.get(_DIGEST) != self._digest.encode():
-            return None
         stat = self._path.stat()
         recorded = table.select(["source_bytes", "mtime_ns"]).to_pydict().values()
-        return (
-            table if {*zip(*recorded, strict=True)} == {(stat.st_size, stat.st_mtime_ns)} else None
-        )
+        is_same = {*zip(*recorded, strict=True)} == {(stat.st_size, stat.st_mtime_ns)}
+        return table if is_same and table.schema.metadata.get(_DIGEST) == self._digest else None
 
-    def write(self, num_workers: int, tick: Callable[[], object]) -> pa.Table:
-        """Encode the files and return the rows of the shard; `tick` is called after each file."""
+    def write(self, num_workers: int, advance: Callable[[], object]) -> pa.Table:
+        """Encode the files and return the rows of the shard; call `advance` after each file."""
         with atomic_path(self._path) as unfinished, unfinished.open("wb") as file:
-            skipped = self._write_tar(file, num_workers, tick)
+            skipped = self._write_tar(file, num_workers, advance)
         stat, folder = self._path.stat(), self._path.parent
         tar = DiscoveredFile(self._path.name, "", 0, -1, stat.st_size, stat.st_mtime_ns)
         files = list_tar_members(tar, folder) if len(skipped) < len(self._corpus) else []
         files += [tar._replace(member=name, reason=reason) for name, reason in skipped.items()]
         rows = list(map_threads(lambda file: index_file(folder, file), files, num_workers))
-        metadata = {_DIGEST: self._digest.encode(), _SUM: sha256_of(self._path).encode()}
+        metadata = {_DIGEST: self._digest, _SUM: sha256_of(self._path).encode()}
         table = pa.Table.from_pylist(rows, schema=SCHEMA).replace_schema_metadata(metadata)
         with atomic_path(self._record) as unfinished:
             pq.write_table(table, unfinished)
         return table
 
     def _write_tar(
-        self, file: IO[bytes], num_workers: int, tick: Callable[[], object]
+        self, file: IO[bytes], num_workers: int, advance: Callable[[], object]
     ) -> dict[str, str]:
         """Write all readable files; return the reason for each unreadable file by member name."""
         skipped: dict[str, str] = {}
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-            encoded = map_threads(
-                self._encode_row, range(len(self._corpus)), num_workers, 4 * num_workers
-            )
+            rows = range(len(self._corpus))
+            encoded = map_threads(self._encode_row, rows, num_workers, 4 * num_workers)
             for row, packed in enumerate(encoded, start=self._first_row):
-                tick()
+                advance()
                 if isinstance(packed, AudioReadError):
                     log.warning("not packed: %s", packed)
                     skipped[f"{row:09d}.flac"] = f"not packed: {packed}"
@@ -229,13 +221,12 @@ class _Shard:
 
     def _encode_row(self, row: int) -> tuple[bytes, dict[str, Any]] | AudioReadError:
         """A file as flac with its metadata, or the error if the file cannot be read."""
-        group, split = (self._corpus.table[name][row].as_py() for name in ("group", "split"))
         try:
             content, rate, gain = _encode_flac(self._corpus.file(row), self._packing)
         except AudioReadError as error:
             return error
-        labels = {"source": self._names[row], "group": group, "split": split}
-        return content, {**labels, "sample_rate": rate, "gain": gain}
+        labels = {name: self._corpus.table[name][row].as_py() for name in ("group", "split")}
+        return content, {"source": self._names[row], **labels, "sample_rate": rate, "gain": gain}
 
 
 def _encode_flac(file: IndexedFile, packing: Packing) -> tuple[bytes, int, float]:
@@ -243,10 +234,8 @@ def _encode_flac(file: IndexedFile, packing: Packing) -> tuple[bytes, int, float
     rate = packing.sample_rate or file.sample_rate
     num_channels = 1 if packing.mono else file.num_channels
     if num_channels > _MAX_FLAC_CHANNELS:
-        raise AudioReadError(
-            file.audio,
-            f"{num_channels} channels, flac allows {_MAX_FLAC_CHANNELS}: pack with `mono`",
-        )
+        reason = f"{num_channels} channels, flac allows {_MAX_FLAC_CHANNELS}: pack with `mono`"
+        raise AudioReadError(file.audio, reason)
     is_unchanged = (rate, num_channels) == (file.sample_rate, file.num_channels)
     if is_unchanged and file.audio.name.lower().endswith(".flac"):
         return read_bytes(file.audio), rate, 1.0
@@ -262,8 +251,7 @@ def _encode_scaled(
     file: IndexedFile, rate: int, num_channels: int, packing: Packing, gain: float
 ) -> tuple[bytes, float]:
     """The file as flac with its samples multiplied by `gain`, and the peak without the gain."""
-    buffer, peak = io.BytesIO(), 0.0
-    subtype = f"PCM_{packing.bits}"
+    buffer, peak, subtype = io.BytesIO(), 0.0, f"PCM_{packing.bits}"
     options = {"subtype": subtype, "format": "FLAC", "compression_level": _COMPRESSION}
     try:
         flac = sf.SoundFile(buffer, "w", rate, num_channels, **options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Generic, Literal, NamedTuple, TypeVar, get_args
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 from typing_extensions import override
 
 from jepa_audio.data.audio.read import AudioReadError
@@ -48,6 +47,7 @@ class ClipSettings:
             some crops would then be silent.
         loudness_dbfs: RMS level of a clip after scaling (WavJEPA: -14); `None` keeps the level.
             A whole file is scaled by the RMS over all its channels, which is in the table.
+        mask_padding: batches of crops have the number of samples of each crop without padding.
 
     Raises:
         UserError: if a value is out of range or contradicts another one.
@@ -60,6 +60,7 @@ class ClipSettings:
     crops_per_clip: int = 1
     clip_seconds: float | None = None
     loudness_dbfs: float | None = None
+    mask_padding: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -105,7 +106,7 @@ WithBadReads = tuple[Sample, list[BadRead]]
 """A sample or batch, and the failed reads that happened while it was loaded."""
 
 
-class ClipDataset(Dataset[WithBadReads[Sample]], ABC, Generic[Sample]):
+class ClipDataset(Dataset[WithBadReads[Sample]], ABC, Generic[Sample, Batch]):
     """Random samples of files; each is a function of (seed, position) alone.
 
     The same position gives the same sample on every rank, in every worker and in every run. A file
@@ -169,6 +170,15 @@ class ClipDataset(Dataset[WithBadReads[Sample]], ABC, Generic[Sample]):
             AudioReadError: if this file cannot be read.
         """
 
+    @abstractmethod
+    def collate_samples(self, samples: list[Sample]) -> Batch:
+        """Collate samples to a batch."""
+
+    def collate(self, samples: list[WithBadReads[Sample]]) -> WithBadReads[Batch]:
+        """Collate samples to a batch, and concatenate their failed reads."""
+        batch = self.collate_samples([sample for sample, _ in samples])
+        return batch, [bad_read for _, bad_reads in samples for bad_read in bad_reads]
+
     def read_segments(
         self, file: IndexedFile, num_samples: int, count: int, rng: np.random.Generator
     ) -> list[Float32[Tensor, "C S"]]:
@@ -220,7 +230,7 @@ class Crops(NamedTuple):
     num_samples: int
 
 
-class CropDataset(ClipDataset[Crops]):
+class CropDataset(ClipDataset[Crops, AudioBatch]):
     """Crops of files; see `ClipDataset`."""
 
     @override
@@ -243,33 +253,18 @@ class CropDataset(ClipDataset[Crops]):
             crops = self.scale(crops, file.rms)
         return Crops(crops, position, segments[0].shape[-1])
 
+    @override
+    def collate_samples(self, samples: list[Crops]) -> AudioBatch:
+        """A batch of all crops; row = position * crops per clip + number of the crop."""
+        waveform, position, num_samples = default_collate(samples)
+        num_crops = waveform.shape[1]  # [B, crops, C, S]
+        row = position[:, None] * num_crops + torch.arange(num_crops)
+        num_samples = num_samples.repeat_interleave(num_crops)
+        mask = self.settings.mask_padding
+        return AudioBatch(waveform.flatten(0, 1), row.flatten(), num_samples if mask else None)
+
 
 def fit_length(waveform: Float32[Tensor, "C S"], length: int) -> Float32[Tensor, "C R"]:
     """Cut the waveform to `length` samples, or pad it with zeros at the end."""
     missing = length - waveform.shape[-1]
     return torch.nn.functional.pad(waveform, (0, missing)) if missing > 0 else waveform[:, :length]
-
-
-def collate_crops(samples: list[Crops], mask_padding: bool = False) -> AudioBatch:
-    """A batch of all crops; row = position * crops per clip + number of the crop.
-
-    With `mask_padding`, the batch holds the number of samples of each crop without padding.
-    """
-    waveform = torch.stack([sample.waveform for sample in samples])  # [B, crops, C, S]
-    num_crops = waveform.shape[1]
-    position = torch.tensor([sample.position for sample in samples])
-    row = position[:, None] * num_crops + torch.arange(num_crops)
-    num_samples = torch.tensor([sample.num_samples for sample in samples])
-    return AudioBatch(
-        waveform.flatten(0, 1),
-        row.flatten(),
-        num_samples.repeat_interleave(num_crops) if mask_padding else None,
-    )
-
-
-def collate_with_bad_reads(
-    samples: Sequence[WithBadReads[Sample]], collate: Callable[[list[Sample]], Batch]
-) -> WithBadReads[Batch]:
-    """Collate samples to a batch, and concatenate their failed reads."""
-    batch = collate([sample for sample, _ in samples])
-    return batch, [bad_read for _, bad_reads in samples for bad_read in bad_reads]

@@ -139,7 +139,7 @@ class ResumableLoader:
 
 
 class EvaluationLoader:
-    """The batches of the files of one rank, the same in each iteration.
+    """The batches of one rank, the same in each iteration; see `evaluation_batches`.
 
     This class is not a `DataLoader`, because Lightning repeats files of a `DataLoader` to give all
     ranks the same number.
@@ -153,6 +153,8 @@ class EvaluationLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[AudioBatch]:
-        for batch, bad_reads in self._loader:
-            self._bad_reads.count(self._loader.batch_size or 1, bad_reads)
+        assert self._loader.batch_sampler is not None
+        batches = zip(self._loader.batch_sampler, self._loader, strict=True)
+        for indices, (batch, bad_reads) in batches:
+            self._bad_reads.count(len(indices), bad_reads)
             yield batch

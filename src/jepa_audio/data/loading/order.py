@@ -1,4 +1,4 @@
-"""The order of samples in a run: one endless shuffle of a corpus, or of a mixture of corpora."""
+"""The order of samples: an endless shuffle for training, the order of the table for evaluation."""
 
 from __future__ import annotations
 
@@ -144,40 +144,20 @@ def _shuffled_block(
     return corpora, draws
 
 
-class EveryNthBatch(Sampler[SampleIndex]):
-    """The files of batches rank, rank + world_size, ... of the table.
+def evaluation_batches(
+    num_files: int, batch_size: int, rank: int = 0, world_size: int = 1, even: bool = False
+) -> list[list[SampleIndex]]:
+    """The batches of one rank: batches rank, rank + world_size, ... of the table.
 
     A batch is never divided between ranks: validation masks are drawn for a batch at once, so the
     loss does not depend on the number of processes. With fewer batches than ranks a batch is
     repeated, because a rank without a batch would block the others.
 
-    Args:
-        num_files: number of files in the table.
-        batch_size: files in a batch.
-        rank: rank of this process.
-        world_size: number of processes.
-        even: give all ranks the same number of batches and drop the last ones. Processes that hold
-            shares of the weights synchronise at each batch.
+    `even` gives all ranks the same number of batches and drops the last ones. Processes that hold
+    shares of the weights need this, because they synchronise at each batch.
     """
-
-    def __init__(
-        self,
-        num_files: int,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        even: bool = False,
-    ) -> None:
-        num_batches = -(-num_files // batch_size)
-        if even and num_batches > world_size:
-            num_batches -= num_batches % world_size
-        batches = range(num_batches)[rank::world_size] or [rank % num_batches]
-        starts = [batch * batch_size for batch in batches]
-        self._files = [i for s in starts for i in range(s, min(s + batch_size, num_files))]
-
-    @override
-    def __iter__(self) -> Iterator[SampleIndex]:
-        return ((index, index) for index in self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
+    files = [(index, index) for index in range(num_files)]
+    batches = [files[start : start + batch_size] for start in range(0, num_files, batch_size)]
+    if even and len(batches) > world_size:
+        batches = batches[: len(batches) // world_size * world_size]
+    return batches[rank::world_size] or [batches[rank % len(batches)]]

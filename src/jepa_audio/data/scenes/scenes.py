@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int
 from scipy.fft import next_fast_len
 from torch import Tensor
+from torch.utils.data import default_collate
 from typing_extensions import override
 
 from jepa_audio.data.audio.read import AudioLocation, AudioReadError, TarMember, read
@@ -113,7 +113,7 @@ class SceneSample(NamedTuple):
 
     clip: Float32[Tensor, "1 S"]
     scene: Scene
-    starts: list[int]
+    starts: Int[Tensor, " crops"]
     position: int
 
 
@@ -191,7 +191,7 @@ def render_scenes(clip: Float[Tensor, "B 1 S"], scene: Scene) -> Float[Tensor, "
     return torch.where(scene.clean[:, None, None], dry, source + gain[:, None, None] * noise)
 
 
-class SceneDataset(ClipDataset[SceneSample]):
+class SceneDataset(ClipDataset[SceneSample, SceneBatch]):
     """Clips and random scenes; `SceneBatch` renders them for a whole batch.
 
     Args:
@@ -242,7 +242,13 @@ class SceneDataset(ClipDataset[SceneSample]):
             clip.shape[-1], self.settings.crop_samples, self.settings.crops_per_clip, rng
         )
         scene = self._draw_scene(rng, bad_reads)
-        return SceneSample(fit_length(clip, self.clip_samples), scene, starts, position)
+        clip = fit_length(clip, self.clip_samples)
+        return SceneSample(clip, scene, torch.tensor(starts), position)
+
+    @override
+    def collate_samples(self, samples: list[SceneSample]) -> SceneBatch:
+        clip, scene, starts, position = default_collate(samples)
+        return SceneBatch(clip, scene, starts, position, self.settings.crop_samples)
 
     def _draw_scene(self, rng: np.random.Generator, bad_reads: list[BadRead]) -> Scene:
         low, high = self._scenes.diffuse_sources
@@ -300,17 +306,6 @@ class SceneDataset(ClipDataset[SceneSample]):
         age = torch.arange(self.clip_samples) - start  # samples since the start of the noise
         envelope = (torch.minimum(age + 1, num_samples - age) / fade_samples).clamp(0, 1)
         return noise, envelope
-
-
-def collate_scenes(samples: Sequence[SceneSample], num_samples: int) -> SceneBatch:
-    """A batch of clips and scenes; `num_samples` is the length of the crops."""
-    return SceneBatch(
-        torch.stack([sample.clip for sample in samples]),
-        Scene(*map(torch.stack, zip(*(sample.scene for sample in samples), strict=True))),
-        torch.tensor([sample.starts for sample in samples]),
-        torch.tensor([sample.position for sample in samples]),
-        num_samples,
-    )
 
 
 def _load_rooms(folder: str, num_channels: int) -> list[list[AudioLocation]]:
