@@ -14,8 +14,7 @@ from torch import Tensor
 from jepa_audio.data.audio.read import AudioReadError
 from jepa_audio.inference.features import LayerFeatures
 from jepa_audio.probing.encoders import FunctionEncoder, LogMelStatistics, ProbeEncoder
-from jepa_audio.probing.extraction import Preparation, load_waveform
-from jepa_audio.probing.features import Features, FeatureStore
+from jepa_audio.probing.features import Features, FeatureStore, Preparation, load_waveform
 from jepa_audio.probing.robustness import SWEEPS
 from jepa_audio.probing.tasks.base import Windows
 from jepa_audio.probing.tasks.records import Item, Split
@@ -58,9 +57,8 @@ def features_of(
     encoder: ProbeEncoder | None = None,
     batch_seconds: float = 4.0,
 ) -> Features:
-    return FeatureStore(folder, encoder or Counting(), preparation).features(
-        split, batch_seconds, "test"
-    )
+    store = FeatureStore(folder, encoder or Counting(), preparation, batch_seconds)
+    return store.features(split, "test")
 
 
 def tables(folder: Path) -> dict[str, str]:

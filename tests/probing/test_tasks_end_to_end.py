@@ -218,12 +218,9 @@ def test_audio_is_encoded_in_the_windows_of_the_protocol(
     task: str, windows: dict[int, int], probed: Callable[[str], Probed]
 ):
     encoder = getattr(oracle_encoders, SET_OF[task].oracle)()
-    store = FeatureStore(
-        probed(task).output / "features", encoder, preset_of("linear").preparation(TASKS[task])
-    )
-    rows = store.features(
-        ProbeData.load(TASKS[task], probed(task).root).splits["test"], 240.0, task
-    ).rows
+    preparation = preset_of("linear").preparation(TASKS[task])
+    store = FeatureStore(probed(task).output / "features", encoder, preparation, 240.0)
+    rows = store.features(ProbeData.load(TASKS[task], probed(task).root).splits["test"], task).rows
     num_windows, num_items = np.unique(np.bincount(rows.item), return_counts=True)
     assert dict(zip(num_windows.tolist(), num_items.tolist(), strict=True)) == windows
 

@@ -1,4 +1,4 @@
-"""Frozen features of the splits of a task, and their cache on disk."""
+"""Audio of items → windows → feature rows of a frozen encoder, cached on disk."""
 
 from __future__ import annotations
 
@@ -11,18 +11,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
+from jepa_audio.data.audio.read import read
+from jepa_audio.data.audio.resample import resample
 from jepa_audio.errors import UserError
 from jepa_audio.parallel import map_threads, track_progress
 from jepa_audio.probing.encoders import ProbeEncoder
-from jepa_audio.probing.extraction import Preparation, encode_waveforms, load_degraded
+from jepa_audio.probing.robustness import Condition
+from jepa_audio.probing.tasks.base import Windows
 from jepa_audio.probing.tasks.labels import Rows
 from jepa_audio.probing.tasks.records import Item, Split
+
+REVISION = 1
+"""Part of every cache key. It increases when the same audio gives other features than before."""
 
 # Decoding and resampling release the interpreter's lock.
 _NUM_READERS = 4
@@ -32,6 +39,30 @@ _ITEMS_PER_WRITE = 32
 _MAX_BYTES_IN_MEMORY = 4 * 2**30
 _SPARE_BYTES = 2**30
 _ROW_TABLES = {"window": np.dtype(np.int32), "seconds": np.dtype(np.float32)}
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is done to the audio before the encoder, and to its features after it.
+
+    Args:
+        windows: how an item is cut into windows.
+        per_frame: True for one feature row per time frame; False for one row per window.
+        grid_hz: frames per second to which features are interpolated; `None` keeps the times of
+            the encoder.
+        condition: degradation of the waveform; `None` for clean audio.
+    """
+
+    windows: Windows
+    per_frame: bool = False
+    grid_hz: float | None = None
+    condition: Condition | None = None
+
+    @property
+    def key(self) -> str:
+        """Text with all settings, for cache keys."""
+        condition = self.condition.key if self.condition else "clean"
+        return f"revision {REVISION} {self.windows} {self.per_frame} {self.grid_hz} {condition}"
 
 
 @dataclass(frozen=True)
@@ -61,13 +92,41 @@ class Features:
         """Numbers of features of some layers."""
         return [self.layers[layer].shape[1] for layer in layers]
 
-    def in_memory(self) -> Features:
-        """The same features read into memory, if they take less than 4 GiB."""
-        bytes_per_row = sum(layer.shape[1] * layer.dtype.itemsize for layer in self.layers)
-        if bytes_per_row * len(self) > _MAX_BYTES_IN_MEMORY:
-            return self
-        layers = [layer[self.place] for layer in self.layers]
-        return Features(layers, np.arange(len(self)), self.rows)
+
+def load_waveform(item: Item, sample_rate: int, num_channels: int) -> Float32[Tensor, "C S"]:
+    """The audio of an item with the rate and channels of an encoder.
+
+    One channel is the mean of all channels of the file; a mono file fills all channels.
+
+    Raises:
+        AudioReadError: if the file cannot be read.
+        UserError: if the file has a number of channels that is neither 1 nor `num_channels`, or if
+            the item starts after the end of the file.
+    """
+    samples, rate = read(item.path)
+    stop = None if item.end_seconds is None else round(item.end_seconds * rate)
+    waveform = torch.from_numpy(samples[:, round(item.start_seconds * rate) : stop])
+    if not waveform.shape[-1]:
+        raise UserError(
+            f"{item.where}: starts at {item.start_seconds} s, after the end of {item.path}"
+        )
+    if num_channels == 1:
+        waveform = waveform.mean(dim=0, keepdim=True)
+    elif len(waveform) not in (1, num_channels):
+        raise UserError(
+            f"{item.path} has {len(waveform)} channels, the encoder takes {num_channels}: "
+            f"convert the file to 1 or {num_channels}"
+        )
+    return resample(waveform, rate, sample_rate).expand(num_channels, -1)
+
+
+class _Window(NamedTuple):
+    """Samples `start` to `stop` of one item, the `number`-th window of that item."""
+
+    item: int
+    number: int
+    start: int
+    stop: int
 
 
 class FeatureStore:
@@ -75,25 +134,34 @@ class FeatureStore:
 
     The tables have one row for each window (or time frame) of each item that was encoded before.
     An index file maps items to rows. An interrupted extraction continues where it stopped, and
-    tasks on the same audio share rows. One process at a time writes. `folder` is the parent of all
-    stores.
+    tasks on the same audio share rows. One process at a time writes.
+
+    Args:
+        folder: parent of all stores.
+        encoder: the encoder.
+        preparation: windows, frames and degradation.
+        batch_seconds: seconds of audio that are encoded at once.
     """
 
-    def __init__(self, folder: Path, encoder: ProbeEncoder, preparation: Preparation) -> None:
+    def __init__(
+        self, folder: Path, encoder: ProbeEncoder, preparation: Preparation, batch_seconds: float
+    ) -> None:
         key = f"{encoder.function_hash} {preparation.key}"
         self.folder = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
         self.encoder, self.preparation = encoder, preparation
+        self.batch_seconds = batch_seconds
         self._dtype = np.dtype(np.float16 if preparation.per_frame else np.float32)
         self._index: dict[str, tuple[int, int]] = {}
 
-    def features(self, split: Split, batch_seconds: float, description: str) -> Features:
+    def features(self, split: Split, description: str) -> Features:
         """Features of all items of a split; items that are not in the store are encoded first.
 
-        `batch_seconds` of audio are encoded at once.
+        `description` is the text of the progress bar.
 
         Raises:
             AudioReadError: if a file cannot be read.
-            UserError: if the disk has not enough free space.
+            UserError: if the disk has not enough free space, or if an item cannot be encoded or
+                its features are not finite; names the item.
         """
         keys = [_item_key(item) for item in split.items]
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +170,7 @@ class FeatureStore:
             pairs = zip(keys, split.items, strict=True)
             missing = {key: item for key, item in pairs if key not in self._index}
             if missing:
-                self._extract(missing, batch_seconds, description)
+                self._extract(missing, description)
         return self._gather(keys)
 
     @property
@@ -122,7 +190,9 @@ class FeatureStore:
         layers = [
             self._table(_layer_table(i), self._dtype, width) for i, width in enumerate(widths)
         ]
-        return Features(layers, place, rows).in_memory()
+        if sum(widths) * self._dtype.itemsize * len(place) > _MAX_BYTES_IN_MEMORY:
+            return Features(layers, place, rows)
+        return Features([layer[place] for layer in layers], np.arange(len(place)), rows)
 
     def _table(self, name: str, dtype: np.dtype, width: int) -> np.ndarray:
         # Another process may append more rows meanwhile.
@@ -138,31 +208,100 @@ class FeatureStore:
         if len(complete) < len(lines):
             path.write_text("".join(complete))
 
-    def _extract(self, missing: dict[str, Item], batch_seconds: float, description: str) -> None:
+    def _extract(self, missing: dict[str, Item], description: str) -> None:
         """Encode items and append their rows, some items at a time."""
-
-        def load(item: Item) -> Float32[Tensor, "C S"]:
-            return load_degraded(item, self.encoder, self.preparation.condition)
-
         ahead = 2 * _ITEMS_PER_WRITE
-        waveforms = map_threads(load, missing.values(), _NUM_READERS, num_submitted=ahead)
+        waveforms = map_threads(self._load, missing.values(), _NUM_READERS, num_submitted=ahead)
         loaded = zip(missing, waveforms, strict=True)
         progress = track_progress(loaded, description, total=len(missing))
         is_first = True
         while chunk := list(islice(progress, _ITEMS_PER_WRITE)):
-            items, audio = [missing[key] for key, _ in chunk], [waveform for _, waveform in chunk]
-            layers, window, seconds, rows_per_item = encode_waveforms(
-                self.encoder, self.preparation, items, audio, batch_seconds, self._dtype
-            )
+            keys = [key for key, _ in chunk]
+            items = [missing[key] for key in keys]
+            tables, rows_per_item = self._encode(items, [waveform for _, waveform in chunk])
             if is_first:
+                layers = [table for name, table in tables.items() if name not in _ROW_TABLES]
                 num_bytes = sum(layer.nbytes for layer in layers) / len(chunk) * len(missing)
                 self._check_free_space(num_bytes)
                 widths = [layer.shape[1] for layer in layers]
                 (self.folder / "widths.json").write_text(json.dumps(widths))
                 is_first = False
-            tables = {_layer_table(i): layer for i, layer in enumerate(layers)}
-            tables |= {"window": window, "seconds": seconds}
-            self._append(tables, dict(zip((key for key, _ in chunk), rows_per_item, strict=True)))
+            self._append(tables, dict(zip(keys, rows_per_item, strict=True)))
+
+    def _load(self, item: Item) -> Float32[Tensor, "C S"]:
+        """The audio of an item under the condition, whose draws depend on the `uid` alone."""
+        rate, condition = self.encoder.sample_rate, self.preparation.condition
+        waveform = load_waveform(item, rate, self.encoder.num_channels)
+        seed = int.from_bytes(hashlib.sha256(item.uid.encode()).digest()[:4])
+        return waveform if condition is None else condition(waveform, rate, seed)
+
+    def _encode(
+        self, items: Sequence[Item], waveforms: Sequence[Tensor]
+    ) -> tuple[dict[str, np.ndarray], list[int]]:
+        """Rows of all tables, in the order of items and windows, and the number of rows per item.
+
+        Windows are never padded.
+        """
+        rate = self.encoder.sample_rate
+        windows = [
+            _Window(i, number, start, stop)
+            for i, waveform in enumerate(waveforms)
+            for number, (start, stop) in enumerate(
+                self.preparation.windows.spans(waveform.shape[-1], rate)
+            )
+        ]
+        layers_of: dict[_Window, list[np.ndarray]] = {}
+        seconds_of: dict[_Window, np.ndarray] = {}
+        for batch in _equal_length_batches(windows, self.batch_seconds * rate):
+            clips = torch.stack([waveforms[w.item][:, w.start : w.stop] for w in batch])
+            try:
+                layers, seconds = self._encode_clips(clips)
+            except ValueError as error:
+                raise UserError(f"{items[batch[0].item].where}: {error}") from error
+            for i, window in enumerate(batch):
+                where = items[window.item].where
+                layers_of[window] = [self._to_array(layer[i], where) for layer in layers]
+                seconds_of[window] = window.start / rate + seconds
+        counts = [len(seconds_of[window]) for window in windows]
+        per_item = np.bincount([window.item for window in windows], counts, len(waveforms))
+        layer_rows = zip(*(layers_of[window] for window in windows), strict=True)
+        tables = {_layer_table(i): np.concatenate(rows) for i, rows in enumerate(layer_rows)}
+        tables["window"] = np.repeat([window.number for window in windows], counts)
+        tables["seconds"] = np.concatenate([seconds_of[window] for window in windows])
+        tables |= {name: tables[name].astype(dtype) for name, dtype in _ROW_TABLES.items()}
+        return tables, per_item.astype(int).tolist()
+
+    def _encode_clips(
+        self, clips: Float32[Tensor, "B C S"]
+    ) -> tuple[list[Float[Tensor, "B rows _"]], Float[np.ndarray, " rows"]]:
+        """Rows of every layer, one per clip or per time frame, and their seconds in the clip."""
+        encoder, grid_hz = self.encoder, self.preparation.grid_hz
+        clip_seconds = clips.shape[-1] / encoder.sample_rate
+        if self.preparation.per_frame:
+            layers, features = encoder.encode_frames(clips)
+            times = features.times[0].cpu().double()
+        else:
+            layers = [layer[:, None] for layer in encoder.encode_clips(clips)]
+            times = torch.tensor([clip_seconds / 2], dtype=torch.float64)
+        if len(layers) != len(encoder.layer_names):
+            raise UserError(
+                f"{encoder.name} gives {len(layers)} layers, but names "
+                f"{list(encoder.layer_names)}: `encode` must return the layers in `layers`, in "
+                "that order"
+            )
+        if not self.preparation.per_frame or grid_hz is None:
+            return layers, times.numpy()
+        num_frames = max(1, int(clip_seconds * grid_hz))
+        grid = (torch.arange(num_frames) + 0.5) / grid_hz
+        return [_interpolate(layer, times, grid) for layer in layers], grid.numpy()
+
+    def _to_array(self, rows: Float[Tensor, "rows D"], where: str) -> np.ndarray:
+        array = rows.float().cpu().numpy().astype(self._dtype)
+        if not np.isfinite(array).all():
+            raise UserError(
+                f"{where}: {self.encoder.name} gives features that are not finite in {self._dtype}"
+            )
+        return array
 
     def _append(self, tables: Mapping[str, np.ndarray], rows_of_key: Mapping[str, int]) -> None:
         num_rows = self._num_rows
@@ -204,3 +343,26 @@ def _item_key(item: Item) -> str:
     file = f"{item.path.resolve()} {status.st_size} {status.st_mtime_ns}"
     key = f"{file} {item.start_seconds} {item.end_seconds}"
     return hashlib.sha256(key.encode()).hexdigest()[:24]
+
+
+def _equal_length_batches(
+    windows: Sequence[_Window], num_samples: float
+) -> Iterator[list[_Window]]:
+    """Batches of windows of one length with at most `num_samples` samples, or one window."""
+    lengths = np.array([window.stop - window.start for window in windows])
+    for length in np.unique(lengths):
+        size = max(1, int(num_samples / max(length, 1)))
+        same = np.flatnonzero(lengths == length)
+        for batch in np.split(same, range(size, len(same), size)):
+            yield [windows[i] for i in batch]
+
+
+def _interpolate(
+    layer: Float[Tensor, "B T E"], times: Float[Tensor, " T"], grid: Float[Tensor, " G"]
+) -> Float[Tensor, "B G E"]:
+    """Linear interpolation to other times; constant before the first frame and after the last."""
+    if len(times) == 1:
+        return layer.expand(-1, len(grid), -1)
+    right = torch.searchsorted(times, grid).clamp(1, len(times) - 1)
+    share = ((grid - times[right - 1]) / (times[right] - times[right - 1])).clamp(0, 1).to(layer)
+    return torch.lerp(layer[:, right - 1], layer[:, right], share[:, None])

@@ -19,7 +19,7 @@ from typing_extensions import override
 from jepa_audio.errors import UserError
 from jepa_audio.inference.encoder import Encoder
 from jepa_audio.probing.encoders import state_hash
-from jepa_audio.probing.extraction import load_waveform
+from jepa_audio.probing.features import load_waveform
 from jepa_audio.probing.intervals import Difference, difference, draw_counts
 from jepa_audio.probing.tasks import TASKS, ProbeData, load_task
 from jepa_audio.probing.tasks.labels import ClipLabels

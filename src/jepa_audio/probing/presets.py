@@ -15,8 +15,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from jepa_audio.errors import UserError
-from jepa_audio.probing.extraction import Preparation
-from jepa_audio.probing.features import Features
+from jepa_audio.probing.features import Features, Preparation
 from jepa_audio.probing.heads import FitContext, Head, HeadInput
 from jepa_audio.probing.heads.linear import NEIGHBOURS, NeighbourHead, fit_ridge
 from jepa_audio.probing.heads.logistic import fit_logistic

@@ -20,8 +20,7 @@ from jepa_audio.probing.encoder_loading import (
     run_name,
 )
 from jepa_audio.probing.encoders import Frequency, LogMelStatistics, ProbeEncoder
-from jepa_audio.probing.extraction import Preparation
-from jepa_audio.probing.features import Features, FeatureStore
+from jepa_audio.probing.features import Features, FeatureStore, Preparation
 from jepa_audio.probing.heads import Choice, FitContext, Head, choose
 from jepa_audio.probing.heads.stacked import Select
 from jepa_audio.probing.intervals import Difference, difference
@@ -196,9 +195,10 @@ class ProbeRun:
     def _features(
         self, encoder: ProbeEncoder, data: ProbeData, split: str, preparation: Preparation
     ) -> Features:
-        store = FeatureStore(self.output / "features", encoder, preparation)
+        folder = self.output / "features"
+        store = FeatureStore(folder, encoder, preparation, self.batch_seconds)
         description = f"{encoder.name} {encoder.variant}: {data.task.name}, {split}"
-        return store.features(data.splits[split], self.batch_seconds, description)
+        return store.features(data.splits[split], description)
 
     def _fit(
         self, encoder: ProbeEncoder, data: ProbeData, features: Mapping[str, Features]
