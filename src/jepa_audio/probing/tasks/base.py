@@ -1,4 +1,4 @@
-"""A probing task as data: labels, metrics, protocols; and its three splits once they are read."""
+"""A probing task: its labels, metrics and protocols, and the data of its three splits."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ Sizes = tuple[int | None, int | None, int | None]
 
 @dataclass(frozen=True)
 class Windows:
-    """Consecutive windows without overlap.
+    """How a segment of audio is cut into windows: consecutive, without overlap.
 
     Args:
         seconds: length of a window; `None` for the whole segment.
         min_ratio: a shorter last window is kept if it has at least this share of `seconds`.
-        first_seconds: use this much of the segment; `None` for all of it.
+        first_seconds: length of the start of the segment that is used; `None` for all of it.
     """
 
     seconds: float | None = None
@@ -47,10 +47,10 @@ class Windows:
             )
 
     def spans(self, num_samples: int, sample_rate: int) -> list[tuple[int, int]]:
-        """First sample and end (exclusive) of every window of a segment of `num_samples`.
+        """First sample and end (exclusive) of every window of a segment.
 
-        A segment shorter than the shortest window is still one window, so that every unit is
-        scored. Windows are not padded: see `LayerFeatures`.
+        A segment shorter than the shortest window is one window, so that every unit is scored.
+        Windows are not padded: see `LayerFeatures`.
         """
         if self.first_seconds is not None:
             num_samples = min(num_samples, round(self.first_seconds * sample_rate))
@@ -69,12 +69,9 @@ class Protocol:
     """Settings of a task under one preset; the defaults are those of most tasks of MARBLE.
 
     Args:
-        windows: how files are cut into windows.
-        max_epochs: epochs of a head at most.
         stop_patience: epochs without a better validation score after which a head stops.
-        plateau_patience: epochs without a better validation score after which its learning rate
-            is multiplied by `plateau_factor`.
-        plateau_factor: see `plateau_patience`.
+        plateau_patience: epochs without a better validation score after which its learning rate is
+            multiplied by `plateau_factor`.
         learning_rates: learning rates of the search.
         batch_size: feature rows per step; for annotations in time, windows.
     """
@@ -90,22 +87,19 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Task:
-    """One labelling task. It is data only: all code is in the objects and functions it holds.
+    """One labelling task, without code of its own.
 
     Args:
-        name: name of the task.
-        stem: of the records, `ROOT/{stem}.{train,val,test}.jsonl`; its folder is the one in
-            MARBLE's `data/`.
-        labels: label type.
+        stem: files of the records are `ROOT/{stem}.{train,val,test}.jsonl`, as in MARBLE's `data/`.
         metrics: all are reported; the first selects epoch, layer and learning rate.
-        protocols: by preset, "marble-v1" and "marble-v2".
-        group_by: key of the records whose value is the unit that is scored.
+        protocols: settings by preset, "marble-v1" and "marble-v2".
+        group_by: key of the records whose value is the scored unit.
         units: units to score; the first is used for selection.
         grid_hz: feature rows per second for annotations in time; `None` for one row per window.
         num_seeds: default number of heads with different seeds; more for small test splits.
-        num_units: sizes of the published split.
-        data_set: the raw data set; `None` if the task is known from records only.
-        relabel: applied to each split after it is read, to map its labels to classes.
+        num_units: sizes of the published splits.
+        data_set: the raw data set; `None` if the task can only be read from records.
+        relabel: function that maps the labels of each split to classes.
     """
 
     name: str
@@ -128,10 +122,9 @@ def protocols_of_v2(v2: Protocol) -> dict[str, Protocol]:
 
 
 def differ_from_published(sizes: Sequence[int], published: Sizes) -> bool:
-    """Whether a size differs from the published one, if known, by more than 1 %.
+    """Whether a size differs by more than 1 % from the published size, if that is known.
 
-    Without one or two files that cannot be decoded it is still the same data set: MARBLE itself
-    leaves out one file of GTZAN.
+    A few files that cannot be decoded may be absent: MARBLE leaves out one file of GTZAN.
     """
     pairs = zip(sizes, published, strict=True)
     return any(known is not None and abs(size - known) > 0.01 * known for size, known in pairs)
@@ -142,10 +135,9 @@ class ProbeData:
     """A task and its data.
 
     Attributes:
-        task: the task.
-        labels: its labels, fitted on the training split.
+        labels: labels of the task, fitted on the training split.
         splits: train, val and test.
-        checksum: checksum of the splits, see `split_checksum`.
+        checksum: see `split_checksum`.
     """
 
     task: Task
@@ -158,8 +150,8 @@ class ProbeData:
         """Read the splits from the records below `root`, or from the raw data set in `root`.
 
         Raises:
-            MissingFileError: if there are neither, or if an audio file is missing.
-            UserError: if a record is not what the task needs; names the record.
+            MissingFileError: if `root` contains neither, or if an audio file is missing.
+            UserError: for a record that is wrong for the task; names the record.
         """
         stem = Path(task.stem)
         for folder in (root / stem.parent, root):
@@ -172,15 +164,15 @@ class ProbeData:
                 "in the same folder"
             )
         records = task.data_set.convert(root)[task.stem]
-        by_where = (
-            {f"{root}, {split} {i}": record for i, record in enumerate(records[split])}
-            for split in SPLITS
-        )
-        return cls.of(task, [split_of(split, root, task.group_by) for split in by_where])
+        splits = []
+        for name in SPLITS:
+            by_where = {f"{root}, {name} {i}": record for i, record in enumerate(records[name])}
+            splits.append(split_of(by_where, root, task.group_by))
+        return cls.of(task, splits)
 
     @classmethod
     def of(cls, task: Task, splits: Sequence[Split]) -> ProbeData:
-        """Combine a task with its train, val and test split; warn if sizes are not as published."""
+        """Combine a task with its train, val and test split; warn of unpublished sizes."""
         if task.relabel is not None:
             splits = [task.relabel(split) for split in splits]
         sizes = tuple(len(split.uids) for split in splits)

@@ -20,17 +20,9 @@ from jepa_audio.probing.tasks.records import SPLITS
 log = logging.getLogger(__name__)
 
 GENRES = (
-    "blues",
-    "classical",
-    "country",
-    "disco",
-    "hiphop",
-    "jazz",
-    "metal",
-    "pop",
-    "reggae",
-    "rock",
-)
+    "blues", "classical", "country", "disco", "hiphop",
+    "jazz", "metal", "pop", "reggae", "rock",
+)  # fmt: skip
 FILES_PER_GENRE = 100
 SPLIT_SHA256 = "417da1ac79518cf41329e3c325677aec4445884967f14143a21e71b75816b7d6"
 """Checksum of `gtzan_split.json`, the published split as file numbers of each genre."""

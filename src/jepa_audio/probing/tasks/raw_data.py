@@ -13,12 +13,9 @@ from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.files import read_csv
 from jepa_audio.probing.tasks.records import SPLITS, Record
 
-Conversion = Mapping[str, Mapping[str, Sequence[Record]]]
-"""Records by stem and split; `audio_path` is relative to the folder of the raw data set."""
-
 
 class Example(NamedTuple):
-    """A labelled audio file of a raw data set; `ori_uid` is the key of that name in its record."""
+    """A labelled audio file of a raw data set; `ori_uid` is a key of its record."""
 
     split: str
     path: Path
@@ -32,27 +29,28 @@ class DataSet:
 
     Args:
         name: name for `jepa-audio data convert`.
-        read: maps the folder of the data set to the examples of each stem. Raises
-            `MissingFileError` for a missing file or folder, `UserError` for a wrong line.
+        read: returns the examples in a folder by stem of the records. Raises `MissingFileError` for
+            a missing file or folder, `UserError` for a wrong line.
     """
 
     name: str
     read: Callable[[Path], Mapping[str, Iterable[Example]]]
 
-    def convert(self, raw: Path) -> Conversion:
-        """Make the records of every task on the data set; raises the errors of `read`."""
+    def convert(self, raw: Path) -> dict[str, dict[str, list[Record]]]:
+        """Make the records of all tasks by stem and split, with paths relative to `raw`."""
         conversion: dict[str, dict[str, list[Record]]] = {}
         for stem, examples in self.read(raw).items():
             conversion[stem] = {split: [] for split in SPLITS}
             for split, path, label, ori_uid in examples:
                 record = {"audio_path": path.relative_to(raw).as_posix(), "label": label}
-                song = {} if ori_uid is None else {"ori_uid": ori_uid}
-                conversion[stem][split].append(record | song)
+                if ori_uid is not None:
+                    record["ori_uid"] = ori_uid
+                conversion[stem][split].append(record)
         return conversion
 
 
 def find_path(root: Path, patterns: Sequence[str], remedy: str) -> Path:
-    """Return the first path below `root` that matches a glob pattern; patterns in their order.
+    """Return the first path below `root` that matches the first glob pattern with a match.
 
     Raises:
         MissingFileError: if no pattern matches.
@@ -65,14 +63,14 @@ def find_path(root: Path, patterns: Sequence[str], remedy: str) -> Path:
 
 
 def audio_files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
-    """Return the audio files of a folder by stem; of one stem the earliest suffix wins."""
+    """Return the audio files of a folder by stem; earlier suffixes win."""
     paths = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in suffixes]
     paths.sort(key=lambda path: suffixes.index(path.suffix.lower()), reverse=True)
     return {path.stem: path for path in paths}
 
 
 def hash_modulo(text: str, modulus: int, algorithm: str = "sha256") -> int:
-    """Map a text to a number below `modulus` by its checksum: the same on every machine."""
+    """Map a text to a number below `modulus` by its checksum."""
     digest = hashlib.new(algorithm, text.encode(), usedforsecurity=False).hexdigest()
     return int(digest, 16) % modulus
 
@@ -83,7 +81,7 @@ class Row:
 
     Attributes:
         where: file and line, for error messages.
-        cells: text of each cell by column, without spaces around it.
+        cells: stripped text of each cell by column.
     """
 
     where: str
@@ -103,7 +101,7 @@ class Row:
         return self[column]
 
     def whole_number(self, column: str) -> int:
-        """Return the number in a cell; raise `UserError` if it is not of digits alone."""
+        """Return the number in a cell; raise `UserError` for other characters than digits."""
         if not self[column].isdecimal():
             raise self.error(column, "must be a whole number")
         return int(self[column])
@@ -132,18 +130,20 @@ def read_rows(
         path: file in UTF-8.
         columns: columns that the table must have.
         delimiter: separator of cells.
-        errors: what to do with bytes that are not UTF-8; see `open`.
-        ragged: accept rows with fewer cells than the header (the others are empty) or more (these
-            are ignored).
+        errors: how to decode bytes that are not UTF-8; see `open`.
+        ragged: accept rows with missing cells (they are empty) and surplus cells (ignored).
 
     Raises:
         MissingFileError: if the file does not exist.
-        UserError: if a column is missing or occurs twice, a row is too long or too short, there
-            are no rows, or the file is not CSV in UTF-8.
+        UserError: if a column is missing or occurs twice, a row is too long or too short, the table
+            has no rows, or the file is not CSV in UTF-8.
     """
     header, lines = read_csv(path, errors, delimiter)
     names = [name.strip() for name in header]
-    _check_header(path, names, columns)
+    if repeated := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise UserError(f"{path}, line 1: there are two columns `{repeated[0]}`")
+    for column in columns:
+        find_column(path, names, [column])
     is_empty = True
     for number, cells in lines:
         where = f"{path}, line {number}"
@@ -156,19 +156,8 @@ def read_rows(
         raise UserError(f"{path} has no rows")
 
 
-def _check_header(path: Path, header: Sequence[str], columns: Sequence[str]) -> None:
-    if repeated := [name for i, name in enumerate(header) if name in header[:i]]:
-        raise UserError(f"{path}, line 1: there are two columns `{repeated[0]}`")
-    for name in columns:
-        find_column(path, header, [name])
-
-
 def find_column(path: Path, header: Iterable[str], names: Sequence[str]) -> str:
-    """Return the first of `names` that a header has.
-
-    Raises:
-        UserError: if it has none of them.
-    """
+    """Return the first of `names` that a header has; raises `UserError` if it has none."""
     found = next((name for name in names if name in header), None)
     if found is None:
         expected = " or ".join(f"`{name}`" for name in names)

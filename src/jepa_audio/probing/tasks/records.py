@@ -1,4 +1,4 @@
-"""Records: MARBLE's JSON lines, read unchanged, as labelled segments of audio files."""
+"""Records (MARBLE's JSON lines) and the labelled segments of audio files that they describe."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPLITS = ("train", "val", "test")
 """The splits of every task, as in the names of MARBLE's files."""
 
 Record = dict[str, Any]
-"""One line: `audio_path`, `label`; depending on the task `uid`, `ori_uid`, `start`, `end` (s)."""
+"""One line: `audio_path`, `label`, and optionally `uid`, `ori_uid`, `start` and `end` (s)."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,9 @@ class Item:
     """One labelled segment of an audio file.
 
     Attributes:
-        path: audio file.
-        label: label of the record: a string, a list of tags or numbers, or an annotation in time.
-        uid: unit that is scored; predictions for items of one uid are averaged.
+        label: a string, a list of tags or numbers, or an annotation in time.
+        uid: the scored unit; predictions for items of one uid are averaged.
         where: file and line of the record, for error messages.
-        start_seconds: start of the segment in the file.
         end_seconds: end of the segment; `None` for the end of the file.
     """
 
@@ -45,7 +43,7 @@ class Item:
     end_seconds: float | None = None
 
     def error(self, expected: str) -> UserError:
-        """Return the error for a label that is not as expected."""
+        """Return the error for a label other than expected."""
         return UserError(f"{self.where}: `label` is {self.label!r}, must be {expected}")
 
 
@@ -94,7 +92,7 @@ class Split:
     def subset(self, size: int | None, seed: int) -> Split:
         """Select `size` random units and keep the order; all if `None` or larger than the split.
 
-        The selection depends on the number of units and the seed alone: tasks on the same audio
+        The selection depends only on the number of units and the seed: tasks on the same audio
         select the same units.
         """
         if size is None or size >= len(self.uids):
@@ -111,7 +109,7 @@ def read_records(path: Path) -> dict[str, Record]:
 
     Raises:
         MissingFileError: if the file does not exist.
-        UserError: if a line is not an object with `audio_path` and `label`, or if there is no line.
+        UserError: if a line is not an object with `audio_path` and `label`, or the file is empty.
     """
     records = {f"{path}, line {number}": record for number, record in read_jsonl(path)}
     for where, record in records.items():
@@ -133,15 +131,8 @@ def read_split(path: Path, group_by: str = "audio_path") -> Split:
     """Read the items of a JSON Lines file.
 
     A relative `audio_path` starts from the working directory, as in MARBLE, or else from the folder
-    of the records or a folder above it. The first record decides for all.
-
-    Args:
-        path: file of records.
-        group_by: key whose value is the unit that is scored, for records without `uid`.
-
-    Raises:
-        MissingFileError: if an audio file is missing; names the record.
-        UserError: see `read_records` and `split_of`.
+    of the records or a folder above it, whichever contains the file of the first record. Raises the
+    errors of `read_records` and `split_of`.
     """
     records = read_records(path)
     first = str(next(iter(records.values()))["audio_path"])
@@ -155,29 +146,32 @@ def split_of(records: Mapping[str, Record], root: Path, group_by: str = "audio_p
 
     Args:
         records: records by file and line.
-        root: folder that relative paths start from.
-        group_by: see `read_split`.
+        root: start of relative paths.
+        group_by: key whose value is the scored unit, for records without `uid`.
 
     Raises:
         MissingFileError: if an audio file is missing; names the record.
-        UserError: if `start` and `end` are not times, or the items are not a `Split`.
+        UserError: if `start` and `end` are not times, or for the reasons of `Split`.
     """
-    items = tuple(_item(where, record, root, group_by) for where, record in records.items())
-    _check_files(items)
-    return Split(items)
-
-
-def _item(where: str, record: Record, root: Path, group_by: str) -> Item:
-    path, start, end = str(record["audio_path"]), record.get("start", 0.0), record.get("end")
-    if not is_time(start) or not (end is None or (is_time(end) and end > start)):
-        raise UserError(
-            f"{where}: `start` ({start!r}) and `end` ({end!r}) must be seconds, in this order"
+    items = []
+    for where, record in records.items():
+        path, start, end = (
+            root / str(record["audio_path"]),
+            record.get("start", 0.0),
+            record.get("end"),
         )
-    return Item(root / path, record["label"], unit_of(record, group_by), where, float(start), end)
+        if not is_time(start) or not (end is None or (is_time(end) and end > start)):
+            raise UserError(
+                f"{where}: `start` ({start!r}) and `end` ({end!r}) must be seconds, in this order"
+            )
+        uid = unit_of(record, group_by)
+        items.append(Item(path, record["label"], uid, where, float(start), end))
+    _check_files(items)
+    return Split(tuple(items))
 
 
 def unit_of(record: Record, group_by: str) -> str:
-    """Return the uid of the unit that a record belongs to; see `read_split`."""
+    """Return the uid of the unit of a record; see `split_of`."""
     return str(record.get("uid", record.get(group_by, record["audio_path"])))
 
 
@@ -189,7 +183,7 @@ def is_time(value: object) -> bool:
 
 
 def _check_files(items: Sequence[Item]) -> None:
-    """List each folder once: looking up every file takes minutes on a network drive."""
+    """List each folder once; to look up every file takes minutes on a network drive."""
     names = {
         folder: {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
         for folder in {item.path.parent for item in items}
@@ -204,10 +198,10 @@ def _check_files(items: Sequence[Item]) -> None:
 
 
 def split_checksum(splits: Sequence[Split]) -> str:
-    """Compute the sha256 of the splits: which segments with which labels are in which split.
+    """Compute a sha256 checksum of the segments and labels of each split.
 
-    Order does not matter, and of the paths only the names of file and folder do: a split has the
-    same checksum in every place, as raw data set and as records.
+    It depends neither on the order nor on the location: of a path it contains only the names of
+    file and folder. A raw data set and its records have the same checksum.
     """
     digest = hashlib.sha256()
     for split in splits:

@@ -17,17 +17,9 @@ log = logging.getLogger(__name__)
 
 SINGERS = (*(f"f{number}" for number in range(1, 10)), *(f"m{number}" for number in range(1, 12)))
 TECHNIQUES = (
-    "belt",
-    "breathy",
-    "inhaled",
-    "lip_trill",
-    "spoken",
-    "straight",
-    "trill",
-    "trillo",
-    "vibrato",
-    "vocal_fry",
-)
+    "belt", "breathy", "inhaled", "lip_trill", "spoken",
+    "straight", "trill", "trillo", "vibrato", "vocal_fry",
+)  # fmt: skip
 """Classes of the technique task."""
 DYNAMICS = ("fast_forte", "fast_piano", "forte", "messa", "pp", "slow_forte", "slow_piano")
 """Other folders of recordings, for the singer task only."""
