@@ -178,7 +178,7 @@ def test_an_unknown_data_set_or_folder_is_an_error(tmp_path: Path):
         convert("gztan", tmp_path, tmp_path)
     with pytest.raises(
         MissingFileError,
-        match=r"there is no folder .*nowhere: give that of the raw data set gtzan",
+        match=r"there is no folder .*nowhere: give the folder of the data set gtzan",
     ):
         convert("gtzan", tmp_path / "nowhere", tmp_path)
 

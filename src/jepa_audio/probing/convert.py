@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import soundfile as sf
@@ -21,7 +21,7 @@ from jepa_audio.probing.tasks.records import SPLITS, Record, unit_of, write_reco
 log = logging.getLogger(__name__)
 
 MAX_BAD_SHARE = 0.05
-"""Largest share of files that may be undecodable: with more it is not the same data set."""
+"""Largest share of files that cannot be decoded; with more it is not the same data set."""
 
 _MAX_BAD_LOGGED = 10
 _BITS = {"S8": 8, "U8": 8, "16": 16, "24": 24, "32": 32, "FLOAT": 32, "DOUBLE": 64}
@@ -38,9 +38,8 @@ def convert(
     Args:
         name: name of the data set, such as "gtzan" or "nsynth".
         raw: folder of the data set as downloaded and unpacked.
-        output: folder to write (-o), the root of all records:
-            `OUTPUT/GTZAN/GTZANGenre.train.jsonl`; `raw` itself if not given. If `raw` is inside,
-            both can be moved together.
+        output: root of the records (-o), such as `OUTPUT/GTZAN/GTZANGenre.train.jsonl`; the default
+            is `raw`. If it contains `raw`, both can be moved together.
         num_workers: files decoded at the same time.
 
     Raises:
@@ -54,16 +53,13 @@ def convert(
             f"there is no data set {name!r}, only {known}{did_you_mean(name, DATA_SETS)}"
         )
     if not raw.is_dir():
-        raise MissingFileError(f"there is no folder {raw}: give that of the raw data set {name}")
+        raise MissingFileError(f"there is no folder {raw}: give the folder of the data set {name}")
     output = output or raw
     conversion = DATA_SETS[name].convert(raw)
-    every = (
-        record
-        for splits in conversion.values()
-        for records in splits.values()
-        for record in records
+    all_records = chain.from_iterable(
+        records for splits in conversion.values() for records in splits.values()
     )
-    paths = list(dict.fromkeys(str(record["audio_path"]) for record in every))
+    paths = list(dict.fromkeys(str(record["audio_path"]) for record in all_records))
     inspected = map_threads(lambda path: _inspect(raw / path), paths, num_workers)
     files = dict(zip(paths, track_progress(inspected, f"Decoding {name}", len(paths)), strict=True))
     bad = {path: reason for path, reason in files.items() if isinstance(reason, str)}
@@ -128,7 +124,7 @@ def _complete(record: Record, audio: Record, raw: Path, output: Path) -> Record:
 
 
 def _summary(stem: str, splits: Mapping[str, Sequence[Record]], output: Path) -> str:
-    """Number of units of each split, compared with the published ones."""
+    """Number of units of each split, compared with the published numbers."""
     task = next(task for task in TASKS.values() if task.stem == stem)
     sizes = [len({unit_of(record, task.group_by) for record in splits[s]}) for s in splits]
     counts = ", ".join(f"{size} {split}" for size, split in zip(sizes, splits, strict=True))

@@ -159,7 +159,7 @@ class Multiclass(ClipLabels):
 
     Args:
         names: names of the classes; if empty, those of the training split.
-        are_given: whether a label of another class is an error.
+        are_given: whether a label that is not in `names` is an error.
     """
 
     kind = "class"
@@ -185,11 +185,7 @@ class Multiclass(ClipLabels):
 
 @dataclass(frozen=True)
 class Multilabel(ClipLabels):
-    """Any number of tags.
-
-    Args:
-        names: names of the tags; if empty, those of the training split. Other tags are ignored.
-    """
+    """Any number of tags: those of `names` or else of the training split. Others are ignored."""
 
     kind = "tags"
 
@@ -215,10 +211,7 @@ class Multilabel(ClipLabels):
 class Regression(ClipLabels):
     """One or more numbers, standardised on the training split, so that their scale has no effect.
 
-    Args:
-        names: names of the numbers; if empty, they are numbered.
-        mean: mean on the training split; computed from it if empty.
-        deviation: standard deviation on the training split; computed from it if empty.
+    `fitted` sets `mean` and `deviation`, and `names` if they are not given.
     """
 
     kind = "numbers"
@@ -240,7 +233,6 @@ class Regression(ClipLabels):
 
     @override
     def encode(self, items: Sequence[Item]) -> Float[np.ndarray, "items C"]:
-        """Numbers with mean 0 and deviation 1 on the training split."""
         values = np.array([self._numbers(item) for item in items])
         return ((values - self.mean) / self.deviation).astype(np.float32)
 

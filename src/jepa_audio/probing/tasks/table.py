@@ -19,10 +19,7 @@ from jepa_audio.probing.tasks.records import SPLITS, Record, split_of
 log = logging.getLogger(__name__)
 
 LabelKind = Literal["multiclass", "multilabel", "regression"]
-"""What a label is: one class, any number of tags, or numbers."""
-
-SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
-"""Share of the groups in each split, for a table without splits."""
+"""Type of the labels: one class, any number of tags, or numbers."""
 
 _PATHS = ("path", "file", "audio_path", "filename", "file_name")
 _SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -42,21 +39,21 @@ def table_task(
 ) -> ProbeData:
     """Make a task of the user's own files from a table: `.csv` with commas, other files with tabs.
 
-    Its columns: `path` (or file, audio_path, filename, file_name), relative to the folder of the
+    Its columns are `path` (or file, audio_path, filename, file_name), relative to the folder of the
     table; the label; optionally `split` (train, val or valid, test) and `group`, such as the
-    artist. A table without `split` is split 70:15:15 by a hash of the group (without `group`, of
-    the path): each group is in one split, and a file keeps its split when others are added.
+    artist. A table without `split` is split 70:15:15 by a hash of the group (or of the path): each
+    group is in one split, and a file keeps its split when other files are added.
 
     Args:
         path: the table.
         kind: "multiclass": `label` is the name of a class. "multilabel": `tags` (or `label`) has
             tags separated by `|` or `;`, or is empty. "regression": `label` is a number.
-        columns: columns of the label, if they have other names; several only for a regression.
+        columns: columns of the label, if their names differ; several only for a regression.
         window_seconds: length of the windows that are encoded; `None` for whole files.
 
     Raises:
         MissingFileError: if the table or an audio file is missing; names the line.
-        UserError: if a row is wrong; names file, line, column and value.
+        UserError: for a wrong row; names file, line, column and value.
     """
     rows = list(read_rows(path, columns, "," if path.suffix.lower() == ".csv" else "\t"))
     if len(columns) > 1 and kind != "regression":
@@ -86,21 +83,13 @@ def table_task(
 
 
 def _split(row: Row, group: str) -> str:
-    if "split" not in row.cells:
-        return _split_by_hash(row.text(group))
-    split = _SPLIT_NAMES.get(row["split"].lower())
-    if split is None:
-        raise row.error("split", f"must be one of {', '.join(_SPLIT_NAMES)}")
-    return split
-
-
-def _split_by_hash(group: str) -> str:
-    position = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8]) / 2**64
-    for split, share in SHARES.items():
-        if position < share:
-            return split
-        position -= share
-    return SPLITS[-1]  # the sum of the shares is 1 except for rounding
+    if "split" in row.cells:
+        name = row["split"].lower()
+        if name not in _SPLIT_NAMES:
+            raise row.error("split", f"must be one of {', '.join(_SPLIT_NAMES)}")
+        return _SPLIT_NAMES[name]
+    position = int.from_bytes(hashlib.sha256(row.text(group).encode()).digest()[:8]) / 2**64
+    return "train" if position < 0.7 else "val" if position < 0.85 else "test"
 
 
 def _tags(cell: str) -> list[str]:
@@ -111,15 +100,17 @@ def _tags(cell: str) -> list[str]:
 def _check_splits(
     path: Path, rows: Sequence[Row], splits: Sequence[str], file: str, group: str
 ) -> None:
-    """Refuse a file in two splits; warn of a group in two, which is the user's own choice."""
+    """Refuse a file in two splits. Warn of a group in two splits, which a user may want."""
     for column in (file, group):
         first: dict[str, tuple[Row, str]] = {}
         repeated = {}
         for row, split in zip(rows, splits, strict=True):
             other, other_split = first.setdefault(row[column], (row, split))
             if split != other_split:
-                repeated[row[column]] = f"{row.where}: {row[column]} is in {split}, but in "
-                repeated[row[column]] += f"{other_split} in {other.where}"
+                repeated[row[column]] = (
+                    f"{row.where}: {row[column]} is in {split}, but in {other_split} in "
+                    f"{other.where}"
+                )
         if repeated and column == file:
             raise UserError(next(iter(repeated.values())))
         if groups := sorted(name for name in repeated if name):
