@@ -15,7 +15,7 @@ from jepa_audio.probing.tasks.base import ProbeData, Task
 from jepa_audio.probing.tasks.emomusic import EMOMUSIC_EMOTION
 from jepa_audio.probing.tasks.giantsteps import GIANTSTEPS_KEY
 from jepa_audio.probing.tasks.gtzan import GTZAN_GENRE, split_files
-from jepa_audio.probing.tasks.mtt import MTT_TAGS
+from jepa_audio.probing.tasks.tags import MTT_TAGS
 from tests.probing import raw_sets
 
 FAMILIES: dict[str, tuple[Task, Callable[[Path], Path]]] = {

@@ -9,7 +9,7 @@ import pytest
 import soundfile as sf
 
 from jepa_audio.errors import MissingFileError
-from jepa_audio.probing.tasks import mtg
+from jepa_audio.probing.tasks import tags
 from jepa_audio.probing.tasks.base import ProbeData, Task
 from jepa_audio.probing.tasks.labels import Rows
 from jepa_audio.probing.tasks.records import SPLITS
@@ -38,7 +38,7 @@ TRACKS = {
 
 
 def write_jamendo(raw: Path, audio: str = "audio-low", splits: str = "data/splits/split-0") -> Path:
-    for tag_set in mtg.TAG_SETS.values():
+    for tag_set in tags.TAG_SETS.values():
         for split, tracks in TRACKS.items():
             lines = [
                 f"track_{i}\tartist_{split}\talbum_{i}\t{track}" for i, track in enumerate(tracks)
@@ -62,7 +62,7 @@ def write_jamendo(raw: Path, audio: str = "audio-low", splits: str = "data/split
 def test_jamendo_is_found_in_the_folders_of_its_download_script(
     tmp_path: Path, audio: str, splits: str, expected: str
 ):
-    converted = mtg.MTG.convert(write_jamendo(tmp_path, audio, splits))
+    converted = tags.MTG.convert(write_jamendo(tmp_path, audio, splits))
     assert set(converted) == {"MTG/MTGTop50", "MTG/MTGGenre", "MTG/MTGInstrument", "MTG/MTGMood"}
     for by_split in converted.values():
         assert by_split["train"][0] == {
@@ -73,7 +73,9 @@ def test_jamendo_is_found_in_the_folders_of_its_download_script(
 
 
 @pytest.mark.parametrize(
-    "task", [mtg.MTG_TOP50, mtg.MTG_GENRE, mtg.MTG_INSTRUMENT, mtg.MTG_MOOD], ids=lambda t: t.name
+    "task",
+    [tags.MTG_TOP50, tags.MTG_GENRE, tags.MTG_INSTRUMENT, tags.MTG_MOOD],
+    ids=lambda t: t.name,
 )
 def test_jamendo_scores_whole_tracks_by_the_tags_of_the_training_split(task: Task, tmp_path: Path):
     data = ProbeData.load(task, write_jamendo(tmp_path))
@@ -87,7 +89,7 @@ def test_jamendo_scores_whole_tracks_by_the_tags_of_the_training_split(task: Tas
 
 def test_jamendo_tracks_are_cut_into_the_windows_of_each_preset():
     first, second = (
-        mtg.MTG_MOOD.protocols[preset].windows for preset in ("marble-v1", "marble-v2")
+        tags.MTG_MOOD.protocols[preset].windows for preset in ("marble-v1", "marble-v2")
     )
     assert len(first.spans(61 * RATE, RATE)) == 3  # a second is enough
     assert len(second.spans(61 * RATE, RATE)) == 2
@@ -98,14 +100,14 @@ def test_missing_files_of_jamendo_are_named(tmp_path: Path):
     with pytest.raises(
         MissingFileError, match="data/splits/split-0 is missing: give the folder of the mtg-jamendo"
     ):
-        mtg.MTG.convert(tmp_path)
+        tags.MTG.convert(tmp_path)
     raw = write_jamendo(tmp_path)
     (raw / "data/splits/split-0/autotagging_moodtheme-validation.tsv").unlink()
     with pytest.raises(MissingFileError, match=r"autotagging_moodtheme-validation\.tsv is missing"):
-        mtg.MTG.convert(raw)
+        tags.MTG.convert(raw)
     (write_jamendo(tmp_path) / "audio-low/51/1351.low.mp3").unlink()
     with pytest.raises(MissingFileError, match=r"test 0: .*1351\.low\.mp3 is missing"):
-        ProbeData.load(mtg.MTG_MOOD, raw)
+        ProbeData.load(tags.MTG_MOOD, raw)
 
 
 @pytest.mark.parametrize(
@@ -124,12 +126,12 @@ def test_wrong_lines_of_jamendo_are_named(line: str, tmp_path: Path):
     with pytest.raises(
         ValueError, match=r"autotagging_genre-train\.tsv, line 3: .*download the file again"
     ):
-        mtg.MTG.convert(tmp_path)
+        tags.MTG.convert(tmp_path)
     write_lines(table, ["t\ta\tb\t48/948.mp3\t1.0\tgenre---x"])
     with pytest.raises(
         ValueError, match=r"autotagging_genre-train\.tsv, line 1: must have the columns TRACK_ID"
     ):
-        mtg.MTG.convert(tmp_path)
+        tags.MTG.convert(tmp_path)
 
 
 def test_marbles_records_of_jamendo_are_read_unchanged(tmp_path: Path):
@@ -141,6 +143,6 @@ def test_marbles_records_of_jamendo_are_read_unchanged(tmp_path: Path):
     }
     for split in SPLITS:
         write_lines(tmp_path / f"data/MTG/MTGGenre.{split}.jsonl", [json.dumps(record)])
-    data = ProbeData.load(mtg.MTG_GENRE, tmp_path / "data")
+    data = ProbeData.load(tags.MTG_GENRE, tmp_path / "data")
     assert data.splits["test"].items[0].path == tmp_path / "data/MTG/audio-low/48/948.low.mp3"
     assert data.labels.names == ("genre---rock",)

@@ -1,4 +1,4 @@
-"""Labelled tasks; one file for each family of data sets."""
+"""Labelled tasks by name. The data sets are in files by family."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from jepa_audio.probing.tasks import (
     giantsteps,
     gtzan,
     hooktheory,
-    mtg,
-    mtt,
     nsynth,
+    tags,
     vocalset,
 )
 from jepa_audio.probing.tasks.base import ProbeData, Protocol, Task
@@ -28,15 +27,15 @@ TASKS: dict[str, Task] = {
         gtzan.GTZAN_GENRE,
         giantsteps.GIANTSTEPS_KEY,
         emomusic.EMOMUSIC_EMOTION,
-        mtt.MTT_TAGS,
+        tags.MTT_TAGS,
         nsynth.NSYNTH_PITCH,
         nsynth.NSYNTH_INSTRUMENT,
         vocalset.VOCALSET_SINGER,
         vocalset.VOCALSET_TECHNIQUE,
-        mtg.MTG_TOP50,
-        mtg.MTG_GENRE,
-        mtg.MTG_INSTRUMENT,
-        mtg.MTG_MOOD,
+        tags.MTG_TOP50,
+        tags.MTG_GENRE,
+        tags.MTG_INSTRUMENT,
+        tags.MTG_MOOD,
         beats.GTZAN_BEAT,
         chords.CHORDS1217,
         hooktheory.HOOKTHEORY_KEY,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,13 +49,18 @@ def read(raw: Path) -> dict[str, list[Example]]:
     for song, row in rows.items():
         if song not in values:
             raise UserError(f"{row.where}: song {song} has no line in {annotations}")
-    labels = _standardise(values, splits)
+    known = np.array([value for song, value in values.items() if splits[song] != "test"])
+    if len(known) == 0 or (known.std(axis=0) == 0).any():
+        raise UserError(
+            "emoMusic: arousal or valence is the same in all songs that are not in the test split"
+        )
+    mean, deviation = known.mean(axis=0), known.std(axis=0)
     folder = find_path(raw, ("clips_45seconds", "clips_45sec"), _REMEDY)
     clips = audio_files(folder, (".flac", ".mp3", ".wav"))
-    examples = [
-        Example(split, clips.get(str(song), folder / f"{song}.mp3"), labels[song])
-        for song, split in sorted(splits.items())
-    ]
+    examples = []
+    for song, split in sorted(splits.items()):
+        label = ((np.array(values[song]) - mean) / deviation).tolist()
+        examples.append(Example(split, clips.get(str(song), folder / f"{song}.mp3"), label))
     return {"EMO/EMO": examples}
 
 
@@ -69,18 +73,6 @@ def _split(row: Row) -> str:
     letters = (c for c in row["Artist"].lower() if c.isascii() and (c.isalpha() or c.isspace()))
     artist = " ".join("".join(letters).split())
     return "train" if hash_modulo(artist, 10, "sha1") < 8 else "val"
-
-
-def _standardise(
-    values: Mapping[int, list[float]], splits: Mapping[int, str]
-) -> dict[int, list[float]]:
-    known = np.array([value for song, value in values.items() if splits[song] != "test"])
-    if len(known) == 0 or (known.std(axis=0) == 0).any():
-        raise UserError(
-            "emoMusic: arousal or valence is the same in all songs that are not in the test split"
-        )
-    mean, deviation = known.mean(axis=0), known.std(axis=0)
-    return {song: ((np.array(value) - mean) / deviation).tolist() for song, value in values.items()}
 
 
 # Windows of 5 s; a shorter last window is kept if it has at least 1 s.
