@@ -16,7 +16,7 @@ from jepa_audio.data.synthetic.corpus import synthesize_corpus
 from jepa_audio.inference.encoder import load_encoder
 from jepa_audio.interop import WeightsError, export_weights
 from jepa_audio.old_paths import current_path, with_current_paths
-from jepa_audio.probing.encoder_loading import EncoderOptions, load_encoders
+from jepa_audio.probing.encoders import EncoderOptions, load_encoders
 from jepa_audio.probing.rows import read_rows
 from jepa_audio.report.page import write_leaderboard
 

@@ -13,8 +13,14 @@ from torch import Tensor
 from jepa_audio.cli.main import main
 from jepa_audio.errors import MissingFileError
 from jepa_audio.inference.encoder import Encoder
-from jepa_audio.probing.encoder_loading import EncoderOptions, load_jepa_encoder, run_name
-from jepa_audio.probing.encoders import FunctionEncoder, LogMelStatistics, state_hash
+from jepa_audio.probing.encoders import (
+    EncoderOptions,
+    FunctionEncoder,
+    LogMelStatistics,
+    load_jepa_encoder,
+    run_name,
+    state_hash,
+)
 from jepa_audio.probing.intervals import difference
 from jepa_audio.probing.presets import preset_of
 from jepa_audio.probing.rows import ProbeRow, load_evidence, read_rows

@@ -1,11 +1,15 @@
-"""Encoders that can be probed: JEPA encoders, log-mel statistics and any function."""
+"""Encoders that can be probed: of checkpoints, log-mel statistics and any function."""
 
 from __future__ import annotations
 
 import hashlib
+import pkgutil
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -13,12 +17,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import override
 
-from jepa_audio.errors import UserError
-from jepa_audio.inference.encoder import Encoder
+from jepa_audio.errors import MissingFileError, UserError
+from jepa_audio.inference.encoder import Encoder, load_encoder
 from jepa_audio.inference.features import LayerFeatures
 from jepa_audio.steps.front_ends.transforms import LogMel
 
 Frequency = Literal["mean", "concat"]
+Windowing = Literal["exact", "wavjepa"]
 
 
 class ProbeEncoder(ABC):
@@ -49,10 +54,10 @@ class ProbeEncoder(ABC):
         self.layers = tuple(range(len(layer_names)))
 
     def select_layers(self, layers: Sequence[int]) -> ProbeEncoder:
-        """Restrict this encoder to the layers with these indices; keep all if there are none.
+        """Restrict this encoder to these indices of layers and return it; empty for all layers.
 
         Raises:
-            UserError: if there is no such layer.
+            UserError: if a layer does not exist.
         """
         names = dict(zip(self.layers, self.layer_names, strict=True))
         if not set(layers) <= set(names):
@@ -75,7 +80,7 @@ class ProbeEncoder(ABC):
 
     @property
     def settings(self) -> str:
-        """Settings that change the features of long clips, besides the weights and the network."""
+        """Settings of the windows of long clips; part of `function_hash`."""
         return ""
 
     def to(self, device: torch.device | str) -> ProbeEncoder:
@@ -182,8 +187,8 @@ class LogMelStatistics(ProbeEncoder):
 class FunctionEncoder(ProbeEncoder):
     """Any model: a function `waveform [B, C, S] → [B, T, D]` or `[B, D]`, or a list of layers.
 
-    The function runs in inference mode, on clips of one length at a time. Its columns are taken to
-    divide the clip into equal parts. A layer named "input" is not part of the weighted sum.
+    The function runs in inference mode, on clips of one length at a time. The T columns are assumed
+    to divide the clip into equal parts. A layer named "input" is not part of the weighted sum.
 
     Args:
         function: the model, on any device.
@@ -192,6 +197,9 @@ class FunctionEncoder(ProbeEncoder):
         num_channels: channels of the input.
         layer_names: one name for each layer; by default "layer 0", "layer 1" and so on.
         encoder_hash: hash of the weights; by default from the state of a module, or from `name`.
+
+    Raises:
+        UserError: if the number of names is not the number of layers.
     """
 
     def __init__(
@@ -231,7 +239,7 @@ class FunctionEncoder(ProbeEncoder):
         if len({layer.shape[:2] for layer in layers}) > 1 or len(layers[0]) != len(waveform):
             raise UserError(
                 f"{self.name} gives layers of shapes {[tuple(layer.shape) for layer in layers]}; "
-                f"they must be [{len(waveform)}, T, D] with one T"
+                f"they must be [{len(waveform)}, T, D] with the same T"
             )
         num_columns = layers[0].shape[1]
         seconds_per_column = waveform.shape[-1] / self.sample_rate / num_columns
@@ -242,8 +250,7 @@ class FunctionEncoder(ProbeEncoder):
     def _call(self, waveform: Tensor) -> list[Tensor]:
         """Layers `[B, T, D]` on the CPU."""
         if isinstance(self.function, nn.Module):
-            weight = next(self.function.parameters(), waveform)
-            waveform = waveform.to(weight.device)
+            waveform = waveform.to(next(self.function.parameters(), waveform).device)
         output = self.function(waveform)
         layers = [output] if isinstance(output, Tensor) else list(output)
         return [(layer[:, None] if layer.ndim == 2 else layer).float().cpu() for layer in layers]
@@ -261,3 +268,108 @@ def state_hash(module: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """Which encoders of a checkpoint are probed, and how they encode; see the command `probe`."""
+
+    variants: Sequence[Literal["context", "target"]] = ("context", "target")
+    frequency: Frequency = "mean"
+    layers: Sequence[int] = ()
+    random_seeds: Sequence[int] = ()
+    overlap: float = 0.0
+    windowing: Windowing = "exact"
+
+
+def load_encoders(source: str, options: EncoderOptions) -> Iterator[ProbeEncoder]:
+    """The random-init baselines and the encoders of a checkpoint, or the encoder of a function.
+
+    The call checks that the checkpoint or the function exists. The iterator loads one encoder at a
+    time.
+
+    Args:
+        source: a `.ckpt` file, or `module:function` for a function without arguments that returns
+            a `ProbeEncoder`.
+        options: for a function, only its `layers` are used.
+
+    Raises:
+        MissingFileError: if the checkpoint does not exist.
+        UserError: if the function does not exist, or if it returns something else.
+    """
+    if Path(source).suffix != ".ckpt" and ":" in source:
+        return _function_encoder(_import_function(source), source, options.layers)
+    checkpoint = Path(source)
+    if not checkpoint.is_file():
+        raise MissingFileError(f"no checkpoint at {source}")
+    return _checkpoint_encoders(checkpoint, options)
+
+
+def _checkpoint_encoders(checkpoint: Path, options: EncoderOptions) -> Iterator[ProbeEncoder]:
+    for random_seed in (None, *options.random_seeds):
+        yield load_jepa_encoder(checkpoint, "random", options, random_seed)
+    for variant in options.variants:
+        yield load_jepa_encoder(checkpoint, variant, options)
+
+
+def load_jepa_encoder(
+    checkpoint: Path,
+    variant: Literal["context", "target", "random"],
+    options: EncoderOptions,
+    random_seed: int | None = None,
+) -> JEPAEncoder:
+    """One encoder of a checkpoint; "random" is the random-init baseline.
+
+    Its seed is `random_seed`, by default the seed of the run.
+    """
+    overlap, windowing = options.overlap, options.windowing
+    frozen = load_encoder(checkpoint, variant, random_seed, overlap=overlap, windowing=windowing)
+    name = run_name(checkpoint)
+    # Windows that are not the default give other results, so they need another name.
+    if windowing != "exact":
+        name += f" ({windowing} windows)"
+    elif overlap:
+        name += f" (overlap {overlap:g})"
+    shown_variant = variant if random_seed is None else f"{variant}-{random_seed}"
+    encoder = JEPAEncoder(frozen, name, shown_variant, options.frequency)
+    encoder.select_layers(options.layers)
+    return encoder
+
+
+def run_name(checkpoint: Path) -> str:
+    """NAME for `runs/NAME/checkpoints/last.ckpt`, NAME/STEM for other files of that folder.
+
+    The name of any other file is its stem.
+    """
+    path = checkpoint.resolve()
+    if path.parent.name != "checkpoints":
+        return path.stem
+    run = path.parent.parent.name
+    return run if path.stem == "last" else f"{run}/{path.stem}"
+
+
+def _import_function(source: str) -> Callable[[], object]:
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        # As `python -m` does: the user's module is in the working directory.
+        sys.path.insert(0, folder)
+    try:
+        function = pkgutil.resolve_name(source)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"`encoder` is {source}: {error}; give a checkpoint, or MODULE:FUNCTION"
+        ) from error
+    if not callable(function):
+        raise UserError(f"`encoder` is {source}, which is {function!r}, not a function")
+    return function
+
+
+def _function_encoder(
+    function: Callable[[], object], source: str, layers: Sequence[int]
+) -> Iterator[ProbeEncoder]:
+    encoder = function()
+    if not isinstance(encoder, ProbeEncoder):
+        raise UserError(
+            f"`encoder` is {source}, which returns {type(encoder).__name__}, not a `ProbeEncoder`"
+        )
+    yield encoder.select_layers(layers)

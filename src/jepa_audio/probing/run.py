@@ -3,36 +3,45 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 from jepa_audio.errors import UserError, did_you_mean
-from jepa_audio.probing.encoder_loading import (
+from jepa_audio.probing.encoders import (
     EncoderOptions,
+    Frequency,
+    LogMelStatistics,
+    ProbeEncoder,
     Windowing,
-    check_source,
     load_encoders,
     run_name,
 )
-from jepa_audio.probing.encoders import Frequency, LogMelStatistics, ProbeEncoder
-from jepa_audio.probing.features import Features, FeatureStore, Preparation
+from jepa_audio.probing.features import Features, FeatureStore
 from jepa_audio.probing.heads import Choice, FitContext, Head, choose
 from jepa_audio.probing.heads.stacked import Select
-from jepa_audio.probing.intervals import Difference, difference
+from jepa_audio.probing.intervals import difference
 from jepa_audio.probing.presets import HeadKind, Preset, preset_of
 from jepa_audio.probing.robustness import SWEEPS, Condition, area, noise_sweep
-from jepa_audio.probing.rows import ProbeRow, append_rows, save_evidence
-from jepa_audio.probing.scoring import TestResult, chance_score, score_head
+from jepa_audio.probing.rows import (
+    RANDOM_INIT,
+    Evidence,
+    ProbeRow,
+    Score,
+    append_rows,
+    save_evidence,
+)
+from jepa_audio.probing.scoring import chance_score, score_head
 from jepa_audio.probing.tasks import ProbeData, load_task
 from jepa_audio.probing.tasks.table import LabelKind
 
-_Results = dict[tuple[str, str, HeadKind, int], TestResult]
-"""Results by task, checksum of its records, kind of head and seed."""
+_Results = dict[tuple[str, str, HeadKind, int], tuple[float, Evidence]]
+"""Headline score and evidence by task, checksum of its records, kind of head and seed."""
 
 
 def probe(
@@ -100,8 +109,8 @@ def probe(
     chosen_preset = preset_of(preset, select)
     sources = _comma_list(encoder)
     _check_unique("encoder", [run_name(Path(s)) for s in sources if s.endswith(".ckpt")])
-    for source in sources:
-        check_source(source)
+    options = EncoderOptions(variants, frequency, layers, random_seeds, overlap, windowing)
+    encoders = [load_encoders(source, options) for source in sources]
     roots = [Path(root) for root in _comma_list(data)]
     datasets = [load_task(task, roots, table_kind) for task in _comma_list(tasks)]
     _check_unique("tasks", [dataset.task.name for dataset in datasets])
@@ -115,22 +124,16 @@ def probe(
         batch_seconds,
         ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device,
     )
-    options = EncoderOptions(variants, frequency, layers, random_seeds, overlap, windowing)
-    encoders = [load_encoders(source, options) for source in sources]
     return run.probe_all(encoders, [dataset.with_train(max_train) for dataset in datasets])
 
 
 @dataclass(frozen=True)
 class ProbeRun:
-    """Settings that are the same for all encoders and tasks of a command.
+    """Settings of all encoders and tasks of a command; see `probe`.
 
-    Attributes:
-        preset: the protocol.
-        output: folder of the results.
-        seeds: seeds of the heads; empty for the default of each task.
+    Args:
+        seeds: empty for the default of each task.
         sweeps: conditions of each degradation, from mild to severe.
-        batch_seconds: seconds of audio that are encoded at once.
-        device: device of encoders and heads.
     """
 
     preset: Preset
@@ -154,47 +157,52 @@ class ProbeRun:
             for encoder in _with_statistics(encoders, sample_rates):
                 encoder.to(self.device)
                 for data in datasets:
-                    new_rows, results = self._probe(encoder, data, baseline)
-                    if encoder.variant == "random":
-                        baseline |= results
+                    new_rows = list(self._probe(encoder, data, baseline))
                     append_rows(self.output / "results.jsonl", new_rows)
                     rows += new_rows
         return rows
 
     def _probe(
         self, encoder: ProbeEncoder, data: ProbeData, baseline: _Results
-    ) -> tuple[list[ProbeRow], _Results]:
-        """Rows and results of one encoder on one task, for each kind of head and seed."""
-        preparation = self.preset.preparation(data.task)
-        features = {
-            split: self._features(encoder, data, split, preparation) for split in data.splits
-        }
-        test, unit = features["test"], data.task.units[0]
+    ) -> Iterator[ProbeRow]:
+        """Rows of one encoder on one task, for each kind of head and seed.
+
+        The results of the random-init baseline are added to `baseline`; those of other encoders of
+        a checkpoint are compared with it.
+        """
+        task, splits = data.task, data.splits
+        features = {split: self._features(encoder, data, split) for split in splits}
+        test = features["test"]
         chance = chance_score(data, features["train"].rows, test.rows)
         sizes = tuple(
-            len(set(of_split.rows.unit_index(data.splits[split], unit).tolist()))
-            for split, of_split in features.items()
+            len(np.unique(features[split].rows.unit_index(splits[split], task.units[0])))
+            for split in splits
         )
-        rows: list[ProbeRow] = []
-        results: _Results = {}
         for kind, choice in self._fit(encoder, data, features).items():
             for head in choice.heads:
                 logits = head.logits(test, self.device)
-                result = score_head(logits, data, data.splits["test"], test.rows)
-                key = data.task.name, data.checksum, kind, head.seed
-                results[key] = result
-                row = self._row(encoder, data, kind, choice, head, result, sizes, chance)
-                if encoder.variant in ("context", "target") and key in baseline:
-                    row = replace(row, against_random=_compare(row.metric, result, baseline[key]))
+                scores, evidence = score_head(logits, data, splits["test"], test.rows)
+                row = self._row(encoder, data, kind, choice, head, scores, sizes, chance)
+                key = task.name, data.checksum, kind, head.seed
+                if encoder.variant == RANDOM_INIT:
+                    baseline[key] = row.value, evidence
+                elif encoder.variant in ("context", "target") and key in baseline:
+                    value, draws = baseline[key][0], baseline[key][1].draws[row.metric]
+                    gap = difference(row.value, value, evidence.draws[row.metric], draws)
+                    row = replace(row, against_random=gap)
                 if self.sweeps:
                     row = self._with_robustness(row, encoder, data, head)
-                save_evidence(self.output / row.evidence, result.evidence)
-                rows.append(row)
-        return rows, results
+                save_evidence(self.output / row.evidence, evidence)
+                yield row
 
     def _features(
-        self, encoder: ProbeEncoder, data: ProbeData, split: str, preparation: Preparation
+        self,
+        encoder: ProbeEncoder,
+        data: ProbeData,
+        split: str,
+        condition: Condition | None = None,
     ) -> Features:
+        preparation = replace(self.preset.preparation(data.task), condition=condition)
         folder = self.output / "features"
         store = FeatureStore(folder, encoder, preparation, self.batch_seconds)
         description = f"{encoder.name} {encoder.variant}: {data.task.name}, {split}"
@@ -213,20 +221,19 @@ class ProbeRun:
         self, row: ProbeRow, encoder: ProbeEncoder, data: ProbeData, head: Head
     ) -> ProbeRow:
         """Add the scores of a head on degraded test clips; the head was trained on clean clips."""
-        clean, split = row.value, data.splits["test"]
-        curves = {}
-        for name, conditions in self.sweeps.items():
-            curve = []
-            for condition in conditions:
-                score = clean
-                if condition.changes(encoder.sample_rate):
-                    preparation = replace(self.preset.preparation(data.task), condition=condition)
-                    features = self._features(encoder, data, "test", preparation)
-                    logits = head.logits(features, self.device)
-                    score = float(data.scores(logits, split, features.rows))
-                curve.append((condition.level, score))
-            curves[name] = tuple(curve)
-        areas = {name: area([score for _, score in curve], clean) for name, curve in curves.items()}
+
+        def score(condition: Condition) -> float:
+            if not condition.changes(encoder.sample_rate):
+                return row.value
+            features = self._features(encoder, data, "test", condition)
+            logits = head.logits(features, self.device)
+            return float(data.scores(logits, data.splits["test"], features.rows))
+
+        curves = {
+            name: tuple((condition.level, score(condition)) for condition in conditions)
+            for name, conditions in self.sweeps.items()
+        }
+        areas = {name: area([y for _, y in curve], row.value) for name, curve in curves.items()}
         return replace(row, robustness=curves, robustness_area=areas)
 
     def _row(
@@ -236,7 +243,7 @@ class ProbeRun:
         kind: HeadKind,
         choice: Choice,
         head: Head,
-        result: TestResult,
+        scores: dict[str, Score],
         sizes: tuple[int, ...],
         chance: float,
     ) -> ProbeRow:
@@ -248,7 +255,7 @@ class ProbeRun:
         return ProbeRow(
             encoder=encoder.name,
             variant=encoder.variant,
-            encoder_hash=encoder.encoder_hash,
+            encoder_hash=weights,
             pooling=encoder.frequency,
             task=task.name,
             preset=preset.name,
@@ -261,12 +268,12 @@ class ProbeRun:
             decoder=data.labels.decoder,
             unit=task.units[0],
             metric=task.metrics[0].name,
-            scores=result.scores,
+            scores=scores,
             chance=chance,
             valid=head.valid,
             layers=tuple(head_input.name for head_input in choice.inputs),
             settings=choice.settings,
-            valid_grid=tuple(tuple(map(float, line)) for line in choice.valid),
+            valid_grid=tuple(map(tuple, choice.valid.tolist())),
             num_train=sizes[0],
             num_valid=sizes[1],
             num_test=sizes[2],
@@ -276,16 +283,8 @@ class ProbeRun:
             robustness=None,
             robustness_area=None,
             split_checksum=data.checksum,
-            versions={
-                package: importlib.metadata.version(package)
-                for package in ("jepa-audio", "torch", "torchmetrics")
-            },
+            versions={name: version(name) for name in ("jepa-audio", "torch", "torchmetrics")},
         )
-
-
-def _compare(metric: str, result: TestResult, baseline: TestResult) -> Difference:
-    scores = (result.scores[metric].value, baseline.scores[metric].value)
-    return difference(*scores, result.evidence.draws[metric], baseline.evidence.draws[metric])
 
 
 def _with_statistics(

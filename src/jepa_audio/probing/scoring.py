@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -21,23 +19,13 @@ NUM_DRAWS = 2000
 _BOOTSTRAP_SEED = 0
 
 
-@dataclass(frozen=True)
-class TestResult:
-    """Scores of one head on the test split.
-
-    Attributes:
-        scores: every metric on every scored unit.
-        evidence: predictions, labels and bootstrap draws.
-    """
-
-    scores: dict[str, Score]
-    evidence: Evidence
-
-
 def score_head(
     logits: Float[Tensor, "rows 1 C"], data: ProbeData, split: Split, rows: Rows
-) -> TestResult:
-    """All metrics of a task on all its units, with 95 % bootstrap intervals over units."""
+) -> tuple[dict[str, Score], Evidence]:
+    """All metrics of a task on all its units, with 95 % bootstrap intervals, and the evidence.
+
+    Units are resampled. Names of metrics on other units than the first have a prefix.
+    """
     scores: dict[str, Score] = {}
     draws: dict[str, np.ndarray] = {}
     first_unit = data.task.units[0]
@@ -52,9 +40,7 @@ def score_head(
             scores[name] = Score(value, *interval(draws[name]), metric.num_scored(truth))
         if unit == first_unit:
             kept = predictions[:, 0].float().numpy(), truth
-    return TestResult(
-        scores, Evidence(*kept, uids=_unit_names(split, rows, first_unit), draws=draws)
-    )
+    return scores, Evidence(*kept, uids=_unit_names(split, rows, first_unit), draws=draws)
 
 
 def chance_score(data: ProbeData, train: Rows, test: Rows) -> float:
