@@ -1,13 +1,12 @@
 import re
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from jepa_audio.errors import MissingFileError
 from jepa_audio.probing.intervals import difference, interval
-from jepa_audio.report.comparisons import (
-    average_tasks,
+from jepa_audio.report.leaderboard import (
+    build_averages,
     compute_scores,
     mean_scores,
     rank_ranges,
@@ -16,7 +15,6 @@ from jepa_audio.report.page import compare_results, render, write_leaderboard
 from jepa_audio.report.published import (
     load_published,
     position,
-    published_elsewhere,
     published_on,
     why_not_comparable,
 )
@@ -216,9 +214,9 @@ def test_averages_are_of_encoders_with_all_tasks(results):
         if encoder != "one":
             scores = {"auroc": (0.8, 0.8 + NOISE), "ap": (0.4, 0.4 + NOISE)}
             add_scores(results, scores, encoder=encoder, task="mtt", metric="auroc")
-    (average,) = average_tasks(scores_of(results))
-    assert average.lines["encoder"].tolist() == ["better", "both"]
-    best = next(average.lines.itertuples())
+    (average,) = build_averages(scores_of(results))
+    assert [line.encoder for line in average["lines"]] == ["better", "both"]
+    best = average["lines"][0]
     assert best.values == pytest.approx((0.3, 0.6)), "two metrics of a task are averaged first"
     assert best.value == pytest.approx(0.45)
     np.testing.assert_allclose(best.draws, 0.45 + NOISE, atol=1e-6)
@@ -229,16 +227,17 @@ def test_regression_enters_an_average_as_the_mean_of_its_two_numbers(results):
     scores = {name: (value, value + NOISE) for name, value in metrics.items()}
     add_scores(results, scores, task="emomusic", metric="r2")
     add(results, 0.2, 0.2 + NOISE, task="nsynth_pitch", encoder_hash="mel context")
-    (average,) = average_tasks(scores_of(results))
-    assert next(average.lines.itertuples()).values == pytest.approx((0.5, 0.2))
+    (average,) = build_averages(scores_of(results))
+    assert average["lines"][0].values == pytest.approx((0.5, 0.2))
 
 
 def test_average_of_different_numbers_of_draws_has_no_interval_and_no_rank(results):
     for task, draws in (("nsynth_pitch", NOISE), ("nsynth_instrument", NOISE[:100])):
         add(results, 0.5, 0.5 + draws, task=task)
-    (average,) = average_tasks(scores_of(results))
-    assert not len(mean_scores(scores_of(results))["draws"])
-    (line,) = average.lines.itertuples()
+    scores = scores_of(results)
+    (average,) = build_averages(scores)
+    assert not len(mean_scores(scores["value"], scores["draws"])["draws"])
+    (line,) = average["lines"]
     assert (line.value, line.rank) == (pytest.approx(0.5), "")
     assert "| **0.500** |" not in markdown_of(results)
 
@@ -248,8 +247,8 @@ def test_average_takes_no_task_on_other_records(results):
         add(results, 0.2, 0.2 + NOISE, encoder=encoder, task="nsynth_pitch")
         records = {"task": "nsynth_instrument", "split_checksum": checksum}
         add(results, 0.2, 0.2 + NOISE, encoder=encoder, **records)
-    averages = average_tasks(scores_of(results))
-    assert [average.lines["encoder"].tolist() for average in averages] == [["a"], ["b"]]
+    averages = build_averages(scores_of(results))
+    assert [[line.encoder for line in average["lines"]] for average in averages] == [["a"], ["b"]]
 
 
 def test_comparable_published_numbers_show_their_position(results):
@@ -329,7 +328,7 @@ def test_every_published_number_is_a_fraction_of_a_known_task():
 
 def test_published_numbers_equal_the_printed_ones():
     def value(model, task, metric, protocol):
-        numbers = pd.concat([published_on(task), published_elsewhere()])
+        numbers = load_published()
         (found,) = [
             number
             for number in numbers.itertuples()

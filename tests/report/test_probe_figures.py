@@ -8,7 +8,7 @@ from sklearn.metrics import average_precision_score
 from jepa_audio.errors import MissingFileError
 from jepa_audio.probing.rows import Evidence, ProbeRow, Score, append_rows, save_evidence
 from jepa_audio.report.figures import draw_close_ups, draw_conditions
-from jepa_audio.report.head_figures import draw_classes, draw_confusion, draw_grid, label_kind
+from jepa_audio.report.head_figures import draw_grid, draw_head, label_kind
 from jepa_audio.report.probe_figures import draw_layers, draw_probe, draw_robustness
 from jepa_audio.report.results import read_results
 from jepa_audio.report.style import GREY, ORANGE
@@ -126,12 +126,11 @@ def test_dollar_signs_in_names_are_no_math(tmp_path):
         task="cost $x_1$ and $", encoder="run $a^b$ …", class_names=("$a", "b$", "$c^$", "d", "e")
     )
     evidence = multiclass(5)
-    drawn = [draw_probe([row]), draw_layers([row]), draw_grid(row)]
-    drawn += [draw_confusion(row, evidence), draw_classes(row, evidence)]
+    drawn = [draw_probe([row]), draw_layers([row]), *draw_head(row, evidence).values()]
     for place, figure in enumerate(drawn):
         figure.savefig(tmp_path / f"{place}.png", dpi=20)
     assert drawn[0].axes[0].get_title(loc="left") == r"cost \$x\_1\$ and \$".replace(r"\_", "_")
-    assert r"\$a (4)" in ticks(drawn[3])
+    assert r"\$a (4)" in ticks(drawn[4])
 
 
 def test_grid_shows_every_score_and_frames_the_selected_one():
@@ -176,7 +175,7 @@ def multiclass(num_classes: int, num_each: int = 4) -> Evidence:
 
 def test_confusions_are_percent_of_the_true_class():
     evidence = multiclass(5)
-    figure = draw_confusion(a_row(), evidence)
+    figure = draw_head(a_row(), evidence)["confusion"]
     shares = np.asarray(figure.axes[0].images[0].get_array())
     np.testing.assert_allclose(
         shares / 100, 0.75 * np.eye(5) + 0.25 * np.roll(np.eye(5), 1, axis=1)
@@ -193,7 +192,7 @@ def test_only_the_most_confused_of_many_classes_are_drawn():
         np.eye(128, dtype=np.float32)[predicted], labels, tuple(map(str, labels)), {}
     )
     row = a_row(class_names=tuple(f"note {i}" for i in range(128)))
-    figure = draw_confusion(row, evidence)
+    figure = draw_head(row, evidence)["confusion"]
     names = ticks(figure)
     assert len(names) == 30
     assert all(40 <= int(name.split()[1]) < 80 for name in names)
@@ -205,9 +204,9 @@ def test_units_of_an_unknown_class_are_left_out_of_confusions():
     unknown = Evidence(
         evidence.predictions, np.where(evidence.labels == 4, -1, evidence.labels), evidence.uids, {}
     )
-    figure = draw_confusion(a_row(), unknown)
+    figure = draw_head(a_row(), unknown)["confusion"]
     assert ticks(figure)[4] == "e (0)"
-    assert ticks(draw_classes(a_row(), unknown))[-1] == "e (0)"
+    assert ticks(draw_head(a_row(), unknown)["classes"])[-1] == "e (0)"
 
 
 def test_recall_bars_go_from_the_best_class_to_the_worst():
@@ -216,7 +215,7 @@ def test_recall_bars_go_from_the_best_class_to_the_worst():
     evidence = Evidence(
         np.eye(5, dtype=np.float32)[predicted], labels, tuple(map(str, range(9))), {}
     )
-    figure = draw_classes(a_row(), evidence)
+    figure = draw_head(a_row(), evidence)["classes"]
     assert ticks(figure) == ["c (2)", "b (4)", "a (2)", "d (1)", "e (0)"]
     assert [bar.get_width() for bar in figure.axes[0].patches] == [1, 0.75, 0, 0, 0]
     low, high = figure.axes[0].lines[1].get_xdata()
@@ -230,7 +229,8 @@ def test_tags_show_average_precision_and_chance():
     labels[:, 3] = 0
     predictions = (labels + rng.normal(size=labels.shape)).astype(np.float32)
     row = a_row(class_names=tags, metric="ap", task="mtg_genre")
-    figure = draw_classes(row, Evidence(predictions, labels, tuple(map(str, range(200))), {}))
+    evidence = Evidence(predictions, labels, tuple(map(str, range(200))), {})
+    figure = draw_head(row, evidence)["classes"]
     bars = [bar.get_width() for ax in figure.axes for bar in ax.patches]
     expected = [
         average_precision_score(labels[:, i], predictions[:, i]) for i in range(87) if i != 3
@@ -256,7 +256,8 @@ def test_regression_shows_predictions_against_labels():
     predictions = np.stack([labels[:, 0], -labels[:, 1]], axis=1)
     scores = {"r2": Score(0.1, 0.0, 0.2), "r2_arousal": Score(1.0, 1.0, 1.0)}
     row = a_row(class_names=("arousal", "valence"), metric="r2", scores=scores)
-    figure = draw_classes(row, Evidence(predictions, labels, tuple(map(str, range(40))), {}))
+    evidence = Evidence(predictions, labels, tuple(map(str, range(40))), {})
+    figure = draw_head(row, evidence)["classes"]
     assert titles(figure)[0] == "arousal: R² 1.000, 40 test units"
     np.testing.assert_allclose(figure.axes[1].collections[0].get_offsets()[:, 1], -labels[:, 1])
 
@@ -270,8 +271,7 @@ def test_label_kinds_are_recognised():
     assert label_kind(a_row(metric="r2"), Evidence(zeros, zeros, uids, {})) == "regression"
     counts = Evidence(np.zeros((4, 3), np.float32), np.zeros(4, np.int64), uids, {})
     assert label_kind(row, counts) == "other"
-    assert not draw_classes(row, counts).axes
-    assert not draw_confusion(row, counts).axes
+    assert list(draw_head(row, counts)) == ["grid"]
 
 
 def under_conditions(variant: str, share: float, encoder: str = "mel") -> ProbeRow:

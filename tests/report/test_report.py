@@ -344,7 +344,7 @@ def test_masks_of_a_waveform_model_are_drawn_on_a_log_mel_spectrogram(tmp_path):
     config.write_text(FIT.format(folder=tmp_path, front_end=WAVE, masker="SpanMasker"))
     model = JEPACLI(["--config", str(config)], run=False).model
     waveform = torch.randn(1, 4000, generator=torch.Generator().manual_seed(0))
-    figure = draw_model_masks(model, waveform, step=0, title="wave")
+    figure = draw_model_masks(model, waveform, step=0)
     assert len(figure.axes) == 3
     image, overlay = figure.axes[0].images
     assert image.get_extent() == [0.0, 0.5, 0.0, 64.0]
@@ -362,8 +362,8 @@ def test_masks_of_two_channels_are_drawn_once_over_all_frequencies(tiny_jepa):
         for part in ("encoder", "predictor.trunk.init_args")
     ]
     model = tiny_jepa("wave", *channels, *places)
-    drawn = draw_model_masks(model, torch.randn(1, 1000), step=0, title="two")
-    mono = draw_model_masks(tiny_jepa("wave"), torch.randn(1, 1000), step=0, title="one")
+    drawn = draw_model_masks(model, torch.randn(1, 1000), step=0)
+    mono = draw_model_masks(tiny_jepa("wave"), torch.randn(1, 1000), step=0)
     assert [ax.get_title(loc="left") for ax in drawn.axes] == [
         ax.get_title(loc="left") for ax in mono.axes
     ]

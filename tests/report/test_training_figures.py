@@ -5,7 +5,7 @@ from matplotlib.colors import to_hex, to_rgba
 from matplotlib.figure import Figure
 
 from jepa_audio.report.curves import draw_curves, standard_panels
-from jepa_audio.report.masks import draw_masks
+from jepa_audio.report.masks import draw_masks, split_masks
 from jepa_audio.report.style import PALETTE, VEIL
 from jepa_audio.steps.grid import Grid, Masks
 
@@ -32,19 +32,18 @@ def groups_painted(colors: np.ndarray) -> set[int]:
     return {group for group, color in enumerate(PALETTE) if color.lower() in shown}
 
 
-def draw(grid: Grid, masks: list[Masks], clip: int = 0) -> Figure:
+def draw(grid: Grid, masks: list[Masks]) -> Figure:
     image = np.random.default_rng(0).normal(size=(24, 60))
-    return draw_masks(image, grid, masks, clip=clip, seconds=1.5, title="masks")
+    return draw_masks(image, [split_masks(draw, grid) for draw in masks], 1.5, "masks")
 
 
 @pytest.mark.parametrize("num_groups", [1, 2, 3, 4])
-@pytest.mark.parametrize("clip", [0, 1])
-def test_overlay_equals_the_masks_on_a_two_dimensional_grid(num_groups, clip):
+def test_overlay_equals_the_masks_on_a_two_dimensional_grid(num_groups):
     grid = Grid(3, 5)
     masks = random_masks(grid, num_groups, seed=num_groups)
-    overlay = draw(grid, [masks], clip).axes[0].images[1].get_array()
-    context = masks.context.to_mask(grid.num_tokens)[clip]
-    targets = masks.targets.to_mask(grid.num_tokens)[clip]
+    overlay = draw(grid, [masks]).axes[0].images[1].get_array()
+    context = masks.context.to_mask(grid.num_tokens)[0]
+    targets = masks.targets.to_mask(grid.num_tokens)[0]
     cells = np.asarray(overlay).reshape(grid.num_freq, -1, grid.num_time, 4)
     for token in range(grid.num_tokens):
         time, freq = token // grid.num_freq, token % grid.num_freq
@@ -104,9 +103,8 @@ def test_legend_names_hidden_tokens_only_if_there_are_some():
 def test_bands_are_labelled_by_frequency():
     grid = Grid(2, 3)
     image, band_hz = np.zeros((8, 6)), np.linspace(100.0, 4100.0, 8)
-    figure = draw_masks(
-        image, grid, [random_masks(grid, 1, 1)], clip=0, seconds=1.0, title="", band_hz=band_hz
-    )
+    planes = split_masks(random_masks(grid, 1, 1), grid)
+    figure = draw_masks(image, [planes], seconds=1.0, band_hz=band_hz)
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == [
         "0.125",
         "0.5",

@@ -22,16 +22,15 @@ SweepScores = tuple[tuple[float, float], ...]
 RANDOM_INIT, STATISTICS = "random", "statistics"
 """Variants of the two baselines; `random-7` is a random-init baseline with seed 7."""
 
+# In other fields, `null` in JSON is a score that is not finite.
+_OPTIONAL = {"decoder", "chance", "num_scored", "against_random", "robustness", "robustness_area"}
+
 
 @dataclass(frozen=True)
 class Score:
     """A metric on the test split with its 95 % interval.
 
-    Attributes:
-        value: the metric.
-        low: lower end of the interval.
-        high: upper end of the interval.
-        num_scored: number of classes or regression targets in the mean; `None` if it is no mean.
+    `num_scored` classes or regression targets are in the mean; `None` if the metric is no mean.
     """
 
     value: float
@@ -53,16 +52,15 @@ class ProbeRow:
             seed 7), "statistics" (log-mel statistics) or "function".
         encoder_hash: hash of the weights.
         pooling: how frequency rows are combined.
-        task: name of the task.
         preset: "marble-v1", "linear" or "marble-v2".
         select: epoch of the head that is tested, "best" on the validation split or "last".
         head: "mlp", "logistic", "ridge" or "knn".
         layer: layer with the best validation score.
-        setting: learning rate, penalty or number of neighbours with the best validation score.
-        setting_name: what `setting` is.
-        seed: seed of the head.
+        setting: learning rate, penalty or number of neighbours with the best validation score;
+            `setting_name` is which of them.
+        seed: of the head.
         decoder: decoder of annotations in time; `None` for labels of clips.
-        unit: what is scored, "file" or "window".
+        unit: what is scored, "file" or "window"; `num_train`, `num_valid`, `num_test` count it.
         metric: headline metric; it selected layer and setting.
         scores: every metric on the test split; other units have a prefix: "file_accuracy".
         chance: headline metric of the trivial predictor; `None` where there is none.
@@ -70,10 +68,6 @@ class ProbeRow:
         layers: names of all layers in the search.
         settings: all settings in the search.
         valid_grid: validation scores by layer and setting, mean over seeds.
-        num_train: number of training units.
-        num_valid: number of validation units.
-        num_test: number of test units.
-        class_names: names of the outputs.
         evidence: path of the evidence, relative to the folder of the results; see `Evidence`.
         against_random: difference to the random-init baseline of the run; `None` for baselines.
         robustness: headline metric by condition as (level, score), from mild to strong, without
@@ -81,7 +75,6 @@ class ProbeRow:
         robustness_area: mean height of the curve of each condition, including the clean score;
             see `robustness.area`.
         split_checksum: checksum of the records, which define the splits.
-        versions: versions of the libraries.
 
     Raises:
         UserError: if `scores` lacks `metric`, or `valid_grid` is not layers × settings.
@@ -144,9 +137,9 @@ class ProbeRow:
         return tuple(max(scores, default=float("nan")) for scores in finite)
 
     @property
-    def is_random_init(self) -> bool:
-        """Whether the weights are randomly initialised and untrained."""
-        return self.variant.partition("-")[0] == RANDOM_INIT
+    def is_baseline(self) -> bool:
+        """Whether this is a random-init baseline or log-mel statistics."""
+        return self.variant.partition("-")[0] in {RANDOM_INIT, STATISTICS}
 
 
 @dataclass(frozen=True)
@@ -221,10 +214,8 @@ def read_rows(path: Path) -> list[ProbeRow]:
     if not path.is_file():
         raise MissingFileError(f"there is no {path}: `jepa-audio probe` writes it")
     try:
-        return [
-            _parse_row(values, f"{path}, line {number}")
-            for number, values in files.read_jsonl(path)
-        ]
+        lines = files.read_jsonl(path)
+        return [_parse_row(values, f"{path}, line {number}") for number, values in lines]
     except UserError as error:
         raise UserError(f"{error}; delete the line, or use another --output") from error
 
@@ -238,10 +229,6 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else value
-
-
 def _parse_row(values: dict[str, Any], where: str) -> ProbeRow:
     known = {field.name for field in fields(ProbeRow)}
     if known != values.keys():
@@ -252,28 +239,20 @@ def _parse_row(values: dict[str, Any], where: str) -> ProbeRow:
             f"(missing: {missing}; unknown: {unknown})"
         )
     try:
-        return ProbeRow(**values | _nested_values(values))
+        values = _from_json(values)
+        nested = {
+            "scores": {name: Score(**score) for name, score in values["scores"].items()},
+            "against_random": values["against_random"] and Difference(**values["against_random"]),
+        }
+        return ProbeRow(**values | nested)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise UserError(f"{where}: not a row of this version of jepa-audio ({error})") from error
 
 
-def _nested_values(values: dict[str, Any]) -> dict[str, Any]:
-    difference, robustness = values["against_random"], values["robustness"]
-    return {
-        "scores": {
-            name: Score(**score | {key: _number(score[key]) for key in ("value", "low", "high")})
-            for name, score in values["scores"].items()
-        },
-        "valid": _number(values["valid"]),
-        "layers": tuple(values["layers"]),
-        "settings": tuple(values["settings"]),
-        "valid_grid": tuple(tuple(map(_number, scores)) for scores in values["valid_grid"]),
-        "class_names": tuple(values["class_names"]),
-        "against_random": difference
-        and Difference(**{key: _number(number) for key, number in difference.items()}),
-        "robustness": robustness
-        and {
-            condition: tuple((level, _number(score)) for level, score in curve)
-            for condition, curve in robustness.items()
-        },
-    }
+def _from_json(value: Any, key: str = "") -> Any:
+    """The inverse of `_without_nan`, with tuples for lists."""
+    if isinstance(value, dict):
+        return {name: _from_json(item, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return tuple(map(_from_json, value))
+    return float("nan") if value is None and key not in _OPTIONAL else value

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import cycle, islice
+from itertools import cycle
 
 import numpy as np
+import pandas as pd
 from matplotlib import colormaps
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -37,7 +38,6 @@ class Panel:
         references: labels of series to compare with, drawn in grey.
         log_scale: logarithmic axis of values.
         from_zero: start the axis of values at zero.
-        alarms: mark the steps with a `collapse/alarm`.
     """
 
     title: str
@@ -45,7 +45,6 @@ class Panel:
     references: tuple[str, ...] = ()
     log_scale: bool = False
     from_zero: bool = False
-    alarms: bool = False
 
 
 def standard_panels(runs: Mapping[str, Curves]) -> list[Panel]:
@@ -71,9 +70,9 @@ def standard_panels(runs: Mapping[str, Curves]) -> list[Panel]:
             )
             for task, metric in probes
         ),
-        Panel("RankMe (effective rank)", rank, alarms=True),
-        Panel("Standard deviation", std, alarms=True),
-        Panel("Mean cosine between clips", {"collapse/clip_cosine": ""}, alarms=True),
+        Panel("RankMe (effective rank)", rank),
+        Panel("Standard deviation", std),
+        Panel("Mean cosine between clips", {"collapse/clip_cosine": ""}),
         Panel("Distance of target encoder to encoder", {"collapse/ema_distance": ""}),
         Panel("Gradient norm", {"train/gradient_norm": ""}, log_scale=True),
         Panel("Learning rate", {"lr-*": ""}),
@@ -93,21 +92,23 @@ def draw_curves(runs: Mapping[str, Curves], panels: Sequence[Panel], title: str 
     """Curves over optimizer steps, with a colour for each series of one run or for each run.
 
     Panels without a finite value are left out. Long series are drawn pale under their running
-    mean.
+    mean. Steps with a collapse alarm are marked.
     """
     panels = [panel for panel in panels if any(_has_curves(run, panel) for run in runs.values())]
     if not panels:
         return style.note_figure("nothing was logged", title)
     figure, axes = style.small_multiples(len(panels), 3, height=2.2, extra=0.5)
+    many = [to_hex(color) for color in colormaps["tab20"].colors]  # type: ignore[attr-defined]
+    # More than 20 runs share colours.
+    colors = dict(zip(runs, cycle(style.PALETTE if len(runs) <= len(style.PALETTE) else many)))
     for ax, panel in zip(axes, panels, strict=True):
-        _draw_panel(ax, panel, runs)
+        _draw_panel(ax, panel, runs, colors if len(runs) > 1 else {})
     for ax in axes[-3:]:
         ax.set_xlabel("optimizer step")
     handles: list[Artist] = []
     if len(runs) > 1:
-        colors = zip(runs, _run_colors(len(runs)), strict=True)
         handles += [
-            style.line_handle(style.shorten(name, 40), color, style.SOLID) for name, color in colors
+            style.line_handle(style.shorten(name, 40), color) for name, color in colors.items()
         ]
     if any(len(_alarm_steps(run)) for run in runs.values()):
         handles.append(Patch(facecolor=style.RED, alpha=0.2, label="collapse alarm"))
@@ -115,18 +116,19 @@ def draw_curves(runs: Mapping[str, Curves], panels: Sequence[Panel], title: str 
     return figure
 
 
-def _draw_panel(ax: Axes, panel: Panel, runs: Mapping[str, Curves]) -> None:
+def _draw_panel(
+    ax: Axes, panel: Panel, runs: Mapping[str, Curves], run_colors: Mapping[str, str]
+) -> None:
     handles: dict[str, Line2D] = {}
-    several = len(runs) > 1
-    for run, run_color in zip(runs.values(), _run_colors(len(runs)), strict=True):
+    for name, run in runs.items():
         for number, (pattern, label) in enumerate(panel.series.items()):
             is_reference = label in panel.references
-            color = run_color if several else style.GREY if is_reference else style.PALETTE[number]
-            dash = style.DASHES[number] if several or is_reference else style.SOLID
+            color = style.GREY if is_reference else style.PALETTE[number]
+            dash = style.DASHES[number] if run_colors or is_reference else style.SOLID
             if (curve := _find_curve(run, pattern)) is not None:
-                _draw_curve(ax, curve, color, dash)
-                handles[label] = style.line_handle(label, style.INK if several else color, dash)
-        for step in _alarm_steps(run) if panel.alarms else ():
+                _draw_curve(ax, curve, run_colors.get(name, color), dash)
+                handles[label] = style.line_handle(label, style.INK if run_colors else color, dash)
+        for step in _alarm_steps(run):
             ax.axvline(step, color=style.RED, linewidth=3, alpha=0.15, zorder=0)
     style.title_panel(ax, panel.title, [handle for label, handle in handles.items() if label])
     if panel.log_scale:
@@ -136,12 +138,6 @@ def _draw_panel(ax: Axes, panel: Panel, runs: Mapping[str, Curves]) -> None:
     ax.set_ylim(bottom=0 if panel.from_zero else None)
 
 
-def _run_colors(num_runs: int) -> list[str]:
-    """A colour for each run; more than 20 runs share colours."""
-    many = [to_hex(color) for color in colormaps["tab20"].colors]  # type: ignore[attr-defined]
-    return list(islice(cycle(style.PALETTE if num_runs <= len(style.PALETTE) else many), num_runs))
-
-
 def _find_curve(run: Curves, pattern: str) -> Curve | None:
     """The first series with a finite value whose key matches."""
     keys = sorted(key for key in run if fnmatchcase(key, pattern))
@@ -149,11 +145,8 @@ def _find_curve(run: Curves, pattern: str) -> Curve | None:
 
 
 def _has_curves(run: Curves, panel: Panel) -> bool:
-    return any(
-        _find_curve(run, key)
-        for key, label in panel.series.items()
-        if label not in panel.references
-    )
+    keys = [key for key, label in panel.series.items() if label not in panel.references]
+    return any(_find_curve(run, key) for key in keys)
 
 
 def _alarm_steps(run: Curves) -> np.ndarray:
@@ -163,12 +156,9 @@ def _alarm_steps(run: Curves) -> np.ndarray:
 
 def _draw_curve(ax: Axes, curve: Curve, color: str, dash: style.Dash) -> None:
     steps, values = curve
-    finite = np.isfinite(values)
+    marker = "o" if np.isfinite(values).sum() == 1 else None
     if len(values) > MANY_POINTS:
         ax.plot(steps, values, color=color, linewidth=0.6, alpha=0.3)
-        kernel = np.ones(len(values) // 40)
-        count = np.convolve(finite, kernel, mode="same")
-        total = np.convolve(np.where(finite, values, 0.0), kernel, mode="same")
-        values = np.where(count > 0, total / np.maximum(count, 1), np.nan)
-    marker = "o" if finite.sum() == 1 else None
+        window = pd.Series(values).rolling(len(values) // 40, center=True, min_periods=1)
+        values = window.mean().to_numpy()
     ax.plot(steps, values, color=color, linestyle=dash, linewidth=1.4, marker=marker, markersize=4)

@@ -1,258 +1,277 @@
-"""The content of the leaderboard: an overview, averages, and for each task its tables."""
+"""The leaderboard: paired comparisons on equal bootstrap resamples, averages over tasks, tables.
+
+The functions `build_…` return what the templates show.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
-from jepa_audio.report.comparisons import (
-    COMPARABLE,
-    Average,
-    add_baselines,
-    average_tasks,
-    rank_lines,
-)
-from jepa_audio.report.published import (
-    PublishedTable,
-    published_elsewhere,
-    published_on,
-    published_tables,
-    why_not_comparable,
-)
-from jepa_audio.report.results import ENCODER, PROTOCOL, RECORDS, current
+from jepa_audio.errors import UserError
+from jepa_audio.probing.intervals import difference, interval
+from jepa_audio.probing.rows import STATISTICS, ProbeRow, load_evidence
+from jepa_audio.report.published import published_on, published_tables, why_not_comparable
+from jepa_audio.report.results import ENCODER, PROTOCOL, RECORDS, add_baselines, latest
 
-Line = Any
-"""A line of a DataFrame, as `itertuples` yields it."""
+Draws = Float[np.ndarray, " draws"]
+COMPARABLE = [*PROTOCOL, *RECORDS, "resamples"]
+"""Columns that must be equal for two results to be compared."""
+MEANS = ["value", "draws", "low", "high"]
+"""Columns of `mean_scores`."""
+TASK_METRICS = (("auroc", "ap"), ("r2_valence", "r2_arousal"))
+"""Tasks with both metrics enter an average with the mean of the two (arXiv:2306.10548)."""
 
 
-@dataclass(frozen=True)
-class Overview:
-    """The current results of one preset.
+def compute_scores(table: pd.DataFrame) -> pd.DataFrame:
+    """One line for each encoder, metric and set of comparable results: the mean over seeds.
 
-    Attributes:
-        protocol: preset and epoch.
-        header: of each task: metric, chance and number of test units.
-        lines: (line with the columns of the encoder and its head, results by task).
-        results: all results; see `current_results`.
+    Columns: `COMPARABLE`, `ENCODER`, `is_baseline`, `chance`, `name` (of the metric), `value`,
+    `draws` (the mean on each resample of the test units), `low`, `high`, `deviation` (over seeds;
+    NaN for one), `num_seeds`, `layer`, `comparison` (number of the set of comparable results), and
+    `note`: variant, pooling and, if several weights have one name, their hash.
+
+    Raises:
+        UserError: naming the evidence that is missing or damaged.
     """
-
-    protocol: str
-    header: dict[str, str]
-    lines: list[tuple[Line, dict[str, Line]]]
-    results: pd.DataFrame
-
-
-def current_results(table: pd.DataFrame) -> pd.DataFrame:
-    """Lines of `current`, with their `protocol`, `value` and the columns of `add_baselines`."""
-    lines = current(table)
-    protocol = lines["preset"] + np.where(
-        lines["select"] == "best", "", ", " + lines["select"] + " epoch"
+    table = latest(table)
+    found = [_load_draws(row, folder) for row, folder in table[["row", "folder"]].to_numpy()]
+    table = table.assign(draws=[draws for draws, _ in found], resamples=[key for _, key in found])
+    inherited = [*COMPARABLE, *ENCODER, "is_baseline", "chance"]
+    lines = [
+        {**group.iloc[0][inherited], **line}
+        for _, group in table.groupby([*COMPARABLE, *ENCODER], sort=False)
+        for line in _mean_over_seeds(group["row"].tolist(), group["draws"].tolist())
+    ]
+    scores = pd.DataFrame(
+        lines, columns=[*inherited, "name", *MEANS, "deviation", "num_seeds", "layer"]
     )
-    lines = lines.assign(protocol=protocol, value=[row.value for row in lines["row"]])
-    groups = [add_baselines(group) for _, group in lines.groupby([*PROTOCOL, *RECORDS], sort=False)]
-    return pd.concat(groups).sort_index() if groups else add_baselines(lines)
-
-
-def build_overviews(results: pd.DataFrame) -> list[Overview]:
-    """An overview for each protocol."""
-    return [_overview(str(key), group) for key, group in results.groupby("protocol", sort=False)]
-
-
-def _overview(protocol: str, results: pd.DataFrame) -> Overview:
-    header = {}
-    for row in results["row"]:
-        chance = "" if row.chance is None else f", chance {row.chance:.3f}"
-        header[row.task] = f"{row.metric}{chance}, {row.num_test} {row.unit}s"
-    # Encoders in alphabetical order, each with its variants in the order of the results.
-    by_encoder = results.sort_values("encoder", kind="stable")
-    lines = []
-    for _, group in by_encoder.groupby([*ENCODER, "head"], sort=False):
-        of_task = {line.task: line for line in group.itertuples()}
-        lines.append((next(iter(of_task.values())), of_task))
-    return Overview(protocol, header, lines, results)
-
-
-@dataclass(frozen=True)
-class ScoreTable:
-    """A metric of comparable results, best first.
-
-    Attributes:
-        name: of the metric.
-        lines: see `rank_lines`, with a `note` that identifies the encoder.
-        chance: score of the trivial predictor; `None` where there is none.
-        axis: ends of the axis of the intervals.
-    """
-
-    name: str
-    lines: list[Line]
-    chance: float | None
-    axis: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Results that are comparable with each other.
-
-    Attributes:
-        protocol: preset, head, epoch, decoder.
-        data: sizes and checksum of the splits.
-        tables: of the headline metric and of metrics with published numbers.
-        other_tables: of the other metrics.
-        without_random_init: encoders whose random-init baseline was not probed.
-        has_log_mel: whether log-mel statistics were probed.
-        obstacle: why published numbers are not comparable; `None` if they are.
-    """
-
-    protocol: str
-    data: str
-    tables: list[ScoreTable]
-    other_tables: list[ScoreTable]
-    without_random_init: list[str]
-    has_log_mel: bool
-    obstacle: str | None
-
-
-@dataclass(frozen=True)
-class TaskSection:
-    """All about one task.
-
-    Attributes:
-        name: of the task.
-        comparisons: sets of comparable results.
-        differing: what distinguishes the comparisons.
-        obstacles: why published numbers are not comparable.
-        best: our best encoder in the comparison with published numbers, with its marks.
-        published: comparable published numbers, with their position relative to our best.
-        published_otherwise: numbers of other protocols, for orientation.
-    """
-
-    name: str
-    comparisons: list[Comparison]
-    differing: list[str]
-    obstacles: list[str]
-    best: str
-    published: list[PublishedTable]
-    published_otherwise: list[PublishedTable]
-
-
-def describe_encoders(scores: pd.DataFrame) -> pd.DataFrame:
-    """Add a `note`: variant, pooling and, if several weights have one name, their hash."""
-    if scores.empty:
-        return scores
     num_weights = scores.groupby(ENCODER[:3])["encoder_hash"].transform("nunique")
     weights = np.where(num_weights > 1, ", weights " + scores["encoder_hash"].str[:8], "")
-    return scores.assign(note=scores["variant"] + ", " + scores["pooling"] + weights)
+    scores = scores.assign(
+        comparison=scores.groupby(COMPARABLE, sort=False).ngroup(),
+        note=scores["variant"] + ", " + scores["pooling"] + weights,
+    )
+    return scores.sort_values("comparison", kind="stable", ignore_index=True)
 
 
-def build_averages(scores: pd.DataFrame) -> list[tuple[Average, ScoreTable]]:
-    """The averages over tasks, each with its table."""
-    if scores.empty:
-        return []
-    return [
-        (average, _score_table("mean", average.lines, None)) for average in average_tasks(scores)
+def _load_draws(row: ProbeRow, folder: Path) -> tuple[dict[str, Draws], str]:
+    """Draws by metric, and a digest of the names of the units and the number of draws."""
+    path = folder / row.evidence
+    # The predictions, up to gigabytes for all rows together, are not kept.
+    evidence = load_evidence(path)
+    if missing := sorted(row.scores.keys() - evidence.draws.keys()):
+        raise UserError(
+            f"{path} holds no `draws/{missing[0]}`, but the row has this score: probe again"
+        )
+    digest = hashlib.sha256("\n".join(evidence.uids).encode()).hexdigest()[:8]
+    return evidence.draws, f"{digest} {len(evidence.draws[row.metric])}"
+
+
+def _mean_over_seeds(
+    rows: list[ProbeRow], draws: list[dict[str, Draws]]
+) -> Iterator[dict[str, Any]]:
+    for name in rows[0].scores:
+        if all(name in row.scores for row in rows):
+            values = pd.Series([row.scores[name].value for row in rows])
+            yield {
+                "name": name,
+                **mean_scores(values, [found[name] for found in draws]),
+                "deviation": values.std(),
+                "num_seeds": len(rows),
+                "layer": ", ".join(dict.fromkeys(row.layer for row in rows)),
+            }
+
+
+def mean_scores(values: pd.Series, draws: Iterable[Draws]) -> dict[str, Any]:
+    """Mean `value` and `draws`, which are empty if the numbers of draws differ, and interval."""
+    draws = list(draws)
+    is_paired = len(set(map(len, draws))) == 1
+    mean = np.mean(draws, axis=0) if is_paired else np.empty(0, np.float32)
+    return dict(zip(MEANS, (float(values.mean()), mean, *interval(mean)), strict=True))
+
+
+def rank_lines(lines: pd.DataFrame) -> pd.DataFrame:
+    """Lines with finite values, best first, with ranks and differences to the baselines.
+
+    New columns, next to those of `add_baselines`: `rank` ("1", "2–3", or "" for baselines),
+    `is_best` (rank 1 is possible, and no baseline is better) and `differences`, by baseline.
+    """
+    lines = add_baselines(lines[np.isfinite(lines["value"])])
+    lines = lines.sort_values("value", ascending=False, kind="stable")
+    ranked = lines[~lines["is_baseline"]]
+    # Averages over tasks with different numbers of draws have no draws.
+    has_draws = all(map(len, ranked["draws"]))
+    ranges = rank_ranges(ranked["value"], ranked["draws"]) if has_draws else []
+    range_of = dict(zip(ranked.index, ranges, strict=False))
+    added = []
+    for line in lines.itertuples():
+        first, last = range_of.get(line.Index, (0, 0))
+        differences = {
+            name: difference(line.value, other.value, line.draws, other.draws)
+            for name, other in line.baselines.items()
+            if 0 < len(line.draws) == len(other.draws)
+        }
+        rank = f"{first}–{last}" if first < last else str(first or "")  # noqa: RUF001
+        is_best = first == 1 and not line.below
+        added.append({"rank": rank, "is_best": is_best, "differences": differences})
+    return lines.join(pd.DataFrame(added, lines.index))
+
+
+def rank_ranges(values: Iterable[float], draws: Iterable[Draws]) -> list[tuple[int, int]]:
+    """First and last rank that each encoder may have, from paired tests at 95 % of every pair.
+
+    `first` - 1 encoders are significantly better, all after `last` significantly worse. Encoders
+    without a significant difference share ranks; that relation is not transitive.
+    """
+    scores = list(zip(values, draws, strict=True))
+    verdicts = [
+        [difference(value, other, draws, other_draws).verdict for other, other_draws in scores]
+        for value, draws in scores
     ]
+    return [(line.count("behind") + 1, len(scores) - line.count("ahead")) for line in verdicts]
 
 
-def build_tasks(scores: pd.DataFrame) -> list[TaskSection]:
-    """A section for each task."""
-    if scores.empty:
-        return []
+def build_averages(scores: pd.DataFrame) -> list[dict[str, Any]]:
+    """Means over each set of two or more tasks that an encoder has, the largest set first.
+
+    The lines are the encoders that have results on all tasks of the set under equal conditions;
+    `values` of a line are the scores on the tasks.
+    """
+    averages = []
+    for protocol, lines in _task_scores(scores).groupby("average_protocol"):
+        of_task = lines.drop_duplicates([*ENCODER, "task"], keep="last")
+        of_encoder = [group for _, group in of_task.groupby(ENCODER, sort=False)]
+        sets = {tuple(group["comparison"]) for group in of_encoder if len(group) > 1}
+        for comparisons in sorted(sets, key=lambda found: (-len(found), found)):
+            chosen = [group[group["comparison"].isin(comparisons)] for group in of_encoder]
+            chosen = [group for group in chosen if len(group) == len(comparisons)]
+            means = pd.DataFrame(
+                {**group.iloc[0], **_mean_lines(group), "values": tuple(group["value"])}
+                for group in chosen
+            )
+            table = _score_table("mean", means)
+            averages.append({"protocol": protocol, "tasks": tuple(chosen[0]["task"]), **table})
+    return averages
+
+
+def _task_scores(scores: pd.DataFrame) -> pd.DataFrame:
+    """One line for each encoder and task: the headline metric, or the mean of the two of a task."""
+    lines = []
+    for _, group in scores.groupby(["comparison", *ENCODER], sort=False):
+        pairs = (pair for pair in TASK_METRICS if set(pair) <= set(group["name"]))
+        found = group[group["name"].isin(next(pairs, group["metric"].iloc[:1]))]
+        if np.isfinite(found["value"]).all():
+            lines.append({**found.iloc[0], **_mean_lines(found)})
+    table = pd.DataFrame(lines, columns=scores.columns)
+    # Logistic regression and ridge regression are one head for two kinds of labels.
+    heads = table["head"].replace({"logistic": "linear", "ridge": "linear"})
+    protocol = table["preset"] + ", " + heads + " head, " + table["select"] + " epoch"
+    return table.assign(average_protocol=protocol)
+
+
+def _mean_lines(lines: pd.DataFrame) -> dict[str, Any]:
+    return mean_scores(lines["value"], lines["draws"])
+
+
+def build_tasks(scores: pd.DataFrame) -> list[dict[str, Any]]:
+    """A section for each task: its sets of comparable results, and published numbers."""
     return [_task(str(task), group) for task, group in scores.groupby("task", sort=False)]
 
 
-def _task(task: str, scores: pd.DataFrame) -> TaskSection:
+def _task(task: str, scores: pd.DataFrame) -> dict[str, Any]:
     published = published_on(task)
     groups = [group for _, group in scores.groupby("comparison", sort=False)]
     comparisons = [_comparison(group, set(published["metric"])) for group in groups]
-    comparable = next(
-        (each for each in comparisons if each.obstacle is None and each.tables[0].lines), None
+    obstacles = [each["obstacle"] for each in comparisons]
+    # Baselines are the best only if nothing else was probed.
+    bests = (
+        {
+            table["metric"]: min(table["lines"], key=lambda line: line.is_baseline)
+            for table in each["tables"]
+            if table["lines"]
+        }
+        for each in comparisons
+        if each["obstacle"] is None and each["tables"][0]["lines"]
     )
-    is_ours = published["preset"] == "marble-v1"
-    if comparable is None or published.empty:
-        best, tables, otherwise = "", [], published_tables(published)
-    else:
-        best, ours = _best(comparable)
-        tables = published_tables(published[is_ours], ours)
-        otherwise = published_tables(published[~is_ours])
-    return TaskSection(
-        name=task,
-        comparisons=comparisons,
-        differing=_differing_columns(scores),
-        obstacles=list(dict.fromkeys(each.obstacle for each in comparisons if each.obstacle)),
-        best=best,
-        published=tables,
-        published_otherwise=otherwise,
-    )
-
-
-def _differing_columns(scores: pd.DataFrame) -> list[str]:
-    names = {"split_checksum": "split", "resamples": "test units or resamples"}
-    names |= dict.fromkeys(RECORDS[1:], "number of units")
+    best = next(bests, {})
+    ours = {metric: (line.low, line.high) for metric, line in best.items()}
+    is_comparable = (published["preset"] == "marble-v1") & bool(ours)
+    columns = {"split_checksum": "split", "resamples": "test units or resamples"}
+    columns |= dict.fromkeys(RECORDS[1:], "number of units")
     differing = [column for column in COMPARABLE if scores[column].nunique() > 1]
-    return list(dict.fromkeys(names.get(column, column) for column in differing))
-
-
-def _comparison(scores: pd.DataFrame, published_metrics: set[str]) -> Comparison:
-    first = next(scores.itertuples())
-    chance = next((chance for chance in scores["chance"] if chance is not None), None)
-    tables = {
-        str(name): _score_table(
-            str(name), rank_lines(group), chance if name == first.metric else None
-        )
-        for name, group in scores.groupby("name", sort=False)
+    return {
+        "name": task,
+        "comparisons": comparisons,
+        "differing": dict.fromkeys(columns.get(column, column) for column in differing),
+        "obstacles": dict.fromkeys(filter(None, obstacles)),
+        "best": next(iter(best.values()), None),
+        "published": published_tables(published[is_comparable], ours),
+        "published_otherwise": published_tables(published[~is_comparable]),
     }
-    headline = tables.pop(first.metric)
-    shown = {name: table for name, table in tables.items() if name in published_metrics}
+
+
+def _comparison(scores: pd.DataFrame, published_metrics: set[str]) -> dict[str, Any]:
+    """Results that are comparable with each other.
+
+    `tables` are of the headline metric and of metrics with published numbers; `obstacle` is the
+    reason why published numbers are not comparable.
+    """
+    first = next(scores.itertuples())
+    chance = next(iter(scores["chance"].dropna()), None)
+    by_metric = dict(list(scores.groupby("name", sort=False)))
+    headline = by_metric.pop(first.metric)
+    tables = [_score_table(first.metric, headline, chance)]
+    others = {name: _score_table(name, group) for name, group in by_metric.items()}
     sizes = (first.num_train, first.num_valid, first.num_test)
     counts = f"{'/'.join(map(str, sizes))} {first.unit}s in train, valid and test"
-    data = f"{counts}, split {first.split_checksum[:8]}"
     decoder = f", decoder {first.decoder}" if first.decoder else ""
-    lines = add_baselines(scores[scores["name"] == first.metric])
-    ranked = lines[~lines["is_baseline"]]
-    return Comparison(
-        protocol=f"{first.preset}, {first.head} head, {first.select} epoch{decoder}",
-        data=data,
-        tables=[headline, *shown.values()],
-        other_tables=[table for name, table in tables.items() if name not in shown],
-        without_random_init=sorted(set(ranked[ranked["random_init"].isna()]["encoder"])),
-        has_log_mel=bool((lines["variant"] == "statistics").any()),
-        obstacle=why_not_comparable(first.task, first.preset, first.select, sizes),
-    )
+    return {
+        "protocol": f"{first.preset}, {first.head} head, {first.select} epoch{decoder}",
+        "data": f"{counts}, split {first.split_checksum[:8]}",
+        "tables": tables + [others[name] for name in others if name in published_metrics],
+        "other_tables": [others[name] for name in others if name not in published_metrics],
+        "without_random_init": sorted(
+            {
+                line.encoder
+                for line in add_baselines(headline).itertuples()
+                if not line.is_baseline and "random-init" not in line.baselines
+            }
+        ),
+        "has_log_mel": (headline["variant"] == STATISTICS).any(),
+        "obstacle": why_not_comparable(first.task, first.preset, first.select, sizes),
+    }
 
 
-def _score_table(name: str, lines: pd.DataFrame, chance: float | None) -> ScoreTable:
+def _score_table(metric: str, scores: pd.DataFrame, chance: float | None = None) -> dict[str, Any]:
+    """Lines of a metric, best first; `axis` are the ends of the axis of their intervals."""
+    lines = rank_lines(scores)
     ends = lines[["low", "value", "high"]].to_numpy(float)
     ends = np.append(ends[np.isfinite(ends)], [] if chance is None else [chance])
-    axis = (float(ends.min()), float(ends.max())) if len(ends) else (0.0, 1.0)
-    return ScoreTable(name, list(lines.itertuples()), chance, axis)
+    axis = (ends.min(), ends.max()) if len(ends) else (0.0, 1.0)
+    return {"metric": metric, "lines": list(lines.itertuples()), "chance": chance, "axis": axis}
 
 
-def _best(comparison: Comparison) -> tuple[str, dict[str, tuple[float, float]]]:
-    """Our best encoder of the headline metric, and the interval of the best by metric.
-
-    Baselines are the best only if nothing else was probed.
-    """
-    best = {
-        table.name: min(table.lines, key=lambda line: line.is_baseline)
-        for table in comparison.tables
-        if table.lines
-    }
-    line = next(iter(best.values()))
-    marks = f" ({', '.join(line.below)})" if line.below else ""
-    name = f"{line.encoder}, {line.note}{marks}"
-    return name, {metric: (found.low, found.high) for metric, found in best.items()}
-
-
-@cache
-def build_elsewhere() -> list[tuple[str, list[PublishedTable]]]:
-    """Title and tables of the benchmarks that this package does not probe."""
-    sections = []
-    for benchmark, numbers in published_elsewhere().groupby("benchmark", sort=False):
-        unit = numbers["metric"].iloc[0]
-        title = str(benchmark) if unit == "percent" else f"{benchmark}, {unit}"
-        sections.append((title, published_tables(numbers)))
-    return sections
+def build_overviews(results: pd.DataFrame) -> list[dict[str, Any]]:
+    """The current results of each protocol: for each encoder and head, its line on each task."""
+    overviews = []
+    for protocol, group in results.groupby("protocol", sort=False):
+        rows = group["row"].tolist()
+        # Encoders in alphabetical order, each with its variants in the order of the results.
+        by_name = group.sort_values("encoder", kind="stable")
+        by_head = by_name.groupby([*ENCODER, "head"], sort=False)
+        overviews.append(
+            {
+                "protocol": protocol,
+                "rows": rows,
+                "tasks": {row.task: row for row in rows},
+                "lines": [{line.task: line for line in lines.itertuples()} for _, lines in by_head],
+            }
+        )
+    return overviews

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -29,6 +29,8 @@ from jepa_audio.steps.grid import Grid, Masks
 from jepa_audio.training.jepa import JEPA
 from jepa_audio.training.load import load_jepa, read_checkpoint
 
+ContextPlane = Bool[np.ndarray, "F T"]
+TargetPlanes = Bool[np.ndarray, "M F T"]
 NUM_DRAWS = 3
 LABELLED_HZ = (125, 500, 1000, 2000, 4000, 8000, 16000)
 # Opacity of a target group on the spectrogram, and of what is hidden from the context.
@@ -53,27 +55,31 @@ def draw_run_masks(folder: Path) -> Figure:
     # The first source of a list or a mixture.
     source = data["root"] if isinstance(data["root"], str) else next(iter(data["root"]))
     waveform = _load_clip(source, data["crop_seconds"], jepa.front_end.sample_rate)
-    return draw_model_masks(jepa, waveform, step, f"Context and targets at step {step}")
+    return draw_model_masks(jepa, waveform, step)
 
 
-def draw_model_masks(jepa: JEPA, waveform: Float[Tensor, "1 S"], step: int, title: str) -> Figure:
+def draw_model_masks(jepa: JEPA, waveform: Float[Tensor, "1 S"], step: int) -> Figure:
     """Several draws of a model's masker over a clip at its sample rate."""
     grid = jepa.front_end.grid(waveform.shape[-1])
     generator = torch.Generator().manual_seed(0)
-    masks = [jepa.masker(grid, 1, generator, step) for _ in range(NUM_DRAWS)]
+    draws = [jepa.masker(grid, 1, generator, step) for _ in range(NUM_DRAWS)]
+    planes = [split_masks(masks, grid) for masks in draws]
     if not isinstance(jepa.front_end, SpectrogramFrontEnd):
         # The rows of the grid are audio channels, not frequencies: only the first is drawn.
-        masks = [_first_row(draw, grid) for draw in masks]
-        grid = Grid(1, grid.num_time)
+        planes = [(context[:1], targets[:, :1]) for context, targets in planes]
     spectrogram, seconds, band_hz = _spectrogram(jepa.front_end, waveform)
     return draw_masks(
-        spectrogram, grid, masks, clip=0, seconds=seconds, title=title, band_hz=band_hz
+        spectrogram, planes, seconds, title=f"Context and targets at step {step}", band_hz=band_hz
     )
 
 
-def _first_row(masks: Masks, grid: Grid) -> Masks:
-    context, targets = (part.to_mask(grid.num_tokens) for part in (masks.context, masks.targets))
-    return Masks.from_bool(context[..., :: grid.num_freq], targets[..., :: grid.num_freq])
+def split_masks(masks: Masks, grid: Grid) -> tuple[ContextPlane, TargetPlanes]:
+    """The context and the target groups of the first clip."""
+    context, targets = (
+        part.to_mask(grid.num_tokens).cpu().numpy() for part in (masks.context, masks.targets)
+    )
+    shape = (-1, grid.num_time, grid.num_freq)
+    return context[0].reshape(shape)[0].T, targets[0].reshape(shape).swapaxes(1, 2)
 
 
 @torch.no_grad()
@@ -111,12 +117,9 @@ def _load_clip(source: str, seconds: float, sample_rate: int) -> Float[Tensor, "
 
 def draw_masks(
     log_spectrogram: Float[np.ndarray, "bands frames"],
-    grid: Grid,
-    masks: Sequence[Masks],
-    *,
-    clip: int,
+    draws: Sequence[tuple[ContextPlane, TargetPlanes]],
     seconds: float,
-    title: str,
+    title: str = "",
     band_hz: Float[np.ndarray, " bands"] | None = None,
 ) -> Figure:
     """Several masks of one clip: context clear, target groups tinted, the rest veiled.
@@ -126,31 +129,26 @@ def draw_masks(
 
     Args:
         log_spectrogram: of the part of the clip that the grid covers, lowest band first.
-        grid: of the tokens.
-        masks: the draws.
-        clip: row of the clip in the batch of the masks.
+        draws: see `split_masks`.
         seconds: duration of the spectrogram.
         title: of the figure.
         band_hz: rising centre frequencies of the bands; bands are numbered if `None`.
     """
-    figure, axes = style.small_multiples(len(masks), 1, height=1.75, extra=0.75, share="x")
+    figure, axes = style.small_multiples(len(draws), 1, height=1.75, extra=0.75, share="x")
     extent = (0.0, seconds, 0.0, float(len(log_spectrogram)))
     low, high = np.percentile(log_spectrogram, (2, 99.8))
-    planes = [_mask_planes(grid, draw, clip) for draw in masks]
-    overlays = [_paint_overlay(*plane) for plane in planes]
-    for ax, (context, targets), overlay in zip(axes, planes, overlays, strict=True):
+    overlays = [_paint_overlay(*planes) for planes in draws]
+    for ax, (context, targets), overlay in zip(axes, draws, overlays, strict=True):
         ax.imshow(log_spectrogram, cmap="Greys", vmin=low, vmax=high, origin="lower", extent=extent)
         ax.imshow(overlay, interpolation="nearest", origin="lower", extent=extent)
         ax.set_aspect("auto")
-        _draw_cell_borders(ax, grid, extent)
-        fractions = (
-            f"context {context.mean():.0%} of the tokens, targets {targets.any(0).mean():.0%}"
-        )
-        style.title_panel(ax, fractions)
+        _draw_cell_borders(ax, context.shape, extent)
+        fractions = (context.mean(), targets.any(axis=0).mean())
+        style.title_panel(ax, "context {:.0%} of the tokens, targets {:.0%}".format(*fractions))
         _label_bands(ax, band_hz)
     axes[-1].set_xlabel("seconds")
     handles = [Patch(facecolor="white", edgecolor=style.GREY, label="context")]
-    for number, color in enumerate(_group_colors(max(len(targets) for _, targets in planes))):
+    for number, color in enumerate(_group_colors(max(len(targets) for _, targets in draws))):
         handles.append(Patch(facecolor=color, alpha=TINT, label=f"target group {number + 1}"))
     if any((overlay[..., 3] == VEILED).any() for overlay in overlays):
         handles.append(Patch(facecolor=style.VEIL, label="hidden from the context"))
@@ -162,17 +160,7 @@ def _group_colors(num_groups: int) -> list[str]:
     return list(islice(cycle(style.PALETTE), num_groups))
 
 
-def _mask_planes(grid: Grid, masks: Masks, clip: int) -> tuple[np.ndarray, np.ndarray]:
-    """Context `[F, T]` and target groups `[M, F, T]` of one clip, bool."""
-    row = masks.rows(slice(clip, clip + 1))
-    context, targets = (
-        part.to_mask(grid.num_tokens).cpu().numpy() for part in (row.context, row.targets)
-    )
-    shape = (-1, grid.num_time, grid.num_freq)
-    return context.reshape(shape)[0].T, targets.reshape(shape).swapaxes(1, 2)
-
-
-def _paint_overlay(context: np.ndarray, targets: np.ndarray) -> np.ndarray:
+def _paint_overlay(context: ContextPlane, targets: TargetPlanes) -> np.ndarray:
     """The overlay, RGBA `[F * stripes, T, 4]`, lowest row first."""
     colors = np.array([[*to_rgb(color), TINT] for color in _group_colors(len(targets))])
     veiled = np.where(context[..., None], 0.0, [*to_rgb(style.VEIL), VEILED])  # [F, T, 4]
@@ -187,13 +175,14 @@ def _paint_overlay(context: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return painted.swapaxes(0, 1).reshape(-1, context.shape[1], 4)
 
 
-def _draw_cell_borders(ax: Axes, grid: Grid, extent: tuple[float, float, float, float]) -> None:
-    if grid.num_time <= 128:
-        edges = np.linspace(0, extent[1], grid.num_time + 1).tolist()
-        ax.xaxis.set_minor_locator(FixedLocator(edges))
-    if grid.num_freq <= 32:
-        edges = np.linspace(0, extent[3], grid.num_freq + 1).tolist()
-        ax.yaxis.set_minor_locator(FixedLocator(edges))
+def _draw_cell_borders(
+    ax: Axes, shape: tuple[int, ...], extent: tuple[float, float, float, float]
+) -> None:
+    num_freq, num_time = shape
+    if num_time <= 128:
+        ax.xaxis.set_minor_locator(FixedLocator(np.linspace(0, extent[1], num_time + 1).tolist()))
+    if num_freq <= 32:
+        ax.yaxis.set_minor_locator(FixedLocator(np.linspace(0, extent[3], num_freq + 1).tolist()))
     ax.grid(visible=False)
     ax.grid(which="minor", color=style.GREY, linewidth=0.5, alpha=0.35)
     ax.tick_params(which="minor", length=0)

@@ -7,7 +7,6 @@ import os
 import platform
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -21,38 +20,24 @@ from markupsafe import Markup, escape
 from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.files import write_text
 from jepa_audio.parallel import num_cores
-from jepa_audio.report.comparisons import compute_scores
 from jepa_audio.report.curves import draw_curves, standard_panels
 from jepa_audio.report.figures import FigureFile, draw_close_ups, draw_conditions, save_figure
 from jepa_audio.report.leaderboard import (
     build_averages,
-    build_elsewhere,
     build_overviews,
     build_tasks,
-    current_results,
-    describe_encoders,
+    compute_scores,
 )
 from jepa_audio.report.masks import draw_run_masks
 from jepa_audio.report.probe_figures import draw_layers, draw_probe, variant_style
-from jepa_audio.report.published import PROTOCOL_NOISE
-from jepa_audio.report.results import read_results
-from jepa_audio.report.runs import Run, Verdict, find_runs, judge_run
+from jepa_audio.report.published import PROTOCOL_NOISE, build_elsewhere
+from jepa_audio.report.results import current, read_results
+from jepa_audio.report.runs import Run, find_runs, judge_run
 
 log = logging.getLogger(__name__)
 
 # Results of a task whose figures are embedded; the files of all results are in `pictures/`.
 NUM_CLOSE_UPS = 4
-
-
-@dataclass(frozen=True)
-class RunSection:
-    """A run with its figures; `no_masks` is the reason why its masks are not drawn."""
-
-    run: Run
-    verdict: Verdict
-    curves: FigureFile
-    masks: FigureFile | None
-    no_masks: str
 
 
 def write_leaderboard(results: Path) -> Path:
@@ -73,9 +58,9 @@ def write_leaderboard(results: Path) -> Path:
         raise UserError(f"{results} holds no rows: run `jepa-audio probe` first")
     page = results.with_name("leaderboard.html")
     content = compare_results(table)
-    figures = _draw_results(table, content["results"], results.with_name("pictures"))
-    figures["close_ups"] = draw_close_ups(table)
-    write_text(page, render("page.html", content | figures))
+    figures = _draw_results(table, content["overviews"], results.with_name("pictures"))
+    close_ups = {"close_ups": draw_close_ups(table)}
+    write_text(page, render("page.html", content | figures | close_ups))
     write_text(page.with_suffix(".md"), render("leaderboard.md", content))
     log.info("the leaderboard is %s", page)
     return page
@@ -101,7 +86,7 @@ def write_report(directory: Path) -> Path:
             f"{directory} holds no runs (folders with a metrics.csv) and no probe results "
             f"(results.jsonl): give the folder above the `--run_dir` of `jepa-audio fit`"
         )
-    table, figures = read_results(files), directory / "figures"
+    table, folder = read_results(files), directory / "figures"
     close_ups = {}
     try:
         content = compare_results(table)
@@ -110,11 +95,11 @@ def write_report(directory: Path) -> Path:
         # Evidence is missing: the page shows the results without comparisons.
         content = compare_results(table, str(error))
     content |= {
-        **_draw_results(table, content["results"], figures),
+        **_draw_results(table, content["overviews"], folder),
         "close_ups": close_ups,
         "title": f"jepa-audio report: {directory.resolve().name}",
-        "runs": [_run_section(run, content["results"], figures, runs) for run in runs],
-        "overlay": _draw_overlay(runs, figures) if len(runs) > 1 else None,
+        "runs": [_run_section(run, content["results"], folder, runs) for run in runs],
+        "overlay": _save_curves(runs, folder / "curves.png", "All runs") if len(runs) > 1 else None,
     }
     page = directory / "report.html"
     write_text(page, render("page.html", content))
@@ -132,16 +117,15 @@ def compare_results(table: pd.DataFrame, no_comparisons: str = "") -> dict[str, 
     Raises:
         UserError: naming the evidence that is missing.
     """
-    results = current_results(table)
-    scores = pd.DataFrame()
-    if not no_comparisons:
-        scores = describe_encoders(compute_scores(table))
+    results = current(table)
+    scores = compute_scores(table[:0] if no_comparisons else table)
     return {
         "title": "Leaderboard of frozen encoders",
         "written": datetime.now(),
         "runs": [],
         "overlay": None,
         "results": results,
+        "overviews": build_overviews(results),
         "num_encoders": results[~results["is_baseline"]]["encoder"].nunique(),
         "num_tasks": results["task"].nunique(),
         "no_comparisons": no_comparisons,
@@ -151,43 +135,42 @@ def compare_results(table: pd.DataFrame, no_comparisons: str = "") -> dict[str, 
     }
 
 
-def _draw_results(table: pd.DataFrame, results: pd.DataFrame, folder: Path) -> dict[str, Any]:
-    """Figures of many results, with the overview of each protocol."""
-    overviews = build_overviews(results)
-    sections = []
+def _draw_results(
+    table: pd.DataFrame, overviews: list[dict[str, Any]], folder: Path
+) -> dict[str, Any]:
+    """Draw figures of many results; the `files` of an overview are added to it."""
     for overview in overviews:
-        suffix = re.sub(r"[^\w.]+", "-", f"-{overview.protocol}") if len(overviews) > 1 else ""
-        rows = overview.results["row"].tolist()
+        protocol, rows = overview["protocol"], overview["rows"]
+        suffix = re.sub(r"[^\w.]+", "-", f"-{protocol}") if len(overviews) > 1 else ""
         drawn = {"probe": draw_probe(rows, "Test scores"), "layers": draw_layers(rows, "Layers")}
-        files = [
-            save_figure(figure, folder / f"{name}{suffix}.png", f"{name}, {overview.protocol}")
+        overview["files"] = [
+            save_figure(figure, folder / f"{name}{suffix}.png", f"{name}, {protocol}")
             for name, figure in drawn.items()
         ]
-        sections.append((overview, files))
-    return {
-        "overviews": sections,
-        "conditions": draw_conditions(table, folder),
-        "num_close_ups": NUM_CLOSE_UPS,
-    }
+    return {"conditions": draw_conditions(table, folder), "num_close_ups": NUM_CLOSE_UPS}
 
 
-def _draw_overlay(runs: Sequence[Run], folder: Path) -> FigureFile:
+def _save_curves(runs: Sequence[Run], path: Path, title: str = "") -> FigureFile:
     curves = {run.label: run.curves for run in runs}
-    figure = draw_curves(curves, standard_panels(curves), "All runs")
-    return save_figure(figure, folder / "curves.png", "curves of all runs")
+    figure = draw_curves(curves, standard_panels(curves), title)
+    return save_figure(figure, path, f"curves of {title.lower() or runs[0].label}")
 
 
-def _run_section(run: Run, results: pd.DataFrame, folder: Path, runs: Sequence[Run]) -> RunSection:
-    name, curves = run.label.replace("/", "-"), {run.label: run.curves}
-    figure = draw_curves(curves, standard_panels(curves))
-    drawn = save_figure(figure, folder / f"{name}-curves.png", f"curves of {run.label}")
+def _run_section(
+    run: Run, results: pd.DataFrame, folder: Path, runs: Sequence[Run]
+) -> dict[str, Any]:
+    """A run with its figures; `no_masks` is the reason why its masks are not drawn."""
+    badges, verdict = judge_run(run, results, runs)
+    name = run.label.replace("/", "-")
+    curves = _save_curves([run], folder / f"{name}-curves.png")
     masks, no_masks = None, ""
     try:
         figure = draw_run_masks(run.folder)
         masks = save_figure(figure, folder / f"{name}-masks.png", f"masks of {run.label}")
     except UserError as error:
         no_masks = str(error)
-    return RunSection(run, judge_run(run, results, runs), drawn, masks, no_masks)
+    figures = {"curves": curves, "masks": masks, "no_masks": no_masks}
+    return {"run": run, "badges": badges, "verdict": verdict, **figures}
 
 
 def render(template: str, context: dict[str, Any]) -> str:
@@ -200,7 +183,7 @@ def render(template: str, context: dict[str, Any]) -> str:
         lstrip_blocks=True,
         finalize=_escape_bars if template.endswith(".md") else None,
     )
-    environment.filters |= {"anchor": _anchor, "variant": lambda name: variant_style(name)[1]}
+    environment.filters |= {"anchor": _anchor, "variant": lambda name: variant_style(name).label}
     environment.globals |= {"environment": describe_environment, "protocol_noise": PROTOCOL_NOISE}
     return environment.get_template(template).render(context, sections=[])
 

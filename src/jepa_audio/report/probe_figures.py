@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import cycle, product
+from typing import NamedTuple
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -12,17 +13,25 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from jepa_audio.probing.robustness import SWEEPS
-from jepa_audio.probing.rows import STATISTICS, ProbeRow
+from jepa_audio.probing.rows import RANDOM_INIT, STATISTICS, ProbeRow, SweepScores
 from jepa_audio.report import style
 
+
+class VariantStyle(NamedTuple):
+    """How a variant of an encoder is drawn, and its position in the legend."""
+
+    order: int
+    label: str
+    color: str
+
+
 VARIANTS = {
-    "statistics": ("log-mel statistics", style.PURPLE),
-    "random": ("random-init baseline", style.GREY),
-    "context": ("context encoder", style.BLUE),
-    "target": ("target encoder", style.ORANGE),
-    "function": ("function", style.GREEN),
+    STATISTICS: VariantStyle(0, "log-mel statistics", style.PURPLE),
+    RANDOM_INIT: VariantStyle(1, "random-init baseline", style.GREY),
+    "context": VariantStyle(2, "context encoder", style.BLUE),
+    "target": VariantStyle(3, "target encoder", style.ORANGE),
+    "function": VariantStyle(4, "function", style.GREEN),
 }
-"""Label and colour by variant, in drawing order."""
 HEADS = {
     "mlp": ("MLP", "o", style.SOLID),
     "logistic": ("logistic regression", "D", style.SOLID),
@@ -35,12 +44,17 @@ COMBINED = {"weighted sum": "sum", "all layers": "all"}
 """Inputs of a head other than single layers, with their labels."""
 
 
-def variant_style(variant: str) -> tuple[int, str, str]:
-    """Position in the order, label and colour; `random-3` is a random-init baseline with seed 3."""
+def variant_style(variant: str) -> VariantStyle:
+    """The style of a variant; `random-3` is a random-init baseline with seed 3."""
     kind, _, seed = variant.partition("-")
-    known = kind if kind in VARIANTS else "function"
-    label, color = VARIANTS[known]
-    return list(VARIANTS).index(known), label + (f", seed {seed}" if seed else ""), color
+    found = VARIANTS.get(kind, VARIANTS["function"])
+    return found._replace(label=f"{found.label}, seed {seed}") if seed else found
+
+
+def split_layers(layers: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names of single layers and of combinations of layers."""
+    single = [name for name in layers if name not in COMBINED]
+    return single, [name for name in layers if name in COMBINED]
 
 
 def _has_layers(row: ProbeRow) -> bool:
@@ -60,7 +74,7 @@ def draw_probe(rows: Sequence[ProbeRow], title: str = "") -> Figure:
         of_task = [row for row in rows if row.task == task]
         for row in of_task:
             y = heights[row.encoder, row.pooling, row.variant] + 0.27 * (row.head == "knn")
-            color = variant_style(row.variant)[2]
+            color = variant_style(row.variant).color
             ax.plot([row.score.low, row.score.high], [y, y], color=color, linewidth=2, alpha=0.6)
             _draw_marker(ax, row, row.value, y)
         if (chance := of_task[0].chance) is not None:
@@ -85,13 +99,13 @@ def _probe_lines(rows: Sequence[ProbeRow]) -> Iterator[tuple[str, tuple[str, ...
         if any(map(_has_layers, of_encoder)):
             yield style.shorten(encoder, 36), ()
         keys = {(row.pooling, variant_style(row.variant), row.variant) for row in of_encoder}
-        for pooling, (_, label, _), variant in sorted(keys):
+        for pooling, found, variant in sorted(keys):
             suffix = f", {pooling}" if several_poolings else ""
-            yield label + suffix, (encoder, pooling, variant)
+            yield found.label + suffix, (encoder, pooling, variant)
 
 
 def _draw_marker(ax: Axes, row: ProbeRow, x: float, y: float) -> None:
-    color, marker = variant_style(row.variant)[2], HEADS[row.head][1]
+    color, marker = variant_style(row.variant).color, HEADS[row.head][1]
     face = "white" if marker == "s" else color
     ax.plot([x], [y], marker=marker, ls="", color=color, ms=5, mfc=face, zorder=3)
 
@@ -124,61 +138,44 @@ def draw_layers(rows: Sequence[ProbeRow], title: str = "") -> Figure:
         if not task:
             ax.remove()
             continue
-        shown = [
-            row
-            for row in rows
-            if row.task == task and (not _has_layers(row) or (row.encoder, row.pooling) == encoder)
-        ]
-        for row in shown:
-            _draw_layer_scores(ax, row)
+        of_task = [row for row in rows if row.task == task]
+        own = [row for row in of_task if _has_layers(row) and (row.encoder, row.pooling) == encoder]
+        for row in of_task:
+            if not _has_layers(row):
+                dash = HEADS[row.head][2]
+                color = variant_style(row.variant).color
+                ax.axhline(row.valid, color=color, linestyle=dash, linewidth=1.4)
+        _draw_layer_scores(ax, own)
         style.title_panel(ax, style.shorten(task, 40))
-        _label_layers(ax, [row for row in shown if _has_layers(row)])
         is_first = len(encoders) > 1 and task == tasks[0]
         name = f"{style.shorten(encoder[0], 24)}\n({encoder[1]})\n" if is_first else ""
-        ax.set_ylabel(f"{name}validation {shown[0].metric}" if shown else name)
+        ax.set_ylabel(f"{name}validation {of_task[0].metric}")
         ax.set_xlabel("layer")
     styles = sorted({variant_style(row.variant) for row in rows})
-    handles: list[Artist] = [Patch(color=color, label=label) for _, label, color in styles]
+    handles: list[Artist] = [Patch(color=found.color, label=found.label) for found in styles]
     style.title_figure(figure, title, [*handles, *_head_handles(rows)])
     return figure
 
 
-def _draw_layer_scores(ax: Axes, row: ProbeRow) -> None:
-    color, dash = variant_style(row.variant)[2], HEADS[row.head][2]
-    if not _has_layers(row):
-        ax.axhline(row.valid, color=color, linestyle=dash, linewidth=1.4)
-        return
-    values = dict(zip(row.layers, row.valid_by_layer, strict=True))
-    positions = _layer_positions(row.layers)
-    single = [name for name in values if name not in COMBINED]
-    xs, ys = [positions[name] for name in single], [values[name] for name in single]
-    ax.plot(xs, ys, color=color, linestyle=dash, linewidth=1.4)
-    for name, x in positions.items():
-        if name in COMBINED:
-            ax.plot([x], [values[name]], marker="_", color=color, markersize=9)
-        if name in row.layer.split(", "):
-            _draw_marker(ax, row, x, values[name])
-
-
-def _layer_positions(layers: Sequence[str]) -> dict[str, float]:
-    """The x positions of layers in their order; combinations follow after a gap."""
-    single = [name for name in layers if name not in COMBINED]
-    combined = [name for name in layers if name in COMBINED]
-    positions = {name: float(number) for number, name in enumerate(single)}
-    return positions | {
-        name: len(single) + 0.5 + 1.5 * number for number, name in enumerate(combined)
-    }
-
-
-def _label_layers(ax: Axes, rows: Sequence[ProbeRow]) -> None:
-    """Label about five single layers and every combination."""
+def _draw_layer_scores(ax: Axes, rows: Sequence[ProbeRow]) -> None:
+    """Curves over single layers, and dashes at combinations; about five layers are labelled."""
+    for row in rows:
+        color, dash = variant_style(row.variant).color, HEADS[row.head][2]
+        values = dict(zip(row.layers, row.valid_by_layer, strict=True))
+        positions = _layer_positions(row.layers)
+        curve = [values[name] for name in split_layers(row.layers)[0]]
+        ax.plot(range(len(curve)), curve, color=color, linestyle=dash, linewidth=1.4)
+        for name, x in positions.items():
+            if name in COMBINED:
+                ax.plot([x], [values[name]], marker="_", color=color, markersize=9)
+            if name in row.layer.split(", "):
+                _draw_marker(ax, row, x, values[name])
     positions = _layer_positions(max((row.layers for row in rows), key=len, default=()))
-    single = [name for name in positions if name not in COMBINED]
+    single, combined = split_layers(list(positions))
     shown = single[:: -(-len(single) // 5) or 1]
-    if len(positions) > len(single):
+    if combined:
         # The label of the last layer would touch those of the combinations.
-        shown = [name for name in shown if name != single[-1]]
-        shown += [name for name in positions if name in COMBINED]
+        shown = [name for name in shown if name != single[-1]] + combined
     labels = [
         COMBINED.get(name, "in" if name == "input" else name.removeprefix("block "))
         for name in shown
@@ -188,56 +185,55 @@ def _label_layers(ax: Axes, rows: Sequence[ProbeRow]) -> None:
     )
 
 
+def _layer_positions(layers: Sequence[str]) -> dict[str, float]:
+    """The x positions of layers in their order; combinations follow after a gap."""
+    single, combined = split_layers(layers)
+    positions = {name: float(number) for number, name in enumerate(single)}
+    return positions | {
+        name: len(single) + 0.5 + 1.5 * number for number, name in enumerate(combined)
+    }
+
+
 def draw_robustness(rows: Sequence[ProbeRow], title: str = "") -> Figure:
     """Scores on degraded clips of one task: a panel for each condition, a curve for each encoder.
 
     All panels have one scale. Levels go from mild to strong at equal distances. A dashed line is
     the score on the clean clips.
     """
-    rows = [row for row in rows if row.robustness]
-    if not rows:
+    sweeps = [(row, row.robustness) for row in rows if row.robustness]
+    if not sweeps:
         return style.note_figure("nothing was probed on degraded clips", title)
-    conditions = list(dict.fromkeys(name for row in rows for name in row.robustness or ()))
+    conditions = list(dict.fromkeys(name for _, sweep in sweeps for name in sweep))
     figure, axes = style.small_multiples(len(conditions), 3, height=2.5, extra=0.7, share="y")
-    styles = _encoder_styles(rows)
+    looks = cycle(product("o^Dv", style.PALETTE))
+    handles: dict[str, Line2D] = {}
+    for row, sweep in sweeps:
+        label = f"{style.shorten(row.encoder, 28)}, {variant_style(row.variant).label}"
+        if label not in handles:
+            # All random-init baselines are grey.
+            is_random = row.variant.startswith(RANDOM_INIT)
+            marker, color = ("o", style.GREY) if is_random else next(looks)
+            handles[label] = style.line_handle(label, color, style.SOLID, marker)
+        for ax, condition in zip(axes, conditions, strict=True):
+            if condition in sweep:
+                _draw_sweep(ax, sweep[condition], row.value, handles[label])
     for ax, condition in zip(axes, conditions, strict=True):
-        for row in rows:
-            if row.robustness and condition in row.robustness:
-                _draw_sweep(ax, row, condition, *styles[_encoder_label(row)])
-        if (chance := rows[0].chance) is not None:
+        if (chance := sweeps[0][0].chance) is not None:
             ax.axhline(chance, color=style.INK, linewidth=1, linestyle=style.DOTTED)
         style.title_panel(ax, condition)
         unit = f"level in {SWEEPS[condition][0].unit}, " if condition in SWEEPS else ""
         ax.set_xlabel(f"{unit}from mild to strong")
     for ax in axes[::3]:
-        ax.set_ylabel(f"test {rows[0].metric}")
-    handles = [
-        style.line_handle(label, color, style.SOLID, marker)
-        for label, (color, marker) in styles.items()
-    ]
-    handles += [style.line_handle("clean", style.INK, style.DASHED), CHANCE]
-    style.title_figure(figure, title, handles)
+        ax.set_ylabel(f"test {sweeps[0][0].metric}")
+    clean = style.line_handle("clean", style.INK, style.DASHED)
+    style.title_figure(figure, title, [*handles.values(), clean, CHANCE])
     return figure
 
 
-def _draw_sweep(ax: Axes, row: ProbeRow, condition: str, color: str, marker: str) -> None:
-    levels, scores = zip(*(row.robustness or {})[condition], strict=True)
+def _draw_sweep(ax: Axes, sweep: SweepScores, clean: float, look: Line2D) -> None:
+    levels, scores = zip(*sweep, strict=True)
     positions = range(len(levels))
+    color, marker = look.get_color(), look.get_marker()
     ax.plot(positions, scores, color=color, linewidth=1.4, marker=marker, markersize=4)
-    ax.plot([0, len(levels) - 1], [row.value] * 2, color=color, ls=style.DASHED, lw=1, alpha=0.8)
+    ax.plot([0, len(levels) - 1], [clean] * 2, color=color, ls=style.DASHED, lw=1, alpha=0.8)
     ax.set_xticks(positions, [f"{level:g}" for level in levels])
-
-
-def _encoder_label(row: ProbeRow) -> str:
-    return f"{style.shorten(row.encoder, 28)}, {variant_style(row.variant)[1]}"
-
-
-def _encoder_styles(rows: Iterable[ProbeRow]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of every encoder; all random-init baselines are grey."""
-    trained = cycle(product("o^Dv", style.PALETTE))
-    styles: dict[str, tuple[str, str]] = {}
-    for row in rows:
-        if (label := _encoder_label(row)) not in styles:
-            marker, color = ("o", style.GREY) if row.is_random_init else next(trained)
-            styles[label] = color, marker
-    return styles

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -18,7 +18,6 @@ PROTOCOL_NOISE = (
     "Papers differ by 2 to 4 points on the same model under the same protocol (MERT-330M on "
     "GiantSteps: 61.7 and 65.6), so a smaller difference to a published number means nothing."
 )
-_DECIBEL = "SDR in dB"
 
 
 @cache
@@ -44,17 +43,17 @@ def _numbers(table: dict[str, Any]) -> Iterator[dict[str, Any]]:
     scale = 100 if table["unit"] == "percent" else 1
     benchmark = table.get("benchmark", "")
     for model, printed in table["models"].items():
-        for column, numbers in zip(table["columns"], printed, strict=True):
-            if numbers is None:
+        for column, number in zip(table["columns"], printed, strict=True):
+            if number is None:
                 continue
-            value, deviation = numbers if isinstance(numbers, list) else (numbers, None)
+            value, deviation = number if isinstance(number, list) else (number, math.nan)
             task, metric = (column, table["unit"]) if benchmark else column.split()
             yield {
                 "model": model,
                 "task": task,
                 "metric": metric,
                 "value": round(value / scale, 6),
-                "deviation": None if deviation is None else round(deviation / scale, 6),
+                "deviation": round(deviation / scale, 6),
                 "source": table["source"],
                 "benchmark": benchmark,
             }
@@ -66,10 +65,16 @@ def published_on(task: str) -> pd.DataFrame:
     return numbers[(numbers["benchmark"] == "") & (numbers["task"] == task)]
 
 
-def published_elsewhere() -> pd.DataFrame:
-    """The numbers on benchmarks that this package does not probe."""
+def build_elsewhere() -> dict[str, list[dict[str, Any]]]:
+    """The tables of the benchmarks that this package does not probe, by title."""
     numbers = load_published()
-    return numbers[numbers["benchmark"] != ""]
+    elsewhere = numbers[numbers["benchmark"] != ""]
+    unit = ", " + elsewhere["metric"].groupby(elsewhere["benchmark"]).transform("first")
+    titles = elsewhere["benchmark"] + unit.replace(", percent", "")
+    return {
+        str(title): published_tables(group)
+        for title, group in elsewhere.groupby(titles, sort=False)
+    }
 
 
 def position(value: float, low: float, high: float) -> str:
@@ -108,56 +113,49 @@ def why_not_comparable(
     return None
 
 
-@dataclass(frozen=True)
-class PublishedTable:
-    """The numbers of one protocol; numbers of different protocols are never in one table.
-
-    Attributes:
-        title: protocol, sources and note.
-        columns: tasks or metrics.
-        lines: by model, best first: for each column the number and its `position` ("" if none).
-    """
-
-    title: str
-    columns: list[str]
-    lines: dict[str, list[tuple[str, str]]]
-
-
 def published_tables(
-    numbers: pd.DataFrame, ours: dict[str, tuple[float, float]] | None = None
-) -> list[PublishedTable]:
-    """A table for each protocol.
+    numbers: pd.DataFrame, ours: Mapping[str, tuple[float, float]] | None = None
+) -> list[dict[str, Any]]:
+    """A table for each protocol, because numbers of different protocols are not comparable.
+
+    The columns are metrics of a task, or tasks of a benchmark; models are sorted by the first
+    column, best first.
 
     Args:
         numbers: lines of `load_published`.
-        ours: intervals of our best result by metric, if comparable.
+        ours: intervals of our best result by metric, if they are comparable with the numbers.
     """
     return [_table(group, ours or {}) for _, group in numbers.groupby("protocol", sort=False)]
 
 
-def _table(numbers: pd.DataFrame, ours: dict[str, tuple[float, float]]) -> PublishedTable:
+def _table(numbers: pd.DataFrame, ours: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
     column = numbers["task"].where(numbers["benchmark"] != "", numbers["metric"])
-    cells = [
-        (_format(line), position(line.value, *ours[line.metric]) if line.metric in ours else "")
-        for line in numbers.itertuples()
-    ]
-    numbers = numbers.assign(column=column, cell=pd.Series(cells, numbers.index))
-    numbers = numbers.drop_duplicates(["model", "column"], keep="last")
-    columns = list(dict.fromkeys(column))
-    values, shown = (
-        numbers.pivot(index="model", columns="column", values=name) for name in ("value", "cell")
-    )
-    in_order = values.loc[numbers["model"].unique(), columns[0]]
-    lines = {
-        model: [cell if isinstance(cell, tuple) else ("", "") for cell in shown.loc[model, columns]]
-        for model in in_order.sort_values(ascending=False, kind="stable").index
+    columns = column.unique().tolist()
+    models: dict[str, dict[str, Any]] = {}
+    for name, number in zip(column, numbers.itertuples(), strict=True):
+        models.setdefault(number.model, {})[name] = number
+    # Models without a number in the first column are last.
+    first_values = {
+        model: -cells[columns[0]].value if columns[0] in cells else math.inf
+        for model, cells in models.items()
     }
-    first = numbers.iloc[0]
+    lines = {
+        model: [_cell(models[model].get(name), ours) for name in columns]
+        for model in sorted(models, key=first_values.__getitem__)
+    }
     sources = ", ".join(numbers["source"].unique())
-    return PublishedTable(f"{first['protocol']} ({sources}): {first['note']}.", columns, lines)
+    title = f"{numbers['protocol'].iloc[0]} ({sources}): {numbers['note'].iloc[0]}."
+    return {"title": title, "columns": columns, "lines": lines}
 
 
-def _format(number: Any) -> str:
-    digits = 1 if number.metric == _DECIBEL else 3
-    deviation = "" if pd.isna(number.deviation) else f" ± {number.deviation:.{digits}f}"
-    return f"{number.value:.{digits}f}{deviation}"
+def _cell(number: Any, ours: Mapping[str, tuple[float, float]]) -> tuple[str, str]:
+    """The number, and its position relative to our interval; both empty if there is none."""
+    if number is None:
+        return "", ""
+    digits = 1 if number.metric == "SDR in dB" else 3
+    deviation = "" if math.isnan(number.deviation) else f" ± {number.deviation:.{digits}f}"
+    interval = ours.get(number.metric)
+    return (
+        f"{number.value:.{digits}f}{deviation}",
+        position(number.value, *interval) if interval else "",
+    )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from rich.text import Text
 
 from jepa_audio.probing.intervals import Difference
 from jepa_audio.probing.rows import (
+    RANDOM_INIT,
     STATISTICS,
     ProbeRow,
     Score,
-    SweepScores,
     read_rows,
 )
 
@@ -28,32 +28,31 @@ PROTOCOL = ["task", "preset", "select", "head", "decoder", "unit", "metric"]
 """Columns of what is scored and how."""
 RECORDS = ["split_checksum", "num_train", "num_valid", "num_test"]
 """Columns of the data."""
-_COLUMNS = [field.name for field in fields(ProbeRow)]
 
 
-def to_table(rows: Sequence[ProbeRow], folders: Sequence[Path] = ()) -> pd.DataFrame:
-    """One line for each row: its fields, the `row` itself and the `folder` of its evidence."""
-    columns: dict[str, list[Any]] = {
-        **{name: [getattr(row, name) for row in rows] for name in _COLUMNS},
-        "row": list(rows),
-        "folder": list(folders) or [Path()] * len(rows),
-    }
-    table = pd.DataFrame(
-        {name: pd.Series(column, dtype=object) for name, column in columns.items()}
+def to_table(rows: Sequence[ProbeRow], folders: Sequence[Path] | None = None) -> pd.DataFrame:
+    """One line for each row: its fields, `value` and `is_baseline`, the `row`, and its `folder`."""
+    columns = [field.name for field in fields(ProbeRow)]
+    table = pd.DataFrame([vars(row) for row in rows], columns=columns, dtype=object)
+    return table.assign(
+        decoder=[row.decoder or "" for row in rows],
+        value=[row.value for row in rows],
+        is_baseline=np.array([row.is_baseline for row in rows], bool),
+        row=rows,
+        folder=folders or [Path()] * len(rows),
     )
-    return table.assign(decoder=table["decoder"].fillna(""))
 
 
 def read_results(paths: Sequence[Path]) -> pd.DataFrame:
     """The rows of several `results.jsonl`; the file that was written last comes last.
 
     Raises:
-        UserError: if a file is missing, or naming the line that is not a row.
+        UserError: if a file is missing, or a line is not a row.
     """
     rows = {path: read_rows(path) for path in paths}
     by_time = sorted(paths, key=lambda path: path.stat().st_mtime_ns)
-    pairs = [(row, path.parent) for path in by_time for row in rows[path]]
-    return to_table([row for row, _ in pairs], [folder for _, folder in pairs])
+    folders = [path.parent for path in by_time for _ in rows[path]]
+    return to_table([row for path in by_time for row in rows[path]], folders)
 
 
 def latest(table: pd.DataFrame) -> pd.DataFrame:
@@ -68,18 +67,48 @@ def latest(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def current(table: pd.DataFrame) -> pd.DataFrame:
-    """Results of the last weights of each name on the last records, averaged over seeds."""
+    """Results of the last weights of each name on the last records, averaged over seeds.
+
+    New columns: those of `add_baselines`, and `protocol`, the preset and the epoch.
+    """
     table = latest(table)
     # There is one log-mel baseline for each sample rate.
     rate = table["encoder_hash"].where(table["variant"] == STATISTICS, "")
-    question = ["encoder", "variant", "pooling", "task", "preset", "select", "head", rate]
+    question = ["encoder", "variant", "pooling", "task", "preset", "select", "head"]
     state = table["encoder_hash"] + table["split_checksum"]
-    is_last = state == state.groupby([_column(table, key) for key in question]).transform("last")
-    return mean_over_seeds(table[is_last])
+    last = state.groupby([*(table[key] for key in question), rate]).transform("last")
+    lines = mean_over_seeds(table[state == last])
+    epoch = np.where(lines["select"] == "best", "", ", " + lines["select"] + " epoch")
+    groups = lines.groupby([*PROTOCOL, *RECORDS], sort=False).groups.values()
+    lines = pd.concat(
+        [add_baselines(lines.loc[group]) for group in groups] or [add_baselines(lines)]
+    )
+    return lines.assign(protocol=lines["preset"] + epoch[lines.index]).sort_index()
 
 
-def _column(table: pd.DataFrame, key: str | pd.Series) -> pd.Series:
-    return table[key] if isinstance(key, str) else key
+def add_baselines(lines: pd.DataFrame) -> pd.DataFrame:
+    """Add the baselines of each line of comparable results, and labels where it is below them.
+
+    New columns: `baselines`, lines by name, of "random-init" (the last result with the same encoder
+    and pooling) and "log-mel" (the best statistics); `below`, a tuple such as ("below log-mel",).
+    Baselines themselves have no baselines.
+    """
+    random_init = {
+        (line.encoder, line.pooling): line
+        for line in lines[lines["variant"] == RANDOM_INIT].itertuples()
+    }
+    statistics = lines[lines["variant"] == STATISTICS].itertuples()
+    log_mel = max(statistics, key=lambda line: line.value, default=None)
+    baselines: list[dict[str, Any]] = []
+    for line in lines.itertuples():
+        own = random_init.get((line.encoder, line.pooling))
+        found = {} if line.is_baseline else {"random-init": own, "log-mel": log_mel}
+        baselines.append({name: other for name, other in found.items() if other is not None})
+    below = [
+        tuple(f"below {name}" for name, other in found.items() if value < other.value)
+        for value, found in zip(lines["value"], baselines, strict=True)
+    ]
+    return lines.assign(baselines=baselines, below=below)
 
 
 def mean_over_seeds(table: pd.DataFrame) -> pd.DataFrame:
@@ -95,53 +124,40 @@ def mean_over_seeds(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _mean_row(rows: Sequence[ProbeRow]) -> ProbeRow:
+    first = rows[0]
     if len(rows) == 1:
-        return rows[0]
-    metrics = [name for name in rows[0].scores if all(name in row.scores for row in rows)]
-    differences = [row.against_random for row in rows if row.against_random is not None]
-    areas = pd.DataFrame([row.robustness_area for row in rows if row.robustness_area])
+        return first
+    scores = [{name: astuple(score)[:3] for name, score in row.scores.items()} for row in rows]
+    differences = [astuple(row.against_random) for row in rows if row.against_random]
+    sweeps = _mean_shared([row.robustness for row in rows if row.robustness])
+    areas = _mean_shared([row.robustness_area for row in rows if row.robustness_area])
     return replace(
-        rows[0],
+        first,
         layer=", ".join(dict.fromkeys(row.layer for row in rows)),
         valid=float(np.mean([row.valid for row in rows])),
         scores={
-            name: Score(
-                *_mean_interval([row.scores[name] for row in rows]), rows[0].scores[name].num_scored
-            )
-            for name in metrics
+            name: Score(value, low, high, first.scores[name].num_scored)
+            for name, (value, low, high) in _mean_shared(scores).items()
         },
-        against_random=Difference(*_mean_interval(differences))
+        against_random=Difference(*np.mean(differences, axis=0).tolist())
         if len(differences) == len(rows)
         else None,
-        robustness=_mean_curves([row.robustness for row in rows if row.robustness]),
-        # Only conditions that all seeds have.
-        robustness_area=areas.dropna(axis="columns").mean().to_dict() or None,
+        robustness={name: tuple(map(tuple, sweep)) for name, sweep in sweeps.items()} or None,
+        robustness_area=areas or None,
     )
 
 
-def _mean_curves(curves: Sequence[dict[str, SweepScores]]) -> dict[str, SweepScores] | None:
-    """Mean score at each level, of the conditions that all seeds have."""
-    if not curves:
-        return None
-    shared = [name for name in curves[0] if all(name in other for other in curves)]
-    means = {name: np.mean([curve[name] for curve in curves], axis=0) for name in shared}
-    return {
-        name: tuple((float(level), float(score)) for level, score in mean)
-        for name, mean in means.items()
-    } or None
-
-
-def _mean_interval(scores: Sequence[Score] | Sequence[Difference]) -> tuple[float, float, float]:
-    value, low, high = np.mean([(score.value, score.low, score.high) for score in scores], axis=0)
-    return float(value), float(low), float(high)
+def _mean_shared(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The mean of each value whose key is in all groups."""
+    shared = [key for key in groups[0] if all(key in group for group in groups)] if groups else []
+    return {key: np.mean([group[key] for group in groups], axis=0).tolist() for key in shared}
 
 
 def terminal_table(rows: Iterable[ProbeRow]) -> Table:
     """A table for each task and protocol, at most 80 columns wide."""
     layout = Table.grid()
     table = mean_over_seeds(to_table(list(rows)))
-    table["title"] = [_title(row) for row in table["row"]]
-    for title, group in table.groupby("title", sort=False):
+    for title, group in table.groupby([_title(row) for row in table["row"]], sort=False):
         columns = ("encoder", "layer", "test", "against random-init")
         section = Table(*columns, box=box.SIMPLE_HEAD, title_justify="left")
         section.title = Text(str(title), style="bold")

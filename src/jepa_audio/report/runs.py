@@ -20,6 +20,12 @@ VERDICTS = {
     "behind": "Behind its random-init baseline",
     "no significant difference": "No significant difference to its random-init baseline",
 }
+BADGES = {
+    (True, False): ("learned", "ahead"),
+    (False, True): ("worse than untrained", "behind"),
+    (True, True): ("ahead and behind", ""),
+}
+"""Text and look by whether a result is ahead of, and one behind, the random-init baseline."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +35,6 @@ class Run:
     Attributes:
         name: of the folder; the name of its encoders in probe results.
         label: path from the folder of the report.
-        folder: of the run.
-        curves: logged series by metric key.
         metric_files: one for each start of the run, in that order.
     """
 
@@ -107,26 +111,19 @@ def _read_metrics(path: Path) -> pd.DataFrame:
     return pd.DataFrame(points, columns=["step", "key", "value"])
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """The verdict on a run.
-
-    Attributes:
-        badges: (text, CSS class).
-        text: how it is known: probes, collapse monitor, losses.
-    """
-
-    badges: list[tuple[str, str]]
-    text: str
-
-
-def judge_run(run: Run, results: pd.DataFrame, runs: Sequence[Run] = ()) -> Verdict:
+def judge_run(
+    run: Run, results: pd.DataFrame, runs: Sequence[Run] = ()
+) -> tuple[list[tuple[str, str]], str]:
     """Whether the run learned, collapsed and predicts better than trivial predictors.
 
     Args:
         run: the run.
-        results: lines of `current` with the columns of `add_baselines`.
+        results: lines of `current`.
         runs: all runs; results of runs with the same name cannot be distinguished.
+
+    Returns:
+        Badges, each a text and its look ("ahead", "behind" or ""), and sentences with the reasons:
+        probes, collapse monitor, losses.
     """
     compared = results[(results["encoder"] == run.name) & results["against_random"].notna()]
     # Trained heads decide; nearest neighbours only if nothing else was probed.
@@ -138,7 +135,7 @@ def judge_run(run: Run, results: pd.DataFrame, runs: Sequence[Run] = ()) -> Verd
         difference = line.against_random
         task = line.task + (f", {line.protocol}" if several_protocols else "")
         size = f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
-        text = f"{variant_style(line.variant)[1]} on {task} ({size})"
+        text = f"{variant_style(line.variant).label} on {task} ({size})"
         found.setdefault(difference.verdict, []).append(text)
     sentences = [f"{VERDICTS[key]}: {'; '.join(found[key])}." for key in VERDICTS if key in found]
     if not found:
@@ -147,20 +144,11 @@ def judge_run(run: Run, results: pd.DataFrame, runs: Sequence[Run] = ()) -> Verd
     if namesakes and found:
         names = ", ".join(namesakes)
         sentences.append(f"These results may be of a run with the same name: {names}.")
-    num_below = sum("below log-mel" in labels for labels in compared["below"])
-    badges = [_badge(set(found))]
-    if num_below:
-        text = f"below log-mel on {num_below} of {len(compared)} results"
-        badges.append((text, "behind"))
-    return Verdict(badges, " ".join([*sentences, _collapse(run), *_losses(run)]))
-
-
-def _badge(verdicts: set[str]) -> tuple[str, str]:
-    if "ahead" in verdicts:
-        return ("ahead and behind", "") if "behind" in verdicts else ("learned", "ahead")
-    if "behind" in verdicts:
-        return "worse than untrained", "behind"
-    return ("no significant difference to untrained" if verdicts else "not probed"), ""
+    undecided = "no significant difference to untrained" if found else "not probed"
+    badges = [BADGES.get(("ahead" in found, "behind" in found), (undecided, ""))]
+    if num_below := sum("below log-mel" in labels for labels in compared["below"]):
+        badges.append((f"below log-mel on {num_below} of {len(compared)} results", "behind"))
+    return badges, " ".join([*sentences, _collapse(run), *_losses(run)])
 
 
 def _online(run: Run) -> Iterator[str]:

@@ -77,14 +77,13 @@ def title_panel(ax: Axes, text: str, handles: Sequence[Line2D] = ()) -> None:
         )
 
 
-def title_figure(figure: Figure, title: str, handles: Sequence[Artist]) -> None:
+def title_figure(figure: Figure, title: str, handles: Sequence[Artist] = ()) -> None:
     """Set the title at the left and the legend below it; long legends make the figure higher."""
     widths = [0.45 + 0.062 * len(str(handle.get_label())) for handle in handles]
-    fits = sum(widths) <= figure.get_figwidth()
-    columns = len(handles) if fits else int(figure.get_figwidth() / max(widths))
-    columns = max(1, columns)
-    more_rows = max(0, -(-len(handles) // columns) - 1)
-    figure.set_figheight(figure.get_figheight() + 0.17 * more_rows)
+    width = figure.get_figwidth()
+    columns = max(1, len(handles) if sum(widths) <= width else int(width / max(widths)))
+    rows = -(-len(handles) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.17 * max(0, rows - 1))
     figure.legend(
         handles=list(handles),
         loc="outside upper left",
@@ -98,7 +97,7 @@ def title_figure(figure: Figure, title: str, handles: Sequence[Artist]) -> None:
     )
 
 
-def line_handle(label: str, color: str, dash: Dash, marker: str = "") -> Line2D:
+def line_handle(label: str, color: str, dash: Dash = SOLID, marker: str = "") -> Line2D:
     """A line for a legend."""
     face = "white" if marker == "s" else color
     return Line2D([], [], color=color, ls=dash, lw=1.4, marker=marker, ms=5, mfc=face, label=label)
@@ -108,13 +107,12 @@ def note_figure(text: str, title: str) -> Figure:
     """A figure with a sentence, for missing data."""
     figure = new_figure(WIDTH, 0.8)
     figure.text(0.008, 0.2, text, fontsize=NORMAL, color=GREY)
-    title_figure(figure, title, [])
+    title_figure(figure, title)
     return figure
 
 
 def shorten(name: str, length: int) -> str:
     """The name without its middle if it is too long (both ends identify runs); `$` is escaped."""
-    shown = name
     if len(name) > length:
-        shown = f"{name[: length // 2]}…{name[length // 2 + 1 - length :]}"
-    return shown.replace("$", r"\$")
+        name = f"{name[: length // 2]}…{name[length // 2 + 1 - length :]}"
+    return name.replace("$", r"\$")
