@@ -17,7 +17,7 @@ from jepa_audio.probing.tasks import (
     tags,
     vocalset,
 )
-from jepa_audio.probing.tasks.base import ProbeData, Protocol, Task
+from jepa_audio.probing.tasks.base import ProbeData, Task
 from jepa_audio.probing.tasks.raw_data import DataSet
 from jepa_audio.probing.tasks.table import LabelKind, table_task
 
@@ -83,4 +83,4 @@ def load_task(name: str, roots: Sequence[Path], table_kind: LabelKind = "multicl
     raise MissingFileError("; ".join(missing))
 
 
-__all__ = ["DATA_SETS", "TASKS", "DataSet", "ProbeData", "Protocol", "Task", "load_task"]
+__all__ = ["DATA_SETS", "TASKS", "ProbeData", "Task", "load_task"]

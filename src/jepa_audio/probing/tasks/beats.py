@@ -208,7 +208,7 @@ GTZAN_BEAT = Task(
         PooledF1("downbeat_f1_pooled", DOWNBEAT_COLUMNS),
     ),
     {
-        # Excerpts are a little longer than 30 s: the rest is mostly too short for a window.
+        # Excerpts have different lengths: the rest after 30 s is mostly too short for a window.
         "marble-v1": Protocol(Windows(10.0, min_ratio=0.05), plateau_patience=6),
         "marble-v2": Protocol(
             Windows(10.0, min_ratio=0.8), max_epochs=50, stop_patience=10, learning_rates=(1e-3,)

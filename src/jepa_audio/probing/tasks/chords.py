@@ -39,9 +39,9 @@ _OVERLAP_SECONDS = 1e-3
 class Chords(FrameLabels):
     """One of `CHORDS`, of records with a list of `{"start_time", "end_time", "chord_str"}`.
 
-    The class of a chord is its major triad, or else its minor triad, or no-chord. Other chords and
-    moments without annotation are `UNKNOWN`. A frame covers half a step on both sides of its
-    centre.
+    The class of a chord is the major triad that it contains, or else the minor triad that it
+    contains. No-chord is a class. Other chords and moments without annotation are `UNKNOWN`. A
+    frame covers half a step on both sides of its centre.
     """
 
     kind = "class"

@@ -14,11 +14,11 @@ from jepa_audio.probing.tasks.labels import Regression
 from jepa_audio.probing.tasks.raw_data import (
     DataSet,
     Example,
-    Row,
+    TableRow,
     audio_files,
     find_path,
     hash_modulo,
-    read_rows,
+    read_table,
 )
 
 _SET = "Mediaeval 2013 set"
@@ -38,10 +38,10 @@ def read(raw: Path) -> dict[str, list[Example]]:
         for name in ("songs_info.csv", "static_annotations.csv")
     )
     columns = ("song_id", "Artist", _SET)
-    rows = {row.whole_number("song_id"): row for row in read_rows(info, columns, errors="replace")}
+    rows = {row.whole_number("song_id"): row for row in read_table(info, columns, errors="replace")}
     splits = {song: _split(row) for song, row in rows.items()}
     values = {}
-    for row in read_rows(annotations, ("song_id", *_QUANTITIES)):
+    for row in read_table(annotations, ("song_id", *_QUANTITIES)):
         song = row.whole_number("song_id")
         if song not in splits:
             raise UserError(f"{row.where}: song {song} has no line in {info}")
@@ -64,7 +64,7 @@ def read(raw: Path) -> dict[str, list[Example]]:
     return {"EMO/EMO": examples}
 
 
-def _split(row: Row) -> str:
+def _split(row: TableRow) -> str:
     if row[_SET] not in ("development", "evaluation"):
         raise row.error(_SET, "must be development or evaluation")
     if row[_SET] == "evaluation":

@@ -18,7 +18,7 @@ from jepa_audio.probing.tasks.raw_data import (
     audio_files,
     find_path,
     hash_modulo,
-    read_rows,
+    read_table,
 )
 
 TEST_FOLDER = "giantsteps-key-dataset"
@@ -44,8 +44,8 @@ def split_by_artist(artists: Mapping[int, str]) -> dict[int, str]:
     """Assign every song to train or val, as in MARBLE's first version.
 
     An artist is in train if the sha1 checksum of the name in lower case, modulo 116, is below 100,
-    else in val. Then two passes over the songs move all artists of a song with an artist in val to
-    val. About 80 % of the songs remain in train.
+    else in val. Then two passes over the songs, in their order, move all artists of a song with an
+    artist in val to val. About 80 % of the songs remain in train.
 
     Args:
         artists: artists of every song, separated by commas.
@@ -66,10 +66,10 @@ def _train_examples(raw: Path) -> Iterator[Example]:
     folder = _find_folder(raw, TRAIN_FOLDER)
     metadata = folder / "annotations" / "beatport_metadata.txt"
     annotations = folder / "annotations" / "annotations.txt"
-    songs = read_rows(metadata, ("ID", "ARTIST"), "\t", errors="replace", ragged=True)
+    songs = read_table(metadata, ("ID", "ARTIST"), "\t", errors="replace", ragged=True)
     splits = split_by_artist({row.whole_number("ID"): row["ARTIST"] for row in songs})
     audio = _audio_by_song(folder)
-    for row in read_rows(annotations, ("ID", "MANUAL KEY", "C"), "\t", ragged=True):
+    for row in read_table(annotations, ("ID", "MANUAL KEY", "C"), "\t", ragged=True):
         if row["C"] != _MAX_CONFIDENCE or "/" in row["MANUAL KEY"]:
             continue
         song = row.whole_number("ID")

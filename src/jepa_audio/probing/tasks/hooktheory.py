@@ -1,8 +1,8 @@
 """HookTheory (Donahue et al., 2022, arXiv:2212.01884): key and section of clips of pop songs.
 
 The annotated clips are called hooks. Each hook is scored separately, also if several are from one
-song (`ori_uid`). MARBLE averages the predicted keys over a song and uses the label of its first
-hook. The audio files of MARBLE's records are hooks: the position of a hook in its song
+song (`ori_uid`). MARBLE averages the outputs of its key heads over a song and uses the label of the
+first hook. The audio files of MARBLE's records are hooks: the position of a hook in its song
 (`segment_start`, `segment_end`) is not read.
 """
 
@@ -41,12 +41,8 @@ _KEY = re.compile(f"({'|'.join(TONICS)}) [A-Za-z]+")
 def _label_classes(split: Split, class_of: Callable[[Item], str | None]) -> Split:
     """Replace every label by its class. Items without a class are left out, with a warning."""
     _check_uids_unique(split)
-    classes = [class_of(item) for item in split.items]
-    items = tuple(
-        replace(item, label=name)
-        for item, name in zip(split.items, classes, strict=True)
-        if name is not None
-    )
+    labelled = ((item, class_of(item)) for item in split.items)
+    items = tuple(replace(item, label=name) for item, name in labelled if name is not None)
     file = split.items[0].where.rpartition(",")[0]
     if not items:
         raise UserError(f"{file}: no record has a label that is a class of the task")

@@ -76,7 +76,7 @@ def hash_modulo(text: str, modulus: int, algorithm: str = "sha256") -> int:
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One row of an annotation table.
 
     Attributes:
@@ -117,13 +117,13 @@ class Row:
         return value
 
 
-def read_rows(
+def read_table(
     path: Path,
     columns: Sequence[str],
     delimiter: str = ",",
     errors: str = "strict",
     ragged: bool = False,
-) -> Iterator[Row]:
+) -> Iterator[TableRow]:
     """Yield the rows of a table with a header.
 
     Args:
@@ -150,7 +150,7 @@ def read_rows(
         if not ragged and (None in cells or None in cells.values()):
             raise UserError(f"{where}: must have {len(names)} cells, as the header has")
         texts = ((cells[name] or "").strip() for name in header)
-        yield Row(where, dict(zip(names, texts, strict=True)))
+        yield TableRow(where, dict(zip(names, texts, strict=True)))
         is_empty = False
     if is_empty:
         raise UserError(f"{path} has no rows")

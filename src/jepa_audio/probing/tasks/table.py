@@ -13,7 +13,7 @@ from jepa_audio.errors import UserError
 from jepa_audio.probing.metrics import R2, TAG_METRICS, Accuracy, Metric
 from jepa_audio.probing.tasks.base import ProbeData, Protocol, Task, Windows
 from jepa_audio.probing.tasks.labels import Labels, Multiclass, Multilabel, Regression
-from jepa_audio.probing.tasks.raw_data import Row, find_column, read_rows
+from jepa_audio.probing.tasks.raw_data import TableRow, find_column, read_table
 from jepa_audio.probing.tasks.records import SPLITS, Record, split_of
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ LabelKind = Literal["multiclass", "multilabel", "regression"]
 _PATHS = ("path", "file", "audio_path", "filename", "file_name")
 _SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _LABELS = {"multiclass": ("label",), "multilabel": ("tags", "label"), "regression": ("label",)}
-_PARSERS: dict[str, Callable[[Row, Sequence[str]], object]] = {
+_PARSERS: dict[str, Callable[[TableRow, Sequence[str]], object]] = {
     "multiclass": lambda row, columns: row.text(columns[0]),
     "multilabel": lambda row, columns: _tags(row[columns[0]]),
     "regression": lambda row, columns: [row.number(column) for column in columns],
@@ -55,7 +55,7 @@ def table_task(
         MissingFileError: if the table or an audio file is missing; names the line.
         UserError: for a wrong row; names file, line, column and value.
     """
-    rows = list(read_rows(path, columns, "," if path.suffix.lower() == ".csv" else "\t"))
+    rows = list(read_table(path, columns, "," if path.suffix.lower() == ".csv" else "\t"))
     if len(columns) > 1 and kind != "regression":
         raise UserError(
             f"`columns` has {len(columns)} columns ({', '.join(columns)}); only a regression may "
@@ -82,7 +82,7 @@ def table_task(
     return ProbeData.of(task, [split_of(records[split], path.parent) for split in SPLITS])
 
 
-def _split(row: Row, group: str) -> str:
+def _split(row: TableRow, group: str) -> str:
     if "split" in row.cells:
         name = row["split"].lower()
         if name not in _SPLIT_NAMES:
@@ -98,11 +98,11 @@ def _tags(cell: str) -> list[str]:
 
 
 def _check_splits(
-    path: Path, rows: Sequence[Row], splits: Sequence[str], file: str, group: str
+    path: Path, rows: Sequence[TableRow], splits: Sequence[str], file: str, group: str
 ) -> None:
     """Refuse a file in two splits. Warn of a group in two splits, which a user may want."""
     for column in (file, group):
-        first: dict[str, tuple[Row, str]] = {}
+        first: dict[str, tuple[TableRow, str]] = {}
         repeated = {}
         for row, split in zip(rows, splits, strict=True):
             other, other_split = first.setdefault(row[column], (row, split))

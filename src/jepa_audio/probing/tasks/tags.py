@@ -13,7 +13,7 @@ from jepa_audio.errors import UserError
 from jepa_audio.probing.metrics import TAG_METRICS
 from jepa_audio.probing.tasks.base import Protocol, Task, Windows
 from jepa_audio.probing.tasks.labels import Multilabel
-from jepa_audio.probing.tasks.raw_data import DataSet, Example, Row, find_path, read_rows
+from jepa_audio.probing.tasks.raw_data import DataSet, Example, TableRow, find_path, read_table
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def read_mtt(raw: Path) -> dict[str, list[Example]]:
     are kept: heads should predict no tag. Empty files are left out; the archive has three.
     """
     table = find_path(raw, ("annotations_final.csv",), _MTT_REMEDY)
-    clips = [(row, _tags(row)) for row in read_rows(table, _MTT_COLUMNS, "\t")]
+    clips = [(row, _tags(row)) for row in read_table(table, _MTT_COLUMNS, "\t")]
     count = Counter(tag for _, tags in clips for tag in tags)
     columns = [column for column in clips[0][0].cells if column not in _MTT_COLUMNS]
     most_frequent = sorted(columns, key=lambda tag: -count[tag])[:NUM_TAGS]  # the sort is stable
@@ -69,7 +69,7 @@ def read_mtt(raw: Path) -> dict[str, list[Example]]:
     return {"MTT/MTT": examples}
 
 
-def _tags(row: Row) -> set[str]:
+def _tags(row: TableRow) -> set[str]:
     columns = [column for column in row.cells if column not in _MTT_COLUMNS]
     for column in columns:
         if row[column] not in ("0", "1"):
@@ -77,7 +77,7 @@ def _tags(row: Row) -> set[str]:
     return {column for column in columns if row[column] == "1"}
 
 
-def _split(row: Row) -> str:
+def _split(row: TableRow) -> str:
     folder, _, name = row["mp3_path"].partition("/")
     if folder not in _MTT_SPLITS or not name:
         raise row.error("mp3_path", "must be a file in one of the folders 0 to f")
