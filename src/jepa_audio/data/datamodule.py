@@ -36,12 +36,7 @@ from jepa_audio.data.loading.order import (
     evaluation_batches,
 )
 from jepa_audio.data.loading.workers import worker_arguments
-from jepa_audio.data.scenes.scenes import (
-    SceneBatch,
-    SceneDataset,
-    SceneSettings,
-    prepare_scenes,
-)
+from jepa_audio.data.scenes.scenes import SceneBatch, SceneDataset, SceneSettings, prepare_scenes
 from jepa_audio.errors import UserError, check_bounds
 from jepa_audio.parallel import num_cores
 from jepa_audio.steps.grid import AudioBatch

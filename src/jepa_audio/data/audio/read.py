@@ -47,14 +47,7 @@ _MP3_WARM_UP = 16 * 1152
 
 @dataclass(frozen=True)
 class TarMember:
-    """An audio file inside an uncompressed tar; `read` reads this file without extraction.
-
-    Attributes:
-        path: path of the tar.
-        name: name of the audio file in the tar.
-        offset: first byte of the audio file in the tar.
-        num_bytes: size of the audio file.
-    """
+    """An audio file inside an uncompressed tar; `read` reads this file without extraction."""
 
     path: Path
     name: str
@@ -66,7 +59,6 @@ class TarMember:
 
 
 AudioLocation = Path | TarMember
-"""Location of an audio file."""
 
 
 def audio_location(path: Path, member: str, offset: int, num_bytes: int) -> AudioLocation:
@@ -155,11 +147,9 @@ def inspect(audio: AudioLocation) -> AudioInfo:
             if len(block) < _BLOCK_FRAMES:
                 break
         expected = _frames_in_header(file)
-        if count == 0:
-            reason = f"no sample could be decoded, the header gives {file.frames} frames"
-            raise AudioReadError(audio, reason)
-        if count < expected and file.format != "MP3":
-            reason = f"truncated: the header gives {expected} frames, {count} could be decoded"
+        if count == 0 or (count < expected and file.format != "MP3"):
+            problem = "truncated" if count else "no sample could be decoded"
+            reason = f"{problem}: the header gives {expected} frames, {count} could be decoded"
             raise AudioReadError(audio, reason)
         rms = math.sqrt(energy / (count * file.channels))
         return AudioInfo(count, file.samplerate, file.channels, peak, rms)
@@ -210,14 +200,12 @@ def _open_audio(audio: AudioLocation) -> Iterator[sf.SoundFile]:
 
 def _cannot_open(audio: AudioLocation, error: Exception) -> AudioReadError:
     # If a reason begins with "cannot be opened", `index_corpus` decodes the file again next time.
-    reason = f"cannot be opened: {getattr(error, 'strerror', None) or error}"
-    return AudioReadError(audio, reason)
+    return AudioReadError(audio, f"cannot be opened: {getattr(error, 'strerror', None) or error}")
 
 
 def _check_header(audio: AudioLocation, file: sf.SoundFile, num_bytes: int) -> None:
     """Refuse a corrupt header before its values are used to allocate memory."""
     hours = file.frames / max(file.samplerate, 1) / 3600
-    reason = ""
     if file.samplerate not in _SAMPLE_RATES:
         reason = f"implausible sample rate: {file.samplerate} Hz, expected 1 kHz to 1 MHz"
     elif file.channels > _MAX_CHANNELS:
@@ -226,8 +214,9 @@ def _check_header(audio: AudioLocation, file: sf.SoundFile, num_bytes: int) -> N
         reason = f"too long: the header gives {hours:.3g} hours, at most {_MAX_HOURS} are allowed"
     elif file.frames > _MAX_FRAMES_PER_BYTE * num_bytes:
         reason = f"implausible header: {file.frames} frames in {num_bytes} bytes"
-    if reason:
-        raise AudioReadError(audio, reason)
+    else:
+        return
+    raise AudioReadError(audio, reason)
 
 
 def _frames_in_header(file: sf.SoundFile) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
@@ -51,25 +50,10 @@ def resampled_length(num_frames: int, from_rate: int, to_rate: int) -> int:
     return -(-num_frames * ratio.denominator // ratio.numerator)
 
 
-@dataclass(frozen=True)
-class SourceSlice:
-    """The frames of a file that are needed to compute a slice of the resampled file.
-
-    Attributes:
-        start: first frame to read.
-        num_frames: frames to read.
-        skip: resampled samples to drop at the start.
-    """
-
-    start: int
-    num_frames: int
-    skip: int
-
-
 def source_slice(
     start: int, num_samples: int, num_frames: int, from_rate: int, to_rate: int
-) -> SourceSlice:
-    """Frames to read for the samples `start` to `start + num_samples` of the resampled file.
+) -> tuple[int, int, int]:
+    """Frames of a file that are needed for a slice of the resampled file.
 
     The frames begin at a period of the polyphase filter, and include the width of the filter on
     both sides. The resampled slice therefore equals the same slice of the resampled complete file.
@@ -80,15 +64,18 @@ def source_slice(
         num_frames: length of the file, at `from_rate`.
         from_rate: sample rate of the file, in Hz.
         to_rate: sample rate of the resampled file, in Hz.
+
+    Returns:
+        First frame to read, number of frames, and number of resampled samples to drop at the start.
     """
     ratio = rate_ratio(from_rate, to_rate)
     if ratio == 1:
-        return SourceSlice(start, min(num_samples, num_frames - start), 0)
+        return start, min(num_samples, num_frames - start), 0
     margin = _resampler(ratio).width + ratio.numerator
     first = max(int(start * ratio) - margin, 0) // ratio.numerator
     begin = first * ratio.numerator
     end = min(int((start + num_samples) * ratio) + margin, num_frames)
-    return SourceSlice(begin, end - begin, start - first * ratio.denominator)
+    return begin, end - begin, start - first * ratio.denominator
 
 
 @lru_cache(maxsize=64)

@@ -97,8 +97,10 @@ class IndexedFile(NamedTuple):
             AudioReadError: if the file cannot be read, or has another size, sample rate or number
                 of channels than in the table.
         """
-        source = source_slice(start, num_samples, self.num_frames, self.sample_rate, sample_rate)
-        samples, rate = read(self.audio, source.start, source.num_frames)
+        begin, num_frames, skip = source_slice(
+            start, num_samples, self.num_frames, self.sample_rate, sample_rate
+        )
+        samples, rate = read(self.audio, begin, num_frames)
         # For a tar member, `read` has already compared this size with the header in the tar.
         if isinstance(self.audio, Path) and self.audio.stat().st_size != self.num_bytes:
             raise AudioReadError(self.audio, "changed since it was indexed: other size")
@@ -110,8 +112,7 @@ class IndexedFile(NamedTuple):
             waveform = waveform.mean(0, keepdim=True)
         elif isinstance(channel, int):
             waveform = waveform[channel : channel + 1]
-        resampled = resample(waveform, rate, sample_rate)
-        return resampled[:, source.skip : source.skip + num_samples]
+        return resample(waveform, rate, sample_rate)[:, skip : skip + num_samples]
 
 
 @dataclass(frozen=True)

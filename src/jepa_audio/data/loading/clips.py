@@ -158,11 +158,7 @@ class ClipDataset(Dataset[WithBadReads[Sample]], ABC, Generic[Sample, Batch]):
 
     @abstractmethod
     def draw_sample(
-        self,
-        file: IndexedFile,
-        position: int,
-        rng: np.random.Generator,
-        bad_reads: list[BadRead],
+        self, file: IndexedFile, position: int, rng: np.random.Generator, bad_reads: list[BadRead]
     ) -> Sample:
         """Draw a sample of a file; append other files that could not be read to `bad_reads`.
 
@@ -235,11 +231,7 @@ class CropDataset(ClipDataset[Crops, AudioBatch]):
 
     @override
     def draw_sample(
-        self,
-        file: IndexedFile,
-        position: int,
-        rng: np.random.Generator,
-        bad_reads: list[BadRead],
+        self, file: IndexedFile, position: int, rng: np.random.Generator, bad_reads: list[BadRead]
     ) -> Crops:
         size, count = self.settings.crop_samples, self.settings.crops_per_clip
         if self.settings.clip_samples is None:

@@ -231,11 +231,7 @@ class SceneDataset(ClipDataset[SceneSample, SceneBatch]):
 
     @override
     def draw_sample(
-        self,
-        file: IndexedFile,
-        position: int,
-        rng: np.random.Generator,
-        bad_reads: list[BadRead],
+        self, file: IndexedFile, position: int, rng: np.random.Generator, bad_reads: list[BadRead]
     ) -> SceneSample:
         clip = self.read_clip(file, self.clip_samples, rng)
         starts = self.draw_starts(
