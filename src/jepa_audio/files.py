@@ -1,4 +1,8 @@
-"""Atomic writes, and readers of JSON and CSV whose errors name the file and the line."""
+"""Atomic writes, and readers of JSON and CSV whose errors name the file and the line.
+
+All readers raise `MissingFileError` if the file does not exist, and `UserError` if it cannot be
+read or has another format.
+"""
 
 from __future__ import annotations
 
@@ -45,12 +49,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        MissingFileError: if the file does not exist.
-        UserError: if the file is unreadable or not JSON.
-    """
+    """Read a JSON file."""
     try:
         return json.loads(path.read_bytes())
     except OSError as error:
@@ -75,12 +74,7 @@ def parse_json_object(text: str | bytes) -> dict[str, Any]:
 
 
 def scan_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | UserError]]:
-    """Yield (line number from 1, object or error) for every non-empty line of a JSON Lines file.
-
-    Raises:
-        MissingFileError: if the file does not exist.
-        UserError: if the file is unreadable.
-    """
+    """Yield (line number from 1, object or error) for every non-empty line of a JSON Lines file."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -94,12 +88,7 @@ def scan_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | UserError]]:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number from 1, object) for every non-empty line of a JSON Lines file.
-
-    Raises:
-        MissingFileError: if the file does not exist.
-        UserError: if the file is unreadable, or a line is not a JSON object.
-    """
+    """Yield (line number from 1, object) for every non-empty line of a JSON Lines file."""
     for number, record in scan_jsonl(path):
         if isinstance(record, UserError):
             raise UserError(f"{path}, line {number}: {record}")
@@ -112,13 +101,9 @@ def read_csv(
     """Return the column names of a CSV file and an iterator of (line number, row).
 
     Args:
-        path: file in UTF-8, with or without a byte order mark.
+        path: file in UTF-8, with or without a byte order mark; the iterator can raise errors too.
         errors: how to decode bytes that are not UTF-8; see `open`.
         delimiter: separator of columns; `None` for a tab in `.tsv` files and a comma in others.
-
-    Raises:
-        MissingFileError: if the file does not exist.
-        UserError: if the file is unreadable, not UTF-8 or not CSV; the iterator can raise this too.
     """
     separator = delimiter or ("\t" if path.suffix.lower() == ".tsv" else ",")
 

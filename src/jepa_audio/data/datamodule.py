@@ -54,16 +54,16 @@ class AudioDataModule(LightningDataModule):
             one corpus. A mapping from sources to weights is a mixture: the weights, not the numbers
             of files, determine the share of clips from each source.
         sample_rate: sample rate of the crops in Hz; files of other rates are resampled.
-        crop_seconds: length of a crop.
-        num_channels: channels of the crops; for more than one see `mono`.
-        mono: "mean", "first" or "random" channel of a file, or "keep" for files of `num_channels`
-            channels.
-        crops_per_clip: crops of one file in the same batch.
-        clip_seconds: length of the part of a file that its crops come from; `None` for the whole
-            file.
-        loudness_dbfs: RMS level of all clips after scaling; `None` keeps the level.
-        mask_padding: a file shorter than a crop is padded with zeros; True hides the padding from
-            the model, False presents it as silence.
+        crop_seconds: length of a crop; a shorter file is padded with zeros at its end.
+        num_channels: channels of the crops; more than 1 requires `mono: keep`.
+        mono: "mean" averages the channels of a file, "first" takes the first one, "random" takes a
+            random one, "keep" keeps all and skips files without exactly `num_channels` channels.
+        crops_per_clip: crops of one clip in the same batch.
+        clip_seconds: length of the clip that the crops of a file come from (WavJEPA: 10 s); `None`
+            for the whole file. WavJEPA pads shorter files to this length; here they are not padded,
+            because some crops would then be silent.
+        loudness_dbfs: RMS level of all clips after scaling (WavJEPA: -14); `None` keeps the level.
+        mask_padding: True hides the padding of crops from the model, False presents it as silence.
         scenes: rooms and noise in which the clips are placed; `None` uses the clips alone.
         batch_size: clips in the micro-batch of one process; it has `batch_size * crops_per_clip`
             rows.

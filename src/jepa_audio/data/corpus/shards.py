@@ -10,6 +10,7 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -31,7 +32,7 @@ from jepa_audio.data.corpus.table import (
     default_table_path,
 )
 from jepa_audio.data.corpus.tars import list_tar_members
-from jepa_audio.errors import UserError
+from jepa_audio.errors import UserError, check_bounds
 from jepa_audio.files import atomic_path, write_text
 from jepa_audio.parallel import map_threads, progress_bar
 
@@ -69,10 +70,8 @@ class Packing:
     def __post_init__(self) -> None:
         if self.bits not in (16, 24):
             raise UserError(f"`bits` ({self.bits}) must be 16 or 24")
-        if self.shard_mb < 1:
-            raise UserError(f"`shard_mb` ({self.shard_mb}) must be >= 1")
-        if self.sample_rate is not None and self.sample_rate < 1000:
-            raise UserError(f"`sample_rate` ({self.sample_rate}) must be >= 1000")
+        check_bounds(self, 1, inf, "shard_mb")
+        check_bounds(self, 1000, inf, "sample_rate")
 
 
 def write_shards(corpus: Corpus, directory: Path, packing: Packing, num_workers: int = 2) -> Corpus:
@@ -273,7 +272,7 @@ def _encode_scaled(
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    # No owner and no time are written: the same corpus then gives the same bytes.
+    # Without owner and time, the same corpus gives the same bytes.
     info = tarfile.TarInfo(name)
     info.size = len(content)
     archive.addfile(info, io.BytesIO(content))

@@ -50,7 +50,7 @@ NO_LABELS = FileLabels()
 
 
 class DiscoveredFile(NamedTuple):
-    """A file that is not decoded yet: the columns of `SCHEMA` that are known without decoding.
+    """The columns of `SCHEMA` that are known before a file is decoded.
 
     `reason` is set if the file cannot be used. Unknown sizes are -1, unknown labels "".
     """
@@ -166,9 +166,8 @@ def _discover_in(path: Path, root: Path) -> Iterator[DiscoveredFile]:
         yield _discovered_file(str(path), root)
     else:
         known = ", ".join(sorted(AUDIO_SUFFIXES | MANIFEST_SUFFIXES | {TAR_SUFFIX}))
-        raise CorpusError(
-            f"{path} is not an audio source; use a folder, {NSYNTH_MANIFEST} or one of {known}"
-        )
+        advice = f"use a folder, {NSYNTH_MANIFEST} or one of {known}"
+        raise CorpusError(f"{path} is not an audio source; {advice}")
 
 
 def _discovered_file(path: str, root: Path, labels: FileLabels = NO_LABELS) -> DiscoveredFile:
@@ -214,9 +213,8 @@ def _discover_in_folder(folder: Path, root: Path) -> Iterator[DiscoveredFile]:
 
 def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
     def refuse(error: OSError) -> None:
-        raise CorpusError(
-            f"the folder {error.filename} cannot be read: {error.strerror}"
-        ) from error
+        message = f"the folder {error.filename} cannot be read: {error.strerror}"
+        raise CorpusError(message) from error
 
     visited = set()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
@@ -244,8 +242,8 @@ def _discover_in_manifest(manifest: Path, root: Path) -> Iterator[DiscoveredFile
             column = column or _path_column(manifest, record)
             path = record.get(column)
             if isinstance(path, str) and path:
-                path = os.path.join(manifest.parent, path)
-                yield _discovered_file(path, root, parse_labels(record))
+                labels = parse_labels(record)
+                yield _discovered_file(os.path.join(manifest.parent, path), root, labels)
                 continue
             reason = f"no {column!r} in this line"
         entry = _discovered_file(str(manifest), root)
@@ -255,13 +253,11 @@ def _discover_in_manifest(manifest: Path, root: Path) -> Iterator[DiscoveredFile
 
 
 def _path_column(manifest: Path, record: Mapping[str, Any]) -> str:
-    column = next((name for name in _PATH_COLUMNS if name in record), None)
-    if column is None:
-        raise CorpusError(
-            f"{manifest} has no column for the audio file; rename one of {list(record)} to "
-            f"{_PATH_COLUMNS[0]!r}"
-        )
-    return column
+    for column in _PATH_COLUMNS:
+        if column in record:
+            return column
+    remedy = f"rename one of {list(record)} to {_PATH_COLUMNS[0]!r}"
+    raise CorpusError(f"{manifest} has no column for the audio file; {remedy}")
 
 
 def _discover_in_nsynth(manifest: Path, root: Path) -> Iterator[DiscoveredFile]:

@@ -51,21 +51,16 @@ def verify_corpus(corpus: Corpus, num_workers: int = 2) -> list[tuple[str, str]]
     usable = corpus.usable()
     sources = pc.unique(usable.table["source"]).to_pylist()
     shards = sorted(corpus.root / source for source in sources if source.endswith(TAR_SUFFIX))
-    problems = [(str(path), problem) for path in shards if (problem := _shard_problem(path))]
-
-    def compare(row: dict[str, Any]) -> str:
-        file = DiscoveredFile(**{name: row[name] for name in DiscoveredFile._fields})
-        return _file_problem(row, index_file(corpus.root, file))
-
+    problems = [(str(path), _shard_problem(path)) for path in shards]
     rows = (row for batch in usable.table.to_batches(1024) for row in batch.to_pylist())
-    compared = zip(usable.names.to_pylist(), map_threads(compare, rows, num_workers), strict=True)
-    for name, problem in track_progress(compared, "Verifying", len(usable)):
-        if problem:
-            problems.append((name, problem))
-    return problems
+    found = map_threads(lambda row: _file_problem(corpus.root, row), rows, num_workers)
+    found = track_progress(found, "Verifying", len(usable))
+    problems += zip(usable.names.to_pylist(), found, strict=True)
+    return [(name, problem) for name, problem in problems if problem]
 
 
-def _file_problem(old: dict[str, Any], new: dict[str, Any]) -> str:
+def _file_problem(root: Path, old: dict[str, Any]) -> str:
+    new = index_file(root, DiscoveredFile(**{name: old[name] for name in DiscoveredFile._fields}))
     if new["status"] != "ok":
         return new["reason"]
     for name in _COMPARED:
@@ -86,15 +81,12 @@ def _shard_problem(path: Path) -> str:
 
 def _properties(usable: Corpus) -> Table:
     grid = Table(box=None, show_header=False, pad_edge=False)
-    for title, column, unit in (
-        ("rates", "sample_rate", " Hz"),
-        ("channels", "num_channels", ""),
-        ("splits", "split", ""),
-    ):
+    columns = {"rates": "sample_rate", "channels": "num_channels", "splits": "split"}
+    for title, column in columns.items():
         counts = usable.table[column].value_counts().to_pylist()
         pairs = sorted((count["values"], count["counts"]) for count in counts)
-        cells = (f"{value or 'none'}{unit}: {count}" for value, count in pairs)
-        grid.add_row(title, ", ".join(cells))
+        unit = " Hz" if title == "rates" else ""
+        grid.add_row(title, ", ".join(f"{value or 'none'}{unit}: {n}" for value, n in pairs))
     groups = pc.unique(usable.table["group"]).to_pylist()
     grid.add_row("groups", str(len(set(groups) - {""}) or "none"))
     return grid
@@ -115,10 +107,8 @@ def _worst_files(usable: Corpus) -> Table:
     table = Table("", "file", "", title="worst usable files", title_justify="left", box=None)
     levels = 20 * np.log10(np.maximum(usable.table["rms"].to_numpy(), 1e-10))
     names = usable.names
-    for title, values, form in (
-        ("shortest", usable.seconds, "{:.3f} s"),
-        ("quietest", levels, "{:.0f} dBFS"),
-    ):
+    properties = ("shortest", usable.seconds, "{:.3f} s"), ("quietest", levels, "{:.0f} dBFS")
+    for title, values, form in properties:
         for row in np.argsort(values)[:_NUM_WORST].tolist():
             table.add_row(title, escape(names[row].as_py()), form.format(values[row]))
     num_clipped = int((usable.table["peak"].to_numpy() >= _FULL_SCALE).sum())

@@ -33,21 +33,10 @@ _SILENCE_RMS = 1e-5
 
 @dataclass(frozen=True)
 class ClipSettings:
-    """How clips are read from files, and crops are cut from clips.
+    """How clips are read from files, and crops are cut from clips; see `AudioDataModule`.
 
-    Attributes:
-        sample_rate: in Hz; files of other rates are resampled.
-        crop_seconds: length of a crop; a shorter file is padded with zeros at its end.
-        num_channels: channels of a clip; more than 1 requires `mono="keep"` and files with exactly
-            this number of channels.
-        mono: "mean" averages the channels of a file, "first" takes the first one, "random" takes
-            a random one, "keep" keeps all.
-        clip_seconds: length of a clip (WavJEPA: 10 s); `None` uses the whole file. WavJEPA pads
-            shorter files to this length before it cuts crops; here they are not padded, because
-            some crops would then be silent.
-        loudness_dbfs: RMS level of a clip after scaling (WavJEPA: -14); `None` keeps the level.
-            A whole file is scaled by the RMS over all its channels, which is in the table.
-        mask_padding: batches of crops have the number of samples of each crop without padding.
+    A crop of a whole file is scaled by the RMS over all channels of the file, which is in the
+    table; a crop of a clip by the RMS of the clip.
 
     Raises:
         UserError: if a value is out of range or contradicts another one.

@@ -75,9 +75,8 @@ class SceneSettings:
     def __post_init__(self) -> None:
         low, high = self.diffuse_sources
         if not 1 <= low <= high:
-            raise UserError(
-                f"`diffuse_sources` {self.diffuse_sources} must be [smallest, largest], both >= 1"
-            )
+            bounds = "[smallest, largest], both >= 1"
+            raise UserError(f"`diffuse_sources` {self.diffuse_sources} must be {bounds}")
         if self.snr_db[0] > self.snr_db[1]:
             raise UserError(f"`snr_db` {self.snr_db} must be [lowest, highest]")
         check_bounds(self, 0, 1, "diffuse_share", "clean_share")
@@ -128,17 +127,17 @@ class SceneBatch(NamedTuple):
 
     def to(self, device: torch.device) -> SceneBatch:
         """Move the audio to a device; positions stay on the CPU, where they are needed."""
-        clip, starts = (tensor.to(device, non_blocking=True) for tensor in (self.clip, self.starts))
-        scene = Scene(*(tensor.to(device, non_blocking=True) for tensor in self.scene))
-        return SceneBatch(clip, scene, starts, self.position, self.num_samples)
+        audio = (self.clip, self.starts, *self.scene)
+        clip, starts, *scene = (tensor.to(device, non_blocking=True) for tensor in audio)
+        return self._replace(clip=clip, starts=starts, scene=Scene(*scene))
 
     def render(self) -> AudioBatch:
         """Render the scenes on the device of the batch and cut the crops."""
         audio = render_scenes(self.clip, self.scene)
         offsets = torch.arange(self.num_samples, device=audio.device)
-        samples = self.starts[..., None] + offsets  # [B, crops, S']
-        num_crops, num_channels = samples.shape[1], audio.shape[1]
-        index = samples[:, :, None].expand(-1, -1, num_channels, -1)
+        num_crops, num_channels = self.starts.shape[1], audio.shape[1]
+        samples = self.starts[..., None, None] + offsets  # [B, crops, 1, S']
+        index = samples.expand(-1, -1, num_channels, -1)
         crops = audio[:, None].expand(-1, num_crops, -1, -1).gather(-1, index)
         row = self.position[:, None] * num_crops + torch.arange(num_crops)
         return AudioBatch(crops.flatten(0, 1), row.flatten())
@@ -172,18 +171,13 @@ def render_scenes(clip: Float[Tensor, "B 1 S"], scene: Scene) -> Float[Tensor, "
     num_samples, num_channels = clip.shape[-1], scene.source_rir.shape[1]
     size = next_fast_len(num_samples + scene.source_rir.shape[-1] - 1, real=True)
     index = torch.arange(num_samples, device=clip.device) + scene.shift[..., None]  # [B, P, S]
-    dry_noise = (
-        scene.noise[:, None].expand(-1, index.shape[1], -1).gather(-1, index % num_samples)
-        * scene.envelope[:, None]
+    shifted = scene.noise[:, None].expand(-1, index.shape[1], -1).gather(-1, index % num_samples)
+    noise_spectra = torch.fft.rfft(shifted * scene.envelope[:, None], size)[:, :, None]
+    spectra = (
+        torch.fft.rfft(clip, size) * torch.fft.rfft(scene.source_rir, size),
+        (noise_spectra * torch.fft.rfft(scene.noise_rirs, size)).sum(dim=1),
     )
-    source_spectrum = torch.fft.rfft(clip, size) * torch.fft.rfft(scene.source_rir, size)
-    noise_spectrum = (
-        torch.fft.rfft(dry_noise, size)[:, :, None] * torch.fft.rfft(scene.noise_rirs, size)
-    ).sum(dim=1)
-    source, noise = (
-        torch.fft.irfft(spectrum, size)[..., :num_samples]
-        for spectrum in (source_spectrum, noise_spectrum)
-    )
+    source, noise = (torch.fft.irfft(spectrum, size)[..., :num_samples] for spectrum in spectra)
     energy, noise_energy = (audio.square().sum(dim=(1, 2)) for audio in (source, noise))
     gain = (energy / noise_energy.clamp(min=1e-20) * 10 ** (-scene.snr_db / 10)).sqrt()
     gain = torch.where(noise_energy > 0, gain, 0.0)
@@ -278,9 +272,8 @@ class SceneDataset(ClipDataset[SceneSample, SceneBatch]):
     def _read_response(self, audio: AudioLocation) -> Float32[Tensor, "C L"]:
         samples, rate = read(audio)
         if len(samples) != self._num_channels:
-            raise AudioReadError(
-                audio, f"{len(samples)} channels, the model takes {self._num_channels}"
-            )
+            reason = f"{len(samples)} channels, the model takes {self._num_channels}"
+            raise AudioReadError(audio, reason)
         sample_rate = self.settings.sample_rate
         response = resample(torch.from_numpy(samples), rate, sample_rate)
         return fit_length(response, round(self._scenes.rir_seconds * sample_rate))
