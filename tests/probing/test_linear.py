@@ -13,12 +13,13 @@ from sklearn.preprocessing import StandardScaler
 from jepa_audio.probing.features import Features
 from jepa_audio.probing.heads import Choice, FitContext, Head, HeadInput, choose
 from jepa_audio.probing.heads.linear import (
+    LOGISTIC_STRENGTHS,
     RIDGE_STRENGTHS,
     NeighbourHead,
     Standardisation,
+    fit_logistic,
     fit_ridge,
 )
-from jepa_audio.probing.heads.logistic import L2_STRENGTHS, fit_logistic
 from jepa_audio.probing.metrics import R2, Accuracy
 from jepa_audio.probing.presets import LinearPreset
 from jepa_audio.probing.tasks import ProbeData, Task
@@ -122,7 +123,7 @@ def test_the_logistic_head_equals_scikit_learn(width: int, rng: np.random.Genera
     train, _, test = clouds(rng, labels, width, noise=2.0)
     heads = fit_logistic(features_of(train), torch.from_numpy(labels[0]), NUM_CLASSES, ONE_LAYER)
     scaler = StandardScaler().fit(train)
-    for strength, head in zip(L2_STRENGTHS, heads, strict=True):
+    for strength, head in zip(LOGISTIC_STRENGTHS, heads, strict=True):
         theirs = LogisticRegression(C=1 / (120 * strength), tol=1e-6, max_iter=5000)
         theirs.fit(scaler.transform(train), labels[0])
         ours = head.logits(features_of(test))[:, 0].softmax(dim=1).numpy()

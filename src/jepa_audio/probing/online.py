@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import override
 
-from jepa_audio.errors import UserError
+from jepa_audio.errors import UserError, check_bounds
 from jepa_audio.inference.encoder import Encoder
 from jepa_audio.probing.encoders import state_hash
 from jepa_audio.probing.features import load_waveform
@@ -70,11 +70,6 @@ class OnlineProbe(Callback):
         batch_size: int = 50,
         table_kind: LabelKind = "multiclass",
     ) -> None:
-        if min(every_n_steps, num_train, num_valid, batch_size) < 1:
-            raise UserError(
-                f"`every_n_steps` ({every_n_steps}), `num_train` ({num_train}), `num_valid` "
-                f"({num_valid}) and `batch_size` ({batch_size}) must be at least 1"
-            )
         known = TASKS.get(task)
         if known is None and not task.endswith((".csv", ".tsv")):
             raise UserError(
@@ -85,9 +80,10 @@ class OnlineProbe(Callback):
         self.corpus, self.task, self.table_kind = Path(corpus), task, table_kind
         self.every_n_steps, self.num_train, self.num_valid = every_n_steps, num_train, num_valid
         self.seed, self.which, self.batch_size = seed, which, batch_size
+        check_bounds(self, 1, math.inf, "every_n_steps", "num_train", "num_valid", "batch_size")
         self.differences: dict[int, Difference] = {}
         self._clips: _Clips | None = None
-        self._baseline: _RidgeScore | None = None
+        self._baseline: tuple[float, Float[np.ndarray, " draws"]] | None = None
         self._baseline_hash = ""
         self._last_step = 0
 
@@ -107,9 +103,7 @@ class OnlineProbe(Callback):
         self._baseline, self._last_step = None, trainer.global_step
         if trainer.is_global_zero:
             data = load_task(self.task, [self.corpus], self.table_kind)
-            self._clips = _Clips(
-                data, self.num_train, self.num_valid, pl_module.front_end, self.seed
-            )
+            self._clips = _Clips(data, pl_module.front_end, self)
 
     @override
     def on_train_batch_start(
@@ -118,10 +112,11 @@ class OnlineProbe(Callback):
         """Score the baseline before the first step, and the encoder if the run starts here."""
         if trainer.is_global_zero and self._baseline is None:
             assert isinstance(pl_module, JEPA)
+            assert self._clips is not None
             frozen = Encoder.from_jepa(pl_module, batch.waveform.shape[-1])
             baseline = frozen.random_twin(pl_module.seed)
             self._baseline_hash = state_hash(baseline)
-            self._baseline = self._score(baseline.to(pl_module.device))
+            self._baseline = self._clips.score(baseline.to(pl_module.device))
             if trainer.global_step == 0:
                 self._probe(trainer, pl_module, batch)
 
@@ -143,57 +138,44 @@ class OnlineProbe(Callback):
     def _probe(self, trainer: Trainer, pl_module: LightningModule, batch: AudioBatch) -> None:
         """Score the encoder, and log and print the comparison."""
         assert isinstance(pl_module, JEPA)
+        assert self._clips is not None
         assert self._baseline is not None
         frozen = Encoder.from_jepa(pl_module, batch.waveform.shape[-1], self.which)
         is_baseline = state_hash(frozen) == self._baseline_hash
-        score, baseline = self._baseline if is_baseline else self._score(frozen), self._baseline
-        gap = difference(score.value, baseline.value, score.draws, baseline.draws)
+        value, draws = self._baseline if is_baseline else self._clips.score(frozen)
+        baseline, baseline_draws = self._baseline
+        gap = difference(value, baseline, draws, baseline_draws)
         step = trainer.global_step
         self.differences[step] = gap
-        values = {score.metric: score.value, "twin": baseline.value, "difference": gap.value}
+        values = {self._clips.metric.name: value, "twin": baseline, "difference": gap.value}
         for logger in trainer.loggers:
             metrics = {f"probe/{self.task}/{name}": value for name, value in values.items()}
             logger.log_metrics(metrics, step=step)
         pl_module.print(
-            f"step {step}: {self.task} {score.value:.3f}, random-init twin {baseline.value:.3f}: "
-            f"{gap}"
+            f"step {step}: {self.task} {value:.3f}, random-init twin {baseline:.3f}: {gap}"
         )
-
-    def _score(self, frozen: Encoder) -> _RidgeScore:
-        assert self._clips is not None
-        return self._clips.score(frozen, self.batch_size)
-
-
-@dataclass(frozen=True)
-class _RidgeScore:
-    """First metric of the task on the validation clips, and on their resamples."""
-
-    metric: str
-    value: float
-    draws: Float[np.ndarray, " draws"]
 
 
 class _Clips:
     """Random labelled clips of the training and validation splits in memory, training first."""
 
-    def __init__(
-        self, data: ProbeData, num_train: int, num_valid: int, front_end: FrontEnd, seed: int
-    ) -> None:
+    def __init__(self, data: ProbeData, front_end: FrontEnd, probe: OnlineProbe) -> None:
         assert isinstance(data.labels, ClipLabels)
-        train = data.splits["train"].subset(num_train, seed).unit_items
-        valid = data.splits["val"].subset(num_valid, seed).unit_items
+        train = data.splits["train"].subset(probe.num_train, probe.seed).unit_items
+        valid = data.splits["val"].subset(probe.num_valid, probe.seed).unit_items
         rate, num_channels = front_end.sample_rate, front_end.num_channels
         self.waveforms = [load_waveform(item, rate, num_channels).T for item in train + valid]
         self.labels, self.metric = data.labels, data.task.metrics[0]
         self.targets, self.num_train = data.labels.encode(train + valid), len(train)
-        self.counts = draw_counts(len(valid), seed=seed)
+        self.counts = draw_counts(len(valid), seed=probe.seed)
+        self.batch_size = probe.batch_size
 
-    def score(self, frozen: Encoder, batch_size: int) -> _RidgeScore:
-        """Score of the best layer's head on the validation clips."""
-        layers = self._encode(frozen, batch_size)
+    def score(self, frozen: Encoder) -> tuple[float, Float[np.ndarray, " draws"]]:
+        """Metric of the best layer's head on the validation clips, and on their resamples."""
         train, valid = slice(self.num_train), slice(self.num_train, None)
         is_class = self.labels.kind == "class"
         ridge = RidgeClassifierCV if is_class else RidgeCV
+        layers = self._encode(frozen)
         heads = [
             make_pipeline(StandardScaler(), ridge(_PENALTIES)).fit(
                 layer[train], self.targets[train]
@@ -207,15 +189,14 @@ class _Clips:
         predictions = predictions.reshape(len(predictions), -1).astype(np.float32)
         truth = self.targets[valid]
         value = float(self.metric(torch.from_numpy(predictions)[:, None], truth)[0])
-        draws = self.metric.resampled(predictions, truth, self.counts)
-        return _RidgeScore(self.metric.name, value, draws)
+        return value, self.metric.resampled(predictions, truth, self.counts)
 
-    def _encode(self, frozen: Encoder, batch_size: int) -> list[Float[np.ndarray, "clips _"]]:
+    def _encode(self, frozen: Encoder) -> list[Float[np.ndarray, "clips _"]]:
         """Mean over time and frequency of every layer."""
         device = next(frozen.parameters()).device
         batches = []
-        for start in range(0, len(self.waveforms), batch_size):
-            batch = self.waveforms[start : start + batch_size]
+        for start in range(0, len(self.waveforms), self.batch_size):
+            batch = self.waveforms[start : start + self.batch_size]
             lengths = torch.tensor([len(waveform) for waveform in batch])
             padded = pad_sequence(batch, batch_first=True).mT.to(device)
             batches.append(frozen.encode(padded, lengths).pool())

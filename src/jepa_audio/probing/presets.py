@@ -17,8 +17,7 @@ from typing_extensions import override
 from jepa_audio.errors import UserError
 from jepa_audio.probing.features import Features, Preparation
 from jepa_audio.probing.heads import FitContext, Head, HeadInput
-from jepa_audio.probing.heads.linear import NEIGHBOURS, NeighbourHead, fit_ridge
-from jepa_audio.probing.heads.logistic import fit_logistic
+from jepa_audio.probing.heads.linear import NEIGHBOURS, NeighbourHead, fit_logistic, fit_ridge
 from jepa_audio.probing.heads.stacked import MLPSettings, Select
 from jepa_audio.probing.heads.sweep import fit_grid
 from jepa_audio.probing.tasks.base import Protocol, Task

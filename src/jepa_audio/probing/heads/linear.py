@@ -1,24 +1,41 @@
-"""Heads without random draws, on standardised features: ridge regression and nearest neighbours."""
+"""Heads without random draws: ridge and logistic regression, and nearest neighbours.
+
+Logistic regression fits many layers and penalties at once. 52 problems (13 layers of 768, 2,000
+rows, 11 classes, four penalties) take 9 to 12 s of CPU time; one by one in scikit-learn they take
+31 s.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
 from jepa_audio.probing.features import Features
-from jepa_audio.probing.heads.base import Device, Head, HeadInput
+from jepa_audio.probing.heads import Device, Head, HeadInput
+
+log = logging.getLogger(__name__)
 
 RIDGE_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
+LOGISTIC_STRENGTHS = (4e-4, 2e-3, 1e-2, 5e-2)
 NEIGHBOURS = (1, 5, 20)
 
 _ROWS_PER_CHUNK = 8192
 _QUERIES_PER_CHUNK = 1024
+
+# Of logistic regression.
+_MAX_ITERATIONS = 500
+_ITERATIONS_PER_HESSIAN = 20
+# Newton decrement: about twice the amount by which the mean loss can still fall.
+_TOLERANCE = 1e-5
+# Logits that are computed at once; eight such tensors are alive: 2 GiB.
+_MAX_LOGITS = 2**26
 
 
 @dataclass(frozen=True)
@@ -149,3 +166,135 @@ def _cross_product(x: Float[Tensor, "n D"], y: Float[Tensor, "n C"]) -> Float[Te
 def _chunks(features: Features, layer: int, size: int) -> Iterator[Float[Tensor, "n D"]]:
     for start in range(0, len(features), size):
         yield features.read(layer, slice(start, start + size))
+
+
+def fit_logistic(
+    train: Features,
+    labels: Int64[Tensor, " n"],
+    num_classes: int,
+    inputs: Sequence[HeadInput],
+    strengths: Sequence[float] = LOGISTIC_STRENGTHS,
+    *,
+    seed: int = 0,
+    device: Device = "cpu",
+) -> list[LinearHead]:
+    """Multinomial logistic regression on each single-layer input, with each strength.
+
+    The objective is the mean cross-entropy plus `strength / 2` times the squared weights; the bias
+    is not penalised. This is scikit-learn's `LogisticRegression` with `C = 1 / (n * strength)`. It
+    is convex, so nothing is drawn; `seed` is only recorded. The validation score of the heads is
+    NaN.
+    """
+    target = F.one_hot(labels.to(device), num_classes).float()
+    l2 = torch.tensor(strengths, device=device, dtype=torch.float32)
+    layers_at_once = max(1, _MAX_LOGITS // (len(labels) * len(strengths) * num_classes))
+    heads = []
+    for first in range(0, len(inputs), layers_at_once):
+        group = inputs[first : first + layers_at_once]
+        rows = [train.read(head_input.layers[0]) for head_input in group]
+        scales = [Standardisation.of(layer) for layer in rows]
+        rotated = [_rotate(scale(x).to(device)) for scale, x in zip(scales, rows, strict=True)]
+        weights = _solve(_stack([x for x, _ in rotated]), target, l2)
+        for head_input, scale, (_, axes), weight in zip(
+            group, scales, rotated, weights, strict=True
+        ):
+            bias, in_axes = weight[0], weight[1 : axes.shape[1] + 1]  # [K, C], [A, K, C]
+            for k, strength in enumerate(strengths):
+                fitted = scale, axes @ in_axes[:, k], bias[k]
+                heads.append(LinearHead(head_input, strength, seed, float("nan"), *fitted))
+    return heads
+
+
+def _rotate(train: Float[Tensor, "n D"]) -> tuple[Float[Tensor, "n E"], Float[Tensor, "D A"]]:
+    """The rows in their principal axes behind a column of ones for the bias, and the axes.
+
+    The penalty is invariant to rotations, and the optimal weights lie in the space of the training
+    rows. So the solution is the same, but the columns are uncorrelated and at most n.
+    """
+    if train.shape[0] < train.shape[1]:
+        axes = torch.linalg.svd(train, full_matrices=False).Vh.T
+    else:
+        axes = torch.linalg.eigh(train.T @ train).eigenvectors
+    return F.pad(train @ axes, (1, 0), value=1.0), axes
+
+
+def _stack(matrices: Sequence[Tensor]) -> Float[Tensor, "L n E"]:
+    """Stack matrices, padded with zero columns; the penalty sets their weights to 0."""
+    width = max(matrix.shape[1] for matrix in matrices)
+    return torch.stack([F.pad(matrix, (0, width - matrix.shape[1])) for matrix in matrices])
+
+
+def _solve(
+    x: Float[Tensor, "L n E"], target: Float[Tensor, "n C"], l2: Float[Tensor, " K"]
+) -> Float[Tensor, "L E K C"]:
+    """Weights of L * K independent problems; the first row of E is the bias.
+
+    Conjugate gradients (Polak & Ribière, 1969), preconditioned by the diagonal of the Hessian,
+    which is a good approximation because the columns of `x` are uncorrelated.
+    """
+    shape, per_row = (len(l2), target.shape[1]), 1 / len(target)
+    penalty = l2[:, None].repeat(x.shape[2], 1, 1)  # [E, K, 1]
+    penalty[0] = 0
+    target_mean = (x.mT @ target * per_row)[:, :, None]  # [L, E, 1, C]
+    weight = direction = x.new_zeros(len(x), x.shape[2], *shape)
+    logits = x.new_zeros(len(x), x.shape[1], *shape)
+    gradient, decrement = weight, x.new_ones(())
+    for iteration in range(_MAX_ITERATIONS):
+        prob = logits.softmax(dim=-1)
+        last_gradient = gradient
+        gradient = _project(x.mT, prob) * per_row - target_mean + penalty * weight
+        is_restart = iteration % _ITERATIONS_PER_HESSIAN == 0
+        if is_restart:
+            hessian = _project(x.square().mT, prob * (1 - prob)) * per_row + penalty
+            hessian = hessian.clamp_min(torch.finfo(x.dtype).eps)
+        step = gradient / hessian
+        last_decrement, decrement = decrement, _dot(gradient, step)
+        if decrement.max() < _TOLERANCE:
+            return weight
+        ratio = _dot(gradient - last_gradient, step) / last_decrement.clamp_min(1e-30)
+        direction = (0 if is_restart else ratio.clamp_min(0)) * direction - step
+        direction = torch.where(_dot(gradient, direction) < 0, direction, -step)
+        change = _project(x, direction)
+        slope, curvature = _dot(gradient, direction), _dot(penalty * direction, direction)
+        size = _step_size(logits, prob, change, slope, curvature)
+        weight, logits = weight + size * direction, logits + size * change
+    log.warning(
+        "logistic regression stopped after %d iterations with a decrement of %.1e, the tolerance "
+        "is %.0e",
+        _MAX_ITERATIONS,
+        decrement.max(),
+        _TOLERANCE,
+    )
+    return weight
+
+
+def _step_size(
+    logits: Tensor, prob: Tensor, change: Tensor, slope: Tensor, penalty_curvature: Tensor
+) -> Float[Tensor, "L 1 K 1"]:
+    """Step along `change`: the Newton step, halved until the loss falls."""
+    per_row = 1 / logits.shape[1]
+    mean = (prob * change).sum(dim=-1, keepdim=True)  # [L, n, K, 1]
+    variance = _dot(prob * change, change) - mean.square().sum(dim=1, keepdim=True)
+    curvature = variance * per_row + penalty_curvature
+    size = -slope / curvature.clamp_min(1e-30)
+    linear = slope - mean.sum(dim=1, keepdim=True) * per_row
+    normaliser = logits.logsumexp(dim=-1, keepdim=True)
+    for _ in range(30):
+        moved = (logits + size * change).logsumexp(dim=-1, keepdim=True)
+        loss_change = (moved - normaliser).mean(dim=1, keepdim=True) + size * linear
+        loss_change = loss_change + 0.5 * size.square() * penalty_curvature
+        # The last term is the resolution of the loss in float32.
+        falls = loss_change <= 1e-4 * size * slope + 1e-6
+        if falls.all():
+            break
+        size = torch.where(falls, size, size / 2)
+    return size
+
+
+def _project(x: Float[Tensor, "L A B"], y: Float[Tensor, "L B K C"]) -> Float[Tensor, "L A K C"]:
+    return (x @ y.flatten(2)).unflatten(2, y.shape[2:])
+
+
+def _dot(a: Float[Tensor, "L R K C"], b: Float[Tensor, "L R K C"]) -> Float[Tensor, "L 1 K 1"]:
+    """Inner products, one for each problem."""
+    return (a * b).sum(dim=(1, 3), keepdim=True)

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.optim.adam import adam
 
 from jepa_audio.errors import UserError
-from jepa_audio.probing.heads.base import HeadInput
+from jepa_audio.probing.heads import HeadInput
 from jepa_audio.probing.tasks.base import Protocol
 
 Select = Literal["best", "last"]

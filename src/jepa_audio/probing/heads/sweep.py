@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from jepa_audio.parallel import progress_bar
 from jepa_audio.probing.features import Features
-from jepa_audio.probing.heads.base import Device, FitContext, Head, HeadInput
+from jepa_audio.probing.heads import Device, FitContext, Head, HeadInput
 from jepa_audio.probing.heads.stacked import MLPSettings, StackedAdam, StackedHeads
 from jepa_audio.probing.tasks.labels import Labels
 
