@@ -21,7 +21,7 @@ def split_of(*labels: Any, start_seconds: float = 0.0) -> Split:
 
 
 def rows_of(*lengths: float, rate: float, window_seconds: float = 10.0) -> Rows:
-    """Frames of items of some seconds, cut into windows; only whole frames of a window count."""
+    """Frames of items with these lengths in seconds; windows contain whole frames only."""
     item, window, seconds = [], [], []
     for number, length in enumerate(lengths):
         for start in np.arange(0, length, window_seconds):

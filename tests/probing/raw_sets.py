@@ -26,7 +26,7 @@ GENRES = (
 
 
 def sound(path: Path, seconds: float = 0.2) -> Path:
-    """A sine, in the format that the suffix names."""
+    """Write a sine in the format of the suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     wave = 0.3 * np.sin(2 * np.pi * 440 * np.arange(round(seconds * RATE)) / RATE)
     sf.write(path, wave, RATE)
@@ -34,14 +34,14 @@ def sound(path: Path, seconds: float = 0.2) -> Path:
 
 
 def text(path: Path, *lines: str) -> Path:
-    """A file of some lines."""
+    """Write a text file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path
 
 
 def gtzan(raw: Path, folder: str = "genres", suffix: str = ".wav") -> Path:
-    """Three files a genre, one for each split, with lists that name them."""
+    """Three files for each genre, one in each split, with the lists of the splits."""
     for genre in GENRES:
         for number in range(3):
             sound(raw / folder / genre / f"{genre}.{number:05}{suffix}")
@@ -53,7 +53,7 @@ def gtzan(raw: Path, folder: str = "genres", suffix: str = ".wav") -> Path:
 
 
 def artists(part_of_val: bool) -> Iterator[str]:
-    """Names of artists that the rule puts into train or val."""
+    """Names of artists that the hash assigns to train or val."""
     for number in count():
         name = f"Artist {number}"
         if (int(hashlib.sha1(name.lower().encode()).hexdigest(), 16) % 116 >= 100) == part_of_val:
@@ -61,7 +61,7 @@ def artists(part_of_val: bool) -> Iterator[str]:
 
 
 def giantsteps(raw: Path) -> Path:
-    """Four songs to test; ten others, of which two are not sure and two have two keys."""
+    """Four test songs and ten others; two of these are uncertain, and two have two keys."""
     test, mtg = raw / "giantsteps-key-dataset", raw / "giantsteps-mtg-key-dataset"
     for number, key in {
         10089: "D# minor",
@@ -100,7 +100,7 @@ def giantsteps(raw: Path) -> Path:
 
 
 def emomusic(raw: Path, folder: str = "") -> Path:
-    """Twelve songs, the last three of the evaluation set."""
+    """Twelve songs; the last three are in the evaluation set."""
     heads = "song_id,file_name,Artist,Song title,start of the segment (min.sec),Genre,"
     info, annotated = (
         [heads + "Mediaeval 2013 set"],

@@ -83,7 +83,7 @@ def test_unknown_frames_do_not_affect_the_loss():
 
 
 def majmin_of(song: list[dict[str, Any]], predicted: np.ndarray, rate: float) -> float:
-    """By mir_eval, of intervals of equal frames."""
+    """Score of mir_eval, for intervals of equal frames."""
     borders = np.concatenate([[0], np.flatnonzero(np.diff(predicted)) + 1, [len(predicted)]])
     intervals = np.stack([borders[:-1], borders[1:]], axis=1) / rate
     chords = [CHORDS[predicted[start]] for start in borders[:-1]]

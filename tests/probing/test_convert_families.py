@@ -1,4 +1,4 @@
-"""Raw data sets as downloaded become the records of MARBLE's own files."""
+"""Raw data sets as downloaded are converted to the records of MARBLE."""
 
 import json
 import logging

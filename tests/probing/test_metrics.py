@@ -70,7 +70,7 @@ def numbers() -> tuple[torch.Tensor, np.ndarray]:
 
 
 def event_counts() -> tuple[torch.Tensor, np.ndarray]:
-    """Hits, estimated events, true events, and a number that some units lack."""
+    """Hits, estimated events, true events, and a column with NaN for some units."""
     rng = np.random.default_rng(0)
     hits = rng.integers(0, 6, (NUM_UNITS, NUM_HEADS))
     reference = np.broadcast_to(
@@ -156,7 +156,7 @@ def test_accuracy_equals_torchmetrics_micro_accuracy_on_known_classes():
 
 
 def literal_credit(true: int, estimate: int) -> float:
-    """The rule for keys numbered by semitones above C, majors first."""
+    """The rule of mir_eval, for keys numbered in semitones above C, major keys first."""
     (true_minor, true_tonic), (minor, tonic) = divmod(true, 12), divmod(estimate, 12)
     if true == estimate:
         return 1.0

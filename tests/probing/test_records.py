@@ -1,4 +1,4 @@
-"""Records, windows and labels: values are those of the lines, and errors name the line."""
+"""Records, windows and labels: values come from the lines, and errors name the line."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_short_segments_are_one_window_and_first_seconds_limits_the_length():
 
 @pytest.fixture
 def records(tmp_path: Path) -> list[dict]:
-    """In MARBLE's form: paths start from a folder above the records."""
+    """Write records like MARBLE's: paths start from a folder above the records."""
     (tmp_path / "data" / "X" / "audio").mkdir(parents=True)
     lines = []
     for i in range(4):

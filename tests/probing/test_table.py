@@ -12,7 +12,7 @@ from tests.probing import raw_sets
 
 
 def own_table(path: Path, header: str, *lines: str) -> Path:
-    """With an audio file for every name in the first column."""
+    """Write a table, and an audio file for every name in its first column."""
     for line in lines:
         raw_sets.sound(path.parent / line.replace("\t", ",").split(",")[0])
     return raw_sets.text(path, header, *lines)

@@ -28,12 +28,12 @@ CLIP_TASKS = [name for name, task in TASKS.items() if task.grid_hz is None]
 
 
 def linked(source: Path, target: Path) -> Path:
-    """A copy whose files can be removed."""
+    """Copy a folder with hard links, so that files of the copy can be removed."""
     return shutil.copytree(source, target, copy_function=os.link)
 
 
 def as_records(task: str, root: Path, output: Path) -> Path:
-    """MARBLE's lines of a task's data set, which can be rewritten."""
+    """Write the records of a task into a folder in which a test can change them."""
     data_set = TASKS[task].data_set
     if data_set is None:
         for path in (root / TASKS[task].stem).parent.glob("*.jsonl"):
@@ -52,17 +52,17 @@ def off_beat(label: dict[str, list[float]]) -> dict[str, list[float]]:
 
 
 def shuffle_labels(path: Path) -> None:
-    """Every record gets another's label.
+    """Give every record the label of another record.
 
-    Beats go between two clicks instead: a head that weighs clicks however little finds the true
-    ones.
+    Beats are moved to the middle between two clicks instead. With the beats of another track, even
+    a head with a small weight on clicks would find the true beats.
     """
     records = [json.loads(line) for line in path.read_text().splitlines()]
     labels = [record["label"] for record in records]
     if isinstance(labels[0], dict):
         labels = [off_beat(label) for label in labels]
     elif len(labels) < 10:
-        labels = [*labels[1:], labels[0]]  # no song keeps its own
+        labels = [*labels[1:], labels[0]]  # no song keeps its label
     else:
         random.Random(0).shuffle(labels)
     write_json_lines(
@@ -83,7 +83,7 @@ def test_an_encoder_of_the_label_scores_one(task: str, probed: Callable[[str], P
     assert rows[0].head in {"logistic", "ridge"}
     assert rows[0].value > 0.95
     for row in rows:
-        assert row.layer == tiny.oracle  # and not the constant one
+        assert row.layer == tiny.oracle  # not the constant layer
         assert row.layers == ("nothing", tiny.oracle)
         assert row.value > 0.5 * (1 + row.chance)
         assert row.metric == TASKS[task].metrics[0].name

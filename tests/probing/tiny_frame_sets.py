@@ -26,7 +26,7 @@ def gtzan_rhythm(raw: Path) -> Path:
         files = []
         for _ in range(size):
             stem = f"{GENRES[number % 10]}.{number:05}"
-            seconds = 10.8 if name == "test" else 6.0  # a window and a rest, or less than a window
+            seconds = 10.8 if name == "test" else 6.0  # more or less than one window
             write_rhythm(
                 raw,
                 stem,
@@ -44,7 +44,7 @@ def gtzan_rhythm(raw: Path) -> Path:
 def write_rhythm(
     raw: Path, stem: str, seconds: float, period: float, first: float, upbeats: int
 ) -> None:
-    """One track and its annotation."""
+    """Write one track and its annotation."""
     beats = np.arange(first, seconds - 0.1, period)
     downbeats = beats[upbeats::4]
     wave, click = np.zeros(round(seconds * RATE)), np.hanning(120)

@@ -37,7 +37,7 @@ LONG_TAKES = ("straight", "vibrato")
 
 
 def gtzan(raw: Path) -> Path:
-    """Nine files a genre: four, two and three in the lists."""
+    """Nine files for each genre: four train, two val and three test."""
     for index, genre in enumerate(GENRES):
         for number in range(9):
             write_notes(raw / "genres" / genre / f"{genre}.{number:05}.wav", [60 + 3 * index])
@@ -48,7 +48,7 @@ def gtzan(raw: Path) -> Path:
 
 
 def names_where(wanted: Callable[[int], bool], prefix: str = "artist") -> list[str]:
-    """Names of artists whose sha1 is wanted."""
+    """Names of artists that the hash assigns to a split."""
     names = (f"{prefix} {''.join(chr(97 + int(digit)) for digit in str(i))}" for i in count())
     return list(
         islice((n for n in names if wanted(int(hashlib.sha1(n.encode()).hexdigest(), 16))), 6)
@@ -56,7 +56,7 @@ def names_where(wanted: Callable[[int], bool], prefix: str = "artist") -> list[s
 
 
 def giantsteps(raw: Path) -> Path:
-    """Every key 3, 1 and 2 times in train, val and test; the first two test songs are long."""
+    """Each key is in 3 train, 1 val and 2 test songs; the first two test songs are long."""
     test, mtg = raw / "giantsteps-key-dataset", raw / "giantsteps-mtg-key-dataset"
     artists = {
         "train": names_where(lambda n: n % 116 < 100),
@@ -119,8 +119,8 @@ def emomusic(raw: Path) -> Path:
     return raw
 
 
-def some_tags(rng: random.Random, number: int, most: int = 3) -> list[int]:
-    """Up to three of some tags."""
+def random_tags(rng: random.Random, number: int, most: int = 3) -> list[int]:
+    """Indices of random tags, in order."""
     return sorted(rng.sample(range(number), rng.randint(0, most)))
 
 
@@ -130,7 +130,7 @@ def mtt(raw: Path) -> Path:
     names = [f"tag {i}" for i in range(8)]
     lines = ["\t".join(f'"{name}"' for name in ("clip_id", *names, "mp3_path"))]
     for clip in range(96):
-        tags, path = some_tags(rng, 8), f"{clip % 16:x}/clip-{clip}.mp3"
+        tags, path = random_tags(rng, 8), f"{clip % 16:x}/clip-{clip}.mp3"
         cells = (clip, *(int(i in tags) for i in range(8)), path)
         lines.append("\t".join(f'"{cell}"' for cell in cells))
         write_notes(raw / "mp3" / path, [60 + 4 * tag for tag in tags])
@@ -198,7 +198,7 @@ def mtg(raw: Path) -> Path:
             number += 1
             path, notes, top = f"{number % 100:02}/{number}.mp3", [], []
             for kind, prefix in kinds.items():
-                tags = some_tags(rng, 4, most=2)
+                tags = random_tags(rng, 4, most=2)
                 notes += [lowest[kind] + 2 * tag for tag in tags]
                 names = [f"{prefix}---{kind}{tag}" for tag in tags]
                 top += [name for name, tag in zip(names, tags, strict=True) if tag < 2]
@@ -216,7 +216,7 @@ def mtg(raw: Path) -> Path:
 
 
 def add_track(table: list[str], number: int, path: str, tags: Sequence[str]) -> None:
-    """A line of a table, if there is a tag to say: the real ones hold no other tracks."""
+    """Add a line to a table if the track has a tag: the real tables have no other tracks."""
     if tags:
         cells = (
             f"track_{number:07}",
@@ -258,15 +258,15 @@ def hooktheory(raw: Path) -> Path:
 
 @dataclass(frozen=True)
 class TinySet:
-    """A data set, and what a probe on it should find.
+    """A data set, and the expected results of a probe on it.
 
     Attributes:
-        build: writes it below a folder.
+        build: function that writes the data set below a folder.
         oracle: function of `oracle_encoders` that encodes its labels.
         num_test: scored units of the test split, by task.
         annotations: a file or folder that the probe needs; `{stem}` is that of the task.
-        audio: a sound of the test split; "" where the sounds that lie there say what there is.
-        root: folder that a user gives, below the one that was written.
+        audio: a sound of the test split; "" if the files in the folders define the data set.
+        root: folder that a user gives, relative to the folder of the data set.
     """
 
     build: Callable[[Path], Path]
@@ -299,7 +299,7 @@ SETS = (
         "nsynth-valid/examples.json",
         "nsynth-test/audio/bass_synthetic_000-060-100.wav",
     ),
-    # The names of 87 takes send them to the test split of the singers, and 10 of them are long.
+    # The hash assigns 87 recordings to the test split of the singers; 10 of them have two windows.
     TinySet(vocalset, "spectrum", {"vocalset_singer": 97, "vocalset_technique": 100}, "FULL", ""),
     TinySet(
         mtg,
@@ -335,11 +335,11 @@ SETS = (
 """Every data set."""
 
 SET_OF = {task: tiny for tiny in SETS for task in tiny.num_test}
-"""By task."""
+"""Data sets by task."""
 
 
 class Probed(NamedTuple):
-    """What encoders make of a data set.
+    """The results of encoders on a data set.
 
     Attributes:
         root: folder of the data.
@@ -353,5 +353,5 @@ class Probed(NamedTuple):
 
 
 def rows_of(rows: Sequence[ProbeRow], task: str, encoder: str) -> list[ProbeRow]:
-    """Those of one encoder on one task."""
+    """Results of one encoder on one task."""
     return [row for row in rows if (row.task, row.encoder) == (task, encoder)]

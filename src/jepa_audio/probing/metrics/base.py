@@ -88,9 +88,7 @@ class SumMetric(Metric):
         return self.score(torch.cat(sums)).numpy()
 
 
-def chunk_draws(
-    counts: Int[np.ndarray, "draws units"],
-) -> Iterator[Int[np.ndarray, "chunk units"]]:
+def chunk_draws(counts: Counts) -> Iterator[Counts]:
     """Yield the draws in chunks, to bound the memory."""
     chunk = max(1, _DRAWS_AT_ONCE // counts.shape[1])
     for start in range(0, len(counts), chunk):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -53,15 +54,16 @@ class RankMetric(Metric):
     torchmetrics computes the score of the whole split, in 32 bits, from ranks. Ranks have the order
     of probabilities, but no ties where probabilities saturate. torchmetrics has no weights, so the
     scores of resamples are computed here, many at once.
+
+    Attributes:
+        score_ranks: function of torchmetrics for the score of each class.
     """
+
+    score_ranks: Callable[..., Tensor]
 
     @abstractmethod
     def is_scored(self, positives: Bool[np.ndarray, "units C"]) -> Bool[np.ndarray, " C"]:
         """Whether each class is in the mean."""
-
-    @abstractmethod
-    def score_ranks(self, ranks: Columns, targets: Int[Tensor, "units N"]) -> Float[Tensor, " N"]:
-        """Scores of N classes by torchmetrics; ranks are in [0, 1], and equal for ties."""
 
     @abstractmethod
     def score_weights(self, weights: RankWeights) -> DrawScores:
@@ -78,10 +80,10 @@ class RankMetric(Metric):
         ranks = _ranks(predictions[:, :, classes].flatten(1))
         positives = torch.from_numpy(targets[:, classes] > 0).to(ranks.device).long()
         positives = positives.repeat(1, predictions.shape[1])
-        # torchmetrics needs two columns or more.
-        doubled = [torch.cat([table, table[:, :1]], dim=1) for table in (ranks, positives)]
-        scores = self.score_ranks(*doubled)[:-1].double()
-        return scores.unflatten(0, (-1, len(classes))).mean(dim=1)
+        # torchmetrics needs two columns or more: the first is repeated at the end.
+        tables = [torch.cat([table, table[:, :1]], dim=1) for table in (ranks, positives)]
+        scores = self.score_ranks(*tables, tables[0].shape[1], average=None, thresholds=None)
+        return scores[:-1].double().unflatten(0, (-1, len(classes))).mean(dim=1)
 
     @override
     def resampled(
@@ -111,14 +113,11 @@ class AUROC(RankMetric):
     """Area under the ROC curve, mean over the classes that some units have and some have not."""
 
     name = "auroc"
+    score_ranks = staticmethod(multilabel_auroc)
 
     @override
     def is_scored(self, positives: Bool[np.ndarray, "units C"]) -> Bool[np.ndarray, " C"]:
         return np.any(positives, axis=0) & ~np.all(positives, axis=0)
-
-    @override
-    def score_ranks(self, ranks: Columns, targets: Int[Tensor, "units N"]) -> Float[Tensor, " N"]:
-        return multilabel_auroc(ranks, targets, ranks.shape[1], average=None, thresholds=None)
 
     @override
     def score_weights(self, weights: RankWeights) -> DrawScores:
@@ -133,15 +132,11 @@ class AveragePrecision(RankMetric):
     """Mean precision at each positive, without interpolation; mean over classes with positives."""
 
     name = "ap"
+    score_ranks = staticmethod(multilabel_average_precision)
 
     @override
     def is_scored(self, positives: Bool[np.ndarray, "units C"]) -> Bool[np.ndarray, " C"]:
         return np.any(positives, axis=0)
-
-    @override
-    def score_ranks(self, ranks: Columns, targets: Int[Tensor, "units N"]) -> Float[Tensor, " N"]:
-        num_classes = ranks.shape[1]
-        return multilabel_average_precision(ranks, targets, num_classes, None, thresholds=None)
 
     @override
     def score_weights(self, weights: RankWeights) -> DrawScores:

@@ -87,7 +87,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Task:
-    """One labelling task, without code of its own.
+    """One labelling task: only data, and the objects and functions that define it.
 
     Args:
         stem: files of the records are `ROOT/{stem}.{train,val,test}.jsonl`, as in MARBLE's `data/`.
@@ -117,7 +117,7 @@ class Task:
 
 
 def protocols_of_v2(v2: Protocol) -> dict[str, Protocol]:
-    """Protocols of a task that only MARBLE's second version has: the first adds the search."""
+    """Protocols of a task that only MARBLE's second version has; "marble-v1" adds the search."""
     return {"marble-v1": replace(v2, learning_rates=MARBLE_LEARNING_RATES), "marble-v2": v2}
 
 
@@ -172,7 +172,7 @@ class ProbeData:
 
     @classmethod
     def of(cls, task: Task, splits: Sequence[Split]) -> ProbeData:
-        """Combine a task with its train, val and test split; warn of unpublished sizes."""
+        """Combine a task with its three splits; warn if their sizes are not the published ones."""
         if task.relabel is not None:
             splits = [task.relabel(split) for split in splits]
         sizes = tuple(len(split.uids) for split in splits)

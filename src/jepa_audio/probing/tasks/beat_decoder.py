@@ -149,12 +149,11 @@ def beat_starts(
 def _path_scores(
     activations: Float[Tensor, "N T"], num_frames: Int64[Tensor, " N"], model: BarPointer
 ) -> Float[Tensor, "J N P"]:
-    """Best score of a path to the end of a beat, by its interval (J) and its first frame (P).
+    """Best score of a path to the end of a beat with interval J that starts at frame P.
 
-    Scores are relative to a path without beats, which changes no comparison. Between two beats a
-    path has no choice, so only one score is kept for each beat. P counts from the longest interval
-    before the track to the longest interval after it; nothing is gained outside the track, and
-    paths begin before it.
+    Scores are relative to a path without beats, which changes no comparison. Inside a beat a path
+    has no choice, so one score for each beat is enough. The P frames include the longest interval
+    before the track, where paths begin, and after it. Frames outside the track add nothing.
     """
     shortest, pad = int(model.intervals[0]), int(model.intervals[-1])
     inside = torch.arange(activations.shape[1], device=activations.device) < num_frames[:, None]
@@ -168,7 +167,7 @@ def _path_scores(
     scores = torch.stack([gains[i] for i in width_index.tolist()])
     change, end = model.change.to(scores), pad + int(num_frames.max())
     possible = [row.isfinite().nonzero().flatten().tolist() for row in model.change]
-    # No beat is shorter than the shortest interval: so many frames depend on earlier ones only.
+    # `shortest` frames are computed at once: no beat is shorter, so they depend on earlier frames.
     for start in range(pad + 1, end, shortest):
         stop = min(start + shortest, end)
         # Contiguous copies: the rows of `scores` are so far apart that memory limits the speed.

@@ -155,11 +155,8 @@ def split_of(records: Mapping[str, Record], root: Path, group_by: str = "audio_p
     """
     items = []
     for where, record in records.items():
-        path, start, end = (
-            root / str(record["audio_path"]),
-            record.get("start", 0.0),
-            record.get("end"),
-        )
+        path = root / str(record["audio_path"])
+        start, end = record.get("start", 0.0), record.get("end")
         if not is_time(start) or not (end is None or (is_time(end) and end > start)):
             raise UserError(
                 f"{where}: `start` ({start!r}) and `end` ({end!r}) must be seconds, in this order"
