@@ -74,8 +74,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     from jepa_audio.cli.messages import EXPECTED_WARNINGS
 
-    for category, message, _ in EXPECTED_WARNINGS:
-        config.addinivalue_line("filterwarnings", f"ignore:{message}:{category.__name__}")
+    for message in EXPECTED_WARNINGS:
+        config.addinivalue_line("filterwarnings", f"ignore:{message}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

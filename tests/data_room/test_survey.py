@@ -171,7 +171,7 @@ def test_data_describe_and_verify_read_the_output_of_pack(
         "--sample_rate=4000",
         "--shard_mb=1",
     )
-    assert "4 files in 1 shards, 0 left out" in capsys.readouterr().out
+    assert "4 files in 1 shards, 0 files left out" in capsys.readouterr().out
     main("data", "describe", tmp_path / "out")
     assert "4000 Hz: 4" in capsys.readouterr().out
     main("data", "verify", tmp_path / "out")

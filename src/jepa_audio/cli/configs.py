@@ -1,4 +1,4 @@
-"""The commands on recipes; their docstrings are their `--help`."""
+"""The commands `configs` and `configs copy`; their docstrings are their `--help`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jepa_audio.recipes import description, find_recipe, recipes
 
 
 def list_recipes() -> None:
-    """List the recipes: for `--config NAME`, and `front_ends/` for `--model.front_end NAME`."""
+    """List the recipes for `--config NAME`, and the front ends for `--model.front_end NAME`."""
     known = recipes()
     width = max(map(len, known)) + 2
     for name, path in known.items():
@@ -21,11 +21,11 @@ def copy(name: str, output: Path | None = None) -> None:
     """Copy a recipe to a file that you can edit and give to `--config`.
 
     Args:
-        name: of a recipe, as `jepa-audio configs` lists it.
-        output: file to write (-o); `NAME.yaml` in the working directory if not given.
+        name: name of the recipe; `jepa-audio configs` lists all names.
+        output: output file (-o). The default is `NAME.yaml` in the working directory.
 
     Raises:
-        UserError: if there is no such recipe, or the file exists.
+        UserError: if the recipe does not exist, or the output file exists.
     """
     recipe = find_recipe(name)
     output = output or Path(f"{Path(name).name.removesuffix('.yaml')}.yaml")

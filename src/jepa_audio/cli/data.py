@@ -1,4 +1,4 @@
-"""The commands on corpora; their docstrings are their `--help`."""
+"""The commands `data ...` for corpora; their docstrings are their `--help`."""
 
 from __future__ import annotations
 
@@ -23,37 +23,36 @@ def index(
     num_workers: int = num_cores(),
     max_bad_share: float = 0.5,
 ) -> None:
-    """Read every audio file of a corpus once into a table; later runs read only changed files.
+    """Read every audio file of a corpus and write a table; later calls read only changed files.
 
     Args:
-        sources: folders, audio files, tars, patterns of them ("shards/{000..127}.tar"), manifests
-            (.csv, .tsv, .jsonl) or NSynth's examples.json.
-        output: table to write (-o), for `--data.root`; by default it is in the source if that is a
-            folder, or next to it.
-        num_workers: files decoded at the same time.
-        max_bad_share: above this share of unusable files the command fails.
+        sources: see the help in `run_function`.
+        output: output file (-o), a table for `--data.root`. The default is a file in the source
+            folder, or next to the source file.
+        num_workers: number of files that are decoded at the same time.
+        max_bad_share: maximum share of unusable files; above it, the command fails.
     """
     corpus = index_corpus(sources, output, num_workers=num_workers, max_bad_share=max_bad_share)
     num_bad = len(corpus) - int(corpus.is_usable.sum())
     table = output or default_table_path(sources[0])
-    print(f"{', '.join(sources)}: {len(corpus)} files, {num_bad} unusable; the table is {table}")
+    print(f"{', '.join(sources)}: {len(corpus)} files, {num_bad} unusable; table: {table}")
 
 
 def describe(source: str) -> None:
     """Print hours, sample rates, lengths, levels, groups, splits and the worst files of a corpus.
 
     Args:
-        source: table (.parquet), or what `data index` takes.
+        source: a table (.parquet), or a source as for `data index`.
     """
     Console().print(summarize_corpus(_load_or_index(source)))
 
 
 def verify(source: str, num_workers: int = num_cores()) -> None:
-    """Read every file of a corpus again, check the checksums of shards, and list what has changed.
+    """Read every file of a corpus again, check the checksums of shards, and list changed files.
 
     Args:
-        source: table (.parquet), or a source that has been indexed.
-        num_workers: files decoded at the same time.
+        source: a table (.parquet), or a source that `data index` has read.
+        num_workers: number of files that are decoded at the same time.
 
     Raises:
         CorpusError: if a file differs from its row in the table.
@@ -64,7 +63,7 @@ def verify(source: str, num_workers: int = num_cores()) -> None:
         print(f"{name}: {reason}")
     if changed:
         raise CorpusError(
-            f"{len(changed)} of {len(corpus)} files of {source} differ from its table"
+            f"{source}: {len(changed)} of {len(corpus)} files differ from their rows in the table"
         )
     print(f"{source}: all {int(corpus.is_usable.sum())} usable files agree with the table")
 
@@ -76,17 +75,19 @@ def split(
     pattern: str | None = None,
     reassign: bool = False,
 ) -> None:
-    """Split a corpus in its table, keeping each group in one split; files with a split keep it.
+    """Assign a split to every file that has none, and write the splits into the table.
+
+    All files of a group get the same split.
 
     Args:
-        source: table (.parquet), or a source that has been indexed.
+        source: a table (.parquet), or a source that `data index` has read.
         shares: share of the groups in each split: "{train: 0.9, valid: 0.05, test: 0.05}".
-        group: "table": the groups of the table (from a manifest, the JSON in a tar, or NSynth's
-            instruments), where a file without a group is one; "folder": the files of one folder
-            are a group.
-        pattern: regular expression for file names, whose first group is the group of the file:
-            "^([^_]+)_".
-        reassign: clear the present splits first.
+        group: "table" takes the groups in the table (from a manifest, the JSON in a tar, or
+            NSynth's instruments); a file without a group is a group of one file. "folder" makes all
+            files of a folder a group.
+        pattern: regular expression for file names, for example "^([^_]+)_". The part of the name in
+            the first parentheses is the group of the file.
+        reassign: remove all existing splits first.
     """
     corpus = load_corpus(source)
     if reassign:
@@ -116,13 +117,14 @@ def pack(
     """Write a corpus as tars of flac files in WebDataset's layout, for `--data.root DIRECTORY`.
 
     Args:
-        source: table (.parquet), or what `data index` takes.
-        directory: folder for the shards; the same command continues after an interruption.
-        sample_rate: in Hz, to which all files are resampled; by default every file keeps its own.
+        source: a table (.parquet), or a source as for `data index`.
+        directory: output folder; after an interruption, the same command continues.
+        sample_rate: sample rate in Hz to which all files are resampled. By default, the sample
+            rates do not change.
         mono: average the channels.
-        bits: per sample; flac files that need no change are copied.
+        bits: bits per audio sample; flac files that need no change are copied.
         shard_mb: size of a shard in 10^6 bytes.
-        num_workers: files encoded at the same time.
+        num_workers: number of files that are encoded at the same time.
     """
     packing = Packing(sample_rate, mono, bits, shard_mb)
     packed = write_shards(_load_or_index(source), directory, packing, num_workers)
@@ -130,7 +132,7 @@ def pack(
     num_shards = len(set(packed.table["source"].to_pylist()))
     print(
         f"{directory}: {num_packed} files in {num_shards} shards, "
-        f"{len(packed) - num_packed} left out"
+        f"{len(packed) - num_packed} files left out"
     )
 
 
@@ -144,7 +146,7 @@ def _match_group(pattern: str, name: str) -> str:
     match = re.search(pattern, name)
     if match is None or not match.groups():
         raise UserError(
-            f"`pattern` {pattern!r} finds no group in {name}: put the part that names the group "
-            "into parentheses"
+            f"`pattern` {pattern!r} finds no group in {name}: put parentheses around the part of "
+            "the name that is the group"
         )
     return match[1]

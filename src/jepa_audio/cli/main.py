@@ -1,4 +1,4 @@
-"""The command `jepa-audio`: a table of commands, each imported only when it is chosen."""
+"""The command `jepa-audio`: a table of commands; a command is imported when it is called."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Command:
     """A command of the table.
 
     Attributes:
-        function: "module:function", imported when the command is chosen.
-        help: one line of `jepa-audio --help`.
-        has_parser: the function takes the words of the command line and parses them itself; the
-            options of any other function are its arguments.
-        as_positional: required arguments may be given by position; otherwise only by name.
+        function: "module:function", imported when the command is called.
+        help: its line in `jepa-audio --help`.
+        has_parser: True if the function parses the command line itself; otherwise its arguments are
+            the options of the command.
+        as_positional: True if required arguments are positional, False if they are options.
     """
 
     function: str
@@ -34,9 +34,11 @@ class Command:
 
 _CLI = "jepa_audio.cli"
 COMMANDS = {
-    "fit": Command(f"{_CLI}.trainer:run", "pretrain: --config wavjepa --data.root DIR", True),
-    "validate": Command(f"{_CLI}.trainer:run", "the loss on held-out files", True),
-    "test": Command(f"{_CLI}.trainer:run", "the loss on test files", True),
+    "fit": Command(
+        f"{_CLI}.trainer:run", "pretrain a model: --config wavjepa --data.root DIR", True
+    ),
+    "validate": Command(f"{_CLI}.trainer:run", "compute the loss on validation files", True),
+    "test": Command(f"{_CLI}.trainer:run", "compute the loss on test files", True),
     "probe": Command(
         f"{_CLI}.probe:probe",
         "score frozen encoders on labelled tasks, with random-init and log-mel baselines",
@@ -44,34 +46,34 @@ COMMANDS = {
     ),
     "report": Command(
         "jepa_audio.report.page:write_report",
-        "the runs of a folder as one HTML page: curves, masks, probe results",
+        "write one HTML page about the runs of a folder: curves, masks, probe results",
     ),
     "import": Command(
-        f"{_CLI}.models:import_published", "a checkpoint from published WavJEPA or PupuJEPA weights"
+        f"{_CLI}.models:import_published", "convert published WavJEPA or PupuJEPA weights"
     ),
     "export": Command(
-        f"{_CLI}.models:export_published", "published WavJEPA or PupuJEPA files from a checkpoint"
+        f"{_CLI}.models:export_published", "write a checkpoint as WavJEPA or PupuJEPA weights"
     ),
-    "configs": Command(f"{_CLI}.configs:list_recipes", "list the recipes that --config finds"),
+    "configs": Command(f"{_CLI}.configs:list_recipes", "list the recipes for --config"),
     "configs copy": Command(f"{_CLI}.configs:copy", "copy a recipe to a file that you can edit"),
     "data index": Command(
-        f"{_CLI}.data:index", "read every audio file once: folders, tars, manifests"
+        f"{_CLI}.data:index", "read every audio file once and write a table of the corpus"
     ),
     "data describe": Command(
-        f"{_CLI}.data:describe", "hours, sample rates, lengths, levels, and the worst files"
+        f"{_CLI}.data:describe", "print hours, sample rates, lengths, levels and the worst files"
     ),
     "data verify": Command(
         f"{_CLI}.data:verify", "read every file again and compare it with the table"
     ),
     "data split": Command(
-        f"{_CLI}.data:split", "train, valid and test splits that keep groups together"
+        f"{_CLI}.data:split", "assign train, valid and test splits; each group is in one split"
     ),
     "data pack": Command(
         f"{_CLI}.data:pack", "write a corpus as tars in WebDataset's layout, optionally resampled"
     ),
     "data stats": Command(
         f"{_CLI}.trainer:measure_stats",
-        "mean and standard deviation of a spectrogram front end on a corpus",
+        "measure mean and standard deviation for a spectrogram front end",
         True,
     ),
     "data synth": Command(
@@ -80,13 +82,13 @@ COMMANDS = {
     ),
     "data convert": Command(
         "jepa_audio.probing.convert:convert",
-        "a labelled data set as downloaded to records for `probe`",
+        "convert a downloaded labelled data set to records for `probe`",
     ),
 }
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a command; a `UserError` ends in one sentence, any other error in its traceback."""
+    """Run a command; print the message of a `UserError`, and the traceback of other errors."""
     args = list(sys.argv[1:] if args is None else args)
     try:
         run(args)
@@ -105,10 +107,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def run(args: list[str]) -> None:
-    """Find the command that the words begin with, import its function and call it.
+    """Find the command at the start of `args`, import its function and call it.
 
     Raises:
-        UserError: if there is no such command.
+        UserError: if the command does not exist.
     """
     name = " ".join(args[:2]) if " ".join(args[:2]) in COMMANDS else "".join(args[:1])
     if name in COMMANDS:
@@ -136,7 +138,7 @@ def _call(name: str, args: list[str]) -> None:
     from jepa_audio.cli.messages import show_messages  # noqa: PLC0415
 
     command, function = COMMANDS[name], load_function(name)
-    # Not before the import: Lightning's loggers would print every message twice.
+    # Lightning must be imported first: otherwise its loggers print every message twice.
     show_messages()
     if command.has_parser:
         function(args)
@@ -160,8 +162,8 @@ def _help(names: Iterable[str]) -> str:
             "",
             *lines,
             "",
-            "`jepa-audio COMMAND --help` shows the options of a command,",
-            "`jepa-audio fit --config wavjepa --print_config` every setting of a run.",
+            "`jepa-audio COMMAND --help` shows the options of a command.",
+            "`jepa-audio fit --config wavjepa --print_config` shows all settings of a run.",
         ]
     )
 
@@ -173,11 +175,11 @@ def _versions() -> str:
 
 
 def _is_stdout_closed() -> bool:
-    """Whether the reader of standard output has gone, as in `jepa-audio --help | head -3`."""
+    """Whether the reader has closed standard output, as in `jepa-audio --help | head -3`."""
     poller = select.poll()
     poller.register(sys.stdout.fileno(), 0)
     if not poller.poll(0):
         return False
-    # The interpreter flushes standard output once more when it exits.
+    # The interpreter flushes standard output at exit, which must not fail.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return True

@@ -1,4 +1,4 @@
-"""What a command prints besides its results: log messages, warnings and errors."""
+"""Print log messages, warnings and errors of a command."""
 
 from __future__ import annotations
 
@@ -13,74 +13,50 @@ from rich.logging import RichHandler
 from jepa_audio.errors import MissingFileError, UserError
 
 BUG_REPORT = (
-    "jepa-audio: this is a bug in jepa-audio, not a mistake in your input. Please report it with "
-    "the command, the traceback below and the output of `jepa-audio --version`."
+    "jepa-audio: this is a bug in jepa-audio, not a mistake in your input. Please report the "
+    "command, the traceback below and the output of `jepa-audio --version`."
 )
 
-# (category, regular expression of the text, reason): warnings that correct use raises, and that
-# nobody has to act on. All others are shown. The tests ignore the same ones.
-EXPECTED_WARNINGS: tuple[tuple[type[Warning], str, str], ...] = (
-    (
-        UserWarning,
-        r"LightningCLI's args parameter is intended to run from within Python",
-        "the words of the command line are passed on with paths instead of names of recipes",
-    ),
-    (
-        UserWarning,
-        r"Attribute '\w+' is an instance of `nn\.Module` and is already saved",
-        "the settings of the modules are saved, because a checkpoint rebuilds the model from them",
-    ),
-    (
-        UserWarning,
-        r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
-        "a resumed run, a validation or a test may have other callbacks, or other settings of them",
-    ),
-    (
-        UserWarning,
-        r"Total length of `list` across ranks is zero",
-        "a run without validation files has no validation loader",
-    ),
-    (
-        UserWarning,
-        r"The dirpath has changed from .* therefore `best_model_score`",
-        "a run folder may be moved; the run continues, and saves only its last state",
-    ),
-    (
-        FutureWarning,
-        r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-        "Lightning 2.6 calls it with torch 2.11 and newer",
-    ),
-    (
-        DeprecationWarning,
-        r"\s*(``ArgumentParser\.add_instantiator``|``instantiate_classes``|skip_none parameter)",
-        "Lightning 2.6 calls what jsonargparse 5 removes; we require jsonargparse < 5",
-    ),
-    (
-        DeprecationWarning,
-        r"\s*By default only one JsonargparseDeprecationWarning per type is shown",
-        "it comes with the warnings of the line above",
-    ),
+# Regular expressions of warnings that correct use raises and that need no action. All other
+# warnings are shown. The tests ignore the same warnings.
+EXPECTED_WARNINGS = (
+    # Names of recipes in the command line are replaced by paths before Lightning gets it.
+    r"LightningCLI's args parameter is intended to run from within Python",
+    # The settings of the modules are saved, because they rebuild the model of a checkpoint.
+    r"Attribute '\w+' is an instance of `nn\.Module` and is already saved",
+    # A resumed run, a validation or a test may have other callbacks or callback settings.
+    r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
+    # A run without validation files has no validation loader.
+    r"Total length of `list` across ranks is zero",
+    # A run folder may be moved; the run continues and saves only its last state.
+    r"The dirpath has changed from .* therefore `best_model_score`",
+    # Lightning 2.6 calls this function with torch 2.11 and newer.
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    # Lightning 2.6 calls functions that jsonargparse 5 removes; we require jsonargparse < 5.
+    r"\s*(``ArgumentParser\.add_instantiator``|``instantiate_classes``|skip_none parameter)",
+    # jsonargparse adds this warning to the warnings of the line above.
+    r"\s*By default only one JsonargparseDeprecationWarning per type is shown",
 )
 
 
 def show_messages() -> None:
     """Print log messages of level INFO and all warnings except the expected ones."""
-    # Lines in a file are not wrapped, so that they can be searched.
+    # The `StreamHandler` does not wrap lines, so that a log file can be searched.
     handler = RichHandler(show_path=False) if sys.stderr.isatty() else logging.StreamHandler()
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
-    # Lightning advertises other products at the start of a run.
+    # At the start of a run, Lightning advertises other products.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "💡" not in record.getMessage()
     )
-    for category, message, _ in EXPECTED_WARNINGS:
-        warnings.filterwarnings("ignore", message, category)
+    for message in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message)
 
 
 def print_error(error: Exception) -> bool:
-    """Print the message of a mistake that the user can correct; else print how to report the bug.
+    """Print the message of an error that the user can correct, or how to report a bug.
 
     Returns:
-        Whether the user can correct it. If not, the caller lets the traceback appear.
+        Whether the user can correct the error; if not, the caller raises it again.
     """
     message, is_on_all_ranks = user_message(error)
     if message is None:
@@ -94,11 +70,11 @@ def print_error(error: Exception) -> bool:
 
 
 def user_message(error: BaseException) -> tuple[str | None, bool]:
-    """The message of a mistake that the user can correct, `None` for any other error.
+    """The message of an error that the user can correct, or `None` for other errors.
 
-    The second value is whether every process of the run raises the same error.
+    The second value is whether all processes of a distributed run raise the same error.
     """
-    # The errors of light commands, which have not imported torch.
+    # These errors need none of the imports below, which take seconds.
     if type(error) in (UserError, MissingFileError):
         return _without_traceback(error), False
     from jepa_audio.data.corpus.table import CorpusError  # noqa: PLC0415
@@ -106,7 +82,7 @@ def user_message(error: BaseException) -> tuple[str | None, bool]:
     from jepa_audio.training.checkpointing import CheckpointWriteError  # noqa: PLC0415
     from jepa_audio.training.finite_guard import NonFiniteError  # noqa: PLC0415
 
-    # A logger that cannot close its files raises another error on top of the first.
+    # A logger that cannot close its files raises another error after the first one.
     for link in _chain(error):
         if isinstance(link, NonFiniteError | CheckpointWriteError):
             return str(link), True
@@ -125,7 +101,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _without_traceback(error: BaseException) -> str:
-    """The message of an error; an error from a loader process contains the traceback there."""
+    """The message of an error, without the traceback that torch adds in a loader process."""
     text = str(error)
     if not text.startswith("Caught "):
         return text

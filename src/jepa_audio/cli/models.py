@@ -1,4 +1,4 @@
-"""The commands on models that need no Trainer; their docstrings are their `--help`."""
+"""The commands `import` and `export`, with docstrings that are their `--help`, and `stats`."""
 
 from __future__ import annotations
 
@@ -24,17 +24,19 @@ def import_published(
     predictor_num_heads: int | None = None,
     conv_strides: list[int] | None = None,
 ) -> None:
-    """Convert published weights to a checkpoint, to probe, to encode with and to train further.
+    """Convert published weights to a checkpoint for probes, encoding and further training.
 
     Args:
-        layout: of the file: "wavjepa" (also for WavJEPA-Nat) or "pupujepa".
-        source: `.safetensors`, `.ckpt`, `.pt` or `.bin` file, or a folder with one and its
-            `config.json`.
-        output: folder to write (-o), by default `runs/NAME`.
-        recipe: name or YAML file of all settings that are not weights, by default the paper's.
-        num_heads: attention heads of the encoder, if the file does not hold their number.
-        predictor_num_heads: attention heads of the predictor, likewise.
-        conv_strides: strides of the convolutions, if the file does not hold them.
+        layout: layout of the file: "wavjepa" (also for WavJEPA-Nat) or "pupujepa".
+        source: a `.safetensors`, `.ckpt`, `.pt`, `.pth` or `.bin` file, or a folder with one of
+            these files and its `config.json`.
+        output: output folder (-o). The default is `runs/NAME`.
+        recipe: name or YAML file with the settings that the file does not determine. The default
+            is the recipe of the paper.
+        num_heads: number of attention heads of the encoder, if the file does not contain it.
+        predictor_num_heads: number of attention heads of the predictor, if the file does not
+            contain it.
+        conv_strides: strides of the convolutions, if the file does not contain them.
     """
     output = output or Path("runs") / source.stem
     strides = None if conv_strides is None else tuple(conv_strides)
@@ -55,27 +57,22 @@ def export_published(
 
     Args:
         layout: "wavjepa" (also for WavJEPA-Nat) or "pupujepa".
-        checkpoint: `.ckpt` of a run or of an import.
-        output: folder to write (-o), by default `exported/` in the folder of the run.
+        checkpoint: the `.ckpt` file of a run or of an import.
+        output: output folder (-o). The default is `exported/` in the folder of the run.
     """
     print(export_weights(layout, checkpoint, output or checkpoint.parent.parent / "exported"))
 
 
 def stats(front_end: FrontEnd, data: AudioDataModule, num_clips: int) -> None:
-    """Print the mean and standard deviation with which a `SpectrogramFrontEnd` normalises.
-
-    Args:
-        front_end: of the run; its present `mean` and `std` are not used.
-        data: of the run; training crops are measured.
-        num_clips: crops to measure.
+    """Measure and print `mean` and `std` of a `SpectrogramFrontEnd` over training crops.
 
     Raises:
-        UserError: if the front end does not normalise.
+        UserError: if the front end has another class.
     """
     if not isinstance(front_end, SpectrogramFrontEnd):
         raise UserError(
-            f"`model.front_end` is a {type(front_end).__name__}, which has no statistics to "
-            "measure; `data stats` is for a SpectrogramFrontEnd"
+            f"`data stats` needs a SpectrogramFrontEnd: `model.front_end` is a "
+            f"{type(front_end).__name__}, which has no `mean` and `std`"
         )
     data.batch_size = 1
     data.prepare_data()

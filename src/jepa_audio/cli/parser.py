@@ -1,4 +1,4 @@
-"""The command line of a function, and parsers whose errors name the nearest known word."""
+"""Command-line parsers; the error message for an unknown word suggests the most similar word."""
 
 from __future__ import annotations
 
@@ -16,43 +16,47 @@ from jepa_audio.old_paths import with_current_paths
 from jepa_audio.recipes import recipes
 
 FRONT_ENDS = "front_ends/"
-# The mode of parsers that read YAML, also that of earlier versions: see `old_paths`.
+# A parser mode that also reads the YAML of earlier versions, see `old_paths`.
 YAML_OF_ALL_VERSIONS = "yaml_of_all_versions"
 set_loader(
     YAML_OF_ALL_VERSIONS,
     lambda text: with_current_paths(get_loader("yaml")(text)),
     (yaml.YAMLError,),
 )
+_SOURCES_HELP = (
+    "folders, audio files, tars, patterns of paths ('shards/{000..127}.tar'), manifests (.csv, "
+    ".tsv, .jsonl) or NSynth's examples.json"
+)
 
 
 class HelpfulParser(ArgumentParser):
-    """A parser that ends the program with one sentence instead of pages of usage."""
+    """A parser that reports an error in one sentence, without the usage of the command."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"parser_mode": YAML_OF_ALL_VERSIONS, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message and the nearest known word, and end the program."""
-        print(f"jepa-audio: {message}{suggestion(message, set(_options(self)))}", file=sys.stderr)
+        """Print the message with a suggestion, and exit with code 2."""
+        print(f"jepa-audio: {message}{_suggestion(message, set(_options(self)))}", file=sys.stderr)
         raise SystemExit(2)
 
 
 def run_function(
     name: str, function: Callable[..., object], args: Sequence[str], as_positional: bool = True
 ) -> None:
-    """Call a function with arguments from the command line, and print what it returns.
+    """Call a function with arguments from the command line, and print its result.
 
     Args:
-        name: of the command.
+        name: name of the command.
         function: its docstring is the help; an argument `sources` takes one or more words.
-        args: words of the command line after the name; `-o` stands for `--output`.
-        as_positional: required arguments may be given by position; all others only by name.
+        args: command line after the name; `-o` is replaced by `--output`.
+        as_positional: see `Command`.
     """
     summary = str(inspect.getdoc(function)).partition("\n\nArgs:")[0]
     parser = HelpfulParser(prog=f"jepa-audio {name}", description=summary)
     has_sources = "sources" in inspect.signature(function).parameters
     if has_sources:
-        parser.add_argument("sources", nargs="+", type=str, help="what to index")
+        parser.add_argument("sources", nargs="+", type=str, help=_SOURCES_HELP)
     parser.add_function_arguments(
         function,
         as_positional=as_positional,
@@ -64,13 +68,8 @@ def run_function(
         print(result)
 
 
-def suggestion(message: str, options: set[str]) -> str:
-    """The end of an error message that suggests the nearest known word, if it refuses a word.
-
-    Args:
-        message: of jsonargparse.
-        options: the command's options, dotted.
-    """
+def _suggestion(message: str, options: set[str]) -> str:
+    """The sentence that suggests a known word, if the message of jsonargparse is about a word."""
     if match := re.search(
         r"unrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message
     ):
@@ -91,14 +90,14 @@ def suggestion(message: str, options: set[str]) -> str:
 def _options(parser: ArgumentParser) -> Iterator[str]:
     for action in parser._actions:
         yield from (option.lstrip("-") for option in action.option_strings)
-        # The parsers of subcommands.
+        # The choices of subcommands are their parsers.
         if isinstance(action.choices, dict):
             for child in action.choices.values():
                 yield from _options(child)
 
 
 def _classes() -> Iterator[type]:
-    """The imported classes of this package, which a YAML can name."""
+    """All imported classes of this package; a YAML file can name them."""
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "jepa_audio":
             yield from (

@@ -1,4 +1,4 @@
-"""The command `probe`: scores, then the leaderboard and the pictures of all results."""
+"""The command `probe`: run the probes, then write the leaderboard and figures of all results."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from jepa_audio.report.page import write_leaderboard
 from jepa_audio.report.results import terminal_table
 
 
-# The decorator replaces the signature and the docstring: they are the options and the help.
+# `wraps` copies the signature and the docstring of `run.probe`: the options and the help.
 @functools.wraps(run.probe)
 def probe(**settings: Any) -> None:
-    """Run the probes and write their leaderboard and pictures."""
+    """Run the probes, and write the leaderboard and figures."""
     results = Path(settings["output"]) / "results.jsonl"
     rows = run.probe(**settings)
     write_leaderboard(results)

@@ -1,4 +1,4 @@
-"""The commands that need a Trainer or the configuration of a run, by LightningCLI."""
+"""The commands `fit`, `validate`, `test` and `data stats`, based on LightningCLI."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jepa_audio.data.datamodule import AudioDataModule
 from jepa_audio.errors import MissingFileError
 from jepa_audio.interop.convert import load_weights
 from jepa_audio.old_paths import current_path
-from jepa_audio.probing.online import OnlineProbe  # noqa: F401 (its class gets a short name)
+from jepa_audio.probing.online import OnlineProbe  # noqa: F401 (YAML can name the imported class)
 from jepa_audio.recipes import find_recipe, recipes
 from jepa_audio.training.checkpointing import AtomicCheckpointIO, RunCheckpoint
 from jepa_audio.training.collapse_monitor import CollapseMonitor
@@ -35,7 +35,7 @@ class RunParser(HelpfulParser, LightningArgumentParser):
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Writes the configuration of a training run into its folder; a resumed run writes it again."""
+    """Writes `config.yaml` into the folder of a training run, also when the run is resumed."""
 
     @override
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -52,11 +52,11 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 class JEPACLI(LightningCLI):
-    """LightningCLI with one folder for all files of a run and callbacks that every run has.
+    """LightningCLI with a folder for all files of a run, and with the callbacks of every run.
 
     Args:
-        args: words of the command line, with a subcommand if `run` is true.
-        run: run the subcommand; otherwise only build `model`, `datamodule` and `trainer`.
+        args: command line; starts with a subcommand if `run` is True.
+        run: True runs the subcommand; False only builds `model`, `datamodule` and `trainer`.
     """
 
     def __init__(self, args: Sequence[str], run: bool = True) -> None:
@@ -83,7 +83,7 @@ class JEPACLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's subcommands without `predict`."""
+        """The subcommands of Lightning without `predict`."""
         return {
             name: skip
             for name, skip in LightningCLI.subcommands().items()
@@ -91,7 +91,7 @@ class JEPACLI(LightningCLI):
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add options of the run, and link each width and sample rate to its one source."""
+        """Add the options of a run, and link the settings that must be equal."""
         parser.add_argument(
             "--run_dir",
             type=str,
@@ -102,13 +102,13 @@ class JEPACLI(LightningCLI):
             "--weights",
             type=str | None,
             default=None,
-            help="Checkpoint whose weights a new run starts from; a resumed run ignores it.",
+            help="Checkpoint with the initial weights of a new run; a resumed run ignores it.",
         )
         if not self._has_subcommands:
-            # Subcommands add them themselves; here they let the `config.yaml` of a run be read.
+            # The `config.yaml` of a run has these keys, which only subcommands define.
             for name in ("ckpt_path", "weights_only"):
                 parser.add_argument(
-                    f"--{name}", type=str | bool | None, default=None, help="unused"
+                    f"--{name}", type=str | bool | None, default=None, help="Not used."
                 )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(CollapseMonitor, "monitor")
@@ -118,13 +118,13 @@ class JEPACLI(LightningCLI):
             parser.link_arguments(
                 "model.encoder.init_args.embed_dim", f"model.{part}.init_args.embed_dim"
             )
-        for name, of_model in (("sample_rate", _sample_rate), ("num_channels", _num_channels)):
+        for name, compute in (("sample_rate", _sample_rate), ("num_channels", _num_channels)):
             parser.link_arguments(
-                "model", f"data.{name}", compute_fn=of_model, apply_on="instantiate"
+                "model", f"data.{name}", compute_fn=compute, apply_on="instantiate"
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make a Trainer with atomic checkpoints and, by default, CSV and TensorBoard logs."""
+        """Create a Trainer with atomic checkpoints and, by default, CSV and TensorBoard logs."""
         config = self.config_init[self.subcommand] if self.subcommand else self.config_init
         folder, settings = config["run_dir"], config["trainer"]
         callbacks = [FiniteGuard(), *(settings["callbacks"] or [])]
@@ -147,16 +147,17 @@ class JEPACLI(LightningCLI):
     def before_fit(self) -> None:
         """Load the weights of `--weights`, unless the run resumes from a checkpoint."""
         weights = self._get(self.config, "weights")
-        # The first start of a job that may be requeued: there is no checkpoint yet.
+        # A job that can be requeued has no checkpoint at its first start.
         is_resumed = self._get(self.config, "ckpt_path") is not None and not self._lacks_last()
         if weights is not None and not is_resumed:
             load_weights(self.model, Path(weights))
 
     def before_validate(self) -> None:
-        """Load the weights of `--weights`, and refuse a missing checkpoint: Lightning only warns.
+        """Load the weights of `--weights`, and check that the checkpoint exists.
 
         Raises:
-            MissingFileError: if `--ckpt_path last` is given and the run has no checkpoint.
+            MissingFileError: if `--ckpt_path last` is given and the run has no checkpoint, for
+                which Lightning only shows a warning.
         """
         if self._lacks_last():
             raise MissingFileError(
@@ -168,10 +169,10 @@ class JEPACLI(LightningCLI):
     before_test = before_validate
 
     def after_fit(self) -> None:
-        """Exit with 128 plus the number of the signal that stopped the run, as a shell expects.
+        """Exit with 128 plus the number of the signal that stopped the run, as shells expect.
 
-        Only the process of rank zero does: Lightning kills all processes when another one exits
-        with a code other than 0.
+        Only the process of rank zero exits with this code. If another process exits with a code
+        other than 0, Lightning kills all processes.
         """
         stopped_by = self._get(self.config_init, "checkpoint").stopped_by
         if stopped_by is not None and self.trainer.is_global_zero:
@@ -186,7 +187,7 @@ class JEPACLI(LightningCLI):
         return is_last and not list(self._checkpoints().glob("last*.ckpt"))
 
     def _parse_ckpt_path(self) -> None:
-        """Do nothing: Lightning would override the command line by the checkpoint's settings."""
+        """Do nothing, because Lightning would replace the options by those of the checkpoint."""
 
 
 def _checkpoint_folder(run_dir: str) -> str:
@@ -202,12 +203,12 @@ def _num_channels(model: JEPA) -> int:
 
 
 def run(args: Sequence[str]) -> None:
-    """The commands `fit`, `validate` and `test`."""
+    """Run the command `fit`, `validate` or `test`."""
     JEPACLI(args)
 
 
 def measure_stats(args: Sequence[str]) -> None:
-    """The command `data stats`: the statistics of the front end of a run's configuration."""
+    """Run the command `data stats` for the front end and the data of a configuration."""
     cli = JEPACLI(args[2:], run=False)
     stats(cli.model.front_end, cli.datamodule, num_clips=2000)
 
@@ -229,7 +230,7 @@ def with_recipe_paths(args: Sequence[str]) -> Iterator[str]:
 
 
 def _recipe_path(option: str, value: str) -> str:
-    # A configuration may also be given as text.
+    # The value of `--config` can also be YAML text.
     if option in ("--config", "-c") and not any(sign in value for sign in "{:\n"):
         return str(find_recipe(value))
     if option == "--model.front_end" and not Path(value).is_file():
