@@ -174,7 +174,7 @@ def test_the_knn_head_equals_scikit_learn_and_the_nearest_wins_a_tie(rng: np.ran
         0,
     )
     for k in (1, 2, 5):
-        head = NeighbourHead(ONE_LAYER[0], float(k), 0, 0.0, features_of(train), votes)
+        head = NeighbourHead(ONE_LAYER[0], float(k), features_of(train), votes)
         ours = head.logits(features_of(test))[:, 0].argmax(dim=1).numpy()
         theirs = KNeighborsClassifier(k, metric="cosine").fit(scaler.transform(train), labels[0])
         share = np.sort(theirs.predict_proba(scaler.transform(test)), axis=1)

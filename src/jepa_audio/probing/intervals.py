@@ -10,8 +10,6 @@ from jaxtyping import Float, Int
 
 from jepa_audio.errors import UserError
 
-_PERCENTILES = (2.5, 97.5)
-
 
 @dataclass(frozen=True)
 class Difference:
@@ -38,8 +36,9 @@ class Difference:
 def draw_counts(num_units: int, draws: int = 2000, seed: int = 0) -> Int[np.ndarray, "draws units"]:
     """How often each unit occurs in bootstrap resamples; see `Metric.resampled`.
 
-    Scores that are resampled with the same number of units and the same seed are paired. The first
-    n draws do not depend on the number of draws.
+    Scores that are resampled with the same number of units and the same seed are paired. All
+    results of probes have the default seed, so any two can be compared on the same resamples. The
+    first n draws do not depend on the number of draws.
 
     Raises:
         UserError: if there is no unit or no draw.
@@ -62,7 +61,7 @@ def interval(draws: Float[np.ndarray, " draws"]) -> tuple[float, float]:
     scored = draws[~np.isnan(draws)]
     if len(scored) == 0:
         return float("nan"), float("nan")
-    low, high = np.percentile(scored, _PERCENTILES)
+    low, high = np.percentile(scored, (2.5, 97.5))
     return float(low), float(high)
 
 
@@ -72,12 +71,8 @@ def difference(
     draws: Float[np.ndarray, " draws"],
     other_draws: Float[np.ndarray, " draws"],
 ) -> Difference:
-    """`value` minus `other`, with an interval.
+    """`value` minus `other`, two scores on the same units, with an interval.
 
-    Args:
-        value: score on all units.
-        other: the score that it is compared with, on the same units.
-        draws: the first score on resamples.
-        other_draws: the second score on the same resamples, in the same order.
+    `draws` and `other_draws` are the scores on the same resamples, in the same order.
     """
     return Difference(value - other, *interval(draws - other_draws))

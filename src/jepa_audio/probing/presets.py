@@ -6,6 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Literal
 
 import numpy as np
@@ -21,7 +22,7 @@ from jepa_audio.probing.heads.linear import NEIGHBOURS, NeighbourHead, fit_logis
 from jepa_audio.probing.heads.stacked import MLPSettings, Select
 from jepa_audio.probing.heads.sweep import fit_grid
 from jepa_audio.probing.tasks.base import Protocol, Task
-from jepa_audio.probing.tasks.labels import UNKNOWN, Rows
+from jepa_audio.probing.tasks.labels import UNKNOWN, Labels, Rows
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +31,7 @@ FittedHeads = Mapping[HeadKind, Sequence[Head]]
 
 
 class Preset(ABC):
-    """A protocol.
-
-    Attributes:
-        name: name in the results.
-        select: epoch of the heads that are scored.
-    """
+    """A protocol; `select` is the epoch of the heads that are scored."""
 
     name: str
     select: Select = "best"
@@ -65,7 +61,7 @@ class MarbleV1(Preset):
 
     Heads with one hidden layer of 512 units on each layer and on the softmax-weighted sum of all
     blocks, with six learning rates. The weights of the best validation epoch are scored. As in
-    MARBLE, annotations in time use the weighted sum alone, unless the encoder has one layer.
+    MARBLE, annotations in time use the weighted sum alone, unless the encoder has one block.
     """
 
     name = "marble-v1"
@@ -88,8 +84,8 @@ class MarbleV1(Preset):
 class MarbleV2(Preset):
     """MARBLE v2, for cross-checks: a linear map of all layers, and one learning rate.
 
-    What MARBLE v2 calls its best checkpoint is that of the last epoch; `select` chooses. Padding is
-    part of its averages, but not of ours.
+    The checkpoint that MARBLE v2 calls the best one is that of the last epoch; `select` chooses the
+    best or the last epoch. The averages of MARBLE v2 include padding, ours do not.
     """
 
     name = "marble-v2"
@@ -129,22 +125,18 @@ class LinearPreset(Preset):
     def fit(self, fit: FitContext) -> FittedHeads:
         train, targets = _labelled_rows(fit)
         labels, per_frame = fit.data.labels, fit.data.task.grid_hz is not None
-        inputs, seed, device = fit.layer_inputs(), fit.seeds[0], fit.device
-        numbers = _regression_targets(fit, targets)
+        inputs, device = fit.layer_inputs(), fit.device
+        numbers = _regression_targets(labels, targets)
         fitted: dict[HeadKind, Sequence[Head]] = {}
         if labels.kind == "class" and not per_frame:
-            fitted["logistic"] = fit_logistic(
-                train, targets, labels.num_outputs, inputs, seed=seed, device=device
-            )
+            num_classes = labels.num_outputs
+            fitted["logistic"] = fit_logistic(train, targets, num_classes, inputs, device=device)
         else:
-            fitted["ridge"] = fit_ridge(train, numbers, inputs, seed=seed, device=device)
+            fitted["ridge"] = fit_ridge(train, numbers, inputs, device=device)
         if not per_frame:
             sizes = tuple(k for k in NEIGHBOURS if k <= len(train)) or (1,)
-            fitted["knn"] = [
-                NeighbourHead(head_input, float(k), seed, float("nan"), train, numbers)
-                for head_input in inputs
-                for k in sizes
-            ]
+            points = product(inputs, sizes)
+            fitted["knn"] = [NeighbourHead(x, float(k), train, numbers) for x, k in points]
         return {kind: [_validated(fit, head) for head in heads] for kind, heads in fitted.items()}
 
 
@@ -152,7 +144,7 @@ def preset_of(name: str, select: Select = "best") -> Preset:
     """The preset with a name.
 
     Raises:
-        UserError: if there is none, or if `select` is not "best" and the preset is not marble-v2.
+        UserError: if there is none, or if `select` is "last" and the preset is not marble-v2.
     """
     presets: dict[str, Preset] = {
         preset.name: preset for preset in (MarbleV1(), LinearPreset(), MarbleV2(select))
@@ -175,9 +167,8 @@ def _labelled_rows(fit: FitContext) -> tuple[Features, Tensor]:
     return Features(train.layers, train.place[known], rows), targets[known]
 
 
-def _regression_targets(fit: FitContext, targets: Tensor) -> Float[Tensor, "n C"]:
+def _regression_targets(labels: Labels, targets: Tensor) -> Float[Tensor, "n C"]:
     """Numbers, or ±2 for classes and tags, so that the predictions are logits."""
-    labels = fit.data.labels
     if labels.kind == "numbers":
         return targets
     is_class = labels.kind == "class"
@@ -188,4 +179,4 @@ def _regression_targets(fit: FitContext, targets: Tensor) -> Float[Tensor, "n C"
 
 def _validated(fit: FitContext, head: Head) -> Head:
     logits = head.logits(fit.features["val"], fit.device)
-    return replace(head, valid=float(fit.validation_scores(logits)[0]))
+    return replace(head, seed=fit.seeds[0], valid=float(fit.validation_scores(logits)[0]))

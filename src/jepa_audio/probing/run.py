@@ -11,6 +11,9 @@ from typing import Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
 
 from jepa_audio.errors import UserError, did_you_mean
 from jepa_audio.probing.encoders import (
@@ -25,7 +28,7 @@ from jepa_audio.probing.encoders import (
 from jepa_audio.probing.features import Features, FeatureStore
 from jepa_audio.probing.heads import Choice, FitContext, Head, choose
 from jepa_audio.probing.heads.stacked import Select
-from jepa_audio.probing.intervals import difference
+from jepa_audio.probing.intervals import difference, draw_counts, interval
 from jepa_audio.probing.presets import HeadKind, Preset, preset_of
 from jepa_audio.probing.robustness import SWEEPS, Condition, area, noise_sweep
 from jepa_audio.probing.rows import (
@@ -36,8 +39,9 @@ from jepa_audio.probing.rows import (
     append_rows,
     save_evidence,
 )
-from jepa_audio.probing.scoring import chance_score, score_head
 from jepa_audio.probing.tasks import ProbeData, load_task
+from jepa_audio.probing.tasks.labels import UNKNOWN, Rows, Unit
+from jepa_audio.probing.tasks.records import Split
 from jepa_audio.probing.tasks.table import LabelKind
 
 _Results = dict[tuple[str, str, HeadKind, int], tuple[float, Evidence]]
@@ -173,7 +177,7 @@ class ProbeRun:
         task, splits = data.task, data.splits
         features = {split: self._features(encoder, data, split) for split in splits}
         test = features["test"]
-        chance = chance_score(data, features["train"].rows, test.rows)
+        chance = _chance_score(data, features["train"].rows, test.rows)
         sizes = tuple(
             len(np.unique(features[split].rows.unit_index(splits[split], task.units[0])))
             for split in splits
@@ -181,7 +185,7 @@ class ProbeRun:
         for kind, choice in self._fit(encoder, data, features).items():
             for head in choice.heads:
                 logits = head.logits(test, self.device)
-                scores, evidence = score_head(logits, data, splits["test"], test.rows)
+                scores, evidence = _score_head(logits, data, splits["test"], test.rows)
                 row = self._row(encoder, data, kind, choice, head, scores, sizes, chance)
                 key = task.name, data.checksum, kind, head.seed
                 if encoder.variant == RANDOM_INIT:
@@ -285,6 +289,49 @@ class ProbeRun:
             split_checksum=data.checksum,
             versions={name: version(name) for name in ("jepa-audio", "torch", "torchmetrics")},
         )
+
+
+def _score_head(
+    logits: Float[Tensor, "rows 1 C"], data: ProbeData, split: Split, rows: Rows
+) -> tuple[dict[str, Score], Evidence]:
+    """All metrics of a task on all its units, with 95 % bootstrap intervals, and the evidence.
+
+    Metrics on other units than the first have a prefix. Predictions and labels of the evidence are
+    those of the first unit.
+    """
+    scores: dict[str, Score] = {}
+    draws: dict[str, np.ndarray] = {}
+    first_unit = data.task.units[0]
+    for unit in data.task.units:
+        predictions = data.labels.predictions(logits, split, rows, unit).cpu()
+        truth = data.labels.unit_targets(split, rows, unit)
+        counts = draw_counts(len(predictions))
+        for metric in data.task.metrics:
+            name = metric.name if unit == first_unit else f"{unit}_{metric.name}"
+            draws[name] = metric.resampled(predictions[:, 0].numpy(), truth, counts)
+            value = float(metric(predictions, truth)[0])
+            scores[name] = Score(value, *interval(draws[name]), metric.num_scored(truth))
+        if unit == first_unit:
+            kept = predictions[:, 0].float().numpy(), truth
+    return scores, Evidence(*kept, uids=_unit_names(split, rows, first_unit), draws=draws)
+
+
+def _chance_score(data: ProbeData, train: Rows, test: Rows) -> float:
+    """First metric of a constant prediction: class or tag frequencies, or means, in training."""
+    targets = data.labels.row_targets(data.splits["train"], train)
+    if data.labels.kind == "class":
+        targets = F.one_hot(targets[targets != UNKNOWN], data.labels.num_outputs)
+    mean = targets.float().mean(dim=0)
+    constant = torch.logit(mean, eps=1e-6) if data.labels.kind == "tags" else mean
+    logits = constant.expand(len(test), 1, -1).contiguous()
+    return float(data.scores(logits, data.splits["test"], test))
+
+
+def _unit_names(split: Split, rows: Rows, unit: Unit) -> tuple[str, ...]:
+    if unit == "file":
+        return split.uids
+    _, first = np.unique(rows.window, return_index=True)
+    return tuple(f"{split.items[rows.item[row]].uid} at {rows.seconds[row]:.1f} s" for row in first)
 
 
 def _with_statistics(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -76,7 +76,7 @@ class Head(ABC):
     Attributes:
         input: the layers that it reads.
         setting: its hyper-parameter: learning rate, penalty or number of neighbours.
-        seed: seed of its training.
+        seed: seed of its training; heads without random draws only record it.
         valid: validation score; NaN until it is computed.
     """
 
@@ -84,8 +84,8 @@ class Head(ABC):
 
     input: HeadInput
     setting: float
-    seed: int
-    valid: float
+    seed: int = field(default=0, kw_only=True)
+    valid: float = field(default=math.nan, kw_only=True)
 
     @abstractmethod
     def logits(self, features: Features, device: Device = "cpu") -> Float[Tensor, "rows 1 C"]:

@@ -42,11 +42,8 @@ _MAX_LOGITS = 2**26
 class Standardisation:
     """Scaling to mean 0 and deviation 1 on the training rows, computed in double precision.
 
-    Features that are constant on the training rows, except for rounding, become 0 everywhere.
-
-    Attributes:
-        mean: mean of every feature.
-        factor: reciprocal of the deviation, or 0.
+    `factor` is the reciprocal of the deviation. It is 0 for features that are constant on the
+    training rows, except for rounding: they become 0 everywhere.
     """
 
     mean: Float[Tensor, " D"]
@@ -72,13 +69,7 @@ class Standardisation:
 
 @dataclass(frozen=True)
 class LinearHead(Head):
-    """Logits that are linear in the standardised features of one layer.
-
-    Attributes:
-        scale: standardisation of the features.
-        weight: weight for each feature and output.
-        bias: bias of each output.
-    """
+    """Logits that are linear in the features of one layer, which `scale` standardises."""
 
     setting_name = "penalty"
 
@@ -98,9 +89,7 @@ class LinearHead(Head):
 class NeighbourHead(Head):
     """Mean target of the nearest training rows, by cosine of the standardised features.
 
-    Attributes:
-        train: features of the training rows.
-        votes: target of each training row, for each output.
+    `votes` has the target of each row of `train`, for each output.
     """
 
     setting_name = "neighbours"
@@ -131,15 +120,12 @@ def fit_ridge(
     targets: Float[Tensor, "n C"],
     inputs: Sequence[HeadInput],
     strengths: Sequence[float] = RIDGE_STRENGTHS,
-    *,
-    seed: int = 0,
     device: Device = "cpu",
 ) -> list[LinearHead]:
     """Ridge regression on each single-layer input, with each strength.
 
     The objective is the mean squared error plus `strength` times the squared weights; the bias is
-    not penalised. One eigendecomposition in double precision serves all strengths of a layer. The
-    validation score of the heads is NaN; `seed` is only recorded.
+    not penalised. One eigendecomposition in double precision serves all strengths of a layer.
     """
     mean = targets.mean(dim=0)
     centred = (targets - mean).double().to(device)
@@ -152,8 +138,7 @@ def fit_ridge(
         projected = axes.T @ (_cross_product(x, centred) / len(x))
         for strength in strengths:
             weight = axes @ (projected / (spectrum.clamp_min(0) + strength)[:, None])
-            fitted = scale, weight.float(), mean.to(device)
-            heads.append(LinearHead(head_input, strength, seed, float("nan"), *fitted))
+            heads.append(LinearHead(head_input, strength, scale, weight.float(), mean.to(device)))
     return heads
 
 
@@ -174,16 +159,13 @@ def fit_logistic(
     num_classes: int,
     inputs: Sequence[HeadInput],
     strengths: Sequence[float] = LOGISTIC_STRENGTHS,
-    *,
-    seed: int = 0,
     device: Device = "cpu",
 ) -> list[LinearHead]:
     """Multinomial logistic regression on each single-layer input, with each strength.
 
     The objective is the mean cross-entropy plus `strength / 2` times the squared weights; the bias
     is not penalised. This is scikit-learn's `LogisticRegression` with `C = 1 / (n * strength)`. It
-    is convex, so nothing is drawn; `seed` is only recorded. The validation score of the heads is
-    NaN.
+    is convex, so no initial weights are drawn.
     """
     target = F.one_hot(labels.to(device), num_classes).float()
     l2 = torch.tensor(strengths, device=device, dtype=torch.float32)
@@ -195,13 +177,11 @@ def fit_logistic(
         scales = [Standardisation.of(layer) for layer in rows]
         rotated = [_rotate(scale(x).to(device)) for scale, x in zip(scales, rows, strict=True)]
         weights = _solve(_stack([x for x, _ in rotated]), target, l2)
-        for head_input, scale, (_, axes), weight in zip(
-            group, scales, rotated, weights, strict=True
-        ):
-            bias, in_axes = weight[0], weight[1 : axes.shape[1] + 1]  # [K, C], [A, K, C]
+        for i, (_, axes) in enumerate(rotated):
+            bias, in_axes = weights[i, 0], weights[i, 1 : axes.shape[1] + 1]  # [K, C], [A, K, C]
             for k, strength in enumerate(strengths):
-                fitted = scale, axes @ in_axes[:, k], bias[k]
-                heads.append(LinearHead(head_input, strength, seed, float("nan"), *fitted))
+                weight = axes @ in_axes[:, k]
+                heads.append(LinearHead(group[i], strength, scales[i], weight, bias[k]))
     return heads
 
 

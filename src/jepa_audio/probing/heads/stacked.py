@@ -32,7 +32,7 @@ class MLPSettings:
         protocol: learning rates, batch size, epochs, early stopping and plateau schedule.
         hidden: units of the hidden layer.
         dropout: probability of dropping a hidden unit.
-        select: epoch of the weights that are scored: the best one on validation, or the last.
+        select: epoch whose weights are scored: the best on validation, or the last.
     """
 
     protocol: Protocol
@@ -99,8 +99,8 @@ class StackedLinear(nn.Module):
 class StackedHeads(nn.Module):
     """Heads with one hidden layer (linear, ReLU, dropout, linear), trained on the same batches.
 
-    All heads start with the same weights and drop the same units, as separate runs with one seed
-    do. So the result for each head is that of a separate run.
+    All heads start with the same weights and drop the same units, as in separate runs with one
+    seed. So the result for each head is that of a separate run.
 
     Args:
         inputs: several inputs of kind "layer", or one input of another kind.
@@ -203,7 +203,7 @@ class StackedAdam:
         states = (self.weights, contiguous, self.first_moments, self.second_moments, self.steps)
         by_head = [[tensor.unbind() for tensor in tensors] for tensors in states]
         for rate in dict.fromkeys(learning_rates):
-            heads = [head for head, own_rate in enumerate(learning_rates) if own_rate == rate]
+            heads = [head for head, other in enumerate(learning_rates) if other == rate]
             weights, grads, first, second, steps = (
                 [tensor[head] for tensor in tensors for head in heads] for tensors in by_head
             )

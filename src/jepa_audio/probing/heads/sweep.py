@@ -40,7 +40,6 @@ class MLPHead(Head):
     Attributes:
         curve: validation score after every epoch.
         state: weights of the selected epoch.
-        settings: how it was trained.
     """
 
     setting_name = "learning rate"
@@ -77,7 +76,7 @@ class TrainingRows:
 
 
 class _HeadTraining:
-    """A head during training, with its learning rate schedule and early stopping."""
+    """A head in training, with the schedule of its learning rate and its early stopping."""
 
     def __init__(self, head: MLPHead) -> None:
         self.head, self.best, self.epochs_since_best = head, -math.inf, 0
@@ -113,10 +112,10 @@ class _HeadTraining:
 def fit_grid(fit: FitContext, inputs: Sequence[HeadInput], settings: MLPSettings) -> list[MLPHead]:
     """Train one head for every seed, input and learning rate, in this order.
 
-    All heads of a seed get the same initial weights and the same batches, as separate runs with
-    that seed do. Each has its own learning rate, plateau schedule, early stopping and best state,
-    and leaves the stack when it stops. Heads on layers of one width share batched products; each
-    core trains a few layers. The result is that of separate runs, except for the rounding of sums.
+    All heads of a seed get the same initial weights and the same batches, as in separate runs with
+    that seed. Each has its own learning rate, plateau schedule, early stopping and best state, and
+    leaves the stack when it stops. Heads on layers of one width share batched products; each core
+    trains a few layers. The result is that of separate runs, except for the rounding of sums.
     """
     train, protocol = TrainingRows(fit), settings.protocol
     # The thousands of rows in a batch of frames keep all cores busy; 64 rows do not.
@@ -149,7 +148,7 @@ def _train_stack(
     settings: MLPSettings,
     stop: Event,
 ) -> Iterator[list[MLPHead]]:
-    """Train the heads of a group until the last one stops; yields the stopped ones each epoch."""
+    """Train the heads of a group, and yield after each epoch those that have stopped."""
     layers = [layer for head_input in inputs for layer in head_input.layers]
     labels, rates = fit.data.labels, settings.protocol.learning_rates
     widths = train.features.widths(layers)
@@ -157,7 +156,7 @@ def _train_stack(
     heads.to(fit.device)
     adam = StackedAdam(heads)
     trainings = [
-        _HeadTraining(MLPHead(head_input, rate, seed, -math.inf, (), {}, settings))
+        _HeadTraining(MLPHead(head_input, rate, (), {}, settings, seed=seed))
         for head_input, rate in product(inputs, rates)
     ]
     order = torch.Generator().manual_seed(seed)
@@ -227,15 +226,13 @@ def _thread_pool(by_core: bool) -> Iterator[tuple[ThreadPoolExecutor, Event]]:
     after an error or an interrupt.
     """
     num_threads, stop = torch.get_num_threads(), Event()
+    torch.set_num_threads(1 if by_core else num_threads)
+    pool = ThreadPoolExecutor(num_threads if by_core else 1)
     try:
-        torch.set_num_threads(1 if by_core else num_threads)
-        with ThreadPoolExecutor(num_threads if by_core else 1) as pool:
-            try:
-                yield pool, stop
-            finally:
-                stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
+        yield pool, stop
     finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(num_threads)
 
 
