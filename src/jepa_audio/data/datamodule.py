@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -170,9 +171,8 @@ class AudioDataModule(LightningDataModule):
         if self.clips.mask_padding:
             raise UserError("`mask_padding` must be false with `scenes`: scenes have no padding")
         if self.clips.mono == "keep":
-            raise UserError(
-                "`scenes` need mono clips: set `mono` to 'mean', 'first' or 'random', not 'keep'"
-            )
+            modes = "'mean', 'first' or 'random', not 'keep'"
+            raise UserError(f"`scenes` need mono clips: set `mono` to {modes}")
         if self.clips.clip_seconds is None:
             raise UserError("`scenes` need `clip_seconds`: the length of a scene")
 
@@ -214,9 +214,8 @@ class AudioDataModule(LightningDataModule):
     def _load(self, source: str) -> Corpus:
         """The table of a source; files that do not meet the requirements are marked as bad."""
         corpus = load_corpus(source).mark_unfit(**self._requirements)
-        check_bad_share(
-            corpus, source, self.max_bad_share, f"; see `jepa-audio data describe {source}`"
-        )
+        hint = f"; see `jepa-audio data describe {source}`"
+        check_bad_share(corpus, source, self.max_bad_share, hint)
         return corpus
 
     def _split(self, corpora: list[Corpus]) -> dict[str, list[Corpus]]:
@@ -224,9 +223,8 @@ class AudioDataModule(LightningDataModule):
         splits = [corpus.split(0.0 if self.valid_root else self.valid_share) for corpus in corpora]
         for source, split in zip(self.sources, splits, strict=True):
             if not len(split.train):
-                raise CorpusError(
-                    f"{source} has no training file: all files in its table have another split"
-                )
+                reason = "all files in its table have another split"
+                raise CorpusError(f"{source} has no training file: {reason}")
         valid, test = [split.valid for split in splits], [split.test for split in splits]
         if self.valid_root is not None:
             valid = [self._load(self.valid_root).usable().shuffled()]
@@ -270,9 +268,9 @@ class AudioDataModule(LightningDataModule):
             seed=self.clips.seed,
         )
         accumulated = self.trainer.accumulate_grad_batches if self.trainer else 1
-        num_steps = math.ceil(sampler.batches_per_pass / accumulated)
-        if self.trainer and self.trainer.max_steps > 0:
-            num_steps = self.trainer.max_steps
+        num_steps = self.trainer.max_steps if self.trainer else -1
+        if num_steps <= 0:
+            num_steps = math.ceil(sampler.batches_per_pass / accumulated)
         self._train_loader = ResumableLoader(
             self._loader(dataset, sampler),
             self._bad_reads,
@@ -283,12 +281,10 @@ class AudioDataModule(LightningDataModule):
 
     @override
     def val_dataloader(self) -> list[EvaluationLoader]:
-        """Crops from the middle of the validation files, always the same; [] without files."""
         return self._evaluation_loaders("valid")
 
     @override
     def test_dataloader(self) -> list[EvaluationLoader]:
-        """Crops from the middle of the test files, always the same."""
         return self._evaluation_loaders("test")
 
     @override
@@ -307,13 +303,13 @@ class AudioDataModule(LightningDataModule):
         return batch.render() if isinstance(batch, SceneBatch) else batch
 
     def _evaluation_loaders(self, part: str) -> list[EvaluationLoader]:
+        """Crops from the middle of the files, always the same; [] without files."""
         if part not in self._files:
             return []
         dataset = self._dataset(part, random_crops=False)
         even = self.trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
-        batches = evaluation_batches(
-            len(dataset), self.batch_size, self._rank, self._world_size, even
-        )
+        ranks = self._rank, self._world_size
+        batches = evaluation_batches(len(dataset), self.batch_size, *ranks, even)
         loader = self._loader(dataset, batches, persistent_workers=True)
         return [EvaluationLoader(loader, self._bad_reads)]
 
@@ -337,8 +333,7 @@ class AudioDataModule(LightningDataModule):
             persistent_workers=persistent_workers and num_workers > 0,
             collate_fn=dataset.collate,
             pin_memory=torch.cuda.is_available(),
-            # Without it, worker seeds are drawn from the global generator, and the random numbers
-            # of the model change.
+            # Otherwise the loader draws from the global generator and changes the model's draws.
             generator=torch.Generator(),
             **worker_arguments(num_workers),
         )
@@ -364,26 +359,19 @@ def _num_files(corpora: list[Corpus]) -> int:
 
 def _validate_disjoint(sources: list[str], corpora: list[Corpus]) -> None:
     """Refuse a file in two sources: training would use it twice, validation might use it too."""
-    for number, corpus in enumerate(corpora[:-1]):
-        names = corpus.absolute_names
-        for other, source in zip(corpora[number + 1 :], sources[number + 1 :], strict=True):
-            shared = names.filter(pc.is_in(names, other.absolute_names))
-            if len(shared):
-                raise CorpusError(
-                    f"{sources[number]} and {source} both contain {shared[0]}: "
-                    "remove it from one of them"
-                )
+    for (a, corpus), (b, other) in combinations(zip(sources, corpora, strict=True), 2):
+        shared = corpus.absolute_names.filter(pc.is_in(corpus.absolute_names, other.absolute_names))
+        if len(shared):
+            raise CorpusError(f"{a} and {b} both contain {shared[0]}: remove it from one of them")
 
 
 def _summarize(sources: list[str], parts: dict[str, list[Corpus]], num_skipped: int) -> str:
     train = parts["train"]
     hours = sum(float(corpus.seconds.sum()) for corpus in train) / 3600
-    rates, counts = np.unique(
-        np.concatenate([corpus.table["sample_rate"].to_numpy() for corpus in train]),
-        return_counts=True,
-    )
+    rates = np.concatenate([corpus.table["sample_rate"].to_numpy() for corpus in train])
+    counts = zip(*np.unique(rates, return_counts=True), strict=True)
     return (
         f"{', '.join(sources)}: {_num_files(train)} training files, {hours:.2f} hours, "
-        + ", ".join(f"{count} at {rate} Hz" for rate, count in zip(rates, counts, strict=True))
-        + f"; {_num_files(parts['valid'])} validation files, {num_skipped} files skipped"
+        f"{', '.join(f'{count} at {rate} Hz' for rate, count in counts)}; "
+        f"{_num_files(parts['valid'])} validation files, {num_skipped} files skipped"
     )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import inf, log, prod
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import soundfile
@@ -32,6 +33,9 @@ INSTRUMENTS = {"train": range(64), "valid": range(64, 80), "test": range(80, 112
 _RECIPE = 1
 # Seeds of random numbers; 0 to 2 are the notes of the splits.
 _INSTRUMENT_STREAM, _PLAN_STREAM = 3, 4
+
+# An entry in NSynth's `examples.json`.
+Example = dict[str, Any]
 
 # Ranges of the properties that are drawn for each note and are independent of its labels.
 _RANGES = {
@@ -56,8 +60,7 @@ _RANGES = {
 }
 
 
-@dataclass(frozen=True)
-class Note:
+class Note(NamedTuple):
     """The labels of one file."""
 
     split: int
@@ -90,7 +93,8 @@ class CorpusSettings:
 
     def __post_init__(self) -> None:
         for split, count in self.counts.items():
-            if not 0 <= count <= (num_notes := prod(self._num_choices(split))):
+            num_notes = prod(map(len, _label_choices(split)))
+            if not 0 <= count <= num_notes:
                 raise UserError(f"`num_{split}` ({count}) must be in [0, {num_notes}]")
         check_bounds(self, 0.2, inf, "seconds")
         check_bounds(self, 8000, inf, "sample_rate")
@@ -98,18 +102,19 @@ class CorpusSettings:
 
     def notes(self, split: str) -> list[Note]:
         """Distinct notes of a split; a smaller corpus is the beginning of a larger one."""
-        number, choices = list(INSTRUMENTS).index(split), self._num_choices(split)
-        order = np.random.default_rng([self.seed, _PLAN_STREAM, number]).permutation(prod(choices))
-        chosen = np.stack(np.unravel_index(order[: self.counts[split]], choices), axis=1).tolist()
-        instruments = INSTRUMENTS[split]
+        number, choices = list(INSTRUMENTS).index(split), _label_choices(split)
+        sizes = [len(values) for values in choices]
+        order = np.random.default_rng([self.seed, _PLAN_STREAM, number]).permutation(prod(sizes))
+        chosen = np.stack(np.unravel_index(order[: self.counts[split]], sizes), axis=1).tolist()
         return [
-            Note(number, i, family, instruments[instrument], PITCHES[pitch], VELOCITIES[velocity])
-            for i, (family, instrument, pitch, velocity) in enumerate(chosen)
+            Note(number, i, *(values[k] for values, k in zip(choices, indices, strict=True)))
+            for i, indices in enumerate(chosen)
         ]
 
-    @staticmethod
-    def _num_choices(split: str) -> tuple[int, int, int, int]:
-        return len(FAMILIES), len(INSTRUMENTS[split]), len(PITCHES), len(VELOCITIES)
+
+def _label_choices(split: str) -> tuple[Sequence[int], ...]:
+    """Families, instruments, pitches and velocities of the notes of a split."""
+    return range(len(FAMILIES)), INSTRUMENTS[split], PITCHES, VELOCITIES
 
 
 def _note_signals(
@@ -122,6 +127,7 @@ def _note_signals(
     envelope = np.interp(time, np.cumsum(lengths) * seconds, heights)
     vibrato_hz, depth = drawn["vibrato_hz"], max(drawn["vibrato_cents"], 0) / 1200 * log(2)
     vibrato = 2 * np.pi * vibrato_hz * time + rng.uniform(0, 2 * np.pi)
+    instrument_seed = [settings.seed, _INSTRUMENT_STREAM, note.family, note.instrument]
     f0_hz = 440 * 2 ** ((note.pitch - 69 + drawn["detune_cents"] / 100) / 12)
     return NoteSignals(
         time=time,
@@ -132,9 +138,7 @@ def _note_signals(
         f0_hz=f0_hz,
         brightness=0.15 + 0.7 * note.velocity / 127 + drawn["brightness"],
         sample_rate=rate,
-        timbre=np.random.default_rng(
-            [settings.seed, _INSTRUMENT_STREAM, note.family, note.instrument]
-        ),
+        timbre=np.random.default_rng(instrument_seed),
         rng=rng,
     )
 
@@ -159,9 +163,7 @@ def _record(
     return wet / np.linalg.norm(wet) + noise / np.linalg.norm(noise) * noise_level
 
 
-def render_note(
-    note: Note, settings: CorpusSettings
-) -> tuple[NDArray[np.int16], dict[str, object]]:
+def render_note(note: Note, settings: CorpusSettings) -> tuple[NDArray[np.int16], Example]:
     """The samples `[S]` of a note, and its entry in NSynth's `examples.json`."""
     rng = np.random.default_rng([settings.seed, note.split, note.number])
     drawn = {name: float(rng.uniform(low, high)) for name, (low, high) in _RANGES.items()}
@@ -198,16 +200,14 @@ def render_note(
     }
 
 
-def _write_note(note: Note, directory: Path, settings: CorpusSettings) -> dict[str, object]:
+def _write_note(note: Note, directory: Path, settings: CorpusSettings) -> Example:
     samples, example = render_note(note, settings)
     path = directory / f"nsynth-{list(INSTRUMENTS)[note.split]}" / "audio" / f"{note.note_str}.wav"
     soundfile.write(path, samples, settings.sample_rate, subtype="PCM_16")
     return example
 
 
-def _report_progress(
-    examples: Iterable[dict[str, object]], total: int
-) -> Iterator[dict[str, object]]:
+def _report_progress(examples: Iterable[Example], total: int) -> Iterator[Example]:
     """The examples, with a progress bar, or with a line for each tenth without a terminal."""
     for done, example in enumerate(track_progress(examples, "synthesising notes", total), 1):
         yield example
@@ -216,24 +216,17 @@ def _report_progress(
 
 
 def _is_complete(directory: Path, settings: CorpusSettings) -> bool:
-    """Whether the directory contains the corpus of these settings.
-
-    Raises:
-        UserError: if it contains another corpus.
-    """
+    """Whether the directory contains the corpus of these settings; refuse any other corpus."""
+    where = f"`directory` ({directory}) contains"
     for name in ("corpus.json", "corpus.partial.json"):
         if (directory / name).exists():
             if (found := read_json(directory / name)) != asdict(settings):
-                raise UserError(
-                    f"`directory` ({directory}) contains a corpus with other settings ({found}): "
-                    "delete it or choose another directory"
-                )
+                remedy = "delete it or choose another directory"
+                raise UserError(f"{where} a corpus with other settings ({found}): {remedy}")
             return name == "corpus.json"
     if names := [path.name for path in directory.glob("nsynth-*")]:
-        raise UserError(
-            f"`directory` ({directory}) contains {names}, which this command did not write: "
-            "choose another directory"
-        )
+        problem = f"{names}, which this command did not write"
+        raise UserError(f"{where} {problem}: choose another directory")
     return False
 
 
@@ -278,16 +271,12 @@ def synthesize_corpus(
         (directory / f"nsynth-{split}" / "audio").mkdir(parents=True, exist_ok=True)
     notes = [note for split in INSTRUMENTS for note in settings.notes(split)]
     write = partial(_write_note, directory=directory, settings=settings)
-    with ProcessPoolExecutor(
-        max(num_workers, 1), get_context("spawn"), threadpool_limits, (1,)
-    ) as pool:
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(max(num_workers, 1), spawn, threadpool_limits, (1,)) as pool:
         results = pool.map(write, notes, chunksize=16) if num_workers > 0 else map(write, notes)
         examples = list(_report_progress(results, len(notes)))
     for number, split in enumerate(INSTRUMENTS):
-        of_split = {
-            note.note_str: example
-            for note, example in zip(notes, examples, strict=True)
-            if note.split == number
-        }
-        write_text(directory / f"nsynth-{split}" / "examples.json", json.dumps(of_split, indent=2))
+        labelled = zip(notes, examples, strict=True)
+        entries = {note.note_str: entry for note, entry in labelled if note.split == number}
+        write_text(directory / f"nsynth-{split}" / "examples.json", json.dumps(entries, indent=2))
     partial_marker.rename(directory / "corpus.json")

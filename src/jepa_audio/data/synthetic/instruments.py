@@ -12,6 +12,13 @@ from scipy.signal import iirpeak, lfilter, sosfilt
 
 Signal = NDArray[np.float64]
 _TABLE_SIZE = 1 << 14
+_FORMANTS_HZ = (
+    (730, 1090, 2440),
+    (270, 2290, 3010),
+    (530, 1840, 2480),
+    (570, 840, 2410),
+    (300, 870, 2240),
+)
 
 
 @dataclass(frozen=True)
@@ -53,11 +60,11 @@ def _resonate(
     wave: Signal, frequencies_hz: Signal, q: float, gains: Signal, sample_rate: int
 ) -> Signal:
     """Parallel resonators; those near or above the Nyquist frequency are omitted."""
-    resonators = zip(frequencies_hz, gains, strict=True)
-    audible = [(f, gain) for f, gain in resonators if f < 0.48 * sample_rate]
-    return sum(
-        (gain * lfilter(*iirpeak(f, q, fs=sample_rate), wave) for f, gain in audible), 0 * wave
-    )
+    total = np.zeros_like(wave)
+    for hz, gain in zip(frequencies_hz, gains, strict=True):
+        if hz < 0.48 * sample_rate:
+            total += gain * lfilter(*iirpeak(hz, q, fs=sample_rate), wave)
+    return total
 
 
 def _sweep_low_pass(wave: Signal, cutoffs_hz: Signal, q: float, sample_rate: int) -> Signal:
@@ -127,9 +134,8 @@ def mallet(s: NoteSignals) -> Signal:
     """Inharmonic modes between those of a free bar and a bell; high modes decay first."""
     bar, bell = np.array([1, 2.76, 5.40, 8.93, 13.3]), np.array([1, 1.19, 1.5, 2.0, 2.67])
     ratios = bar + s.timbre.uniform(0, 1) * (bell - bar)
-    gains = s.timbre.uniform(0.3, 1, 5) * (
-        s.timbre.uniform(0.2, 0.7) * (0.6 + s.brightness)
-    ) ** np.arange(5)
+    gains = s.timbre.uniform(0.3, 1, 5)
+    gains *= (s.timbre.uniform(0.2, 0.7) * (0.6 + s.brightness)) ** np.arange(5)
     gains *= ratios * s.f0_hz < 0.48 * s.sample_rate
     losses = s.timbre.uniform(1, 8) * ratios ** s.timbre.uniform(0.3, 1)
     decays = np.exp(-np.outer(losses, s.time))
@@ -176,14 +182,8 @@ def synth_lead(s: NoteSignals) -> Signal:
 
 def vocal(s: NoteSignals) -> Signal:
     """Glottal pulses through the formants of a vowel."""
-    vowels = [
-        (730, 1090, 2440),
-        (270, 2290, 3010),
-        (530, 1840, 2480),
-        (570, 840, 2410),
-        (300, 870, 2240),
-    ]
-    formants = s.timbre.uniform(0.85, 1.25) * np.array(vowels[s.rng.integers(5)])
+    size = s.timbre.uniform(0.85, 1.25)
+    formants = size * np.array(_FORMANTS_HZ[s.rng.integers(len(_FORMANTS_HZ))])
     pulses = _sum_harmonics(s.phase, s.harmonics ** -(1.6 - 0.8 * s.brightness))
     pulses += s.timbre.uniform(0, 0.1) * s.noise
     q, gains = s.timbre.uniform(4, 12), np.array([1, 0.7, 0.4]) * s.timbre.uniform(0.6, 1.4, 3)
