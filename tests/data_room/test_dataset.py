@@ -10,12 +10,7 @@ import torch
 from jepa_audio.data.audio.resample import resample
 from jepa_audio.data.corpus.index import index_corpus
 from jepa_audio.data.corpus.table import CorpusError
-from jepa_audio.data.loading.clips import (
-    BadRead,
-    ClipSettings,
-    CropDataset,
-    Crops,
-)
+from jepa_audio.data.loading.clips import BadRead, ClipSettings, CropDataset, Crops
 from jepa_audio.data.loading.file_table import FileTable
 from jepa_audio.errors import UserError
 

@@ -209,9 +209,7 @@ def test_a_source_without_audio_is_refused(tmp_path: Path):
     assert "1 files in unsupported formats" in error_message(tmp_path / "empty")
 
 
-def test_a_folder_of_bad_files_is_refused_with_examples_and_the_path_of_the_list(
-    tmp_path: Path,
-):
+def test_a_folder_of_bad_files_is_refused_with_examples_and_the_path_of_the_list(tmp_path: Path):
     for number in range(7):
         (tmp_path / f"{number}.wav").touch()
     message = error_message(tmp_path)

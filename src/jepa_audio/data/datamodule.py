@@ -220,23 +220,20 @@ class AudioDataModule(LightningDataModule):
 
     def _split(self, corpora: list[Corpus]) -> dict[str, list[Corpus]]:
         """Training, validation and test files of each corpus."""
-        splits = [corpus.split(0.0 if self.valid_root else self.valid_share) for corpus in corpora]
-        for source, split in zip(self.sources, splits, strict=True):
-            if not len(split.train):
+        share = 0.0 if self.valid_root else self.valid_share
+        splits = [corpus.split(share) for corpus in corpora]
+        train, valid, test = (list(files) for files in zip(*splits, strict=True))
+        for source, files in zip(self.sources, train, strict=True):
+            if not len(files):
                 reason = "all files in its table have another split"
                 raise CorpusError(f"{source} has no training file: {reason}")
-        valid, test = [split.valid for split in splits], [split.test for split in splits]
         if self.valid_root is not None:
             valid = [self._load(self.valid_root).usable().shuffled()]
         if self.test_root is not None:
             test = [self._load(self.test_root).usable()]
         num_each = math.ceil(self.num_valid_clips / len(valid))
         valid = [corpus.take(np.arange(min(len(corpus), num_each))) for corpus in valid]
-        return {
-            "train": [split.train for split in splits],
-            "valid": valid,
-            "test": test if _num_files(test) else valid,
-        }
+        return {"train": train, "valid": valid, "test": test if _num_files(test) else valid}
 
     @property
     def _requirements(self) -> dict[str, Any]:

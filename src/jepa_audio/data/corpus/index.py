@@ -140,10 +140,8 @@ def _table_location(sources: list[str], path: Path | None) -> tuple[Path, Path]:
     """Path of the table, and the folder that the sources in the table are relative to."""
     if path is None:
         if len(sources) != 1:
-            raise UserError(
-                f"{len(sources)} sources share one table: set its `path` (on the command line "
-                "`-o PATH`)"
-            )
+            remedy = "set its `path` (on the command line `-o PATH`)"
+            raise UserError(f"{len(sources)} sources share one table: {remedy}")
         source = Path(os.path.abspath(sources[0]))  # noqa: PTH100 (Path.resolve follows links)
         return default_table_path(source), source if source.is_dir() else source.parent
     if path.suffix != ".parquet":

@@ -130,18 +130,15 @@ def escape_surrogates(name: str) -> str:
 
 def _expand_pattern(source: str) -> list[Path]:
     if "://" in source or source.startswith("pipe:"):
-        raise CorpusError(
-            f"{source} is not a local path; download it first, because training reads files in "
-            "random order"
-        )
+        remedy = "download it first, because training reads files in random order"
+        raise CorpusError(f"{source} is not a local path; {remedy}")
     if Path(source).exists():
         return [Path(source)]
     try:
         patterns = list(braceexpand(source))
     except ValueError as error:  # unbalanced braces
-        raise CorpusError(
-            f"the audio source {source} does not exist, and its braces are not a valid pattern"
-        ) from error
+        problem = "does not exist, and its braces are not a valid pattern"
+        raise CorpusError(f"the audio source {source} {problem}") from error
     paths: list[Path] = []
     for pattern in patterns:
         is_glob = glob.has_magic(pattern)

@@ -49,14 +49,6 @@ _VERSION, _ROOT = b"jepa_audio.index", b"jepa_audio.root"
 _CURRENT = b"2"
 
 
-class Splits(NamedTuple):
-    """The files of a corpus by split; `test` is empty if the table has no test files."""
-
-    train: Corpus
-    valid: Corpus
-    test: Corpus
-
-
 class CorpusError(UserError):
     """A corpus cannot be used, or cannot be written."""
 
@@ -138,15 +130,12 @@ class Corpus:
         try:
             table = pq.read_table(path)
         except (pa.ArrowException, OSError) as error:
-            raise CorpusError(
-                f"{path} cannot be read as a corpus table ({error}); index the corpus again"
-            ) from error
+            problem = f"{path} cannot be read as a corpus table ({error})"
+            raise CorpusError(f"{problem}; index the corpus again") from error
         metadata = table.schema.metadata or {}
         if metadata.get(_VERSION) != _CURRENT or not table.schema.equals(SCHEMA):
-            raise CorpusError(
-                f"{path} is not a corpus table of this version of jepa-audio; "
-                "index the corpus again"
-            )
+            problem = f"{path} is not a corpus table of this version of jepa-audio"
+            raise CorpusError(f"{problem}; index the corpus again")
         root = Path(os.path.normpath(path.absolute().parent / metadata[_ROOT].decode()))
         return cls(root, table.replace_schema_metadata())
 
@@ -245,8 +234,8 @@ class Corpus:
         """The files in the order of a hash of their names: every prefix is a random sample."""
         return self.take(np.argsort([_hash(name) for name in self.names.to_pylist()]))
 
-    def split(self, valid_share: float) -> Splits:
-        """Split the corpus into training, validation and test files.
+    def split(self, valid_share: float) -> tuple[Corpus, Corpus, Corpus]:
+        """Return (training files, validation files, test files).
 
         If the table has validation files, its splits are used, and files without a split are left
         out. Otherwise `valid_share` of all files except the test files becomes validation files.
@@ -263,14 +252,14 @@ class Corpus:
             if num_unassigned := int((split == "").sum()):
                 remedy = "assign one with `jepa-audio data split`"
                 log.warning("%d files without a split are left out; %s", num_unassigned, remedy)
-            return Splits(self.take(split == "train"), self.take(split == "valid").shuffled(), test)
+            return self.take(split == "train"), self.take(split == "valid").shuffled(), test
         rest = self.take(split != "test")
         if len(rest) == 0 or valid_share == 0:
-            return Splits(rest, rest.take(np.arange(0)), test)
+            return rest, rest.take(np.arange(0)), test
         if len(rest) == 1:
-            return Splits(rest, rest, test)
+            return rest, rest, test
         is_held_out = rest._draw_held_out(valid_share)
-        return Splits(rest.take(~is_held_out), rest.take(is_held_out).shuffled(), test)
+        return rest.take(~is_held_out), rest.take(is_held_out).shuffled(), test
 
     def assign_splits(
         self, shares: dict[str, float], groups: Sequence[str] | None = None
@@ -290,32 +279,25 @@ class Corpus:
         """
         is_valid = set(shares) <= set(SPLITS) and all(0 <= share <= 1 for share in shares.values())
         if not is_valid or abs(sum(shares.values()) - 1) > 1e-6:
-            raise UserError(
-                f"`shares` ({shares}) must be in [0, 1] for train, valid or test, and their sum "
-                "must be 1"
-            )
+            rule = "must be in [0, 1] for train, valid or test, and their sum must be 1"
+            raise UserError(f"`shares` ({shares}) {rule}")
         corpus = self if groups is None else self._with(group=pa.array(groups, pa.string()))
         num_ungrouped = pc.sum(pc.equal(corpus.table["group"], "")).as_py() or 0
         if 0 < num_ungrouped < len(corpus):
-            raise CorpusError(
-                f"{num_ungrouped} of {len(corpus)} files have no group; "
-                "define the groups of all files with `--group folder` or `--pattern`"
-            )
+            remedy = "define the groups of all files with `--group folder` or `--pattern`"
+            raise CorpusError(f"{num_ungrouped} of {len(corpus)} files have no group; {remedy}")
         group_names, splits = corpus._group_names(), corpus.table["split"].to_pylist()
         split_of_group: dict[str, str] = {}
         for group, split in zip(group_names, splits, strict=True):
             if split and split_of_group.setdefault(group, split) != split:
-                raise CorpusError(
-                    f"the group {group!r} has files in {split_of_group[group]} and in {split}; "
-                    "assign all splits again with `--reassign true`"
-                )
-        names = [name for name in SPLITS if name in shares]
+                problem = f"has files in {split_of_group[group]} and in {split}"
+                remedy = "assign all splits again with `--reassign true`"
+                raise CorpusError(f"the group {group!r} {problem}; {remedy}")
+        names = np.array([name for name in SPLITS if name in shares])
         bounds = np.cumsum([shares[name] for name in names])[:-1]
-        drawn = np.searchsorted(bounds, corpus._group_hashes(), side="right")
-        splits = [
-            split or split_of_group.get(group, names[number])
-            for group, split, number in zip(group_names, splits, drawn, strict=True)
-        ]
+        drawn = names[np.searchsorted(bounds, corpus._group_hashes(), side="right")].tolist()
+        pairs = zip(group_names, drawn, strict=True)
+        splits = [split_of_group.get(group, split) for group, split in pairs]
         return corpus._with(split=pa.array(splits, pa.string()))
 
     def clear_splits(self) -> Corpus:

@@ -58,20 +58,13 @@ class ClipSettings:
         if self.mono not in get_args(ChannelMode):
             raise UserError(f"`mono` must be one of {get_args(ChannelMode)}, got {self.mono!r}")
         if self.num_channels > 1 and self.mono != "keep":
-            raise UserError(
-                f"`mono={self.mono!r}` gives 1 channel; "
-                f"set `mono='keep'` for `num_channels` ({self.num_channels})"
-            )
+            remedy = f"set `mono='keep'` for `num_channels` ({self.num_channels})"
+            raise UserError(f"`mono={self.mono!r}` gives 1 channel; {remedy}")
+        crop = f"`crop_seconds` ({self.crop_seconds})"
         if self.crop_samples < 1:
-            raise UserError(
-                f"`crop_seconds` ({self.crop_seconds}) must be at least one sample "
-                f"at {self.sample_rate} Hz"
-            )
+            raise UserError(f"{crop} must be at least one sample at {self.sample_rate} Hz")
         if self.clip_samples is not None and self.clip_samples < self.crop_samples:
-            raise UserError(
-                f"`clip_seconds` ({self.clip_seconds}) must be at least "
-                f"`crop_seconds` ({self.crop_seconds})"
-            )
+            raise UserError(f"`clip_seconds` ({self.clip_seconds}) must be at least {crop}")
 
     @property
     def crop_samples(self) -> int:
@@ -202,13 +195,7 @@ class ClipDataset(Dataset[WithBadReads[Sample]], ABC, Generic[Sample, Batch]):
 
 
 class Crops(NamedTuple):
-    """The crops of one clip.
-
-    Attributes:
-        waveform: waveforms of all crops.
-        position: position of the clip in the order of the run.
-        num_samples: samples of each crop without padding.
-    """
+    """The crops of one clip, and their number of samples without padding."""
 
     waveform: Float32[Tensor, "crops C S"]
     position: int

@@ -58,10 +58,8 @@ class BadReadCounter:
         """One line for the end of the run; empty if no read failed."""
         if not self.num_bad:
             return ""
-        return (
-            f"{self.num_bad} of {self.num_reads} reads failed and were replaced, "
-            f"of {len(self.reasons)} files"
-        )
+        reads = f"{self.num_bad} of {self.num_reads} reads"
+        return f"{reads} failed and were replaced, of {len(self.reasons)} files"
 
 
 class ResumableLoader:

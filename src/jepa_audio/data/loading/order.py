@@ -57,10 +57,8 @@ class GlobalOrderSampler(Sampler[list[SampleIndex]]):
         if weights is None:
             sizes = [sum(sizes)]
         if min(sizes) < 1 or batch_size < 1 or seed < 0:
-            raise UserError(
-                f"`num_files` ({num_files}) and `batch_size` ({batch_size}) must be >= 1, "
-                f"`seed` ({seed}) must be >= 0"
-            )
+            sizes_rule = f"`num_files` ({num_files}) and `batch_size` ({batch_size}) must be >= 1"
+            raise UserError(f"{sizes_rule}, `seed` ({seed}) must be >= 0")
         if not 0 <= rank < world_size:
             raise UserError(f"`rank` ({rank}) must be in [0, `world_size` ({world_size}))")
         self.num_files = sum(sizes)
@@ -118,16 +116,14 @@ def count_files_per_block(weights: Sequence[float], num_corpora: int) -> tuple[i
         UserError: if a weight is missing, not positive or below 1 in 10,000 of the sum.
     """
     if len(weights) != num_corpora or min(weights) <= 0:
-        raise UserError(
-            f"`weights` {list(weights)} must be {num_corpora} positive numbers, one for each source"
-        )
+        rule = f"must be {num_corpora} positive numbers, one for each source"
+        raise UserError(f"`weights` {list(weights)} {rule}")
     exact = np.array(weights, dtype=np.float64) / sum(weights) * _BLOCK_SIZE
     counts = np.floor(exact).astype(int)
     counts[np.argsort(counts - exact, kind="stable")[: _BLOCK_SIZE - counts.sum()]] += 1
     if counts.min() < 1:
-        raise UserError(
-            f"`weights` {list(weights)}: the smallest share must be at least 1 in {_BLOCK_SIZE}"
-        )
+        rule = f"the smallest share must be at least 1 in {_BLOCK_SIZE}"
+        raise UserError(f"`weights` {list(weights)}: {rule}")
     return tuple(counts.tolist())
 
 
