@@ -1,6 +1,7 @@
 """The shared data types: the grid of tokens, a subset of tokens, the masks of a batch, a batch.
 
-Letters of shapes in this package: B batch, C channels, S samples, F frequency rows, T time columns,
+In `steps`, a clip is one row of a batch: a crop during training, a window during inference.
+Letters of shapes: B batch, C channels, S samples, F frequency rows, T time columns,
 N = F * T tokens, K selected tokens, M target groups, D width.
 """
 
@@ -40,7 +41,7 @@ class Grid:
         return self.num_freq * self.num_time
 
     def coordinates(self, device: torch.device | None = None) -> Int[Tensor, "N 2"]:
-        """(time column, frequency row) of every token."""
+        """The (time column, frequency row) of every token."""
         index = torch.arange(self.num_tokens, device=device)
         return torch.stack([index // self.num_freq, index % self.num_freq], dim=-1)
 
@@ -50,8 +51,8 @@ class TokenSet:
     """A subset of the tokens of each row of a batch.
 
     Attributes:
-        index: positions on the grid, `[..., K]`. Rows with fewer tokens than the longest row are
-            padded with other tokens of the clip, so that every index can be gathered.
+        index: indices of the tokens on the grid, `[..., K]`. Shorter rows are padded with other
+            tokens of the clip, so that every index can be gathered.
         valid: `[..., K]`, False at the padding; `None` if no row is padded.
     """
 
@@ -85,12 +86,12 @@ class TokenSet:
         return self.valid_or_true.sum(dim=-1)
 
     def gather(self, tokens: Float[Tensor, "*rows N D"]) -> Float[Tensor, "*rows K D"]:
-        """Select the tokens of the set; the result includes the padding, see `valid`."""
+        """Select the tokens of the set; the result contains the padding, see `valid`."""
         index = self.index[..., None].expand(*self.index.shape, tokens.shape[-1])
         return torch.gather(tokens, -2, index)
 
     def rows(self, rows: Tensor | slice) -> TokenSet:
-        """The set of the selected rows of the batch."""
+        """The tokens of the selected rows of the batch."""
         return TokenSet(self.index[rows], None if self.valid is None else self.valid[rows])
 
     def to(self, device: torch.device) -> TokenSet:
@@ -107,10 +108,10 @@ class Masks:
         context: the tokens that the context encoder sees, `[B, K]`.
         targets: the tokens to predict, `[B, M, K']`; the predictor predicts each of the M groups
             separately.
-        targets_per_clip: mean number of target tokens per clip over the whole draw. The loss
-            divides by it, so that micro-batches and ranks add up to the mean of the whole draw. If
-            clips have padding, it is the mean of these rows only, because the padding of the other
-            rows is not known here.
+        targets_per_clip: mean number of target tokens per clip over all rows that are drawn
+            together. The loss divides by this number, so that the losses of micro-batches and ranks
+            add up to the mean over all these rows. With padding, the number is the mean over the
+            rows of this process, because the process does not know the padding of the other rows.
         present: all tokens of the grid, with `valid` False in the padding of shorter clips,
             `[B, N]`; `None` if all clips fill the grid.
     """
@@ -144,11 +145,11 @@ class AudioBatch(NamedTuple):
 
     Attributes:
         waveform: float32, at the sample rate of the front end.
-        row: index of every row in the order of the whole run, counted over all ranks and
-            micro-batches: clip position * crops per clip + index of the crop. Masks depend on
-            this index, and not on the process that trains on the row.
-        num_samples: number of samples of every row before its padding, which the model must not
-            see; `None` if no row is padded, or if the padding counts as silence.
+        row: index of every row in the order of the complete run, over all ranks and micro-batches:
+            position of the sample * crops per clip + index of the crop. Masks depend on this
+            index, and not on the process that trains on the row.
+        num_samples: number of audio samples of every row before its padding; the model ignores the
+            padding. `None` if no row is padded, or if the model treats padding as silence.
     """
 
     waveform: Float[Tensor, "B C S"]
@@ -156,5 +157,5 @@ class AudioBatch(NamedTuple):
     num_samples: Int[Tensor, " B"] | None = None
 
     def to(self, device: torch.device) -> AudioBatch:
-        """Copy the waveform to a device; `row` stays on the CPU, where reading it does not wait."""
+        """Copy the waveform to a device; `row` stays on the CPU, to be read without a wait."""
         return self._replace(waveform=self.waveform.to(device, non_blocking=True))

@@ -50,7 +50,7 @@ class SmoothL1(Distance):
 
     def __post_init__(self) -> None:
         if self.beta <= 0:
-            raise UserError(f"`beta` ({self.beta}) must be positive; a small value gives L1 loss")
+            raise UserError(f"`beta` ({self.beta}) must be positive; use a small value for L1 loss")
 
     @override
     def measure(self, prediction: Tensor, target: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from jepa_audio.steps.grid import Grid, Masks, TokenSet
 class Predictor(nn.Module):
     """Predicts each target group separately from the context.
 
-    For each group, the trunk processes the context latents and one mask token per target. It does
-    not process the other groups or any other token of the grid.
+    For each group, the trunk processes the context latents and one mask token per target. The trunk
+    does not process the other groups or any other token of the grid.
 
     Args:
         embed_dim: width D of the context encoder and of the predictions.
@@ -30,7 +30,7 @@ class Predictor(nn.Module):
         self._init_projections()
 
     def reset_parameters(self) -> None:
-        """Initialise all weights again from torch's global generator."""
+        """Draw all initial weights again from torch's global generator."""
         self.trunk.reset_parameters()
         self._init_projections()
 
@@ -44,24 +44,24 @@ class Predictor(nn.Module):
     ) -> Float[Tensor, "B M T D"]:
         """Predict the latents at `masks.targets` from the latents at `masks.context`.
 
-        The predictions include the padding of short rows, see `TokenSet.valid`.
+        The predictions contain the padding of short rows, see `TokenSet.valid`.
         """
         batch, groups, num_targets = masks.targets.index.shape
-        seen = self.proj_in(context)
-        seen = seen[:, None].expand(-1, groups, -1, -1).flatten(0, 1)  # [B * M, K, D']
-        queries = self.mask_token.expand(batch * groups, num_targets, -1).to(seen.dtype)
+        latents = self.proj_in(context)[:, None].expand(-1, groups, -1, -1).flatten(0, 1)
+        queries = self.mask_token.expand(batch * groups, num_targets, -1).to(latents.dtype)
         where = _context_then_targets(masks)
-        latents = self.trunk.forward_gathered(torch.cat([seen, queries], dim=1), grid, where)
-        return self.proj_out(latents[:, seen.shape[1] :]).unflatten(0, (batch, groups))
+        tokens = torch.cat([latents, queries], dim=1)  # [B * M, K + T, D']
+        outputs = self.trunk.forward_gathered(tokens, grid, where)
+        return self.proj_out(outputs[:, latents.shape[1] :]).unflatten(0, (batch, groups))
 
 
 def _context_then_targets(masks: Masks) -> TokenSet:
     """The context followed by the targets of one group, for every group: `[B * M, K + T]`."""
     context, targets = masks.context, masks.targets
     num_groups = targets.index.shape[1]
-    seen = context.index[:, None].expand(-1, num_groups, -1)
-    index = torch.cat([seen, targets.index], dim=-1).flatten(0, 1)
+    context_index = context.index[:, None].expand(-1, num_groups, -1)
+    index = torch.cat([context_index, targets.index], dim=-1).flatten(0, 1)
     if context.valid is None and targets.valid is None:
         return TokenSet(index)
-    seen_valid = context.valid_or_true[:, None].expand(-1, num_groups, -1)
-    return TokenSet(index, torch.cat([seen_valid, targets.valid_or_true], dim=-1).flatten(0, 1))
+    context_valid = context.valid_or_true[:, None].expand(-1, num_groups, -1)
+    return TokenSet(index, torch.cat([context_valid, targets.valid_or_true], dim=-1).flatten(0, 1))

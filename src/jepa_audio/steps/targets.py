@@ -16,18 +16,18 @@ from jepa_audio.steps.grid import Grid, TokenSet
 
 @dataclass(frozen=True)
 class Targets:
-    """Settings of the target latents.
+    """Computes the target latents with the target encoder.
 
     Args:
-        view: the target encoder's input. "clip": the whole clip (WavJEPA, I-JEPA, data2vec).
+        view: input of the target encoder. "clip": the complete clip (WavJEPA, I-JEPA, data2vec).
             "targets": only the tokens of the target group (M2D, PupuJEPA).
-        top_k: average the last `top_k` blocks, before the final norm; `None` takes the last block
-            after the final norm.
-        normalization: of each of these layers, without learned parameters: "none"; "layer" over
-            the channels of each token; "instance" over the tokens of a clip for each channel
-            (data2vec); "joint_instance" over tokens and channels together (the published WavJEPA
-            code).
-        eps: added to the variance.
+        top_k: average the outputs of the last `top_k` blocks, before the final norm; `None` takes
+            the last block after the final norm.
+        normalization: normalisation of each of these outputs, without learned parameters: "none";
+            "layer" over the channels of each token; "instance" over the tokens of a clip for each
+            channel (data2vec); "joint_instance" over tokens and channels together (the published
+            WavJEPA code).
+        eps: constant that is added to the variance.
     """
 
     view: Literal["clip", "targets"] = "clip"
@@ -47,14 +47,14 @@ class Targets:
         where: TokenSet,
         present: TokenSet | None = None,
     ) -> Float[Tensor, "B M K D"]:
-        """Compute the targets.
+        """Compute the target latents.
 
         Args:
             encoder: the target encoder.
             tokens: all tokens of the clips.
             grid: the grid of one clip.
             where: the target tokens `[B, M, K]`. The view "targets" encodes each group separately.
-            present: the tokens that the view "clip" encodes; `None` for all, see `Masks`.
+            present: the tokens that the view "clip" encodes, see `Masks`; `None` for all tokens.
 
         Raises:
             UserError: if the encoder has fewer than `top_k` blocks.
@@ -76,7 +76,9 @@ class Targets:
             return self.normalize(encoder(tokens, grid, keep), valid)
         if self.top_k > encoder.depth:
             depth = encoder.depth
-            raise UserError(f"`top_k` ({self.top_k}) exceeds the encoder's `depth` ({depth})")
+            raise UserError(
+                f"`top_k` ({self.top_k}) must not exceed the `depth` of the encoder ({depth})"
+            )
         layers = encoder.forward_layers(tokens, grid, keep)[-self.top_k :]
         total = self.normalize(layers[0], valid)
         for layer in layers[1:]:

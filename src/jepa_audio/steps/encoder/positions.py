@@ -43,7 +43,7 @@ class SinCosPositions(Positions):
     half encodes time and the second half encodes frequency.
 
     Args:
-        temperature: the wavelengths range from 2π to `temperature` * 2π tokens.
+        temperature: the wavelengths are between 2π and `temperature` * 2π tokens.
     """
 
     temperature: float = 10_000.0
@@ -71,15 +71,15 @@ class SinCosPositions(Positions):
 class BinauralPositions(SinCosPositions):
     """Additive positions for two ears (WavJEPA-Nat): half of the width for time, half for the ear.
 
-    The time half is the table of `SinCosPositions`. The ear half is all zeros for the first row of
-    the grid. For the second row, it is zeros followed by ones, as in the published code.
+    The time half is the table of `SinCosPositions`. In the first row of the grid, the ear half has
+    only zeros. In the second row, it has zeros followed by ones, as in the published code.
     """
 
     @override
     def additive(self, grid: Grid, dim: int, device: torch.device) -> Float[Tensor, "N D"]:
         """The table for a grid of two rows; `UserError` for any other grid."""
         if grid.num_freq != 2:
-            raise UserError(f"BinauralPositions need a grid of two rows, one per ear, got {grid}")
+            raise UserError(f"BinauralPositions need a grid with two rows, one per ear, got {grid}")
         time = super().additive(Grid(1, grid.num_time), dim // 2, device)
         ear = torch.zeros(2, dim // 2, device=device)
         ear[1, dim // 4 :] = 1
@@ -91,7 +91,7 @@ class RotaryPositions(Positions):
     """RoPE (Su et al., 2021, arXiv:2104.09864) over time, or axial over time and frequency.
 
     Args:
-        axes: "time" rotates the whole head by the time column; "time_freq" uses half of the head
+        axes: "time" rotates the complete head by the time column; "time_freq" uses half of the head
             for each axis.
         normalized: True scales every axis to [-1, 1] and uses `max_resolution`, as the published
             PupuJEPA does; the coordinates then change with the clip length. False uses token

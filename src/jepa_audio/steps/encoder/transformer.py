@@ -20,12 +20,12 @@ from jepa_audio.steps.grid import Grid, TokenSet
 class Block(nn.Module):
     """A transformer block: self-attention and an MLP, each with a residual connection.
 
-    The norm is before each branch ("pre") or after each residual addition ("post"). The arguments
-    are those of `Transformer`, except:
+    The norm is before each branch ("pre") or after each residual addition ("post"). See
+    `Transformer` for the other arguments.
 
     Args:
         drop_path: probability that a clip skips a branch of this block in training.
-        num_prefix: number of tokens at the start that are not rotated (the registers).
+        num_prefix: number of registers at the start of the tokens, which are not rotated.
     """
 
     def __init__(
@@ -91,11 +91,11 @@ class Transformer(nn.Module):
         norm: "pre" (ViT) or "post" (the original transformer, WavJEPA).
         norm_eps: epsilon of the layer norms in the blocks.
         final_norm_eps: epsilon of the norm after the last block; `None` for `norm_eps`.
-        qk_norm: layer norm on queries and keys of each head.
+        qk_norm: apply layer norm to the queries and keys of each head.
         layer_scale: initial value of the learned scale of each branch (Touvron et al., 2021);
             `None` for no scale.
-        drop_path: probability of skipping a branch of the last block; rises linearly from 0 at the
-            first block.
+        drop_path: probability that a clip skips a branch of the last block in training. The
+            probability rises linearly over the blocks, from 0 in the first block.
         num_registers: additional learned tokens (Darcet et al., 2023, arXiv:2309.16588); the output
             does not contain them.
         checkpoint_every: recompute every k-th block in the backward pass to save memory; 0 for no
@@ -169,7 +169,7 @@ class Transformer(nn.Module):
         return len(self.blocks)
 
     def reset_parameters(self) -> None:
-        """Initialise all weights again from torch's global generator."""
+        """Draw all initial weights again from torch's global generator."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 init_linear(module, self.init)
@@ -187,7 +187,7 @@ class Transformer(nn.Module):
     def forward_gathered(
         self, tokens: Float[Tensor, "B K D"], grid: Grid, where: TokenSet | None
     ) -> Float[Tensor, "B K D"]:
-        """As `forward`, for gathered tokens: `tokens[:, k]` is the token `where.index[:, k]`."""
+        """As `forward`, but `tokens` are gathered: token `k` has grid index `where.index[:, k]`."""
         latents = tokens
         for block_output in self._run_blocks(tokens, grid, where):
             latents = block_output
@@ -202,7 +202,7 @@ class Transformer(nn.Module):
     def add_positions(
         self, tokens: Float[Tensor, "B K D"], grid: Grid, where: TokenSet | None = None
     ) -> Float[Tensor, "B K D"]:
-        """Add the additive positions, if any, to gathered tokens: the input of the first block."""
+        """Add the additive positions, if any, to gathered tokens; the first block gets the sum."""
         table = self.positions.additive(grid, self.embed_dim, tokens.device)
         if table is None:
             return tokens
@@ -232,7 +232,7 @@ class Transformer(nn.Module):
 
 
 def init_linear(linear: nn.Linear, init: str) -> None:
-    """Initialise a linear layer as the `init` of `Transformer` names; the bias is 0."""
+    """Initialise a linear layer by the method `init`, see `Transformer`; the bias is 0."""
     if init == "xavier":
         nn.init.xavier_uniform_(linear.weight)
     else:

@@ -1,4 +1,4 @@
-"""Step 1 of a JEPA: waveform → tokens on a grid."""
+"""Step 1 of a JEPA: the interface of a front end, waveform → tokens on a grid."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ class FrontEnd(nn.Module, ABC):
         """
 
     def num_time(self, num_samples: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
-        """The number of time columns of padded clips whose receptive fields exclude the padding.
+        """For padded clips, the number of time columns that do not depend on the padding.
+
+        `num_samples` is the number of samples of each clip before its padding.
 
         Raises:
             UserError: if a clip has no such column, or if all columns depend on the padding.
@@ -42,7 +44,7 @@ class FrontEnd(nn.Module, ABC):
 
     @abstractmethod
     def times(self, num_samples: int) -> Float[Tensor, " T"]:
-        """Centre of each column's receptive field, in seconds from the first sample."""
+        """The centres of the receptive fields of the columns, in seconds from the first sample."""
 
     @abstractmethod
     def forward(self, waveform: Float[Tensor, "B C S"]) -> Float[Tensor, "B N D"]:
@@ -50,4 +52,4 @@ class FrontEnd(nn.Module, ABC):
 
     @abstractmethod
     def reset_parameters(self) -> None:
-        """Initialise all weights again from torch's global generator."""
+        """Draw all initial weights again from torch's global generator."""

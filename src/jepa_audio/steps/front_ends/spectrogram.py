@@ -25,7 +25,7 @@ class SpectrogramFrontEnd(FrontEnd):
         spectrogram: the transform.
         embed_dim: width of the tokens.
         patch_frames: number of frames of a patch.
-        patch_bands: number of bands of a patch; must divide the transform's number of bands.
+        patch_bands: number of bands of a patch; must divide the number of bands of the transform.
         mean: mean of the log spectrogram over the corpus, see `measure_statistics`.
         std: standard deviation of the log spectrogram over the corpus.
         num_channels: number of audio channels; the embedding mixes them.
@@ -96,7 +96,7 @@ class SpectrogramFrontEnd(FrontEnd):
 
     @override
     def num_time(self, num_samples: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
-        # The first frame ends at this sample; the last frame must not reach into the padding.
+        # The first frame ends at this sample. The last frame must end before the padding.
         first_end = self.spectrogram.window_length - self.spectrogram.padding
         num_frames = 1 + (num_samples - first_end) // self.spectrogram.hop_length
         columns = num_frames // self.patch_frames
@@ -112,7 +112,7 @@ class SpectrogramFrontEnd(FrontEnd):
         return (frame * self.spectrogram.hop_length + first) / self.sample_rate
 
     def image(self, waveform: Float[Tensor, "B C S"]) -> Float[Tensor, "B C T F"]:
-        """The normalised log spectrogram, with time before frequency."""
+        """The normalised log spectrogram; the time axis is before the frequency axis."""
         return (self.spectrogram(waveform).transpose(-1, -2) - self.mean) / (self.std + 1e-8)
 
     def embed_patches(self, image: Float[Tensor, "B C T F"]) -> Float[Tensor, "B N D"]:
@@ -131,8 +131,8 @@ def measure_statistics(
 ) -> tuple[float, float]:
     """Measure mean and standard deviation of the log spectrogram over batches `[B, C, S]`.
 
-    Batches are merged in float64 with the pairwise update of Chan, Golub & LeVeque (1983), so that
-    the result does not depend on their sizes and order.
+    Batches are merged in float64 with the pairwise update of Chan, Golub & LeVeque (1983).
+    Therefore, the result does not depend on the sizes and the order of the batches.
     """
     count, mean, squares = 0, 0.0, 0.0
     for waveform in waveforms:

@@ -26,7 +26,6 @@ class Spectrogram(nn.Module, ABC):
     trained: they are buffers outside the `state_dict`.
 
     Attributes:
-        sample_rate: sample rate of the input, in Hz.
         num_bands: number of frequency bands F, lowest first.
         hop_length: samples from one frame to the next.
         window_length: samples that one frame covers.
@@ -84,7 +83,7 @@ class Spectrogram(nn.Module, ABC):
 
 
 class _FilterBank(Spectrogram):
-    """Bands that are weighted sums over the bins of a short-time Fourier transform."""
+    """A spectrogram with bands that are weighted sums of bins of a Fourier transform."""
 
     bank: Tensor
     window: Tensor
@@ -138,7 +137,7 @@ class LogMel(_FilterBank):
     """Log-mel spectrogram; the defaults are those of PupuJEPA (Gu et al., 2026, arXiv:2606.25713).
 
     Args:
-        sample_rate: in Hz.
+        sample_rate: sample rate in Hz.
         n_fft: samples of the Fourier transform.
         win_length: samples of the Hann window; `None` for `n_fft`.
         hop_length: samples from one frame to the next.
@@ -171,7 +170,7 @@ class LogMel(_FilterBank):
         center: bool = False,
     ) -> None:
         band = (f_min_hz, _checked_f_max(sample_rate, f_min_hz, f_max_hz))
-        # torchaudio reads the values of the filters, so they cannot be on the meta device.
+        # torchaudio reads the values of the filters, so the filters cannot be on the meta device.
         with torch.device("cpu"):
             filters = melscale_fbanks(n_fft // 2 + 1, *band, n_mels, sample_rate, norm, mel_scale)
         bank = filters.T.contiguous()
@@ -185,7 +184,7 @@ class Gammatone(_FilterBank):
     ERB is the equivalent rectangular bandwidth.
 
     Args:
-        sample_rate: in Hz.
+        sample_rate: sample rate in Hz.
         n_fft: samples of the Fourier transform.
         win_length: samples of the Hann window; `None` for `n_fft`.
         hop_length: samples from one frame to the next.
@@ -220,8 +219,9 @@ class Gammatone(_FilterBank):
 
 
 class _ConstantQ(Spectrogram):
-    """Bands with a constant frequency ratio; the window of a band depends on its frequency.
+    """A spectrogram with a constant frequency ratio between neighbouring bands.
 
+    The window of a band depends on its frequency.
     `kernel_widths` has the kernel width of each octave, highest octave first. Octave i uses the
     clip at 1 / 2^i of its sample rate; the reduced clip must be longer than half the kernel.
     """
@@ -251,7 +251,7 @@ class _ConstantQ(Spectrogram):
 
     @override
     def log_magnitude(self, waveform: Float[Tensor, "R S"]) -> Float[Tensor, "R F T"]:
-        # Computed from the energy, because the gradient of the magnitude is NaN at 0.
+        # The logarithm is computed from the energy: the gradient of the magnitude is NaN at 0.
         energy = self.transform(waveform, output_format="Complex").square().sum(dim=-1)
         return energy.clamp(min=self.floor**2).log() / 2
 
@@ -260,7 +260,7 @@ class CQT(_ConstantQ):
     """Log constant-Q transform (Brown, 1991), with the scaling of librosa.
 
     Args:
-        sample_rate: in Hz.
+        sample_rate: sample rate in Hz.
         hop_length: samples from one frame to the next.
         f_min_hz: centre of the lowest band; 32.703 is the note C1.
         n_bins: number of bands.
@@ -288,7 +288,8 @@ class CQT(_ConstantQ):
             transform = CQT1992v2(sample_rate, hop_length, **bands)
         elif algorithm == "2010v2":
             octaves = _checked_octaves(n_bins, bins_per_octave, hop_length)
-            # With early downsampling, nnAudio's magnitudes are wrong by the root of its factor.
+            # With early downsampling, the magnitudes of nnAudio are wrong by the square root of the
+            # downsampling factor.
             transform = CQT2010v2(sample_rate, hop_length, **bands, earlydownsample=False)
         else:
             raise UserError(f"`algorithm` ({algorithm!r}) must be '1992v2' or '2010v2'")
@@ -300,7 +301,7 @@ class VQT(_ConstantQ):
     """Log variable-Q transform: a constant-Q transform with shorter windows for the low bands.
 
     Args:
-        sample_rate: in Hz.
+        sample_rate: sample rate in Hz.
         hop_length: samples from one frame to the next, divisible by 2^(octaves - 1).
         f_min_hz: centre of the lowest band; 32.703 is the note C1.
         n_bins: number of bands.
@@ -322,7 +323,8 @@ class VQT(_ConstantQ):
         bands = _checked_bands(sample_rate, f_min_hz, n_bins, bins_per_octave)
         if gamma < 0:
             raise UserError(f"`gamma` ({gamma}) must not be negative; 0 gives the CQT")
-        # At other hops, nnAudio interpolates complex values between frames: magnitudes are wrong.
+        # At other hops, nnAudio interpolates complex values between frames, which gives wrong
+        # magnitudes.
         octaves = _checked_octaves(n_bins, bins_per_octave, hop_length)
         # With early downsampling, nnAudio would still use the kernels of the full rate.
         transform = NNAudioVQT(sample_rate, hop_length, **bands, gamma=gamma, earlydownsample=False)
@@ -382,7 +384,7 @@ def _checked_octaves(n_bins: int, bins_per_octave: int, hop_length: int) -> int:
     if n_bins < bins_per_octave:
         raise UserError(
             f"`n_bins` ({n_bins}) must be at least one octave (`bins_per_octave`, "
-            f"{bins_per_octave}), because the kernels cover one octave: increase it, or use "
+            f"{bins_per_octave}), because the kernels cover one octave: increase `n_bins`, or use "
             f"{remedy} number"
         )
     octaves = ceil(n_bins / bins_per_octave)
@@ -390,7 +392,8 @@ def _checked_octaves(n_bins: int, bins_per_octave: int, hop_length: int) -> int:
     if hop_length % divisor:
         nearest = divisor * max(1, round(hop_length / divisor))
         raise UserError(
-            f"`hop_length` ({hop_length}) must be a multiple of {divisor}, because it is halved "
-            f"for each of the {octaves} octaves except the first: use {nearest}, or {remedy} hop"
+            f"`hop_length` ({hop_length}) must be a multiple of {divisor}, because the hop is "
+            f"halved for each of the {octaves} octaves except the first: use {nearest}, or "
+            f"{remedy} hop"
         )
     return octaves

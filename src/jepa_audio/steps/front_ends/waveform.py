@@ -1,4 +1,4 @@
-"""Waveform front end: a learned convolution stack over the raw samples."""
+"""Waveform front end: a stack of learned convolutions over the samples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jepa_audio.steps.grid import Grid
 
 
 class ChannelLayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels of `[B, D, T]`, at every time step separately."""
+    """LayerNorm over the channels of `[B, D, T]`, separately at every time step."""
 
     @override
     def forward(self, input: Float[Tensor, "B D T"]) -> Float[Tensor, "B D T"]:
@@ -28,24 +28,23 @@ class WaveformFrontEnd(FrontEnd):
     """Convolutions over the samples, as in wav2vec 2.0 (Baevski et al., 2020, arXiv:2006.11477).
 
     Each layer is a convolution, a norm and GELU. LayerNorm and a linear map follow. The layers do
-    not pad, so a token depends on `receptive_field` samples. Exceptions are `norm="group"` and
-    `standardize`: their statistics use the whole clip, so padding changes every token, and clips
-    must be encoded at their true length.
+    not pad, so a token depends on `receptive_field` samples. However, with `norm="group"` or
+    `standardize`, a token depends on statistics of the complete clip. Padding then changes every
+    token, so clips must be encoded at their true length.
 
     Args:
         conv_layers: (channels, kernel, stride) of every layer.
         embed_dim: width of the tokens.
-        sample_rate: in Hz.
-        num_channels: number of audio channels.
+        sample_rate: sample rate in Hz.
         separate_channels: False mixes the channels in the first layer. True uses a separate stack
             for each channel; the tokens of a channel are one row of the grid (the two ears of
             WavJEPA-Nat).
         norm: `group` normalises every channel over time, only after the first layer (wav2vec 2.0
             base, WavJEPA). `layer` normalises every time step over the channels, after each layer
             (wav2vec 2.0 large).
-        bias: bias of the convolutions.
-        standardize: scale every clip to mean 0 and standard deviation 1, jointly over channels and
-            time, which keeps the level differences between the channels.
+        bias: use a bias in the convolutions.
+        standardize: scale every clip to mean 0 and standard deviation 1. The statistics are over
+            channels and time together, which keeps the level differences between the channels.
     """
 
     def __init__(
@@ -88,7 +87,7 @@ class WaveformFrontEnd(FrontEnd):
 
     @override
     def reset_parameters(self) -> None:
-        """Initialise the convolutions Kaiming-normal; norms and the linear map as torch does."""
+        """Draw Kaiming-normal convolutions; the norms and the linear map use torch's defaults."""
         for module in self.modules():
             if isinstance(module, nn.Conv1d | nn.GroupNorm | nn.LayerNorm | nn.Linear):
                 module.reset_parameters()
@@ -110,7 +109,7 @@ class WaveformFrontEnd(FrontEnd):
 
     @override
     def grid(self, num_samples: int) -> Grid:
-        """The grid: one row, or one row per separate channel; remaining samples are ignored."""
+        """The grid has one row, or one row per separate channel; it ignores remaining samples."""
         if num_samples < self.receptive_field:
             raise UserError(
                 f"a clip of {num_samples} samples is too short: one token needs "
@@ -124,7 +123,7 @@ class WaveformFrontEnd(FrontEnd):
     def num_time(self, num_samples: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
         if self.standardize or any(isinstance(module, nn.GroupNorm) for module in self.modules()):
             raise UserError(
-                "`data.mask_padding` needs a front end without statistics over the whole clip: set "
+                "`data.mask_padding` needs a front end without statistics over complete clips: set "
                 "its `norm` to 'layer' and `standardize` to false; `data.loudness_dbfs` can set "
                 "the level instead"
             )
@@ -142,7 +141,7 @@ class WaveformFrontEnd(FrontEnd):
         if self.standardize:
             deviation = features.std(dim=(1, 2), keepdim=True)
             features = (features - features.mean(dim=(1, 2), keepdim=True)) / (deviation + 1e-5)
-        # One stack has all channels; several stacks have one channel each.
+        # A single stack gets all channels; each of several stacks gets one channel.
         inputs = features.chunk(len(self.stacks), dim=1)
         rows = [stack(channels) for stack, channels in zip(self.stacks, inputs, strict=True)]
         features = rearrange(rows, "f b d t -> b (t f) d")

@@ -1,4 +1,4 @@
-"""Step 2 of a JEPA: grid → context tokens and target groups."""
+"""Step 2 of a JEPA: the interface of a masker, grid → context tokens and target groups."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jepa_audio.steps.grid import Grid, Masks, TokenSet
 class Masker(ABC):
     """Draws the context tokens and the target groups of every clip of a batch.
 
-    A masker is a frozen dataclass: it holds only settings, no random state, device or counter.
+    A masker is a frozen dataclass that contains only settings, and no random state or counter.
     """
 
     @abstractmethod
@@ -26,7 +26,7 @@ class Masker(ABC):
         Args:
             grid: the grid of one clip.
             batch_size: number of clips B.
-            generator: the only source of randomness.
+            generator: the only source of random numbers.
             step: optimizer step, for maskers that change during training.
 
         Raises:
@@ -41,20 +41,21 @@ class Masker(ABC):
         seed: tuple[int, ...],
         num_time: Int[Tensor, " B"] | None = None,
     ) -> Masks:
-        """Draw the masks of some rows of the run; the result is the same on every process.
+        """Draw the masks of the given rows of the run; the result is the same on every process.
 
-        Masks are drawn for `rows_per_draw` rows together, from (`seed`, index of the draw), and
-        each process takes its rows of the draw. If a draw has all rows of an optimizer step, of all
-        ranks and micro-batches, the index of the draw is the optimizer step.
+        The masks of `rows_per_draw` rows are drawn together, with a generator that depends on
+        `seed` and the index of the draw. Each process takes its rows of the draw. If a draw has all
+        rows of an optimizer step (of all ranks and micro-batches), the index of the draw is the
+        number of the optimizer step.
 
         Args:
-            grid: the grid of one clip.
-            row: indices in the order of the run (`AudioBatch.row`), taken modulo `rows_per_draw`.
+            grid: the grid of a clip without padding.
+            row: indices in the order of the run, see `AudioBatch.row`.
             rows_per_draw: number of rows that are drawn together.
-            seed: further integers that the draw depends on.
-            num_time: time columns of each clip before its padding. Later tokens are neither context
-                nor target. A clip that loses all its context or a complete target group is drawn
-                again for its own shorter grid.
+            seed: integers that the masks depend on.
+            num_time: number of time columns of each clip before its padding. Tokens in the padding
+                are neither context nor target. If a clip loses all context tokens or all tokens of
+                a target group, its masks are drawn again for its shorter grid.
 
         Raises:
             UserError: if a clip is too short to be masked.

@@ -1,4 +1,4 @@
-"""Rectangles on the time-frequency grid: masks of spectrogram models."""
+"""Maskers that draw rectangles on the time-frequency grid, for spectrogram models."""
 
 from __future__ import annotations
 
@@ -28,20 +28,22 @@ from jepa_audio.steps.masking.sampling import (
 
 @dataclass(frozen=True)
 class MultiBlockMasker(Masker):
-    """Several target blocks, each one a group; the context is one large block without the targets.
+    """Each target group is a block; the context is one large block without the targets.
 
-    The masks of I-JEPA (Assran et al., 2023, arXiv:2301.08243), with three deviations:
+    These are the masks of I-JEPA (Assran et al., 2023, arXiv:2301.08243), with three deviations:
 
-    - Blocks can include the last row and column; the published code never draws these.
+    - Blocks can contain the last row and column; the published code never draws these.
     - Aspect ratios are relative to the shape of the grid, which is square in I-JEPA. If the grid
-      limits one side of a block, the other side grows, so that `scale` also holds on a long grid.
-    - Clips keep all their context; I-JEPA shortens it to the shortest of the batch.
+      limits one side of a block, the other side grows, so that the block has the drawn share.
+    - Clips keep all context tokens; I-JEPA reduces them to the smallest number in the batch.
 
     Args:
-        num_targets: number of target blocks M; they may overlap.
-        target_scale: range of a target block's share of the grid; one draw per call for all groups.
-        target_aspect: range of a target block's share of time over its share of frequency.
-        context_scale: range of the context block's share of the grid; it has the grid's aspect.
+        num_targets: number of target blocks M; blocks may overlap.
+        target_scale: range of the share of the grid that a target block covers; one share is drawn
+            per call, for all groups.
+        target_aspect: range of the ratio between the block's share of time and share of frequency.
+        context_scale: range of the share of the grid that the context block covers; the block has
+            the aspect ratio of the grid.
         min_context: rows with a smaller share of context are drawn again.
     """
 
@@ -80,9 +82,9 @@ class MultiBlockMasker(Masker):
 
 
 class _UnionMasker(Masker):
-    """A union of rectangles as one target group; all other tokens are context.
+    """One target group, the union of rectangles; all other tokens are context.
 
-    Subclasses define the settings `target_share` and `max_attempts`, and draw sizes.
+    Subclasses define the settings `target_share` and `max_attempts`, and the sizes.
     """
 
     target_share: float
@@ -93,8 +95,8 @@ class _UnionMasker(Masker):
         count = floor_share(self.target_share, grid.num_tokens)
         if count < 1:
             raise UserError(
-                f"`target_share` ({self.target_share}) gives no target on {grid}: raise it, or "
-                "raise `data.crop_seconds`"
+                f"`target_share` ({self.target_share}) gives no target on {grid}: raise "
+                "`target_share` or `data.crop_seconds`"
             )
         size = (self.max_attempts, 5, batch_size)
         uniform = torch.rand(size, generator=generator, dtype=torch.float64)
@@ -105,24 +107,25 @@ class _UnionMasker(Masker):
     def _draw_size(self, grid: Grid, uniform: Tensor, free: Tensor) -> Tensor:
         """The (time, frequency) sizes `[B, 2]` of the next rectangles.
 
-        `uniform` `[3, B]` are random numbers; `free` `[B]` counts the tokens still to be covered.
+        `uniform` `[3, B]` are random numbers; `free` `[B]` counts the tokens that are missing.
         """
 
     def _cover(
         self, grid: Grid, count: int, uniform: Float[Tensor, "A 5 B"]
     ) -> tuple[Bool[Tensor, "B N"], Int[Tensor, "placed B 2"]]:
-        """Add rectangles to every row until the next one would exceed `count` covered tokens.
+        """Add rectangles to every row until the next rectangle would exceed `count` covered tokens.
 
-        `uniform` has the random numbers of all A attempts. They are drawn in advance, so that a row
-        does not depend on the number of attempts of other rows.
+        `uniform` contains the random numbers of all A attempts. These are drawn in advance, so that
+        a row does not depend on the number of attempts of other rows.
 
         Returns:
-            The covered tokens, and the (time, frequency) size of the rectangle of every attempt;
-            the size is 0 if the attempt covered no new token.
+            The covered tokens, and the (time, frequency) size of the rectangle of every attempt.
+            The size is 0 if the attempt covered no new token.
         """
         shape = torch.tensor([grid.num_time, grid.num_freq])
         batch_size = uniform.shape[-1]
-        # Floats with the long axis last: broadcast products of bools are ten times slower on a CPU.
+        # The masks are floats with the long axis last, because products of broadcast bools are ten
+        # times slower on a CPU.
         uncovered = torch.ones(batch_size, grid.num_freq, grid.num_time)
         free = torch.full((batch_size,), count)
         is_open = torch.ones(batch_size, dtype=torch.bool)
@@ -144,18 +147,18 @@ class _UnionMasker(Masker):
 
 @dataclass(frozen=True)
 class BlockMasker(_UnionMasker):
-    """The union of many small blocks as one target group; all other tokens are context.
+    """One target group, the union of many small blocks; all other tokens are context.
 
-    The block masks of PupuJEPA (Gu et al., 2026, arXiv:2606.25713).
+    These are the block masks of PupuJEPA (Gu et al., 2026, arXiv:2606.25713).
 
     Args:
         target_share: exact share of target tokens.
-        scale: range of a block's share of the grid; the last blocks are limited to the number of
-            tokens that are still to be covered.
-        long_aspect: range of time columns per frequency row, for the half of the blocks that are
-            long in time.
-        tall_aspect: the same for the half that are long in frequency.
-        max_attempts: maximum number of blocks per clip; random single tokens complete the share.
+        scale: range of the share of the grid that a block covers; the last blocks are not larger
+            than the number of missing target tokens.
+        long_aspect: range of the ratio time columns / frequency rows of the blocks that are long in
+            time, which are half of the blocks.
+        tall_aspect: range of this ratio for the blocks that are long in frequency.
+        max_attempts: maximum number of blocks per clip; single random tokens complete the share.
     """
 
     target_share: float = 0.8
@@ -184,17 +187,17 @@ class BlockMasker(_UnionMasker):
 
 @dataclass(frozen=True)
 class StripeMasker(_UnionMasker):
-    """The union of stripes across the whole grid as one target group; all other tokens are context.
+    """One target group, the union of stripes across the grid; all other tokens are context.
 
-    The time-frequency masks of PupuJEPA (Gu et al., 2026, arXiv:2606.25713). A stripe covers whole
-    time columns with probability T / (T + F), and whole frequency rows otherwise.
+    These are the time-frequency masks of PupuJEPA (Gu et al., 2026, arXiv:2606.25713). A stripe
+    covers complete time columns with probability T / (T + F), and complete frequency rows
+    otherwise. The last stripes are not larger than the number of missing target tokens.
 
     Args:
         target_share: exact share of target tokens.
-        max_time_width: maximum number of time columns of a stripe; the last stripes are limited to
-            the number of tokens that are still to be covered.
-        max_freq_width: maximum number of frequency rows of a stripe, with the same limit.
-        max_attempts: maximum number of stripes per clip; random single tokens complete the share.
+        max_time_width: maximum number of time columns of a stripe.
+        max_freq_width: maximum number of frequency rows of a stripe.
+        max_attempts: maximum number of stripes per clip; single random tokens complete the share.
     """
 
     target_share: float = 0.8
@@ -234,7 +237,7 @@ def _draw_blocks(
 def _extents(
     grid: Grid, start: Int[Tensor, "*rows 2"], size: Int[Tensor, "*rows 2"]
 ) -> tuple[Bool[Tensor, "*rows T"], Bool[Tensor, "*rows F"]]:
-    """The time columns and the frequency rows that each block covers."""
+    """Masks of the time columns and of the frequency rows that each block covers."""
     end = start + size
     time, freq = torch.arange(grid.num_time), torch.arange(grid.num_freq)
     return (
@@ -244,7 +247,7 @@ def _extents(
 
 
 def _block_size(grid: Grid, scale: float, aspect: float) -> Int[Tensor, " 2"]:
-    """The (time, frequency) size in whole tokens that best covers a share `scale` of the grid."""
+    """The (time, frequency) size of a block that covers about the share `scale` of the grid."""
     num_freq = min(max(round(grid.num_freq * math.sqrt(scale / aspect)), 1), grid.num_freq)
     num_time = min(max(round(grid.num_tokens * scale / num_freq), 1), grid.num_time)
     return torch.tensor([num_time, num_freq])

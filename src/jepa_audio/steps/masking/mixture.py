@@ -1,4 +1,4 @@
-"""A mixture of maskers with a curriculum."""
+"""A masker that draws one of several maskers, with a curriculum."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from jepa_audio.steps.masking.base import Masker
 
 @dataclass(frozen=True)
 class MixtureMasker(Masker):
-    """One of several maskers, drawn for each batch (PupuJEPA, Gu et al., 2026, arXiv:2606.25713).
+    """Draws one of several maskers for each batch (PupuJEPA, Gu et al., 2026, arXiv:2606.25713).
+
+    Between `warmup_start` and `warmup_end`, the probabilities of all maskers except the first one
+    rise linearly; the first masker has the remaining probability.
 
     Args:
         maskers: the maskers; training starts with the first one.
-        weights: probability of each masker after the curriculum.
-        warmup_start: up to this optimizer step, only the first masker is drawn.
-        warmup_end: from this optimizer step, `weights` are used. In between, the weights of the
-            other maskers rise linearly and the first masker has the remaining probability.
+        weights: probability of each masker from optimizer step `warmup_end`.
+        warmup_start: last optimizer step with only the first masker.
+        warmup_end: first optimizer step with `weights`.
     """
 
     maskers: list[Masker]

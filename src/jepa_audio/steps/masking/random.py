@@ -1,4 +1,4 @@
-"""Random masks: every token is drawn independently of its position."""
+"""A masker that draws tokens independently of their place on the grid."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from jepa_audio.steps.masking.sampling import (
 
 @dataclass(frozen=True)
 class RandomMasker(Masker):
-    """Random tokens as one target group; all other tokens are context.
+    """One target group of random tokens; all other tokens are context.
 
     Args:
-        target_share: share of target tokens. A pair is a range: one share is drawn per call, so
+        target_share: share of target tokens. For a range (a pair), one share is drawn per call, so
             that all rows of a batch have the same length (Audio-JEPA: 0.4 to 0.6).
     """
 
@@ -43,7 +43,7 @@ class RandomMasker(Masker):
 
     @override
     def __call__(self, grid: Grid, batch_size: int, generator: torch.Generator, step: int) -> Masks:
-        """Draw `floor(N * (1 - target_share))` context tokens, at least one; others are targets."""
+        """Draw masks with max(1, `floor(N * (1 - target_share))`) context tokens per clip."""
         if grid.num_tokens < 2:
             raise UserError(
                 f"a mask needs at least 2 tokens, got {grid}: raise `data.crop_seconds`"

@@ -1,4 +1,4 @@
-"""Random draws and checks of settings that several maskers share."""
+"""Functions of several maskers: random draws, and checks of settings."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ MAX_REDRAWS = 1000
 def add_random_tokens(
     chosen: Bool[Tensor, "B N"], count: int, generator: torch.Generator
 ) -> Bool[Tensor, "B N"]:
-    """Add random tokens to the chosen ones, up to exactly `count` in every row.
+    """Add random tokens to `chosen` until every row has exactly `count` tokens.
 
-    No row may have more than `count` chosen tokens.
+    Every row of `chosen` must have at most `count` tokens.
     """
     score = chosen + torch.rand(chosen.shape, generator=generator, dtype=torch.float32)
     return torch.zeros_like(chosen).scatter_(-1, score.topk(count, dim=-1).indices, value=True)
@@ -44,14 +44,13 @@ def draw_accepted(
     their first draw.
 
     Args:
-        draw: function of the number of rows R that returns context `[R, N]` and targets
-            `[R, M, N]`.
+        draw: function from the number of rows R to context `[R, N]` and targets `[R, M, N]`.
         batch_size: number of rows.
-        min_context: smallest accepted share of context tokens; at least one token is required.
-        masker: the masker that the error message names.
+        min_context: minimum share of context tokens; at least one token is required.
+        masker: the masker in the error message.
 
     Raises:
-        UserError: if rows are still rejected after `MAX_REDRAWS` draws.
+        UserError: if some rows are rejected in all `MAX_REDRAWS` draws.
     """
     context, targets = draw(batch_size)
     min_tokens = max(1, math.ceil(round(min_context * context.shape[-1], 6)))
@@ -71,7 +70,8 @@ def draw_accepted(
 def floor_share(share: float, num_tokens: int) -> int:
     """The number of tokens in a share of `num_tokens`, rounded down.
 
-    The product is first rounded to 6 digits: otherwise a share of `1 - 0.8` of 50 tokens is 9.
+    The product is first rounded to 6 digits. Without this, a share of `1 - 0.8` of 50 tokens would
+    be 9 tokens, because of the floating-point error.
     """
     return math.floor(round(share * num_tokens, 6))
 

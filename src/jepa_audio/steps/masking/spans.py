@@ -1,4 +1,4 @@
-"""Spans over time, the same in all frequency rows: masks of speech and waveform models."""
+"""Maskers that draw spans over time, for speech and waveform models; all rows are equal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jepa_audio.steps.masking.sampling import check_at_least_one, check_min_cont
 
 
 class _SpanGroupMasker(Masker):
-    """Groups of target spans; subclasses define the settings below and choose the context."""
+    """Target groups of spans; subclasses define these settings and draw the context."""
 
     target_probability: float
     target_length: int
@@ -41,7 +41,7 @@ class _SpanGroupMasker(Masker):
             return self._draw_context(targets.any(1), generator), targets
 
         context, targets = draw_accepted(draw, batch_size, self.min_context, self)
-        # The order of tokens is time-major: the tokens of a column are `num_freq` neighbours.
+        # The order of tokens is time-major: the `num_freq` tokens of a time column are adjacent.
         return Masks.from_bool(
             context.repeat_interleave(grid.num_freq, dim=-1),
             targets.repeat_interleave(grid.num_freq, dim=-1),
@@ -54,17 +54,18 @@ class _SpanGroupMasker(Masker):
 
 @dataclass(frozen=True)
 class SpanMasker(_SpanGroupMasker):
-    """Groups of target spans; the context is the complement of hidden spans and of all targets.
+    """Target groups of spans; the context is the complement of hidden spans and of all targets.
 
-    The masks of WavJEPA (Yuksel et al., 2025, arXiv:2509.23238). Its text draws context spans.
-    The complement of hidden spans, as here, reproduces its Table 9; the text does not.
+    These are the masks of WavJEPA (Yuksel et al., 2025, arXiv:2509.23238). The text of the paper
+    describes context spans instead. Only the complement of hidden spans reproduces its Table 9.
 
     Args:
         context_probability: share of the time columns that the hidden spans would cover if they
             did not overlap.
-        context_length: time columns of a hidden span.
-        target_probability: the same share for the spans of one target group.
-        target_length: time columns of a target span.
+        context_length: number of time columns of a hidden span.
+        target_probability: share of the time columns that the spans of one target group would cover
+            if they did not overlap.
+        target_length: number of time columns of a target span.
         num_groups: number of target groups M; groups may overlap.
         min_context: rows with a smaller share of context are drawn again.
     """
@@ -91,18 +92,18 @@ class SpanMasker(_SpanGroupMasker):
 
 @dataclass(frozen=True)
 class TargetSpanMasker(_SpanGroupMasker):
-    """Groups of target spans; the context is every long enough run of other time columns.
+    """Target groups of spans; the context is every gap between targets of at least `min_run`.
 
-    The masks of SpeechJEPA, which is WavJEPA for speech. Columns in shorter runs are neither
-    context nor target.
+    These are the masks of SpeechJEPA, which is WavJEPA for speech. The time columns of shorter gaps
+    are neither context nor target.
 
     Args:
-        target_probability: share of the time columns that the spans of one group would cover if
-            they did not overlap.
-        target_length: time columns of a target span.
+        target_probability: share of the time columns that the spans of one target group would cover
+            if they did not overlap.
+        target_length: number of time columns of a target span.
         num_groups: number of target groups M; groups may overlap.
         min_context: rows with a smaller share of context are drawn again.
-        min_run: shortest run of time columns between targets that is context.
+        min_run: minimum number of time columns of a gap that is context.
     """
 
     target_probability: float = 0.15
@@ -128,8 +129,8 @@ def sample_spans(
     """Draw random spans in every row and return their union.
 
     A row has `floor(probability * num_time / length + U(0, 1))` spans. Their starts are drawn
-    without replacement from all positions at which a span fits. Spans may overlap, so a row may
-    cover a smaller share than `probability`.
+    without replacement from all columns at which a span fits. Spans may overlap; therefore, a row
+    may cover a smaller share than `probability`.
     """
     num_starts = num_time - length + 1
     rounding = torch.rand(num_rows, 1, generator=generator, dtype=torch.float64)
@@ -142,7 +143,7 @@ def sample_spans(
 
 
 def _extend_starts(starts: Bool[Tensor, "R P"], length: int) -> Bool[Tensor, "R T"]:
-    """Extend every start to a run of `length` columns; T = P + length - 1."""
+    """Extend every start to a span of `length` columns; T = P + length - 1."""
     padded = F.pad(starts.float(), (length - 1, length - 1))
     return F.max_pool1d(padded, kernel_size=length, stride=1).bool()
 
@@ -155,6 +156,6 @@ def _check_probability(name: str, value: float) -> None:
 def _check_fits(name: str, length: int, num_time: int) -> None:
     if length >= num_time:
         raise UserError(
-            f"`{name}` ({length}) must be below the number of time columns ({num_time}): lower it, "
-            "or raise `data.crop_seconds`"
+            f"`{name}` ({length}) must be below the number of time columns ({num_time}): lower "
+            f"`{name}` or raise `data.crop_seconds`"
         )
