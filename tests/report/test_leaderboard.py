@@ -236,7 +236,7 @@ def test_average_of_different_numbers_of_draws_has_no_interval_and_no_rank(resul
         add(results, 0.5, 0.5 + draws, task=task)
     scores = scores_of(results)
     (average,) = build_averages(scores)
-    assert not len(mean_scores(scores["value"], scores["draws"])["draws"])
+    assert not len(mean_scores(scores)["draws"])
     (line,) = average["lines"]
     assert (line.value, line.rank) == (pytest.approx(0.5), "")
     assert "| **0.500** |" not in markdown_of(results)

@@ -4,8 +4,8 @@ import torch
 from matplotlib.colors import to_hex, to_rgba
 from matplotlib.figure import Figure
 
-from jepa_audio.report.curves import draw_curves, standard_panels
 from jepa_audio.report.masks import draw_masks, split_masks
+from jepa_audio.report.runs import draw_curves
 from jepa_audio.report.style import PALETTE, VEIL
 from jepa_audio.steps.grid import Grid, Masks
 
@@ -147,7 +147,7 @@ def a_run(num_steps: int = 20) -> dict:
 
 def test_curves_have_a_panel_for_each_quantity():
     runs = {"run": a_run()}
-    figure = draw_curves(runs, standard_panels(runs), "run")
+    figure = draw_curves(runs, "run")
     assert len(figure.axes) == 12
     assert sum("Online probe" in title for title in titles(figure)) == 2
     loss = figure.axes[0]
@@ -168,7 +168,7 @@ def test_online_probes_of_any_metric_have_a_panel():
         key: (np.arange(3), np.arange(3.0))
         for key in ("probe/mtt/auroc", "probe/mtt/twin", "probe/mtt/difference")
     }
-    (panel,) = draw_curves({"run": run}, standard_panels({"run": run})).axes
+    (panel,) = draw_curves({"run": run}).axes
     assert panel.get_title(loc="left") == "Online probe: mtt"
     assert [text.get_text() for text in panel.get_legend().get_texts()] == ["auroc", "random-init"]
 
@@ -179,7 +179,7 @@ def test_panels_without_a_finite_value_are_left_out():
         del run[key]
     run["train/momentum"] = (np.arange(20), np.full(20, np.nan))
     run["train/loss"] = run["valid/loss"] = (np.arange(20), np.full(20, np.nan))
-    figure = draw_curves({"run": run}, standard_panels({"run": run}))
+    figure = draw_curves({"run": run})
     assert len(figure.axes) == 12 - 5
     assert not any("Loss" in title for title in titles(figure)), (
         "trivial predictors alone are no picture"
@@ -188,19 +188,19 @@ def test_panels_without_a_finite_value_are_left_out():
 
 def test_several_runs_share_panels_and_have_a_colour_each():
     runs = {"first": a_run(), "second": a_run(7)}
-    figure = draw_curves(runs, standard_panels(runs))
+    figure = draw_curves(runs)
     assert legend_texts(figure) == ["first", "second"]
     colors = {line.get_color() for line in figure.axes[0].lines}
     assert colors == set(PALETTE[:2])
     many = {f"run {number}": a_run() for number in range(9)}
-    lines = draw_curves(many, standard_panels(many)).axes[-1].lines
+    lines = draw_curves(many).axes[-1].lines
     assert len({line.get_color() for line in lines}) == 9
 
 
 def test_alarms_are_marked_at_their_steps():
     run = a_run()
     run["collapse/alarm"][1][[3, 9]] = 1.0
-    figure = draw_curves({"run": run}, standard_panels({"run": run}))
+    figure = draw_curves({"run": run})
     rank = figure.axes[titles(figure).index("RankMe (effective rank)")]
     assert [line.get_xdata()[0] for line in rank.lines if len(line.get_xdata()) == 2] == [3, 9]
     assert legend_texts(figure) == ["collapse alarm"]
@@ -210,12 +210,12 @@ def test_long_series_have_a_running_mean_without_nan():
     values = np.full(400, 5.0)
     values[[0, 100, 101]] = np.nan
     run = {"train/loss": (np.arange(400), values)}
-    raw, mean = draw_curves({"run": run}, standard_panels({"run": run})).axes[0].lines
+    raw, mean = draw_curves({"run": run}).axes[0].lines
     np.testing.assert_array_equal(raw.get_ydata(), values)
     np.testing.assert_allclose(mean.get_ydata(), 5.0)
 
 
 def test_run_without_logs_has_a_note():
-    figure = draw_curves({"run": {}}, standard_panels({"run": {}}), "empty")
+    figure = draw_curves({"run": {}}, "empty")
     assert not figure.axes
     assert [text.get_text() for text in figure.texts] == ["nothing was logged"]

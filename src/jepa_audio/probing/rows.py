@@ -58,16 +58,14 @@ class ProbeRow:
         layer: layer with the best validation score.
         setting: learning rate, penalty or number of neighbours with the best validation score;
             `setting_name` is which of them.
-        seed: of the head.
         decoder: decoder of annotations in time; `None` for labels of clips.
         unit: what is scored, "file" or "window"; `num_train`, `num_valid`, `num_test` count it.
         metric: headline metric; it selected layer and setting.
         scores: every metric on the test split; other units have a prefix: "file_accuracy".
         chance: headline metric of the trivial predictor; `None` where there is none.
         valid: validation score of the selected head.
-        layers: names of all layers in the search.
-        settings: all settings in the search.
-        valid_grid: validation scores by layer and setting, mean over seeds.
+        valid_grid: validation scores by layer and setting, mean over seeds; `layers` and `settings`
+            are all in the search.
         evidence: path of the evidence, relative to the folder of the results; see `Evidence`.
         against_random: difference to the random-init baseline of the run; `None` for baselines.
         robustness: headline metric by condition as (level, score), from mild to strong, without
@@ -148,7 +146,6 @@ class Evidence:
 
     Attributes:
         predictions: of the selected head, for each test unit.
-        labels: true labels of the units.
         uids: names of the units.
         draws: metrics on bootstrap resamples of the units. The resamples are the same for every
             encoder: draws of two rows with equal task, split checksum and number of draws can be

@@ -6,8 +6,7 @@ The functions `build_…` return what the templates show.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -16,15 +15,13 @@ from jaxtyping import Float
 
 from jepa_audio.errors import UserError
 from jepa_audio.probing.intervals import difference, interval
-from jepa_audio.probing.rows import STATISTICS, ProbeRow, load_evidence
+from jepa_audio.probing.rows import STATISTICS, load_evidence
 from jepa_audio.report.published import published_on, published_tables, why_not_comparable
 from jepa_audio.report.results import ENCODER, PROTOCOL, RECORDS, add_baselines, latest
 
 Draws = Float[np.ndarray, " draws"]
 COMPARABLE = [*PROTOCOL, *RECORDS, "resamples"]
 """Columns that must be equal for two results to be compared."""
-MEANS = ["value", "draws", "low", "high"]
-"""Columns of `mean_scores`."""
 TASK_METRICS = (("auroc", "ap"), ("r2_valence", "r2_arousal"))
 """Tasks with both metrics enter an average with the mean of the two (arXiv:2306.10548)."""
 
@@ -32,26 +29,31 @@ TASK_METRICS = (("auroc", "ap"), ("r2_valence", "r2_arousal"))
 def compute_scores(table: pd.DataFrame) -> pd.DataFrame:
     """One line for each encoder, metric and set of comparable results: the mean over seeds.
 
-    Columns: `COMPARABLE`, `ENCODER`, `is_baseline`, `chance`, `name` (of the metric), `value`,
-    `draws` (the mean on each resample of the test units), `low`, `high`, `deviation` (over seeds;
-    NaN for one), `num_seeds`, `layer`, `comparison` (number of the set of comparable results), and
-    `note`: variant, pooling and, if several weights have one name, their hash.
+    Columns, next to those of the first seed: `name` (of the metric), those of `mean_scores`,
+    `deviation` (over seeds; NaN for one), `num_seeds`, `layer`, `comparison` (number of the set of
+    comparable results), and `note`: variant, pooling and, if several weights have one name, their
+    hash.
 
     Raises:
         UserError: naming the evidence that is missing or damaged.
     """
     table = latest(table)
-    found = [_load_draws(row, folder) for row, folder in table[["row", "folder"]].to_numpy()]
-    table = table.assign(draws=[draws for draws, _ in found], resamples=[key for _, key in found])
-    inherited = [*COMPARABLE, *ENCODER, "is_baseline", "chance"]
-    lines = [
-        {**group.iloc[0][inherited], **line}
-        for _, group in table.groupby([*COMPARABLE, *ENCODER], sort=False)
-        for line in _mean_over_seeds(group["row"].tolist(), group["draws"].tolist())
-    ]
-    scores = pd.DataFrame(
-        lines, columns=[*inherited, "name", *MEANS, "deviation", "num_seeds", "layer"]
+    seeds = pd.DataFrame(
+        [line | score for line in table.to_dict("records") for score in _load_scores(line)],
+        columns=[*table.columns, "name", "draws", "resamples"],
     )
+    groups = seeds.groupby([*COMPARABLE, *ENCODER, "name"], sort=False)
+    means = [
+        {
+            **group.iloc[0],
+            **mean_scores(group),
+            "deviation": group["value"].std(),
+            "num_seeds": len(group),
+            "layer": ", ".join(group["layer"].unique()),
+        }
+        for _, group in groups
+    ]
+    scores = pd.DataFrame(means, columns=[*seeds.columns, "low", "high", "deviation", "num_seeds"])
     num_weights = scores.groupby(ENCODER[:3])["encoder_hash"].transform("nunique")
     weights = np.where(num_weights > 1, ", weights " + scores["encoder_hash"].str[:8], "")
     scores = scores.assign(
@@ -61,9 +63,9 @@ def compute_scores(table: pd.DataFrame) -> pd.DataFrame:
     return scores.sort_values("comparison", kind="stable", ignore_index=True)
 
 
-def _load_draws(row: ProbeRow, folder: Path) -> tuple[dict[str, Draws], str]:
-    """Draws by metric, and a digest of the names of the units and the number of draws."""
-    path = folder / row.evidence
+def _load_scores(line: dict[str, Any]) -> list[dict[str, Any]]:
+    """The metrics of a result with their draws, and an identifier of the resamples."""
+    row, path = line["row"], line["folder"] / line["evidence"]
     # The predictions, up to gigabytes for all rows together, are not kept.
     evidence = load_evidence(path)
     if missing := sorted(row.scores.keys() - evidence.draws.keys()):
@@ -71,30 +73,19 @@ def _load_draws(row: ProbeRow, folder: Path) -> tuple[dict[str, Draws], str]:
             f"{path} holds no `draws/{missing[0]}`, but the row has this score: probe again"
         )
     digest = hashlib.sha256("\n".join(evidence.uids).encode()).hexdigest()[:8]
-    return evidence.draws, f"{digest} {len(evidence.draws[row.metric])}"
+    resamples = f"{digest} {len(evidence.draws[row.metric])}"
+    return [
+        {"name": name, "value": score.value, "draws": evidence.draws[name], "resamples": resamples}
+        for name, score in row.scores.items()
+    ]
 
 
-def _mean_over_seeds(
-    rows: list[ProbeRow], draws: list[dict[str, Draws]]
-) -> Iterator[dict[str, Any]]:
-    for name in rows[0].scores:
-        if all(name in row.scores for row in rows):
-            values = pd.Series([row.scores[name].value for row in rows])
-            yield {
-                "name": name,
-                **mean_scores(values, [found[name] for found in draws]),
-                "deviation": values.std(),
-                "num_seeds": len(rows),
-                "layer": ", ".join(dict.fromkeys(row.layer for row in rows)),
-            }
-
-
-def mean_scores(values: pd.Series, draws: Iterable[Draws]) -> dict[str, Any]:
+def mean_scores(lines: pd.DataFrame) -> dict[str, Any]:
     """Mean `value` and `draws`, which are empty if the numbers of draws differ, and interval."""
-    draws = list(draws)
-    is_paired = len(set(map(len, draws))) == 1
-    mean = np.mean(draws, axis=0) if is_paired else np.empty(0, np.float32)
-    return dict(zip(MEANS, (float(values.mean()), mean, *interval(mean)), strict=True))
+    is_paired = lines["draws"].map(len).nunique() == 1
+    draws = np.mean(lines["draws"].tolist(), axis=0) if is_paired else np.empty(0, np.float32)
+    low, high = interval(draws)
+    return {"value": float(lines["value"].mean()), "draws": draws, "low": low, "high": high}
 
 
 def rank_lines(lines: pd.DataFrame) -> pd.DataFrame:
@@ -153,7 +144,7 @@ def build_averages(scores: pd.DataFrame) -> list[dict[str, Any]]:
             chosen = [group[group["comparison"].isin(comparisons)] for group in of_encoder]
             chosen = [group for group in chosen if len(group) == len(comparisons)]
             means = pd.DataFrame(
-                {**group.iloc[0], **_mean_lines(group), "values": tuple(group["value"])}
+                {**group.iloc[0], **mean_scores(group), "values": tuple(group["value"])}
                 for group in chosen
             )
             table = _score_table("mean", means)
@@ -168,16 +159,12 @@ def _task_scores(scores: pd.DataFrame) -> pd.DataFrame:
         pairs = (pair for pair in TASK_METRICS if set(pair) <= set(group["name"]))
         found = group[group["name"].isin(next(pairs, group["metric"].iloc[:1]))]
         if np.isfinite(found["value"]).all():
-            lines.append({**found.iloc[0], **_mean_lines(found)})
+            lines.append({**found.iloc[0], **mean_scores(found)})
     table = pd.DataFrame(lines, columns=scores.columns)
     # Logistic regression and ridge regression are one head for two kinds of labels.
     heads = table["head"].replace({"logistic": "linear", "ridge": "linear"})
     protocol = table["preset"] + ", " + heads + " head, " + table["select"] + " epoch"
     return table.assign(average_protocol=protocol)
-
-
-def _mean_lines(lines: pd.DataFrame) -> dict[str, Any]:
-    return mean_scores(lines["value"], lines["draws"])
 
 
 def build_tasks(scores: pd.DataFrame) -> list[dict[str, Any]]:
@@ -189,18 +176,16 @@ def _task(task: str, scores: pd.DataFrame) -> dict[str, Any]:
     published = published_on(task)
     groups = [group for _, group in scores.groupby("comparison", sort=False)]
     comparisons = [_comparison(group, set(published["metric"])) for group in groups]
-    obstacles = [each["obstacle"] for each in comparisons]
+    comparable = [
+        each for each in comparisons if not each["obstacle"] and each["tables"][0]["lines"]
+    ]
     # Baselines are the best only if nothing else was probed.
-    bests = (
-        {
-            table["metric"]: min(table["lines"], key=lambda line: line.is_baseline)
-            for table in each["tables"]
-            if table["lines"]
-        }
-        for each in comparisons
-        if each["obstacle"] is None and each["tables"][0]["lines"]
-    )
-    best = next(bests, {})
+    best = {
+        table["metric"]: min(table["lines"], key=lambda line: line.is_baseline)
+        for each in comparable[:1]
+        for table in each["tables"]
+        if table["lines"]
+    }
     ours = {metric: (line.low, line.high) for metric, line in best.items()}
     is_comparable = (published["preset"] == "marble-v1") & bool(ours)
     columns = {"split_checksum": "split", "resamples": "test units or resamples"}
@@ -210,7 +195,7 @@ def _task(task: str, scores: pd.DataFrame) -> dict[str, Any]:
         "name": task,
         "comparisons": comparisons,
         "differing": dict.fromkeys(columns.get(column, column) for column in differing),
-        "obstacles": dict.fromkeys(filter(None, obstacles)),
+        "obstacles": dict.fromkeys(filter(None, (each["obstacle"] for each in comparisons))),
         "best": next(iter(best.values()), None),
         "published": published_tables(published[is_comparable], ours),
         "published_otherwise": published_tables(published[~is_comparable]),
@@ -227,16 +212,16 @@ def _comparison(scores: pd.DataFrame, published_metrics: set[str]) -> dict[str, 
     chance = next(iter(scores["chance"].dropna()), None)
     by_metric = dict(list(scores.groupby("name", sort=False)))
     headline = by_metric.pop(first.metric)
-    tables = [_score_table(first.metric, headline, chance)]
     others = {name: _score_table(name, group) for name, group in by_metric.items()}
+    shown = [others.pop(name) for name in list(others) if name in published_metrics]
     sizes = (first.num_train, first.num_valid, first.num_test)
     counts = f"{'/'.join(map(str, sizes))} {first.unit}s in train, valid and test"
     decoder = f", decoder {first.decoder}" if first.decoder else ""
     return {
         "protocol": f"{first.preset}, {first.head} head, {first.select} epoch{decoder}",
         "data": f"{counts}, split {first.split_checksum[:8]}",
-        "tables": tables + [others[name] for name in others if name in published_metrics],
-        "other_tables": [others[name] for name in others if name not in published_metrics],
+        "tables": [_score_table(first.metric, headline, chance), *shown],
+        "other_tables": list(others.values()),
         "without_random_init": sorted(
             {
                 line.encoder
@@ -260,18 +245,18 @@ def _score_table(metric: str, scores: pd.DataFrame, chance: float | None = None)
 
 def build_overviews(results: pd.DataFrame) -> list[dict[str, Any]]:
     """The current results of each protocol: for each encoder and head, its line on each task."""
-    overviews = []
-    for protocol, group in results.groupby("protocol", sort=False):
-        rows = group["row"].tolist()
-        # Encoders in alphabetical order, each with its variants in the order of the results.
-        by_name = group.sort_values("encoder", kind="stable")
-        by_head = by_name.groupby([*ENCODER, "head"], sort=False)
-        overviews.append(
-            {
-                "protocol": protocol,
-                "rows": rows,
-                "tasks": {row.task: row for row in rows},
-                "lines": [{line.task: line for line in lines.itertuples()} for _, lines in by_head],
-            }
-        )
-    return overviews
+    # Encoders in alphabetical order, each with its variants in the order of the results.
+    return [
+        {
+            "protocol": protocol,
+            "rows": group["row"].tolist(),
+            "tasks": {row.task: row for row in group["row"]},
+            "lines": [
+                {line.task: line for line in lines.itertuples()}
+                for _, lines in group.sort_values("encoder", kind="stable").groupby(
+                    [*ENCODER, "head"], sort=False
+                )
+            ],
+        }
+        for protocol, group in results.groupby("protocol", sort=False)
+    ]

@@ -74,7 +74,7 @@ def draw_model_masks(jepa: JEPA, waveform: Float[Tensor, "1 S"], step: int) -> F
 
 
 def split_masks(masks: Masks, grid: Grid) -> tuple[ContextPlane, TargetPlanes]:
-    """The context and the target groups of the first clip."""
+    """The context and the target groups of the first clip of a batch."""
     context, targets = (
         part.to_mask(grid.num_tokens).cpu().numpy() for part in (masks.context, masks.targets)
     )
@@ -137,32 +137,32 @@ def draw_masks(
     figure, axes = style.small_multiples(len(draws), 1, height=1.75, extra=0.75, share="x")
     extent = (0.0, seconds, 0.0, float(len(log_spectrogram)))
     low, high = np.percentile(log_spectrogram, (2, 99.8))
-    overlays = [_paint_overlay(*planes) for planes in draws]
+    num_groups = max(len(targets) for _, targets in draws)
+    colors = list(islice(cycle(style.PALETTE), num_groups))
+    overlays = [_paint_overlay(*planes, colors) for planes in draws]
     for ax, (context, targets), overlay in zip(axes, draws, overlays, strict=True):
         ax.imshow(log_spectrogram, cmap="Greys", vmin=low, vmax=high, origin="lower", extent=extent)
         ax.imshow(overlay, interpolation="nearest", origin="lower", extent=extent)
         ax.set_aspect("auto")
-        _draw_cell_borders(ax, context.shape, extent)
-        fractions = (context.mean(), targets.any(axis=0).mean())
-        style.title_panel(ax, "context {:.0%} of the tokens, targets {:.0%}".format(*fractions))
+        _draw_cell_borders(ax, context.shape)
         _label_bands(ax, band_hz)
+        share, target_share = context.mean(), targets.any(axis=0).mean()
+        style.title_panel(ax, f"context {share:.0%} of the tokens, targets {target_share:.0%}")
     axes[-1].set_xlabel("seconds")
     handles = [Patch(facecolor="white", edgecolor=style.GREY, label="context")]
-    for number, color in enumerate(_group_colors(max(len(targets) for _, targets in draws))):
-        handles.append(Patch(facecolor=color, alpha=TINT, label=f"target group {number + 1}"))
+    for number, color in enumerate(colors, start=1):
+        handles.append(Patch(facecolor=color, alpha=TINT, label=f"target group {number}"))
     if any((overlay[..., 3] == VEILED).any() for overlay in overlays):
         handles.append(Patch(facecolor=style.VEIL, label="hidden from the context"))
     style.title_figure(figure, title, handles)
     return figure
 
 
-def _group_colors(num_groups: int) -> list[str]:
-    return list(islice(cycle(style.PALETTE), num_groups))
-
-
-def _paint_overlay(context: ContextPlane, targets: TargetPlanes) -> np.ndarray:
+def _paint_overlay(
+    context: ContextPlane, targets: TargetPlanes, group_colors: Sequence[str]
+) -> np.ndarray:
     """The overlay, RGBA `[F * stripes, T, 4]`, lowest row first."""
-    colors = np.array([[*to_rgb(color), TINT] for color in _group_colors(len(targets))])
+    colors = np.array([[*to_rgb(color), TINT] for color in group_colors[: len(targets)]])
     veiled = np.where(context[..., None], 0.0, [*to_rgb(style.VEIL), VEILED])  # [F, T, 4]
     if len(context) == 1:
         return np.where(targets[::-1, 0, :, None], colors[::-1, None], veiled)
@@ -175,14 +175,12 @@ def _paint_overlay(context: ContextPlane, targets: TargetPlanes) -> np.ndarray:
     return painted.swapaxes(0, 1).reshape(-1, context.shape[1], 4)
 
 
-def _draw_cell_borders(
-    ax: Axes, shape: tuple[int, ...], extent: tuple[float, float, float, float]
-) -> None:
+def _draw_cell_borders(ax: Axes, shape: tuple[int, ...]) -> None:
     num_freq, num_time = shape
     if num_time <= 128:
-        ax.xaxis.set_minor_locator(FixedLocator(np.linspace(0, extent[1], num_time + 1).tolist()))
+        ax.xaxis.set_minor_locator(FixedLocator(np.linspace(*ax.get_xlim(), num_time + 1).tolist()))
     if num_freq <= 32:
-        ax.yaxis.set_minor_locator(FixedLocator(np.linspace(0, extent[3], num_freq + 1).tolist()))
+        ax.yaxis.set_minor_locator(FixedLocator(np.linspace(*ax.get_ylim(), num_freq + 1).tolist()))
     ax.grid(visible=False)
     ax.grid(which="minor", color=style.GREY, linewidth=0.5, alpha=0.35)
     ax.tick_params(which="minor", length=0)

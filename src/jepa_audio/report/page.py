@@ -20,7 +20,6 @@ from markupsafe import Markup, escape
 from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.files import write_text
 from jepa_audio.parallel import num_cores
-from jepa_audio.report.curves import draw_curves, standard_panels
 from jepa_audio.report.figures import FigureFile, draw_close_ups, draw_conditions, save_figure
 from jepa_audio.report.leaderboard import (
     build_averages,
@@ -30,14 +29,11 @@ from jepa_audio.report.leaderboard import (
 )
 from jepa_audio.report.masks import draw_run_masks
 from jepa_audio.report.probe_figures import draw_layers, draw_probe, variant_style
-from jepa_audio.report.published import PROTOCOL_NOISE, build_elsewhere
+from jepa_audio.report.published import build_elsewhere
 from jepa_audio.report.results import current, read_results
-from jepa_audio.report.runs import Run, find_runs, judge_run
+from jepa_audio.report.runs import Run, draw_curves, find_runs, judge_run
 
 log = logging.getLogger(__name__)
-
-# Results of a task whose figures are embedded; the files of all results are in `pictures/`.
-NUM_CLOSE_UPS = 4
 
 
 def write_leaderboard(results: Path) -> Path:
@@ -50,8 +46,7 @@ def write_leaderboard(results: Path) -> Path:
         The HTML page; it needs no other file.
 
     Raises:
-        UserError: if the results are missing or empty, naming the line that is not a row, or the
-            evidence that is missing.
+        UserError: if there are no results, a line is not a row, or evidence is missing.
     """
     table = read_results([results])
     if table.empty:
@@ -147,12 +142,12 @@ def _draw_results(
             save_figure(figure, folder / f"{name}{suffix}.png", f"{name}, {protocol}")
             for name, figure in drawn.items()
         ]
-    return {"conditions": draw_conditions(table, folder), "num_close_ups": NUM_CLOSE_UPS}
+    return {"conditions": draw_conditions(table, folder)}
 
 
 def _save_curves(runs: Sequence[Run], path: Path, title: str = "") -> FigureFile:
     curves = {run.label: run.curves for run in runs}
-    figure = draw_curves(curves, standard_panels(curves), title)
+    figure = draw_curves(curves, title)
     return save_figure(figure, path, f"curves of {title.lower() or runs[0].label}")
 
 
@@ -183,8 +178,8 @@ def render(template: str, context: dict[str, Any]) -> str:
         lstrip_blocks=True,
         finalize=_escape_bars if template.endswith(".md") else None,
     )
-    environment.filters |= {"anchor": _anchor, "variant": lambda name: variant_style(name).label}
-    environment.globals |= {"environment": describe_environment, "protocol_noise": PROTOCOL_NOISE}
+    environment.filters["variant"] = lambda name: variant_style(name).label
+    environment.globals["environment"] = describe_environment
     return environment.get_template(template).render(context, sections=[])
 
 
@@ -193,13 +188,9 @@ def _escape_bars(value: object) -> object:
     return value if isinstance(value, Markup) else Markup(escape(value).replace("|", "&#124;"))
 
 
-def _anchor(text: str) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in text.lower())
-
-
-def describe_environment(packages: Sequence[str] = ("jepa-audio", "torch", "lightning")) -> str:
+def describe_environment() -> str:
     """Versions and hardware of this process."""
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("jepa-audio", "torch", "lightning"))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     machine = f"{num_cores()} of {os.cpu_count()} CPU cores, {platform.machine()}, {device}"
     python = f"Python {platform.python_version()}"

@@ -63,8 +63,6 @@ def _has_layers(row: ProbeRow) -> bool:
 
 def draw_probe(rows: Sequence[ProbeRow], title: str = "") -> Figure:
     """Test scores with 95 % intervals: a panel for each task, a line for each variant."""
-    if not rows:
-        return style.note_figure("nothing was probed", title)
     lines = list(_probe_lines(rows))
     heights = {key: float(y) for y, (_, key) in enumerate(lines)}
     tasks = list(dict.fromkeys(row.task for row in rows))
@@ -120,7 +118,7 @@ def _head_handles(rows: Iterable[ProbeRow]) -> list[Line2D]:
 
 
 def draw_layers(rows: Sequence[ProbeRow], title: str = "") -> Figure:
-    """Validation scores by layer: rows of panels for each encoder, a panel for each task.
+    """Validation scores by layer: a panel for each encoder and task.
 
     A marker is at the selected layer. Log-mel statistics have one layer and are a horizontal line
     in every panel. Combinations of layers are at the right, with a gap.
@@ -128,28 +126,20 @@ def draw_layers(rows: Sequence[ProbeRow], title: str = "") -> Figure:
     layered = [row for row in rows if _has_layers(row)]
     if not layered:
         return style.note_figure("nothing with layers was probed", title)
-    encoders = list(dict.fromkeys((row.encoder, row.pooling) for row in layered))
-    tasks = list(dict.fromkeys(row.task for row in layered))
-    columns = -(-len(tasks) // -(-len(tasks) // 4))
-    # Empty panels fill the last row of each encoder.
-    tasks += [""] * (-len(tasks) % columns)
-    figure, axes = style.small_multiples(len(encoders) * len(tasks), columns, height=2.3, extra=0.6)
-    for ax, (encoder, task) in zip(axes, product(encoders, tasks), strict=True):
-        if not task:
-            ax.remove()
-            continue
+    encoders = dict.fromkeys((row.encoder, row.pooling) for row in layered)
+    tasks = dict.fromkeys(row.task for row in layered)
+    panels = list(product(encoders, tasks))
+    figure, axes = style.small_multiples(len(panels), min(len(tasks), 4), height=2.3, extra=0.6)
+    for ax, (encoder, task) in zip(axes, panels, strict=True):
         of_task = [row for row in rows if row.task == task]
-        own = [row for row in of_task if _has_layers(row) and (row.encoder, row.pooling) == encoder]
         for row in of_task:
             if not _has_layers(row):
-                dash = HEADS[row.head][2]
-                color = variant_style(row.variant).color
+                color, dash = variant_style(row.variant).color, HEADS[row.head][2]
                 ax.axhline(row.valid, color=color, linestyle=dash, linewidth=1.4)
-        _draw_layer_scores(ax, own)
-        style.title_panel(ax, style.shorten(task, 40))
-        is_first = len(encoders) > 1 and task == tasks[0]
-        name = f"{style.shorten(encoder[0], 24)}\n({encoder[1]})\n" if is_first else ""
-        ax.set_ylabel(f"{name}validation {of_task[0].metric}")
+        _draw_layer_scores(ax, [row for row in of_task if (row.encoder, row.pooling) == encoder])
+        name = f": {', '.join(encoder)}" if len(encoders) > 1 else ""
+        style.title_panel(ax, style.shorten(task + name, 40))
+        ax.set_ylabel(f"validation {of_task[0].metric}")
         ax.set_xlabel("layer")
     styles = sorted({variant_style(row.variant) for row in rows})
     handles: list[Artist] = [Patch(color=found.color, label=found.label) for found in styles]
@@ -176,13 +166,9 @@ def _draw_layer_scores(ax: Axes, rows: Sequence[ProbeRow]) -> None:
     if combined:
         # The label of the last layer would touch those of the combinations.
         shown = [name for name in shown if name != single[-1]] + combined
-    labels = [
-        COMBINED.get(name, "in" if name == "input" else name.removeprefix("block "))
-        for name in shown
-    ]
-    ax.set_xticks(
-        [positions[name] for name in shown], [style.shorten(label, 8) for label in labels]
-    )
+    names = {"input": "in"} | COMBINED
+    labels = [style.shorten(names.get(name, name.removeprefix("block ")), 8) for name in shown]
+    ax.set_xticks([positions[name] for name in shown], labels)
 
 
 def _layer_positions(layers: Sequence[str]) -> dict[str, float]:
@@ -200,14 +186,11 @@ def draw_robustness(rows: Sequence[ProbeRow], title: str = "") -> Figure:
     All panels have one scale. Levels go from mild to strong at equal distances. A dashed line is
     the score on the clean clips.
     """
-    sweeps = [(row, row.robustness) for row in rows if row.robustness]
-    if not sweeps:
-        return style.note_figure("nothing was probed on degraded clips", title)
-    conditions = list(dict.fromkeys(name for _, sweep in sweeps for name in sweep))
+    conditions = list(dict.fromkeys(name for row in rows for name in row.robustness or ()))
     figure, axes = style.small_multiples(len(conditions), 3, height=2.5, extra=0.7, share="y")
     looks = cycle(product("o^Dv", style.PALETTE))
     handles: dict[str, Line2D] = {}
-    for row, sweep in sweeps:
+    for row in rows:
         label = f"{style.shorten(row.encoder, 28)}, {variant_style(row.variant).label}"
         if label not in handles:
             # All random-init baselines are grey.
@@ -215,16 +198,16 @@ def draw_robustness(rows: Sequence[ProbeRow], title: str = "") -> Figure:
             marker, color = ("o", style.GREY) if is_random else next(looks)
             handles[label] = style.line_handle(label, color, style.SOLID, marker)
         for ax, condition in zip(axes, conditions, strict=True):
-            if condition in sweep:
-                _draw_sweep(ax, sweep[condition], row.value, handles[label])
+            if row.robustness and condition in row.robustness:
+                _draw_sweep(ax, row.robustness[condition], row.value, handles[label])
     for ax, condition in zip(axes, conditions, strict=True):
-        if (chance := sweeps[0][0].chance) is not None:
+        if (chance := rows[0].chance) is not None:
             ax.axhline(chance, color=style.INK, linewidth=1, linestyle=style.DOTTED)
         style.title_panel(ax, condition)
         unit = f"level in {SWEEPS[condition][0].unit}, " if condition in SWEEPS else ""
         ax.set_xlabel(f"{unit}from mild to strong")
     for ax in axes[::3]:
-        ax.set_ylabel(f"test {sweeps[0][0].metric}")
+        ax.set_ylabel(f"test {rows[0].metric}")
     clean = style.line_handle("clean", style.INK, style.DASHED)
     style.title_figure(figure, title, [*handles.values(), clean, CHANCE])
     return figure

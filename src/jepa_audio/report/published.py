@@ -14,11 +14,6 @@ import pandas as pd
 from jepa_audio.probing.tasks import TASKS
 from jepa_audio.probing.tasks.base import Sizes, differ_from_published
 
-PROTOCOL_NOISE = (
-    "Papers differ by 2 to 4 points on the same model under the same protocol (MERT-330M on "
-    "GiantSteps: 61.7 and 65.6), so a smaller difference to a published number means nothing."
-)
-
 
 @cache
 def load_published() -> pd.DataFrame:
@@ -89,11 +84,7 @@ def why_not_comparable(
 ) -> str | None:
     """Why results cannot be compared with numbers of MARBLE v1; `None` if they can.
 
-    Args:
-        task: name of the task.
-        preset: of our results.
-        select: epoch that was tested.
-        sizes: units in our train, valid and test splits.
+    `sizes` are the units in our train, valid and test splits.
     """
     known: Sizes = TASKS[task].num_units if task in TASKS else (None, None, None)
     if preset != "marble-v1":
@@ -129,19 +120,16 @@ def published_tables(
 
 
 def _table(numbers: pd.DataFrame, ours: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
-    column = numbers["task"].where(numbers["benchmark"] != "", numbers["metric"])
-    columns = column.unique().tolist()
-    models: dict[str, dict[str, Any]] = {}
-    for name, number in zip(column, numbers.itertuples(), strict=True):
-        models.setdefault(number.model, {})[name] = number
-    # Models without a number in the first column are last.
-    first_values = {
-        model: -cells[columns[0]].value if columns[0] in cells else math.inf
-        for model, cells in models.items()
-    }
+    numbers = numbers.assign(
+        column=numbers["task"].where(numbers["benchmark"] != "", numbers["metric"])
+    )
+    columns = numbers["column"].unique().tolist()
+    cells = {(number.model, number.column): _cell(number, ours) for number in numbers.itertuples()}
+    first = numbers[numbers["column"] == columns[0]]
+    best_first = first.sort_values("value", ascending=False, kind="stable")["model"]
     lines = {
-        model: [_cell(models[model].get(name), ours) for name in columns]
-        for model in sorted(models, key=first_values.__getitem__)
+        model: [cells.get((model, column), ("", "")) for column in columns]
+        for model in dict.fromkeys([*best_first, *numbers["model"]])
     }
     sources = ", ".join(numbers["source"].unique())
     title = f"{numbers['protocol'].iloc[0]} ({sources}): {numbers['note'].iloc[0]}."
@@ -149,13 +137,9 @@ def _table(numbers: pd.DataFrame, ours: Mapping[str, tuple[float, float]]) -> di
 
 
 def _cell(number: Any, ours: Mapping[str, tuple[float, float]]) -> tuple[str, str]:
-    """The number, and its position relative to our interval; both empty if there is none."""
-    if number is None:
-        return "", ""
+    """The number, and its position relative to our interval, empty if it is not comparable."""
     digits = 1 if number.metric == "SDR in dB" else 3
-    deviation = "" if math.isnan(number.deviation) else f" ± {number.deviation:.{digits}f}"
-    interval = ours.get(number.metric)
-    return (
-        f"{number.value:.{digits}f}{deviation}",
-        position(number.value, *interval) if interval else "",
-    )
+    text = f"{number.value:.{digits}f}"
+    if not math.isnan(number.deviation):
+        text += f" ± {number.deviation:.{digits}f}"
+    return text, position(number.value, *ours[number.metric]) if number.metric in ours else ""

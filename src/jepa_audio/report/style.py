@@ -13,12 +13,7 @@ from matplotlib.lines import Line2D
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 BLUE, ORANGE, GREEN, PURPLE, RED, SKY = PALETTE
 INK, GREY, PALE, VEIL = "#222222", "#767676", "#EBEBEB", "#CFCFCF"
-Dash = tuple[float, tuple[float, ...]]
-SOLID: Dash = (0.0, ())
-DASHED: Dash = (0.0, (4.0, 1.5))
-DOTTED: Dash = (0.0, (1.2, 1.2))
-DASH_DOTTED: Dash = (0.0, (6.0, 1.5, 1.2, 1.5))
-DASHES = (SOLID, DASHED, DOTTED, DASH_DOTTED)
+DASHES = SOLID, DASHED, DOTTED, DASH_DOTTED = ("-", "--", ":", "-.")
 # Font sizes in points, width of a figure in inches.
 SMALL, NORMAL, WIDTH = 8.0, 9.0, 10.5
 
@@ -97,7 +92,7 @@ def title_figure(figure: Figure, title: str, handles: Sequence[Artist] = ()) -> 
     )
 
 
-def line_handle(label: str, color: str, dash: Dash = SOLID, marker: str = "") -> Line2D:
+def line_handle(label: str, color: str, dash: str = SOLID, marker: str = "") -> Line2D:
     """A line for a legend."""
     face = "white" if marker == "s" else color
     return Line2D([], [], color=color, ls=dash, lw=1.4, marker=marker, ms=5, mfc=face, label=label)
