@@ -1,11 +1,11 @@
-# `make help` lists the targets. Needs python3 (3.11 or newer, with venv) and make, nothing else.
+# `make help` lists the targets. They need only python3 (3.11 or newer, with venv) and make.
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?= demo
 AUDIO ?= $(DEMO)/corpus/nsynth-train
 SEED ?= 0
-# More settings for the demo's commands, for instance of a smaller one: see tests/smoke.sh.
+# More options of the commands of the demo, for example for a smaller demo: see tests/smoke.sh.
 NOTES ?=
 FIT ?=
 STAMP := .venv/.installed
@@ -13,11 +13,11 @@ DEMO_SETTINGS = --data.root "$(AUDIO)" --model.seed $(SEED) --data.seed $(SEED) 
   --trainer.callbacks+ OnlineProbe --trainer.callbacks.corpus $(DEMO)/corpus --trainer.callbacks.every_n_steps 300 $(FIT)
 
 .PHONY: help
-help: ## This list.
+help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
 
 .PHONY: install
-install: $(STAMP) ## A virtual environment in .venv with the locked versions.
+install: $(STAMP) ## Create a virtual environment in .venv with the locked versions.
 
 $(STAMP): pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit("python3 is %d.%d, 3.11 or newer is needed: make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
@@ -38,43 +38,43 @@ demo: $(STAMP) ## Pretrain two small JEPAs, probe them, write demo/report.html; 
 ON_ALL_CORES := --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .PHONY: test
-test: $(STAMP) ## The fast tests on all cores (a process on each, eight at most): no network, no GPU, a few minutes.
+test: $(STAMP) ## Run the fast tests on all cores, with at most eight processes: no network, no GPU, a few minutes.
 	$(BIN)/pytest $(ON_ALL_CORES)
 
 .PHONY: test-slow
-test-slow: $(STAMP) ## All tests, those that train for minutes too.
+test-slow: $(STAMP) ## Run all tests, including those that train for minutes.
 	$(BIN)/pytest $(ON_ALL_CORES) --runslow
 
 .PHONY: wheel
-wheel: $(STAMP) ## Build the wheel and use it in a clean environment, away from this folder.
+wheel: $(STAMP) ## Build the wheel, and test it in a clean environment outside this folder.
 	bash tests/wheel.sh
 
 .PHONY: lint
-lint: $(STAMP) ## Ruff: rules and format.
+lint: $(STAMP) ## Check rules and format with ruff.
 	$(BIN)/ruff check src tests benchmarks setup.py
 	$(BIN)/ruff format --check src tests benchmarks setup.py
 
 .PHONY: type
-type: $(STAMP) ## Mypy.
+type: $(STAMP) ## Check types with mypy.
 	$(BIN)/mypy
 
 .PHONY: deps
-deps: $(STAMP) ## Deptry: the declared dependencies are the imported ones.
+deps: $(STAMP) ## Check with deptry that the declared and the imported dependencies are equal.
 	$(BIN)/deptry src
 
 .PHONY: check
-check: lint type deps ## Lint, types and dependencies.
+check: lint type deps ## Run lint, type and deps.
 
 .PHONY: bench
 bench: $(STAMP) ## Measure the training step; results are in benchmarks/RESULTS.md.
 	$(BIN)/python -m benchmarks.train_step
 
 .PHONY: docs
-docs: $(STAMP) ## Check that the documents' commands, files and settings exist.
+docs: $(STAMP) ## Check that all commands, files and settings in the documents exist.
 	$(BIN)/pytest tests/test_docs.py
 
 .PHONY: lock
-lock: $(STAMP) ## Resolve requirements.lock again, with the newest versions.
+lock: $(STAMP) ## Write requirements.lock again, with the newest versions.
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --quiet --upgrade -o requirements.lock
 
 .PHONY: clean

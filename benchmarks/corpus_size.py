@@ -1,10 +1,10 @@
 """Do start time and step time depend on the number of files of a corpus?
 
 The script writes a few short files and creates as many paths to them as requested, with links to
-folders: a table of N different sources without N files on the disk. The additional time of a cold
-disk with a million real files is not measured.
+folders. The table then has N different sources, but the disk does not have N files. The script does
+not measure the additional time of a disk that is not in the page cache, with a million real files.
 
-Each measurement runs in a new process, alternating between the values of N:
+Each measurement runs in a new process; the values of N alternate. The script measures:
 
 - the seconds from `AudioDataModule(...)` to the first training batch, without imports
 - the wall time and CPU time of a batch without workers
@@ -38,11 +38,11 @@ import pyarrow as pa
 import soundfile as sf
 
 RATE, SECONDS, CROP_SECONDS = 16_000, 3, 2.01
-ALBUMS, TRACKS = 200, 50  # per artist, per album
+ALBUMS, TRACKS = 200, 50  # albums per artist, tracks per album
 BATCH_SIZE, WARM_UP, BATCHES = 32, 20, 300
 WORKERS = (1, 2, 4)
 
-# The script that pip writes for a command, with another function call.
+# The script that pip writes for a command, but with a call of `measure`.
 COMMAND = """
 import sys
 from {module} import {function}
@@ -75,7 +75,7 @@ def write_files(root: Path, num_files: int) -> list[str]:
 
 def write_table(root: Path, paths: list[str]) -> Path:
     """Write the table that indexing these files would give."""
-    # Not at the top: a worker would import them with this module.
+    # These imports are not at the top, because a worker would import them with this module.
     from jepa_audio.data.corpus.index import index_file  # noqa: PLC0415
     from jepa_audio.data.corpus.sources import DiscoveredFile  # noqa: PLC0415
     from jepa_audio.data.corpus.table import SCHEMA, Corpus  # noqa: PLC0415
@@ -94,7 +94,7 @@ def write_table(root: Path, paths: list[str]) -> Path:
 
 
 def find_workers(process: int) -> list[Path]:
-    """The folders in `/proc` of the reading processes: grandchildren, through the fork server."""
+    """The folders in `/proc` of the workers, which are children of the fork server."""
     parents = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -116,7 +116,7 @@ def sum_mib(path: Path, *fields: str) -> float:
 
 
 def private_mib(process: Path) -> float:
-    """The private pages of a process; pages of a shared mapping belong to the page cache."""
+    """The size of the private pages of a process; shared mappings are in the page cache."""
     kibibytes, is_private = 0, False
     for line in (process / "smaps").read_text().splitlines():
         words = line.split()
@@ -175,7 +175,7 @@ def repeat(loader: object) -> Iterator[object]:
 
 
 def measure_in_process(command: Path, table: Path, num_workers: int) -> dict[str, float]:
-    """Run `measure` in a new process that is started as `jepa-audio` is."""
+    """Run `measure` in a new process that is started in the same way as `jepa-audio`."""
     environment = os.environ | {
         "PYTHONPATH": str(Path(__file__).parent.parent),
         "PYTHONWARNINGS": "ignore",
@@ -214,7 +214,10 @@ def main() -> None:
     )
     parser.add_argument("--files", type=int, nargs="+", default=[1_000, 100_000, 2_000_000])
     parser.add_argument(
-        "--repeats", type=int, default=3, help="for times; memory of 1 and 4 workers: once"
+        "--repeats",
+        type=int,
+        default=3,
+        help="of times; memory of 1 and 4 workers is measured once",
     )
     args = parser.parse_args()
     (installed,) = entry_points(group="console_scripts", name="jepa-audio")
@@ -228,8 +231,8 @@ def main() -> None:
         print(f"{sizes}, for example {paths[0]}; command {installed.value}")
         runs: dict[int, dict[int, list[dict[str, float]]]]
         runs = {size: {num_workers: [] for num_workers in (0, *WORKERS)} for size in tables}
-        for repeat in range(args.repeats):
-            for num_workers in (0, *WORKERS) if repeat == 0 else (0, 2):
+        for repetition in range(args.repeats):
+            for num_workers in (0, *WORKERS) if repetition == 0 else (0, 2):
                 for size, table in tables.items():
                     runs[size][num_workers].append(measure_in_process(command, table, num_workers))
     columns = [

@@ -1,18 +1,19 @@
 """How many crops per second does one core deliver, and how many cores does a GPU need?
 
-The script reads the same music-like clips, 44.1 kHz stereo, as training does: from single flac and
-mp3 files, and from our shards, packed mono at the sample rate of the crops. For comparison, it runs
-a plain pipeline of the `webdataset` package, which decodes every file completely:
+The script reads the same music-like clips (44.1 kHz, stereo) from different sources, with the code
+of training: from single flac and mp3 files, and from our shards, which are mono and have the sample
+rate of the crops. For comparison, it runs a plain pipeline of the `webdataset` package, which
+decodes every file completely:
 
 - from tars of the same flac files, with a new `torchaudio.transforms.Resample` for every sample
 - the same, optimised: channels are averaged first and the resampler is created once
 - from our shards
 
-It uses one thread and no workers. The files are in the page cache, because they have just been
-written: the computation is measured, not the disk.
+The script uses one thread and no workers. It measures the computation and not the disk: the files
+are in the page cache, because the script has just written them.
 
-A round takes the same number of clips from every source in turn. Ratios are medians over the
-rounds. "CPU" is the processor time per second: 1.00 if no other process used the core.
+A round reads the same number of clips from every source, one source after the other. Ratios are
+medians over the rounds. "CPU" is the CPU time per second: 1.00 if no other process used the core.
 
     python -m benchmarks.data [--clips 60] [--repeats 7] [--gpu_crops_per_second 200 500 1000 2000]
 """
@@ -48,7 +49,7 @@ from jepa_audio.data.datamodule import AudioDataModule
 from jepa_audio.parallel import map_threads, num_cores
 
 RATE = 44_100
-NOISE = 0.0035  # white noise; the music has -26 dBFS: flac reduces the size to about 60 %
+NOISE = 0.0035  # white noise; with music at -26 dBFS, flac reduces the size to about 60 %
 SHARDS = 4
 PLAIN = "webdataset, flac tars"
 
@@ -190,7 +191,7 @@ def webdataset_batches(
 
 
 def decode(content: bytes) -> tuple[Tensor, int]:
-    """All samples `[C, S]` and the sample rate of a file."""
+    """Decode all samples `[C, S]` and the sample rate of a file."""
     samples, rate = sf.read(io.BytesIO(content), dtype="float32", always_2d=True)
     return torch.from_numpy(samples.T), rate
 
@@ -207,7 +208,7 @@ def decode_average_and_resample(content: bytes, resampler: Resample) -> Tensor:
 
 
 def decode_samples(content: bytes) -> Tensor:
-    """All samples, without resampling."""
+    """Decode all samples, without resampling."""
     return decode(content)[0]
 
 
@@ -237,7 +238,7 @@ def count_bytes_read() -> int:
 
 
 def time_batches(stream: Iterator[Tensor], num_batches: int, shape: tuple[int, ...]) -> Round:
-    """Time some batches of a source and check their shape and level."""
+    """Time `num_batches` batches of a source, and check their shape and level."""
     start, cpu, before = time.perf_counter(), time.process_time(), count_bytes_read()
     batches = list(itertools.islice(stream, num_batches))
     seconds = time.perf_counter() - start
@@ -253,7 +254,7 @@ def time_batches(stream: Iterator[Tensor], num_batches: int, shape: tuple[int, .
 
 
 def measure(folder: Path, setting: Setting, num_clips: int, repeats: int) -> dict[str, list[Round]]:
-    """Rounds of every source; sources alternate, so that a slow minute affects all of them."""
+    """Measure all rounds; sources alternate, so that a slow minute affects every source."""
     batch_size = max(1, 32 // setting.crops_per_clip)
     num_batches = -(-num_clips // batch_size)
     shape = (batch_size * setting.crops_per_clip, 1, setting.num_samples)
@@ -268,7 +269,7 @@ def measure(folder: Path, setting: Setting, num_clips: int, repeats: int) -> dic
 
 
 def report(setting: Setting, rounds: dict[str, list[Round]]) -> dict[str, float]:
-    """Print the table; return the median of every source."""
+    """Print the table, and return the median of every source."""
     columns = ["source", "crops/s per core", "min", "max", "ratio", "seconds of audio/s"]
     columns += ["MB read per crop", "CPU"]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
@@ -306,7 +307,7 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument(
-        "--crops_per_clip", type=int, default=16, help="for the setting with several crops"
+        "--crops_per_clip", type=int, default=16, help="in the setting with several crops"
     )
     parser.add_argument(
         "--gpu_crops_per_second", type=float, nargs="+", default=[200, 500, 1000, 2000]

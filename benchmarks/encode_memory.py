@@ -1,8 +1,8 @@
-"""Does the memory to encode a long file grow with the file, in addition to the features?
+"""Does encoding a longer file need more memory, apart from the memory of the features?
 
-The script encodes noise of several lengths with a base-size encoder, each in a separate process. It
-prints the peak of the resident memory, minus the memory before encoding, and the size of the
-features.
+The script encodes noise of several lengths with a base-size encoder, each length in a separate
+process. It prints the peak of the resident memory, minus the memory before encoding, and the size
+of the features.
 
     python -m benchmarks.encode_memory [--recipe wavjepa|pupujepa] [--minutes 1 5 20]
 """
@@ -28,7 +28,7 @@ def resident_mib() -> float:
 
 def measure(recipe: str, minutes: float) -> None:
     """Encode one waveform and print time and memory."""
-    # Not at the top: only the measuring processes need these imports.
+    # These imports are not at the top, because only the measuring processes need them.
     from jepa_audio.cli.trainer import JEPACLI  # noqa: PLC0415
     from jepa_audio.inference.encoder import Encoder  # noqa: PLC0415
 

@@ -1,10 +1,10 @@
-"""Does a run that is killed many times equal an uninterrupted run, and do damaged files stop it?
+"""Does a run that is killed many times equal an uninterrupted run, and do damaged files stop a run?
 
-- kills: a run is killed (SIGKILL) at random times and resumed each time; its sample ids and losses
-  are compared with those of an uninterrupted run
-- worlds: the same run with 1, then 2, then 1 process
-- damage: 500 damaged files among 2,000: which files are reported, which good files are lost, and
-  whether the run completes
+- kills: kill a run (SIGKILL) at random times and resume it each time; compare the sample ids and
+  losses with those of an uninterrupted run
+- worlds: the same comparison for a run with 1, then 2, then 1 process
+- damage: train on 2,000 files, 500 of them damaged; check which files are reported, which good
+  files are lost, and whether the run completes
 
     python -m benchmarks.faults [--kills 25] [--parts kills worlds damage]
 """
@@ -96,7 +96,7 @@ class Run:
     def start(
         self, name: str, *settings: str, world_size: int = 1, pause: float = 0.0
     ) -> subprocess.Popen[bytes]:
-        """Start the training; `settings` are further options, `name` is that of the records."""
+        """Start the training with further options; `name` is the file name of the records."""
         command = [
             *(sys.executable, "-m", "jepa_audio", "fit"),
             f"--config={self.folder}/settings.yaml",
@@ -189,7 +189,7 @@ def compare(
 
 
 def check_kills(folder: Path, corpus: Path, number: int, seed: int) -> bool:
-    """Kill and resume a run at random times; whether it equals an uninterrupted run."""
+    """Return whether a run that is killed at random times equals an uninterrupted run."""
     settings = "--data.num_workers=2", f"--trainer.max_steps={8 * number}"
     reference = Run(folder / "uninterrupted", corpus)
     wait_for_end(reference.start("all", *settings), reference)
@@ -223,15 +223,15 @@ def check_kills(folder: Path, corpus: Path, number: int, seed: int) -> bool:
 
 
 def wait_for_line(path: Path, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
-    """Wait until the file exists, the process has ended or the time is over."""
+    """Wait until the file exists or the process has ended, but at most `seconds`."""
     end = time.monotonic() + seconds
     while not path.exists() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.05)
 
 
 def check_worlds(folder: Path, corpus: Path) -> bool:
-    """Change the number of processes of a run; whether it equals a run with one process."""
-    # Each process draws drop path for its micro-batch, so it depends on the number of processes.
+    """Return whether a run with a changing number of processes equals a run with one process."""
+    # Drop path depends on the number of processes: each process draws it for its micro-batch.
     settings = "--data.num_workers=0", "--model.encoder.drop_path=0"
     reference = Run(folder / "one", corpus)
     wait_for_end(reference.start("all", *settings), reference)
@@ -250,7 +250,7 @@ def check_worlds(folder: Path, corpus: Path) -> bool:
 
 
 def check_damage(folder: Path, num_files: int, num_bad: int) -> bool:
-    """Train on damaged files; whether each one is reported and the run completes."""
+    """Return whether a run reports all damaged files and completes."""
     root = folder / "damaged"
     root.mkdir()
     good, bad = write_damaged_corpus(root, num_files - num_bad, num_bad)

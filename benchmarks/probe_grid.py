@@ -1,10 +1,10 @@
-"""How much time does it save to fit all heads of a grid together, and are the heads the same?
+"""How much faster is fitting all heads of a grid together, and are the heads the same?
 
 The script fits the `marble-v1` grid: every layer and the weighted sum, with six learning rates, on
 the same features in memory. It compares:
 
-- grid: all heads in one `fit_grid`, measured at the start, in the middle and at the end; the median
-  is used
+- grid: all heads in one `fit_grid`; the time is the median of three measurements, at the start, in
+  the middle and at the end
 - plain loop: each head in a minimal loop, with indexed tensors, fused Adam and validation in one
   pass
 - Lightning fit: each head in the usual way: LightningModule, DataLoaders on TensorDatasets (batch
@@ -15,11 +15,12 @@ the same features in memory. It compares:
   process starts Python, reads the features of its layers from a file, fits, tests and ends; one
   process at a time
 
-A separate head has the same initial weights, batches and dropout as its counterpart in the grid. So
-the choices must be equal: the same layer and learning rate, and the best validation score of each
-head must be within `--files_off` files. Otherwise the exit code is 1. Rounding errors alone change
-some files for heads with high learning rates within hundreds of steps. A very small fit of each
-kind runs first, so that imports are not measured. Features are random, with one row per file.
+A separate head has the same initial weights, batches and dropout as its counterpart in the grid.
+Therefore, both must choose the same layer and learning rate, and the best validation scores of each
+head must differ by at most `--files_off` files. Otherwise the exit code is 1. For heads with high
+learning rates, rounding errors alone change the results of some files within hundreds of steps. A
+very small fit of each kind runs first, so that imports are not measured. Features are random, with
+one row per file.
 
     python -m benchmarks.probe_grid [--size gtzan|nsynth] [--threads 2]
 """
@@ -71,7 +72,7 @@ from jepa_audio.probing.tasks.records import SPLITS, Item, Split
 
 SEED = 1234
 MIN_SPEEDUP = 20
-MARGINS = 0.2, 1.9  # of the worst and the best layer, see `centre_length`
+MARGINS = 0.2, 1.9  # class margins of the worst and the best layer, see `centre_length`
 COLUMNS = (
     "wall s",
     "times the median grid",
@@ -100,7 +101,7 @@ class Size:
 
 SIZES = {
     "gtzan": Size((443, 197, 290), 10, GTZAN_GENRE.protocols["marble-v1"]),
-    # With fewer rows and epochs than NSynth.
+    # This size has fewer rows and epochs than NSynth.
     "nsynth": Size(
         (20_000, 2_000, 4_096), 11, replace(NSYNTH_INSTRUMENT.protocols["marble-v1"], max_epochs=5)
     ),
@@ -271,7 +272,7 @@ def fit_in_loops(
 
 
 class Shuffled(Sampler[int]):
-    """The order of the grid; the sampler of torch draws a second permutation after each epoch."""
+    """The row order of the grid; torch's sampler would draw a second permutation per epoch."""
 
     def __init__(self, num_rows: int, seed: int) -> None:
         self.num_rows, self.generator = num_rows, torch.Generator().manual_seed(seed)
@@ -284,7 +285,7 @@ class Shuffled(Sampler[int]):
 
 
 class LightningHead(lightning.LightningModule):
-    """One head in a usual LightningModule."""
+    """A usual LightningModule with one head."""
 
     def __init__(self, head: MLPHead, tables: Tables) -> None:
         super().__init__()
@@ -364,7 +365,7 @@ def fit_in_trainers(
 def fit_in_processes(
     grid_heads: Sequence[MLPHead], tables: Mapping[HeadInput, Tables], threads: int
 ) -> tuple[list[MLPHead], float]:
-    """As `fit_in_trainers`, with a separate process for each head, one at a time."""
+    """As `fit_in_trainers`, but each head is fitted in a separate process, one after the other."""
     fitted = []
     with tempfile.TemporaryDirectory(prefix="jepa_audio_probe_") as folder:
         files = {source: Path(folder) / f"{number}.pt" for number, source in enumerate(tables)}
@@ -398,9 +399,9 @@ def fit_one(task_file: Path) -> None:
 
 
 def run_timed(name: str, fit: Callable[[], tuple[list[MLPHead], float]]) -> Result:
-    """Run one method to fit heads and print its time."""
+    """Fit heads with one method, and print its time."""
     gc.collect()
-    # CPU time of the process and its children.
+    # The CPU time includes the children of the process.
     start, cpu = time.perf_counter(), sum(os.times()[:4])
     heads, test = fit()
     seconds, cpu = time.perf_counter() - start, sum(os.times()[:4]) - cpu
@@ -410,7 +411,7 @@ def run_timed(name: str, fit: Callable[[], tuple[list[MLPHead], float]]) -> Resu
 
 
 def run_methods(fit: FitContext, num_heads: int | None, threads: int) -> list[Result]:
-    """Run all methods; the slow ones only for `num_heads` random heads, if this is given."""
+    """Run all methods; if `num_heads` is given, slow methods fit only so many random heads."""
     first = run_timed("grid", lambda: fit_grid(fit))
     heads, sources = first.heads, {head.input for head in first.heads}
     tables = {source: make_tables(fit, source) for source in sources}
@@ -429,7 +430,7 @@ def run_methods(fit: FitContext, num_heads: int | None, threads: int) -> list[Re
 
 
 def _extrapolate(result: Result, loop: Result, index: Sequence[int]) -> Result:
-    """Extrapolate from some heads to all, in proportion to the epochs of the plain loops."""
+    """Extrapolate a result to all heads, in proportion to the epochs of the plain loops."""
     factor = loop.num_epochs / sum(len(loop.heads[i].curve) for i in index)
     return replace(
         result,
@@ -476,7 +477,7 @@ def compare(heads: Sequence[MLPHead], grid: Sequence[MLPHead], num_files: int) -
 
 
 def report(results: Sequence[Result], num_files: int, max_files_off: int) -> bool:
-    """Print the results; whether all choices are equal and all scores within `max_files_off`."""
+    """Print the results; return whether all choices and scores are equal, see the module."""
     grids = sorted(result.seconds for result in results if result.name.startswith("grid"))
     middle = median(grids)
     print(f"\n| | {' | '.join(COLUMNS)} |\n|---|" + "---|" * len(COLUMNS))

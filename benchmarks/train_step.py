@@ -1,8 +1,8 @@
-"""How fast is a training step, and how much time does it save to compute only the selected tokens?
+"""How fast is a training step, and how much time is saved by computing only the selected tokens?
 
-The script prints, for both recipes, clips per second, and the floating-point operations of the
-model as a share of the peak of matrix multiplication on this machine. For WavJEPA, it also measures
-the literal, key-masked step of `tests/oracles` with the same weights, masks and loss.
+For both recipes, the script prints clips per second, and the floating-point operations per second
+as a share of the peak of matrix multiplication on this machine. For WavJEPA, it also measures the
+literal, key-masked step of `tests/oracles` with the same weights, masks and loss.
 
     python -m benchmarks.train_step [--size base|small] [--recipes wavjepa pupujepa] [--batch 8]
     [--repeats 5]
@@ -72,7 +72,7 @@ def make_step(module: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[
 
 
 def median_seconds(steps: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-    """Median time of each step; steps alternate, so that a slow minute affects all of them."""
+    """Median time of each step; steps alternate, so that a slow minute affects every step."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         step()
@@ -104,7 +104,7 @@ def attention_backward_flops(
 
 
 def count_flops(step: Callable[[], float]) -> int:
-    """Operations of one step, forward and backward, attention included."""
+    """Operations of the forward and backward pass of one step, including attention."""
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     mapping = {fused: attention_flops, backward: attention_backward_flops}

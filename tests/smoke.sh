@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A small `make demo`, a resumed run, a validation and a probe with records. For CI.
+# Test a small `make demo`, a resumed run, a validation and a probe with records. CI runs this script.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=$(mktemp -d)
@@ -17,4 +17,4 @@ resumed="--config $folder/wavjepa/config.yaml --ckpt_path last"
 for file in report.html marble/leaderboard.html records/NSynth/NSynthI.train.jsonl probe/results.jsonl probe/leaderboard.md probe/leaderboard.html wavjepa/config.yaml pupujepa/checkpoints/last.ckpt; do
   test -s "$folder/$file"
 done
-echo "smoke run of the demo: all files are there"
+echo "smoke test of the demo: all files exist"

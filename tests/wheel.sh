@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Build the wheel, install it into a clean environment, and use it in an empty folder away from the clone. For CI.
+# Build the wheel, install it into a clean environment, and use it in an empty folder outside the clone.
+# CI runs this script.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 unset PYTHONPATH
@@ -24,7 +25,7 @@ small="$small --model.predictor.trunk.embed_dim 16 --model.predictor.trunk.num_h
 small="$small --model.front_end.init_args.conv_layers [[8,10,5],[8,8,4],[8,4,4],[8,4,4]]"
 small="$small --model.lr_schedule.init_args.warmup_steps 1 --data.batch_size 2 --data.num_workers 0"
 small="$small --trainer.accelerator cpu --trainer.precision 32-true --trainer.max_steps 2 --trainer.val_check_interval 2"
-# A folder of a recipe's name, which the recipe must not be taken for.
+# This folder has the name of a recipe; `--config wavjepa` must still find the recipe.
 mkdir wavjepa
 "$jepa_audio" fit --config wavjepa --data.root corpus/nsynth-train --run_dir wavjepa $small
 "$jepa_audio" validate --config wavjepa/config.yaml --ckpt_path last
@@ -36,4 +37,4 @@ mkdir wavjepa
 for file in copied.yaml wavjepa/config.yaml published/model.safetensors imported/config.yaml probe/results.jsonl report.html; do
   test -s "$file"
 done
-echo "the wheel: all files are there"
+echo "test of the wheel: all files exist"
