@@ -33,8 +33,6 @@ class ProbeEncoder(ABC):
         name: name of the model in the results.
         variant: which encoder of the model, for example "target".
         sample_rate: in Hz.
-        num_channels: channels of the input.
-        layer_names: one name for each layer.
         frequency: how the tokens of one time column become one vector: "mean" averages the
             frequency rows, "concat" concatenates them.
     """
@@ -90,13 +88,6 @@ class ProbeEncoder(ABC):
     def encode_clips(self, waveform: Float[Tensor, "B C S"]) -> list[Float[Tensor, "B _"]]:
         """One vector per clip for each layer: the mean over the valid columns of the clip."""
         return self.encode(waveform).pool(self.frequency)
-
-    def encode_frames(
-        self, waveform: Float[Tensor, "B C S"]
-    ) -> tuple[list[Float[Tensor, "B T _"]], LayerFeatures]:
-        """One vector per time column for each layer, and the features with the times."""
-        features = self.encode(waveform)
-        return features.over_time(self.frequency), features
 
     @cached_property
     def function_hash(self) -> str:
@@ -154,9 +145,6 @@ class LogMelStatistics(ProbeEncoder):
 
     The vector of a clip is the mean, deviation and mean absolute change of the bands over time.
     The vector of a time column is the bands and their change since the column before.
-
-    Args:
-        sample_rate: in Hz.
     """
 
     def __init__(self, sample_rate: int) -> None:
@@ -194,7 +182,6 @@ class FunctionEncoder(ProbeEncoder):
         function: the model, on any device.
         name: name in the results.
         sample_rate: in Hz.
-        num_channels: channels of the input.
         layer_names: one name for each layer; by default "layer 0", "layer 1" and so on.
         encoder_hash: hash of the weights; by default from the state of a module, or from `name`.
 

@@ -72,7 +72,7 @@ class Features:
     Attributes:
         layers: one table of rows for each layer, in memory or on disk.
         place: index in the tables of each row of the split.
-        rows: item, window and time of each row.
+        rows: origin of each row of the split.
     """
 
     layers: Sequence[np.ndarray]
@@ -138,8 +138,6 @@ class FeatureStore:
 
     Args:
         folder: parent of all stores.
-        encoder: the encoder.
-        preparation: windows, frames and degradation.
         batch_seconds: seconds of audio that are encoded at once.
     """
 
@@ -278,7 +276,8 @@ class FeatureStore:
         encoder, grid_hz = self.encoder, self.preparation.grid_hz
         clip_seconds = clips.shape[-1] / encoder.sample_rate
         if self.preparation.per_frame:
-            layers, features = encoder.encode_frames(clips)
+            features = encoder.encode(clips)
+            layers = features.over_time(encoder.frequency)
             times = features.times[0].cpu().double()
         else:
             layers = [layer[:, None] for layer in encoder.encode_clips(clips)]

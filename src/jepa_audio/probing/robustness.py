@@ -62,8 +62,6 @@ class Condition:
 
     Args:
         level: strength; the docstring of `degrade` states which direction is more severe.
-        name: name of the degradation.
-        unit: unit of `level`.
         degrade: function of the degradation; see the docstring of this module.
         limits: lowest and highest level.
         settings: other settings, for the cache key.

@@ -21,11 +21,9 @@ Device = torch.device | str
 
 @dataclass(frozen=True)
 class HeadInput:
-    """The layers that a head reads.
+    """The layers that a head reads, and how it combines them.
 
     Args:
-        name: name in the results.
-        layers: indices of the layers.
         kind: "layer": one layer; "mix": the learned weighted sum of the layers; "reduce": the
             concatenation of the layers, reduced to the width of one by a linear map.
     """
@@ -41,10 +39,7 @@ class FitContext:
 
     Attributes:
         features: by split, at least "train" and "val".
-        data: the task and its labels.
-        layer_names: one for each layer of the features.
         seeds: seeds of weights, batches and dropout; one head for each.
-        device: where heads are trained.
         description: text of the progress bar.
     """
 
@@ -97,7 +92,6 @@ class Choice:
     """The heads with the best input and setting, one for each seed.
 
     Attributes:
-        heads: the best heads.
         inputs: all inputs that were compared.
         settings: all settings that were compared.
         valid: validation score for each input and setting, averaged over seeds.

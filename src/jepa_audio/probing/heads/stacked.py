@@ -23,6 +23,10 @@ from jepa_audio.probing.tasks.base import Protocol
 
 Select = Literal["best", "last"]
 
+# The defaults of `torch.optim.Adam`, except for `fused`.
+_ADAM_SETTINGS: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+_ADAM_SETTINGS |= {"amsgrad": False, "maximize": False, "fused": True}
+
 
 @dataclass(frozen=True)
 class MLPSettings:
@@ -105,9 +109,7 @@ class StackedHeads(nn.Module):
     Args:
         inputs: several inputs of kind "layer", or one input of another kind.
         widths: widths of all layers of the inputs.
-        num_outputs: logits of a head.
         heads_per_input: heads on each input, adjacent in the stack.
-        settings: hidden units and dropout.
         seed: of the weights and of the dropout.
 
     Raises:
@@ -207,19 +209,4 @@ class StackedAdam:
             weights, grads, first, second, steps = (
                 [tensor[head] for tensor in tensors for head in heads] for tensors in by_head
             )
-            adam(
-                weights,
-                grads,
-                first,
-                second,
-                max_exp_avg_sqs=[],
-                state_steps=steps,
-                fused=True,
-                amsgrad=False,
-                beta1=0.9,
-                beta2=0.999,
-                lr=rate,
-                weight_decay=0.0,
-                eps=1e-8,
-                maximize=False,
-            )
+            adam(weights, grads, first, second, [], steps, lr=rate, **_ADAM_SETTINGS)
