@@ -11,7 +11,7 @@ the same features in memory. It compares:
   64, no workers), Adam with its defaults, early stopping, checkpoint of the best epoch,
   torchmetrics, CSV logger, no progress bar, no summary; the best checkpoint of every head is loaded
   and tested
-- own process: the same Lightning fit as one command per head, as in the scripts of MARBLE: a
+- separate process: the same Lightning fit as one command per head, as in the scripts of MARBLE: a
   process starts Python, reads the features of its layers from a file, fits, tests and ends; one
   process at a time
 
@@ -420,7 +420,7 @@ def run_methods(fit: FitContext, num_heads: int | None, threads: int) -> list[Re
     index = sorted(random.Random(SEED).sample(range(len(heads)), num_heads or len(heads)))
     sample = [heads[i] for i in index]
     trainers = run_timed("Lightning fit", lambda: fit_in_trainers(sample, tables))
-    processes = run_timed("own process", lambda: fit_in_processes(sample, tables, threads))
+    processes = run_timed("separate process", lambda: fit_in_processes(sample, tables, threads))
     if len(index) < len(heads):
         trainers, processes = (
             _extrapolate(result, loop, index) for result in (trainers, processes)

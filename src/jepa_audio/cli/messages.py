@@ -62,7 +62,7 @@ def print_error(error: Exception) -> bool:
     if message is None:
         print(BUG_REPORT, file=sys.stderr)
         return False
-    if not (is_on_all_ranks and _rank()):
+    if not is_on_all_ranks or _is_rank_zero():
         Console(stderr=True).print(
             f"jepa-audio: {message}", style="red", highlight=False, markup=False, soft_wrap=True
         )
@@ -109,7 +109,7 @@ def _without_traceback(error: BaseException) -> str:
     return text.rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip()
 
 
-def _rank() -> int | None:
+def _is_rank_zero() -> bool:
     from lightning.pytorch.utilities.rank_zero import rank_zero_only  # noqa: PLC0415
 
-    return getattr(rank_zero_only, "rank", None)
+    return not getattr(rank_zero_only, "rank", None)

@@ -44,13 +44,10 @@ class HelpfulParser(ArgumentParser):
 def run_function(
     name: str, function: Callable[..., object], args: Sequence[str], as_positional: bool = True
 ) -> None:
-    """Call a function with arguments from the command line, and print its result.
+    """Call the function of the command `name` with command-line arguments, and print the result.
 
-    Args:
-        name: name of the command.
-        function: its docstring is the help; an argument `sources` takes one or more words.
-        args: command line after the name; `-o` is replaced by `--output`.
-        as_positional: see `Command`.
+    The docstring of the function is the help. An argument `sources` takes one or more words, and
+    `-o` means `--output`. See `Command` for `as_positional`.
     """
     summary = str(inspect.getdoc(function)).partition("\n\nArgs:")[0]
     parser = HelpfulParser(prog=f"jepa-audio {name}", description=summary)

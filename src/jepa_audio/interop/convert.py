@@ -88,12 +88,9 @@ def import_weights(
 
 
 def export_weights(layout: str, checkpoint: Path, output: Path) -> Path:
-    """Convert a checkpoint of this package to a published model.
+    """Write a checkpoint of this package as `model.safetensors` and `config.json` into `output`.
 
-    Args:
-        layout: a name in `LAYOUTS`.
-        checkpoint: a `.ckpt` file.
-        output: folder for `model.safetensors` and `config.json`.
+    `layout` is a name in `LAYOUTS`.
 
     Returns:
         The path of `model.safetensors`.
@@ -155,18 +152,18 @@ def _state(rules: Layout, published: Published, model: Settings) -> dict[str, Te
     with torch.device("meta"):
         expected = _initial_state(model)
     names = {name: rules.published_name(name) for name in expected}
-    parts = {_part(ours) for ours, theirs in names.items() if theirs in published.tensors}
+    parts = {_part(name) for name, key in names.items() if key in published.tensors}
     if "front_end" not in parts or not parts & {"encoder", "target_encoder"}:
         raise WeightsError(
             f"{published.path} must contain a front end and an encoder in this layout, but "
             f"contains only {sorted(parts) or 'other tensors'}"
         )
-    names = {ours: theirs for ours, theirs in names.items() if _part(ours) in parts}
+    names = {name: key for name, key in names.items() if _part(name) in parts}
     rules.check_formulas(published)
     is_ignored = re.compile(rules.ignored).match
     tensors = {name: value for name, value in published.tensors.items() if not is_ignored(name)}
     _refuse_differences(published.path, names, expected, tensors)
-    state = {ours: tensors[theirs].reshape(expected[ours].shape) for ours, theirs in names.items()}
+    state = {name: tensors[key].reshape(expected[name].shape) for name, key in names.items()}
     return state | _missing_parts(published.path, state, parts, model)
 
 
@@ -189,12 +186,12 @@ def _refuse_differences(
 
     `names` maps the names in `expected`, the state of the model, to the names in `tensors`.
     """
-    missing = [theirs for theirs in names.values() if theirs not in tensors]
+    missing = [key for key in names.values() if key not in tensors]
     unknown = sorted(tensors.keys() - set(names.values()))
     misshapen = [
-        f"{theirs} {list(tensors[theirs].shape)}, not {list(expected[ours].shape)}"
-        for ours, theirs in names.items()
-        if theirs in tensors and _squeezed(tensors[theirs]) != _squeezed(expected[ours])
+        f"{key} {list(tensors[key].shape)}, not {list(expected[name].shape)}"
+        for name, key in names.items()
+        if key in tensors and _squeezed(tensors[key]) != _squeezed(expected[name])
     ]
     differences = {"missing": missing, "unknown": unknown, "of another shape": misshapen}
     lines = [

@@ -73,7 +73,7 @@ class Layout(ABC):
         """Published tensors that a formula computes, for clips of `num_samples`."""
         return {}
 
-    # This method is not abstract, because a layout without formulas has nothing to check.
+    # This method is not abstract, because a layout without formulas needs no check.
     def check_formulas(self, published: Published) -> None:  # noqa: B027
         """Raise `WeightsError` if a published tensor differs from its formula."""
 

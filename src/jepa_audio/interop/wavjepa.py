@@ -47,13 +47,16 @@ _NAMES = (
     (r"^front_end\.projection\.", "post_extraction_mapper."),
     *(
         (
-            rf"^{re.escape(ours)}\.blocks\.(\d+)\.{re.escape(part)}",
-            rf"{theirs}.layers.\1.{published}",
+            rf"^{re.escape(module)}\.blocks\.(\d+)\.{re.escape(part)}",
+            rf"{published_module}.layers.\1.{published}",
         )
-        for ours, theirs in _ENCODERS
+        for module, published_module in _ENCODERS
         for part, published in _BLOCK
     ),
-    *((rf"^{re.escape(ours)}\.norm\.", f"{theirs}.norm.") for ours, theirs in _ENCODERS),
+    *(
+        (rf"^{re.escape(module)}\.norm\.", f"{published_module}.norm.")
+        for module, published_module in _ENCODERS
+    ),
     (r"^predictor\.proj_in\.", "encoder_to_decoder_mapper."),
     (r"^predictor\.proj_out\.", "decoder_to_encoder_mapper."),
     (r"^predictor\.mask_token$", "mask_token"),
@@ -225,8 +228,8 @@ def _transformer(
     published: Published, part: str, group: str, heads: int | None, option: str
 ) -> Settings:
     """The sizes of the transformer `part`; `group` is the prefix of its configuration keys."""
-    ours = "encoder" if group == "encoder" else "predictor"
-    keys = (f"{group}_layers_cfg.nhead", f"{group}_nhead", f"{ours}.heads")
+    module = "encoder" if group == "encoder" else "predictor"
+    keys = (f"{group}_layers_cfg.nhead", f"{group}_nhead", f"{module}.heads")
     sizes = transformer_sizes(published, part, "layers", "linear2.weight", heads, option, keys)
     eps = published.config_value(f"{group}_layers_cfg.layer_norm_eps")
     return sizes if eps is None else {**sizes, "norm_eps": float(eps)}

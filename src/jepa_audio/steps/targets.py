@@ -47,14 +47,10 @@ class Targets:
         where: TokenSet,
         present: TokenSet | None = None,
     ) -> Float[Tensor, "B M K D"]:
-        """Compute the target latents.
+        """Compute the latents of the target tokens `where` `[B, M, K]` from all `tokens` of clips.
 
-        Args:
-            encoder: the target encoder.
-            tokens: all tokens of the clips.
-            grid: the grid of one clip.
-            where: the target tokens `[B, M, K]`. The view "targets" encodes each group separately.
-            present: the tokens that the view "clip" encodes, see `Masks`; `None` for all tokens.
+        The view "clip" encodes the tokens `present` (`None`: all tokens), see `Masks`. The view
+        "targets" encodes each target group separately.
 
         Raises:
             UserError: if the encoder has fewer than `top_k` blocks.

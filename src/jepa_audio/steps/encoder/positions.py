@@ -38,8 +38,8 @@ class Positions(ABC):
 class SinCosPositions(Positions):
     """Fixed sines and cosines (Vaswani et al., 2017, arXiv:1706.03762, section 3.5).
 
-    All sines come first, then all cosines. On a grid with one frequency row, the whole width
-    encodes time, as in WavJEPA (Yuksel et al., 2025, arXiv:2509.23238). On a 2-D grid, the first
+    All sines come first, then all cosines. On a grid with one frequency row, all channels
+    encode time, as in WavJEPA (Yuksel et al., 2025, arXiv:2509.23238). On a 2-D grid, the first
     half encodes time and the second half encodes frequency.
 
     Args:

@@ -23,11 +23,8 @@ class Masker(ABC):
     def __call__(self, grid: Grid, batch_size: int, generator: torch.Generator, step: int) -> Masks:
         """Draw masks for `batch_size` clips on the CPU.
 
-        Args:
-            grid: the grid of one clip.
-            batch_size: number of clips B.
-            generator: the only source of random numbers.
-            step: optimizer step, for maskers that change during training.
+        `generator` is the only source of random numbers. `step` is the optimizer step, for maskers
+        that change during training.
 
         Raises:
             UserError: if clips of this grid cannot be masked with these settings.

@@ -40,14 +40,9 @@ def draw_accepted(
 ) -> tuple[Bool[Tensor, "B N"], Bool[Tensor, "B M N"]]:
     """Draw context and targets, and draw rejected rows again.
 
-    A row is rejected if it has too little context or an empty target group. Accepted rows keep
-    their first draw.
-
-    Args:
-        draw: function from the number of rows R to context `[R, N]` and targets `[R, M, N]`.
-        batch_size: number of rows.
-        min_context: minimum share of context tokens; at least one token is required.
-        masker: the masker in the error message.
+    `draw` is a function from the number of rows R to context `[R, N]` and targets `[R, M, N]`. A
+    row is rejected if it has no context, a smaller share of context than `min_context`, or an empty
+    target group. Accepted rows keep their first draw. The error message names `masker`.
 
     Raises:
         UserError: if some rows are rejected in all `MAX_REDRAWS` draws.
