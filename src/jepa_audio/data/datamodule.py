@@ -305,8 +305,9 @@ class AudioDataModule(LightningDataModule):
             return []
         dataset = self._dataset(part, random_crops=False)
         even = self.trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
-        ranks = self._rank, self._world_size
-        batches = evaluation_batches(len(dataset), self.batch_size, *ranks, even)
+        batches = evaluation_batches(
+            len(dataset), self.batch_size, self._rank, self._world_size, even
+        )
         loader = self._loader(dataset, batches, persistent_workers=True)
         return [EvaluationLoader(loader, self._bad_reads)]
 
@@ -356,8 +357,11 @@ def _num_files(corpora: list[Corpus]) -> int:
 
 def _validate_disjoint(sources: list[str], corpora: list[Corpus]) -> None:
     """Refuse a file in two sources: training would use it twice, validation might use it too."""
-    for (a, corpus), (b, other) in combinations(zip(sources, corpora, strict=True), 2):
-        shared = corpus.absolute_names.filter(pc.is_in(corpus.absolute_names, other.absolute_names))
+    if len(corpora) == 1:
+        return
+    names = [corpus.absolute_names for corpus in corpora]
+    for (a, files), (b, others) in combinations(zip(sources, names, strict=True), 2):
+        shared = files.filter(pc.is_in(files, others))
         if len(shared):
             raise CorpusError(f"{a} and {b} both contain {shared[0]}: remove it from one of them")
 
