@@ -188,14 +188,14 @@ def draw_robustness(rows: Sequence[ProbeRow], title: str = "") -> Figure:
     """
     conditions = list(dict.fromkeys(name for row in rows for name in row.robustness or ()))
     figure, axes = style.small_multiples(len(conditions), 3, height=2.5, extra=0.7, share="y")
-    looks = cycle(product("o^Dv", style.PALETTE))
+    unused_styles = cycle(product("o^Dv", style.PALETTE))
     handles: dict[str, Line2D] = {}
     for row in rows:
         label = f"{style.shorten(row.encoder, 28)}, {variant_style(row.variant).label}"
         if label not in handles:
             # All random-init baselines are grey.
             is_random = row.variant.startswith(RANDOM_INIT)
-            marker, color = ("o", style.GREY) if is_random else next(looks)
+            marker, color = ("o", style.GREY) if is_random else next(unused_styles)
             handles[label] = style.line_handle(label, color, style.SOLID, marker)
         for ax, condition in zip(axes, conditions, strict=True):
             if row.robustness and condition in row.robustness:
@@ -213,10 +213,10 @@ def draw_robustness(rows: Sequence[ProbeRow], title: str = "") -> Figure:
     return figure
 
 
-def _draw_sweep(ax: Axes, sweep: SweepScores, clean: float, look: Line2D) -> None:
+def _draw_sweep(ax: Axes, sweep: SweepScores, clean: float, handle: Line2D) -> None:
     levels, scores = zip(*sweep, strict=True)
     positions = range(len(levels))
-    color, marker = look.get_color(), look.get_marker()
+    color, marker = handle.get_color(), handle.get_marker()
     ax.plot(positions, scores, color=color, linewidth=1.4, marker=marker, markersize=4)
     ax.plot([0, len(levels) - 1], [clean] * 2, color=color, ls=style.DASHED, lw=1, alpha=0.8)
     ax.set_xticks(positions, [f"{level:g}" for level in levels])

@@ -62,8 +62,8 @@ def latest(table: pd.DataFrame) -> pd.DataFrame:
     """
     # The hash of the weights alone is not enough: random-init baselines of two architectures can
     # have equal weights, and an untrained encoder equals its own random-init baseline.
-    question = [*ENCODER, "task", "preset", "select", "head", "seed", "layers", *RECORDS]
-    return table.drop_duplicates(question, keep="last")
+    identity = [*ENCODER, "task", "preset", "select", "head", "seed", "layers", *RECORDS]
+    return table.drop_duplicates(identity, keep="last")
 
 
 def current(table: pd.DataFrame) -> pd.DataFrame:
@@ -74,16 +74,15 @@ def current(table: pd.DataFrame) -> pd.DataFrame:
     table = latest(table)
     # There is one log-mel baseline for each sample rate.
     rate = table["encoder_hash"].where(table["variant"] == STATISTICS, "")
-    question = ["encoder", "variant", "pooling", "task", "preset", "select", "head"]
+    identity = ["encoder", "variant", "pooling", "task", "preset", "select", "head"]
     state = table["encoder_hash"] + table["split_checksum"]
-    last = state.groupby([*(table[key] for key in question), rate]).transform("last")
+    last = state.groupby([*(table[key] for key in identity), rate]).transform("last")
     lines = mean_over_seeds(table[state == last])
     epoch = np.where(lines["select"] == "best", "", ", " + lines["select"] + " epoch")
-    groups = lines.groupby([*PROTOCOL, *RECORDS], sort=False).groups.values()
-    lines = pd.concat(
-        [add_baselines(lines.loc[group]) for group in groups] or [add_baselines(lines)]
-    )
-    return lines.assign(protocol=lines["preset"] + epoch[lines.index]).sort_index()
+    lines = lines.assign(protocol=lines["preset"] + epoch)
+    groups = lines.groupby([*PROTOCOL, *RECORDS], sort=False)
+    found = [add_baselines(group) for _, group in groups] or [add_baselines(lines)]
+    return pd.concat(found).sort_index()
 
 
 def add_baselines(lines: pd.DataFrame) -> pd.DataFrame:

@@ -39,7 +39,7 @@ BADGES = {
     (False, True): ("worse than untrained", "behind"),
     (True, True): ("ahead and behind", ""),
 }
-"""Text and look by whether a result is ahead of, and one behind, the random-init baseline."""
+"""Text and CSS class by (some result is ahead, some result is behind) of the baseline."""
 REFERENCES = {"mean target", "nearest context", "random-init"}
 """Labels of series to compare with, drawn in grey."""
 # Longer series are drawn with a running mean.
@@ -140,8 +140,8 @@ def judge_run(
         runs: all runs; results of runs with the same name cannot be distinguished.
 
     Returns:
-        Badges, each a text and its look ("ahead", "behind" or ""), and sentences with the reasons:
-        probes, collapse monitor, losses.
+        Badges, each a text and a CSS class ("ahead", "behind" or ""), and sentences on probes, the
+        collapse monitor and losses.
     """
     compared = results[(results["encoder"] == run.name) & results["against_random"].notna()]
     # Trained heads decide; nearest neighbours only if nothing else was probed.
