@@ -74,7 +74,7 @@ def test_the_step_reaches_a_nested_mixture():
 @pytest.mark.parametrize(
     ("weights", "settings", "message"),
     [
-        ([1.0], {}, r"`weights` \(1\) must be as many as `maskers` \(2\)"),
+        ([1.0], {}, r"`maskers` \(2\) and `weights` \(1\) must have the same number"),
         ([0.5, 0.6], {}, r"`weights`.*add up to 1, got \[0.5, 0.6\]"),
         ([1.5, -0.5], {}, r"`weights`.*\[1.5, -0.5\]"),
         ([float("nan"), 1.0], {}, "`weights`.*nan"),

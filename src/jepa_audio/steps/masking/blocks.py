@@ -11,12 +11,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from jepa_audio.errors import UserError
+from jepa_audio.errors import UserError, check_bounds
 from jepa_audio.steps.grid import Grid, Masks
 from jepa_audio.steps.masking.base import Masker
 from jepa_audio.steps.masking.sampling import (
     add_random_tokens,
-    check_at_least_one,
     check_min_context,
     check_range,
     check_share,
@@ -54,7 +53,7 @@ class MultiBlockMasker(Masker):
     min_context: float = 0.1
 
     def __post_init__(self) -> None:
-        check_at_least_one(num_targets=self.num_targets)
+        check_bounds(self, 1, math.inf, "num_targets")
         check_range("target_scale", self.target_scale, 1.0)
         check_range("target_aspect", self.target_aspect)
         check_range("context_scale", self.context_scale, 1.0)
@@ -172,7 +171,7 @@ class BlockMasker(_UnionMasker):
         check_range("scale", self.scale, 1.0)
         check_range("long_aspect", self.long_aspect)
         check_range("tall_aspect", self.tall_aspect)
-        check_at_least_one(max_attempts=self.max_attempts)
+        check_bounds(self, 1, math.inf, "max_attempts")
 
     @override
     def _draw_size(self, grid: Grid, uniform: Tensor, free: Tensor) -> Tensor:
@@ -207,11 +206,7 @@ class StripeMasker(_UnionMasker):
 
     def __post_init__(self) -> None:
         check_share("target_share", self.target_share)
-        check_at_least_one(
-            max_time_width=self.max_time_width,
-            max_freq_width=self.max_freq_width,
-            max_attempts=self.max_attempts,
-        )
+        check_bounds(self, 1, math.inf, "max_time_width", "max_freq_width", "max_attempts")
 
     @override
     def _draw_size(self, grid: Grid, uniform: Tensor, free: Tensor) -> Tensor:

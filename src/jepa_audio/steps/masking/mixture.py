@@ -35,8 +35,8 @@ class MixtureMasker(Masker):
     def __post_init__(self) -> None:
         if not self.maskers or len(self.maskers) != len(self.weights):
             raise UserError(
-                f"`weights` ({len(self.weights)}) must be as many as `maskers` "
-                f"({len(self.maskers)}), and at least one"
+                f"`maskers` ({len(self.maskers)}) and `weights` ({len(self.weights)}) must have "
+                "the same number of entries, at least 1"
             )
         is_positive = all(weight >= 0 for weight in self.weights)
         if not is_positive or not math.isclose(sum(self.weights), 1, abs_tol=1e-6):

@@ -85,13 +85,6 @@ def check_min_context(value: float) -> None:
         raise UserError(f"`min_context` ({value}) must be at least 0 and below 1")
 
 
-def check_at_least_one(**settings: int) -> None:
-    """Raise `UserError` for a setting below 1."""
-    for name, value in settings.items():
-        if value < 1:
-            raise UserError(f"`{name}` ({value}) must be at least 1")
-
-
 def check_range(name: str, bounds: tuple[float, float], limit: float = math.inf) -> None:
     """Raise `UserError` unless 0 < lowest <= highest <= `limit`."""
     low, high = bounds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 
@@ -11,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from jepa_audio.errors import UserError
+from jepa_audio.errors import UserError, check_bounds
 from jepa_audio.steps.grid import Grid, Masks
 from jepa_audio.steps.masking.base import Masker
-from jepa_audio.steps.masking.sampling import check_at_least_one, check_min_context, draw_accepted
+from jepa_audio.steps.masking.sampling import check_min_context, draw_accepted
 
 
 class _SpanGroupMasker(Masker):
@@ -27,7 +28,7 @@ class _SpanGroupMasker(Masker):
 
     def __post_init__(self) -> None:
         _check_probability("target_probability", self.target_probability)
-        check_at_least_one(target_length=self.target_length, num_groups=self.num_groups)
+        check_bounds(self, 1, math.inf, "target_length", "num_groups")
         check_min_context(self.min_context)
 
     @override
@@ -80,7 +81,7 @@ class SpanMasker(_SpanGroupMasker):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_probability("context_probability", self.context_probability)
-        check_at_least_one(context_length=self.context_length)
+        check_bounds(self, 1, math.inf, "context_length")
 
     @override
     def _draw_context(self, targets: Tensor, generator: torch.Generator) -> Tensor:
@@ -114,7 +115,7 @@ class TargetSpanMasker(_SpanGroupMasker):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least_one(min_run=self.min_run)
+        check_bounds(self, 1, math.inf, "min_run")
 
     @override
     def _draw_context(self, targets: Tensor, generator: torch.Generator) -> Tensor:
