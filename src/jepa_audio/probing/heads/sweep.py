@@ -95,15 +95,15 @@ class _HeadTraining:
     def end_epoch(self, score: float, heads: StackedHeads, index: int) -> bool:
         """Record the validation score of an epoch; True if the training of this head ends."""
         head, protocol = self.head, self.head.settings.protocol
-        is_best, is_selected = score > self.best, head.settings.select == "last"
+        is_best, keeps_last = score > self.best, head.settings.select == "last"
         self.best = max(self.best, score)
         self.epochs_since_best = 0 if is_best else self.epochs_since_best + 1
         self._schedule.step(score)
         self.head = replace(
             head,
-            valid=score if is_selected else self.best,
+            valid=score if keeps_last else self.best,
             curve=(*head.curve, score),
-            state=heads.state_of(index) if is_best or is_selected or not head.state else head.state,
+            state=heads.state_of(index) if is_best or keeps_last or not head.state else head.state,
         )
         is_stopped = self.epochs_since_best >= protocol.stop_patience
         return is_stopped or len(self.head.curve) >= protocol.max_epochs
