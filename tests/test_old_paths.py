@@ -88,7 +88,7 @@ def test_an_old_checkpoint_is_loaded_to_probe(name: str):
 
 
 def test_an_old_checkpoint_is_loaded_to_export(tmp_path: Path):
-    with pytest.raises(WeightsError, match="PupuJEPA's layout"):
+    with pytest.raises(WeightsError, match="the layout of PupuJEPA"):
         export_weights("pupujepa", BEFORE / "wave.ckpt", tmp_path)
 
 
