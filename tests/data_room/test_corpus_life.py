@@ -227,7 +227,7 @@ def test_a_corpus_that_disappears_ends_training_with_a_message(tmp_path: Path):
     for path in tmp_path.glob("*.wav"):
         path.unlink()
     with pytest.raises(
-        CorpusError, match=r"20 files in a row cannot be read: .*and 17 more. Is the disk mounted"
+        CorpusError, match=r"20 files in a row cannot be read: .*and 17 more. Check that the disk"
     ):
         list(data.train_dataloader())
 

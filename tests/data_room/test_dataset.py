@@ -247,5 +247,5 @@ def test_invalid_clip_settings_are_refused(settings: dict[str, object], message:
 
 def test_kept_channels_need_files_with_as_many_channels(tmp_path: Path):
     write(tmp_path / "a.wav", ramp(100))
-    with pytest.raises(UserError, match=r"`num_channels` \(2\) channels, the table has \[1\]"):
+    with pytest.raises(UserError, match=r"`num_channels` \(2\) channels, but the table has \[1\]"):
         dataset(tmp_path, num_channels=2, mono="keep")

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 
 from jepa_audio.steps.grid import AudioBatch, Grid, Masks
 from jepa_audio.training.collapse_monitor import (
-    MAX_TOKENS,
+    MAX_LATENTS,
     CollapseMonitor,
     clip_cosine,
     mean_std,
@@ -49,7 +49,9 @@ def test_zeros_have_a_finite_rank_and_half_precision_is_accepted():
 
 
 def test_the_rank_of_many_latents_is_the_rank_of_evenly_spaced_ones(rng: torch.Generator):
-    latents = torch.randn(3 * MAX_TOKENS - 5, 4, generator=rng) * torch.tensor([1.0, 0.5, 0.2, 0.1])
+    latents = torch.randn(3 * MAX_LATENTS - 5, 4, generator=rng) * torch.tensor(
+        [1.0, 0.5, 0.2, 0.1]
+    )
     assert rank_me(latents) == pytest.approx(rank_me(latents[::3]), rel=1e-6)
 
 

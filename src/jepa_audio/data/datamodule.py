@@ -59,25 +59,26 @@ class AudioDataModule(LightningDataModule):
         num_channels: channels of the crops; more than 1 requires `mono: keep`.
         mono: "mean" averages the channels of a file, "first" takes the first one, "random" takes a
             random one, "keep" keeps all and skips files without exactly `num_channels` channels.
-        crops_per_clip: crops of one clip in the same batch.
+        crops_per_clip: number of crops of each clip; all are in the same batch.
         clip_seconds: length of the clip that the crops of a file come from (WavJEPA: 10 s); `None`
             for the whole file. WavJEPA pads shorter files to this length; here they are not padded,
             because some crops would then be silent.
-        loudness_dbfs: RMS level of all clips after scaling (WavJEPA: -14); `None` keeps the level.
+        loudness_dbfs: RMS level of all clips after scaling, in dBFS (WavJEPA: -14); `None` keeps
+            the level.
         mask_padding: True hides the padding of crops from the model, False presents it as silence.
         scenes: rooms and noise in which the clips are placed; `None` uses the clips alone.
-        batch_size: clips in the micro-batch of one process; it has `batch_size * crops_per_clip`
-            rows.
+        batch_size: clips in the micro-batch of one process; the micro-batch has
+            `batch_size * crops_per_clip` rows.
         num_workers: worker processes of each training process; `None` for its share of the cores,
             at most 8.
         valid_share: share of the files held out for validation, for tables without a split, see
             `Corpus.split`; 0 holds out none.
-        valid_root: source of the validation files; only the validation and test files in the table
-            of `root` are then excluded from training.
+        valid_root: source of the validation files; `valid_share` then has no effect. Validation and
+            test files in the table of `root` are still excluded from training.
         test_root: source of the test files; `None` uses the test files of the table, or the
             validation files if it has none.
-        num_valid_clips: approximate maximum of files in one validation, equally many of each
-            corpus.
+        num_valid_clips: maximum number of validation files, divided equally among the corpora and
+            rounded up for each.
         min_seconds: shorter files are skipped.
         max_seconds: longer files are skipped; `None` for no limit.
         max_bad_share: the run stops with a list of files if a larger share of the files is skipped,
@@ -114,7 +115,7 @@ class AudioDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        # Checkpoints hold plain data only.
+        # Checkpoints must contain only plain Python data.
         for name in ("root", "valid_root", "test_root"):
             if isinstance(self.hparams[name], Path):
                 self.hparams[name] = str(self.hparams[name])
@@ -146,7 +147,7 @@ class AudioDataModule(LightningDataModule):
         self.max_seconds = max_seconds
         self.max_bad_share = max_bad_share
         self._validate_settings()
-        # The table is on the same file system as the audio, so one process of all nodes indexes.
+        # All nodes share the file system of audio and table, so one process of all nodes indexes.
         self.prepare_data_per_node = False
         self._files: dict[str, FileTable] = {}
         # One line about the training and validation files.
@@ -245,7 +246,7 @@ class AudioDataModule(LightningDataModule):
         }
 
     def find_row_files(self, rows: Sequence[int]) -> list[str]:
-        """The files at the positions of rows of training batches, before any replacement."""
+        """The files of the given rows of training batches, before unreadable ones are replaced."""
         if self._train_loader is None:
             return []
         files, order = self._files["train"], self._train_loader.order
@@ -254,7 +255,11 @@ class AudioDataModule(LightningDataModule):
 
     @override
     def train_dataloader(self) -> ResumableLoader:
-        """Endless random crops; an epoch is the run of `max_steps`, or about one pass."""
+        """An endless stream of random crops.
+
+        An epoch has `max_steps` optimizer steps. Without `max_steps`, it is about one pass over the
+        files.
+        """
         dataset = self._dataset("train", random_crops=True)
         sampler = GlobalOrderSampler(
             dataset.files.sizes,
@@ -300,7 +305,10 @@ class AudioDataModule(LightningDataModule):
         return batch.render() if isinstance(batch, SceneBatch) else batch
 
     def _evaluation_loaders(self, part: str) -> list[EvaluationLoader]:
-        """Crops from the middle of the files, always the same; [] without files."""
+        """A loader of crops from the middle of the files; an empty list if there are no files.
+
+        The crops are the same at every evaluation.
+        """
         if part not in self._files:
             return []
         dataset = self._dataset(part, random_crops=False)
@@ -331,7 +339,8 @@ class AudioDataModule(LightningDataModule):
             persistent_workers=persistent_workers and num_workers > 0,
             collate_fn=dataset.collate,
             pin_memory=torch.cuda.is_available(),
-            # Otherwise the loader draws from the global generator and changes the model's draws.
+            # Otherwise the loader would use the global generator, and the random numbers of the
+            # model would change.
             generator=torch.Generator(),
             **worker_arguments(num_workers),
         )

@@ -32,7 +32,7 @@ class Encoder(nn.Module):
     Args:
         front_end: waveform → tokens.
         encoder: tokens → latents.
-        window_samples: largest length of a window; it is the length of a training crop.
+        window_samples: largest length of a window in samples: the length of a training crop.
         overlap: share of a window that overlaps with the next window, in [0, 1).
         windowing: "exact" for windows without padding (`cut_exact`), "wavjepa" for the windows of
             the published WavJEPA code (`cut_as_wavjepa`).

@@ -18,8 +18,9 @@ class LayerFeatures:
     """The tokens of every layer of an encoder for a batch of clips.
 
     Attributes:
-        layers: one tensor `[B, T, F, D]` for each layer. Layer 0 is the input of the first block,
-            the other layers are the outputs of the blocks, the last layer after the final norm.
+        layers: one tensor `[B, T, F, D]` for each layer. Layer 0 is the input of the first block.
+            The other layers are the outputs of the blocks. The final norm is applied to the last
+            layer only.
         times: centre of every time column in seconds, `[B, T]`, increasing along a clip.
         valid: True where a column belongs to the clip, `[B, T]`; all features of padding columns
             are zero.
@@ -71,7 +72,7 @@ class LayerFeatures:
 def _mean_weights(
     length: Int[Tensor, " B"], chunks: int, longest: int
 ) -> Float[Tensor, "B chunks L"]:
-    """Weights that average the first `length` of `longest` entries in `chunks` chunks."""
+    """Divide the first `length` of `longest` entries into chunks: weights of each chunk's mean."""
     chunk = torch.arange(chunks, device=length.device)
     index = torch.arange(longest, device=length.device)
     first = chunk * length[:, None] // chunks
@@ -87,7 +88,7 @@ def pad_features(
     """Combine the features of clips of different lengths into one batch, padded with zeros.
 
     Args:
-        rows: for each part, the row of the batch for each of its clips.
+        rows: for each part, the rows of its clips in the batch.
         parts: layers `[b, T, F, D]` and times `[T]` of clips of equal length.
     """
     first = parts[0][0]

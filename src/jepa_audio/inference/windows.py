@@ -15,7 +15,7 @@ from jepa_audio.steps.front_ends import FrontEnd
 
 @dataclass(frozen=True)
 class Windows:
-    """The windows of clips of equal length, and the time columns that become features.
+    """The W windows of clips of equal length, and the time columns that become features.
 
     Attributes:
         waveforms: one tensor `[B, C, S]` for each window.
@@ -36,8 +36,9 @@ def cut_exact(
 ) -> Windows:
     """Cut windows without padding: the last window ends with the clip.
 
-    Where two windows overlap, a column is kept in the window whose border is farther away: the
-    columns before the middle of the overlap in the first window, the others in the second window.
+    Where two windows overlap, a column is kept only in the window in which it is farther from the
+    border. Columns before the middle of the overlap are kept in the first window, the others in
+    the second window.
     """
     num_samples, rate = clips.shape[-1], front_end.sample_rate
     window = min(window_samples, num_samples)

@@ -2,7 +2,7 @@
 
 In `steps`, a clip is one row of a batch: a crop during training, a window during inference.
 Letters of shapes: B batch, C channels, S samples, F frequency rows, T time columns,
-N = F * T tokens, K selected tokens, M target groups, D width.
+N = F * T tokens, K selected tokens, M target groups, L target tokens of a group, D width.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class TokenSet:
         return self.valid_or_true.sum(dim=-1)
 
     def gather(self, tokens: Float[Tensor, "*rows N D"]) -> Float[Tensor, "*rows K D"]:
-        """Select the tokens of the set; the result contains the padding, see `valid`."""
+        """Select the tokens of the set; where `valid` is False, the result contains padding."""
         index = self.index[..., None].expand(*self.index.shape, tokens.shape[-1])
         return torch.gather(tokens, -2, index)
 
@@ -106,12 +106,13 @@ class Masks:
 
     Attributes:
         context: the tokens that the context encoder sees, `[B, K]`.
-        targets: the tokens to predict, `[B, M, K']`; the predictor predicts each of the M groups
+        targets: the tokens to predict, `[B, M, L]`; the predictor predicts each of the M groups
             separately.
-        targets_per_clip: mean number of target tokens per clip over all rows that are drawn
-            together. The loss divides by this number, so that the losses of micro-batches and ranks
-            add up to the mean over all these rows. With padding, the number is the mean over the
-            rows of this process, because the process does not know the padding of the other rows.
+        targets_per_clip: mean number of target tokens per clip, over all rows whose masks are drawn
+            together. The loss is divided by this number. The average of the losses of all
+            micro-batches and ranks is then the mean over all target tokens of these rows. With
+            padding, the number is the mean over the rows of this process, because the process does
+            not know the padding of the other rows.
         present: all tokens of the grid, with `valid` False in the padding of shorter clips,
             `[B, N]`; `None` if all clips fill the grid.
     """
@@ -157,5 +158,5 @@ class AudioBatch(NamedTuple):
     num_samples: Int[Tensor, " B"] | None = None
 
     def to(self, device: torch.device) -> AudioBatch:
-        """Copy the waveform to a device; `row` stays on the CPU, to be read without a wait."""
+        """Copy the waveform; `row` stays on the CPU, so that no read waits for the device."""
         return self._replace(waveform=self.waveform.to(device, non_blocking=True))

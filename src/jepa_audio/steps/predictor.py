@@ -41,7 +41,7 @@ class Predictor(nn.Module):
 
     def forward(
         self, context: Float[Tensor, "B K D"], masks: Masks, grid: Grid
-    ) -> Float[Tensor, "B M T D"]:
+    ) -> Float[Tensor, "B M L D"]:
         """Predict the latents at `masks.targets` from the latents at `masks.context`.
 
         The predictions contain the padding of short rows, see `TokenSet.valid`.

@@ -46,8 +46,8 @@ class Targets:
         grid: Grid,
         where: TokenSet,
         present: TokenSet | None = None,
-    ) -> Float[Tensor, "B M K D"]:
-        """Compute the latents of the target tokens `where` `[B, M, K]` from all `tokens` of clips.
+    ) -> Float[Tensor, "B M L D"]:
+        """Compute the latents of the target tokens `where` `[B, M, L]` from all `tokens` of clips.
 
         The view "clip" encodes the tokens `present` (`None`: all tokens), see `Masks`. The view
         "targets" encodes each target group separately.

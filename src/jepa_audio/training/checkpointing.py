@@ -67,14 +67,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def _system_error(error: BaseException | None) -> OSError | None:
-    """The `OSError` in a chain of exceptions: torch raises a second one after a write error."""
+    """The `OSError` in a chain of exceptions; torch can raise another exception after it."""
     while error is not None and not isinstance(error, OSError):
         error = error.__context__
     return error
 
 
 def _write_error_message(path: Path, cause: OSError) -> str:
-    previous = "the previous checkpoint is valid" if path.exists() else "no previous one exists"
+    previous = (
+        "the previous checkpoint is valid" if path.exists() else "there is no previous checkpoint"
+    )
     return (
         f"the checkpoint {path} could not be written: {cause.strerror or cause}; {previous}. "
         "Free disk space, then resume with the same command and `--ckpt_path last`"
@@ -124,7 +126,7 @@ class RunCheckpoint(ModelCheckpoint):
         ] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Disable Lightning's requeueing before it installs signal handlers; see `teardown`."""
+        """Disable Lightning's requeueing before Lightning installs handlers; see `teardown`."""
         super().setup(trainer, pl_module, stage)
         cluster = trainer._accelerator_connector.cluster_environment
         if stage == "fit" and isinstance(cluster, SLURMEnvironment) and cluster.auto_requeue:

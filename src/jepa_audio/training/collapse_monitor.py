@@ -1,4 +1,4 @@
-"""Metrics during training: signs of collapse, losses of trivial predictors, speed."""
+"""Metrics during training: signs of collapse, losses of two simple predictors, speed."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from jepa_audio.training.sharding import full_tensor
 log = logging.getLogger(__name__)
 
 # Largest number of latents in a singular value decomposition.
-MAX_TOKENS = 2048
+MAX_LATENTS = 2048
 
 
 def rank_me(latents: Float[Tensor, "n D"]) -> float:
     """Effective rank (RankMe): the exponential of the entropy of the singular values.
 
     Source: Garrido et al., 2023, arXiv:2210.02885. The rank is between 1 (all latents are parallel)
-    and min(n, D). It is computed from at most `MAX_TOKENS` evenly spaced latents, and is NaN if one
+    and min(n, D). It is computed from at most `MAX_LATENTS` evenly spaced latents. It is NaN if one
     of these is not finite.
     """
-    stride = -(-len(latents) // MAX_TOKENS)
+    stride = -(-len(latents) // MAX_LATENTS)
     latents = latents[::stride].float()
     if not latents.isfinite().all():
         return float("nan")
@@ -46,7 +46,7 @@ def mean_std(latents: Float[Tensor, "n D"]) -> float:
 
 
 def clip_cosine(latents: Float[Tensor, "B K D"], valid: Tensor | None) -> float:
-    """Mean cosine between the mean latents of different clips; 1 if all of these are parallel."""
+    """Mean cosine similarity between the mean latents of different clips; 1 if all are parallel."""
     if len(latents) < 2:
         return float("nan")
     if valid is None:
@@ -58,10 +58,10 @@ def clip_cosine(latents: Float[Tensor, "B K D"], valid: Tensor | None) -> float:
 
 
 def nearest_context(masks: Masks, grid: Grid) -> TokenSet:
-    """The context token that is nearest on the grid to each target token, `[B, M, T]`."""
+    """The context token that is nearest on the grid to each target token, `[B, M, L]`."""
     coordinates = grid.coordinates(masks.context.index.device).float()
     targets, context = (coordinates[s.index.flatten(1)] for s in (masks.targets, masks.context))
-    distance = torch.cdist(targets, context)  # [B, M * T, K]
+    distance = torch.cdist(targets, context)  # [B, M * L, K]
     if masks.context.valid is not None:
         distance = distance.masked_fill(~masks.context.valid[:, None], float("inf"))
     nearest = torch.gather(masks.context.index, 1, distance.argmin(dim=-1))
@@ -75,9 +75,9 @@ class CollapseMonitor(Callback):
     masks that are drawn only for the measurement:
 
     - standard deviation and RankMe of context, target and prediction;
-    - mean cosine between clips;
-    - the loss of the model, and the losses of two predictors without learning: the mean target, and
-      a copy of the target encoder's latent at the nearest context token;
+    - mean cosine similarity between clips;
+    - the loss of the model, and the losses of two simple predictors that do not learn: the mean
+      target, and a copy of the target encoder's latent at the nearest context token;
     - distance between the weights of the target encoder and those of the encoder;
     - seconds of audio per second, and the share of time spent waiting for data.
 
@@ -128,7 +128,7 @@ class CollapseMonitor(Callback):
         self._start_clocks()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restart the clocks, so the time of validation is not counted."""
+        """Restart the clocks, so that the time of validation is not counted."""
         self._start_clocks()
 
     def on_train_batch_start(
@@ -209,20 +209,20 @@ def measure(jepa: JEPA, batch: AudioBatch) -> dict[str, float]:
     with torch.random.fork_rng(devices=[batch.waveform.device] if batch.waveform.is_cuda else []):
         masks = jepa.draw_masks(batch, len(batch.waveform), stream=2)
         output = jepa.forward(batch.waveform, masks)
-        metrics = _spread(output, masks) | _losses(jepa, batch, masks, output)
+        metrics = _latent_statistics(output, masks) | _losses(jepa, batch, masks, output)
     jepa.train(training)
     return metrics | {"collapse/ema_distance": _ema_distance(jepa)}
 
 
 def _ema_distance(jepa: JEPA) -> float:
-    """Norm of the difference between momentum copies and modules, divided by the modules' norm."""
+    """Norm of (weights of the momentum copies - weights of the modules) / norm of the latter."""
     pairs = list(tensor_pairs(jepa))
     difference = sum(float(full_tensor((t.float() - o.float()).square().sum())) for t, o in pairs)
     size = sum(float(full_tensor(o.float().square().sum())) for _, o in pairs)
     return (difference / max(size, 1e-30)) ** 0.5
 
 
-def _spread(output: JEPAOutput, masks: Masks) -> dict[str, float]:
+def _latent_statistics(output: JEPAOutput, masks: Masks) -> dict[str, float]:
     metrics = {"collapse/clip_cosine": clip_cosine(output.context, masks.context.valid)}
     for name, latents, valid in (
         ("context", output.context, masks.context.valid),
@@ -236,7 +236,7 @@ def _spread(output: JEPAOutput, masks: Masks) -> dict[str, float]:
 
 
 def _losses(jepa: JEPA, batch: AudioBatch, masks: Masks, output: JEPAOutput) -> dict[str, float]:
-    """The loss of the model, and the losses of the two predictors without learning."""
+    """The loss of the model, and the losses of the two simple predictors."""
     valid = masks.targets.valid
     if valid is None:
         valid = torch.ones_like(masks.targets.index, dtype=torch.bool)
@@ -251,7 +251,7 @@ def _losses(jepa: JEPA, batch: AudioBatch, masks: Masks, output: JEPAOutput) -> 
 
 def _copy_of_nearest_context(
     jepa: JEPA, batch: AudioBatch, masks: Masks
-) -> Float[Tensor, "B M T D"]:
+) -> Float[Tensor, "B M L D"]:
     """The target encoder's latent at the context token that is nearest to each target token."""
     grid = jepa.front_end.grid(batch.waveform.shape[-1])
     tokens = jepa.front_end(batch.waveform)
@@ -259,7 +259,7 @@ def _copy_of_nearest_context(
     context = TokenSet(index[:, None], None if valid is None else valid[:, None])
     latents = jepa.target_latents(batch.waveform, tokens, grid, context, masks.present)
     latents = latents[:, 0]  # [B, K, D]
-    plane = latents.new_zeros(len(latents), grid.num_tokens, latents.shape[-1])
-    plane.scatter_(1, index[..., None].expand_as(latents), latents)
+    on_grid = latents.new_zeros(len(latents), grid.num_tokens, latents.shape[-1])
+    on_grid.scatter_(1, index[..., None].expand_as(latents), latents)
     num_groups = masks.targets.index.shape[1]
-    return nearest_context(masks, grid).gather(plane[:, None].expand(-1, num_groups, -1, -1))
+    return nearest_context(masks, grid).gather(on_grid[:, None].expand(-1, num_groups, -1, -1))

@@ -32,12 +32,15 @@ from jepa_audio.training.sharding import shard
 
 @dataclass(frozen=True)
 class JEPAOutput:
-    """The result of one forward pass; `valid` of the token sets in `Masks` is False at padding."""
+    """The result of one forward pass.
+
+    The latents include padding. `valid` of the token sets in `Masks` is False there.
+    """
 
     loss: Float[Tensor, ""]
     context: Float[Tensor, "B K D"]
-    prediction: Float[Tensor, "B M T D"]
-    target: Float[Tensor, "B M T D"]
+    prediction: Float[Tensor, "B M L D"]
+    target: Float[Tensor, "B M L D"]
 
 
 class JEPA(LightningModule):
@@ -52,13 +55,15 @@ class JEPA(LightningModule):
         encoder: step 3, context tokens → latents; its momentum copy is the target encoder.
         targets: step 4, latents of the target encoder → prediction targets.
         predictor: step 5, context latents → predicted latents at the targets.
-        distance: step 6, distance per target; the loss is the mean over an optimizer step.
+        distance: step 6, distance of prediction and target at each target token; the loss is the
+            mean over all target tokens of an optimizer step.
         ema: the momentum update; `configure_callbacks` adds it to every Trainer.
         optimizer: creates the optimizer from parameter groups.
         lr_schedule: factor on the optimizer's learning rate.
         target_front_end: "shared": the target encoder gets detached tokens of the front end (as in
             the published WavJEPA and PupuJEPA code); "momentum": tokens of a momentum copy.
-        decay_all: also decay norms, biases and learned tokens (as in the published WavJEPA code).
+        decay_all: apply weight decay also to norms, biases and learned tokens (as in the published
+            WavJEPA code).
         compile: compile the transformer blocks; state-dict keys do not change.
         seed: seed of the initial weights and the masks.
     """
@@ -96,7 +101,8 @@ class JEPA(LightningModule):
         if target_front_end == "momentum":
             self.target_front_end = copy.deepcopy(front_end).requires_grad_(False)
         if compile:
-            # Each block, because several methods call blocks; dynamic, because token counts vary.
+            # Each block is compiled by itself, because several methods call the blocks. Shapes are
+            # dynamic, because the number of tokens varies.
             for block in (module for module in self.modules() if isinstance(module, Block)):
                 block.compile(dynamic=True)
 
@@ -127,7 +133,7 @@ class JEPA(LightningModule):
         context = self.encoder(tokens, grid, masks.context)
         prediction = self.predictor(context, masks, grid)
         target = self.target_latents(waveform, tokens, grid, masks.targets, masks.present)
-        distance = self.distance(prediction, target)  # [B, M, T]
+        distance = self.distance(prediction, target)  # [B, M, L]
         if masks.targets.valid is not None:
             distance = distance * masks.targets.valid
         loss = distance.sum() / (masks.targets_per_clip * len(waveform))
@@ -141,8 +147,12 @@ class JEPA(LightningModule):
         grid: Grid,
         where: TokenSet,
         present: TokenSet | None = None,
-    ) -> Float[Tensor, "B M T D"]:
-        """Targets at `where`; `tokens` come from the front end, `present` excludes padding."""
+    ) -> Float[Tensor, "B M L D"]:
+        """The prediction targets at `where`.
+
+        `tokens` are the output of the front end. `present` excludes padding; `None` if there is
+        none.
+        """
         self.target_encoder.eval()
         if self.target_front_end is not None:
             tokens = self.target_front_end.eval()(waveform)
@@ -153,14 +163,18 @@ class JEPA(LightningModule):
         return self.forward(waveform, masks).loss
 
     def draw_masks(self, batch: AudioBatch, rows_per_draw: int, stream: int = 0) -> Masks:
-        """The masks of the rows of a batch; see `Masker.for_rows`."""
+        """The masks of the rows of a batch; see `Masker.for_rows`.
+
+        Different values of `stream` give different masks: 0 for training, 1 for validation and
+        test, 2 for `CollapseMonitor`.
+        """
         grid = self.front_end.grid(batch.waveform.shape[-1])
         num_time = None if batch.num_samples is None else self.front_end.num_time(batch.num_samples)
         masks = self.masker.for_rows(grid, batch.row, rows_per_draw, (self.seed, stream), num_time)
         return masks.to(batch.waveform.device)
 
     def training_step(self, batch: AudioBatch, batch_idx: int) -> Tensor:
-        """Compute and log the loss; masks and drop path depend on `seed` and the rows alone."""
+        """Compute and log the loss; masks and drop path depend only on `seed` and `batch.row`."""
         torch.manual_seed(hash((self.seed, int(batch.row[0]))))
         num_batches = self.trainer.world_size * self.trainer.accumulate_grad_batches
         loss = self.loss(batch.waveform, self.draw_masks(batch, len(batch.waveform) * num_batches))
@@ -195,6 +209,9 @@ class JEPA(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by total norm and log it; unlike Lightning, clip fused optimizers under bf16 too."""
+        """Clip the gradients by their total norm, and log this norm.
+
+        Unlike Lightning, this method also clips with a fused optimizer under bf16.
+        """
         norm = clip_gradients(self, gradient_clip_val, gradient_clip_algorithm)
         self.log("train/gradient_norm", norm)

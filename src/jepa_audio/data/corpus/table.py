@@ -1,4 +1,4 @@
-"""The table of a corpus: one row for each file, with its measurements or why it is bad."""
+"""The table of a corpus: one row for each file, with measurements, or the reason if it is bad."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ SCHEMA = pa.schema(
     }
 )
 SPLITS = ("train", "valid", "test")
-_VERSION, _ROOT = b"jepa_audio.index", b"jepa_audio.root"
-_CURRENT = b"2"
+_VERSION_KEY, _ROOT_KEY = b"jepa_audio.index", b"jepa_audio.root"
+_CURRENT_VERSION = b"2"
 
 
 class CorpusError(UserError):
@@ -81,9 +81,9 @@ class IndexedFile(NamedTuple):
 
         Args:
             start: first sample of the slice, at `sample_rate`.
-            num_samples: length of the slice, at `sample_rate`; it must end within the file.
+            num_samples: length of the slice, at `sample_rate`; the slice must end within the file.
             sample_rate: sample rate of the slice in Hz.
-            channel: number of the channel, or "mean" for their average; `None` for all channels.
+            channel: index of a channel, or "mean" for the average of all; `None` for all channels.
 
         Raises:
             AudioReadError: if the file cannot be read, or has another size, sample rate or number
@@ -133,10 +133,10 @@ class Corpus:
             problem = f"{path} cannot be read as a corpus table ({error})"
             raise CorpusError(f"{problem}; index the corpus again") from error
         metadata = table.schema.metadata or {}
-        if metadata.get(_VERSION) != _CURRENT or not table.schema.equals(SCHEMA):
+        if metadata.get(_VERSION_KEY) != _CURRENT_VERSION or not table.schema.equals(SCHEMA):
             problem = f"{path} is not a corpus table of this version of jepa-audio"
             raise CorpusError(f"{problem}; index the corpus again")
-        root = Path(os.path.normpath(path.absolute().parent / metadata[_ROOT].decode()))
+        root = Path(os.path.normpath(path.absolute().parent / metadata[_ROOT_KEY].decode()))
         return cls(root, table.replace_schema_metadata())
 
     def save(self, path: Path) -> None:
@@ -151,7 +151,8 @@ class Corpus:
         folder = path.absolute().parent
         is_relative = folder.is_relative_to(self.root) or self.root.is_relative_to(folder)
         root = os.path.relpath(self.root, folder) if is_relative else str(self.root)
-        table = self.table.replace_schema_metadata({_VERSION: _CURRENT, _ROOT: root.encode()})
+        metadata = {_VERSION_KEY: _CURRENT_VERSION, _ROOT_KEY: root.encode()}
+        table = self.table.replace_schema_metadata(metadata)
         try:
             with atomic_path(path) as unfinished:
                 pq.write_table(table, unfinished)
@@ -231,7 +232,7 @@ class Corpus:
         return replace(self, table=chosen.combine_chunks())
 
     def shuffled(self) -> Corpus:
-        """The files in the order of a hash of their names: every prefix is a random sample."""
+        """The files in the order of a hash of their names; the first n are a random sample."""
         return self.take(np.argsort([_hash(name) for name in self.names.to_pylist()]))
 
     def split(self, valid_share: float) -> tuple[Corpus, Corpus, Corpus]:
@@ -243,8 +244,8 @@ class Corpus:
         therefore keeps its split when other files are added, and all files of a group are in one
         split.
 
-        If `valid_share` is positive, the training and the validation split are never empty: of two
-        files, one is a validation file; a single file is in both splits.
+        If `valid_share` is positive, the training and the validation split are never empty. With
+        two files, one is a validation file. A single file is in both splits.
         """
         split = self.table["split"].to_numpy(zero_copy_only=False)
         test = self.take(split == "test")
@@ -267,8 +268,8 @@ class Corpus:
         """Assign a split to every file without one; all files of a group get the same split.
 
         Args:
-            shares: shares of the groups in "train", "valid" and "test"; their sum is 1. The
-                resulting shares are exact only on average over many groups.
+            shares: share of the groups that "train", "valid" and "test" receive; the sum is 1.
+                Groups are assigned by a hash: with few groups, the shares are approximate.
             groups: group of every file; `None` uses the groups of the table. A file without a group
                 forms a group by itself.
 
@@ -307,9 +308,11 @@ class Corpus:
     def _draw_held_out(self, share: float) -> Bool[np.ndarray, " N"]:
         hashes = self._group_hashes()
         if (hashes == hashes[0]).all():
-            log.warning("all files are in one group; it is split into training and validation")
+            log.warning(
+                "all files are in one group; its files are divided into training and validation"
+            )
             hashes = np.array([_hash(name) for name in self.names.to_pylist()])
-        # The file with the lowest hash is always a validation file, that with the highest never.
+        # The lowest hash is always in the validation split, the highest hash never.
         return (hashes <= max(np.nextafter(share, 0), hashes.min())) & (hashes < hashes.max())
 
     def _group_names(self) -> list[str]:
@@ -352,7 +355,7 @@ def default_table_path(source: str | Path) -> Path:
 def is_table(path: Path) -> bool:
     """Whether a file is a corpus table of any version."""
     try:
-        return _VERSION in (pq.read_schema(path).metadata or {})
+        return _VERSION_KEY in (pq.read_schema(path).metadata or {})
     except (pa.ArrowException, OSError):
         return False
 

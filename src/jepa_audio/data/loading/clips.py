@@ -35,8 +35,8 @@ _SILENCE_RMS = 1e-5
 class ClipSettings:
     """How clips are read from files, and crops are cut from clips; see `AudioDataModule`.
 
-    A crop of a whole file is scaled by the RMS over all channels of the file, which is in the
-    table; a crop of a clip by the RMS of the clip.
+    Crops are scaled with the RMS level of their clip. If the clip is the whole file, this level is
+    the RMS over all channels of the file, which is in the table.
 
     Raises:
         UserError: if a value is out of range or contradicts another one.
@@ -108,7 +108,7 @@ class ClipDataset(Dataset[WithBadReads[Sample]], ABC, Generic[Sample, Batch]):
         if settings.mono == "keep" and (files.num_channels != settings.num_channels).any():
             raise UserError(
                 f"`mono='keep'` needs files of `num_channels` ({settings.num_channels}) channels, "
-                f"the table has {sorted(set(files.num_channels.tolist()))}"
+                f"but the table has {sorted(set(files.num_channels.tolist()))}"
             )
         self.files = files
         self.settings = settings
@@ -118,11 +118,12 @@ class ClipDataset(Dataset[WithBadReads[Sample]], ABC, Generic[Sample, Batch]):
         return len(self.files)
 
     def __getitem__(self, index: SampleIndex) -> WithBadReads[Sample]:
-        """The sample at (position in the order of the run, file)."""
+        """The sample at `index`: (position in the order of the run, index of the file)."""
         position, file_index = index
         bad_reads: list[BadRead] = []
         for attempt in range(_MAX_ATTEMPTS):
-            # One generator per attempt: draws do not depend on where in a file reading failed.
+            # Each attempt has its own generator: the draws do not depend on the numbers that a
+            # failed attempt has used.
             rng = np.random.default_rng([self.settings.seed, position, attempt])
             if attempt > 0:
                 # Replacements come from the same corpus, so the shares of a mixture stay constant.
@@ -135,14 +136,17 @@ class ClipDataset(Dataset[WithBadReads[Sample]], ABC, Generic[Sample, Batch]):
         examples = "; ".join(f"{name} ({reason})" for name, reason in bad_reads[:3])
         raise CorpusError(
             f"{_MAX_ATTEMPTS} files in a row cannot be read: {examples}; and {_MAX_ATTEMPTS - 3} "
-            "more. Is the disk mounted, and has the audio been moved without its table?"
+            "more. Check that the disk is mounted, and that the audio is still where the table says"
         )
 
     @abstractmethod
     def draw_sample(
         self, file: IndexedFile, position: int, rng: np.random.Generator, bad_reads: list[BadRead]
     ) -> Sample:
-        """Draw a sample of a file; append other files that could not be read to `bad_reads`.
+        """Draw a sample of a file.
+
+        A sample can need other files, for example noise. If one of these cannot be read, it is
+        appended to `bad_reads`.
 
         Raises:
             AudioReadError: if this file cannot be read.
@@ -160,7 +164,7 @@ class ClipDataset(Dataset[WithBadReads[Sample]], ABC, Generic[Sample, Batch]):
     def read_segments(
         self, file: IndexedFile, num_samples: int, count: int, rng: np.random.Generator
     ) -> list[Float32[Tensor, "C S"]]:
-        """Read segments of a file; they are shorter than `num_samples` if the file is."""
+        """Read `count` segments of `num_samples`; of a shorter file, each is the complete file."""
         channels: dict[str, int | Literal["mean"] | None] = {"mean": "mean", "first": 0}
         channel = channels.get(self.settings.mono)
         if self.settings.mono == "random":
@@ -174,7 +178,7 @@ class ClipDataset(Dataset[WithBadReads[Sample]], ABC, Generic[Sample, Batch]):
     def read_clip(
         self, file: IndexedFile, num_samples: int, rng: np.random.Generator
     ) -> Float32[Tensor, "C S"]:
-        """Read a clip at the set loudness; it is shorter than `num_samples` if the file is."""
+        """Read a clip at the loudness of the settings; a shorter file is one complete clip."""
         (clip,) = self.read_segments(file, num_samples, 1, rng)
         return self.scale(clip, float(clip.square().mean().sqrt()))
 
@@ -188,7 +192,7 @@ class ClipDataset(Dataset[WithBadReads[Sample]], ABC, Generic[Sample, Batch]):
         return [(2 * crop + 1) * last_start // (2 * count) for crop in range(count)]
 
     def scale(self, audio: Float32[Tensor, "*B C S"], rms: float) -> Float32[Tensor, "*B C S"]:
-        """Scale audio of a known RMS level to the set loudness."""
+        """Scale audio of the RMS level `rms` to the loudness of the settings."""
         if self.settings.loudness_dbfs is None or rms < _SILENCE_RMS:
             return audio
         return audio * (10 ** (self.settings.loudness_dbfs / 20) / rms)

@@ -25,7 +25,7 @@ class Block(nn.Module):
 
     Args:
         drop_path: probability that a clip skips a branch of this block in training.
-        num_prefix: number of registers at the start of the tokens, which are not rotated.
+        num_prefix: number of registers before the other tokens; they have no rotary position.
     """
 
     def __init__(
@@ -69,7 +69,10 @@ class Block(nn.Module):
         rotary: Float[Tensor, "#B 1 P H"] | None,
         key_mask: Bool[Tensor, "B 1 1 K"] | None,
     ) -> Float[Tensor, "B K D"]:
-        """Apply the block; no token attends to the keys at which `key_mask` is False."""
+        """Apply the block; no token attends to the keys at which `key_mask` is False.
+
+        `rotary` has P = K - `num_prefix` positions with H = 2 * head_dim values each.
+        """
         attend = partial(self.attn, rope=rotary, attn_mask=key_mask)
         if self.pre_norm:
             x = x + self.drop_path(self.scale1(attend(self.norm1(x))))
@@ -86,7 +89,7 @@ class Transformer(nn.Module):
         depth: number of blocks.
         num_heads: attention heads; must divide `embed_dim`.
         positions: position encoding.
-        mlp_ratio: hidden width of the MLP over D; a SwiGLU has two branches of that width.
+        mlp_ratio: hidden width of the MLP divided by D; a SwiGLU has two branches of that width.
         mlp: "gelu" or "swiglu" (Shazeer, 2020, arXiv:2002.05202).
         norm: "pre" (ViT) or "post" (the original transformer, WavJEPA).
         norm_eps: epsilon of the layer norms in the blocks.
@@ -187,7 +190,7 @@ class Transformer(nn.Module):
     def forward_gathered(
         self, tokens: Float[Tensor, "B K D"], grid: Grid, where: TokenSet | None
     ) -> Float[Tensor, "B K D"]:
-        """As `forward`, but `tokens` are gathered: token `k` has grid index `where.index[:, k]`."""
+        """As `forward`, for gathered tokens: token `k` has the grid index `where.index[:, k]`."""
         latents = tokens
         for block_output in self._run_blocks(tokens, grid, where):
             latents = block_output
@@ -202,7 +205,7 @@ class Transformer(nn.Module):
     def add_positions(
         self, tokens: Float[Tensor, "B K D"], grid: Grid, where: TokenSet | None = None
     ) -> Float[Tensor, "B K D"]:
-        """Add the additive positions, if any, to gathered tokens; the first block gets the sum."""
+        """Add the additive position encoding, if there is one, to the input of the first block."""
         table = self.positions.additive(grid, self.embed_dim, tokens.device)
         if table is None:
             return tokens

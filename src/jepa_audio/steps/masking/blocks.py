@@ -40,10 +40,11 @@ class MultiBlockMasker(Masker):
         num_targets: number of target blocks M; blocks may overlap.
         target_scale: range of the share of the grid that a target block covers; one share is drawn
             per call, for all groups.
-        target_aspect: range of the ratio between the block's share of time and share of frequency.
+        target_aspect: range of the ratio (share of the time columns) / (share of the frequency
+            rows) of a target block.
         context_scale: range of the share of the grid that the context block covers; the block has
             the aspect ratio of the grid.
-        min_context: rows with a smaller share of context are drawn again.
+        min_context: smallest share of context tokens; the masks of other clips are drawn again.
     """
 
     num_targets: int = 4
@@ -103,19 +104,21 @@ class _UnionMasker(Masker):
         return single_group(add_random_tokens(covered, count, generator))
 
     @abstractmethod
-    def _draw_size(self, grid: Grid, uniform: Tensor, free: Tensor) -> Tensor:
+    def _draw_size(self, grid: Grid, uniform: Tensor, missing: Tensor) -> Tensor:
         """The (time, frequency) sizes `[B, 2]` of the next rectangles.
 
-        `uniform` `[3, B]` are random numbers; `free` `[B]` counts the tokens that are missing.
+        `uniform` `[3, B]` are random numbers in [0, 1). `missing` `[B]` is the number of target
+        tokens that each clip still needs.
         """
 
     def _cover(
         self, grid: Grid, count: int, uniform: Float[Tensor, "A 5 B"]
     ) -> tuple[Bool[Tensor, "B N"], Int[Tensor, "placed B 2"]]:
-        """Add rectangles to every row until the next rectangle would exceed `count` covered tokens.
+        """Add rectangles to every clip until the next one would exceed `count` covered tokens.
 
-        `uniform` contains the random numbers of all A attempts. These are drawn in advance, so that
-        a row does not depend on the number of attempts of other rows.
+        `uniform` contains the random numbers of all A attempts: three for the size and two for the
+        position of a rectangle. They are drawn in advance, so that the masks of a clip do not
+        depend on the number of attempts of other clips.
 
         Returns:
             The covered tokens, and the (time, frequency) size of the rectangle of every attempt.
@@ -123,23 +126,23 @@ class _UnionMasker(Masker):
         """
         shape = torch.tensor([grid.num_time, grid.num_freq])
         batch_size = uniform.shape[-1]
-        # The masks are floats with the long axis last, because products of broadcast bools are ten
-        # times slower on a CPU.
+        # The masks are floats, and the long axis (time) is last. Products of broadcast bools are
+        # ten times slower on a CPU.
         uncovered = torch.ones(batch_size, grid.num_freq, grid.num_time)
-        free = torch.full((batch_size,), count)
-        is_open = torch.ones(batch_size, dtype=torch.bool)
+        missing = torch.full((batch_size,), count)
+        takes_more = torch.ones(batch_size, dtype=torch.bool)
         placed = []
         for attempt in uniform:
-            size = self._draw_size(grid, attempt[:3], free).clamp(min=1).minimum(shape)
+            size = self._draw_size(grid, attempt[:3], missing).clamp(min=1).minimum(shape)
             in_time, in_freq = _extents(grid, (attempt[3:].T * (shape - size + 1)).long(), size)
             new = uncovered * in_time[:, None, :].float() * in_freq[:, :, None].float()
             num_new = new.sum(dim=(1, 2)).long()
-            is_open &= num_new <= free
-            uncovered -= new * is_open[:, None, None].float()
-            free -= num_new * is_open
-            placed.append(size * (is_open & (num_new > 0))[:, None])
-            is_open &= free > 0
-            if not is_open.any():
+            takes_more &= num_new <= missing
+            uncovered -= new * takes_more[:, None, None].float()
+            missing -= num_new * takes_more
+            placed.append(size * (takes_more & (num_new > 0))[:, None])
+            takes_more &= missing > 0
+            if not takes_more.any():
                 break
         return (uncovered.mT == 0).flatten(1), torch.stack(placed)
 
@@ -174,8 +177,8 @@ class BlockMasker(_UnionMasker):
         check_bounds(self, 1, math.inf, "max_attempts")
 
     @override
-    def _draw_size(self, grid: Grid, uniform: Tensor, free: Tensor) -> Tensor:
-        area = (grid.num_tokens * _interpolate(self.scale, uniform[0])).minimum(free)
+    def _draw_size(self, grid: Grid, uniform: Tensor, missing: Tensor) -> Tensor:
+        area = (grid.num_tokens * _interpolate(self.scale, uniform[0])).minimum(missing)
         aspect = torch.where(
             uniform[1] < 0.5,
             _interpolate(self.long_aspect, uniform[2]),
@@ -209,12 +212,12 @@ class StripeMasker(_UnionMasker):
         check_bounds(self, 1, math.inf, "max_time_width", "max_freq_width", "max_attempts")
 
     @override
-    def _draw_size(self, grid: Grid, uniform: Tensor, free: Tensor) -> Tensor:
+    def _draw_size(self, grid: Grid, uniform: Tensor, missing: Tensor) -> Tensor:
         shape = torch.tensor([grid.num_time, grid.num_freq])
         max_width = torch.tensor([self.max_time_width, self.max_freq_width])
         # One column has `num_freq` tokens and one row has `num_time` tokens.
-        max_free = free[:, None] // shape.flip(0)  # [B, 2]
-        width = (1 + (uniform[1, :, None] * max_width).long()).minimum(max_free)
+        largest = missing[:, None] // shape.flip(0)  # [B, 2]
+        width = (1 + (uniform[1, :, None] * max_width).long()).minimum(largest)
         is_time = uniform[0] * (grid.num_time + grid.num_freq) < grid.num_time
         return torch.where(torch.stack([is_time, ~is_time], dim=-1), width, shape)
 
