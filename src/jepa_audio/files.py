@@ -101,7 +101,8 @@ def read_csv(
     """Return the column names of a CSV file and an iterator of (line number, row).
 
     Args:
-        path: file in UTF-8, with or without a byte order mark; the iterator can raise errors too.
+        path: file in UTF-8, with or without a byte order mark. The errors of a reader (see the
+            docstring of this module) can also come from the iterator.
         errors: how to decode bytes that are not UTF-8; see `open`.
         delimiter: separator of columns; `None` for a tab in `.tsv` files and a comma in others.
     """

@@ -215,7 +215,8 @@ def test_the_number_of_layers_must_match_their_names(tmp_path: Path):
             return LayerFeatures(features.layers * 2, features.times, features.valid)
 
     with pytest.raises(
-        ValueError, match=r"record 3: counting gives 4 layers, but names \['mean', 'last'\]"
+        ValueError,
+        match=r"record 3: counting returns 4 layers, but the names .* \['mean', 'last'\]",
     ):
         features_of(
             split_of(tmp_path / "audio"), tmp_path / "features", Preparation(Windows()), Doubled()

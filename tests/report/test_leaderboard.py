@@ -136,7 +136,7 @@ def test_results_under_other_conditions_are_not_compared(results, other):
     assert scores_of(results)["comparison"].nunique() == 2
     lines = lines_of(results)
     assert [lines[f"{name} context, mean"][0] for name in ("mel", "wave")] == ["**1**", "**1**"]
-    assert "2 sets of results that are not compared with each other" in markdown_of(results)
+    assert "2 sets of results below are not compared with each other" in markdown_of(results)
 
 
 def test_different_numbers_of_draws_are_not_compared(results):
@@ -396,7 +396,7 @@ def test_evidence_without_the_draws_of_a_score_is_named(results):
         encoder="wave",
     )
     (results.parent / "evidence/1.npz").write_bytes((results.parent / row.evidence).read_bytes())
-    with pytest.raises(ValueError, match=r"evidence/1\.npz holds no `draws/file_accuracy`"):
+    with pytest.raises(ValueError, match=r"evidence/1\.npz has no `draws/file_accuracy`"):
         write_leaderboard(results)
 
 
@@ -404,7 +404,7 @@ def test_missing_and_empty_results_are_named(results):
     with pytest.raises(MissingFileError, match=r"results\.jsonl"):
         write_leaderboard(results)
     results.write_text("")
-    with pytest.raises(ValueError, match="holds no rows"):
+    with pytest.raises(ValueError, match="contains no results"):
         write_leaderboard(results)
 
 

@@ -26,7 +26,7 @@ def index(
     """Read every audio file of a corpus and write a table; later calls read only changed files.
 
     Args:
-        sources: see the help in `run_function`.
+        sources: folders, tars, manifests or tables; `run_function` defines the help.
         output: output file (-o), a table for `--data.root`. The default is a file in the source
             folder, or next to the source file.
         num_workers: number of files that are decoded at the same time.
@@ -39,7 +39,10 @@ def index(
 
 
 def describe(source: str) -> None:
-    """Print hours, sample rates, lengths, levels, groups, splits and the worst files of a corpus.
+    """Print a summary of a corpus.
+
+    The summary has hours, sample rates, lengths, levels, groups, splits, the shortest and the
+    quietest files.
 
     Args:
         source: a table (.parquet), or a source as for `data index`.

@@ -1,4 +1,4 @@
-"""The command `jepa-audio`: a table of commands; a command is imported when it is called."""
+"""The command `jepa-audio`: a table of commands, whose functions are imported when called."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Command:
 
     Attributes:
         function: "module:function", imported when the command is called.
-        help: its line in `jepa-audio --help`.
-        has_parser: True if the function parses the command line itself; otherwise its arguments are
-            the options of the command.
+        help: line of the command in `jepa-audio --help`.
+        has_parser: True if the function parses the command line itself. If False, a parser is made
+            from the arguments of the function.
         as_positional: True if required arguments are positional, False if they are options.
     """
 
@@ -60,7 +60,8 @@ COMMANDS = {
         f"{_CLI}.data:index", "read every audio file once and write a table of the corpus"
     ),
     "data describe": Command(
-        f"{_CLI}.data:describe", "print hours, sample rates, lengths, levels and the worst files"
+        f"{_CLI}.data:describe",
+        "print hours, sample rates, lengths, levels, the shortest and quietest files",
     ),
     "data verify": Command(
         f"{_CLI}.data:verify", "read every file again and compare it with the table"
@@ -180,6 +181,6 @@ def _is_stdout_closed() -> bool:
     poller.register(sys.stdout.fileno(), 0)
     if not poller.poll(0):
         return False
-    # The interpreter flushes standard output at exit, which must not fail.
+    # The interpreter flushes standard output at exit. On the null device, this does not fail.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return True

@@ -105,7 +105,7 @@ class JEPACLI(LightningCLI):
             help="Checkpoint with the initial weights of a new run; a resumed run ignores it.",
         )
         if not self._has_subcommands:
-            # The `config.yaml` of a run has these keys, which only subcommands define.
+            # The `config.yaml` of a run has these keys. Lightning adds them only to subcommands.
             for name in ("ckpt_path", "weights_only"):
                 parser.add_argument(
                     f"--{name}", type=str | bool | None, default=None, help="Not used."
@@ -147,7 +147,8 @@ class JEPACLI(LightningCLI):
     def before_fit(self) -> None:
         """Load the weights of `--weights`, unless the run resumes from a checkpoint."""
         weights = self._get(self.config, "weights")
-        # A job that can be requeued has no checkpoint at its first start.
+        # A job that can be requeued always gives `--ckpt_path last`, also at its first start, when
+        # there is no checkpoint.
         is_resumed = self._get(self.config, "ckpt_path") is not None and not self._lacks_last()
         if weights is not None and not is_resumed:
             load_weights(self.model, Path(weights))
@@ -156,8 +157,8 @@ class JEPACLI(LightningCLI):
         """Load the weights of `--weights`, and check that the checkpoint exists.
 
         Raises:
-            MissingFileError: if `--ckpt_path last` is given and the run has no checkpoint, for
-                which Lightning only shows a warning.
+            MissingFileError: if `--ckpt_path last` is given and the run has no checkpoint.
+                Lightning would only show a warning.
         """
         if self._lacks_last():
             raise MissingFileError(
@@ -215,6 +216,8 @@ def measure_stats(args: Sequence[str]) -> None:
 
 def with_recipe_paths(args: Sequence[str]) -> Iterator[str]:
     """Replace the names of recipes in a command line by the paths of their files.
+
+    Names of front ends and class paths of earlier versions are also replaced.
 
     Raises:
         MissingFileError: if `--config` names neither a file nor a recipe.

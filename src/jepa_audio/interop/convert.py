@@ -71,13 +71,13 @@ def import_weights(
             f"{checkpoint} exists and is not overwritten: give another folder with `-o`"
         )
     published = open_published(source)
-    rules = _layout(layout).variant(published.tensors)
-    base = _read_recipe(find_recipe(str(recipe)) if recipe else recipes()[rules.recipe])
-    settings = merged(base, rules.sizes(published, hints or SizeHints(), base))
+    variant = _layout(layout).variant(published.tensors)
+    base = _read_recipe(find_recipe(str(recipe)) if recipe else recipes()[variant.recipe])
+    settings = merged(base, variant.sizes(published, hints or SizeHints(), base))
     model = settings["model"]
     content = {
         "pytorch-lightning_version": lightning.__version__,
-        "state_dict": _state(rules, published, model),
+        "state_dict": _state(variant, published, model),
         "hyper_parameters": {**model, "_instantiator": "lightning.pytorch.cli.instantiate_module"},
         "datamodule_hyper_parameters": {"crop_seconds": settings["data"]["crop_seconds"]},
     }
@@ -101,14 +101,14 @@ def export_weights(layout: str, checkpoint: Path, output: Path) -> Path:
     """
     jepa = load_jepa(checkpoint)
     state = jepa.state_dict()
-    rules = _layout(layout).variant(state)
+    variant = _layout(layout).variant(state)
     if jepa.target_front_end is not None:
         raise WeightsError(f"the layout {layout} cannot express `target_front_end: momentum`")
-    config = rules.config(jepa)
-    tensors = {rules.published_name(name): value.contiguous() for name, value in state.items()}
-    tensors |= rules.formulas(jepa, num_crop_samples(checkpoint, jepa))
+    config = variant.config(jepa)
+    tensors = {variant.published_name(name): value.contiguous() for name, value in state.items()}
+    tensors |= variant.formulas(jepa, num_crop_samples(checkpoint, jepa))
     tensors = {
-        f"{rules.prefix}{name}": value.reshape(1, 1, -1) if name.endswith("mask_token") else value
+        f"{variant.prefix}{name}": value.reshape(1, 1, -1) if name.endswith("mask_token") else value
         for name, value in tensors.items()
     }
     output.mkdir(parents=True, exist_ok=True)
@@ -147,11 +147,11 @@ def _read_recipe(recipe: Path) -> Settings:
     return settings
 
 
-def _state(rules: Layout, published: Published, model: Settings) -> dict[str, Tensor]:
+def _state(variant: Layout, published: Published, model: Settings) -> dict[str, Tensor]:
     """All weights of the model; see `import_weights` for missing parts."""
     with torch.device("meta"):
         expected = _initial_state(model)
-    names = {name: rules.published_name(name) for name in expected}
+    names = {name: variant.published_name(name) for name in expected}
     parts = {_part(name) for name, key in names.items() if key in published.tensors}
     if "front_end" not in parts or not parts & {"encoder", "target_encoder"}:
         raise WeightsError(
@@ -159,8 +159,8 @@ def _state(rules: Layout, published: Published, model: Settings) -> dict[str, Te
             f"contains only {sorted(parts) or 'other tensors'}"
         )
     names = {name: key for name, key in names.items() if _part(name) in parts}
-    rules.check_formulas(published)
-    is_ignored = re.compile(rules.ignored).match
+    variant.check_formulas(published)
+    is_ignored = re.compile(variant.ignored).match
     tensors = {name: value for name, value in published.tensors.items() if not is_ignored(name)}
     _refuse_differences(published.path, names, expected, tensors)
     state = {name: tensors[key].reshape(expected[name].shape) for name, key in names.items()}

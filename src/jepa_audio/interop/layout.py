@@ -1,4 +1,4 @@
-"""The interface of a published layout of weights: names of the weights, sizes of the model."""
+"""The interface of a layout: how a published file names its weights and defines the model sizes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True)
 class SizeHints:
-    """Sizes from the user that replace those of the file; some files do not contain them.
+    """Sizes that the user gives, because some files do not contain all sizes.
+
+    They replace the sizes in the file.
 
     Attributes:
         num_heads: number of attention heads of the encoder.
@@ -34,7 +36,7 @@ class SizeHints:
 
 
 class Layout(ABC):
-    """A published layout of weights.
+    """The layout of published files: names and shapes of the weights, and the configuration.
 
     Attributes:
         recipe: name of the recipe with all settings that are not sizes.
@@ -46,6 +48,7 @@ class Layout(ABC):
 
     recipe: ClassVar[str]
     names: ClassVar[tuple[tuple[str, str], ...]]
+    # This pattern matches no name.
     ignored: ClassVar[str] = r"$."
     prefix: ClassVar[str] = ""
 
@@ -70,7 +73,10 @@ class Layout(ABC):
         """
 
     def formulas(self, jepa: JEPA, num_samples: int) -> Mapping[str, Tensor]:
-        """Published tensors that a formula computes, for clips of `num_samples`."""
+        """Published tensors that are not weights, for example position tables.
+
+        A formula computes them, for clips of `num_samples`.
+        """
         return {}
 
     # This method is not abstract, because a layout without formulas needs no check.
@@ -87,12 +93,16 @@ class Layout(ABC):
 
 
 def arguments(settings: Settings) -> Settings:
-    """The arguments of a part of the model, written with or without `class_path`."""
+    """The arguments of a part of the model; if there is a `class_path`, they are in `init_args`."""
     return settings["init_args"] if "class_path" in settings else settings
 
 
 def merged(settings: Settings, changes: Settings) -> Settings:
-    """Settings with changes at any depth; changes without `class_path` apply to `init_args`."""
+    """Apply changes to nested settings and return the result.
+
+    If the settings have a `class_path`, and the changes have neither `class_path` nor `init_args`,
+    the changes apply to the `init_args` of the settings.
+    """
     if "class_path" in settings and not {"init_args", "class_path"} & changes.keys():
         return {**settings, "init_args": merged(settings.get("init_args", {}), changes)}
     nested = {

@@ -41,7 +41,7 @@ _ENCODERS = (
 )
 # The published code uses the default epsilon of torch for this norm.
 _FINAL_NORM_EPS = 1e-5
-_TABLES = {"pos_encoding_encoder": "encoder", "pos_encoding_decoder": "predictor.trunk"}
+_POSITION_TABLES = {"pos_encoding_encoder": "encoder", "pos_encoding_decoder": "predictor.trunk"}
 _NAMES = (
     (r"^front_end\.norm\.", "feature_norms."),
     (r"^front_end\.projection\.", "post_extraction_mapper."),
@@ -64,7 +64,7 @@ _NAMES = (
 
 
 class WavJEPALayout(Layout):
-    """The layout of `labhamlet/wavjepa`; its blocks are those of torch's transformer."""
+    """The layout of `labhamlet/wavjepa`; its blocks are `torch.nn.TransformerEncoderLayer`s."""
 
     recipe = "wavjepa"
     num_stacks = 1
@@ -77,8 +77,8 @@ class WavJEPALayout(Layout):
     )
     # The Hugging Face files have this prefix.
     prefix = "model."
-    # `check_formulas` checks the position tables. Later Lightning checkpoints contain kernels of
-    # torchaudio's transforms.
+    # Position tables, which `check_formulas` checks, and kernels of torchaudio's transforms, which
+    # only the later Lightning checkpoints contain.
     ignored = r"pos_encoding_(en|de)coder$|resampler_\w+\.kernel$"
 
     @override
@@ -127,11 +127,14 @@ class WavJEPALayout(Layout):
     @override
     def formulas(self, jepa: JEPA, num_samples: int) -> Mapping[str, Tensor]:
         grid = jepa.front_end.grid(num_samples)
-        return {name: _table(jepa.get_submodule(part), grid) for name, part in _TABLES.items()}
+        return {
+            name: _position_table(jepa.get_submodule(part), grid)
+            for name, part in _POSITION_TABLES.items()
+        }
 
     @override
     def check_formulas(self, published: Published) -> None:
-        for name in _TABLES.keys() & published.tensors.keys():
+        for name in _POSITION_TABLES.keys() & published.tensors.keys():
             _, num_tokens, width = published.shape(name, 3)
             grid = Grid(self.num_stacks, num_tokens // self.num_stacks)
             table = _channel_major(self.positions.additive(grid, width, torch.device("cpu")), grid)
@@ -144,7 +147,7 @@ class WavJEPALayout(Layout):
 
     @override
     def config(self, jepa: JEPA) -> Settings:
-        # The Hugging Face file has the same groups of settings.
+        # These groups of settings are also in the `config.json` of the Hugging Face files.
         front_end = jepa.front_end
         has_group_norm = any(isinstance(module, nn.GroupNorm) for module in front_end.modules())
         if not isinstance(front_end, WaveformFrontEnd) or not has_group_norm:
@@ -236,7 +239,10 @@ def _transformer(
 
 
 def _clip_length(published: Published, sizes: Settings, recipe: Settings) -> Settings:
-    """The crop length, if the position table and the recipe have different numbers of tokens."""
+    """The crop length that gives the number of tokens of the position table.
+
+    Empty if the crop length of the recipe gives this number, or if the file has no table.
+    """
     seconds = recipe["data"]["crop_seconds"]
     if "pos_encoding_encoder" not in published.tensors:
         return {}
@@ -257,7 +263,7 @@ def _clip_length(published: Published, sizes: Settings, recipe: Settings) -> Set
     return {"crop_seconds": num_samples / sample_rate}
 
 
-def _table(encoder: nn.Module, grid: Grid) -> Tensor:
+def _position_table(encoder: nn.Module, grid: Grid) -> Tensor:
     assert isinstance(encoder, Transformer)
     table = encoder.positions.additive(grid, encoder.embed_dim, torch.device("cpu"))
     # `check_blocks` refuses positions without a table.
@@ -266,5 +272,8 @@ def _table(encoder: nn.Module, grid: Grid) -> Tensor:
 
 
 def _channel_major(table: Tensor, grid: Grid) -> Tensor:
-    """Reorder a time-major table (both ears at each time) as published: all times of each ear."""
+    """Reorder a time-major table to the order of the published tables.
+
+    Time-major: both ears at each time. Published: all times of one ear, then of the other.
+    """
     return table.unflatten(0, (grid.num_time, grid.num_freq)).transpose(0, 1).flatten(0, 1)

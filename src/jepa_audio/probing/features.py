@@ -31,12 +31,13 @@ from jepa_audio.probing.tasks.records import Item, Split
 REVISION = 1
 """Part of every cache key. It increases when the same audio gives other features than before."""
 
-# Decoding and resampling release the interpreter's lock.
+# Threads decode and resample in parallel, because both release the interpreter's lock.
 _NUM_READERS = 4
 # Items that are encoded between two writes to disk.
 _ITEMS_PER_WRITE = 32
 # Larger features stay on disk, and batches are read from there.
 _MAX_BYTES_IN_MEMORY = 4 * 2**30
+# Space on the disk that must stay free.
 _SPARE_BYTES = 2**30
 _ROW_TABLES = {"window": np.dtype(np.int32), "seconds": np.dtype(np.float32)}
 
@@ -71,8 +72,8 @@ class Features:
 
     Attributes:
         layers: one table of rows for each layer, in memory or on disk.
-        place: index in the tables of each row of the split.
-        rows: origin of each row of the split.
+        place: for each row of the split, its index in the tables.
+        rows: for each row of the split, the item and the window that it comes from.
     """
 
     layers: Sequence[np.ndarray]
@@ -96,7 +97,8 @@ class Features:
 def load_waveform(item: Item, sample_rate: int, num_channels: int) -> Float32[Tensor, "C S"]:
     """The audio of an item with the rate and channels of an encoder.
 
-    One channel is the mean of all channels of the file; a mono file fills all channels.
+    An encoder with one channel gets the mean of all channels of the file. An encoder with several
+    channels gets a mono file in every channel.
 
     Raises:
         AudioReadError: if the file cannot be read.
@@ -158,8 +160,8 @@ class FeatureStore:
 
         Raises:
             AudioReadError: if a file cannot be read.
-            UserError: if the disk has not enough free space, or if an item cannot be encoded or
-                its features are not finite; names the item.
+            UserError: if the disk has not enough free space, if an item cannot be encoded, or if
+                its features are not finite. The last two messages name the item.
         """
         keys = [_item_key(item) for item in split.items]
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -193,7 +195,7 @@ class FeatureStore:
         return Features([layer[place] for layer in layers], np.arange(len(place)), rows)
 
     def _table(self, name: str, dtype: np.dtype, width: int) -> np.ndarray:
-        # Another process may append more rows meanwhile.
+        # The shape is given, because another process may append rows to the file at the same time.
         shape = (self._num_rows, width)
         return np.memmap(self.folder / name, dtype=dtype, mode="r", shape=shape)
 
@@ -227,7 +229,10 @@ class FeatureStore:
             self._append(tables, dict(zip(keys, rows_per_item, strict=True)))
 
     def _load(self, item: Item) -> Float32[Tensor, "C S"]:
-        """The audio of an item under the condition, whose draws depend on the `uid` alone."""
+        """The audio of an item, degraded by the condition.
+
+        The random draws of the condition depend only on the `uid` of the item.
+        """
         rate, condition = self.encoder.sample_rate, self.preparation.condition
         waveform = load_waveform(item, rate, self.encoder.num_channels)
         seed = int.from_bytes(hashlib.sha256(item.uid.encode()).digest()[:4])
@@ -238,7 +243,7 @@ class FeatureStore:
     ) -> tuple[dict[str, np.ndarray], list[int]]:
         """Rows of all tables, in the order of items and windows, and the number of rows per item.
 
-        Windows are never padded.
+        Only windows of the same length are in a batch, so no window is padded.
         """
         rate = self.encoder.sample_rate
         windows = [
@@ -272,7 +277,7 @@ class FeatureStore:
     def _encode_clips(
         self, clips: Float32[Tensor, "B C S"]
     ) -> tuple[list[Float[Tensor, "B rows _"]], Float[np.ndarray, " rows"]]:
-        """Rows of every layer, one per clip or per time frame, and their seconds in the clip."""
+        """Rows of every layer, one per clip or per time frame, and their times in the clip."""
         encoder, grid_hz = self.encoder, self.preparation.grid_hz
         clip_seconds = clips.shape[-1] / encoder.sample_rate
         if self.preparation.per_frame:
@@ -284,9 +289,9 @@ class FeatureStore:
             times = torch.tensor([clip_seconds / 2], dtype=torch.float64)
         if len(layers) != len(encoder.layer_names):
             raise UserError(
-                f"{encoder.name} gives {len(layers)} layers, but names "
-                f"{list(encoder.layer_names)}: `encode` must return the layers in `layers`, in "
-                "that order"
+                f"{encoder.name} returns {len(layers)} layers, but the names of its layers are "
+                f"{list(encoder.layer_names)}: `encode` must return one tensor for each index in "
+                "`layers`, in the same order"
             )
         if not self.preparation.per_frame or grid_hz is None:
             return layers, times.numpy()
@@ -347,7 +352,7 @@ def _item_key(item: Item) -> str:
 def _equal_length_batches(
     windows: Sequence[_Window], num_samples: float
 ) -> Iterator[list[_Window]]:
-    """Batches of windows of one length with at most `num_samples` samples, or one window."""
+    """Batches of windows of one length: at most `num_samples` samples in a batch, or one window."""
     lengths = np.array([window.stop - window.start for window in windows])
     for length in np.unique(lengths):
         size = max(1, int(num_samples / max(length, 1)))

@@ -31,7 +31,7 @@ FittedHeads = Mapping[HeadKind, Sequence[Head]]
 
 
 class Preset(ABC):
-    """A protocol; `select` is the epoch of the heads that are scored."""
+    """The protocol of a probe; `select` chooses the epoch whose weights of a head are scored."""
 
     name: str
     select: Select = "best"
@@ -40,7 +40,7 @@ class Preset(ABC):
         """Settings of this preset for a task.
 
         Raises:
-            UserError: if the task has none.
+            UserError: if the task has no settings for this preset.
         """
         if self.name not in task.protocols:
             known = ", ".join(task.protocols)
@@ -48,7 +48,7 @@ class Preset(ABC):
         return task.protocols[self.name]
 
     def preparation(self, task: Task) -> Preparation:
-        """How audio becomes feature rows."""
+        """How the audio of a task becomes feature rows."""
         return Preparation(self.protocol(task).windows, task.grid_hz is not None, task.grid_hz)
 
     @abstractmethod
@@ -59,9 +59,10 @@ class Preset(ABC):
 class MarbleV1(Preset):
     """Constrained track of MARBLE v1 (Yuan et al., 2023, arXiv:2306.10548, appendix A).
 
-    Heads with one hidden layer of 512 units on each layer and on the softmax-weighted sum of all
-    blocks, with six learning rates. The weights of the best validation epoch are scored. As in
-    MARBLE, annotations in time use the weighted sum alone, unless the encoder has one block.
+    The heads have one hidden layer of 512 units. There is a head for each layer of the encoder and
+    for the softmax-weighted sum of all blocks, each with six learning rates. The weights of the
+    best validation epoch are scored. As in MARBLE, annotations in time use the weighted sum alone,
+    unless the encoder has one block.
     """
 
     name = "marble-v1"
@@ -73,7 +74,9 @@ class MarbleV1(Preset):
         inputs = fit.layer_inputs()
         if len(widths) > 1:
             log.warning(
-                "%s: no weighted sum, the layers have widths %s", fit.description, sorted(widths)
+                "%s: no head on the weighted sum, because the layers have different widths: %s",
+                fit.description,
+                sorted(widths),
             )
         elif len(blocks) > 1:
             mix = HeadInput("weighted sum", blocks, "mix")
@@ -85,7 +88,7 @@ class MarbleV2(Preset):
     """MARBLE v2, for cross-checks: a linear map of all layers, and one learning rate.
 
     The checkpoint that MARBLE v2 calls the best one is that of the last epoch; `select` chooses the
-    best or the last epoch. The averages of MARBLE v2 include padding, ours do not.
+    best or the last epoch. MARBLE v2 includes padding in its averages; this package does not.
     """
 
     name = "marble-v2"
@@ -95,7 +98,7 @@ class MarbleV2(Preset):
 
     @override
     def preparation(self, task: Task) -> Preparation:
-        # Annotations in time are put on the encoder's own columns.
+        # The frames of annotations in time are the time columns of the encoder: no `grid_hz`.
         return Preparation(self.protocol(task).windows, task.grid_hz is not None)
 
     @override
@@ -108,9 +111,10 @@ class MarbleV2(Preset):
 
 
 class LinearPreset(Preset):
-    """Deterministic heads on standardised features, for tracking: seconds per task.
+    """Deterministic heads on standardised features.
 
-    Logistic regression for classes, ridge regression for tags and numbers, and nearest neighbours.
+    A task takes seconds, so this preset can follow the progress of a model. The heads are logistic
+    regression for classes, ridge regression for tags and numbers, and nearest neighbours.
     Annotations in time use ridge regression alone.
     """
 
@@ -141,10 +145,11 @@ class LinearPreset(Preset):
 
 
 def preset_of(name: str, select: Select = "best") -> Preset:
-    """The preset with a name.
+    """The preset that has this name.
 
     Raises:
-        UserError: if there is none, or if `select` is "last" and the preset is not marble-v2.
+        UserError: if no preset has this name, or if `select` is "last" and the preset is not
+            marble-v2.
     """
     presets: dict[str, Preset] = {
         preset.name: preset for preset in (MarbleV1(), LinearPreset(), MarbleV2(select))
@@ -173,7 +178,7 @@ def _regression_targets(labels: Labels, targets: Tensor) -> Float[Tensor, "n C"]
         return targets
     is_class = labels.kind == "class"
     probability = F.one_hot(targets, labels.num_outputs).float() if is_class else targets
-    # The slope of the sigmoid at 0 is 1/4.
+    # Near 0, sigmoid(x) is about 1/2 + x/4. This is the inverse.
     return 4 * (probability - 0.5)
 
 

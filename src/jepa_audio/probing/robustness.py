@@ -1,7 +1,7 @@
 """Degradations of the test clips, at one level or along a sweep of levels.
 
-Each is a function of the waveform [C, S] (full scale 1, not silent), the level, the sample rate in
-Hz and a generator. It returns the degraded waveform in the same shape.
+Each degradation is a function of the waveform [C, S] (full scale 1, not silent), the level, the
+sample rate in Hz and a generator. It returns the degraded waveform in the same shape.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ _POSITIVE = (math.ulp(0.0), math.inf)
 
 # libsndfile's Vorbis encoder copies its input to the stack: minutes of audio crash the process.
 _BLOCK_SAMPLES = 1 << 14
-# Samples that LAME (576) and a decoder (529) insert at the start. The tag for removing them, and
-# the padding at the end, does not fit into frames of low bit rates; the output is longer then.
+# Samples that LAME (576) and a decoder (529) insert at the start. With a tag in the file, the
+# decoder removes them and the padding at the end. At low bit rates, the tag does not fit into a
+# frame: the decoded audio is then longer than the input.
 _MP3_DELAY = 1105
 # Sample rates in Hz of MPEG 2.5, 2 and 1, and bit rates in kbit/s of each.
 _MP3_RATES = (
@@ -56,9 +57,9 @@ _OPUS_KBITS = (6.0, 256.0)
 class Condition:
     """One degradation at one level.
 
-    Random draws use a generator with the seed of the clip, not the global one. They are the same at
-    all levels: along a sweep, a clip gets the same noise at increasing level. Digital silence stays
-    silent.
+    Random draws use a generator with the seed of the clip, not the global generator. They are the
+    same at all levels: along a sweep, only the level of the noise of a clip changes. A clip of
+    zeros is not changed.
 
     Args:
         level: strength; the docstring of `degrade` states which direction is more severe.
@@ -122,7 +123,7 @@ def _pink_noise(waveform: Tensor, level: float, sample_rate: int, generator: Gen
     """Gaussian noise with equal power per octave above 20 Hz, independent in every channel."""
     num_samples = waveform.shape[1]
     spectrum = torch.fft.rfft(torch.randn(waveform.shape, generator=generator))
-    # A flat spectrum below 20 Hz. Otherwise, half of the power of long clips would be inaudible.
+    # The spectrum is flat below 20 Hz: otherwise half of the power of long clips is inaudible.
     frequency = torch.fft.rfftfreq(num_samples, 1 / sample_rate).clamp_min(20.0)
     noise = torch.fft.irfft(spectrum / frequency.sqrt(), n=num_samples)
     return _add_noise(waveform, noise, level)
@@ -166,7 +167,8 @@ def _read_mono(path: Path, sample_rate: int) -> Tensor:
 def _add_noise(waveform: Tensor, noise: Tensor, snr_db: float) -> Tensor:
     """Add noise at a signal-to-noise ratio in dB; lower is more severe.
 
-    It is the ratio of mean powers over the whole clip and all channels, exact for every clip.
+    The mean powers are taken over the whole clip and all channels. Every clip has exactly this
+    ratio.
     """
     noise = noise.to(waveform)
     return waveform + noise * (_rms(waveform) / _rms(noise) * 10 ** (-snr_db / 20))
@@ -177,15 +179,17 @@ def _reverberation(
 ) -> Tensor:
     """A room with a reverberation time (RT60) of `level` seconds; higher is more severe.
 
-    The impulse response is a direct path at time 0, so nothing is delayed, and a diffuse tail from
-    the next sample on: Gaussian noise that decays exponentially to -60 dB. Along a sweep, the walls
-    of one room absorb less and less: the tail is the same noise with the same initial power
-    density, but it lasts longer, so its energy is proportional to `level`. At 0.4 s, direct path
-    and tail have equal energy, as about 1 m from the source in a room of 120 m³. All channels have
-    the same response. The clip keeps its level and its length, so the tail after its end is lost.
+    The impulse response has two parts. The direct path is at time 0, so nothing is delayed. The
+    diffuse tail starts at the next sample: Gaussian noise that decays exponentially to -60 dB.
+    A sweep simulates one room whose walls absorb less and less. The tail is the same noise with the
+    same initial power density at each level. A higher level makes it longer, so its energy is
+    proportional to `level`. At 0.4 s, direct path and tail have equal energy, as at about 1 m from
+    the source in a room of 120 m³.
+    All channels have the same response. The clip keeps its level and its length: the tail after the
+    end of the clip is cut off.
     """
     num_samples, length = waveform.shape[1], max(math.ceil(level * sample_rate), 1)
-    # Drawn one second at a time, so that long tails start like short ones.
+    # The noise is drawn in pieces of one second, so a long tail starts as a short tail does.
     seconds = [
         torch.randn(sample_rate, generator=generator) for _ in range(-(-length // sample_rate))
     ]
@@ -207,15 +211,16 @@ def _band_limit(
 ) -> Tensor:
     """A Butterworth filter of order 8, applied forwards and backwards: zero phase.
 
-    96 dB per octave, -6 dB at `level` Hz. A lower cut-off of the low-pass filter and a higher one
-    of the high-pass filter are more severe. At half the sample rate or above, the low-pass filter
-    changes nothing and the high-pass filter leaves silence.
+    The slope is 96 dB per octave; the gain at `level` Hz is -6 dB. A low-pass filter is more severe
+    at a lower `level`, a high-pass filter at a higher `level`. At half the sample rate or
+    above, the low-pass filter changes nothing and the high-pass filter leaves silence.
     """
     if level >= sample_rate / 2:
-        # A high-pass filter (see `Condition.changes`).
+        # This is a high-pass filter: `Condition.changes` is False for such a low-pass filter.
         return torch.zeros_like(waveform)
     sections = butter(8, level, side, fs=sample_rate, output="sos")
-    # The transients at both ends take two periods of the cut-off, or all of a short clip.
+    # The transients at both ends need a padding of two periods of the cut-off frequency. The
+    # padding must be shorter than the clip.
     padding = min(math.ceil(2 * sample_rate / level), waveform.shape[1] - 1)
     samples = waveform.numpy(force=True).astype(np.float64)
     filtered = sosfiltfilt(sections, samples, padlen=padding)
@@ -224,14 +229,15 @@ def _band_limit(
 
 
 def _gain(waveform: Tensor, level: float, sample_rate: int, generator: Generator) -> Tensor:
-    """A gain of `level` dB, without clipping; more severe with the distance from 0."""
+    """A gain of `level` dB, without clipping; a level that is further from 0 is more severe."""
     return waveform * 10 ** (level / 20)
 
 
 def _clipping(waveform: Tensor, level: float, sample_rate: int, generator: Generator) -> Tensor:
     """Clip the loudest `level` percent of the samples that are not 0; higher is more severe.
 
-    The clip keeps its level, so only its shape changes. `_gain` measures the effect of level.
+    The clip keeps its level, so only the shape of its waveform changes. `_gain` shows the effect of
+    the level.
     """
     magnitude = waveform.abs()
     nonzero = magnitude[magnitude > 0]
@@ -299,8 +305,8 @@ def _transcode(
     """
     if not sf.check_format(container, subtype):
         raise UserError(
-            f"libsndfile {sf.__libsndfile_version__} cannot write {subtype}: install a wheel of "
-            "soundfile, which includes a newer one"
+            f"libsndfile {sf.__libsndfile_version__} cannot write {subtype}: install "
+            "soundfile from a wheel, which contains a newer libsndfile"
         )
     samples = resample(waveform.cpu(), sample_rate, codec_rate)
     peak = samples.abs().max().clamp_min(1.0)
@@ -335,7 +341,7 @@ _DIRECT_PATH = ", direct_db=0.0"
 # Versions of libsndfile can decode differently.
 _LIBRARY = f", libsndfile {sf.__libsndfile_version__}"
 
-# Name, levels, unit, function, limits, and the two texts for the cache key.
+# Name, levels, unit, function, limits, and `settings` and `library` for the cache key.
 _TABLE: tuple[tuple[Any, ...], ...] = (
     ("white_noise", SNRS_DB, "dB", _white_noise),
     ("pink_noise", SNRS_DB, "dB", _pink_noise),
@@ -353,13 +359,13 @@ SWEEPS = {
     name: tuple(Condition(level, name, *settings) for level in levels)
     for name, levels, *settings in _TABLE
 }
-"""Conditions by name, each from mild to severe (gain by its distance from 0)."""
+"""Conditions of each degradation from mild to severe; `gain` is ordered by distance from 0."""
 
 
 def noise_sweep(folder: Path) -> tuple[Condition, ...]:
     """The user's own recordings as noise, at the same levels as the other kinds of noise.
 
-    The cache key has names and sizes of the recordings, but not the location of the folder.
+    The cache key contains the names and sizes of the recordings, but not the path of the folder.
 
     Raises:
         UserError: if the folder and its subfolders have no recording.
@@ -381,9 +387,9 @@ def area(scores: Sequence[float], clean: float) -> float:
     """Mean height of the curve of scores along a sweep, starting at the clean score.
 
     The trapezoidal rule with equal steps: (c / 2 + s1 + ... + s(n-1) + sn / 2) / n. All levels
-    count equally, whatever their units. The area has the unit of the score: a curve that never
-    falls has the area `clean`. Scores below 0 are not raised to 0 (R² of predictions that are
-    worse than the mean).
+    count equally, whatever their units. The area has the unit of the score: a constant curve has
+    the area `clean`. Scores below 0 stay below 0, for example the R² of predictions that are worse
+    than the mean.
 
     Raises:
         UserError: if there is no level.

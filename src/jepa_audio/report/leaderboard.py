@@ -1,6 +1,6 @@
 """The leaderboard: paired comparisons on equal bootstrap resamples, averages over tasks, tables.
 
-The functions `build_…` return what the templates show.
+The functions `build_…` return the values that the templates show.
 """
 
 from __future__ import annotations
@@ -23,19 +23,22 @@ Draws = Float[np.ndarray, " draws"]
 COMPARABLE = [*PROTOCOL, *RECORDS, "resamples"]
 """Columns that must be equal for two results to be compared."""
 TASK_METRICS = (("auroc", "ap"), ("r2_valence", "r2_arousal"))
-"""Tasks with both metrics enter an average with the mean of the two (arXiv:2306.10548)."""
+"""Pairs of metrics: a task with both metrics of a pair has their mean in averages over tasks.
+
+This is the rule of MARBLE (arXiv:2306.10548).
+"""
 
 
 def compute_scores(table: pd.DataFrame) -> pd.DataFrame:
     """One line for each encoder, metric and set of comparable results: the mean over seeds.
 
-    Columns, next to those of the first seed: `name` (of the metric), those of `mean_scores`,
-    `deviation` (over seeds; NaN for one), `num_seeds`, `layer`, `comparison` (number of the set of
-    comparable results), and `note`: variant, pooling and, if several weights have one name, their
-    hash.
+    New columns, in addition to those of the first seed: `name` (of the metric), those of
+    `mean_scores`, `deviation` (over seeds; NaN for one), `num_seeds`, `layer`, `comparison` (number
+    of the set of comparable results), and `note`: variant, pooling and, if several weights have one
+    name, their hash.
 
     Raises:
-        UserError: naming the evidence that is missing or damaged.
+        UserError: if evidence is missing or damaged; the message names it.
     """
     table = latest(table)
     seeds = pd.DataFrame(
@@ -66,11 +69,12 @@ def compute_scores(table: pd.DataFrame) -> pd.DataFrame:
 def _load_scores(line: dict[str, Any]) -> list[dict[str, Any]]:
     """The metrics of a result with their draws, and an identifier of the resamples."""
     row, path = line["row"], line["folder"] / line["evidence"]
-    # The predictions, up to gigabytes for all rows together, are not kept.
+    # The predictions of all rows together can take gigabytes, so they are not kept.
     evidence = load_evidence(path)
     if missing := sorted(row.scores.keys() - evidence.draws.keys()):
         raise UserError(
-            f"{path} holds no `draws/{missing[0]}`, but the row has this score: probe again"
+            f"{path} has no `draws/{missing[0]}`, but the result has this score: run "
+            "`jepa-audio probe` again"
         )
     digest = hashlib.sha256("\n".join(evidence.uids).encode()).hexdigest()[:8]
     resamples = f"{digest} {len(evidence.draws[row.metric])}"
@@ -81,7 +85,10 @@ def _load_scores(line: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def mean_scores(lines: pd.DataFrame) -> dict[str, Any]:
-    """Mean `value` and `draws`, which are empty if the numbers of draws differ, and interval."""
+    """Means of `value` and `draws`, and the interval `low` to `high`.
+
+    The draws are empty if the lines have different numbers of draws.
+    """
     is_paired = lines["draws"].map(len).nunique() == 1
     draws = np.mean(lines["draws"].tolist(), axis=0) if is_paired else np.empty(0, np.float32)
     low, high = interval(draws)
@@ -91,7 +98,7 @@ def mean_scores(lines: pd.DataFrame) -> dict[str, Any]:
 def rank_lines(lines: pd.DataFrame) -> pd.DataFrame:
     """Lines with finite values, best first, with ranks and differences to the baselines.
 
-    New columns, next to those of `add_baselines`: `rank` ("1", "2–3", or "" for baselines),
+    New columns, in addition to those of `add_baselines`: `rank` ("1", "2–3", or "" for baselines),
     `is_best` (rank 1 is possible, and no baseline is better) and `differences`, by baseline.
     """
     lines = add_baselines(lines[np.isfinite(lines["value"])])
@@ -118,8 +125,9 @@ def rank_lines(lines: pd.DataFrame) -> pd.DataFrame:
 def rank_ranges(values: Iterable[float], draws: Iterable[Draws]) -> list[tuple[int, int]]:
     """First and last rank that each encoder may have, from paired tests at 95 % of every pair.
 
-    `first` - 1 encoders are significantly better, all after `last` significantly worse. Encoders
-    without a significant difference share ranks; that relation is not transitive.
+    `first` - 1 encoders are significantly better. The encoders after `last` are significantly
+    worse. Encoders without a significant difference share ranks. Sharing is not transitive: A and
+    C can differ significantly although neither differs from B.
     """
     scores = list(zip(values, draws, strict=True))
     verdicts = [
@@ -130,10 +138,10 @@ def rank_ranges(values: Iterable[float], draws: Iterable[Draws]) -> list[tuple[i
 
 
 def build_averages(scores: pd.DataFrame) -> list[dict[str, Any]]:
-    """Means over each set of two or more tasks that an encoder has, the largest set first.
+    """One table of means for each set of two or more tasks on which an encoder has results.
 
-    The lines are the encoders that have results on all tasks of the set under equal conditions;
-    `values` of a line are the scores on the tasks.
+    The largest set comes first. The lines are the encoders that have results on all tasks of the
+    set under equal conditions; `values` of a line are the scores on the tasks.
     """
     averages = []
     for protocol, lines in _task_scores(scores).groupby("average_protocol"):
@@ -153,7 +161,7 @@ def build_averages(scores: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _task_scores(scores: pd.DataFrame) -> pd.DataFrame:
-    """One line for each encoder and task: the headline metric, or the mean of the two of a task."""
+    """One line for each encoder and task: the headline metric, or the mean of `TASK_METRICS`."""
     lines = []
     for _, group in scores.groupby(["comparison", *ENCODER], sort=False):
         pairs = (pair for pair in TASK_METRICS if set(pair) <= set(group["name"]))
@@ -179,7 +187,7 @@ def _task(task: str, scores: pd.DataFrame) -> dict[str, Any]:
     comparable = [
         each for each in comparisons if not each["obstacle"] and each["tables"][0]["lines"]
     ]
-    # Baselines are the best only if nothing else was probed.
+    # A baseline is the best line only if nothing else was probed.
     best = {
         table["metric"]: min(table["lines"], key=lambda line: line.is_baseline)
         for each in comparable[:1]
@@ -235,7 +243,7 @@ def _comparison(scores: pd.DataFrame, published_metrics: set[str]) -> dict[str, 
 
 
 def _score_table(metric: str, scores: pd.DataFrame, chance: float | None = None) -> dict[str, Any]:
-    """Lines of a metric, best first; `axis` are the ends of the axis of their intervals."""
+    """Lines of a metric, best first; `axis` has both ends of the axis of the drawn intervals."""
     lines = rank_lines(scores)
     ends = lines[["low", "value", "high"]].to_numpy(float)
     ends = np.append(ends[np.isfinite(ends)], [] if chance is None else [chance])
@@ -244,7 +252,7 @@ def _score_table(metric: str, scores: pd.DataFrame, chance: float | None = None)
 
 
 def build_overviews(results: pd.DataFrame) -> list[dict[str, Any]]:
-    """The current results of each protocol: for each encoder and head, its line on each task."""
+    """Current results of each protocol: one line for each encoder and head, one cell per task."""
     # Encoders in alphabetical order, each with its variants in the order of the results.
     return [
         {

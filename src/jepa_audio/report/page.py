@@ -43,14 +43,15 @@ def write_leaderboard(results: Path) -> Path:
         results: `results.jsonl` of `jepa-audio probe`, with its evidence.
 
     Returns:
-        The HTML page; it needs no other file.
+        The HTML page; it contains its figures and can be opened without other files.
 
     Raises:
-        UserError: if there are no results, a line is not a row, or evidence is missing.
+        UserError: if there are no results, a line of the file is not a result, or evidence is
+            missing.
     """
     table = read_results([results])
     if table.empty:
-        raise UserError(f"{results} holds no rows: run `jepa-audio probe` first")
+        raise UserError(f"{results} contains no results: run `jepa-audio probe` first")
     page = results.with_name("leaderboard.html")
     content = compare_results(table)
     figures = _draw_results(table, content["overviews"], results.with_name("pictures"))
@@ -68,7 +69,7 @@ def write_report(directory: Path) -> Path:
         directory: a run, or a folder with runs and with the outputs of `jepa-audio probe`.
 
     Returns:
-        The page; it needs no other file.
+        The page; it contains its figures and can be opened without other files.
 
     Raises:
         UserError: if the folder is missing, or holds neither a run nor probe results.
@@ -103,14 +104,15 @@ def write_report(directory: Path) -> Path:
 
 
 def compare_results(table: pd.DataFrame, no_comparisons: str = "") -> dict[str, Any]:
-    """What the templates show of probe results, without figures.
+    """The values that the templates show about probe results, without figures.
 
     Args:
-        table: of results.
-        no_comparisons: why results are not compared with each other; empty if they are.
+        table: table of results.
+        no_comparisons: reason why results are not compared with each other; empty if they are
+            compared.
 
     Raises:
-        UserError: naming the evidence that is missing.
+        UserError: if evidence is missing or damaged; the message names it.
     """
     results = current(table)
     scores = compute_scores(table[:0] if no_comparisons else table)
@@ -133,7 +135,7 @@ def compare_results(table: pd.DataFrame, no_comparisons: str = "") -> dict[str, 
 def _draw_results(
     table: pd.DataFrame, overviews: list[dict[str, Any]], folder: Path
 ) -> dict[str, Any]:
-    """Draw figures of many results; the `files` of an overview are added to it."""
+    """Draw the figures about several results, and add `files` to each overview in place."""
     for overview in overviews:
         protocol, rows = overview["protocol"], overview["rows"]
         suffix = re.sub(r"[^\w.]+", "-", f"-{protocol}") if len(overviews) > 1 else ""
@@ -169,7 +171,7 @@ def _run_section(
 
 
 def render(template: str, context: dict[str, Any]) -> str:
-    """A template filled in; all values are escaped, in Markdown also the bars of tables."""
+    """Fill in a template. All values are escaped; in Markdown also `|`, which separates columns."""
     environment = Environment(
         loader=PackageLoader("jepa_audio.report"),
         autoescape=True,
@@ -184,7 +186,7 @@ def render(template: str, context: dict[str, Any]) -> str:
 
 
 def _escape_bars(value: object) -> object:
-    # What macros and blocks return is escaped already.
+    # Macros and blocks return `Markup`, which is already escaped.
     return value if isinstance(value, Markup) else Markup(escape(value).replace("|", "&#124;"))
 
 

@@ -1,4 +1,4 @@
-"""Training runs: what their folders hold, the verdict on each, and their curves."""
+"""Training runs: the content of their folders, the verdict on each run, and their curves."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from jepa_audio.report.probe_figures import variant_style
 Curve = tuple[np.ndarray, np.ndarray]
 """Optimizer steps, values."""
 Curves = Mapping[str, Curve]
-"""By metric key."""
+"""The curve of each metric key."""
 VERDICTS = {
     "ahead": "Ahead of",
     "behind": "Behind",
@@ -39,10 +39,14 @@ BADGES = {
     (False, True): ("worse than untrained", "behind"),
     (True, True): ("ahead and behind", ""),
 }
-"""Text and CSS class by (some result is ahead, some result is behind) of the baseline."""
+"""Text and CSS class of a badge.
+
+The keys state whether some result is ahead of its random-init baseline and whether some result is
+behind.
+"""
 REFERENCES = {"mean target", "nearest context", "random-init"}
-"""Labels of series to compare with, drawn in grey."""
-# Longer series are drawn with a running mean.
+"""Labels of the curves that are shown only for comparison; they are drawn in grey."""
+# Curves with more points are drawn with a running mean.
 MANY_POINTS = 200
 
 
@@ -51,9 +55,9 @@ class Run:
     """The files of a training run.
 
     Attributes:
-        name: of the folder; the name of its encoders in probe results.
-        label: path from the folder of the report.
-        metric_files: one for each start of the run, in that order.
+        name: name of the folder; encoders of the run have the same name in probe results.
+        label: path relative to the folder of the report.
+        metric_files: one file for each start of the run, in the order of the starts.
     """
 
     name: str
@@ -63,11 +67,11 @@ class Run:
     metric_files: list[Path]
 
     def curve(self, key: str) -> Curve:
-        """Steps and values, empty if nothing was logged."""
+        """Steps and values of a metric key; empty if nothing was logged."""
         return self.curves.get(key, (np.empty(0), np.empty(0)))
 
     def last(self, key: str) -> float:
-        """The last finite value; NaN if there is none."""
+        """The last finite value of a metric key; NaN if there is none."""
         values = self.curve(key)[1]
         return next((float(value) for value in values[::-1] if math.isfinite(value)), math.nan)
 
@@ -89,7 +93,7 @@ class Run:
 
 
 def find_runs(directory: Path) -> list[Run]:
-    """The runs below a folder, by path; the folder itself may be a run."""
+    """The runs in a folder and its subfolders, sorted by path; the folder itself may be a run."""
     folders = {
         path.parent.parent.parent if path.parent.name.startswith("version_") else path.parent
         for path in directory.rglob("metrics.csv")
@@ -103,8 +107,8 @@ def _read_run(folder: Path, directory: Path) -> Run:
     paths = [path for path in (folder / "metrics.csv", *by_number) if path.is_file()]
     starts: list[pd.DataFrame] = []
     for points in map(_read_metrics, paths):
-        # A resumed run continues from its checkpoint; what the previous start logged after that
-        # step is replaced.
+        # A resumed run continues from its checkpoint. It logs again the steps after the checkpoint,
+        # which replace those of the previous start.
         first = points["step"].min() if len(points) else math.inf
         starts = [start[start["step"] < first] for start in starts] + [points]
     logged = pd.concat(starts).drop_duplicates(["key", "step"], keep="last").sort_values("step")
@@ -144,7 +148,7 @@ def judge_run(
         collapse monitor and losses.
     """
     compared = results[(results["encoder"] == run.name) & results["against_random"].notna()]
-    # Trained heads decide; nearest neighbours only if nothing else was probed.
+    # The verdict uses trained heads. It uses nearest neighbours only if there are no trained heads.
     if (compared["head"] != "knn").any():
         compared = compared[compared["head"] != "knn"]
     several_protocols = compared["protocol"].nunique() > 1
@@ -219,7 +223,7 @@ class Panel:
     """One panel of `draw_curves`.
 
     Args:
-        series: label by metric key, in drawing order; `*` in a key matches anything.
+        series: metric key → label, in drawing order; `*` in a key matches any text.
         log_scale: logarithmic axis of values.
         from_zero: start the axis of values at zero.
     """

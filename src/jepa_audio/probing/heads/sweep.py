@@ -26,10 +26,12 @@ from jepa_audio.probing.tasks.labels import Labels
 
 # Values of the hidden units of all heads that are computed at once: 512 MiB.
 _MAX_HIDDEN_VALUES = 2**27
-# A group on one core is not faster with more layers.
+# Groups of layers are trained together (see `group_inputs`). On one core, larger groups are not
+# faster for each layer.
 _MAX_LAYERS_PER_GROUP = 3
-# A group takes at most a quarter of the layers that are left, so the last groups are small and
-# all cores end at nearly the same time: they compute in 95 % of the wall time, 87 % before.
+# A group takes at most a quarter of the layers that are left. The last groups are then small, and
+# all cores end at nearly the same time. The cores compute in 95 % of the wall time; before this
+# limit, in 87 %.
 _MIN_GROUPS_LEFT = 4
 
 
@@ -113,12 +115,14 @@ def fit_grid(fit: FitContext, inputs: Sequence[HeadInput], settings: MLPSettings
     """Train one head for every seed, input and learning rate, in this order.
 
     All heads of a seed get the same initial weights and the same batches, as in separate runs with
-    that seed. Each has its own learning rate, plateau schedule, early stopping and best state, and
-    leaves the stack when it stops. Heads on layers of one width share batched products; each core
-    trains a few layers. The result is that of separate runs, except for the rounding of sums.
+    that seed. Each head has its own learning rate, plateau schedule, early stopping and best state.
+    When a head stops, it is removed from the stacked parameters. Heads on layers of the same width
+    share batched matrix products; each core trains the heads of a few layers. The result is that of
+    separate runs, except for the rounding of sums.
     """
     train, protocol = TrainingRows(fit), settings.protocol
-    # The thousands of rows in a batch of frames keep all cores busy; 64 rows do not.
+    # A batch of frames has thousands of rows, and one product uses all cores. A batch of clips has
+    # 64 rows; each core then trains its own group.
     by_core = torch.device(fit.device).type == "cpu" and fit.data.task.grid_hz is None
     groups = group_inputs(inputs, train, settings, by_core)
     grid = list(product(fit.seeds, inputs, protocol.learning_rates))
@@ -148,7 +152,7 @@ def _train_stack(
     settings: MLPSettings,
     stop: Event,
 ) -> Iterator[list[MLPHead]]:
-    """Train the heads of a group, and yield after each epoch those that have stopped."""
+    """Train the heads of a group, and yield after each epoch the heads that have stopped."""
     layers = [layer for head_input in inputs for layer in head_input.layers]
     labels, rates = fit.data.labels, settings.protocol.learning_rates
     widths = train.features.widths(layers)
@@ -193,8 +197,9 @@ def group_inputs(
 ) -> list[list[HeadInput]]:
     """Divide the inputs into groups whose heads are trained in the same products.
 
-    A group holds layers of one width, as many as memory allows, or one input of another kind. If
-    every core trains a group, groups are smaller, the slowest come first and the smallest last.
+    A group contains layers of one width, as many as memory allows, or one input of another kind,
+    such as a weighted sum. With `by_core`, every core trains its own group: the groups are smaller,
+    the slowest groups come first and the smallest last.
     """
     protocol = settings.protocol
     rows = protocol.batch_size * train.max_rows_per_window
@@ -221,9 +226,9 @@ def group_inputs(
 def _thread_pool(by_core: bool) -> Iterator[tuple[ThreadPoolExecutor, Event]]:
     """A pool with one single-threaded worker for each of torch's threads, and a stop event.
 
-    Products of 64 rows are too small to divide over threads. Without `by_core`, the pool has one
-    worker that uses all threads. The event is set at the end of the block, so running workers stop
-    after an error or an interrupt.
+    Matrix products of 64 rows are too small to be divided among threads. Without `by_core`, the
+    pool has one worker that uses all threads. The event is set at the end of the block, so running
+    workers stop after an error or an interrupt.
     """
     num_threads, stop = torch.get_num_threads(), Event()
     torch.set_num_threads(1 if by_core else num_threads)

@@ -1,4 +1,4 @@
-"""Label types: the targets, losses and predictions of heads for clips, and for frames in time."""
+"""Label types, for clips and for frames in time: targets, losses and predictions of heads."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ RowTargets = Shaped[Tensor, "rows ..."]
 class Labels(ABC):
     """Targets, losses and predictions for one type of label.
 
-    Training compares the logits with `row_targets` by `losses`. Metrics compare the `predictions`
+    In training, `losses` compares the logits with `row_targets`. Metrics compare the `predictions`
     for each unit with its `unit_targets`.
 
     Attributes:
@@ -127,7 +127,10 @@ class Labels(ABC):
 
 
 class ClipLabels(Labels):
-    """One label for an item: the target of its rows. Predictions are mean logits over a unit."""
+    """One label for each item: the target of all its rows.
+
+    The prediction for a unit is the mean of the logits of its rows.
+    """
 
     @abstractmethod
     def encode(self, items: Sequence[Item]) -> Shaped[np.ndarray, "items ..."]:
@@ -155,7 +158,7 @@ class ClipLabels(Labels):
 
 @dataclass(frozen=True)
 class Multiclass(ClipLabels):
-    """One of several classes; a number as label is the name of a class.
+    """The label is one of several classes; a number is used as the name of a class.
 
     Args:
         names: names of the classes; if empty, those of the training split.
@@ -185,7 +188,10 @@ class Multiclass(ClipLabels):
 
 @dataclass(frozen=True)
 class Multilabel(ClipLabels):
-    """Any number of tags: those of `names` or else of the training split. Others are ignored."""
+    """The label is a list of tags.
+
+    Only the tags in `names` are predicted; if it is empty, those of the training split.
+    """
 
     kind = "tags"
 
@@ -209,7 +215,9 @@ class Multilabel(ClipLabels):
 
 @dataclass(frozen=True)
 class Regression(ClipLabels):
-    """One or more numbers, standardised on the training split, so that their scale has no effect.
+    """The label is one or more numbers, standardised with mean and deviation of the training split.
+
+    The scale of the numbers therefore has no effect.
 
     `fitted` sets `mean` and `deviation`, and `names` if they are not given.
     """
@@ -264,10 +272,11 @@ def _sort_names(names: set[str]) -> tuple[str, ...]:
 
 
 class FrameLabels(Labels):
-    """An annotation in time: each frame has a target. Predictions are counts for each unit.
+    """The label is an annotation in time, which gives each frame a target.
 
-    The times of annotations start at the start of the file, also in a record of a segment. Parts
-    without frames are not scored, such as an end that is too short for a window.
+    Predictions are counts for each unit, for example of correct events. The times of an annotation
+    are measured from the start of the file, also if the item is a segment. Parts of a file without
+    frames are not scored, such as an end that is too short for a window.
     """
 
     @override
