@@ -49,16 +49,13 @@ def convert(
     """
     if name not in DATA_SETS:
         known = ", ".join(sorted(DATA_SETS))
-        raise UserError(
-            f"there is no data set {name!r}, only {known}{did_you_mean(name, DATA_SETS)}"
-        )
+        hint = did_you_mean(name, DATA_SETS)
+        raise UserError(f"there is no data set {name!r}, only {known}{hint}")
     if not raw.is_dir():
         raise MissingFileError(f"there is no folder {raw}: give the folder of the data set {name}")
     output = output or raw
     conversion = DATA_SETS[name].convert(raw)
-    all_records = chain.from_iterable(
-        records for splits in conversion.values() for records in splits.values()
-    )
+    all_records = chain.from_iterable(chain(*splits.values()) for splits in conversion.values())
     paths = list(dict.fromkeys(str(record["audio_path"]) for record in all_records))
     inspected = map_threads(lambda path: _inspect(raw / path), paths, num_workers)
     files = dict(zip(paths, track_progress(inspected, f"Decoding {name}", len(paths)), strict=True))
@@ -115,10 +112,8 @@ def _report_bad(name: str, raw: Path, output: Path, bad: Mapping[str, str], num_
 def _complete(record: Record, audio: Record, raw: Path, output: Path) -> Record:
     """Add MARBLE's keys; make the path relative to the folder of the records if `raw` is inside."""
     # Path.resolve would follow links out of the folder that contains both.
-    path, folder, root = (
-        Path(os.path.abspath(part))  # noqa: PTH100
-        for part in (raw / record["audio_path"], raw, output)
-    )
+    parts = (raw / record["audio_path"], raw, output)
+    path, folder, root = (Path(os.path.abspath(part)) for part in parts)  # noqa: PTH100
     shown = path.relative_to(root) if folder.is_relative_to(root) else path
     return {**record, "audio_path": shown.as_posix(), **audio}
 

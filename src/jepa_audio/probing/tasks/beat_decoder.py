@@ -13,14 +13,9 @@ from torch.nn import functional as F
 
 from jepa_audio.errors import UserError
 
-_EPSILON = 1e-6
-"""Smallest distance of activations from 0 and 1, so that no single frame outweighs a track."""
-
-_MAX_SCORES = 2**26
-"""Scores held at once (256 MiB); more tracks are decoded in chunks."""
-
-_IMPOSSIBLE = -36.0
-"""Log-probability below which a tempo change is impossible: the resolution of 64 bits."""
+_EPSILON = 1e-6  # smallest distance from 0 and 1, so that no single frame outweighs a track
+_MAX_SCORES = 2**26  # scores held at once (256 MiB); more tracks are decoded in chunks
+_IMPOSSIBLE = -36.0  # log-probability of impossible tempo changes: the resolution of 64 bits
 
 
 @dataclass(frozen=True)
@@ -30,13 +25,9 @@ class BarPointer:
     The model is from (Krebs, Böck and Widmer, 2015, "An efficient state-space model for joint tempo
     and meter tracking"), with madmom's constants. A state is an interval (frames from one beat to
     the next) and a position in it. A path passes through the positions of an interval frame by
-    frame, and can change the interval only where a beat starts.
-
-    Attributes:
-        intervals: consecutive numbers of frames.
-        widths: for each interval, the number of its first positions that observe a beat.
-        change: log-probability of the interval of a beat (columns), given the previous one (rows).
-        beat_prior: log-odds that are added to those of the activation at each beat position.
+    frame, and can change the interval only where a beat starts, with the log-probability `change`
+    (from rows to columns). The first `widths` positions of an interval observe a beat: `beat_prior`
+    is added to the log-odds of the activation there.
     """
 
     intervals: Int64[Tensor, " J"]
@@ -53,18 +44,10 @@ class BarPointer:
         transition_lambda: float = 100.0,
         observation_lambda: int = 16,
     ) -> BarPointer:
-        """Build the model.
+        """Build the model; raises `UserError` if the fastest beat has fewer than two frames.
 
-        Args:
-            frame_rate: frames per second.
-            min_bpm: slowest tempo in beats per minute.
-            max_bpm: fastest tempo in beats per minute.
-            transition_lambda: steadiness of the tempo: a change by the share x is
-                exp(-transition_lambda · x) times as probable as no change.
-            observation_lambda: the first 1/observation_lambda of an interval observes a beat.
-
-        Raises:
-            UserError: if the fastest beat has fewer than two frames.
+        A change of tempo by the share x is exp(-transition_lambda · x) times as probable as no
+        change. The first 1/observation_lambda of an interval observes a beat.
         """
         assert 0 < min_bpm <= max_bpm and transition_lambda >= 0 and observation_lambda >= 2
         shortest, longest = 60 * frame_rate / max_bpm, 60 * frame_rate / min_bpm
@@ -82,21 +65,13 @@ class BarPointer:
 
 
 def decode_beats(
-    activations: Float[Tensor, "N T"],
-    model: BarPointer,
-    lengths: Int64[Tensor, " N"] | None = None,
+    activations: Float[Tensor, "N T"], model: BarPointer, lengths: Int64[Tensor, " N"] | None = None
 ) -> list[Int64[np.ndarray, " _"]]:
-    """Find the beats of the most probable path of each track; many tracks at once.
+    """Find the frames of the beats of N tracks from the probability of a beat in each frame.
 
-    Each beat is at the highest activation among the positions of its interval that observe it.
-
-    Args:
-        activations: probability of a beat in each of T frames of N tracks.
-        model: model of the tempo.
-        lengths: frames of each track, if some have fewer than T; later frames are ignored.
-
-    Returns:
-        The frames of the beats of each track, increasing; none where all activations are 0.
+    The beats are those of the most probable path, each at the highest activation among the
+    positions that observe it. Frames after `lengths` are ignored. A track whose activations are all
+    0 has no beats.
     """
     num_tracks, num_frames = activations.shape
     activations = activations.detach().to(torch.promote_types(activations.dtype, torch.float32))
@@ -136,7 +111,7 @@ def beat_starts(
         start = torch.where(start > 0, start - intervals[index], start)
         path.append((start, index))
     starts, indices = (
-        torch.stack(column).cpu().numpy()[::-1] for column in zip(*path, strict=True)
+        torch.stack(values).cpu().numpy()[::-1] for values in zip(*path, strict=True)
     )
     beats = []
     for n in range(starts.shape[1]):
@@ -161,9 +136,7 @@ def _path_scores(
     padded = F.pad(log_odds.where(inside, log_odds.new_zeros(())), (pad, pad))
     widths, width_index = model.widths.unique(return_inverse=True)
     # Every sum is computed separately: differences of running sums would lose single frames.
-    gains = [
-        F.pad(padded.unfold(1, width, 1).sum(dim=-1), (0, width - 1)) for width in widths.tolist()
-    ]
+    gains = [F.pad(padded.unfold(1, n, 1).sum(dim=-1), (0, n - 1)) for n in widths.tolist()]
     scores = torch.stack([gains[i] for i in width_index.tolist()])
     change, end = model.change.to(scores), pad + int(num_frames.max())
     possible = [row.isfinite().nonzero().flatten().tolist() for row in model.change]
@@ -173,11 +146,10 @@ def _path_scores(
         # Contiguous copies: the rows of `scores` are so far apart that memory limits the speed.
         best = scores.new_full((len(scores), scores.shape[1], stop - start), -math.inf)
         for j, interval in enumerate(model.intervals.tolist()):
-            low, high = possible[j][0], possible[j][-1] + 1
+            reachable = slice(possible[j][0], possible[j][-1] + 1)
             ended = scores[j, :, start - interval : stop - interval].contiguous()
-            torch.maximum(
-                best[low:high], ended + change[j, low:high, None, None], out=best[low:high]
-            )
+            score = ended + change[j, reachable, None, None]
+            torch.maximum(best[reachable], score, out=best[reachable])
         scores[:, :, start:stop] += best
     return scores
 

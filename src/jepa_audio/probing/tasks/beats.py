@@ -17,33 +17,21 @@ from typing_extensions import override
 from jepa_audio.errors import UserError
 from jepa_audio.files import read_json
 from jepa_audio.probing.metrics import MeanF1, PooledF1
+from jepa_audio.probing.tasks import labels
 from jepa_audio.probing.tasks.base import Protocol, Task, Windows
 from jepa_audio.probing.tasks.beat_decoder import BarPointer, decode_beats
 from jepa_audio.probing.tasks.gtzan import split_files
-from jepa_audio.probing.tasks.labels import (
-    FrameLabels,
-    FrameSequence,
-    Logits,
-    Predictions,
-    Rows,
-    Unit,
-    frame_sequences,
-)
 from jepa_audio.probing.tasks.raw_data import DataSet, Example, find_path
 from jepa_audio.probing.tasks.records import Item, Split, is_time
 
 EVENTS = ("beat", "downbeat")
 """Outputs of a head, and keys of a label."""
-
 BEAT_COLUMNS, DOWNBEAT_COLUMNS = (0, 1, 2), (3, 4, 5)
 """Columns of the predictions of `Beats`: matching, estimated and annotated events of a unit."""
-
 TEMPO_BPM = {"beat": (55.0, 215.0), "downbeat": (18.0, 72.0)}
 """Slowest and fastest tempo. MARBLE's second version uses the tempo of beats for downbeats too."""
-
 TOLERANCE_SECONDS = 0.07
 """Largest distance of a match, as in mir_eval and MARBLE's code (MARBLE's paper has 20 ms)."""
-
 _TARGET_STEP_SECONDS = 1 / 75
 """One frame of MERT. Frames at most one step from a beat are targets, as in MERT's own probes."""
 
@@ -58,20 +46,16 @@ _REMEDY = (
 
 
 @dataclass(frozen=True)
-class Beats(FrameLabels):
+class Beats(labels.FrameLabels):
     """Beats and downbeats, of records with labels `{"beat": [seconds], "downbeat": [seconds]}`.
 
-    The windows of a unit are joined and decoded as one track. The first 5 s are scored too: MARBLE
-    keeps them, although mir_eval recommends to leave them out.
-
-    Args:
-        decoded: events that are decoded and counted.
+    The windows of a unit are joined and decoded as one track; only `decoded` events are counted.
+    The first 5 s are scored too: MARBLE keeps them, although mir_eval recommends to leave them out.
     """
 
     kind = "tags"
     decoder = "dbn"
     names = EVENTS
-
     decoded: tuple[str, ...] = EVENTS
 
     @override
@@ -80,11 +64,11 @@ class Beats(FrameLabels):
         return Beats(decoded=("beat",))
 
     @override
-    def row_targets(self, split: Split, rows: Rows) -> Float[Tensor, "rows 2"]:
+    def row_targets(self, split: Split, rows: labels.Rows) -> Float[Tensor, "rows 2"]:
         """1 for frames at most one step from an event, else 0. A step is at least one frame."""
         targets = np.zeros((len(rows), len(EVENTS)), dtype=np.float32)
         step = max(_TARGET_STEP_SECONDS, 1 / rows.frame_rate)
-        for frames in frame_sequences(split, rows, "file"):
+        for frames in labels.frame_sequences(split, rows, "file"):
             for output, name in enumerate(EVENTS):
                 num_steps = _distance(frames.seconds, _event_times(frames.item, name)) / step
                 # The margin gives an event half way between two frames the same targets on both.
@@ -92,9 +76,11 @@ class Beats(FrameLabels):
         return torch.from_numpy(targets)
 
     @override
-    def predictions(self, logits: Logits, split: Split, rows: Rows, by: Unit) -> Predictions:
+    def predictions(
+        self, logits: labels.Logits, split: Split, rows: labels.Rows, by: labels.Unit
+    ) -> labels.Predictions:
         """Counts of each unit and head, see `BEAT_COLUMNS`; 0 for events that are not decoded."""
-        sequences, rate = list(frame_sequences(split, rows, by)), rows.frame_rate
+        sequences, rate = list(labels.frame_sequences(split, rows, by)), rows.frame_rate
         counts = torch.zeros(rows.num_units(split, by), logits.shape[1], 2 * len(BEAT_COLUMNS))
         for output, name in enumerate(EVENTS):
             if name not in self.decoded:
@@ -110,7 +96,9 @@ class Beats(FrameLabels):
 
 
 def _decode(
-    activations: Float[Tensor, "rows K"], sequences: Sequence[FrameSequence], model: BarPointer
+    activations: Float[Tensor, "rows K"],
+    sequences: Sequence[labels.FrameSequence],
+    model: BarPointer,
 ) -> list[list[Float[np.ndarray, " _"]]]:
     """Times of the events in seconds, by sequence and head."""
     num_heads, longest = activations.shape[1], max(len(frames.rows) for frames in sequences)
@@ -122,7 +110,9 @@ def _decode(
 
 
 def _count(
-    parts: Sequence[tuple[FrameSequence, list[Float[np.ndarray, " _"]]]], name: str, rate: float
+    parts: Sequence[tuple[labels.FrameSequence, list[Float[np.ndarray, " _"]]]],
+    name: str,
+    rate: float,
 ) -> Float[Tensor, "K 3"]:
     """Number of matching, estimated and annotated events of one unit, by head."""
     covered = []
@@ -140,16 +130,17 @@ def _count(
 
 def _event_times(item: Item, name: str) -> Float[np.ndarray, " events"]:
     """Times of the events in seconds; raises `UserError` if they are not an increasing list."""
-    label = item.label
-    if not isinstance(label, dict) or not isinstance(label.get(name), list):
+    values = item.label.get(name) if isinstance(item.label, dict) else None
+    if not isinstance(values, list):
         raise item.error(f"an object whose `{name}` is a list of seconds")
-    for time in label[name]:
+    for time in values:
         if not is_time(time):
             raise UserError(f"{item.where}: `{name}` contains {time!r}, must contain seconds")
-    times = np.array(label[name], dtype=np.float64)
-    if (falls := np.diff(times) < 0).any():
-        late = times[1:][falls][0]
-        raise UserError(f"{item.where}: `{name}` must increase, but {late} s is after a later time")
+    times = np.array(values, dtype=np.float64)
+    if (late := times[1:][np.diff(times) < 0]).size:
+        raise UserError(
+            f"{item.where}: `{name}` must increase, but {late[0]} s is after a later time"
+        )
     return times
 
 
@@ -196,7 +187,6 @@ def _read_jams(path: Path) -> dict[str, list[float]]:
 
 
 GTZAN_RHYTHM = DataSet("gtzan_rhythm", read)
-
 GTZAN_BEAT = Task(
     "gtzan_beat",
     "GTZAN/GTZANBeatTracking",

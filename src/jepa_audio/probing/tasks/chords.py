@@ -16,16 +16,8 @@ from typing_extensions import override
 
 from jepa_audio.errors import UserError
 from jepa_audio.probing.metrics import SHARP_TONICS, Share
+from jepa_audio.probing.tasks import labels
 from jepa_audio.probing.tasks.base import Protocol, Task, Windows, protocols_of_v2
-from jepa_audio.probing.tasks.labels import (
-    UNKNOWN,
-    FrameLabels,
-    Logits,
-    Predictions,
-    Rows,
-    Unit,
-    frame_sequences,
-)
 from jepa_audio.probing.tasks.records import Item, Split, is_time
 
 CHORDS = (*(f"{root}:{quality}" for quality in ("maj", "min") for root in SHARP_TONICS), "N")
@@ -36,7 +28,7 @@ _OVERLAP_SECONDS = 1e-3
 
 
 @dataclass(frozen=True)
-class Chords(FrameLabels):
+class Chords(labels.FrameLabels):
     """One of `CHORDS`, of records with a list of `{"start_time", "end_time", "chord_str"}`.
 
     The class of a chord is the major triad that it contains, or else the minor triad that it
@@ -48,17 +40,19 @@ class Chords(FrameLabels):
     names = CHORDS
 
     @override
-    def row_targets(self, split: Split, rows: Rows) -> Int64[Tensor, " rows"]:
+    def row_targets(self, split: Split, rows: labels.Rows) -> Int64[Tensor, " rows"]:
         """Class of the chord at the centre of each frame, or `UNKNOWN`."""
-        targets = np.full(len(rows), UNKNOWN, dtype=np.int64)
-        for frames in frame_sequences(split, rows, "file"):
+        targets = np.full(len(rows), labels.UNKNOWN, dtype=np.int64)
+        for frames in labels.frame_sequences(split, rows, "file"):
             timeline = _Timeline.of(frames.item)
             index, is_annotated = timeline.find(frames.seconds)
             targets[frames.rows[is_annotated]] = timeline.classes[index[is_annotated]]
         return torch.from_numpy(targets)
 
     @override
-    def predictions(self, logits: Logits, split: Split, rows: Rows, by: Unit) -> Predictions:
+    def predictions(
+        self, logits: labels.Logits, split: Split, rows: labels.Rows, by: labels.Unit
+    ) -> labels.Predictions:
         """Sums of each unit and head: correct and comparable seconds, correct and scored frames.
 
         The seconds equal those of mir_eval's `majmin`, but are summed over parts of the intervals
@@ -66,11 +60,9 @@ class Chords(FrameLabels):
         """
         classes, device = logits.detach().argmax(dim=-1), logits.device
         targets = self.row_targets(split, rows).to(device)
-        is_scored = targets != UNKNOWN
+        is_scored = targets != labels.UNKNOWN
         is_correct = (classes == targets[:, None]) & is_scored[:, None]
-        row, seconds, credit = (
-            torch.from_numpy(array).to(device) for array in _overlaps(split, rows)
-        )
+        row, seconds, credit = (torch.from_numpy(a).to(device) for a in _overlaps(split, rows))
         correct = credit.clamp_min(0).gather(1, classes[row]) * seconds[:, None]
         comparable = seconds.where(credit[:, 0] >= 0, seconds.new_zeros(()))
         unit = torch.from_numpy(rows.unit_index(split, by)).to(device)
@@ -80,17 +72,16 @@ class Chords(FrameLabels):
             (unit, is_correct.float()),
             (unit, is_scored[:, None].expand_as(is_correct).float()),
         )
-        shape = rows.num_units(split, by), logits.shape[1]
-        zeros = logits.new_zeros(shape, dtype=torch.float32)
+        zeros = torch.zeros(rows.num_units(split, by), logits.shape[1], device=device)
         return torch.stack([zeros.index_add(0, index, term) for index, term in terms], dim=-1)
 
 
 def _overlaps(
-    split: Split, rows: Rows
+    split: Split, rows: labels.Rows
 ) -> tuple[Int64[np.ndarray, " n"], Float[np.ndarray, " n"], Float[np.ndarray, "n C"]]:
     """Overlaps of a frame and a chord: row, seconds, and credit (see `_Timeline`)."""
     half, parts = 0.5 / rows.frame_rate, []
-    for frames in frame_sequences(split, rows, "file"):
+    for frames in labels.frame_sequences(split, rows, "file"):
         timeline = _Timeline.of(frames.item)
         low, high = frames.seconds - half, frames.seconds + half
         edges = np.unique(np.concatenate([low, high, timeline.starts, timeline.ends]))
@@ -100,7 +91,7 @@ def _overlaps(
         kept = is_annotated & (frame >= 0) & (middle < high[frame])
         seconds = np.diff(edges)[kept].astype(np.float32)
         parts.append((frames.rows[frame[kept]], seconds, timeline.credit[index[kept]]))
-    row, seconds, credit = (np.concatenate(column) for column in zip(*parts, strict=True))
+    row, seconds, credit = map(np.concatenate, zip(*parts, strict=True))
     return row, seconds, credit
 
 
@@ -146,7 +137,6 @@ class _Timeline:
 
 
 def _region(item: Item, region: Any) -> tuple[float, float, str]:
-    """Start, end and chord."""
     keys = ("start_time", "end_time", "chord_str")
     if not isinstance(region, dict) or any(key not in region for key in keys):
         raise UserError(
@@ -154,10 +144,8 @@ def _region(item: Item, region: Any) -> tuple[float, float, str]:
         )
     start, end, chord = (region[key] for key in keys)
     if not is_time(start) or not is_time(end) or end < start:
-        raise UserError(
-            f"{item.where}: `start_time` and `end_time` of {region!r} must be seconds, in this "
-            "order"
-        )
+        times = "`start_time` and `end_time`"
+        raise UserError(f"{item.where}: {times} of {region!r} must be seconds, in this order")
     try:
         _class_of(chord)
     except (mir_chord.InvalidChordException, TypeError) as error:
@@ -177,7 +165,7 @@ def _class_of(chord: str) -> int:
         triad = np.flatnonzero(mir_chord.quality_to_bitmap(quality))
         if (semitones[triad] == 1).all():
             return int(first + root % 12)
-    return UNKNOWN
+    return labels.UNKNOWN
 
 
 @lru_cache(maxsize=10_000)
@@ -185,16 +173,15 @@ def _credit_of(chord: str) -> tuple[float, ...]:
     return tuple(mir_chord.majmin([chord] * len(CHORDS), list(CHORDS)).tolist())
 
 
+_V2 = Protocol(
+    Windows(15.0, min_ratio=0.1), max_epochs=50, stop_patience=10, learning_rates=(1e-3,)
+)
 CHORDS1217 = Task(
     "chords1217",
     "Chords1217/Chords1217",
     Chords(),
     (Share("majmin", (0, 1)), Share("frame_accuracy", (2, 3))),
-    protocols_of_v2(
-        Protocol(
-            Windows(15.0, min_ratio=0.1), max_epochs=50, stop_patience=10, learning_rates=(1e-3,)
-        )
-    ),
+    protocols_of_v2(_V2),
     # The average error at a chord change is 12.5 ms, under 1 % of a chord of 2 s. 100 Hz would need
     # five times the memory.
     grid_hz=20.0,

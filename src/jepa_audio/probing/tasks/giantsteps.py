@@ -10,19 +10,11 @@ import mir_eval
 
 from jepa_audio.errors import UserError
 from jepa_audio.probing.metrics import KEYS, TONICS, Accuracy, KeyScore
+from jepa_audio.probing.tasks import raw_data
 from jepa_audio.probing.tasks.base import Protocol, Task, Windows
 from jepa_audio.probing.tasks.labels import Multiclass
-from jepa_audio.probing.tasks.raw_data import (
-    DataSet,
-    Example,
-    audio_files,
-    find_path,
-    hash_modulo,
-    read_table,
-)
 
-TEST_FOLDER = "giantsteps-key-dataset"
-TRAIN_FOLDER = "giantsteps-mtg-key-dataset"
+TEST_FOLDER, TRAIN_FOLDER = "giantsteps-key-dataset", "giantsteps-mtg-key-dataset"
 
 _MAX_CONFIDENCE = "2"  # the values are 0, 1 and 2
 _REMEDY = (
@@ -31,7 +23,7 @@ _REMEDY = (
 )
 
 
-def read(raw: Path) -> dict[str, Iterator[Example]]:
+def read(raw: Path) -> dict[str, Iterator[raw_data.Example]]:
     """Read the keys; sharps become flats.
 
     The test split is the GiantSteps key data set. Train and val are the songs of the GiantSteps MTG
@@ -45,31 +37,25 @@ def split_by_artist(artists: Mapping[int, str]) -> dict[int, str]:
 
     An artist is in train if the sha1 checksum of the name in lower case, modulo 116, is below 100,
     else in val. Then two passes over the songs, in their order, move all artists of a song with an
-    artist in val to val. About 80 % of the songs remain in train.
-
-    Args:
-        artists: artists of every song, separated by commas.
+    artist in val to val. About 80 % of the songs remain in train. Artists are separated by commas.
     """
     names = {song: [name.strip() for name in line.split(",")] for song, line in artists.items()}
-    every = {name for of_song in names.values() for name in of_song}
-    in_val = {name for name in every if hash_modulo(name.lower(), 116, "sha1") >= 100}
+    every = set(itertools.chain.from_iterable(names.values()))
+    in_val = {name for name in every if raw_data.hash_modulo(name.lower(), 116, "sha1") >= 100}
     for _ in range(2):
         for of_song in names.values():
             if in_val.intersection(of_song):
                 in_val.update(of_song)
-    return {
-        song: "val" if in_val.intersection(of_song) else "train" for song, of_song in names.items()
-    }
+    return {song: "val" if in_val.intersection(names[song]) else "train" for song in names}
 
 
-def _train_examples(raw: Path) -> Iterator[Example]:
+def _train_examples(raw: Path) -> Iterator[raw_data.Example]:
     folder = _find_folder(raw, TRAIN_FOLDER)
-    metadata = folder / "annotations" / "beatport_metadata.txt"
-    annotations = folder / "annotations" / "annotations.txt"
-    songs = read_table(metadata, ("ID", "ARTIST"), "\t", errors="replace", ragged=True)
+    metadata = folder / "annotations/beatport_metadata.txt"
+    songs = raw_data.read_table(metadata, ("ID", "ARTIST"), "\t", errors="replace", ragged=True)
     splits = split_by_artist({row.whole_number("ID"): row["ARTIST"] for row in songs})
-    audio = _audio_by_song(folder)
-    for row in read_table(annotations, ("ID", "MANUAL KEY", "C"), "\t", ragged=True):
+    audio, annotations = _audio_by_song(folder), folder / "annotations/annotations.txt"
+    for row in raw_data.read_table(annotations, ("ID", "MANUAL KEY", "C"), "\t", ragged=True):
         if row["C"] != _MAX_CONFIDENCE or "/" in row["MANUAL KEY"]:
             continue
         song = row.whole_number("ID")
@@ -78,10 +64,10 @@ def _train_examples(raw: Path) -> Iterator[Example]:
         yield _example(splits[song], folder, audio, song, _key(row["MANUAL KEY"], row.where))
 
 
-def _test_examples(raw: Path) -> Iterator[Example]:
+def _test_examples(raw: Path) -> Iterator[raw_data.Example]:
     folder = _find_folder(raw, TEST_FOLDER)
     audio = _audio_by_song(folder)
-    first = find_path(folder, ("annotations/key/*.key",), _REMEDY)
+    first = raw_data.find_path(folder, ("annotations/key/*.key",), _REMEDY)
     for path in sorted(first.parent.glob("*.key"), key=_song_of):
         key = _key(path.read_text(encoding="utf-8"), f"{path}, line 1")
         yield _example("test", folder, audio, _song_of(path), key)
@@ -93,43 +79,42 @@ def _find_folder(raw: Path, name: str) -> Path:
     if len(folders) > 1:
         names = ", ".join(folder.name for folder in folders)
         raise UserError(f"{raw} has {len(folders)} folders for {name}: {names}; keep one")
-    return find_path(raw, (f"{name}*/",), _REMEDY)
+    return raw_data.find_path(raw, (f"{name}*/",), _REMEDY)
 
 
 def _audio_by_song(folder: Path) -> dict[int, Path]:
-    find_path(folder, ("audio", "wav"), _REMEDY)
+    raw_data.find_path(folder, ("audio", "wav"), _REMEDY)
     return {
         _song_of(path): path
         for name in ("wav", "audio")  # a file in audio/ replaces one of the same song in wav/
         if (folder / name).is_dir()
-        for path in audio_files(folder / name, (".flac", ".mp3", ".wav")).values()
+        for path in raw_data.audio_files(folder / name, (".flac", ".mp3", ".wav")).values()
     }
 
 
-def _example(split: str, folder: Path, audio: Mapping[int, Path], song: int, key: str) -> Example:
+def _example(
+    split: str, folder: Path, audio: Mapping[int, Path], song: int, key: str
+) -> raw_data.Example:
     path = audio.get(song, folder / "audio" / f"{song}.LOFI.mp3")
-    return Example(split, path, key, ori_uid=f"{song:07}")
+    return raw_data.Example(split, path, key, ori_uid=f"{song:07}")
 
 
 def _song_of(path: Path) -> int:
     digits = path.name.partition(".")[0]
     if not digits.isdecimal():
-        raise UserError(
-            f"{path}: the name must begin with the number of a song, such as "
-            f"1234749.LOFI{path.suffix}"
-        )
+        example = f"1234749.LOFI{path.suffix}"
+        raise UserError(f"{path}: the name must begin with the number of a song, such as {example}")
     return int(digits)
 
 
 def _key(text: str, where: str) -> str:
     """One of `KEYS`."""
-    tonic, _, mode = text.strip().partition(" ")
+    text = text.strip()
+    tonic, _, mode = text.partition(" ")
     semitone = mir_eval.key.KEY_TO_SEMITONE.get(tonic.lower())
     key = "" if semitone is None else f"{TONICS[semitone]} {mode.strip().lower()}"
     if key not in KEYS:
-        raise UserError(
-            f"{where}: {text.strip()!r} is not a key; a key is like `Bb major` or `F# minor`"
-        )
+        raise UserError(f"{where}: {text!r} is not a key; a key is like `Bb major` or `F# minor`")
     return key
 
 
@@ -147,5 +132,5 @@ GIANTSTEPS_KEY = Task(
     group_by="ori_uid",
     num_seeds=3,
     num_units=(None, None, 604),
-    data_set=DataSet("giantsteps", read),
+    data_set=raw_data.DataSet("giantsteps", read),
 )

@@ -28,10 +28,7 @@ SPLIT_SHA256 = "417da1ac79518cf41329e3c325677aec4445884967f14143a21e71b75816b7d6
 """Checksum of `gtzan_split.json`, the published split as file numbers of each genre."""
 
 _LISTS = {"train": "train_filtered.txt", "val": "valid_filtered.txt", "test": "test_filtered.txt"}
-_FIRST_GENRE = tuple(
-    f"{folder}{GENRES[0]}"
-    for folder in ("genres/", "genres_original/", "Data/genres_original/", "")
-)
+_FIRST_GENRE = ("genres/blues", "genres_original/blues", "Data/genres_original/blues", "blues")
 _OFTEN_CORRUPT = "jazz.00054"  # in the most common copy of the data set
 _REMEDY = (
     "give the folder that holds genres/ (or genres_original/) with its ten folders from blues/ to "
@@ -56,23 +53,15 @@ def read(raw: Path) -> dict[str, list[Example]]:
 
 
 def split_files(raw: Path) -> dict[str, dict[str, Path]]:
-    """Return the files of each split by stem ("blues.00029").
-
-    Raises:
-        MissingFileError: if there is no folder of genres, or only some of the lists of files.
-        UserError: if a line of a list is not a file of GTZAN; names list and line.
-    """
+    """Return the files of each split by stem ("blues.00029")."""
     folder = find_path(raw, _FIRST_GENRE, _REMEDY).parent
     audio: dict[str, Path] = {}
     for genre in GENRES:
         audio |= audio_files(find_path(folder, (genre,), _REMEDY), (".wav", ".flac", ".au"))
-    splits = {
-        split: {
-            stem: audio.get(stem, folder / stem.partition(".")[0] / f"{stem}.wav") for stem in stems
-        }
-        for split, stems in _read_lists(raw).items()
-    }
-    for files in splits.values():
+    splits = {}
+    for split, stems in _read_lists(raw).items():
+        wav = {stem: folder / stem.partition(".")[0] / f"{stem}.wav" for stem in stems}
+        splits[split] = files = {stem: audio.get(stem, wav[stem]) for stem in stems}
         if _OFTEN_CORRUPT in files:
             try:
                 inspect(files[_OFTEN_CORRUPT])
@@ -83,34 +72,24 @@ def split_files(raw: Path) -> dict[str, dict[str, Path]]:
 
 
 def _read_lists(raw: Path) -> dict[str, list[str]]:
-    """Stems by split.
-
-    Lines are files such as `blues/blues.00029.wav`, or numbers from 1 that count the files.
-    """
+    """Stems by split. Lines are files, `blues/blues.00029.wav`, or count the files from 1."""
     paths = {split: raw / name for split, name in _LISTS.items()}
     missing = [path for path in paths.values() if not path.is_file()]
     if len(missing) == len(paths):
         return published_split()
     if missing:
-        raise MissingFileError(
-            f"{missing[0]} is missing: all three lists of files are needed, or none"
-        )
-    return {
-        split: [
-            _stem(line.strip(), f"{path}, line {number}")
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
-            if line.strip()
-        ]
-        for split, path in paths.items()
-    }
+        rule = "all three lists of files are needed, or none"
+        raise MissingFileError(f"{missing[0]} is missing: {rule}")
+    stems: dict[str, list[str]] = {split: [] for split in paths}
+    for split, path in paths.items():
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if text := line.strip():
+                stems[split].append(_stem(text, f"{path}, line {number}"))
+    return stems
 
 
 def published_split() -> dict[str, list[str]]:
-    """Read the stems of each split from this package.
-
-    Raises:
-        UserError: if the file has a wrong checksum.
-    """
+    """Read the stems of each split from this package; check the checksum of the file."""
     file = resources.files(__package__).joinpath("gtzan_split.json")
     text = file.read_text(encoding="utf-8")  # not bytes: line ends differ between checkouts
     checksum = hashlib.sha256(text.encode()).hexdigest()

@@ -41,18 +41,14 @@ _KEY = re.compile(f"({'|'.join(TONICS)}) [A-Za-z]+")
 def _label_classes(split: Split, class_of: Callable[[Item], str | None]) -> Split:
     """Replace every label by its class. Items without a class are left out, with a warning."""
     _check_uids_unique(split)
-    labelled = ((item, class_of(item)) for item in split.items)
-    items = tuple(replace(item, label=name) for item, name in labelled if name is not None)
+    labelled = (replace(item, label=class_of(item)) for item in split.items)
+    items = tuple(item for item in labelled if item.label is not None)
     file = split.items[0].where.rpartition(",")[0]
     if not items:
         raise UserError(f"{file}: no record has a label that is a class of the task")
     if num_left_out := len(split) - len(items):
-        log.warning(
-            "%s: %d of %d records are left out, their labels are not classes of the task",
-            file,
-            num_left_out,
-            len(split),
-        )
+        share = f"{num_left_out} of {len(split)} records"
+        log.warning("%s: %s are left out, their labels are not classes of the task", file, share)
     return Split(items)
 
 
@@ -67,7 +63,6 @@ def _check_uids_unique(split: Split) -> None:
 
 
 def _key_class(item: Item) -> str | None:
-    """The key if it is major or minor."""
     if not isinstance(item.label, str) or not _KEY.fullmatch(item.label):
         raise item.error(f"a tonic ({' '.join(TONICS)}) and a mode, such as 'Eb minor'")
     return item.label if item.label in KEYS else None

@@ -25,12 +25,10 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set as downloaded.
+    """A data set as downloaded: its name in `jepa-audio data convert`, and its reader.
 
-    Args:
-        name: name for `jepa-audio data convert`.
-        read: returns the examples in a folder by stem of the records. Raises `MissingFileError` for
-            a missing file or folder, `UserError` for a wrong line.
+    `read` returns the examples in a folder by stem of the records. It raises `MissingFileError` for
+    a missing file or folder, `UserError` for a wrong line.
     """
 
     name: str
@@ -50,11 +48,7 @@ class DataSet:
 
 
 def find_path(root: Path, patterns: Sequence[str], remedy: str) -> Path:
-    """Return the first path below `root` that matches the first glob pattern with a match.
-
-    Raises:
-        MissingFileError: if no pattern matches.
-    """
+    """Return the first match of the first glob with one; raises `MissingFileError` without any."""
     for pattern in patterns:
         if paths := sorted(root.glob(pattern)):
             return paths[0]
@@ -77,12 +71,7 @@ def hash_modulo(text: str, modulus: int, algorithm: str = "sha256") -> int:
 
 @dataclass(frozen=True)
 class TableRow:
-    """One row of an annotation table.
-
-    Attributes:
-        where: file and line, for error messages.
-        cells: stripped text of each cell by column.
-    """
+    """One row of an annotation table: file and line for messages, and its stripped cells."""
 
     where: str
     cells: Mapping[str, str]
@@ -124,19 +113,11 @@ def read_table(
     errors: str = "strict",
     ragged: bool = False,
 ) -> Iterator[TableRow]:
-    """Yield the rows of a table with a header.
+    """Yield the rows of a table in UTF-8 with a header that contains `columns`.
 
-    Args:
-        path: file in UTF-8.
-        columns: columns that the table must have.
-        delimiter: separator of cells.
-        errors: how to decode bytes that are not UTF-8; see `open`.
-        ragged: accept rows with missing cells (they are empty) and surplus cells (ignored).
-
-    Raises:
-        MissingFileError: if the file does not exist.
-        UserError: if a column is missing or occurs twice, a row is too long or too short, the table
-            has no rows, or the file is not CSV in UTF-8.
+    `errors` is that of `open`. Rows of a `ragged` table may have missing cells (they are empty) and
+    surplus cells (ignored). Raises `MissingFileError` without the file, and `UserError` if a column
+    is missing or occurs twice, a row has a wrong length, there are no rows, or it is not CSV.
     """
     header, lines = read_csv(path, errors, delimiter)
     names = [name.strip() for name in header]

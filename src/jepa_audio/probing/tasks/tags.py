@@ -19,7 +19,6 @@ log = logging.getLogger(__name__)
 
 NUM_TAGS = 50
 """Tags of the task on MagnaTagATune."""
-
 TAG_SETS = {
     "MTG/MTGTop50": "top50tags",
     "MTG/MTGGenre": "genre",
@@ -70,11 +69,11 @@ def read_mtt(raw: Path) -> dict[str, list[Example]]:
 
 
 def _tags(row: TableRow) -> set[str]:
-    columns = [column for column in row.cells if column not in _MTT_COLUMNS]
-    for column in columns:
-        if row[column] not in ("0", "1"):
+    cells = {column: cell for column, cell in row.cells.items() if column not in _MTT_COLUMNS}
+    for column, cell in cells.items():
+        if cell not in ("0", "1"):
             raise row.error(column, "must be 0 or 1")
-    return {column for column in columns if row[column] == "1"}
+    return {column for column, cell in cells.items() if cell == "1"}
 
 
 def _split(row: TableRow) -> str:
@@ -90,10 +89,7 @@ def read_mtg(raw: Path) -> dict[str, list[Example]]:
     The splits are split-0, by artist. Published scores are for the low bit rate, which is preferred
     if both are present.
     """
-    tables, audio = (
-        find_path(raw, _MTG_TABLES, _MTG_REMEDY),
-        find_path(raw, _MTG_AUDIO, _MTG_REMEDY),
-    )
+    tables, audio = (find_path(raw, names, _MTG_REMEDY) for names in (_MTG_TABLES, _MTG_AUDIO))
     return {
         stem: [
             Example(split, path, tags)
@@ -106,14 +102,11 @@ def read_mtg(raw: Path) -> dict[str, list[Example]]:
 
 def _read_tracks(table: Path, audio: Path) -> Iterator[tuple[Path, list[str]]]:
     """Yield file and tags of each track of a table. Each tag is in a separate cell."""
-    lines = (
-        find_path(table.parent, (table.name,), _MTG_REMEDY).read_text(encoding="utf-8").splitlines()
-    )
+    find_path(table.parent, (table.name,), _MTG_REMEDY)
+    lines = table.read_text(encoding="utf-8").splitlines()
     if len(lines) < 2 or lines[0].split("\t") != _MTG_COLUMNS:
-        raise UserError(
-            f"{table}, line 1: must have the columns {' '.join(_MTG_COLUMNS)}, and tracks must "
-            "follow"
-        )
+        columns = " ".join(_MTG_COLUMNS)
+        raise UserError(f"{table}, line 1: must have the columns {columns}, and tracks must follow")
     suffix = ".low.mp3" if audio.name.endswith("-low") else ".mp3"
     for number, line in enumerate(lines[1:], start=2):
         cells = line.rstrip().split("\t")

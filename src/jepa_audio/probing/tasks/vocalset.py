@@ -79,12 +79,9 @@ def _read_recordings(raw: Path) -> list[tuple[Path, str, str]]:
     ]
     if left_out:
         log.warning(
-            "%d of the %d recordings in %s are left out, as copies or because file name and folder "
-            "name different singers: %s",
-            len(left_out),
-            len(recordings),
-            folder,
-            ", ".join(path.name for path in left_out),
+            f"{len(left_out)} of the {len(recordings)} recordings in {folder} are left out, as "
+            "copies or because file name and folder name different singers: "
+            + ", ".join(path.name for path in left_out)
         )
     return [recording for recording in recordings if recording[0] not in left_out]
 
@@ -94,16 +91,11 @@ def _names_of_folders(path: Path) -> tuple[str, str]:
     singer_folder, _, folder = path.parts[-4:-1]
     singer, technique = _singer(singer_folder), _MISSPELT.get(folder, folder)
     if singer not in SINGERS:
-        raise UserError(
-            f"{path}: `{singer_folder}` is not one of the singers female1 to female9 and male1 to "
-            "male11"
-        )
-    known = (*TECHNIQUES, *DYNAMICS)
-    if technique not in known:
-        raise UserError(
-            f"{path}: `{folder}` is not a technique; rename it to one of {', '.join(known)}, or "
-            "move it away"
-        )
+        singers = "female1 to female9 and male1 to male11"
+        raise UserError(f"{path}: `{singer_folder}` is not one of the singers {singers}")
+    if technique not in (*TECHNIQUES, *DYNAMICS):
+        remedy = f"rename it to one of {', '.join((*TECHNIQUES, *DYNAMICS))}, or move it away"
+        raise UserError(f"{path}: `{folder}` is not a technique; {remedy}")
     return singer, technique
 
 
