@@ -32,10 +32,7 @@ from jepa_audio.training.sharding import shard
 
 @dataclass(frozen=True)
 class JEPAOutput:
-    """The result of one forward pass.
-
-    The latents include padding. `valid` of the token sets in `Masks` is False there.
-    """
+    """The result of one forward pass; at padding, `valid` of the `TokenSet`s in `Masks` is False."""
 
     loss: Float[Tensor, ""]
     context: Float[Tensor, "B K D"]
@@ -55,15 +52,13 @@ class JEPA(LightningModule):
         encoder: step 3, context tokens → latents; its momentum copy is the target encoder.
         targets: step 4, latents of the target encoder → prediction targets.
         predictor: step 5, context latents → predicted latents at the targets.
-        distance: step 6, distance of prediction and target at each target token; the loss is the
-            mean over all target tokens of an optimizer step.
+        distance: step 6, at each target token; the loss is the mean over an optimizer step.
         ema: the momentum update; `configure_callbacks` adds it to every Trainer.
         optimizer: creates the optimizer from parameter groups.
         lr_schedule: factor on the optimizer's learning rate.
         target_front_end: "shared": the target encoder gets detached tokens of the front end (as in
             the published WavJEPA and PupuJEPA code); "momentum": tokens of a momentum copy.
-        decay_all: apply weight decay also to norms, biases and learned tokens (as in the published
-            WavJEPA code).
+        decay_all: weight decay also for norms, biases and learned tokens (published WavJEPA code).
         compile: compile the transformer blocks; state-dict keys do not change.
         seed: seed of the initial weights and the masks.
     """
@@ -101,8 +96,7 @@ class JEPA(LightningModule):
         if target_front_end == "momentum":
             self.target_front_end = copy.deepcopy(front_end).requires_grad_(False)
         if compile:
-            # Each block is compiled by itself, because several methods call the blocks. Shapes are
-            # dynamic, because the number of tokens varies.
+            # Several methods call single blocks. The number of tokens varies.
             for block in (module for module in self.modules() if isinstance(module, Block)):
                 block.compile(dynamic=True)
 
@@ -148,11 +142,7 @@ class JEPA(LightningModule):
         where: TokenSet,
         present: TokenSet | None = None,
     ) -> Float[Tensor, "B M L D"]:
-        """The prediction targets at `where`.
-
-        `tokens` are the output of the front end. `present` excludes padding; `None` if there is
-        none.
-        """
+        """The targets at `where`, from `tokens` of the front end; `present` excludes padding."""
         self.target_encoder.eval()
         if self.target_front_end is not None:
             tokens = self.target_front_end.eval()(waveform)
@@ -163,11 +153,7 @@ class JEPA(LightningModule):
         return self.forward(waveform, masks).loss
 
     def draw_masks(self, batch: AudioBatch, rows_per_draw: int, stream: int = 0) -> Masks:
-        """The masks of the rows of a batch; see `Masker.for_rows`.
-
-        Different values of `stream` give different masks: 0 for training, 1 for validation and
-        test, 2 for `CollapseMonitor`.
-        """
+        """Masks of a batch; `stream`: 0 training, 1 validation and test, 2 `CollapseMonitor`."""
         grid = self.front_end.grid(batch.waveform.shape[-1])
         num_time = None if batch.num_samples is None else self.front_end.num_time(batch.num_samples)
         masks = self.masker.for_rows(grid, batch.row, rows_per_draw, (self.seed, stream), num_time)
@@ -209,9 +195,6 @@ class JEPA(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradients by their total norm, and log this norm.
-
-        Unlike Lightning, this method also clips with a fused optimizer under bf16.
-        """
+        """Clip the gradients and log their norm; unlike Lightning, also if fused under bf16."""
         norm = clip_gradients(self, gradient_clip_val, gradient_clip_algorithm)
         self.log("train/gradient_norm", norm)
