@@ -32,7 +32,7 @@ from jepa_audio.training.sharding import shard
 
 @dataclass(frozen=True)
 class JEPAOutput:
-    """The result of one forward pass; at padding, `valid` of the `TokenSet`s in `Masks` is False."""
+    """The result of one forward pass; at padding, `valid` of the token sets in `Masks` is False."""
 
     loss: Float[Tensor, ""]
     context: Float[Tensor, "B K D"]
