@@ -264,7 +264,7 @@ def test_damaged_missing_and_empty_files_are_refused(tmp_path: Path):
     (tmp_path / "short.safetensors").write_bytes(b"nothing of the kind")
     (tmp_path / "text.ckpt").write_bytes(b"nothing of the kind")
     for name in ("short.safetensors", "short.ckpt", "text.ckpt"):
-        with pytest.raises(WeightsError, match=rf"{name} is not a complete"):
+        with pytest.raises(WeightsError, match=rf"{name} is (damaged|not a complete)"):
             open_published(tmp_path / name)
     with pytest.raises(MissingFileError, match="no file of weights at"):
         open_published(tmp_path / "nowhere.ckpt")

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import ast
 import json
-import pickle
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.files import read_json
+from jepa_audio.training.load import DamagedCheckpointError, read_torch_file
 
 CONFIG_NAMES = ("config.json", "args.json")
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
@@ -155,13 +154,9 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(_refusal(file, str(error))) from error
-    except (RuntimeError, EOFError, KeyError) as error:
-        raise WeightsError(
-            f"{file} is not a complete torch file: {str(error).splitlines()[0]}"
-        ) from error
+        content = read_torch_file(file)
+    except DamagedCheckpointError as error:
+        raise WeightsError(str(error)) from error
     if not isinstance(content, Mapping):
         raise WeightsError(
             f"{file} must contain a mapping of names to tensors, but contains a "
@@ -176,17 +171,6 @@ def _read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         )
     config = content.get("hyper_parameters", {})
     return tensors, dict(config) if isinstance(config, Mapping) else {}
-
-
-def _refusal(file: Path, error: str) -> str:
-    code = re.search(r"GLOBAL (\S+)", error)
-    if code is None:
-        return f"{file} is not a complete torch file, or contains other objects than weights"
-    return (
-        f"{file} would run code ({code[1]}) when it is opened, and is refused. If you trust the "
-        "file, save only its tensors: `torch.save({'state_dict': "
-        "torch.load(FILE, weights_only=False)['state_dict']}, OTHER)`"
-    )
 
 
 def _remove_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
