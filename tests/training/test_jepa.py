@@ -91,6 +91,8 @@ def test_the_losses_of_parts_of_a_batch_add_up_to_the_mean_over_all_targets(
     valid = torch.arange(masks.targets.index.shape[-1]) < masks.targets.counts[..., None]
     literal = (output.prediction - output.target).square().mean(-1)[valid].mean()
     torch.testing.assert_close(output.loss, literal)
+    assert output.num_targets == valid.sum()
+    torch.testing.assert_close(output.distance_sum / output.num_targets, literal)
     halves = [
         jepa.loss(batch.waveform[rows], masks.rows(rows)) for rows in (slice(0, 1), slice(1, 4))
     ]

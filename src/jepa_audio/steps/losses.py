@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
@@ -65,3 +65,19 @@ class NormalizedMSE(Distance):
     @override
     def measure(self, prediction: Tensor, target: Tensor) -> Tensor:
         return 2 - 2 * F.cosine_similarity(prediction, target, dim=-1)
+
+
+@dataclass(frozen=True)
+class JEPAOutput:
+    """The result of one forward pass; at padding, `valid` of the token sets in `Masks` is False.
+
+    `distance_sum` is the sum of the distances at all `num_targets` valid target tokens; over all
+    batches and processes, sum / count is the exact mean. `loss` divides by an expected count.
+    """
+
+    loss: Float[Tensor, ""]
+    distance_sum: Float[Tensor, ""]
+    num_targets: Int[Tensor, ""]
+    context: Float[Tensor, "B K D"]
+    prediction: Float[Tensor, "B M L D"]
+    target: Float[Tensor, "B M L D"]

@@ -14,8 +14,9 @@ from typing_extensions import override
 
 from jepa_audio.errors import UserError
 from jepa_audio.steps.grid import AudioBatch, Grid, Masks, TokenSet
+from jepa_audio.steps.losses import JEPAOutput
 from jepa_audio.training.ema import tensor_pairs
-from jepa_audio.training.jepa import JEPA, JEPAOutput
+from jepa_audio.training.jepa import JEPA
 from jepa_audio.training.sharding import full_tensor
 
 log = logging.getLogger(__name__)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -19,7 +18,7 @@ from jepa_audio.errors import UserError
 from jepa_audio.steps.encoder.transformer import Block, Transformer
 from jepa_audio.steps.front_ends import FrontEnd
 from jepa_audio.steps.grid import AudioBatch, Grid, Masks, TokenSet
-from jepa_audio.steps.losses import Distance
+from jepa_audio.steps.losses import Distance, JEPAOutput
 from jepa_audio.steps.masking.base import Masker
 from jepa_audio.steps.predictor import Predictor
 from jepa_audio.steps.targets import Targets
@@ -28,16 +27,6 @@ from jepa_audio.training.initialization import draw_weights
 from jepa_audio.training.optimizer import add_schedule, clip_gradients, parameter_groups
 from jepa_audio.training.schedules import Schedule
 from jepa_audio.training.sharding import shard
-
-
-@dataclass(frozen=True)
-class JEPAOutput:
-    """The result of one forward pass; at padding, `valid` of the token sets in `Masks` is False."""
-
-    loss: Float[Tensor, ""]
-    context: Float[Tensor, "B K D"]
-    prediction: Float[Tensor, "B M L D"]
-    target: Float[Tensor, "B M L D"]
 
 
 class JEPA(LightningModule):
@@ -130,8 +119,10 @@ class JEPA(LightningModule):
         distance = self.distance(prediction, target)  # [B, M, L]
         if masks.targets.valid is not None:
             distance = distance * masks.targets.valid
-        loss = distance.sum() / (masks.targets_per_clip * len(waveform))
-        return JEPAOutput(loss, context, prediction, target)
+        total = distance.sum()
+        loss = total / (masks.targets_per_clip * len(waveform))
+        num_targets = masks.targets.counts.sum()
+        return JEPAOutput(loss, total, num_targets, context, prediction, target)
 
     @torch.no_grad()
     def target_latents(
