@@ -29,7 +29,8 @@ class HasMomentumCopies(Protocol):
 class TargetEncoderEMA(Callback):
     """Move every momentum copy towards its module: target = m * target + (1 - m) * online.
 
-    The copies are updated once after each *optimizer* step, independent of gradient accumulation.
+    The copies are updated once after each *optimizer* step that changed the weights, independent
+    of gradient accumulation.
     The momentum m is a function of `trainer.global_step` and `max_steps` alone. The callback
     therefore has no state, and a resumed run equals an uninterrupted run. Floating-point buffers
     are averaged like parameters; other buffers are copied.
@@ -54,10 +55,13 @@ class TargetEncoderEMA(Callback):
         batch: object,
         batch_idx: int,
     ) -> None:
-        """Update if this batch ended with an optimizer step."""
+        """Update if this batch ended with an optimizer step that changed the weights."""
         if trainer.global_step == self._updated_at:
             return
         self._updated_at = trainer.global_step
+        # A gradient scaler skips steps whose gradients are not finite.
+        if not getattr(pl_module, "weights_moved", True):
+            return
         momentum = self.momentum(trainer.global_step - 1, trainer.max_steps)
         self.update(cast(HasMomentumCopies, pl_module), momentum)
         pl_module.log("train/momentum", momentum)

@@ -7,11 +7,10 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from jepa_audio.errors import UserError
@@ -24,12 +23,12 @@ from jepa_audio.steps.predictor import Predictor
 from jepa_audio.steps.targets import Targets
 from jepa_audio.training.ema import TargetEncoderEMA
 from jepa_audio.training.initialization import draw_weights
-from jepa_audio.training.optimizer import add_schedule, clip_gradients, parameter_groups
+from jepa_audio.training.optimizer import ScalerAwareModule, add_schedule, parameter_groups
 from jepa_audio.training.schedules import Schedule
 from jepa_audio.training.sharding import shard
 
 
-class JEPA(LightningModule):
+class JEPA(ScalerAwareModule):
     """Joint-embedding predictive architecture (LeCun, 2022; Assran et al., 2023, arXiv:2301.08243).
 
     A recipe is a choice at each of the six steps. WavJEPA (arXiv:2509.23238) and PupuJEPA
@@ -179,13 +178,3 @@ class JEPA(LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.optimizer(parameter_groups(self, self.decay_all))
         return add_schedule(optimizer, self.lr_schedule, self.trainer.max_steps)
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip the gradients and log their norm; unlike Lightning, also if fused under bf16."""
-        norm = clip_gradients(self, gradient_clip_val, gradient_clip_algorithm)
-        self.log("train/gradient_norm", norm)
