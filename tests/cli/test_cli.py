@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
+import yaml
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo" / "wavjepa.yaml"
 TINY = (
@@ -27,8 +28,6 @@ TINY = (
     "--data.batch_size=2",
     "--data.num_workers=0",
     "--trainer.accelerator=cpu",
-    "--trainer.enable_progress_bar=false",
-    "--trainer.enable_model_summary=false",
     "--checkpoint.every_n_train_steps=2",
     "--monitor.every_n_steps=2",
     "--trainer.val_check_interval=2",
@@ -151,6 +150,27 @@ def test_a_run_writes_config_metrics_and_last_checkpoint_and_is_continued(tmp_pa
     )
     with (tmp_path / "run" / "metrics" / "version_1" / "metrics.csv").open() as file:
         assert {int(row["step"]) for row in csv.DictReader(file)} & {4, 5, 6}
+
+
+@pytest.mark.parametrize(
+    "settings", [["--model.seed=5"], ["--data.seed=5"], ["--model.seed=5", "--data.seed=7"]]
+)
+def test_seeds_of_model_and_data_are_set_and_logged_separately(settings: list[str], tmp_path: Path):
+    from jepa_audio.cli.main import main
+
+    for i in range(4):
+        sf.write(tmp_path / f"{i}.wav", np.random.default_rng(i).normal(0, 0.1, 20_000), 16_000)
+    folders = [f"--data.root={tmp_path}", f"--run_dir={tmp_path / 'run'}"]
+    main(["fit", f"--config={DEMO}", *folders, *TINY, "--trainer.max_steps=2", *settings])
+    expected = {"model": 0, "data": 0}
+    for setting in settings:
+        part, _, value = setting.removeprefix("--").partition(".seed=")
+        expected[part] = int(value)
+    for logged in (tmp_path / "run").rglob("hparams.yaml"):
+        values = yaml.safe_load(logged.read_text())
+        assert {"model": values["seed"], "data": values["data"]["seed"]} == expected
+        assert values["data"]["batch_size"] == 2
+    assert len(list((tmp_path / "run").rglob("hparams.yaml"))) == 2
 
 
 def main_with_file_size_limit(args: list[str], num_bytes: int, stderr: Path) -> None:

@@ -114,7 +114,9 @@ class AudioDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        # Loggers get the settings in `setup`, because Lightning would merge them with those of the
+        # model, and both have a `seed`.
+        self.save_hyperparameters(logger=False)
         # Checkpoints must contain only plain Python data.
         for name in ("root", "valid_root", "test_root"):
             if isinstance(self.hparams[name], Path):
@@ -207,6 +209,8 @@ class AudioDataModule(LightningDataModule):
         del indexed, usable, parts
         pa.default_memory_pool().release_unused()
         if self._rank == 0:
+            for logger in self.trainer.loggers if self.trainer else ():
+                logger.log_hyperparams({"data": dict(self.hparams)})
             log.info(self.summary)
             if num_usable == 1 and self.valid_root is None and self.valid_share > 0:
                 message = "%s contains 1 file: it is used for training and validation"
