@@ -111,7 +111,12 @@ class Run:
             *settings,
         ]
         log = (self.folder / "log.txt").open("ab")
-        environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+        paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(paths),
+            "OMP_NUM_THREADS": "1",
+        }
         return subprocess.Popen(
             command, stdout=log, stderr=log, start_new_session=True, env=environment, cwd=HERE
         )
@@ -220,6 +225,38 @@ def check_kills(folder: Path, corpus: Path, number: int, seed: int) -> bool:
     )
     is_equal = compare("kills", reference.records("all"), pieces, tolerance=0.0)
     return is_equal and not remaining and not num_too_late
+
+
+def check_remaining(
+    folder: Path, corpus: Path, number: signal.Signals, world_size: int, seconds: float = 10
+) -> bool:
+    """Return whether no process remains `seconds` after a signal to the first process of a run."""
+    run = Run(folder / f"{number.name}-{world_size}", corpus)
+    settings = "--data.num_workers=2", "--trainer.max_steps=1000000"
+    process = run.start("run", *settings, world_size=world_size, pause=0.05)
+    wait_for_line(run.folder / "run.0", process)
+    before = len(session_processes(process.pid))
+    process.send_signal(number)
+    process.wait(60)
+    end, started = time.monotonic() + seconds, time.monotonic()
+    while (remaining := session_processes(process.pid)) and time.monotonic() < end:
+        time.sleep(0.2)
+    print(
+        f"{number.name} to the first of {world_size} training processes: {before} processes "
+        f"before, {len(remaining)} after {time.monotonic() - started:.1f} s"
+    )
+    for pid in remaining:
+        os.kill(pid, signal.SIGKILL)
+    return before >= 1 + 4 * world_size and not remaining
+
+
+def session_processes(session: int) -> list[int]:
+    """The processes that a command started with `start_new_session` has started, and itself."""
+    output = subprocess.run(
+        ["ps", "-eo", "pid,sess,stat"], capture_output=True, text=True, check=True
+    ).stdout
+    lines = [line.split() for line in output.splitlines()[1:]]
+    return [int(pid) for pid, sid, state in lines if int(sid) == session and state[0] != "Z"]
 
 
 def wait_for_line(path: Path, process: subprocess.Popen[bytes], seconds: float = 120) -> None:

@@ -55,6 +55,12 @@ def test_killed_reading_process_ends_the_run_with_an_explanation(tmp_path: Path)
     assert "Traceback" not in log
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_killed_training_process_leaves_no_process(world_size: int, tmp_path: Path):
+    corpus = faults.write_corpus(tmp_path / "corpus", 20)
+    assert faults.check_remaining(tmp_path, corpus, signal.SIGKILL, world_size)
+
+
 def find_reading_process(run: int) -> int:
     """The id of the only reading process of a run: the child of its fork server."""
     output = subprocess.run(

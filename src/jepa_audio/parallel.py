@@ -1,29 +1,83 @@
-"""Thread pools, progress bars, the number of usable cores, and the signals that stop a run."""
+"""Threads, processes, locks, signals and progress bars; the calls that not every system has."""
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
 import os
 import signal
 import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import Progress
 
+if sys.platform != "win32":
+    import fcntl
+
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 R = TypeVar("R")
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Windows has no SIGUSR1.
+STOP_SIGNALS = tuple(
+    signal.Signals[name]
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1")
+    if name in signal.Signals.__members__
+)
 
 
 def num_cores() -> int:
     """Number of cores that this process may use; a container or a batch system can limit it."""
     # macOS has no `sched_getaffinity`.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def end_with_parent() -> None:
+    """End this process soon after its parent process has ended, also if the parent was killed.
+
+    The parent is the process that started this one through `multiprocessing`. For a process that
+    was started in another way, it is the parent process of the operating system.
+    """
+    parent, number = multiprocessing.parent_process(), os.getppid()
+
+    def watch() -> None:
+        if parent is not None:  # With a fork server, `os.getppid` is the server.
+            parent.join()
+        else:
+            while os.getppid() == number:
+                time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end with parent", daemon=True).start()
+
+
+@contextmanager
+def file_lock(path: Path) -> Iterator[None]:
+    """Let one process at a time execute the block; the end of a process frees its lock.
+
+    Waits for the other process. On a file system without locks, a warning is logged.
+    """
+    with path.open("w") as file:
+        try:
+            if sys.platform != "win32":
+                fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            log.warning(
+                "%s cannot be locked (%s): run only one command at a time in this folder",
+                path,
+                error.strerror,
+            )
+        yield
 
 
 def progress_bar() -> Progress:

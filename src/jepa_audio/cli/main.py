@@ -92,8 +92,10 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run a command; print the message of a `UserError`, and the traceback of other errors."""
     args = list(sys.argv[1:] if args is None else args)
     try:
-        run(args)
-        sys.stdout.flush()
+        try:
+            run(args)
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print("jepa-audio: stopped", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
@@ -138,6 +140,11 @@ def run(args: list[str]) -> None:
 def _call(name: str, args: list[str]) -> None:
     from jepa_audio.cli.messages import show_messages  # noqa: PLC0415
 
+    # The first process of a run started this one, or a launcher did.
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        from jepa_audio.parallel import end_with_parent  # noqa: PLC0415
+
+        end_with_parent()
     command, function = COMMANDS[name], load_function(name)
     # Lightning must be imported first: otherwise its loggers print every message twice.
     show_messages()

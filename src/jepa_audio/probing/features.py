@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,7 +19,7 @@ from torch import Tensor
 from jepa_audio.data.audio.read import read
 from jepa_audio.data.audio.resample import resample
 from jepa_audio.errors import UserError
-from jepa_audio.parallel import map_threads, track_progress
+from jepa_audio.parallel import file_lock, map_threads, track_progress
 from jepa_audio.probing.encoders import ProbeEncoder
 from jepa_audio.probing.robustness import Condition
 from jepa_audio.probing.tasks.base import Windows
@@ -165,7 +163,7 @@ class FeatureStore:
         """
         keys = [_item_key(item) for item in split.items]
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self._lock():
+        with file_lock(self.folder / "lock"):
             self._read_index()
             pairs = zip(keys, split.items, strict=True)
             missing = {key: item for key, item in pairs if key not in self._index}
@@ -328,13 +326,6 @@ class FeatureStore:
                 f"in {self.folder}, but {free / 1e9:.1f} GB are free: keep fewer with `--layers`, "
                 "or choose another `--output`"
             )
-
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        """Allow one process at a time."""
-        with (self.folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
 
 
 def _layer_table(layer: int) -> str:

@@ -1,4 +1,4 @@
-"""Worker processes of the loaders: how they start, and how they react to signals."""
+"""Worker processes of the loaders: how they start, react to signals, and end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from multiprocessing.context import BaseContext
 from multiprocessing.synchronize import Event
 from typing import Any
 
-from jepa_audio.parallel import STOP_SIGNALS
+from jepa_audio.parallel import STOP_SIGNALS, end_with_parent
 
 _WORKER_EXIT = re.compile(
     r"DataLoader worker \(pid[()s]* [\d, ]+\) (?:is killed by signal: (?P<signal>[^.]+)|exited)"
@@ -21,12 +21,15 @@ _WORKER_EXIT = re.compile(
 
 
 def worker_arguments(num_workers: int) -> dict[str, Any]:
-    """Arguments of `DataLoader` for workers without deadlocks that ignore stop signals."""
+    """Arguments of `DataLoader` for workers without deadlocks.
+
+    The workers ignore stop signals, and end when their training process ends or is killed.
+    """
     if num_workers == 0:
         return {}
     return {
         "multiprocessing_context": _context(),
-        "worker_init_fn": partial(_ignore_stop_signals, _shutdown_event()),
+        "worker_init_fn": partial(_prepare_worker, _shutdown_event()),
     }
 
 
@@ -78,10 +81,13 @@ def _shutdown_event() -> Event:
     return event
 
 
-def _ignore_stop_signals(shutdown: Event, worker: int) -> None:
+def _prepare_worker(shutdown: Event, worker: int) -> None:
+    # PyTorch watches the parent process of a worker, which is the fork server, not the trainer.
+    end_with_parent()
     # Ctrl-C and schedulers send a signal to all processes. The run finishes its optimizer step
     # first and needs its workers until then. At the end it terminates them with SIGTERM.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if shutdown.is_set() else None)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    if hasattr(signal, "pthread_sigmask"):  # Windows blocks no signals.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

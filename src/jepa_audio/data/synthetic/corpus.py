@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 from jepa_audio.data.synthetic.instruments import FAMILIES, NoteSignals, Signal
 from jepa_audio.errors import UserError, check_bounds
 from jepa_audio.files import read_json, write_text
-from jepa_audio.parallel import track_progress
+from jepa_audio.parallel import end_with_parent, track_progress
 
 PITCHES = range(36, 85)
 VELOCITIES = (25, 50, 75, 100, 127)
@@ -200,6 +200,11 @@ def render_note(note: Note, settings: CorpusSettings) -> tuple[NDArray[np.int16]
     }
 
 
+def _prepare_worker() -> None:
+    end_with_parent()
+    threadpool_limits(1)
+
+
 def _write_note(note: Note, directory: Path, settings: CorpusSettings) -> Example:
     samples, example = render_note(note, settings)
     path = directory / f"nsynth-{list(INSTRUMENTS)[note.split]}" / "audio" / f"{note.note_str}.wav"
@@ -272,7 +277,7 @@ def synthesize_corpus(
     notes = [note for split in INSTRUMENTS for note in settings.notes(split)]
     write = partial(_write_note, directory=directory, settings=settings)
     spawn = get_context("spawn")
-    with ProcessPoolExecutor(max(num_workers, 1), spawn, threadpool_limits, (1,)) as pool:
+    with ProcessPoolExecutor(max(num_workers, 1), spawn, _prepare_worker) as pool:
         results = pool.map(write, notes, chunksize=16) if num_workers > 0 else map(write, notes)
         examples = list(_report_progress(results, len(notes)))
     for number, split in enumerate(INSTRUMENTS):
