@@ -7,12 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from jepa_audio.errors import MissingFileError
+from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.inference.encoder import Encoder, load_encoder
 from jepa_audio.inference.features import LayerFeatures
 from jepa_audio.steps.encoder.positions import SinCosPositions
 from jepa_audio.steps.encoder.transformer import Transformer
-from jepa_audio.steps.front_ends import WaveformFrontEnd
+from jepa_audio.steps.front_ends import FrontEnd, SpectrogramFrontEnd, WaveformFrontEnd
+from jepa_audio.steps.front_ends.base import Spectrogram
+from jepa_audio.steps.front_ends.transforms import CQT, VQT, Gammatone, LogMel
+from jepa_audio.steps.grid import TokenSet
 from jepa_audio.training.jepa import JEPA
 
 FLAVOURS = ["wave", "mel"]
@@ -170,9 +173,69 @@ def test_an_encoder_copied_from_a_model_does_not_freeze_the_model(tiny_jepa: Cal
     assert not encoder.encoder.training
 
 
-def test_a_clip_shorter_than_a_token_is_refused(encoder: Encoder):
-    with pytest.raises(ValueError, match="too short"):
-        encoder.encode(torch.zeros(1, 1, 40))
+SHORT = 800  # 0.1 s at 8 kHz
+FRONT_ENDS: dict[str, tuple[Callable[[], FrontEnd], int]] = {  # and the number of columns of SHORT
+    "wave": (lambda: WaveformFrontEnd([(8, 600, 300), (8, 3, 2)], 16, 8000), 1),
+    "mel": (lambda: spectrogram(LogMel(8000, 512, hop_length=80, n_mels=16), 16), 1),
+    "gammatone": (lambda: spectrogram(Gammatone(8000, 512, hop_length=80, n_bins=16), 16), 1),
+    "cqt": (lambda: spectrogram(CQT(8000, 80, f_min_hz=55.0, n_bins=48), 4), 2),
+    "vqt": (lambda: spectrogram(VQT(8000, 64, f_min_hz=55.0, n_bins=48), 4), 3),
+}
+
+
+def spectrogram(transform: Spectrogram, patch_frames: int) -> FrontEnd:
+    return SpectrogramFrontEnd(transform, 16, patch_frames, patch_bands=8, mean=-4.0, std=2.0)
+
+
+@pytest.mark.parametrize("name", FRONT_ENDS)
+def test_a_clip_shorter_than_a_token_is_padded_with_zeros_and_has_its_own_columns(name: str):
+    make, num_columns = FRONT_ENDS[name]
+    encoder = Encoder(make(), Transformer(16, 1, 2, SinCosPositions()), 8000)
+    assert SHORT < encoder.min_samples < 8000
+    clips = torch.randn(2, 1, 4000, generator=torch.Generator().manual_seed(0))
+    features = encoder.encode(clips, torch.tensor([SHORT, 4000]))
+    assert features.valid.sum(1).tolist() == [
+        num_columns,
+        encoder.front_end.grid(4000).num_time,
+    ]
+    alone = encoder.encode(clips[:1, :, :SHORT])
+    torch.testing.assert_close(alone.layers[-1], features.layers[-1][:1, :num_columns])
+    padded = torch.nn.functional.pad(clips[:1, :, :SHORT], (0, encoder.min_samples - SHORT))
+    expected = encoder.front_end(padded)[0, : num_columns * alone.layers[0].shape[2]]
+    tokens = (
+        alone.layers[0][0].flatten(0, 1)
+        - encoder.encode(padded).layers[0][0].flatten(0, 1)[: len(expected)]
+    )
+    assert tokens.abs().max() < 1e-5  # the same positions, the same zeros
+    torch.testing.assert_close(alone.times[0], encoder.front_end.times(4000)[:num_columns])
+    assert all(layer.isfinite().all() for layer in alone.layers)
+    tiny = encoder.encode(clips[:1, :, :1])
+    assert tiny.valid.tolist() == [[True]]
+
+
+def test_the_columns_of_the_padding_have_no_influence_on_a_short_clip():
+    encoder = Encoder(FRONT_ENDS["cqt"][0](), Transformer(16, 2, 2, SinCosPositions()), 8000)
+    clip = torch.randn(1, 1, SHORT, generator=torch.Generator().manual_seed(0))
+    tokens = encoder.front_end(torch.nn.functional.pad(clip, (0, encoder.min_samples - SHORT)))
+    grid = encoder.front_end.grid(encoder.min_samples)
+    kept = TokenSet(torch.arange(2 * grid.num_freq)[None])
+    expected = encoder.encoder(tokens, grid, kept)
+    torch.testing.assert_close(
+        encoder.encode(clip).layers[-1].flatten(1, 2), expected, rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("num_samples", [1, 80, 399])
+def test_the_published_windowing_encodes_a_clip_shorter_than_a_token(num_samples: int):
+    features = wavjepa_geometry().encode(torch.randn(1, 1, num_samples))
+    assert 1 <= features.layers[-1].shape[1] <= 4
+    assert features.layers[-1].isfinite().all()
+
+
+def test_a_clip_without_samples_is_refused(encoder: Encoder, clips: Tensor):
+    for lengths in ([640, 0, 1, 2], [640, -1, 1, 2]):
+        with pytest.raises(UserError, match="0 samples cannot be encoded"):
+            encoder.encode(clips, torch.tensor(lengths))
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from jepa_audio.errors import UserError
 from jepa_audio.inference.features import LayerFeatures, pad_features
-from jepa_audio.inference.windows import Windows, cut_as_wavjepa, cut_exact
+from jepa_audio.inference.windows import Windows, cut_as_wavjepa, cut_exact, pad_to_one_token
 from jepa_audio.steps.encoder.transformer import Transformer
 from jepa_audio.steps.front_ends import FrontEnd
 from jepa_audio.steps.grid import TokenSet
@@ -73,6 +74,11 @@ class Encoder(nn.Module):
         """Audio channels of the waveforms."""
         return self.front_end.num_channels
 
+    @cached_property
+    def min_samples(self) -> int:
+        """Samples of the shortest clip that is encoded without padding."""
+        return self.front_end.min_samples
+
     @staticmethod
     def from_jepa(
         jepa: JEPA, window_samples: int, which: Literal["context", "target"] = "context"
@@ -95,16 +101,21 @@ class Encoder(nn.Module):
     ) -> LayerFeatures:
         """Features of a batch of clips; samples after the end of a clip have no influence.
 
+        A clip that is too short for one token (shorter than `min_samples`) is padded with zeros at
+        its end, as in training, and has one column; see `pad_to_one_token`.
+
         Args:
             waveform: the clips, at `sample_rate`.
             lengths: number of samples of each clip; `None` if all clips have S samples.
             layers: indices of the layers to return, such as `[-1]` for the last; `None` for all.
 
         Raises:
-            UserError: if a clip is shorter than one token.
+            UserError: if a clip has no samples.
         """
         if lengths is None:
             lengths = torch.full((len(waveform),), waveform.shape[-1])
+        if int(lengths.min()) < 1:
+            raise UserError("a clip of 0 samples cannot be encoded: remove it")
         # Clips of equal length are encoded together: the front end then never gets padding.
         groups = [(lengths == length).nonzero()[:, 0] for length in lengths.unique()]
         parts = [
@@ -127,6 +138,8 @@ class Encoder(nn.Module):
             return tuple(map(torch.cat, by_layer)), parts[0][1]
         if self.windowing == "wavjepa":
             windows = cut_as_wavjepa(clips, self.front_end, self.window_samples)
+        elif clips.shape[-1] < self.min_samples:
+            windows = pad_to_one_token(clips, self.front_end, self.min_samples)
         else:
             windows = cut_exact(clips, self.front_end, self.window_samples, self.overlap)
         return self._encode_windows(windows, layers), windows.times

@@ -54,6 +54,22 @@ def cut_exact(
     return Windows([clips[..., s : s + window] for s in starts], kept, times[kept])
 
 
+def pad_to_one_token(
+    clips: Float[Tensor, "B C _"], front_end: FrontEnd, min_samples: int
+) -> Windows:
+    """One window of `min_samples`: clips that are too short for one token, padded with zeros.
+
+    With most transforms, this window has one column. The CQT and the VQT need a clip that is longer
+    than one token. Their columns are then kept in proportion to the length of the clip, but at
+    least one; attention excludes the other columns.
+    """
+    num_samples, times = clips.shape[-1], front_end.times(min_samples)
+    num_columns = max(1, len(times) * num_samples // min_samples)
+    padded = F.pad(clips, (0, min_samples - num_samples))
+    kept = torch.arange(len(times)) < num_columns
+    return Windows([padded], kept[None], times[:num_columns], mask_dropped=not kept.all())
+
+
 def cut_as_wavjepa(
     clips: Float[Tensor, "B C _"], front_end: FrontEnd, window_samples: int
 ) -> Windows:
@@ -61,7 +77,8 @@ def cut_as_wavjepa(
 
     Each clip is scaled to an RMS level of -14 dBFS. The last window is padded with zeros. If a clip
     fills its last window exactly, one window of zeros is added. The front end includes the zeros in
-    its normalisation. The tokens of the zeros are excluded from attention and are not returned.
+    its normalisation. The tokens of the zeros are excluded from attention and are not returned. A
+    clip that is too short for one column has one column.
     """
     num_samples, rate = clips.shape[-1], front_end.sample_rate
     rms = clips.square().mean(dim=(1, 2), keepdim=True).sqrt()
@@ -71,7 +88,7 @@ def cut_as_wavjepa(
     waveforms = padded.unfold(-1, window_samples, window_samples).unbind(2)
     per_window = front_end.grid(window_samples).num_time
     dropped = int(padding / rate * int(per_window / (window_samples / rate)))
-    num_columns = len(waveforms) * per_window - dropped
+    num_columns = max(1, len(waveforms) * per_window - dropped)
     kept = torch.arange(len(waveforms) * per_window) < num_columns
     times = torch.arange(num_columns) * (num_samples / rate / num_columns)
     return Windows(waveforms, kept.unflatten(0, (-1, per_window)), times, mask_dropped=True)

@@ -8,7 +8,8 @@ from jepa_audio.interop.layout import Layout, Settings, SizeHints, check_blocks,
 from jepa_audio.interop.published import Published, WeightsError
 from jepa_audio.steps.encoder.positions import RotaryPositions
 from jepa_audio.steps.front_ends import SpectrogramFrontEnd
-from jepa_audio.steps.front_ends.transforms import LogMel, Spectrogram
+from jepa_audio.steps.front_ends.base import Spectrogram
+from jepa_audio.steps.front_ends.transforms import LogMel
 from jepa_audio.training.jepa import JEPA
 
 _BLOCKS = ("blocks", "mlp.fc2.weight")

@@ -9,8 +9,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from jepa_audio.errors import UserError
+from jepa_audio.steps.front_ends.base import Spectrogram
 from jepa_audio.steps.front_ends.spectrogram import SpectrogramFrontEnd, measure_statistics
-from jepa_audio.steps.front_ends.transforms import CQT, Gammatone, LogMel, Spectrogram
+from jepa_audio.steps.front_ends.transforms import CQT, VQT, Gammatone, LogMel
 from jepa_audio.steps.grid import Grid
 
 DATA = Path(__file__).parents[2] / "data"
@@ -181,3 +183,40 @@ def test_statistics_without_clips_raise_an_error() -> None:
 def test_invalid_settings_raise_errors(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+SETTINGS: dict[str, Callable[[], Spectrogram]] = {
+    "mel": mel,
+    "mel, centred": lambda: mel(center=True),
+    "mel, short window": lambda: LogMel(RATE, 256, win_length=200, hop_length=77, n_mels=24),
+    "gammatone": lambda: Gammatone(RATE, n_fft=256, hop_length=77, n_bins=24),
+    "cqt": lambda: CQT(RATE, 77, f_min_hz=110.0, n_bins=48),
+    "cqt, 24 bins per octave": lambda: CQT(RATE, 80, f_min_hz=220.0, n_bins=48, bins_per_octave=24),
+    "cqt of 4 octaves": lambda: CQT(RATE, 96, f_min_hz=110.0, n_bins=48, algorithm="2010v2"),
+    "cqt of 1 octave": lambda: CQT(RATE, 100, f_min_hz=880.0, n_bins=12, algorithm="2010v2"),
+    "vqt": lambda: VQT(RATE, 96, f_min_hz=110.0, n_bins=48, gamma=0.0),
+    "vqt, short low windows": lambda: VQT(RATE, 64, f_min_hz=55.0, n_bins=60, gamma=20.0),
+}
+
+
+@pytest.mark.parametrize("make", SETTINGS.values(), ids=SETTINGS.keys())
+def test_every_declared_column_is_free_of_padding_and_few_others_are(
+    make: Callable[[], Spectrogram],
+) -> None:
+    front_end = SpectrogramFrontEnd(make(), 16, patch_frames=1, patch_bands=12)
+    padded, other_end = noise(1, 1, 8000), 30 * noise(1, 1, 8000, seed=1)
+    for num_samples in (6000, 6001, 6039, 7100):
+        changed = torch.cat([padded[..., :num_samples], other_end[..., num_samples:]], dim=-1)
+        (num_columns,) = front_end.num_time(torch.tensor([num_samples])).tolist()
+        moves = (front_end.image(changed) - front_end.image(padded)).abs().amax(dim=(0, 1, 3))
+        assert moves[:num_columns].max() < 1e-5
+        # The ends of windows and of nnAudio's half-band filters have almost no weight.
+        assert moves[num_columns + 15] > 1e-5
+
+
+def test_the_shortest_clip_has_one_more_sample_than_the_longest_one_without_a_token() -> None:
+    for make in SETTINGS.values():
+        front_end = SpectrogramFrontEnd(make(), 16, patch_frames=3, patch_bands=12)
+        assert front_end.grid(front_end.min_samples).num_time >= 1
+        with pytest.raises(UserError, match="too short"):
+            front_end.grid(front_end.min_samples - 1)

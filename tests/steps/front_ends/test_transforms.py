@@ -13,14 +13,8 @@ from nnAudio.features.gammatone import Gammatonegram
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from jepa_audio.steps.front_ends.transforms import (
-    CQT,
-    VQT,
-    Gammatone,
-    LogMel,
-    Spectrogram,
-    exclude_from_state,
-)
+from jepa_audio.steps.front_ends.base import Spectrogram
+from jepa_audio.steps.front_ends.transforms import CQT, VQT, Gammatone, LogMel, exclude_from_state
 
 DATA = Path(__file__).parents[2] / "data"
 RATE = 8000

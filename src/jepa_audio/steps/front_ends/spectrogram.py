@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from jepa_audio.errors import UserError
-from jepa_audio.steps.front_ends.base import FrontEnd
-from jepa_audio.steps.front_ends.transforms import Spectrogram
+from jepa_audio.steps.front_ends.base import FrontEnd, Spectrogram
 from jepa_audio.steps.grid import Grid
 
 
@@ -96,9 +95,8 @@ class SpectrogramFrontEnd(FrontEnd):
 
     @override
     def num_time(self, num_samples: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
-        # The first frame ends at this sample. The last frame must end before the padding.
-        first_end = self.spectrogram.window_length - self.spectrogram.padding
-        num_frames = 1 + (num_samples - first_end) // self.spectrogram.hop_length
+        spectrogram = self.spectrogram
+        num_frames = 1 + (num_samples - spectrogram.first_end) // spectrogram.hop_length
         columns = num_frames // self.patch_frames
         if int(columns.min()) < 1:
             clip = f"a clip of {int(num_samples.min())} samples"

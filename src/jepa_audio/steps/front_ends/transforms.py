@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from math import ceil, log2
 from typing import Literal
 
@@ -17,69 +16,10 @@ from torchaudio.functional import melscale_fbanks
 from typing_extensions import override
 
 from jepa_audio.errors import UserError
+from jepa_audio.steps.front_ends.base import Spectrogram
 
-
-class Spectrogram(nn.Module, ABC):
-    """Log magnitudes of frequency bands over frames.
-
-    A subclass sets the attributes and implements `log_magnitude`. Kernels are computed, not
-    trained: they are buffers outside the `state_dict`.
-
-    Attributes:
-        num_bands: number of frequency bands F, lowest first.
-        hop_length: samples from one frame to the next.
-        window_length: samples that one frame covers.
-        padding: samples of reflect padding at each end of the clip.
-        min_samples: length of the shortest possible clip.
-    """
-
-    def __init__(
-        self,
-        *,
-        sample_rate: int,
-        num_bands: int,
-        hop_length: int,
-        window_length: int,
-        padding: int,
-        min_samples: int,
-    ) -> None:
-        super().__init__()
-        if min(sample_rate, num_bands, hop_length) < 1:
-            raise UserError(
-                f"`sample_rate` ({sample_rate}), `hop_length` ({hop_length}) and the number of "
-                f"bands ({num_bands}) must be positive"
-            )
-        self.sample_rate = sample_rate
-        self.num_bands = num_bands
-        self.hop_length = hop_length
-        self.window_length = window_length
-        self.padding = padding
-        self.min_samples = min_samples
-
-    def num_frames(self, num_samples: int) -> int:
-        """Number of frames T of a clip, from a formula without a forward pass.
-
-        Raises:
-            UserError: if the clip is shorter than `min_samples`.
-        """
-        if num_samples < self.min_samples:
-            raise UserError(
-                f"a clip of {num_samples} samples is too short for {type(self).__name__}: its "
-                f"window and reflect padding need at least {self.min_samples} samples "
-                f"({1e3 * self.min_samples / self.sample_rate:.4g} ms at {self.sample_rate} Hz)"
-            )
-        return 1 + (num_samples + 2 * self.padding - self.window_length) // self.hop_length
-
-    @abstractmethod
-    def log_magnitude(self, waveform: Float[Tensor, "R S"]) -> Float[Tensor, "R F T"]:
-        """Natural logarithm of the magnitudes of R float32 waveforms."""
-
-    def forward(self, waveform: Float[Tensor, "B C S"]) -> Float[Tensor, "B C F T"]:
-        """Log magnitudes of every channel, `T == num_frames(S)`."""
-        self.num_frames(waveform.shape[-1])  # raises `UserError` if the clip is too short
-        with torch.autocast(device_type=waveform.device.type, enabled=False):
-            spectrum = self.log_magnitude(waveform.flatten(0, 1).float())
-        return spectrum.unflatten(0, waveform.shape[:2])
+# nnAudio's filter before each halving of the sample rate has 256 taps, 128 for later samples.
+_HALF_BAND_REACH = 128
 
 
 class _FilterBank(Spectrogram):
@@ -116,6 +56,7 @@ class _FilterBank(Spectrogram):
             window_length=n_fft,
             padding=padding,
             min_samples=max(padding + 1, n_fft - 2 * padding),
+            first_end=(n_fft - win_length) // 2 + win_length - padding,
         )
         self.win_length = win_length
         self.power = power
@@ -222,14 +163,15 @@ class _ConstantQ(Spectrogram):
     """A spectrogram with a constant frequency ratio between neighbouring bands.
 
     The window of a band depends on its frequency.
-    `kernel_widths` has the kernel width of each octave, highest octave first. Octave i uses the
-    clip at 1 / 2^i of its sample rate; the reduced clip must be longer than half the kernel.
+    `kernels` has the kernels `[bands, 1, width]` of each octave, highest octave first. Octave i
+    uses the clip at 1 / 2^i of its sample rate; the reduced clip must be longer than half the
+    kernel.
     """
 
     def __init__(
         self,
         transform: nn.Module,
-        kernel_widths: list[int],
+        kernels: list[Tensor],
         sample_rate: int,
         hop_length: int,
         n_bins: int,
@@ -237,14 +179,15 @@ class _ConstantQ(Spectrogram):
     ) -> None:
         if floor <= 0:
             raise UserError(f"`floor` ({floor}) must be positive")
-        min_samples = [(width // 2 + 1) << octave for octave, width in enumerate(kernel_widths)]
+        widths = [kernel.shape[-1] for kernel in kernels]
         super().__init__(
             sample_rate=sample_rate,
             num_bands=n_bins,
             hop_length=hop_length,
-            window_length=kernel_widths[0],
-            padding=kernel_widths[0] // 2,
-            min_samples=max(min_samples),
+            window_length=widths[0],
+            padding=widths[0] // 2,
+            min_samples=max((width // 2 + 1) << octave for octave, width in enumerate(widths)),
+            first_end=max(_support_end(kernel, octave) for octave, kernel in enumerate(kernels)),
         )
         self.transform = exclude_from_state(transform)
         self.floor = floor
@@ -293,8 +236,8 @@ class CQT(_ConstantQ):
             transform = CQT2010v2(sample_rate, hop_length, **bands, earlydownsample=False)
         else:
             raise UserError(f"`algorithm` ({algorithm!r}) must be '1992v2' or '2010v2'")
-        kernel_widths = [transform.get_buffer("cqt_kernels_real").shape[-1]] * octaves
-        super().__init__(transform, kernel_widths, sample_rate, hop_length, n_bins, floor)
+        kernels = [transform.get_buffer("cqt_kernels_real")] * octaves
+        super().__init__(transform, kernels, sample_rate, hop_length, n_bins, floor)
 
 
 class VQT(_ConstantQ):
@@ -329,8 +272,17 @@ class VQT(_ConstantQ):
         # With early downsampling, nnAudio would still use the kernels of the full rate.
         transform = NNAudioVQT(sample_rate, hop_length, **bands, gamma=gamma, earlydownsample=False)
         kernels = [transform.get_buffer(f"cqt_kernels_real_{i}") for i in range(octaves)]
-        kernel_widths = [kernel.shape[-1] for kernel in kernels]
-        super().__init__(transform, kernel_widths, sample_rate, hop_length, n_bins, floor)
+        super().__init__(transform, kernels, sample_rate, hop_length, n_bins, floor)
+
+
+def _support_end(kernels: Float[Tensor, "bands 1 width"], octave: int) -> int:
+    """Samples at the start of the clip that the first frame of an octave depends on.
+
+    The kernels are centred on the first sample, and nnAudio pads short ones with zeros.
+    """
+    last = int(kernels.abs().amax(dim=(0, 1)).nonzero().max()) - kernels.shape[-1] // 2
+    # Each halving of the rate uses up to `_HALF_BAND_REACH` later samples at the higher rate.
+    return (last << octave) + _HALF_BAND_REACH * ((1 << octave) - 1) + 1
 
 
 def exclude_from_state(module: nn.Module) -> nn.Module:
