@@ -88,7 +88,7 @@ def source_slice(
     ratio = rate_ratio(from_rate, to_rate)
     if ratio == 1:
         return start, min(num_samples, num_frames - start), 0
-    margin = ceil(_FILTER_REACH * max(ratio, 1))
+    margin = _FILTER_REACH * max(ceil(ratio), 1)
     first = max(int(start * ratio) - margin, 0) // ratio.numerator
     begin = first * ratio.numerator
     end = min(ceil((start + num_samples) * ratio) + margin, num_frames)
