@@ -116,3 +116,19 @@ def test_unsuitable_width_raises_an_error(
 ):
     with pytest.raises(ValueError, match=message):
         positions.check_width(dim, 2)
+
+
+def test_no_float64_is_used_on_a_device_without_it(monkeypatch: pytest.MonkeyPatch):
+    """The CPU stands for a device without float64 if `meta` stands for the CPU."""
+    from jepa_audio.steps.encoder import positions
+
+    seen: list[torch.device] = []
+    to = torch.Tensor.to
+    monkeypatch.setattr(positions, "FLOAT64_DEVICES", ("cpu",))
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda self, *a: (seen.append(self.device), to(self, *a))[1]
+    )
+    table = SinCosPositions().additive(Grid(2, 5), 8, torch.device("meta"))
+    assert table.device.type == "meta"
+    assert seen == [CPU], "float64 stays on the CPU"
+    assert table.dtype == torch.float32

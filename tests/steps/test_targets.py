@@ -143,7 +143,7 @@ def test_without_top_k_targets_are_the_last_block_after_the_final_norm(
 
 def test_top_k_above_depth_raises_an_error(encoder: Transformer, tokens: Tensor, masks: Masks):
     with pytest.raises(
-        ValueError, match=r"`top_k` \(4\) must not exceed the `depth` of the encoder \(3\)"
+        ValueError, match=r"`targets.top_k` \(4\) must not exceed `encoder.depth` \(3\)"
     ):
         Targets(top_k=4)(encoder, tokens, GRID, masks.targets)
 

@@ -11,17 +11,19 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from jepa_audio.cli.models import stats
 from jepa_audio.cli.parser import FRONT_ENDS, HelpfulParser
 from jepa_audio.data.datamodule import AudioDataModule
-from jepa_audio.errors import MissingFileError
+from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.interop.convert import load_weights
 from jepa_audio.old_paths import current_path
 from jepa_audio.probing.online import OnlineProbe  # noqa: F401 (YAML can name the imported class)
 from jepa_audio.recipes import find_recipe, recipes
 from jepa_audio.training.checkpointing import AtomicCheckpointIO, RunCheckpoint
+from jepa_audio.training.checks import check_crop
 from jepa_audio.training.collapse_monitor import CollapseMonitor
 from jepa_audio.training.finite_guard import FiniteGuard
 from jepa_audio.training.jepa import JEPA
@@ -125,6 +127,8 @@ class JEPACLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Create a Trainer with atomic checkpoints and, by default, CSV and TensorBoard logs."""
+        if self._has_subcommands:
+            self._check_crops()
         config = self.config_init[self.subcommand] if self.subcommand else self.config_init
         folder, settings = config["run_dir"], config["trainer"]
         callbacks = [FiniteGuard(), *(settings["callbacks"] or [])]
@@ -142,7 +146,17 @@ class JEPACLI(LightningCLI):
         )
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [AtomicCheckpointIO(), *filter(None, plugins)]
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        try:
+            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        except MisconfigurationException as error:
+            raise UserError(f"`trainer`: {error}") from error
+
+    def _check_crops(self) -> None:
+        """Refuse crops that do not fit the model before a Trainer exists."""
+        model = self.model
+        transformers = [model.encoder, model.predictor.trunk]
+        num_samples = self.datamodule.clips.crop_samples
+        check_crop(model.front_end, model.masker, transformers, num_samples)
 
     def before_fit(self) -> None:
         """Load the weights of `--weights`, unless the run resumes from a checkpoint."""

@@ -23,6 +23,7 @@ class Predictor(nn.Module):
 
     def __init__(self, embed_dim: int, trunk: Transformer) -> None:
         super().__init__()
+        self.embed_dim = embed_dim
         self.proj_in = nn.Linear(embed_dim, trunk.embed_dim)
         self.mask_token = nn.Parameter(torch.empty(trunk.embed_dim))
         self.trunk = trunk

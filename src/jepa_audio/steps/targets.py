@@ -39,6 +39,14 @@ class Targets:
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"`top_k` ({self.top_k}) must be at least 1, or null")
 
+    def check_depth(self, depth: int) -> None:
+        """Raise `UserError` if an encoder of `depth` blocks is too shallow."""
+        if self.top_k is not None and self.top_k > depth:
+            raise UserError(
+                f"`targets.top_k` ({self.top_k}) must not exceed `encoder.depth` ({depth}): set "
+                f"`--model.targets.top_k {depth}` or a deeper encoder"
+            )
+
     def __call__(
         self,
         encoder: Transformer,
@@ -70,11 +78,7 @@ class Targets:
         valid = None if keep is None else keep.valid
         if self.top_k is None:
             return self.normalize(encoder(tokens, grid, keep), valid)
-        if self.top_k > encoder.depth:
-            depth = encoder.depth
-            raise UserError(
-                f"`top_k` ({self.top_k}) must not exceed the `depth` of the encoder ({depth})"
-            )
+        self.check_depth(encoder.depth)
         layers = encoder.forward_layers(tokens, grid, keep)[-self.top_k :]
         total = self.normalize(layers[0], valid)
         for layer in layers[1:]:

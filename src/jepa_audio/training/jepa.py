@@ -21,6 +21,7 @@ from jepa_audio.steps.losses import Distance, JEPAOutput
 from jepa_audio.steps.masking.base import Masker
 from jepa_audio.steps.predictor import Predictor
 from jepa_audio.steps.targets import Targets
+from jepa_audio.training.checks import check_trainer
 from jepa_audio.training.ema import TargetEncoderEMA
 from jepa_audio.training.initialization import draw_weights
 from jepa_audio.training.optimizer import ScalerAwareModule, add_schedule, parameter_groups
@@ -69,11 +70,13 @@ class JEPA(ScalerAwareModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=[])
-        if front_end.embed_dim != encoder.embed_dim:
-            raise UserError(
-                f"`front_end.embed_dim` ({front_end.embed_dim}) must equal "
-                f"`encoder.embed_dim` ({encoder.embed_dim})"
-            )
+        for name, part in {"front_end": front_end, "predictor": predictor}.items():
+            if part.embed_dim != encoder.embed_dim:
+                raise UserError(
+                    f"`{name}.embed_dim` ({part.embed_dim}) must equal "
+                    f"`encoder.embed_dim` ({encoder.embed_dim})"
+                )
+        targets.check_depth(encoder.depth)
         self.front_end, self.encoder, self.predictor = front_end, encoder, predictor
         self.masker, self.targets, self.distance = masker, targets, distance
         self.ema, self.optimizer, self.lr_schedule = ema, optimizer, lr_schedule
@@ -172,6 +175,7 @@ class JEPA(ScalerAwareModule):
 
     @override
     def configure_callbacks(self) -> list[Callback]:
+        check_trainer(self.trainer)  # Lightning calls this method before it prepares the data.
         return [self.ema]
 
     @override

@@ -15,6 +15,9 @@ from typing_extensions import override
 from jepa_audio.errors import UserError
 from jepa_audio.steps.grid import Grid
 
+# Types of devices that compute in float64.
+FLOAT64_DEVICES = ("cpu", "cuda", "meta")
+
 
 class Positions(ABC):
     """A position encoding: an additive table, a rotation of queries and keys, or both."""
@@ -50,15 +53,16 @@ class SinCosPositions(Positions):
 
     @override
     def additive(self, grid: Grid, dim: int, device: torch.device) -> Float[Tensor, "N D"]:
+        # Apple's GPUs, among others, have no float64: the table is then computed on the CPU.
+        computed_on = device if device.type in FLOAT64_DEVICES else torch.device("cpu")
         num_axes = 1 if grid.num_freq == 1 else 2
-        axes = grid.coordinates(device).double()[:, :num_axes].unbind(dim=1)
+        axes = grid.coordinates(computed_on).double()[:, :num_axes].unbind(dim=1)
         width = dim // num_axes
-        exponent = torch.arange(width // 2, device=device, dtype=torch.float64) / (width // 2)
+        exponent = torch.arange(width // 2, device=computed_on, dtype=torch.float64) / (width // 2)
         frequency = self.temperature**-exponent
         angles = [axis[:, None] * frequency for axis in axes]  # [N, width / 2]
-        return torch.cat(
-            [table for angle in angles for table in (angle.sin(), angle.cos())], dim=-1
-        ).float()
+        tables = [table for angle in angles for table in (angle.sin(), angle.cos())]
+        return torch.cat(tables, dim=-1).float().to(device)
 
     @override
     def check_width(self, dim: int, num_heads: int) -> None:

@@ -1,0 +1,100 @@
+"""Checks before a run: crops, masks and positions fit together; Trainer settings have effect."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from jepa_audio.errors import UserError
+from jepa_audio.steps.encoder.transformer import Transformer
+from jepa_audio.steps.front_ends import FrontEnd
+from jepa_audio.steps.masking.base import Masker
+
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
+# Masks and attention of more tokens do not fit into memory.
+MAX_TOKENS = 2**20
+
+
+def check_crop(
+    front_end: FrontEnd, masker: Masker, transformers: list[Transformer], num_samples: int
+) -> None:
+    """Check that crops of `num_samples` have a grid, masks and positions.
+
+    Raises:
+        UserError: if a part does not fit the crops; the message names the setting.
+    """
+    grid = front_end.grid(num_samples)
+    if grid.num_tokens > MAX_TOKENS:
+        raise UserError(
+            f"a crop has {grid.num_tokens} tokens, more than {MAX_TOKENS}: lower "
+            "`data.crop_seconds`"
+        )
+    for transformer in transformers:
+        transformer.positions.additive(grid, transformer.embed_dim, torch.device("cpu"))
+        transformer.positions.rotary(grid, transformer.head_dim, torch.device("cpu"))
+    # A mixture draws one of its maskers.
+    for part in getattr(masker, "maskers", [masker]):
+        part.for_rows(grid, torch.zeros(1, dtype=torch.int64), 1, (0,))
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Check the settings of a Trainer whose module trains a JEPA.
+
+    An epoch of the data loader is the complete run, so that settings in epochs have no meaning.
+
+    Raises:
+        UserError: if a setting cannot have the effect that Lightning documents.
+    """
+    if trainer.precision not in PRECISIONS:
+        raise UserError(
+            f"`trainer.precision` ({trainer.precision}) is not supported, because spectrograms and "
+            f"the momentum copy need float32 weights: use one of {', '.join(PRECISIONS)}"
+        )
+    if trainer.state.fn != TrainerFn.FITTING or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    for name, problem in _problems(trainer).items():
+        value = getattr(trainer, name)
+        raise UserError(f"`trainer.{name}` ({value}): {problem}")
+
+
+def _problems(trainer: Trainer) -> dict[str, str]:
+    """Name of each unusable setting → the reason and the remedy."""
+    one_epoch = "one epoch is the complete run"
+    accumulated = trainer.accumulate_grad_batches
+    multiple = f"must be a multiple of `trainer.accumulate_grad_batches` ({accumulated})"
+    overfit, limit = trainer.overfit_batches, trainer.limit_train_batches  # type: ignore[attr-defined]
+    is_fraction = isinstance(limit, float) and limit != 1.0
+    interval, num_batches = trainer.val_check_interval, trainer.max_steps * accumulated
+    checks = {
+        "max_epochs": (trainer.max_epochs not in (None, -1), f"{one_epoch}; set `max_steps`"),
+        "min_steps": (
+            trainer.min_steps,
+            "stop signals would have no effect before this step; leave it out",
+        ),
+        "min_epochs": (trainer.min_epochs, f"{one_epoch}; leave it out"),
+        "reload_dataloaders_every_n_epochs": (
+            trainer.reload_dataloaders_every_n_epochs,  # type: ignore[attr-defined]
+            "a new loader would repeat the first samples of the run; leave it out",
+        ),
+        "check_val_every_n_epoch": (
+            (trainer.check_val_every_n_epoch or 1) > 1,
+            f"{one_epoch}; leave it out and set `trainer.val_check_interval`, in micro-batches",
+        ),
+        "val_check_interval": (
+            trainer.check_val_every_n_epoch == 1
+            and isinstance(interval, int)
+            and interval > num_batches > 0,
+            f"the run has {num_batches} micro-batches; set a smaller number, or "
+            "`trainer.limit_val_batches 0` for a run without validation",
+        ),
+        "overfit_batches": (isinstance(overfit, int) and overfit % accumulated, multiple),
+        "limit_train_batches": (
+            not overfit
+            and (limit == 0 or is_fraction or (isinstance(limit, int) and limit % accumulated)),
+            f"{multiple}, above 0; `trainer.max_steps` sets the length of a run, "
+            "`trainer.overfit_batches` repeats the same batches",
+        ),
+        "gradient_clip_val": ((trainer.gradient_clip_val or 0) < 0, "must not be negative"),
+    }
+    return {name: problem for name, (is_wrong, problem) in checks.items() if is_wrong}
