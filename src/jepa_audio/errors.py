@@ -6,6 +6,10 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from math import inf
 
+# Upper bounds of settings that would take all memory: a day, and a rate above those of converters.
+MAX_SECONDS = 86_400.0
+MAX_RATE = 1_000_000
+
 
 class UserError(ValueError):
     """A mistake that the user can correct: the command ends with its message, without a traceback.

@@ -350,7 +350,10 @@ def wavjepa_geometry(windowing: str = "wavjepa") -> Encoder:
 
 @pytest.mark.parametrize(
     ("num_samples", "num_tokens"),
-    [(160_000, 996), (32_160, 202), (32_159, 200), (64_320, 402), (16_000, 101)],
+    [
+        *[(160_000, 996), (80_000, 498), (52_800, 329), (16_000, 100), (8_000, 50), (240, 1)],
+        *[(32_160, 200), (32_159, 200), (32_158, 200), (64_318, 400), (64_320, 400)],
+    ],
 )
 def test_the_published_windowing_gives_the_published_number_of_tokens(
     num_samples: int, num_tokens: int
@@ -366,16 +369,16 @@ def test_the_published_windowing_normalizes_with_its_padding(rng: torch.Generato
     encoder = wavjepa_geometry()
     clip = torch.randn(1, 1, 40_000, generator=rng) * torch.linspace(0.1, 2, 40_000)
     ours = encoder.encode(clip).layers[-1][0, :, 0]
-    padded = torch.zeros(1, 1, 64_320)
+    padded = torch.zeros(1, 1, 64_318)
     padded[..., :40_000] = clip * 10 ** (-14 / 20) / clip.square().mean().sqrt()
-    dropped = int(24_320 / 16000 * 99)
+    dropped = int(24_318 / 16000 * 100)
     assert len(ours) == 400 - dropped
     for window in range(2):
-        sound = padded[..., 32_160 * window : 32_160 * (window + 1)]
+        sound = padded[..., 32_159 * window : 32_159 * (window + 1)]
         sound = (sound - sound.mean()) / (sound.std() + 1e-5)
         encoder.front_end.standardize = False
         tokens = encoder.front_end(sound) + SinCosPositions().additive(
-            encoder.front_end.grid(32_160), 8, clip.device
+            encoder.front_end.grid(32_159), 8, clip.device
         )
         encoder.front_end.standardize = True
         kept = 200 if window == 0 else 200 - dropped
@@ -387,10 +390,18 @@ def test_the_published_windowing_normalizes_with_its_padding(rng: torch.Generato
         )
 
 
+def test_the_published_windowing_of_windows_below_a_second_keeps_their_length():
+    encoder = wavjepa_geometry()
+    encoder.window_samples = 6_560  # 40 tokens
+    features = encoder.encode(torch.randn(1, 1, 9_000))
+    assert features.layers[-1].shape[1] == 80 - int((2 * 6_560 - 9_000) / 16000 * int(40 / 0.41))
+
+
 def test_the_exact_windowing_differs_from_the_published_one_only_near_its_padding(
     rng: torch.Generator,
 ):
     ours, published = wavjepa_geometry("exact"), wavjepa_geometry()
+    ours.window_samples = 32_159
     published.load_state_dict(ours.state_dict())
     clip = torch.randn(1, 1, 40_000, generator=rng)
     exact, literal = ours.encode(clip).layers[-1], published.encode(clip).layers[-1]

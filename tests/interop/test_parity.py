@@ -4,7 +4,6 @@ The files hold small weights and the numbers. All sizes are read from the metada
 that a file can be replaced by another one of its kind.
 """
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -12,15 +11,18 @@ from typing import NamedTuple
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from jepa_audio.interop import import_weights
+from jepa_audio.inference.encoder import load_encoder
+from jepa_audio.interop import export_weights, import_weights
 from jepa_audio.steps.front_ends import SpectrogramFrontEnd
 from jepa_audio.steps.front_ends.transforms import LogMel
 from jepa_audio.steps.grid import Grid, Masks, TokenSet
 from jepa_audio.steps.targets import Targets
 from jepa_audio.training.jepa import JEPA
+
+DATA = Path(__file__).parent.parent / "data"
 
 
 class Published(NamedTuple):
@@ -33,9 +35,7 @@ class Published(NamedTuple):
 
 def publish(name: str, folder: Path) -> Published:
     """Import the weights of a file and read its numbers."""
-    with safe_open(Path(__file__).parent.parent / "data" / f"{name}.safetensors", "pt") as file:
-        values = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-        metadata = file.metadata()
+    values, metadata = read(name)
     state = {
         key.removeprefix("state/"): value
         for key, value in values.items()
@@ -45,6 +45,13 @@ def publish(name: str, folder: Path) -> Published:
     checkpoint = import_weights(name, folder / f"{name}.safetensors", folder / name)
     sizes = {key: json.loads(value) for key, value in metadata.items()}
     return Published(values, sizes, JEPA.load_from_checkpoint(checkpoint))
+
+
+def read(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file."""
+    with safe_open(DATA / f"{name}.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        return tensors, file.metadata()
 
 
 def assert_same(ours: Tensor, published: Tensor, tolerance: float = 1e-5) -> None:
@@ -57,9 +64,7 @@ def assert_same(ours: Tensor, published: Tensor, tolerance: float = 1e-5) -> Non
 def wave(tmp_path_factory: pytest.TempPathFactory) -> Published:
     published = publish("wavjepa", tmp_path_factory.mktemp("wavjepa"))
     published.jepa.front_end.standardize = False  # the published input is normalised already
-    published.jepa.targets = dataclasses.replace(
-        published.jepa.targets, top_k=published.sizes["top_k"]
-    )
+    assert published.jepa.targets.top_k == published.sizes["top_k"]
     return published
 
 
@@ -192,3 +197,55 @@ def test_pupujepa_log_mel_of_the_metadata(mel: Published):
     assert_same(
         front_end.image(audio)[:, 0], mel.values["mel/normalised"].transpose(-1, -2), tolerance=1e-4
     )
+
+
+def test_a_lightning_checkpoint_of_the_authors_is_imported_without_options(tmp_path: Path):
+    values, metadata = read("wavjepa_lightning")
+    checkpoint = import_weights("wavjepa", DATA / "wavjepa_lightning.ckpt", tmp_path)
+    jepa = JEPA.load_from_checkpoint(checkpoint)
+    sizes = {key: json.loads(value) for key, value in metadata.items()}
+    assert jepa.encoder.num_heads == sizes["num_heads"]
+    assert jepa.targets.top_k == sizes["top_k"]
+    assert [list(layer) for layer in jepa.front_end.conv_layers] == sizes["conv_layers"]
+    jepa.front_end.standardize = False  # the audio is normalised already
+    audio = values["audio"]
+    masks = Masks.from_bool(~values["context_hidden"], values["targets"])
+    assert_same(jepa.loss(audio, masks).reshape(1), values["loss"].reshape(1))
+    grid = jepa.front_end.grid(audio.shape[-1])
+    assert_same(jepa.encoder(jepa.front_end(audio), grid), values["representation"])
+
+
+HUB_LENGTHS = sorted(
+    int(name.removeprefix("features/")) for name in read("wavjepa_hub")[0] if "features/" in name
+)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return import_weights("wavjepa", DATA / "wavjepa_hub", tmp_path_factory.mktemp("hub"))
+
+
+@pytest.mark.parametrize("num_samples", HUB_LENGTHS)
+def test_a_hugging_face_folder_gives_the_features_of_the_authors_class(hub: Path, num_samples: int):
+    values, _ = read("wavjepa_hub")
+    encoder = load_encoder(hub, windowing="wavjepa")
+    features = encoder.encode(values["audio"][..., :num_samples], layers=[-1])
+    assert_same(features.layers[0][:, :, 0], values[f"features/{num_samples}"])
+    assert_same(features.times * 1000, values[f"milliseconds/{num_samples}"])
+
+
+def test_a_hugging_face_folder_is_exported_as_it_was(hub: Path, tmp_path: Path):
+    export_weights("wavjepa", hub, tmp_path)
+    config, published = (
+        json.loads((folder / "config.json").read_text())
+        for folder in (tmp_path, DATA / "wavjepa_hub")
+    )
+    # `auto_map` names the code of the class; the authors' folder was written without it.
+    assert {**published, "auto_map": config["auto_map"]} == config
+    assert all(name.startswith("labhamlet/wavjepa-base--") for name in config["auto_map"].values())
+    files = (folder / "model.safetensors" for folder in (tmp_path, DATA / "wavjepa_hub"))
+    tensors, expected = map(load_file, files)
+    assert tensors.keys() == expected.keys()
+    for name, value in expected.items():
+        tolerance = 1e-6 if "pos_encoding" in name else 0
+        torch.testing.assert_close(tensors[name], value, rtol=0, atol=tolerance)

@@ -79,15 +79,22 @@ def cut_as_wavjepa(
     fills its last window exactly, one window of zeros is added. The front end includes the zeros in
     its normalisation. The tokens of the zeros are excluded from attention and are not returned. A
     clip that is too short for one column has one column.
+
+    Two roundings of the published code are kept. A window has int(16000 * 2.01) = 32159 samples,
+    one less than a training crop. The zeros of a clip have int(200 / (32159 // 16000)) = 100 tokens
+    a second: the length of the window is rounded down to whole seconds. For windows shorter than a
+    second, where the published code fails, the length is not rounded.
     """
     num_samples, rate = clips.shape[-1], front_end.sample_rate
+    window = int(rate * (window_samples / rate))
     rms = clips.square().mean(dim=(1, 2), keepdim=True).sqrt()
-    # Between 1 and `window_samples`.
-    padding = window_samples - num_samples % window_samples
+    # Between 1 and `window`.
+    padding = window - num_samples % window
     padded = F.pad(clips * (10 ** (-14 / 20) / rms.clamp(min=1e-8)), (0, padding))
-    waveforms = padded.unfold(-1, window_samples, window_samples).unbind(2)
-    per_window = front_end.grid(window_samples).num_time
-    dropped = int(padding / rate * int(per_window / (window_samples / rate)))
+    waveforms = padded.unfold(-1, window, window).unbind(2)
+    per_window = front_end.grid(window).num_time
+    per_second = int(per_window / (window // rate or window / rate))
+    dropped = int(padding / rate * per_second)
     num_columns = max(1, len(waveforms) * per_window - dropped)
     kept = torch.arange(len(waveforms) * per_window) < num_columns
     times = torch.arange(num_columns) * (num_samples / rate / num_columns)

@@ -6,21 +6,21 @@ import copy
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import lightning
 import torch
 import yaml
-from lightning.pytorch.cli import instantiate_module
 from safetensors.torch import save_file
 from torch import Tensor
 
+from jepa_audio.class_paths import check_class_paths
 from jepa_audio.errors import MissingFileError
 from jepa_audio.files import write_text
 from jepa_audio.inference.encoder import num_crop_samples
 from jepa_audio.interop.layout import Layout, Settings, SizeHints, merged
-from jepa_audio.interop.published import Published, WeightsError, open_published, shorten
+from jepa_audio.interop.published import Published, open_published
 from jepa_audio.interop.pupujepa import PupuJEPALayout
 from jepa_audio.interop.wavjepa import WavJEPALayout
 from jepa_audio.old_paths import with_current_paths
@@ -28,6 +28,13 @@ from jepa_audio.recipes import find_recipe, recipes
 from jepa_audio.training.checkpointing import AtomicCheckpointIO
 from jepa_audio.training.jepa import JEPA
 from jepa_audio.training.load import load_jepa
+from jepa_audio.training.weights import (
+    WeightsError,
+    build_jepa,
+    load_state,
+    refuse_differences,
+    shorten,
+)
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +51,7 @@ def import_weights(
     *,
     recipe: Path | str | None = None,
     hints: SizeHints | None = None,
+    trust: Sequence[str] = (),
 ) -> Path:
     """Convert a published model to a checkpoint, and write a configuration for further training.
 
@@ -57,6 +65,7 @@ def import_weights(
         output: folder for `checkpoints/last.ckpt` and `config.yaml`.
         recipe: name or YAML file with the other settings; `None` for the recipe of the layout.
         hints: sizes that the file does not contain.
+        trust: modules whose objects the file may contain, and whose classes the recipe may name.
 
     Returns:
         The path of the checkpoint.
@@ -70,11 +79,15 @@ def import_weights(
         raise WeightsError(
             f"{checkpoint} exists and is not overwritten: give another folder with `-o`"
         )
-    published = open_published(source)
+    published = open_published(source, trust)
     variant = _layout(layout).variant(published.tensors)
-    base = _read_recipe(find_recipe(str(recipe)) if recipe else recipes()[variant.recipe])
+    file = find_recipe(str(recipe)) if recipe else recipes()[variant.recipe]
+    base = _read_recipe(file)
     settings = merged(base, variant.sizes(published, hints or SizeHints(), base))
     model = settings["model"]
+    check_class_paths(model, str(file), trust)
+    if unused := published.unused():
+        log.info("%s: not used, the recipe decides: %s", published.path, shorten(unused, 30))
     content = {
         "pytorch-lightning_version": lightning.__version__,
         "state_dict": _state(variant, published, model),
@@ -87,10 +100,14 @@ def import_weights(
     return checkpoint
 
 
-def export_weights(layout: str, checkpoint: Path, output: Path) -> Path:
-    """Write a checkpoint of this package as `model.safetensors` and `config.json` into `output`.
+def export_weights(layout: str, checkpoint: Path, output: Path, trust: Sequence[str] = ()) -> Path:
+    """Write a checkpoint of this package in a published layout.
 
-    `layout` is a name in `LAYOUTS`.
+    Args:
+        layout: a name in `LAYOUTS`.
+        checkpoint: the `.ckpt` file of a run or of an import.
+        output: folder for `model.safetensors` and the `config_name` of the layout.
+        trust: see `load_jepa`.
 
     Returns:
         The path of `model.safetensors`.
@@ -99,14 +116,15 @@ def export_weights(layout: str, checkpoint: Path, output: Path) -> Path:
         WeightsError: if the layout cannot express what the model computes.
         UserError: if the checkpoint does not contain the length of its crops.
     """
-    jepa = load_jepa(checkpoint)
+    jepa = load_jepa(checkpoint, trust)
     state = jepa.state_dict()
     variant = _layout(layout).variant(state)
     if jepa.target_front_end is not None:
         raise WeightsError(f"the layout {layout} cannot express `target_front_end: momentum`")
-    config = variant.config(jepa)
+    num_samples = num_crop_samples(checkpoint, jepa)
+    config = variant.config(jepa, num_samples)
     tensors = {variant.published_name(name): value.contiguous() for name, value in state.items()}
-    tensors |= variant.formulas(jepa, num_crop_samples(checkpoint, jepa))
+    tensors |= variant.formulas(jepa, num_samples)
     tensors = {
         f"{variant.prefix}{name}": value.reshape(1, 1, -1) if name.endswith("mask_token") else value
         for name, value in tensors.items()
@@ -114,7 +132,7 @@ def export_weights(layout: str, checkpoint: Path, output: Path) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     file = output / "model.safetensors"
     save_file(tensors, file, {"format": "pt"})
-    write_text(output / "config.json", json.dumps(config, indent=2))
+    write_text(output / variant.config_name, json.dumps(config, indent=2) + "\n")
     return file
 
 
@@ -128,10 +146,7 @@ def load_weights(jepa: JEPA, checkpoint: Path) -> None:
     if not checkpoint.is_file():
         raise MissingFileError(f"no checkpoint at {checkpoint}")
     published = open_published(checkpoint)
-    expected = jepa.state_dict()
-    names = {name: name for name in expected}
-    _refuse_differences(published.path, names, expected, published.tensors)
-    jepa.load_state_dict(published.tensors)
+    load_state(jepa, published.path, published.tensors)
 
 
 def _layout(name: str) -> Layout:
@@ -162,7 +177,7 @@ def _state(variant: Layout, published: Published, model: Settings) -> dict[str, 
     variant.check_formulas(published)
     is_ignored = re.compile(variant.ignored).match
     tensors = {name: value for name, value in published.tensors.items() if not is_ignored(name)}
-    _refuse_differences(published.path, names, expected, tensors)
+    refuse_differences(published.path, names, expected, tensors)
     state = {name: tensors[key].reshape(expected[name].shape) for name, key in names.items()}
     return state | _missing_parts(published.path, state, parts, model)
 
@@ -172,43 +187,7 @@ def _part(name: str) -> str:
 
 
 def _initial_state(model: Settings) -> dict[str, Tensor]:
-    # The parser changes the settings in place.
-    return instantiate_module(JEPA, copy.deepcopy(model)).state_dict()
-
-
-def _refuse_differences(
-    path: Path,
-    names: Mapping[str, str],
-    expected: Mapping[str, Tensor],
-    tensors: Mapping[str, Tensor],
-) -> None:
-    """Raise `WeightsError` with the names of all `tensors` that do not fit the model.
-
-    `names` maps the names in `expected`, the state of the model, to the names in `tensors`.
-    """
-    missing = [key for key in names.values() if key not in tensors]
-    unknown = sorted(tensors.keys() - set(names.values()))
-    misshapen = [
-        f"{key} {list(tensors[key].shape)}, not {list(expected[name].shape)}"
-        for name, key in names.items()
-        if key in tensors and _squeezed(tensors[key]) != _squeezed(expected[name])
-    ]
-    differences = {"missing": missing, "unknown": unknown, "of another shape": misshapen}
-    lines = [
-        f"\n  {kind} ({len(found)}): {shorten(found, 8)}"
-        for kind, found in differences.items()
-        if found
-    ]
-    if lines:
-        raise WeightsError(f"the weights of {path} do not fit the model:{''.join(lines)}")
-
-
-def _squeezed(tensor: Tensor) -> tuple[int, ...]:
-    """The shape without leading ones, because the published mask token is `[1, 1, D]`."""
-    shape = tuple(tensor.shape)
-    while len(shape) > 1 and shape[0] == 1:
-        shape = shape[1:]
-    return shape
+    return build_jepa(model, "the recipe and the sizes of the file").state_dict()
 
 
 def _missing_parts(

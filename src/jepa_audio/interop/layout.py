@@ -44,6 +44,7 @@ class Layout(ABC):
             published name; the first pattern that matches is used.
         ignored: pattern of the names of published tensors that are not weights.
         prefix: prefix of all names in an exported file.
+        config_name: name of the file with the sizes of the model.
     """
 
     recipe: ClassVar[str]
@@ -51,6 +52,7 @@ class Layout(ABC):
     # This pattern matches no name.
     ignored: ClassVar[str] = r"$."
     prefix: ClassVar[str] = ""
+    config_name: ClassVar[str] = "config.json"
 
     def variant(self, names: Iterable[str]) -> Layout:
         """The variant of the layout for a published file or a `JEPA` with these weight names."""
@@ -84,8 +86,12 @@ class Layout(ABC):
         """Raise `WeightsError` if a published tensor differs from its formula."""
 
     @abstractmethod
-    def config(self, jepa: JEPA) -> Settings:
-        """The content of `config.json`, which contains all sizes of the model.
+    def config(self, jepa: JEPA, num_samples: int) -> Settings:
+        """The content of `config_name`, which contains all sizes of the model.
+
+        Args:
+            jepa: the model.
+            num_samples: length of a training crop.
 
         Raises:
             WeightsError: if the layout cannot express what the model computes.
@@ -94,7 +100,7 @@ class Layout(ABC):
 
 def arguments(settings: Settings) -> Settings:
     """The arguments of a part of the model; if there is a `class_path`, they are in `init_args`."""
-    return settings["init_args"] if "class_path" in settings else settings
+    return settings.get("init_args", {}) if "class_path" in settings else settings
 
 
 def merged(settings: Settings, changes: Settings) -> Settings:
@@ -113,43 +119,61 @@ def merged(settings: Settings, changes: Settings) -> Settings:
     return {**settings, **changes, **nested}
 
 
-def transformer_sizes(
-    published: Published,
-    part: str,
-    blocks: str,
-    mlp_weight: str,
-    heads: int | None,
-    option: str,
-    keys: tuple[str, ...],
-) -> Settings:
+@dataclass(frozen=True)
+class TransformerKeys:
+    """Where a published file has a transformer: names of its weights, keys of its configuration.
+
+    Attributes:
+        part: prefix of the names of all weights of the transformer.
+        blocks: name of the list of blocks.
+        mlp_weight: name of the weight of a block that maps the hidden layer of the MLP to D.
+        heads: dotted keys of the number of heads; the first key found is used.
+        sizes: keys of the width, of the number of blocks and of the hidden width, which the tensors
+            determine.
+        option: command-line option for the number of heads, for the error message.
+    """
+
+    part: str
+    blocks: str
+    mlp_weight: str
+    heads: tuple[str, ...]
+    sizes: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
+    option: str
+
+
+def transformer_sizes(published: Published, keys: TransformerKeys, heads: int | None) -> Settings:
     """The sizes of a transformer.
 
     Args:
         published: the file.
-        part: prefix of the names of all weights of the transformer.
-        blocks: name of the list of blocks.
-        mlp_weight: name of the weight of a block that maps the hidden layer of the MLP to D.
+        keys: where the file has the transformer.
         heads: number of attention heads from the user; `None` takes it from the configuration of
             the file, because no shape of a tensor depends on it.
-        option: command-line option for `heads`, for the error message.
-        keys: dotted keys of the number of heads in the configuration; the first key found is used.
+
+    Raises:
+        WeightsError: if the number of heads is unknown or impossible, or if the configuration has
+            other sizes than the tensors.
     """
-    (width,) = published.shape(f"{part}.norm.weight", 1)
-    _, hidden = published.shape(f"{part}.{blocks}.0.{mlp_weight}", 2)
-    num_heads = published.config_value(*keys) if heads is None else heads
+    (width,) = published.shape(f"{keys.part}.norm.weight", 1)
+    _, hidden = published.shape(f"{keys.part}.{keys.blocks}.0.{keys.mlp_weight}", 2)
+    depth = published.num_layers(rf"{re.escape(keys.part)}\.{keys.blocks}\.(\d+)\.")
+    for names, size in zip(keys.sizes, (width, depth, hidden), strict=True):
+        published.check_value(size, *names)
+    num_heads = published.whole_number(*keys.heads) if heads is None else heads
     if num_heads is None:
         raise WeightsError(
-            f"{published.path}: the configuration ({', '.join(keys)}) does not contain the number "
-            f"of attention heads of the transformer of width {width}: give `{option} N`"
+            f"{published.path}: the configuration ({', '.join(keys.heads)}) does not contain the "
+            f"number of attention heads of the transformer of width {width}: give "
+            f"`{keys.option} N`"
         )
-    if int(num_heads) < 1 or width % int(num_heads):
+    if num_heads < 1 or width % num_heads:
         raise WeightsError(
             f"{published.path}: {num_heads} attention heads do not divide the width {width}"
         )
     return {
         "embed_dim": width,
-        "depth": published.num_layers(rf"{part}\.{blocks}\.(\d+)\."),
-        "num_heads": int(num_heads),
+        "depth": depth,
+        "num_heads": num_heads,
         "mlp_ratio": hidden / width,
     }
 
@@ -161,12 +185,18 @@ def first_block(encoder: Transformer) -> Block:
     return block
 
 
+def has_qk_norm(encoder: Transformer) -> bool:
+    """Whether a transformer normalises its queries and keys."""
+    return not isinstance(first_block(encoder).attn.q_norm, nn.Identity)
+
+
 def check_blocks(
     part: str,
     encoder: Transformer,
     *,
     pre_norm: bool,
     gated: bool,
+    qk_norm: bool,
     positions: Positions,
     final_norm_eps: float,
     norm_eps: float | None = None,
@@ -178,6 +208,7 @@ def check_blocks(
         encoder: transformer of the model.
         pre_norm: whether the norms of the layout are before attention and MLP.
         gated: whether the MLPs of the layout are SwiGLUs.
+        qk_norm: whether the layout has norms of queries and keys.
         positions: the position encoding of the layout.
         final_norm_eps: epsilon of the norm after the last block.
         norm_eps: epsilon of the other norms; `None` if the layout can express any value.
@@ -186,7 +217,7 @@ def check_blocks(
     differs = {
         "norm": block.pre_norm != pre_norm,
         "mlp": hasattr(block.mlp, "gate_last") != gated,
-        "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
+        "qk_norm": has_qk_norm(encoder) != qk_norm,
         "layer_scale": not isinstance(block.scale1, nn.Identity),
         "num_registers": encoder.registers is not None,
         "positions": encoder.positions != positions,

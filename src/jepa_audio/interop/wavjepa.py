@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from jepa_audio.errors import MAX_RATE, MAX_SECONDS
 from jepa_audio.interop.layout import (
     Layout,
     Settings,
@@ -17,9 +18,9 @@ from jepa_audio.interop.layout import (
     arguments,
     check_blocks,
     first_block,
-    transformer_sizes,
 )
-from jepa_audio.interop.published import Published, WeightsError, parse_conv_layers
+from jepa_audio.interop.published import Published, WeightsError
+from jepa_audio.interop.wavjepa_sizes import clip_length, conv_strides, targets, transformer
 from jepa_audio.steps.encoder.positions import BinauralPositions, SinCosPositions
 from jepa_audio.steps.encoder.transformer import Transformer
 from jepa_audio.steps.front_ends import WaveformFrontEnd
@@ -75,6 +76,13 @@ class WavJEPALayout(Layout):
         (r"^front_end\.stacks\.0\.(\d+)\.1\.", r"extract_audio.cnn.\1.2."),
         *_NAMES,
     )
+    hub_class = "WavJEPA"
+    model_type = "wavjepa-base"
+    # The code of the published model, which `from_pretrained(..., trust_remote_code=True)` loads.
+    auto_map: ClassVar[Mapping[str, str]] = {
+        "AutoConfig": "labhamlet/wavjepa-base--configuration_wavjepa.WavJEPAConfig",
+        "AutoModel": "labhamlet/wavjepa-base--modeling_wavjepa.WavJEPAModel",
+    }
     # The Hugging Face files have this prefix.
     prefix = "model."
     # Position tables, which `check_formulas` checks, and kernels of torchaudio's transforms, which
@@ -91,36 +99,47 @@ class WavJEPALayout(Layout):
     @override
     def sizes(self, published: Published, hints: SizeHints, recipe: Settings) -> Settings:
         part = "encoder" if "encoder.norm.weight" in published.tensors else "teacher_encoder"
-        encoder = _transformer(published, part, "encoder", hints.num_heads, "--num_heads")
+        encoder = transformer(published, part, "encoder", hints.num_heads, "--num_heads")
         width = encoder["embed_dim"]
         predictor: Settings = {"embed_dim": width}
         if "decoder.norm.weight" in published.tensors:
             heads = hints.predictor_num_heads
-            predictor["trunk"] = _transformer(
+            predictor["trunk"] = transformer(
                 published, "decoder", "decoder", heads, "--predictor_num_heads"
             )
-        front_end = self._front_end(published, hints, arguments(recipe["model"]["front_end"]))
+        old = arguments(recipe["model"]["front_end"])
+        sample_rate = published.whole_number("resample_sr", high=MAX_RATE) or old["sample_rate"]
+        seconds = published.number("process_audio_seconds", low=1e-3, high=MAX_SECONDS)
+        crop_seconds = seconds or recipe["data"]["crop_seconds"]
+        front_end = self._front_end(published, hints, old, crop_seconds * sample_rate)
         return {
             "model": {
-                "front_end": {**front_end, "embed_dim": width},
+                "front_end": {**front_end, "embed_dim": width, "sample_rate": sample_rate},
                 "encoder": encoder,
                 "predictor": predictor,
+                "targets": targets(published, recipe["model"]["targets"], encoder["depth"]),
             },
-            "data": _clip_length(published, front_end, recipe),
+            "data": clip_length(published, front_end, crop_seconds, sample_rate),
         }
 
-    def _front_end(self, published: Published, hints: SizeHints, recipe: Settings) -> Settings:
+    def _front_end(
+        self, published: Published, hints: SizeHints, recipe: Settings, num_samples: float
+    ) -> Settings:
         stack = f"extract_audio.{self.stack}"
         num_layers = max(published.num_layers(rf"{re.escape(stack)}\.(\d+)\.0\.weight"), 1)
         shapes = [published.shape(f"{stack}.{i}.0.weight", 3) for i in range(num_layers)]
         kernels = [(channels, kernel) for channels, _, kernel in shapes]
-        strides = _conv_strides(published, hints, recipe, kernels)
+        table = published.tensors.get("pos_encoding_encoder")
+        num_time = None if table is None else table.shape[-2] // self.num_stacks
+        strides = conv_strides(published, hints, recipe, kernels, num_samples, num_time)
+        num_channels = shapes[0][1] * self.num_stacks
+        published.check_value(num_channels, "extractor_config.in_channels")
         return {
             "conv_layers": [
                 [*kernel, stride] for kernel, stride in zip(kernels, strides, strict=True)
             ],
             "bias": f"{stack}.0.0.bias" in published.tensors,
-            "num_channels": shapes[0][1] * self.num_stacks,
+            "num_channels": num_channels,
             "separate_channels": self.num_stacks > 1,
         }
 
@@ -146,49 +165,66 @@ class WavJEPALayout(Layout):
                 )
 
     @override
-    def config(self, jepa: JEPA) -> Settings:
-        # These groups of settings are also in the `config.json` of the Hugging Face files.
+    def config(self, jepa: JEPA, num_samples: int) -> Settings:
+        # These are the keys and values that the published class writes.
         front_end = jepa.front_end
         has_group_norm = any(isinstance(module, nn.GroupNorm) for module in front_end.modules())
         if not isinstance(front_end, WaveformFrontEnd) or not has_group_norm:
             raise WeightsError("the layout of WavJEPA needs a WaveformFrontEnd with `norm: group`")
-        groups: dict[str, Any] = {
+        config: dict[str, Any] = {
+            "architectures": [f"{self.hub_class}Model"],
             "extractor_config": {
-                "conv_layers_spec": str([tuple(layer) for layer in front_end.conv_layers]),
-                "in_channels": front_end.num_channels,
-                "dropout": 0.0,
-                "mode": "default",
                 "conv_bias": "stacks.0.0.0.bias" in front_end.state_dict(),
+                "conv_layers_spec": str([tuple(layer) for layer in front_end.conv_layers]),
                 "depthwise": False,
-            }
+                "dropout": 0.0,
+                "in_channels": front_end.num_channels,
+                "mode": "default",
+            },
+            "model_type": self.model_type,
+            "torch_dtype": str(jepa.predictor.mask_token.dtype).removeprefix("torch."),
+            # The published class runs with this version, and fails with version 5.
+            "transformers_version": "4.53.2",
         }
+        if self.auto_map:
+            config["auto_map"] = self.auto_map
         for name, encoder in (("encoder", jepa.encoder), ("decoder", jepa.predictor.trunk)):
+            pre_norm = first_block(encoder).pre_norm
             check_blocks(
                 name,
                 encoder,
-                pre_norm=False,
+                pre_norm=pre_norm,
                 gated=False,
+                qk_norm=False,
                 positions=self.positions,
                 final_norm_eps=_FINAL_NORM_EPS,
             )
-            layers = {
-                "d_model": encoder.embed_dim,
-                "nhead": encoder.num_heads,
-                "dim_feedforward": encoder.get_parameter("blocks.0.mlp.fc1.bias").numel(),
-                "layer_norm_eps": first_block(encoder).norm1.eps,
-                "norm_first": False,
-                "dropout": 0.0,
+            config[f"{name}_layers_cfg"] = {
                 "batch_first": True,
                 "bias": True,
+                "d_model": encoder.embed_dim,
+                "dim_feedforward": encoder.get_parameter("blocks.0.mlp.fc1.bias").numel(),
+                "dropout": 0.0,
+                "layer_norm_eps": first_block(encoder).norm1.eps,
+                "nhead": encoder.num_heads,
+                "norm_first": pre_norm,
             }
-            groups |= {f"{name}_layers_cfg": layers, f"{name}_cfg": {"num_layers": encoder.depth}}
-        return {"model_type": "wavjepa", "model_size": "base", **groups}
+            # Otherwise the published class fails on a clip that fills its windows exactly.
+            config[f"{name}_cfg"] = {
+                "enable_nested_tensor": False,
+                "mask_check": True,
+                "num_layers": encoder.depth,
+            }
+        return dict(sorted(config.items()))
 
 
 class WavJEPANatLayout(WavJEPALayout):
     """WavJEPA-Nat: one stack of convolutions for each ear; the left ear is the first one."""
 
     recipe = "wavjepa_nat"
+    hub_class = "WavJEPANat"
+    model_type = "wavjepa-nat-base"
+    auto_map: ClassVar[Mapping[str, str]] = {}
     num_stacks = 2
     stack = "cnns.0"
     positions = BinauralPositions()
@@ -197,70 +233,6 @@ class WavJEPANatLayout(WavJEPALayout):
         (r"^front_end\.stacks\.(\d+)\.(\d+)\.1\.", r"extract_audio.cnns.\1.\2.2."),
         *_NAMES,
     )
-
-
-def _conv_strides(
-    published: Published, hints: SizeHints, recipe: Settings, kernels: list[tuple[int, int]]
-) -> list[int]:
-    """The strides of the convolutions `kernels` (channels, kernel).
-
-    They are taken from the hints, the configuration of the file, or the recipe, in this order.
-    """
-    spec = published.config_value(
-        "extractor_config.conv_layers_spec", "conv_layers_spec", "conv_layers"
-    )
-    layers = parse_conv_layers(recipe["conv_layers"] if spec is None else spec)
-    if hints.conv_strides is not None:
-        strides = list(hints.conv_strides)
-    elif [layer[:2] for layer in layers] == kernels:
-        strides = [stride for _, _, stride in layers]
-    else:
-        raise WeightsError(
-            f"{published.path} does not contain the strides of its convolutions (channels, kernel) "
-            f"{kernels}, and the recipe has other convolutions: give `--conv_strides [5, 2, ...]`"
-        )
-    if len(strides) != len(kernels):
-        raise WeightsError(
-            f"`conv_strides` has {len(strides)} values, but {published.path} has {len(kernels)} "
-            "convolutions"
-        )
-    return strides
-
-
-def _transformer(
-    published: Published, part: str, group: str, heads: int | None, option: str
-) -> Settings:
-    """The sizes of the transformer `part`; `group` is the prefix of its configuration keys."""
-    module = "encoder" if group == "encoder" else "predictor"
-    keys = (f"{group}_layers_cfg.nhead", f"{group}_nhead", f"{module}.heads")
-    sizes = transformer_sizes(published, part, "layers", "linear2.weight", heads, option, keys)
-    eps = published.config_value(f"{group}_layers_cfg.layer_norm_eps")
-    return sizes if eps is None else {**sizes, "norm_eps": float(eps)}
-
-
-def _clip_length(published: Published, sizes: Settings, recipe: Settings) -> Settings:
-    """The crop length that gives the number of tokens of the position table.
-
-    Empty if the crop length of the recipe gives this number, or if the file has no table.
-    """
-    seconds = recipe["data"]["crop_seconds"]
-    if "pos_encoding_encoder" not in published.tensors:
-        return {}
-    sample_rate = arguments(recipe["model"]["front_end"])["sample_rate"]
-    with torch.device("meta"):
-        front_end = WaveformFrontEnd(
-            [tuple(layer) for layer in sizes["conv_layers"]],
-            embed_dim=1,
-            sample_rate=sample_rate,
-            num_channels=sizes["num_channels"],
-            separate_channels=sizes["separate_channels"],
-        )
-    _, num_tokens, _ = published.shape("pos_encoding_encoder", 3)
-    if front_end.grid(round(seconds * sample_rate)).num_tokens == num_tokens:
-        return {}
-    num_time = num_tokens // len(front_end.stacks)
-    num_samples = front_end.receptive_field + (num_time - 1) * front_end.stride
-    return {"crop_seconds": num_samples / sample_rate}
 
 
 def _position_table(encoder: nn.Module, grid: Grid) -> Tensor:

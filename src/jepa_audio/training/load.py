@@ -5,16 +5,27 @@ from __future__ import annotations
 import errno
 import pickle
 import re
+import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.serialization import safe_globals
 
+from jepa_audio.class_paths import check_class_paths, check_size, nested_values
 from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.old_paths import with_current_paths
 from jepa_audio.training.jepa import JEPA
+from jepa_audio.training.stored_objects import stand_ins
+from jepa_audio.training.weights import (
+    WeightsError,
+    build_jepa,
+    checked_tensors,
+    limited_parameters,
+    load_state,
+)
 
 # What torch raises for a file that it did not write, that is incomplete, or that has other objects.
 _TORCH_ERRORS = (
@@ -27,31 +38,35 @@ _TORCH_ERRORS = (
     ValueError,
     TypeError,
     AttributeError,
-    OverflowError,
+    ArithmeticError,
+    AssertionError,
+    struct.error,
 )
 
 
-class DamagedCheckpointError(UserError):
+class DamagedCheckpointError(WeightsError):
     """A file that is not a complete checkpoint; the message names the file and the damage."""
 
 
-def read_torch_file(path: Path, mmap: bool = False) -> Any:
+def read_torch_file(path: Path, mmap: bool = False, trust: Sequence[str] = ()) -> Any:
     """The content of a file of `torch.save`, without running code of the file.
 
     Args:
         path: the file.
+        trust: modules whose objects are accepted; a `StoredObject` replaces each of them.
         mmap: read tensors when they are used; refuses files of torch 1.5 and earlier.
 
     Raises:
         DamagedCheckpointError: if torch cannot read the file.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with safe_globals(stand_ins(path, trust)):  # type: ignore[arg-type]
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except _TORCH_ERRORS as error:
-        raise DamagedCheckpointError(f"{path} {_damage(path, error)}") from error
+        raise DamagedCheckpointError(f"{path} {damage(path, error)}") from error
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, trust: Sequence[str] = ()) -> dict[str, Any]:
     """The content of the `.ckpt` file of a run; the weights are memory-mapped.
 
     Raises:
@@ -62,9 +77,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise MissingFileError(f"no checkpoint at {path}")
     # Otherwise torch could take the file for one of torch 1.5, which cannot be memory-mapped.
     if not zipfile.is_zipfile(path):
-        raise DamagedCheckpointError(f"{path} {_damage(path)}")
-    content = read_torch_file(path, mmap=True)
-    if not isinstance(content, dict) or not {"state_dict", "hyper_parameters"} <= content.keys():
+        raise DamagedCheckpointError(f"{path} {damage(path)}")
+    content = read_torch_file(path, mmap=True, trust=trust)
+    needed = ("state_dict", "hyper_parameters")
+    if not isinstance(content, dict) or not all(
+        isinstance(content.get(name), dict) for name in needed
+    ):
         raise DamagedCheckpointError(
             f"{path} is not a checkpoint of jepa-audio, because `state_dict` or "
             "`hyper_parameters` is missing; convert published weights with `jepa-audio import`"
@@ -82,7 +100,7 @@ def check_sums(path: Path) -> None:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
-        raise DamagedCheckpointError(f"{path} {_damage(path, error)}") from error
+        raise DamagedCheckpointError(f"{path} {damage(path, error)}") from error
     if damaged is not None:
         raise DamagedCheckpointError(f"{path} is damaged: the checksum of {damaged} is wrong")
 
@@ -103,17 +121,32 @@ def _whole_checkpoints(folder: Path) -> Iterator[tuple[int, float, Path]]:
         yield step, path.stat().st_mtime, path
 
 
-def load_jepa(checkpoint: Path) -> JEPA:
+def load_jepa(checkpoint: Path, trust: Sequence[str] = ()) -> JEPA:
     """The model of a checkpoint, on the CPU.
 
+    Args:
+        checkpoint: the `.ckpt` file of a run or of an import.
+        trust: modules whose classes the checkpoint may name, see `check_class_paths`.
+
     Raises:
-        UserError: see `read_checkpoint`.
+        UserError: see `read_checkpoint`; also if the checkpoint names classes of other modules, or
+            if its weights do not fit its hyper-parameters.
     """
-    settings = with_current_paths(read_checkpoint(checkpoint)["hyper_parameters"])
-    return JEPA.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True, **settings)
+    content = read_checkpoint(checkpoint, trust)
+    source = f"{checkpoint}, hyper-parameters"
+    check_size(content["hyper_parameters"], nested_values, source)
+    settings = with_current_paths(content["hyper_parameters"])
+    # Lightning stores the function that builds the model; it is always `build_jepa`.
+    settings.pop("_instantiator", None)
+    check_class_paths(settings, source, trust)
+    tensors = checked_tensors(checkpoint, content["state_dict"])
+    with limited_parameters(checkpoint, sum(tensor.numel() for tensor in tensors.values())):
+        jepa = build_jepa(settings, source)
+    load_state(jepa, checkpoint, tensors)
+    return jepa
 
 
-def _damage(path: Path, error: BaseException | None = None) -> str:
+def damage(path: Path, error: BaseException | None = None) -> str:
     """What is wrong with a file that torch cannot read.
 
     The advice in torch's own messages, to let the file run code, is left out.
@@ -124,10 +157,24 @@ def _damage(path: Path, error: BaseException | None = None) -> str:
     if path.stat().st_size == 0:
         return "is damaged: the file is empty"
     if name := re.search(r"GLOBAL (\S+)", str(error)):
+        module = name[1].rpartition(".")[0] or "builtins"
+        remedy = f"; if you trust the file, `--trust {module}` opens it without these objects"
         return (
             f"would run code ({name[1]}) when it is opened, and is refused: it holds other objects "
-            "than weights and settings"
+            f"than weights and settings{'' if 'is blocked' in str(error) else remedy}"
         )
     if not zipfile.is_zipfile(path):
-        return "is damaged: it is incomplete, or is not a checkpoint"
-    return f"is damaged: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        return f"is damaged: {_other_content(path)}"
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"is damaged: {_other_content(path) if 'weights_only' in reason else reason}"
+
+
+def _other_content(path: Path) -> str:
+    """What a file contains that should contain weights, from its first bytes."""
+    with path.open("rb") as file:
+        start = file.read(64).lstrip().lower()
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is a web page; download the file itself"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS; run `git lfs pull`"
+    return "it is incomplete, or is not a file of weights"

@@ -117,6 +117,7 @@ class LogMel(_FilterBank):
         bank = filters.T.contiguous()
         sizes = (n_fft, win_length, hop_length)
         super().__init__(bank, sample_rate, *sizes, power, floor, magnitude_eps, center)
+        self.f_min_hz, self.f_max_hz = band
 
 
 class Gammatone(_FilterBank):
