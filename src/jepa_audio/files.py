@@ -1,4 +1,4 @@
-"""Atomic writes, and readers of JSON and CSV whose errors name the file and the line.
+"""Atomic writes, appending, and readers of JSON and CSV whose errors name the file and the line.
 
 All readers raise `MissingFileError` if the file does not exist, and `UserError` if it cannot be
 read or has another format.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,8 +39,46 @@ def atomic_path(path: Path, *, one_writer: bool = False) -> Iterator[Path]:
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
         unfinished.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        # An error of `write` does not name the file.
+        error.filename = error.filename or str(path)
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def append_bytes(path: Path, data: bytes | memoryview, end: int | None = None) -> None:
+    """Append bytes to a file and write them to disk; after an error, the file is as before.
+
+    Args:
+        path: the file; it is created if it does not exist.
+        data: what to append.
+        end: what follows after this number of bytes is removed first; `None` removes nothing.
+    """
+    # A buffer would write again when the file is closed after an error.
+    with path.open("ab", buffering=0) as file:
+        if end is not None:
+            file.truncate(end)
+        size, remaining = os.fstat(file.fileno()).st_size, memoryview(data)
+        try:
+            while remaining:
+                remaining = remaining[file.write(remaining) :]
+            os.fsync(file.fileno())
+        except OSError as error:
+            os.truncate(path, size)
+            error.filename = str(path)
+            raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Write the names in a folder to disk; Windows cannot open a folder."""
+    if sys.platform != "win32":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

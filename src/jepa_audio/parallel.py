@@ -65,9 +65,10 @@ def end_with_parent() -> None:
 def file_lock(path: Path) -> Iterator[None]:
     """Let one process at a time execute the block; the end of a process frees its lock.
 
-    Waits for the other process. On a file system without locks, a warning is logged.
+    Waits for the other process, and does not change the content of the file. On a file system
+    without locks, a warning is logged.
     """
-    with path.open("w") as file:
+    with path.open("a") as file:
         try:
             if sys.platform != "win32":
                 fcntl.flock(file, fcntl.LOCK_EX)

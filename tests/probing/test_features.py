@@ -1,7 +1,9 @@
 """The feature store: each clip is encoded once, in order and without padding; it can resume."""
 
+import errno
 import hashlib
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from jepa_audio.data.audio.read import AudioReadError
+from jepa_audio.errors import UserError
 from jepa_audio.inference.features import LayerFeatures
 from jepa_audio.probing.encoders import FunctionEncoder, LogMelStatistics, ProbeEncoder
 from jepa_audio.probing.features import Features, FeatureStore, Preparation, load_waveform
@@ -134,21 +137,65 @@ def test_another_file_content_function_or_preparation_is_encoded_again(tmp_path:
     )
 
 
-def test_a_killed_extraction_resumes(tmp_path: Path):
+DAMAGE = {
+    "half a row at the end": lambda rows, index: append(rows, b"half a row"),
+    "half a line at the end": lambda rows, index: append(index, b'{"first": 8, "cou'),
+    "a last line without its end": lambda rows, index: cut(index, 20),
+    "a line that is no JSON": lambda rows, index: append(index, b"\x00\xff\n"),
+    "a line of an earlier version": lambda rows, index: append(index, b'["abc", 8, 2]\n'),
+    "a block beyond the end of the file": lambda rows, index: change(
+        index, b'"first": 0', b'"first": 99999999999'
+    ),
+    "other numbers of rows": lambda rows, index: change(index, b"3", b"4"),
+    "no layers": lambda rows, index: change(index, b"[3, 1]", b"[]"),
+    "rows cut short": lambda rows, index: cut(rows, 30),
+    "zero-filled rows": lambda rows, index: rows.write_bytes(bytes(rows.stat().st_size)),
+    "one changed bit": lambda rows, index: rows.write_bytes(flip_one_bit(rows.read_bytes())),
+    "no rows": lambda rows, index: rows.unlink(),
+    "empty rows": lambda rows, index: rows.write_bytes(b""),
+    "no index": lambda rows, index: index.unlink(),
+    "empty index": lambda rows, index: index.write_bytes(b""),
+}
+
+
+def append(path: Path, data: bytes) -> None:
+    path.write_bytes(path.read_bytes() + data)
+
+
+def cut(path: Path, num_bytes: int) -> None:
+    path.write_bytes(path.read_bytes()[:-num_bytes])
+
+
+def change(path: Path, old: bytes, new: bytes) -> None:
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new, 1))
+
+
+def flip_one_bit(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 16]) + data[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_rows_are_computed_again_and_one_line_states_it(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     split, folder = split_of(tmp_path / "audio"), tmp_path / "features"
-    complete = features_of(split, tmp_path / "complete", Preparation(Windows(1.0, min_ratio=0.5)))
-    features_of(Split(split.items[:3]), folder, Preparation(Windows(1.0, min_ratio=0.5)))
+    preparation = Preparation(Windows(1.0, min_ratio=0.5))
+    complete = features_of(split, tmp_path / "complete", preparation)
+    features_of(Split(split.items[:3]), folder, preparation)
     (store,) = folder.iterdir()
-    # Killed between two tables, and in a line of the index.
-    for name in ("layer-00", "seconds"):
-        with (store / name).open("ab") as file:
-            file.write(b"half a row")
-    with (store / "index.jsonl").open("a") as file:
-        file.write('["abc", 8, ')
-    resumed = features_of(split, folder, Preparation(Windows(1.0, min_ratio=0.5)))
-    assert all(torch.equal(resumed.read(layer), complete.read(layer)) for layer in range(2))
-    assert np.array_equal(resumed.rows.seconds, complete.rows.seconds)
-    assert len((store / "index.jsonl").read_text().splitlines()) == 5
+    DAMAGE[damage](store / "rows", store / "index.jsonl")
+    for _ in range(2):
+        again = features_of(split, folder, preparation)
+        assert all(torch.equal(again.read(layer), complete.read(layer)) for layer in range(2))
+        assert np.array_equal(again.rows.seconds, complete.rows.seconds)
+        assert np.array_equal(again.rows.window, complete.rows.window)
+    # Rows after the end of the index, and a missing index, are the trace of a killed process.
+    num_lines = damage not in ("half a row at the end", "no index", "empty index")
+    assert len(caplog.messages) == num_lines
+    assert all("cached features are damaged" in message for message in caplog.messages)
 
 
 def test_a_bad_file_is_named_and_the_rows_before_it_are_kept(tmp_path: Path):
@@ -157,7 +204,46 @@ def test_a_bad_file_is_named_and_the_rows_before_it_are_kept(tmp_path: Path):
     with pytest.raises(AudioReadError, match=r"37\.wav"):
         features_of(split, folder, Preparation(Windows()))
     (store,) = folder.iterdir()
-    assert len((store / "index.jsonl").read_text().splitlines()) == 32
+    (block,) = map(json.loads, (store / "index.jsonl").read_text().splitlines())
+    assert len(block["counts"]) == 32
+
+
+def test_a_full_disk_ends_in_one_sentence_and_keeps_the_rows_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    split, folder = split_of(tmp_path / "audio", (0.5,) * 70), tmp_path / "features"
+    encoder, synced = Counting(), os.fsync
+
+    def fail_later(file: int) -> None:
+        if os.fstat(file).st_size > 1500:  # the second block of rows
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        synced(file)
+
+    monkeypatch.setattr(os, "fsync", fail_later)
+    with pytest.raises(UserError, match=r"rows cannot be written: No space left .* the 32 clips"):
+        features_of(split, folder, Preparation(Windows()), encoder)
+    monkeypatch.undo()
+    before = encoder.encoded_seconds
+    again = features_of(split, folder, Preparation(Windows()), encoder)
+    assert encoder.encoded_seconds - before == pytest.approx(38 * 0.5)
+    complete = features_of(split, tmp_path / "complete", Preparation(Windows()))
+    assert torch.equal(again.read(0), complete.read(0))
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path):
+    split = split_of(tmp_path / "audio")
+
+    store = FeatureStore(tmp_path / "features", Counting(), Preparation(Windows()), 4.0)
+    load = store._load
+
+    def load_after_change(keyed: tuple[str, Item]) -> Tensor:
+        if keyed[1] is split.items[2]:
+            sf.write(keyed[1].path, np.zeros(800), RATE)
+        return load(keyed)
+
+    store._load = load_after_change
+    with pytest.raises(UserError, match=r"record 2: .*2\.wav changed while it was read"):
+        store.features(split, "test")
 
 
 def test_frames_are_interpolated_to_the_grid(tmp_path: Path):
@@ -197,7 +283,7 @@ def test_features_that_exceed_the_disk_space_raise_an_error_with_the_remedy(
         match=r"features of 2 layers take .* GB are free: keep fewer with `--layers`",
     ):
         features_of(split_of(tmp_path / "audio"), tmp_path / "features", Preparation(Windows()))
-    assert not list((tmp_path / "features").rglob("layer-*"))
+    assert not list((tmp_path / "features").rglob("rows"))
 
 
 def test_features_that_are_not_finite_raise_an_error(tmp_path: Path):
@@ -259,14 +345,3 @@ def test_log_mel_statistics_do_not_depend_on_the_batch(tmp_path: Path):
         alone = LogMelStatistics(RATE).encode_clips(load_waveform(item, RATE, 1)[None])[0][0]
         torch.testing.assert_close(batched.read(0)[row], alone, atol=1e-4, rtol=1e-4)
     assert batched.read(0).shape == (5, 192)
-
-
-def test_the_index_has_first_row_and_number_of_rows(tmp_path: Path):
-    features_of(
-        split_of(tmp_path / "audio"),
-        tmp_path / "features",
-        Preparation(Windows(1.0, min_ratio=0.5)),
-    )
-    (index,) = (tmp_path / "features").rglob("index.jsonl")
-    spans = [json.loads(line)[1:] for line in index.read_text().splitlines()]
-    assert spans == [[0, 3], [3, 2], [5, 3], [8, 1], [9, 2]]

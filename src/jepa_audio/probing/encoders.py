@@ -77,6 +77,11 @@ class ProbeEncoder(ABC):
         """Tokens of the layers in `layers`, in that order, with their times in seconds."""
 
     @property
+    def min_samples(self) -> int:
+        """Samples of the shortest clip that is encoded without padding."""
+        return 1
+
+    @property
     def settings(self) -> str:
         """Settings of the windows of long clips; part of `function_hash`."""
         return ""

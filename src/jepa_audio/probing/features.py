@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,11 +21,12 @@ from jepa_audio.errors import UserError
 from jepa_audio.parallel import file_lock, map_threads, track_progress
 from jepa_audio.probing.encoders import ProbeEncoder
 from jepa_audio.probing.robustness import Condition
+from jepa_audio.probing.row_file import RowFile, layer_field
 from jepa_audio.probing.tasks.base import Windows
 from jepa_audio.probing.tasks.labels import Rows
 from jepa_audio.probing.tasks.records import Item, Split
 
-REVISION = 1
+REVISION = 2
 """Part of every cache key. It increases when the same audio gives other features than before."""
 
 # Threads decode and resample in parallel, because both release the interpreter's lock.
@@ -37,7 +37,6 @@ _ITEMS_PER_WRITE = 32
 _MAX_BYTES_IN_MEMORY = 4 * 2**30
 # Space on the disk that must stay free.
 _SPARE_BYTES = 2**30
-_ROW_TABLES = {"window": np.dtype(np.int32), "seconds": np.dtype(np.float32)}
 
 
 @dataclass(frozen=True)
@@ -72,11 +71,13 @@ class Features:
         layers: one table of rows for each layer, in memory or on disk.
         place: for each row of the split, its index in the tables.
         rows: for each row of the split, the item and the window that it comes from.
+        num_padded: windows that are too short for one token and were padded.
     """
 
     layers: Sequence[np.ndarray]
     place: Int64[np.ndarray, " rows"]
     rows: Rows
+    num_padded: int = 0
 
     def __len__(self) -> int:
         return len(self.place)
@@ -130,11 +131,11 @@ class _Window(NamedTuple):
 
 
 class FeatureStore:
-    """Features of one encoder with one preparation, in tables on disk to which rows are appended.
+    """Features of one encoder with one preparation, in a file on disk to which rows are appended.
 
-    The tables have one row for each window (or time frame) of each item that was encoded before.
-    An index file maps items to rows. An interrupted extraction continues where it stopped, and
-    tasks on the same audio share rows. One process at a time writes.
+    The file has one row for each window (or time frame) of each item that was encoded before; see
+    `RowFile`. An interrupted extraction continues where it stopped, damaged rows are computed
+    again, and tasks on the same audio share rows. One process at a time writes.
 
     Args:
         folder: parent of all stores.
@@ -149,7 +150,7 @@ class FeatureStore:
         self.encoder, self.preparation = encoder, preparation
         self.batch_seconds = batch_seconds
         self._dtype = np.dtype(np.float16 if preparation.per_frame else np.float32)
-        self._index: dict[str, tuple[int, int]] = {}
+        self._file = RowFile(self.folder, self._dtype, "clips")
 
     def features(self, split: Split, description: str) -> Features:
         """Features of all items of a split; items that are not in the store are encoded first.
@@ -164,82 +165,63 @@ class FeatureStore:
         keys = [_item_key(item) for item in split.items]
         self.folder.mkdir(parents=True, exist_ok=True)
         with file_lock(self.folder / "lock"):
-            self._read_index()
+            self._file.load(keys)
             pairs = zip(keys, split.items, strict=True)
-            missing = {key: item for key, item in pairs if key not in self._index}
+            missing = {key: item for key, item in pairs if key not in self._file.spans}
             if missing:
                 self._extract(missing, description)
         return self._gather(keys)
 
-    @property
-    def _num_rows(self) -> int:
-        return sum(count for _, count in self._index.values())
-
     def _gather(self, keys: Sequence[str]) -> Features:
-        spans = [self._index[key] for key in keys]
+        spans = [self._file.spans[key] for key in keys]
         place = np.concatenate([np.arange(first, first + count) for first, count in spans])
         item = np.repeat(np.arange(len(spans)), [count for _, count in spans])
-        window_of_item, seconds = (
-            self._table(name, dtype, 1)[place, 0] for name, dtype in _ROW_TABLES.items()
+        stored = self._file.rows()
+        window_of_item, seconds, samples = (
+            stored[name][place] for name in ("window", "seconds", "samples")
         )
         is_first = (np.diff(item, prepend=-1) != 0) | (np.diff(window_of_item, prepend=-1) != 0)
         rows = Rows(item, is_first.cumsum() - 1, seconds)
-        widths = json.loads((self.folder / "widths.json").read_text())
-        layers = [
-            self._table(_layer_table(i), self._dtype, width) for i, width in enumerate(widths)
-        ]
-        if sum(widths) * self._dtype.itemsize * len(place) > _MAX_BYTES_IN_MEMORY:
-            return Features(layers, place, rows)
-        return Features([layer[place] for layer in layers], np.arange(len(place)), rows)
-
-    def _table(self, name: str, dtype: np.dtype, width: int) -> np.ndarray:
-        # The shape is given, because another process may append rows to the file at the same time.
-        shape = (self._num_rows, width)
-        return np.memmap(self.folder / name, dtype=dtype, mode="r", shape=shape)
-
-    def _read_index(self) -> None:
-        """Read the index, and cut off a line that a killed process did not finish."""
-        path = self.folder / "index.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-        complete = [line for line in lines if line.endswith("\n")]
-        self._index = {key: (first, count) for key, first, count in map(json.loads, complete)}
-        if len(complete) < len(lines):
-            path.write_text("".join(complete))
+        num_padded = int((samples[is_first] < self.encoder.min_samples).sum())
+        assert stored.dtype.names is not None
+        layers = [stored[name] for name in stored.dtype.names if name.startswith("layer-")]
+        if stored.dtype.itemsize * len(place) <= _MAX_BYTES_IN_MEMORY:
+            layers, place = [layer[place] for layer in layers], np.arange(len(place))
+        return Features(layers, place, rows, num_padded)
 
     def _extract(self, missing: dict[str, Item], description: str) -> None:
         """Encode items and append their rows, some items at a time."""
         ahead = 2 * _ITEMS_PER_WRITE
-        waveforms = map_threads(self._load, missing.values(), _NUM_READERS, num_submitted=ahead)
+        waveforms = map_threads(self._load, missing.items(), _NUM_READERS, num_submitted=ahead)
         loaded = zip(missing, waveforms, strict=True)
         progress = track_progress(loaded, description, total=len(missing))
         is_first = True
         while chunk := list(islice(progress, _ITEMS_PER_WRITE)):
             keys = [key for key, _ in chunk]
             items = [missing[key] for key in keys]
-            tables, rows_per_item = self._encode(items, [waveform for _, waveform in chunk])
+            rows, rows_per_item = self._encode(items, [waveform for _, waveform in chunk])
             if is_first:
-                layers = [table for name, table in tables.items() if name not in _ROW_TABLES]
-                num_bytes = sum(layer.nbytes for layer in layers) / len(chunk) * len(missing)
-                self._check_free_space(num_bytes)
-                widths = [layer.shape[1] for layer in layers]
-                (self.folder / "widths.json").write_text(json.dumps(widths))
+                self._check_free_space(rows.nbytes / len(chunk) * len(missing))
                 is_first = False
-            self._append(tables, dict(zip(keys, rows_per_item, strict=True)))
+            self._file.append(rows, dict(zip(keys, rows_per_item, strict=True)))
 
-    def _load(self, item: Item) -> Float32[Tensor, "C S"]:
+    def _load(self, keyed_item: tuple[str, Item]) -> Float32[Tensor, "C S"]:
         """The audio of an item, degraded by the condition.
 
         The random draws of the condition depend only on the `uid` of the item.
         """
+        key, item = keyed_item
         rate, condition = self.encoder.sample_rate, self.preparation.condition
         waveform = load_waveform(item, rate, self.encoder.num_channels)
+        if _item_key(item) != key:
+            raise UserError(f"{item.where}: {item.path} changed while it was read: probe again")
         seed = int.from_bytes(hashlib.sha256(item.uid.encode()).digest()[:4])
         return waveform if condition is None else condition(waveform, rate, seed)
 
     def _encode(
         self, items: Sequence[Item], waveforms: Sequence[Tensor]
-    ) -> tuple[dict[str, np.ndarray], list[int]]:
-        """Rows of all tables, in the order of items and windows, and the number of rows per item.
+    ) -> tuple[np.ndarray, list[int]]:
+        """Rows in the order of items and windows, and the number of rows of each item.
 
         Only windows of the same length are in a batch, so no window is padded.
         """
@@ -265,12 +247,16 @@ class FeatureStore:
                 seconds_of[window] = window.start / rate + seconds
         counts = [len(seconds_of[window]) for window in windows]
         per_item = np.bincount([window.item for window in windows], counts, len(waveforms))
-        layer_rows = zip(*(layers_of[window] for window in windows), strict=True)
-        tables = {_layer_table(i): np.concatenate(rows) for i, rows in enumerate(layer_rows)}
-        tables["window"] = np.repeat([window.number for window in windows], counts)
-        tables["seconds"] = np.concatenate([seconds_of[window] for window in windows])
-        tables |= {name: tables[name].astype(dtype) for name, dtype in _ROW_TABLES.items()}
-        return tables, per_item.astype(int).tolist()
+        layers_by_window = [layers_of[window] for window in windows]
+        rows = np.empty(
+            sum(counts), self._file.row_type([layer.shape[1] for layer in layers_by_window[0]])
+        )
+        for number, layer_rows in enumerate(zip(*layers_by_window, strict=True)):
+            rows[layer_field(number)] = np.concatenate(layer_rows)
+        rows["window"] = np.repeat([window.number for window in windows], counts)
+        rows["samples"] = np.repeat([window.stop - window.start for window in windows], counts)
+        rows["seconds"] = np.concatenate([seconds_of[window] for window in windows])
+        return rows, per_item.astype(int).tolist()
 
     def _encode_clips(
         self, clips: Float32[Tensor, "B C S"]
@@ -305,19 +291,6 @@ class FeatureStore:
             )
         return array
 
-    def _append(self, tables: Mapping[str, np.ndarray], rows_of_key: Mapping[str, int]) -> None:
-        num_rows = self._num_rows
-        for name, table in tables.items():
-            with (self.folder / name).open("ab") as file:
-                # A killed process may have left rows that are not in the index.
-                file.truncate(num_rows * table[0].nbytes)
-                table.tofile(file)
-        with (self.folder / "index.jsonl").open("a") as index:
-            for key, count in rows_of_key.items():
-                self._index[key] = num_rows, count
-                index.write(json.dumps([key, num_rows, count]) + "\n")
-                num_rows += count
-
     def _check_free_space(self, num_bytes: float) -> None:
         free = shutil.disk_usage(self.folder).free
         if num_bytes + _SPARE_BYTES > free:
@@ -326,10 +299,6 @@ class FeatureStore:
                 f"in {self.folder}, but {free / 1e9:.1f} GB are free: keep fewer with `--layers`, "
                 "or choose another `--output`"
             )
-
-
-def _layer_table(layer: int) -> str:
-    return f"layer-{layer:02}"
 
 
 def _item_key(item: Item) -> str:

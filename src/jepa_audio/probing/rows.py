@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import zipfile
+import zlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,10 @@ from jaxtyping import Float, Shaped
 
 from jepa_audio import files
 from jepa_audio.errors import MissingFileError, UserError
+from jepa_audio.parallel import file_lock
 from jepa_audio.probing.intervals import Difference
+
+log = logging.getLogger(__name__)
 
 SweepScores = tuple[tuple[float, float], ...]
 """(level of the degradation, score), from mild to strong."""
@@ -73,6 +79,7 @@ class ProbeRow:
         robustness_area: mean height of the curve of each condition, including the clean score;
             see `robustness.area`.
         split_checksum: checksum of the records, which define the splits.
+        num_padded: windows, of all splits, that are too short for one token and were padded.
 
     Raises:
         UserError: if `scores` lacks `metric`, or `valid_grid` is not layers × settings.
@@ -109,6 +116,7 @@ class ProbeRow:
     robustness_area: dict[str, float] | None
     split_checksum: str
     versions: dict[str, str]
+    num_padded: int = 0
 
     def __post_init__(self) -> None:
         if self.metric not in self.scores:
@@ -187,34 +195,97 @@ def load_evidence(path: Path) -> Evidence:
             draws = {name.removeprefix("draws/"): stored[name] for name in names}
             uids = tuple(map(str, stored["uids"]))
             return Evidence(stored["answers"], stored["truth"], uids, draws)
-    except (zipfile.BadZipFile, KeyError, EOFError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, KeyError, EOFError, ValueError) as error:
         raise UserError(
             f"{path} is damaged or not evidence of a probe ({error}): delete it and probe again"
         ) from error
 
 
 def append_rows(path: Path, rows: Iterable[ProbeRow]) -> None:
-    """Append one JSON line for each row."""
+    """Append one JSON line with a checksum for each row; all are on disk at the return.
+
+    Raises:
+        UserError: if the disk is full or cannot be written. The file is then as before.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(
-            json.dumps(_without_nan(asdict(row)), allow_nan=False) + "\n" for row in rows
-        )
+    lines = "".join(map(_to_line, rows)).encode()
+    with file_lock(path):
+        _complete_last_line(path)
+        try:
+            files.append_bytes(path, lines)
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be written: {error.strerror or error}; its earlier rows and the "
+                "cached features remain valid: free disk space, then repeat the command"
+            ) from error
+
+
+def prepare_results(path: Path) -> None:
+    """Check the file before rows are computed for it; a last line that was cut off is removed.
+
+    Raises:
+        UserError: if a line is not a row of this version.
+    """
+    if path.is_file():
+        with file_lock(path):
+            _complete_last_line(path)
+        read_rows(path)
 
 
 def read_rows(path: Path) -> list[ProbeRow]:
-    """The rows of a file, in order.
+    """The rows of a file, in order; a last line that was cut off is left out, with a warning.
 
     Raises:
         UserError: if the file is missing, or a line is not a row of this version.
     """
     if not path.is_file():
         raise MissingFileError(f"there is no {path}: `jepa-audio probe` writes it")
+    lines = list(files.scan_jsonl(path))
+    if lines and isinstance(lines[-1][1], UserError) and _cut_line(path):
+        _warn_of_cut_line(path, "is left out")
+        del lines[-1]
     try:
-        lines = files.read_jsonl(path)
         return [_parse_row(values, f"{path}, line {number}") for number, values in lines]
     except UserError as error:
         raise UserError(f"{error}; delete the line, or use another --output") from error
+
+
+def _cut_line(path: Path) -> bytes:
+    """The end of a file after its last line break."""
+    return path.read_bytes().rpartition(b"\n")[2]
+
+
+def _complete_last_line(path: Path) -> None:
+    """Remove a last line that was cut off, or end it if it is a JSON object."""
+    line = _cut_line(path)
+    if not line:
+        return
+    try:
+        files.parse_json_object(line)
+    except UserError:
+        _warn_of_cut_line(path, "is removed")
+        os.truncate(path, path.stat().st_size - len(line))
+    else:
+        with path.open("ab") as file:
+            file.write(b"\n")
+
+
+def _warn_of_cut_line(path: Path, action: str) -> None:
+    log.warning(
+        "%s: the last line was cut off, by a killed process or a full disk, and %s: probe its "
+        "encoder and task again",
+        path,
+        action,
+    )
+
+
+def _to_line(row: ProbeRow) -> str:
+    values = _without_nan(asdict(row))
+    return json.dumps(values | {"checksum": _checksum(values)}, allow_nan=False) + "\n"
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
 
 
 def _without_nan(value: Any) -> Any:
@@ -226,10 +297,17 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def _parse_row(values: dict[str, Any], where: str) -> ProbeRow:
+def _parse_row(values: dict[str, Any] | UserError, where: str) -> ProbeRow:
+    if isinstance(values, UserError):
+        raise UserError(f"{where}: {values}")
+    # Earlier versions wrote no checksum.
+    checksum = values.pop("checksum", None)
+    if checksum not in (None, _checksum(values)):
+        raise UserError(f"{where}: the row differs from its checksum: it is damaged or was edited")
     known = {field.name for field in fields(ProbeRow)}
-    if known != values.keys():
-        missing = ", ".join(sorted(known - values.keys())) or "nothing"
+    required = {field.name for field in fields(ProbeRow) if field.default is MISSING}
+    if not required <= values.keys() <= known:
+        missing = ", ".join(sorted(required - values.keys())) or "nothing"
         unknown = ", ".join(sorted(values.keys() - known)) or "nothing"
         raise UserError(
             f"{where}: not a row of this version of jepa-audio "
