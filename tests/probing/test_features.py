@@ -246,6 +246,38 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path):
         store.features(split, "test")
 
 
+def test_what_cannot_be_encoded_is_named_before_anything_is_encoded(tmp_path: Path):
+    split = split_of(tmp_path / "audio", (0.5, 0.05, 0.5))
+    encoder = Counting()
+
+    def check(encoder: ProbeEncoder, split: Split) -> None:
+        FeatureStore(tmp_path / "features", encoder, Preparation(Windows()), 4.0).check(split)
+
+    with pytest.raises(UserError, match=r"record 1: counting cannot encode a clip of 50 samples"):
+        check(encoder, split)
+    check(encoder, Split(split.items[::2]))
+    after_end = replace(split.items[0], start_seconds=0.6, uid="after the end")
+    with pytest.raises(UserError, match=r"record 0: starts at 0\.6 s, after the end"):
+        check(encoder, Split((split.items[2], after_end)))
+    junk = tmp_path / "junk.wav"
+    junk.write_bytes(b"no audio")
+    with pytest.raises(AudioReadError, match=r"junk\.wav"):
+        check(encoder, Split((replace(split.items[0], path=junk),)))
+    assert not list((tmp_path / "features").rglob("rows"))
+
+
+def test_windows_shorter_than_one_token_are_padded_and_counted(tmp_path: Path):
+    split = split_of(tmp_path / "audio", (1.0, 0.2, 0.003))
+    encoder = LogMelStatistics(RATE)
+    for _ in range(2):
+        features = features_of(split, tmp_path / "features", Preparation(Windows()), encoder)
+        assert features.num_padded == 2
+        assert len(features) == 3
+    waveform = load_waveform(split.items[1], RATE, 1)
+    padded = torch.nn.functional.pad(waveform, (0, encoder.min_samples - 200))[None]
+    torch.testing.assert_close(features.read(0)[1], encoder.encode_clips(padded)[0][0])
+
+
 def test_frames_are_interpolated_to_the_grid(tmp_path: Path):
     split = split_of(tmp_path / "audio", (2.0, 1.0))
     line = torch.arange(20.0)

@@ -1,6 +1,7 @@
 """`probe` from checkpoint to results: baselines, comparisons, options and errors."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -326,3 +327,19 @@ def test_records_of_nsynth_match_examples_json(corpus: Path):
     assert [item.path for item in subsets[0].items] == [item.path for item in subsets[1].items]
     assert len(subsets[0].uids) == 10
     assert subsets[0].uids != pitch.with_train(10, seed=2).splits["train"].uids
+
+
+def test_short_clips_are_padded_and_counted_in_the_rows_and_in_one_line(
+    checkpoint: tuple[Path, str],
+    corpus: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+):
+    short = shutil.copytree(corpus, tmp_path / "short")
+    sf.write(short / "nsynth-test" / "audio" / "note_003.wav", np.full(9, 0.1), RATE)
+    settings = {"preset": "linear", "variants": ["context"]}
+    rows = probe(str(checkpoint[0]), "nsynth_pitch", short, tmp_path / "probe", **settings)
+    assert {row.num_padded for row in rows} == {1}
+    lines = [message for message in caplog.messages if "padded with zeros" in message]
+    assert len(lines) == 2, "one for the front end of the run, one for log-mel statistics"
+    assert lines[0].startswith("nsynth_pitch: 1 windows are shorter than one token (")

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 from typing_extensions import override
 
 from jepa_audio.errors import MissingFileError, UserError
@@ -131,6 +132,11 @@ class JEPAEncoder(ProbeEncoder):
 
     @property
     @override
+    def min_samples(self) -> int:
+        return self.frozen.min_samples
+
+    @property
+    @override
     def settings(self) -> str:
         return f"{self.frozen.window_samples} {self.frozen.overlap} {self.frozen.windowing}"
 
@@ -149,7 +155,8 @@ class LogMelStatistics(ProbeEncoder):
     """The baseline without a network: statistics of 64 log-mel bands.
 
     The vector of a clip is the mean, deviation and mean absolute change of the bands over time.
-    The vector of a time column is the bands and their change since the column before.
+    The vector of a time column is the bands and their change since the column before. A clip that
+    is too short for the reflect padding of the spectrogram is padded with zeros at its end.
     """
 
     def __init__(self, sample_rate: int) -> None:
@@ -161,9 +168,15 @@ class LogMelStatistics(ProbeEncoder):
     def encoder_hash(self) -> str:
         return hashlib.sha256(f"{self.name} {self.sample_rate}".encode()).hexdigest()
 
+    @property
+    @override
+    def min_samples(self) -> int:
+        return self.log_mel.min_samples
+
     @override
     def encode(self, waveform: Float[Tensor, "B C S"]) -> LayerFeatures:
         """Bands and their change, `[B, T, 64, 2]`."""
+        waveform = F.pad(waveform, (0, max(0, self.min_samples - waveform.shape[-1])))
         bands = self.log_mel(waveform).mean(dim=1).mT  # [B, T, F]
         change = bands.diff(dim=1, prepend=bands[:, :1])
         times = torch.arange(bands.shape[1]) * (self.log_mel.hop_length / self.sample_rate)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import soundfile as sf
 import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
@@ -35,6 +38,8 @@ _NUM_READERS = 4
 _ITEMS_PER_WRITE = 32
 # Larger features stay on disk, and batches are read from there.
 _MAX_BYTES_IN_MEMORY = 4 * 2**30
+# A FLAC file without a length has 2^63 - 1 frames.
+_UNKNOWN_FRAMES = 2**40
 # Space on the disk that must stay free.
 _SPARE_BYTES = 2**30
 
@@ -105,20 +110,42 @@ def load_waveform(item: Item, sample_rate: int, num_channels: int) -> Float32[Te
             the item starts after the end of the file.
     """
     samples, rate = read(item.path)
-    stop = None if item.end_seconds is None else round(item.end_seconds * rate)
-    waveform = torch.from_numpy(samples[:, round(item.start_seconds * rate) : stop])
-    if not waveform.shape[-1]:
+    segment = _segment(item, samples.shape[1], rate, len(samples), num_channels)
+    waveform = torch.from_numpy(samples[:, segment.start : segment.stop])
+    if num_channels == 1:
+        waveform = waveform.mean(dim=0, keepdim=True)
+    return resample(waveform, rate, sample_rate).expand(num_channels, -1)
+
+
+def _segment(
+    item: Item, num_frames: int, rate: int, file_channels: int, num_channels: int
+) -> range:
+    """The samples of a file that belong to an item; raises the `UserError`s of `load_waveform`."""
+    stop = num_frames if item.end_seconds is None else round(item.end_seconds * rate)
+    segment = range(num_frames)[round(item.start_seconds * rate) : stop]
+    if not segment:
         raise UserError(
             f"{item.where}: starts at {item.start_seconds} s, after the end of {item.path}"
         )
-    if num_channels == 1:
-        waveform = waveform.mean(dim=0, keepdim=True)
-    elif len(waveform) not in (1, num_channels):
+    if num_channels != 1 and file_channels not in (1, num_channels):
         raise UserError(
-            f"{item.path} has {len(waveform)} channels, the encoder takes {num_channels}: "
+            f"{item.path} has {file_channels} channels, the encoder takes {num_channels}: "
             f"convert the file to 1 or {num_channels}"
         )
-    return resample(waveform, rate, sample_rate).expand(num_channels, -1)
+    return segment
+
+
+@lru_cache(maxsize=1_000_000)
+def _header(path: Path) -> tuple[int, int, int]:
+    """Frames, sample rate and channels of a file; from its header, if libsndfile can read it."""
+    try:
+        info = sf.info(path)
+        if 0 < info.frames < _UNKNOWN_FRAMES:
+            return info.frames, info.samplerate, info.channels
+    except (sf.LibsndfileError, OSError):
+        pass  # `read` has other decoders, and names the file in its error
+    samples, rate = read(path)
+    return samples.shape[1], rate, len(samples)
 
 
 class _Window(NamedTuple):
@@ -151,6 +178,34 @@ class FeatureStore:
         self.batch_seconds = batch_seconds
         self._dtype = np.dtype(np.float16 if preparation.per_frame else np.float32)
         self._file = RowFile(self.folder, self._dtype, "clips")
+
+    def check(self, split: Split) -> None:
+        """Find what cannot be encoded without encoding it: read headers, encode one short silence.
+
+        Raises:
+            AudioReadError: if a file cannot be read.
+            UserError: if an item is not in its file, if a file has another number of channels than
+                the encoder, or if the shortest window cannot be encoded.
+        """
+        encoder, windows = self.encoder, self.preparation.windows
+
+        def shortest_window(item: Item) -> int:
+            frames, rate, channels = _header(item.path)
+            num_frames = len(_segment(item, frames, rate, channels, encoder.num_channels))
+            num_samples = math.ceil(num_frames * encoder.sample_rate / rate)
+            spans = windows.spans(num_samples, encoder.sample_rate)
+            return min(stop - start for start, stop in spans)
+
+        lengths = list(map_threads(shortest_window, split.items, _NUM_READERS))
+        num_samples = min(lengths)
+        try:
+            self._encode_clips(torch.zeros(1, encoder.num_channels, num_samples))
+        except (ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{split.items[lengths.index(num_samples)].where}: {encoder.name} cannot encode a "
+                f"clip of {num_samples} samples "
+                f"({num_samples / encoder.sample_rate:.3g} s at {encoder.sample_rate} Hz): {error}"
+            ) from error
 
     def features(self, split: Split, description: str) -> Features:
         """Features of all items of a split; items that are not in the store are encoded first.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -37,12 +39,15 @@ from jepa_audio.probing.rows import (
     ProbeRow,
     Score,
     append_rows,
+    prepare_results,
     save_evidence,
 )
 from jepa_audio.probing.tasks import ProbeData, load_task
 from jepa_audio.probing.tasks.labels import UNKNOWN, Rows, Unit
 from jepa_audio.probing.tasks.records import Split
 from jepa_audio.probing.tasks.table import LabelKind
+
+log = logging.getLogger(__name__)
 
 _Results = dict[tuple[str, str, HeadKind, int], tuple[float, Evidence]]
 """Headline score and evidence by task, checksum of its records, kind of head and seed."""
@@ -120,6 +125,7 @@ def probe(
     _check_unique("tasks", [dataset.task.name for dataset in datasets])
     for dataset in datasets:
         chosen_preset.protocol(dataset.task)
+    prepare_results(output / "results.jsonl")
     run = ProbeRun(
         chosen_preset,
         output,
@@ -161,6 +167,9 @@ class ProbeRun:
             for encoder in _with_statistics(encoders, sample_rates):
                 encoder.to(self.device)
                 for data in datasets:
+                    for split in data.splits.values():
+                        self._store(encoder, data).check(split)
+                for data in datasets:
                     new_rows = list(self._probe(encoder, data, baseline))
                     append_rows(self.output / "results.jsonl", new_rows)
                     rows += new_rows
@@ -178,6 +187,9 @@ class ProbeRun:
         features = {split: self._features(encoder, data, split) for split in splits}
         test = features["test"]
         chance = _chance_score(data, features["train"].rows, test.rows)
+        num_padded = sum(each.num_padded for each in features.values())
+        if num_padded:
+            _warn_of_padding(task.name, num_padded, encoder.min_samples, encoder.sample_rate)
         sizes = tuple(
             len(np.unique(features[split].rows.unit_index(splits[split], task.units[0])))
             for split in splits
@@ -187,6 +199,7 @@ class ProbeRun:
                 logits = head.logits(test, self.device)
                 scores, evidence = _score_head(logits, data, splits["test"], test.rows)
                 row = self._row(encoder, data, kind, choice, head, scores, sizes, chance)
+                row = replace(row, num_padded=num_padded)
                 key = task.name, data.checksum, kind, head.seed
                 if encoder.variant == RANDOM_INIT:
                     baseline[key] = row.value, evidence
@@ -206,11 +219,16 @@ class ProbeRun:
         split: str,
         condition: Condition | None = None,
     ) -> Features:
+        description = f"{encoder.name} {encoder.variant}: {data.task.name}, {split}"
+        store = self._store(encoder, data, condition)
+        return store.features(data.splits[split], description)
+
+    def _store(
+        self, encoder: ProbeEncoder, data: ProbeData, condition: Condition | None = None
+    ) -> FeatureStore:
         preparation = replace(self.preset.preparation(data.task), condition=condition)
         folder = self.output / "features"
-        store = FeatureStore(folder, encoder, preparation, self.batch_seconds)
-        description = f"{encoder.name} {encoder.variant}: {data.task.name}, {split}"
-        return store.features(data.splits[split], description)
+        return FeatureStore(folder, encoder, preparation, self.batch_seconds)
 
     def _fit(
         self, encoder: ProbeEncoder, data: ProbeData, features: Mapping[str, Features]
@@ -289,6 +307,15 @@ class ProbeRun:
             split_checksum=data.checksum,
             versions={name: version(name) for name in ("jepa-audio", "torch", "torchmetrics")},
         )
+
+
+# One line, although several encoders have the same front end.
+@lru_cache
+def _warn_of_padding(task: str, num_padded: int, min_samples: int, rate: int) -> None:
+    log.warning(
+        "%s: %d windows are shorter than one token (%d samples at %d Hz) and are padded with zeros",
+        *(task, num_padded, min_samples, rate),
+    )
 
 
 def _score_head(
