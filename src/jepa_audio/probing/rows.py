@@ -297,9 +297,10 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def _parse_row(values: dict[str, Any] | UserError, where: str) -> ProbeRow:
-    if isinstance(values, UserError):
-        raise UserError(f"{where}: {values}")
+def _parse_row(line: dict[str, Any] | UserError, where: str) -> ProbeRow:
+    if isinstance(line, UserError):
+        raise UserError(f"{where}: {line}")
+    values: dict[str, Any] = line
     # Earlier versions wrote no checksum.
     checksum = values.pop("checksum", None)
     if checksum not in (None, _checksum(values)):
