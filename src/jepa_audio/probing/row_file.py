@@ -104,7 +104,7 @@ class RowFile:
         Raises:
             UserError: if the disk is full or cannot be written. Earlier rows remain valid.
         """
-        widths = tuple(rows.dtype[i].shape[0] for i in range(3, len(rows.dtype)))
+        widths = tuple(rows.dtype[i].shape[0] for i in range(3, len(rows.dtype.fields or ())))
         data = np.ascontiguousarray(rows).view(np.uint8).data
         block = Block(max((block.end for block in self.blocks), default=0), dict(counts), widths)
         checksum = zlib.crc32(data, block.header_checksum)
