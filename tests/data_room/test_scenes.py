@@ -66,7 +66,7 @@ def data_of(folders: dict[str, Path], scenes: SceneSettings, **settings: object)
 
 
 def dataset_of(folders: dict[str, Path], **settings: object) -> SceneDataset:
-    return data_of(folders, scenes_of(folders, **settings))._dataset("train", random_crops=True)
+    return data_of(folders, scenes_of(folders, **settings)).dataset("train", random_crops=True)
 
 
 def draw_batch(dataset: SceneDataset, positions: Sequence[int]) -> SceneBatch:
@@ -175,7 +175,7 @@ def test_a_scene_depends_on_position_and_seed(folders: dict[str, Path]):
         assert torch.equal(left.clip, right.clip)
         assert torch.equal(left.starts, right.starts)
         assert all(torch.equal(a, b) for a, b in zip(left.scene, right.scene, strict=True))
-    other = data_of(folders, scenes_of(folders), seed=1)._dataset("train", random_crops=True)
+    other = data_of(folders, scenes_of(folders), seed=1).dataset("train", random_crops=True)
     assert float(other[7, 1][0].scene.snr_db) != float(one[7, 1][0].scene.snr_db)
 
 
@@ -191,7 +191,7 @@ def test_the_data_module_renders_scenes_after_the_transfer(folders: dict[str, Pa
 
 def test_without_noise_a_scene_is_one_convolution(folders: dict[str, Path]):
     scenes = SceneSettings(rirs=str(folders["rirs"]))
-    dataset = data_of(folders, scenes)._dataset("train", random_crops=True)
+    dataset = data_of(folders, scenes).dataset("train", random_crops=True)
     batch = draw_batch(dataset, [0])
     expected = convolve(batch.clip[0, 0].numpy(), batch.scene.source_rir[0])
     audio = render_scenes(batch.clip, batch.scene)[0].numpy()
@@ -263,7 +263,7 @@ def test_statistics_are_measured_on_the_scenes(
 def test_impulse_responses_with_other_channels_are_refused(folders: dict[str, Path]):
     scenes = SceneSettings(rirs=str(folders["noise"]))
     with pytest.raises(CorpusError, match="no usable impulse response of 2 channels"):
-        data_of(folders, scenes)._dataset("train", random_crops=True)
+        data_of(folders, scenes).dataset("train", random_crops=True)
 
 
 def test_simulated_rooms_differ_between_the_channels_and_are_reproducible(tmp_path: Path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -10,9 +9,8 @@ from jepa_audio.data.datamodule import AudioDataModule
 from jepa_audio.errors import UserError
 from jepa_audio.interop import export_weights, import_weights
 from jepa_audio.interop.layout import SizeHints
-from jepa_audio.parallel import track_progress
 from jepa_audio.steps.front_ends import FrontEnd, SpectrogramFrontEnd
-from jepa_audio.steps.front_ends.spectrogram import measure_statistics
+from jepa_audio.training.normalization import measure_normalization
 
 
 def import_published(
@@ -74,13 +72,7 @@ def stats(front_end: FrontEnd, data: AudioDataModule, num_clips: int) -> None:
             f"`data stats` needs a SpectrogramFrontEnd: `model.front_end` is a "
             f"{type(front_end).__name__}, which has no `mean` and `std`"
         )
-    data.batch_size = 1
     data.prepare_data()
     data.setup("fit")
-    loader = islice(data.train_dataloader(), num_clips)
-    waveforms = (
-        data.on_after_batch_transfer(batch, 0).waveform
-        for batch in track_progress(loader, "measuring", num_clips)
-    )
-    mean, std = measure_statistics(front_end.spectrogram, waveforms)
+    mean, std = measure_normalization(front_end, data, num_clips)
     print(f"model:\n  front_end:\n    init_args:\n      mean: {mean:.6f}\n      std: {std:.6f}")

@@ -27,6 +27,7 @@ from jepa_audio.training.checks import check_crop
 from jepa_audio.training.collapse_monitor import CollapseMonitor
 from jepa_audio.training.finite_guard import FiniteGuard
 from jepa_audio.training.jepa import JEPA
+from jepa_audio.training.normalization import MeasureNormalization
 from jepa_audio.training.progress import RunProgressBar
 
 TRAINER_COMMANDS = ("fit", "validate", "test")
@@ -131,7 +132,7 @@ class JEPACLI(LightningCLI):
             self._check_crops()
         config = self.config_init[self.subcommand] if self.subcommand else self.config_init
         folder, settings = config["run_dir"], config["trainer"]
-        callbacks = [FiniteGuard(), *(settings["callbacks"] or [])]
+        callbacks = [FiniteGuard(), self._normalization(), *(settings["callbacks"] or [])]
         if settings["logger"] in (None, True):
             kwargs["logger"] = [
                 CSVLogger(folder, name="metrics"),
@@ -157,6 +158,11 @@ class JEPACLI(LightningCLI):
         transformers = [model.encoder, model.predictor.trunk]
         num_samples = self.datamodule.clips.crop_samples
         check_crop(model.front_end, model.masker, transformers, num_samples)
+
+    def _normalization(self) -> MeasureNormalization:
+        is_resumed = self._get(self.config, "ckpt_path") is not None and not self._lacks_last()
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        return MeasureNormalization(config, is_resumed, self._get(self.config, "weights"))
 
     def before_fit(self) -> None:
         """Load the weights of `--weights`, unless the run resumes from a checkpoint."""

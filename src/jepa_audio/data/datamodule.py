@@ -264,7 +264,7 @@ class AudioDataModule(LightningDataModule):
         An epoch has `max_steps` optimizer steps. Without `max_steps`, it is about one pass over the
         files.
         """
-        dataset = self._dataset("train", random_crops=True)
+        dataset = self.dataset("train", random_crops=True)
         sampler = GlobalOrderSampler(
             dataset.files.sizes,
             self.batch_size,
@@ -315,7 +315,7 @@ class AudioDataModule(LightningDataModule):
         """
         if part not in self._files:
             return []
-        dataset = self._dataset(part, random_crops=False)
+        dataset = self.dataset(part, random_crops=False)
         even = self.trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
         batches = evaluation_batches(
             len(dataset), self.batch_size, self._rank, self._world_size, even
@@ -323,7 +323,8 @@ class AudioDataModule(LightningDataModule):
         loader = self._loader(dataset, batches, persistent_workers=True)
         return [EvaluationLoader(loader, self._bad_reads)]
 
-    def _dataset(self, part: str, random_crops: bool) -> ClipDataset[Any, Any]:
+    def dataset(self, part: str, random_crops: bool) -> ClipDataset[Any, Any]:
+        """The clips of a split ("train", "valid" or "test"), after `setup`."""
         files = self._files[part]
         if self.scenes is None:
             return CropDataset(files, self.clips, random_crops)

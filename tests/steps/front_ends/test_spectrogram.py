@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from jepa_audio.steps.grid import Grid
 
 DATA = Path(__file__).parents[2] / "data"
 RATE = 8000
+spectrogram_front_end = partial(SpectrogramFrontEnd, mean=-4.0, std=2.0)
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -39,7 +41,7 @@ def mel(center: bool = False) -> LogMel:
     ids=["mel", "mel, centred", "gammatone", "cqt"],
 )
 def test_number_of_tokens_equals_the_grid(spectrogram: Spectrogram, num_channels: int) -> None:
-    front_end = SpectrogramFrontEnd(
+    front_end = spectrogram_front_end(
         spectrogram, 16, patch_frames=3, patch_bands=8, num_channels=num_channels
     )
     for num_samples in (719, 720, 721, 1999, 4001):
@@ -48,19 +50,19 @@ def test_number_of_tokens_equals_the_grid(spectrogram: Spectrogram, num_channels
 
 
 def test_grid_of_pupujepa() -> None:
-    front_end = SpectrogramFrontEnd(LogMel(), 8)
+    front_end = spectrogram_front_end(LogMel(), 8)
     assert front_end.grid(245_760) == Grid(num_freq=8, num_time=256)
     assert front_end.stride == 960  # 25 Hz at 24 kHz
 
 
 def test_frames_after_the_last_complete_patch_have_no_influence() -> None:
-    front_end = SpectrogramFrontEnd(mel(), 8, patch_bands=8)
+    front_end = spectrogram_front_end(mel(), 8, patch_bands=8)
     image = noise(1, 1, 11, 24)
     assert torch.equal(front_end.embed_patches(image), front_end.embed_patches(image[:, :, :8]))
 
 
 def test_token_i_is_the_patch_at_its_grid_coordinates() -> None:
-    front_end = SpectrogramFrontEnd(mel(), 8, patch_frames=4, patch_bands=6, num_channels=2)
+    front_end = spectrogram_front_end(mel(), 8, patch_frames=4, patch_bands=6, num_channels=2)
     image = noise(1, 2, 12, 24)
     tokens = front_end.embed_patches(image)[0]
     for i, (time, freq) in enumerate(Grid(num_freq=4, num_time=3).coordinates().tolist()):
@@ -80,7 +82,7 @@ def test_patch_tokens_equal_the_published_pupujepa() -> None:
         }
     frames, bands = sizes["patch"]
     spectrogram = LogMel(n_mels=image.shape[-1])
-    front_end = SpectrogramFrontEnd(spectrogram, sizes["encoder"]["width"], frames, bands)
+    front_end = spectrogram_front_end(spectrogram, sizes["encoder"]["width"], frames, bands)
     front_end.load_state_dict(saved)
     torch.testing.assert_close(
         front_end.embed_patches(image), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item()
@@ -90,7 +92,7 @@ def test_patch_tokens_equal_the_published_pupujepa() -> None:
 def test_image_is_normalised_with_time_before_frequency() -> None:
     spectrogram, waveform = mel(), noise(2, 1, 2000)
     mean, std = measure_statistics(spectrogram, [waveform])
-    front_end = SpectrogramFrontEnd(spectrogram, 8, patch_bands=8, mean=mean, std=std)
+    front_end = spectrogram_front_end(spectrogram, 8, patch_bands=8, mean=mean, std=std)
     image = front_end.image(waveform)
     assert torch.equal(front_end(waveform), front_end.embed_patches(image))
     torch.testing.assert_close(image, (spectrogram(waveform).mT - mean) / (std + 1e-8))
@@ -98,21 +100,30 @@ def test_image_is_normalised_with_time_before_frequency() -> None:
     assert abs(image.std() - 1) < 1e-3
 
 
+def test_without_mean_and_std_no_image_is_computed() -> None:
+    front_end = SpectrogramFrontEnd(mel(), 8, patch_bands=8)
+    with pytest.raises(UserError, match="`mean` and `std` of the front end are unknown"):
+        front_end(noise(1, 1, 2000))
+    for mean, std in ((1.0, None), (None, 1.0), (0.0, 0.0), (0.0, float("nan")), (0.0, -1.0)):
+        with pytest.raises(UserError, match="`std`"):
+            SpectrogramFrontEnd(mel(), 8, patch_bands=8, mean=mean, std=std)
+
+
 def test_every_parameter_has_a_gradient_and_only_weights_are_saved() -> None:
-    front_end = SpectrogramFrontEnd(mel(), 8, patch_bands=8, num_channels=2)
+    front_end = spectrogram_front_end(mel(), 8, patch_bands=8, num_channels=2)
     (front_end(noise(2, 2, 2000)) * noise(8, seed=1)).square().sum().backward()
     for name, parameter in front_end.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0, name
     assert set(front_end.state_dict()) == {"proj.weight", "proj.bias", "norm.weight", "norm.bias"}
-    assert set(SpectrogramFrontEnd(mel(), 8, patch_bands=8, norm=False).state_dict()) == {
+    assert set(spectrogram_front_end(mel(), 8, patch_bands=8, norm=False).state_dict()) == {
         "proj.weight",
         "proj.bias",
     }
 
 
 def test_tokens_are_float32_under_autocast() -> None:
-    front_end = SpectrogramFrontEnd(mel(), 8, patch_bands=8, mean=-4.0, std=1.0)
+    front_end = spectrogram_front_end(mel(), 8, patch_bands=8, mean=-4.0, std=1.0)
     waveform = noise(2, 1, 2000)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         tokens, image = front_end(waveform), front_end.image(waveform)
@@ -123,7 +134,7 @@ def test_tokens_are_float32_under_autocast() -> None:
 
 def test_patch_embedding_is_xavier_uniform_over_the_flattened_patch() -> None:
     torch.manual_seed(0)
-    front_end = SpectrogramFrontEnd(mel(), 64, patch_frames=4, patch_bands=8, num_channels=2)
+    front_end = spectrogram_front_end(mel(), 64, patch_frames=4, patch_bands=8, num_channels=2)
     bound = (6 / (2 * 4 * 8 + 64)) ** 0.5
     for _ in range(2):
         assert 0.95 * bound < front_end.proj.weight.abs().max() <= bound
@@ -160,22 +171,22 @@ def test_statistics_without_clips_raise_an_error() -> None:
     ("make", "message"),
     [
         (
-            lambda: SpectrogramFrontEnd(LogMel(), 8, patch_bands=15),
+            lambda: spectrogram_front_end(LogMel(), 8, patch_bands=15),
             r"`patch_bands` \(15\) must divide the number of bands \(128\): use 8, 16 or 32",
         ),
-        (lambda: SpectrogramFrontEnd(LogMel(), 8, patch_frames=0), r"`patch_frames` \(0\)"),
-        (lambda: SpectrogramFrontEnd(LogMel(), 8, patch_bands=0), r"`patch_bands` \(0\)"),
-        (lambda: SpectrogramFrontEnd(LogMel(), 8, std=0.0), r"`std` \(0.0\) must be positive"),
+        (lambda: spectrogram_front_end(LogMel(), 8, patch_frames=0), r"`patch_frames` \(0\)"),
+        (lambda: spectrogram_front_end(LogMel(), 8, patch_bands=0), r"`patch_bands` \(0\)"),
+        (lambda: spectrogram_front_end(LogMel(), 8, std=0.0), r"`std` \(0.0\) must be positive"),
         (
-            lambda: SpectrogramFrontEnd(mel(), 8, patch_bands=8).grid(319),
+            lambda: spectrogram_front_end(mel(), 8, patch_bands=8).grid(319),
             r"319 samples .* it has 3",
         ),
         (
-            lambda: SpectrogramFrontEnd(mel(), 8, patch_bands=8)(noise(1, 1, 319)),
+            lambda: spectrogram_front_end(mel(), 8, patch_bands=8)(noise(1, 1, 319)),
             r"319 samples is too short",
         ),
         (
-            lambda: SpectrogramFrontEnd(mel(), 8, patch_bands=8).grid(10),
+            lambda: spectrogram_front_end(mel(), 8, patch_bands=8).grid(10),
             r"10 samples is too short for LogMel",
         ),
     ],
@@ -203,7 +214,7 @@ SETTINGS: dict[str, Callable[[], Spectrogram]] = {
 def test_every_declared_column_is_free_of_padding_and_few_others_are(
     make: Callable[[], Spectrogram],
 ) -> None:
-    front_end = SpectrogramFrontEnd(make(), 16, patch_frames=1, patch_bands=12)
+    front_end = spectrogram_front_end(make(), 16, patch_frames=1, patch_bands=12)
     padded, other_end = noise(1, 1, 8000), 30 * noise(1, 1, 8000, seed=1)
     for num_samples in (6000, 6001, 6039, 6100):
         changed = torch.cat([padded[..., :num_samples], other_end[..., num_samples:]], dim=-1)
@@ -216,7 +227,7 @@ def test_every_declared_column_is_free_of_padding_and_few_others_are(
 
 def test_the_shortest_clip_has_one_more_sample_than_the_longest_one_without_a_token() -> None:
     for make in SETTINGS.values():
-        front_end = SpectrogramFrontEnd(make(), 16, patch_frames=3, patch_bands=12)
+        front_end = spectrogram_front_end(make(), 16, patch_frames=3, patch_bands=12)
         assert front_end.grid(front_end.min_samples).num_time >= 1
         with pytest.raises(UserError, match="too short"):
             front_end.grid(front_end.min_samples - 1)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from jepa_audio.data.corpus.table import CorpusError
-from jepa_audio.data.loading.clips import BadRead, WithBadReads
+from jepa_audio.data.loading.clips import BadRead, Batch, ClipDataset, WithBadReads
 from jepa_audio.data.loading.order import GlobalOrderSampler
+from jepa_audio.parallel import map_threads, num_cores
 from jepa_audio.steps.grid import AudioBatch
 
 log = logging.getLogger(__name__)
@@ -156,3 +158,20 @@ class EvaluationLoader:
         for indices, (batch, bad_reads) in batches:
             self._bad_reads.count(len(indices), bad_reads)
             yield batch
+
+
+def first_batches(
+    dataset: ClipDataset[Any, Batch], count: int, weights: Sequence[float] | None
+) -> Iterator[Batch]:
+    """The first `count` samples of the training order, each one as a batch; read in threads.
+
+    They are the same on every rank. A file that cannot be read is replaced, as in training.
+    """
+    sizes, seed = dataset.files.sizes, dataset.settings.seed
+    indices = chain.from_iterable(GlobalOrderSampler(sizes, 1, weights=weights, seed=seed))
+    return map_threads(
+        lambda index: dataset.collate([dataset[index]])[0],
+        islice(indices, count),
+        num_cores(),
+        num_submitted=32,
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import log, sqrt
+from math import inf, log, sqrt
 
 import torch
 from jaxtyping import Float, Int
@@ -25,8 +25,9 @@ class SpectrogramFrontEnd(FrontEnd):
         embed_dim: width of the tokens.
         patch_frames: number of frames of a patch.
         patch_bands: number of bands of a patch; must divide the number of bands of the transform.
-        mean: mean of the log spectrogram over the corpus, see `measure_statistics`.
-        std: standard deviation of the log spectrogram over the corpus.
+        mean: mean of the log spectrogram over the corpus, see `measure_statistics`; `None` if it is
+            unknown. A run measures it before its first step, see `MeasureNormalization`.
+        std: standard deviation of the log spectrogram over the corpus; `None` if `mean` is `None`.
         num_channels: number of audio channels; the embedding mixes them.
         norm: apply LayerNorm to the tokens.
     """
@@ -37,8 +38,8 @@ class SpectrogramFrontEnd(FrontEnd):
         embed_dim: int,
         patch_frames: int = 4,
         patch_bands: int = 16,
-        mean: float = 0.0,
-        std: float = 1.0,
+        mean: float | None = None,
+        std: float | None = None,
         num_channels: int = 1,
         norm: bool = True,
     ) -> None:
@@ -52,8 +53,10 @@ class SpectrogramFrontEnd(FrontEnd):
                 f"`patch_bands` ({patch_bands}) must divide the number of bands ({num_bands}): "
                 f"use {_nearest_divisors(num_bands, patch_bands)}"
             )
-        if std <= 0:
-            raise UserError(f"`std` ({std}) must be positive")
+        if (mean is None) != (std is None) or (std is not None and not 0 < std < inf):
+            raise UserError(
+                f"`std` ({std}) must be positive, and None only if `mean` ({mean}) is None"
+            )
         self.sample_rate = spectrogram.sample_rate
         self.num_channels = num_channels
         self.embed_dim = embed_dim
@@ -110,7 +113,16 @@ class SpectrogramFrontEnd(FrontEnd):
         return (frame * self.spectrogram.hop_length + first) / self.sample_rate
 
     def image(self, waveform: Float[Tensor, "B C S"]) -> Float[Tensor, "B C T F"]:
-        """The normalised log spectrogram; the time axis is before the frequency axis."""
+        """The normalised log spectrogram; the time axis is before the frequency axis.
+
+        Raises:
+            UserError: if `mean` and `std` are unknown.
+        """
+        if self.mean is None or self.std is None:
+            raise UserError(
+                "`mean` and `std` of the front end are unknown: `jepa-audio fit` measures them at "
+                "the start of a run, `jepa-audio data stats` prints them"
+            )
         return (self.spectrogram(waveform).transpose(-1, -2) - self.mean) / (self.std + 1e-8)
 
     def embed_patches(self, image: Float[Tensor, "B C T F"]) -> Float[Tensor, "B N D"]:
