@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -15,13 +16,43 @@ _KNOWN = ("jepa_audio", "torch.optim")
 _TRUSTED: list[str] = []
 _NAME = re.compile(r"[A-Za-z_][\w-]*|")
 _CLASS_PATH = re.compile(r"[A-Za-z]\w*(\.[A-Za-z_]\w*)+")
+TRUST_HELP = (
+    "`--trust MODULE`, once or several times: a checkpoint may name classes of this module, too."
+)
 MAX_VALUES = 100_000
 MAX_DEPTH = 50
 
 
-def trust(modules: Iterable[str]) -> None:
-    """Let files name objects of these modules until the process ends; the option `--trust`."""
+def split_trusted(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Divide a command line into the words without `--trust MODULE`, and these modules."""
+    rest: list[str] = []
+    modules: list[str] = []
+    words = iter(args)
+    for word in words:
+        option, equals, module = word.partition("=")
+        if option == "--trust":
+            modules.append(module if equals else next(words, ""))
+        else:
+            rest.append(word)
+    return rest, modules
+
+
+@contextmanager
+def trusting(modules: Sequence[str]) -> Iterator[None]:
+    """Let files name objects of these modules inside the block; the option `--trust`.
+
+    Raises:
+        UserError: if a text is not the name of a module.
+    """
+    for module in modules:
+        if not re.fullmatch(r"\w+(\.\w+)*", module):
+            raise UserError(f"`--trust` ({module!r}) must be the name of a module")
+    count = len(_TRUSTED)
     _TRUSTED.extend(modules)
+    try:
+        yield
+    finally:
+        del _TRUSTED[count:]
 
 
 def is_trusted(path: str, modules: Sequence[str] = ()) -> bool:

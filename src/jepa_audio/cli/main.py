@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 
+from jepa_audio.class_paths import TRUST_HELP, split_trusted, trusting
 from jepa_audio.errors import UserError, did_you_mean
 
 
@@ -115,9 +116,11 @@ def run(args: list[str]) -> None:
     Raises:
         UserError: if the command does not exist.
     """
+    args, trusted = split_trusted(args)
     name = " ".join(args[:2]) if " ".join(args[:2]) in COMMANDS else "".join(args[:1])
     if name in COMMANDS:
-        _call(name, args)
+        with trusting(trusted):
+            _call(name, args)
     elif name in ("", "-h", "--help"):
         print(_help(COMMANDS))
     elif name == "--version":
@@ -172,6 +175,7 @@ def _help(names: Iterable[str]) -> str:
             "",
             "`jepa-audio COMMAND --help` shows the options of a command.",
             "`jepa-audio fit --config wavjepa --print_config` shows all settings of a run.",
+            TRUST_HELP,
         ]
     )
 

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader
 
+from jepa_audio.class_paths import TRUST_HELP
 from jepa_audio.errors import did_you_mean
 from jepa_audio.old_paths import with_current_paths
 from jepa_audio.recipes import recipes
@@ -33,7 +34,8 @@ class HelpfulParser(ArgumentParser):
     """A parser that reports an error in one sentence, without the usage of the command."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"parser_mode": YAML_OF_ALL_VERSIONS, **kwargs})
+        defaults = {"parser_mode": YAML_OF_ALL_VERSIONS, "epilog": TRUST_HELP}
+        super().__init__(*args, **{**defaults, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message with a suggestion, and exit with code 2."""

@@ -13,7 +13,7 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from jepa_audio.errors import UserError
+from jepa_audio.errors import MAX_SECONDS, UserError
 from jepa_audio.inference.features import LayerFeatures, pad_features
 from jepa_audio.inference.windows import Windows, cut_as_wavjepa, cut_exact, pad_to_one_token
 from jepa_audio.steps.encoder.transformer import Transformer
@@ -194,18 +194,22 @@ def _parts(jepa: JEPA, which: Literal["context", "target"]) -> tuple[FrontEnd, T
     return jepa.front_end, jepa.encoder
 
 
-def num_crop_samples(checkpoint: Path, jepa: JEPA) -> int:
+def num_crop_samples(checkpoint: Path, jepa: JEPA, trust: Sequence[str] = ()) -> int:
     """Samples of a training crop of the run that wrote a checkpoint.
 
     Raises:
-        UserError: if the checkpoint does not contain `crop_seconds`.
+        UserError: if the checkpoint does not contain `crop_seconds`, or an impossible value.
     """
-    settings = read_checkpoint(checkpoint).get("datamodule_hyper_parameters", {})
-    seconds = settings.get("crop_seconds")
+    settings = read_checkpoint(checkpoint, trust).get("datamodule_hyper_parameters", {})
+    seconds = settings.get("crop_seconds") if isinstance(settings, dict) else None
     if seconds is None:
         raise UserError(
             f"{checkpoint} does not contain `crop_seconds`, the length of a training crop: "
             "use a checkpoint of `jepa-audio fit` or `jepa-audio import`"
+        )
+    if not isinstance(seconds, int | float) or not 0 < seconds <= MAX_SECONDS:
+        raise UserError(
+            f"{checkpoint}: `crop_seconds` ({seconds!r}) must be a number in (0, {MAX_SECONDS}]"
         )
     return round(seconds * jepa.front_end.sample_rate)
 
@@ -218,6 +222,7 @@ def load_encoder(
     overlap: float = 0.0,
     windowing: Literal["exact", "wavjepa"] = "exact",
     max_windows: int = 64,
+    trust: Sequence[str] = (),
 ) -> Encoder:
     """The encoder of a checkpoint, or its random-init baseline.
 
@@ -229,16 +234,17 @@ def load_encoder(
         overlap: see `Encoder`.
         windowing: see `Encoder`.
         max_windows: see `Encoder`.
+        trust: modules whose classes the checkpoint may name, besides jepa_audio and torch.optim.
 
     Raises:
-        UserError: if the file does not exist, or is not a checkpoint of a run.
+        UserError: if the file does not exist, is not a checkpoint of a run, or names other classes.
     """
     if which not in ("context", "target", "random"):
         raise UserError(f"`which` ({which!r}) must be 'context', 'target' or 'random'")
-    jepa = load_jepa(checkpoint)
+    jepa = load_jepa(checkpoint, trust)
     encoder = Encoder(
         *_parts(jepa, "target" if which == "target" else "context"),
-        num_crop_samples(checkpoint, jepa),
+        num_crop_samples(checkpoint, jepa, trust),
         overlap=overlap,
         windowing=windowing,
         max_windows=max_windows,

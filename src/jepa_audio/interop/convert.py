@@ -121,7 +121,7 @@ def export_weights(layout: str, checkpoint: Path, output: Path, trust: Sequence[
     variant = _layout(layout).variant(state)
     if jepa.target_front_end is not None:
         raise WeightsError(f"the layout {layout} cannot express `target_front_end: momentum`")
-    num_samples = num_crop_samples(checkpoint, jepa)
+    num_samples = num_crop_samples(checkpoint, jepa, trust)
     config = variant.config(jepa, num_samples)
     tensors = {variant.published_name(name): value.contiguous() for name, value in state.items()}
     tensors |= variant.formulas(jepa, num_samples)

@@ -22,6 +22,7 @@ from jepa_audio.data.audio.resample import resample
 from jepa_audio.data.corpus.table import load_corpus
 from jepa_audio.data.loading.file_table import FileTable
 from jepa_audio.errors import UserError
+from jepa_audio.inference.encoder import num_crop_samples
 from jepa_audio.report import style
 from jepa_audio.steps.front_ends import FrontEnd, SpectrogramFrontEnd
 from jepa_audio.steps.front_ends.transforms import LogMel
@@ -54,7 +55,8 @@ def draw_run_masks(folder: Path) -> Figure:
     jepa = load_jepa(path)
     # The first source of a list or a mixture.
     source = data["root"] if isinstance(data["root"], str) else next(iter(data["root"]))
-    waveform = _load_clip(source, data["crop_seconds"], jepa.front_end.sample_rate)
+    rate = jepa.front_end.sample_rate
+    waveform = _load_clip(source, num_crop_samples(path, jepa) / rate, rate)
     return draw_model_masks(jepa, waveform, step)
 
 
