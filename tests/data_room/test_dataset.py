@@ -146,6 +146,40 @@ def test_clips_are_scaled_to_the_loudness(tmp_path: Path, clip_seconds: float | 
     torch.testing.assert_close(loud, quiet, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("clip_seconds", [None, 0.25])
+@pytest.mark.parametrize("mono", ["mean", "first", "random", "keep"])
+def test_the_loudness_is_that_of_the_samples_that_are_taken(
+    tmp_path: Path, clip_seconds: float | None, mono: str
+):
+    """The channels have other levels than their average, the file than its resampled band."""
+    noise = np.random.default_rng(0).standard_normal((1, 33_075)).astype(np.float32)
+    left = 0.1 * noise + 0.3 * np.sin(2 * np.pi * 15_000 * np.arange(33_075) / 44_100)
+    channels = np.concatenate([left, -0.999 * left + 0.0003 * noise]).astype(np.float32)
+    write(tmp_path / "a.wav", channels, 44_100)
+    kept = {"num_channels": 2} if mono == "keep" else {}
+    crops = dataset(
+        tmp_path,
+        num_samples=2000,
+        mono=mono,
+        loudness_dbfs=-20.0,
+        clip_seconds=clip_seconds,
+        **kept,
+    )
+    levels = [float(read_crops(crops, position, 0).waveform.square().mean()) for position in (0, 1)]
+    assert 10 * np.log10(levels) == pytest.approx([-20, -20], abs=1e-3)
+
+
+def test_without_clip_seconds_all_crops_of_a_file_have_one_gain(tmp_path: Path):
+    write(tmp_path / "a.wav", np.linspace(0.1, 1, 4000, dtype=np.float32)[None])
+    crops, plain = (
+        read_crops(dataset(tmp_path, crops_per_clip=3, loudness_dbfs=level), 0, 0).waveform
+        for level in (-14.0, None)
+    )
+    gain = crops / plain
+    assert float(gain.max() - gain.min()) < 1e-5
+    assert 10 * torch.log10(crops.square().mean()) == pytest.approx(-14, abs=1e-3)
+
+
 def test_a_silent_clip_is_not_amplified(tmp_path: Path):
     samples = np.zeros((1, 2000), np.float32)
     samples[0, 0] = 0.5

@@ -63,8 +63,8 @@ class AudioDataModule(LightningDataModule):
         clip_seconds: length of the clip that the crops of a file come from (WavJEPA: 10 s); `None`
             for the whole file. WavJEPA pads shorter files to this length; here they are not padded,
             because some crops would then be silent.
-        loudness_dbfs: RMS level of all clips after scaling, in dBFS (WavJEPA: -14); `None` keeps
-            the level.
+        loudness_dbfs: RMS level of all clips after scaling, in dBFS (WavJEPA: -14); without
+            `clip_seconds`, of the crops of a file together. `None` keeps the level.
         mask_padding: True hides the padding of crops from the model, False presents it as silence.
         scenes: rooms and noise in which the clips are placed; `None` uses the clips alone.
         batch_size: clips in the micro-batch of one process; the micro-batch has

@@ -61,7 +61,6 @@ class IndexedFile(NamedTuple):
     num_frames: int
     sample_rate: int
     num_channels: int
-    rms: float
 
     @classmethod
     def from_row(cls, root: Path, row: Mapping[str, Any]) -> IndexedFile:

@@ -35,8 +35,9 @@ _SILENCE_RMS = 1e-5
 class ClipSettings:
     """How clips are read from files, and crops are cut from clips; see `AudioDataModule`.
 
-    Crops are scaled with the RMS level of their clip. If the clip is the whole file, this level is
-    the RMS over all channels of the file, which is in the table.
+    The gain for `loudness_dbfs` comes from the RMS of the samples that are read for a sample, after
+    the choice or the average of channels and after resampling: those of the clip, or without
+    `clip_seconds` those of all its crops together. All crops of a clip have the same gain.
 
     Raises:
         UserError: if a value is out of range or contradicts another one.
@@ -164,7 +165,10 @@ class ClipDataset(Dataset[WithBadReads[Sample]], ABC, Generic[Sample, Batch]):
     def read_segments(
         self, file: IndexedFile, num_samples: int, count: int, rng: np.random.Generator
     ) -> list[Float32[Tensor, "C S"]]:
-        """Read `count` segments of `num_samples`; of a shorter file, each is the complete file."""
+        """Read `count` segments of `num_samples`; of a shorter file, each is the complete file.
+
+        Together, the segments have the loudness of the settings; silence is not amplified.
+        """
         channels: dict[str, int | Literal["mean"] | None] = {"mean": "mean", "first": 0}
         channel = channels.get(self.settings.mono)
         if self.settings.mono == "random":
@@ -173,14 +177,19 @@ class ClipDataset(Dataset[WithBadReads[Sample]], ABC, Generic[Sample, Batch]):
         length = resampled_length(file.num_frames, file.sample_rate, rate)
         starts = self.draw_starts(length, num_samples, count, rng)
         length = min(num_samples, length)
-        return [file.read_slice(start, length, rate, channel) for start in starts]
+        segments = [file.read_slice(start, length, rate, channel) for start in starts]
+        rms = float(torch.stack(segments).square().mean().sqrt())
+        if self.settings.loudness_dbfs is None or rms < _SILENCE_RMS:
+            return segments
+        gain = 10 ** (self.settings.loudness_dbfs / 20) / rms
+        return [gain * segment for segment in segments]
 
     def read_clip(
         self, file: IndexedFile, num_samples: int, rng: np.random.Generator
     ) -> Float32[Tensor, "C S"]:
         """Read a clip at the loudness of the settings; a shorter file is one complete clip."""
         (clip,) = self.read_segments(file, num_samples, 1, rng)
-        return self.scale(clip, float(clip.square().mean().sqrt()))
+        return clip
 
     def draw_starts(
         self, length: int, window: int, count: int, rng: np.random.Generator
@@ -190,12 +199,6 @@ class ClipDataset(Dataset[WithBadReads[Sample]], ABC, Generic[Sample, Batch]):
         if self.random_crops:
             return rng.integers(last_start, size=count, endpoint=True).tolist()
         return [(2 * crop + 1) * last_start // (2 * count) for crop in range(count)]
-
-    def scale(self, audio: Float32[Tensor, "*B C S"], rms: float) -> Float32[Tensor, "*B C S"]:
-        """Scale audio of the RMS level `rms` to the loudness of the settings."""
-        if self.settings.loudness_dbfs is None or rms < _SILENCE_RMS:
-            return audio
-        return audio * (10 ** (self.settings.loudness_dbfs / 20) / rms)
 
 
 class Crops(NamedTuple):
@@ -221,8 +224,6 @@ class CropDataset(ClipDataset[Crops, AudioBatch]):
             starts = self.draw_starts(clip.shape[-1], size, count, rng)
             segments = [clip[:, start : start + size] for start in starts]
         crops = torch.stack([fit_length(segment, size) for segment in segments])
-        if self.settings.clip_samples is None:
-            crops = self.scale(crops, file.rms)
         return Crops(crops, position, segments[0].shape[-1])
 
     @override
