@@ -127,6 +127,79 @@ def test_shards_of_the_webdataset_package_are_read(tmp_path: Path):
     ]
 
 
+def labels(group: str, split: str) -> bytes:
+    return json.dumps({"group": group, "split": split}).encode()
+
+
+def rows(path: Path) -> dict[str, tuple[str, str, str]]:
+    """Group, split and reason of every member of a tar."""
+    return {file.member: (file.group, file.split, file.reason) for file in list_files(path)}
+
+
+@pytest.mark.parametrize("is_reversed", [False, True])
+def test_the_json_of_the_same_stem_applies_also_if_the_name_has_dots(
+    tmp_path: Path, is_reversed: bool
+):
+    files = {
+        "Track 2.0.wav": audio(0),
+        "Track 2.0.json": labels("a", "test"),
+        "Track 2.1.wav": audio(1),
+        "Track 2.1.json": labels("b", "train"),
+        "Track 2.wav": audio(2),
+        "Track 2.json": labels("c", "valid"),
+        "v1.5/x.y.flac": audio(3, "FLAC"),
+        "v1.5/x.y.JSON": labels("d", "test"),
+        "._Track 2.0.wav": b"",
+        "._Track 2.0.json": labels("e", "train"),
+    }
+    items = [*files.items()]
+    path = tar(tmp_path / "t.tar", dict(items[::-1] if is_reversed else items))
+    assert rows(path) == {
+        "Track 2.0.wav": ("a", "test", ""),
+        "Track 2.1.wav": ("b", "train", ""),
+        "Track 2.wav": ("c", "valid", ""),
+        "v1.5/x.y.flac": ("d", "test", ""),
+    }
+
+
+def test_all_audio_of_a_webdataset_sample_has_the_labels_of_its_json(tmp_path: Path):
+    files = {"s.left.wav": audio(0), "s.right.wav": audio(1), "s.json": labels("a", "test")}
+    files |= {"m.wav": audio(2), "m.info.json": b"{}", "m.meta.json": b"{}"}
+    files |= {"n.wav": audio(3), "n.meta.json": labels("b", "valid")}
+    assert rows(tar(tmp_path / "t.tar", files)) == {
+        "s.left.wav": ("a", "test", ""),
+        "s.right.wav": ("a", "test", ""),
+        "m.wav": ("", "", ""),
+        "n.wav": ("b", "valid", ""),
+    }
+
+
+def test_a_file_never_gets_the_labels_of_another_file_with_its_key(tmp_path: Path):
+    files = {"Track 2.0.wav": audio(0), "Track 2.1.wav": audio(1)}
+    files |= {"Track 2.1.json": labels("b", "train"), "Track 2.wav": audio(2)}
+    reason = (
+        "no JSON file of its own: its key 'Track 2' (up to the first dot) is also that of "
+        "Track 2.1.json; add {}.json"
+    )
+    assert rows(tar(tmp_path / "t.tar", files)) == {
+        "Track 2.0.wav": ("", "", reason.format("Track 2.0")),
+        "Track 2.1.wav": ("b", "train", ""),
+        "Track 2.wav": ("", "", reason.format("Track 2")),
+    }
+
+
+def test_json_files_that_differ_make_their_audio_bad(tmp_path: Path):
+    files = {"a.wav": audio(0), "a.x.json": labels("a", "test"), "a.y.json": labels("a", "train")}
+    path = tar(tmp_path / "t.tar", files)
+    assert rows(path)["a.wav"][2] == ("JSON files differ in group or split: a.x.json and a.y.json")
+    one = tar(tmp_path / "1.tar", {"a.wav": audio(0), "a.json": labels("a", "test")})
+    two = tar(tmp_path / "2.tar", {"a.wav": audio(1), "a.json": labels("a", "train")})
+    both = write(tmp_path / "both.tar", one.read_bytes() + two.read_bytes())
+    assert {file.reason for file in list_files(both)} == {
+        "JSON files differ in group or split: a.json"
+    }
+
+
 def test_folders_links_and_pipes_in_a_tar_are_skipped(tmp_path: Path):
     with tarfile.open(tmp_path / "t.tar", "w") as archive:
         for name, kind in (

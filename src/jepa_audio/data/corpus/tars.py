@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tarfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
 from jepa_audio.data.audio.read import AUDIO_SUFFIXES
@@ -27,7 +27,11 @@ _WEBDATASET_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # key, extension
 
 
 def list_tar_members(tar: DiscoveredFile, root: Path) -> list[DiscoveredFile]:
-    """List the audio files of a tar; `KEY.json` gives group and split of `KEY.*` (WebDataset).
+    """List the audio files of a tar, with their group and split from its JSON files.
+
+    The JSON file of `STEM.wav` is `STEM.json`. Without this file, it is the JSON file of the same
+    WebDataset sample: `KEY.json` or `KEY.*.json`, with the key up to the first dot of the name. A
+    file whose JSON file is ambiguous is bad.
 
     A damaged part of the tar is listed as a file with a reason. A broken header loses only the file
     that follows this header.
@@ -38,22 +42,16 @@ def list_tar_members(tar: DiscoveredFile, root: Path) -> list[DiscoveredFile]:
                 reason = "a compressed tar does not allow random access: decompress the tar"
                 return [tar._replace(reason=reason)]
             infos, damages = _scan_tar(file)
-            labels = {
-                _webdataset_key(info.name): _read_labels(file, info)
-                for info in infos
-                if info.name.endswith(".json")
-            }
+            infos = [info for info in infos if not PurePosixPath(info.name).name.startswith("._")]
+            labels = _TarLabels(file, infos)
     except (OSError, tarfile.TarError) as error:
         return [tar._replace(reason=f"cannot be opened as a tar: {error}")]
     files = [
         tar._replace(member=f"byte {damage.start}", offset=damage.start, reason=damage.reason)
         for damage in damages
     ]
-    audio_keys = set()
     for info in infos:
-        key, suffix = _webdataset_key(info.name), Path(info.name).suffix.lower()
-        if info.name.rpartition("/")[2].startswith("._"):  # macOS adds such a file to every file
-            continue
+        suffix = PurePosixPath(info.name).suffix.lower()
         if suffix in AUDIO_SUFFIXES:
             is_truncated = info.offset_data + info.size > tar.source_bytes
             reason = "the tar ends inside this file: copy the tar again" if is_truncated else ""
@@ -61,14 +59,14 @@ def list_tar_members(tar: DiscoveredFile, root: Path) -> list[DiscoveredFile]:
             reason = f"unsupported format ({suffix}): convert it to .flac"
         else:
             continue
-        audio_keys.add(key)
-        files.append(_tar_member(tar, info, labels.get(key, NO_LABELS), reason))
+        files.append(_tar_member(tar, info, labels.find(info.name), reason))
     damage_ends = {damage.end for damage in damages}
-    for info in infos:
-        is_orphan = info.name.endswith(".json") and _webdataset_key(info.name) not in audio_keys
+    files += [
+        _tar_member(tar, info, NO_LABELS, "no audio file of this name in the tar")
+        for info in labels.unused()
         # If a damaged part ends at the JSON file, the audio file was in the damaged part.
-        if is_orphan and info.offset not in damage_ends:
-            files.append(_tar_member(tar, info, NO_LABELS, "no audio file of this name in the tar"))
+        if info.offset not in damage_ends
+    ]
     return files or [tar._replace(reason="the tar contains no audio files")]
 
 
@@ -131,6 +129,48 @@ def _find_damage(file: IO[bytes], start: int, end: int) -> list[_Damage]:
     return [_Damage(start, end, "broken header: the file after this header is lost")]
 
 
+class _TarLabels:
+    """Group and split in the JSON files of a tar, found by the names of its audio files."""
+
+    def __init__(self, file: IO[bytes], infos: list[tarfile.TarInfo]) -> None:
+        self._infos = [info for info in infos if PurePosixPath(info.name).suffix.lower() == ".json"]
+        self._audio_stems = {
+            _stem(info.name)
+            for info in infos
+            if PurePosixPath(info.name).suffix.lower() in AUDIO_SUFFIXES | UNSUPPORTED_SUFFIXES
+        }
+        self._by_stem: dict[str, dict[FileLabels, str]] = {}
+        self._by_key: dict[str, dict[FileLabels, str]] = {}
+        for info in self._infos:
+            labels = _read_labels(file, info)
+            self._by_stem.setdefault(_stem(info.name), {})[labels] = info.name
+            self._by_key.setdefault(_webdataset_key(info.name), {})[labels] = info.name
+
+    def find(self, name: str) -> FileLabels:
+        """The labels of an audio file; with a reason if several JSON files could have them."""
+        stem, key = _stem(name), _webdataset_key(name)
+        found = self._by_stem.get(stem) or self._by_stem.get(key)
+        if found is None:
+            found = self._by_key.get(key, {})
+            others = [other for other in found.values() if _stem(other) in self._audio_stems]
+            if others and list(found) != [NO_LABELS]:
+                rule = f"its key {key!r} (up to the first dot) is also that of {others[0]}"
+                return FileLabels(reason=f"no JSON file of its own: {rule}; add {stem}.json")
+        if len(found) > 1:
+            names = " and ".join(dict.fromkeys(found.values()))
+            return FileLabels(reason=f"JSON files differ in group or split: {names}")
+        return next(iter(found), NO_LABELS)
+
+    def unused(self) -> list[tarfile.TarInfo]:
+        """The JSON files that no audio file of the tar has by its name or by its key."""
+        names = self._audio_stems | {_webdataset_key(f"{stem}.") for stem in self._audio_stems}
+        return [
+            info
+            for info in self._infos
+            if _stem(info.name) not in names and _webdataset_key(info.name) not in names
+        ]
+
+
 def _read_labels(file: IO[bytes], info: tarfile.TarInfo) -> FileLabels:
     if info.size > _MAX_JSON_BYTES:
         size = f"{info.size} bytes, at most {_MAX_JSON_BYTES} are allowed"
@@ -140,6 +180,11 @@ def _read_labels(file: IO[bytes], info: tarfile.TarInfo) -> FileLabels:
         return parse_labels(parse_json_object(file.read(info.size)))
     except UserError as error:
         return FileLabels(reason=f"{info.name} is {error}")
+
+
+def _stem(name: str) -> str:
+    """The name without its last suffix."""
+    return name[: -len(suffix)] if (suffix := PurePosixPath(name).suffix) else name
 
 
 def _webdataset_key(name: str) -> str:
