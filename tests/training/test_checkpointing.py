@@ -69,7 +69,25 @@ def test_a_killed_writer_keeps_the_previous_file_and_the_next_write_removes_its_
     assert {path.name for path in saved.parent.iterdir()} == {"last.ckpt", ".last.ckpt.part"}
     AtomicCheckpointIO().save_checkpoint(OLD, saved)
     assert_complete(saved)
-    assert [path.name for path in saved.parent.iterdir()] == ["last.ckpt"]
+    assert {path.name for path in saved.parent.iterdir()} == {"last.ckpt", "previous.ckpt"}
+
+
+def test_the_checkpoint_before_the_last_one_is_kept_unless_it_is_damaged(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+):
+    io, previous = AtomicCheckpointIO(), saved.with_name("previous.ckpt")
+    io.save_checkpoint({"weights": torch.zeros(3)}, saved)
+    assert_complete(previous)
+    saved.write_bytes(b"damaged")
+    io.save_checkpoint({"weights": torch.ones(3)}, saved)
+    assert_complete(previous)
+
+    def no_links(*_: object) -> None:
+        raise OSError("this file system has no links")
+
+    monkeypatch.setattr(os, "link", no_links)
+    io.save_checkpoint({"weights": torch.zeros(3)}, saved)
+    assert io.load_checkpoint(previous)["weights"].tolist() == [1, 1, 1]
 
 
 def save_with_a_limit(path: Path, num_bytes: int, messages: multiprocessing.SimpleQueue) -> None:
@@ -357,7 +375,7 @@ def test_the_second_signal_stops_at_once_and_keeps_the_last_checkpoint(
         (["--checkpoint.every_n_train_steps=1000"], {"last.ckpt"}),
         (
             ["--checkpoint.every_n_train_steps=2", "--checkpoint.keep_all=true"],
-            {"last.ckpt", "step=00000002.ckpt", "step=00000004.ckpt"},
+            {"last.ckpt", "previous.ckpt", "step=00000002.ckpt", "step=00000004.ckpt"},
         ),
     ],
 )
@@ -367,7 +385,7 @@ def test_the_last_step_is_always_saved_and_keep_all_keeps_every_save(
     cli = tiny_cli("wave", *settings, "--trainer.max_steps=5")
     fit(cli)
     assert {path.name for path in folder_of(cli).iterdir()} == names
-    assert all(step_of(folder_of(cli) / name) == int(name[5:13]) for name in names - {"last.ckpt"})
+    assert all(step_of(folder_of(cli) / name) == int(name[5:13]) for name in names if "=" in name)
     assert step_of(folder_of(cli) / "last.ckpt") == 5
 
 

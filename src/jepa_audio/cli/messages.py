@@ -81,10 +81,11 @@ def user_message(error: BaseException) -> tuple[str | None, bool]:
     from jepa_audio.data.loading.workers import worker_crash_message  # noqa: PLC0415
     from jepa_audio.training.checkpointing import CheckpointWriteError  # noqa: PLC0415
     from jepa_audio.training.finite_guard import NonFiniteError  # noqa: PLC0415
+    from jepa_audio.training.run_folder import RunFolderError  # noqa: PLC0415
 
     # A logger that cannot close its files raises another error after the first one.
     for link in _chain(error):
-        if isinstance(link, NonFiniteError | CheckpointWriteError):
+        if isinstance(link, NonFiniteError | CheckpointWriteError | RunFolderError):
             return str(link), True
         if isinstance(link, CorpusError):
             return _without_traceback(link), False

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from typing_extensions import override
 
 from jepa_audio.cli.models import stats
 from jepa_audio.cli.parser import FRONT_ENDS, HelpfulParser
+from jepa_audio.cli.settings import fit_short_run, make_paths_absolute, refuse_linked
 from jepa_audio.data.datamodule import AudioDataModule
 from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.interop.convert import load_weights
@@ -29,6 +35,22 @@ from jepa_audio.training.finite_guard import FiniteGuard
 from jepa_audio.training.jepa import JEPA
 from jepa_audio.training.normalization import MeasureNormalization
 from jepa_audio.training.progress import RunProgressBar
+from jepa_audio.training.resume import (
+    ResumedSettings,
+    describe_changes,
+    find_changes,
+    refuse_changes,
+    saved_settings,
+)
+from jepa_audio.training.run_folder import (
+    LAST,
+    REQUEUE_WAIT,
+    RunFolder,
+    RunFolderError,
+    open_checkpoint,
+)
+
+log = logging.getLogger(__name__)
 
 TRAINER_COMMANDS = ("fit", "validate", "test")
 
@@ -38,20 +60,34 @@ class RunParser(HelpfulParser, LightningArgumentParser):
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Writes `config.yaml` into the folder of a training run, also when the run is resumed."""
+    """Writes `config.yaml` when training begins, and the same settings into checkpoints."""
+
+    # Set by `fit`, if the run may replace another one.
+    folder: RunFolder | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Do nothing: here, the checkpoint of a resumed run is not loaded yet."""
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.save_config(trainer, pl_module, "fit")
 
     @override
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            folder = Path(trainer.default_root_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(
-                self.config,
-                folder / "config.yaml",
-                skip_none=False,
-                overwrite=True,
-                multifile=False,
-            )
+        config = self.config.clone()
+        # Otherwise a run with this file would remove the run that wrote it.
+        config.overwrite = False
+        folder = self.folder or RunFolder(Path(trainer.default_root_dir))
+        folder.begin(self.parser.dump(config, skip_none=False))
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        dump = self.parser.dump(self.config, skip_link_targets=False, skip_none=False)
+        checkpoint["settings"] = saved_settings(yaml.safe_load(dump), trainer)
 
 
 class JEPACLI(LightningCLI):
@@ -64,10 +100,12 @@ class JEPACLI(LightningCLI):
 
     def __init__(self, args: Sequence[str], run: bool = True) -> None:
         self._has_subcommands = run
+        options = list(with_recipe_paths(args))
+        refuse_linked(options)
         super().__init__(
             JEPA,
             AudioDataModule,
-            args=list(with_recipe_paths(args)),
+            args=options,
             run=run,
             parser_class=RunParser,
             auto_configure_optimizers=False,
@@ -102,6 +140,14 @@ class JEPACLI(LightningCLI):
             help="Folder of the run: checkpoints, metrics, config.yaml.",
         )
         parser.add_argument(
+            "--overwrite",
+            type=bool,
+            default=False,
+            nargs="?",
+            const=True,
+            help="Remove the run in `run_dir`: its checkpoints, metrics, logs and config.yaml.",
+        )
+        parser.add_argument(
             "--weights",
             type=str | None,
             default=None,
@@ -126,13 +172,25 @@ class JEPACLI(LightningCLI):
                 "model", f"data.{name}", compute_fn=compute, apply_on="instantiate"
             )
 
+    def before_instantiate_classes(self) -> None:
+        """Make paths absolute, and fit warm-ups and intervals to a short run."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        make_paths_absolute(config)
+        if self.subcommand in (None, "fit"):
+            for line in fit_short_run(config):
+                rank_zero_only(log.warning)(line)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Create a Trainer with atomic checkpoints and, by default, CSV and TensorBoard logs."""
         if self._has_subcommands:
             self._check_crops()
         config = self.config_init[self.subcommand] if self.subcommand else self.config_init
         folder, settings = config["run_dir"], config["trainer"]
-        callbacks = [FiniteGuard(), self._normalization(), *(settings["callbacks"] or [])]
+        callbacks = [FiniteGuard(), ResumedSettings(), self._normalization()]
+        callbacks += settings["callbacks"] or []
+        # Lightning counts the time of earlier starts too, and stops between two optimizer steps.
+        config["checkpoint"].set_max_time(settings["max_time"])
+        kwargs["max_time"] = None
         if settings["logger"] in (None, True):
             kwargs["logger"] = [
                 CSVLogger(folder, name="metrics"),
@@ -160,34 +218,89 @@ class JEPACLI(LightningCLI):
         check_crop(model.front_end, model.masker, transformers, num_samples)
 
     def _normalization(self) -> MeasureNormalization:
-        is_resumed = self._get(self.config, "ckpt_path") is not None and not self._lacks_last()
+        ckpt_path = self._get(self.config, "ckpt_path")
+        last = RunFolder(Path(self._get(self.config, "run_dir"))).checkpoints / LAST
+        is_resumed = last.exists() if ckpt_path == "last" else ckpt_path is not None
         config = self.config[self.subcommand] if self.subcommand else self.config
         return MeasureNormalization(config, is_resumed, self._get(self.config, "weights"))
 
-    def before_fit(self) -> None:
-        """Load the weights of `--weights`, unless the run resumes from a checkpoint."""
+    def fit(self, ckpt_path: str | None, **arguments: Any) -> None:
+        """Train in a folder that no other run uses, from the start or from a checkpoint.
+
+        Raises:
+            RunFolderError: if the folder holds another run, the checkpoint is damaged, or a
+                changed setting cannot be in force.
+        """
+        folder = RunFolder(Path(self._get(self.config_init, "run_dir")))
+        writes = not self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        with ExitStack() as stack:
+            if writes and self.trainer.is_global_zero:
+                wait = REQUEUE_WAIT if "SLURM_RESTART_COUNT" in os.environ else 0.0
+                stack.enter_context(folder.lock(wait))
+            checkpoint = folder.find_checkpoint(ckpt_path)
+            if writes:
+                folder.admit(checkpoint, self._get(self.config, "overwrite"))
+            if checkpoint is not None:
+                self._check_resume(checkpoint)
+            elif ckpt_path is not None:
+                rank_zero_only(log.info)("%s has no checkpoint: a new run starts", folder.path)
+            self._load_weights(is_resumed=checkpoint is not None)
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, SaveRunConfig):
+                    callback.folder = folder
+            self.trainer.fit(ckpt_path=checkpoint, **arguments)
+
+    def _check_resume(self, path: Path) -> None:
+        """Refuse a damaged checkpoint and changed settings; log the changes that are in force."""
+        checkpoint = open_checkpoint(path)
+        if not {"optimizer_states", "lr_schedulers", "loops"} <= checkpoint.keys():
+            raise RunFolderError(
+                f"{path} has only weights, and no run can continue from it: start a new run from "
+                f"its weights with `--weights {path}`"
+            )
+        config = {**self.config_dump, "num_processes": self.trainer.world_size}
+        changes = find_changes(checkpoint, config)
+        refuse_changes(changes)
+        for line in describe_changes(changes, checkpoint, config):
+            rank_zero_only(log.info)(line)
+
+    def _load_weights(self, is_resumed: bool) -> None:
         weights = self._get(self.config, "weights")
-        # A job that can be requeued always gives `--ckpt_path last`, also at its first start, when
-        # there is no checkpoint.
-        is_resumed = self._get(self.config, "ckpt_path") is not None and not self._lacks_last()
-        if weights is not None and not is_resumed:
+        if weights is not None and is_resumed:
+            rank_zero_only(log.info)("`--weights` is not used: the run continues from a checkpoint")
+        elif weights is not None:
             load_weights(self.model, Path(weights))
 
-    def before_validate(self) -> None:
-        """Load the weights of `--weights`, and check that the checkpoint exists.
+    def validate(self, ckpt_path: str | None, **arguments: Any) -> None:
+        """Compute the loss on validation files; see `_evaluate`."""
+        self._evaluate(self.trainer.validate, ckpt_path, **arguments)
+
+    def test(self, ckpt_path: str | None, **arguments: Any) -> None:
+        """Compute the loss on test files; see `_evaluate`."""
+        self._evaluate(self.trainer.test, ckpt_path, **arguments)
+
+    def _evaluate(
+        self, function: Callable[..., Any], ckpt_path: str | None, **arguments: Any
+    ) -> None:
+        """Validate or test with the weights of `--weights` or of a checkpoint.
 
         Raises:
             MissingFileError: if `--ckpt_path last` is given and the run has no checkpoint.
-                Lightning would only show a warning.
+            RunFolderError: if the checkpoint is damaged, or is of another model.
         """
-        if self._lacks_last():
+        folder = RunFolder(Path(self._get(self.config_init, "run_dir")))
+        checkpoint = folder.find_checkpoint(ckpt_path)
+        if checkpoint is None and ckpt_path is not None:
             raise MissingFileError(
-                f"`--ckpt_path last`: there is no checkpoint in {self._checkpoints()}; "
+                f"`--ckpt_path last`: there is no checkpoint in {folder.checkpoints}; "
                 "check `--run_dir`"
             )
-        self.before_fit()
-
-    before_test = before_validate
+        if checkpoint is not None:
+            changes = find_changes(open_checkpoint(checkpoint), self.config_dump)
+            for part in ("front_end", "encoder", "predictor", "target_front_end"):
+                refuse_changes(changes, f"model.{part}*")
+        self._load_weights(is_resumed=checkpoint is not None)
+        function(ckpt_path=checkpoint, **arguments)
 
     def after_fit(self) -> None:
         """Exit with 128 plus the number of the signal that stopped the run, as shells expect.
@@ -198,14 +311,6 @@ class JEPACLI(LightningCLI):
         stopped_by = self._get(self.config_init, "checkpoint").stopped_by
         if stopped_by is not None and self.trainer.is_global_zero:
             raise SystemExit(128 + stopped_by)
-
-    def _checkpoints(self) -> Path:
-        return Path(self._get(self.config_init, "checkpoint").dirpath)
-
-    def _lacks_last(self) -> bool:
-        """Whether `--ckpt_path last` is given and the run has no checkpoint."""
-        is_last = self._get(self.config, "ckpt_path") == "last"
-        return is_last and not list(self._checkpoints().glob("last*.ckpt"))
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing, because Lightning would replace the options by those of the checkpoint."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import threading
 import time
+import zipfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,11 +22,14 @@ import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from jepa_audio.errors import UserError
 from jepa_audio.files import atomic_path
 from jepa_audio.parallel import STOP_SIGNALS
+from jepa_audio.training.load import read_torch_file
+from jepa_audio.training.run_folder import LAST, PREVIOUS
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +64,40 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         path = Path(path)
         try:
-            with atomic_path(path, one_writer=True) as unfinished, unfinished.open("wb") as file:
-                torch.save(checkpoint, file)
+            with atomic_path(path, one_writer=True) as unfinished:
+                with unfinished.open("wb") as file:
+                    torch.save(checkpoint, file)
+                if path.name == LAST:
+                    _keep_previous(path)
         except (OSError, RuntimeError) as error:
             cause = _system_error(error)
             if cause is None:
                 raise
             raise CheckpointWriteError(_write_error_message(path, cause)) from error
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """Read a checkpoint; Lightning reads it if `path` is remote.
+
+        Raises:
+            DamagedCheckpointError: if the file is not a complete checkpoint.
+        """
+        if "://" in str(path):
+            return super().load_checkpoint(path, map_location, weights_only)
+        return read_torch_file(Path(path))
+
+
+def _keep_previous(last: Path) -> None:
+    """Keep the last checkpoint under a second name, unless it is damaged or does not exist."""
+    if not zipfile.is_zipfile(last):
+        return
+    with atomic_path(last.with_name(PREVIOUS), one_writer=True) as unfinished:
+        unfinished.unlink(missing_ok=True)
+        try:
+            os.link(last, unfinished)
+        except OSError:  # Some file systems have no links.
+            shutil.copyfile(last, unfinished)
 
 
 def _system_error(error: BaseException | None) -> OSError | None:
@@ -85,6 +119,8 @@ def _write_error_message(path: Path, cause: OSError) -> str:
 
 class RunCheckpoint(ModelCheckpoint):
     """Save `last.ckpt` every `every_n_train_steps`, at the end of a run and after a stop signal.
+
+    The checkpoint before it is kept as `previous.ckpt`.
 
     After the first SIGINT (Ctrl-C), SIGTERM or SIGUSR1 at any process, the run finishes the current
     optimizer step, saves a checkpoint and ends. A second signal, at least 1 second later, ends the
@@ -116,6 +152,9 @@ class RunCheckpoint(ModelCheckpoint):
         )
         # The signal that ended the run before `max_steps`.
         self.stopped_by: signal.Signals | None = None
+        # Seconds of training after which the run ends; see `set_max_time`.
+        self.max_seconds = math.inf
+        self._started_at = 0.0
         self._received: signal.Signals | None = None
         self._received_at = 0.0
         self._requeue_signal: signal.Signals | None = None
@@ -124,6 +163,21 @@ class RunCheckpoint(ModelCheckpoint):
         self._previous_handlers: dict[
             signal.Signals, Callable[[int, FrameType | None], Any] | int | None
         ] = {}
+
+    def set_max_time(self, max_time: str | timedelta | dict[str, int] | None) -> None:
+        """Set `trainer.max_time`: it counts from this start of the run, not from the first one.
+
+        Raises:
+            UserError: if the text is not a time.
+        """
+        try:
+            seconds = Timer(max_time).time_remaining()
+        except (MisconfigurationException, TypeError) as error:
+            raise UserError(
+                f"`trainer.max_time` ({max_time!r}) must have the form DD:HH:MM:SS, for example "
+                "00:12:00:00 for 12 hours"
+            ) from error
+        self.max_seconds = math.inf if seconds is None else seconds
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Disable Lightning's requeueing before Lightning installs handlers; see `teardown`."""
@@ -136,6 +190,7 @@ class RunCheckpoint(ModelCheckpoint):
         """Install the signal handlers."""
         super().on_train_start(trainer, pl_module)
         self.stopped_by = self._received = None
+        self._started_at = time.monotonic()
         self._last_step = trainer.global_step
         self._limit_val_batches = trainer.limit_val_batches
         # Otherwise a resumed run would save in the middle of its first step.
@@ -148,17 +203,30 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if a save is due; if a signal was received, end the run after the optimizer step."""
+        """Save if a save is due; at a signal or after the time, end the run after the step."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
+        if self.max_seconds < math.inf:
+            self._stop_in_time(trainer)
         if trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
             trainer.should_stop = True
             # Otherwise Lightning would validate before it stops, and SLURM may not wait so long.
             trainer.limit_val_batches = 0
             if trainer.global_step != trainer.max_steps:
                 self.stopped_by = self._signal_of_any_process(trainer)
+
+    def _stop_in_time(self, trainer: Trainer) -> None:
+        """End the run on all processes if its time is over on any of them."""
+        is_over = time.monotonic() - self._started_at >= self.max_seconds
+        if trainer.strategy.reduce_boolean_decision(is_over, all=False):
+            trainer.should_stop = True
+            if trainer.is_global_zero and trainer.global_step != trainer.max_steps:
+                log.warning(
+                    "stopped at step %d after `trainer.max_time`; resume with `--ckpt_path last`",
+                    trainer.global_step,
+                )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last step if it is not saved yet, and restore the signal handlers."""
