@@ -29,8 +29,8 @@ $(STAMP): pyproject.toml requirements.lock
 .PHONY: demo
 demo: $(STAMP) ## Pretrain two small JEPAs, probe them, write demo/report.html; AUDIO=DIR pretrains on your own files.
 	$(BIN)/jepa-audio data synth $(DEMO)/corpus --seed $(SEED) $(NOTES)
-	$(BIN)/jepa-audio fit --config demo/wavjepa --run_dir $(DEMO)/wavjepa $(DEMO_SETTINGS)
-	$(BIN)/jepa-audio fit --config demo/pupujepa --run_dir $(DEMO)/pupujepa $(DEMO_SETTINGS)
+	$(BIN)/jepa-audio fit --config demo/wavjepa --run_dir $(DEMO)/wavjepa --overwrite $(DEMO_SETTINGS)
+	$(BIN)/jepa-audio fit --config demo/pupujepa --run_dir $(DEMO)/pupujepa --overwrite $(DEMO_SETTINGS)
 	$(BIN)/jepa-audio probe --encoder $(DEMO)/wavjepa/checkpoints/last.ckpt,$(DEMO)/pupujepa/checkpoints/last.ckpt \
 	  --tasks nsynth_pitch,nsynth_instrument --data $(DEMO)/corpus --output $(DEMO)/probe --preset linear --max_train 2000
 	$(BIN)/jepa-audio report $(DEMO)

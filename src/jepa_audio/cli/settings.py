@@ -113,7 +113,7 @@ def fit_short_run(config: Namespace) -> Iterator[str]:
         One line for each change, and for each setting that does not do what its name says.
 
     Raises:
-        UserError: if the run would end between two optimizer steps.
+        UserError: if `trainer.val_check_interval` is not a share of the run.
     """
     trainer = config.trainer
     num_steps = int(trainer.fast_dev_run) or trainer.max_steps
