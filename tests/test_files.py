@@ -67,6 +67,53 @@ def test_csv_rows_are_numbered_and_a_byte_order_mark_is_ignored(
     assert list(rows) == [(3, {"path": "a\nb", "label": "ä"}), (4, {"path": "c", "label": None})]
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('path,g\na,1\n"b,2\nc,3\n', 3),
+        ('path,g\n\na,"1\nb,"2"\nc,3\n', 3),
+        ('path,g\na,1\nb,"2', 3),
+        ('path,"g\na,1\nb,2\n', 1),
+        ('"a, b".wav,1\nc,"3\n', 2),
+    ],
+)
+def test_an_unclosed_quote_is_an_error_with_its_line(tmp_path: Path, text: str, line: int):
+    path = tmp_path / "a.csv"
+    for ending in ("\n", "\r\n", "\r"):
+        path.write_bytes(text.replace("\n", ending).encode())
+        with pytest.raises(UserError, match=rf"a\.csv, line {line}: a quote is opened"):
+            list(read_csv(path)[1])
+
+
+def test_quotes_that_are_closed_or_inside_a_word_are_read(tmp_path: Path):
+    path = tmp_path / "a.csv"
+    path.write_text('path,g\n"a, ""b""\nc",1\n5" disc,2\n"d" e,3\n\n"f",4')
+    assert [row["path"] for _, row in read_csv(path)[1]] == ['a, "b"\nc', '5" disc', "d e", "f"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_utf_16_is_refused(tmp_path: Path, encoding: str):
+    path = tmp_path / "a.csv"
+    path.write_bytes("\ufeffpath\na\n".encode(encoding))
+    for errors in ("strict", "surrogateescape"):
+        with pytest.raises(UserError, match=r"a\.csv is UTF-16, not UTF-8"):
+            read_csv(path, errors=errors)
+
+
+@pytest.mark.parametrize("depth", [101, 900, 100_000])
+def test_deeply_nested_json_is_refused_before_it_can_fail_elsewhere(tmp_path: Path, depth: int):
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        '{"a": ' * 99 + "1" + "}" * 99 + "\n" + '{"a": ' + "[" * depth + "]" * depth + "}"
+    )
+    records = dict(scan_jsonl(path))
+    assert isinstance(records[1], dict)
+    assert str(records[2]) == "not JSON: nested deeper than 100 levels"
+    path.write_text("[" * depth + "]" * depth)
+    with pytest.raises(UserError, match="not JSON: nested deeper than 100 levels"):
+        read_json(path)
+
+
 def test_an_empty_csv_has_no_columns_and_no_rows(tmp_path: Path):
     path = tmp_path / "a.csv"
     path.touch()

@@ -6,17 +6,20 @@ read or has another format.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import os
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from jepa_audio.errors import MissingFileError, UserError
+
+_MAX_JSON_DEPTH = 100
 
 
 @contextmanager
@@ -90,11 +93,29 @@ def write_text(path: Path, text: str) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file."""
     try:
-        return json.loads(path.read_bytes())
+        return _parse_json(path.read_bytes())
     except OSError as error:
         raise _unreadable(path, error) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
+
+
+def _parse_json(text: str | bytes) -> Any:
+    """Parse JSON; `ValueError` also for nesting that `repr`, `==` and `json.dumps` fail at."""
+    too_deep = f"nested deeper than {_MAX_JSON_DEPTH} levels"
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(too_deep) from None
+    level = [value]
+    for _ in range(_MAX_JSON_DEPTH):
+        parts = [part for part in level if isinstance(part, dict | list)]
+        level = [
+            child for part in parts for child in (part.values() if isinstance(part, dict) else part)
+        ]
+        if not level:
+            return value
+    raise ValueError(too_deep)
 
 
 def parse_json_object(text: str | bytes) -> dict[str, Any]:
@@ -104,8 +125,8 @@ def parse_json_object(text: str | bytes) -> dict[str, Any]:
         UserError: if the text is not a JSON object; the message does not name the file.
     """
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = _parse_json(text)
+    except ValueError as error:
         raise UserError(f"not JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"not a JSON object, but {type(value).__name__}")
@@ -148,14 +169,23 @@ def read_csv(
     separator = delimiter or ("\t" if path.suffix.lower() == ".tsv" else ",")
 
     def lines() -> Iterator[tuple[int, dict[str, str | None]]]:
+        taken: list[str] = []  # the lines of the current row
         try:
+            with path.open("rb") as file:
+                if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                    raise UserError(f"{path} is UTF-16, not UTF-8: save it as UTF-8")
             with path.open(encoding="utf-8-sig", errors=errors, newline="") as file:
-                reader = csv.DictReader(file, delimiter=separator)
+                reader = csv.DictReader(_remember(file, taken), delimiter=separator)
                 try:
+                    names = reader.fieldnames or ()
+                    _check_quotes(path, reader.line_num, taken, separator)
+                    taken.clear()
                     # The keys are indices, because a header may have the same name twice.
-                    yield 1, {str(i): name for i, name in enumerate(reader.fieldnames or ())}
+                    yield 1, {str(i): name for i, name in enumerate(names)}
                     for row in reader:
+                        _check_quotes(path, reader.line_num, taken, separator)
                         yield reader.line_num, row
+                        taken.clear()
                 except csv.Error as error:
                     number = reader.line_num
                     raise UserError(f"{path}, after line {number}: not CSV: {error}") from None
@@ -167,6 +197,33 @@ def read_csv(
     rows = lines()
     _, header = next(rows)
     return [name or "" for name in header.values()], rows
+
+
+def _remember(lines: Iterable[str], taken: list[str]) -> Iterator[str]:
+    for line in lines:
+        taken.append(line)
+        yield line
+
+
+def _check_quotes(path: Path, last_line: int, lines: list[str], delimiter: str) -> None:
+    """Refuse an unclosed quote, which makes one value of all lines up to the next quote.
+
+    `csv` reports it only in its strict mode. This mode also refuses a value that begins with a
+    quoted word, which real tables have; therefore only rows of several lines or with an odd number
+    of quotes are parsed strictly.
+    """
+    quoted = [
+        number for number, line in enumerate(lines, last_line - len(lines) + 1) if '"' in line
+    ]
+    if not quoted or (len(lines) == 1 and lines[0].count('"') % 2 == 0):
+        return
+    try:
+        list(csv.reader(lines, delimiter=delimiter, strict=True))
+    except csv.Error:
+        raise UserError(
+            f"{path}, line {quoted[0]}: a quote is opened and never closed, or closed too early; "
+            "write two quotes for a quote inside a quoted value"
+        ) from None
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:
