@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jepa_audio.data.audio.read import TarMember, read
+from jepa_audio.data.audio.location import TarMember
+from jepa_audio.data.audio.read import read
 from jepa_audio.data.corpus.index import index_corpus
 from jepa_audio.data.corpus.table import (
     SCHEMA,

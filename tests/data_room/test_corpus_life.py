@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from jepa_audio.data.audio.read import AudioInfo, AudioReadError, inspect
+from jepa_audio.data.audio.location import AudioReadError
+from jepa_audio.data.audio.read import AudioInfo, inspect
 from jepa_audio.data.corpus import index as index_module
 from jepa_audio.data.corpus.index import index_corpus
 from jepa_audio.data.corpus.shards import CHECKSUMS, Packing, write_shards

@@ -6,11 +6,13 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile as sf
 
-from jepa_audio.data.audio.read import AudioInfo, AudioLocation, inspect
+from jepa_audio.data.audio.location import AudioLocation
+from jepa_audio.data.audio.read import AudioInfo, inspect
 from jepa_audio.data.corpus import index as index_module
 from jepa_audio.data.corpus.index import index_corpus
 from jepa_audio.data.corpus.table import (
@@ -204,9 +206,70 @@ def test_a_source_without_audio_is_refused(tmp_path: Path):
     assert "is not an audio source; use a folder" in error_message(tmp_path / "file")
     (tmp_path / "empty").mkdir()
     assert "no audio files" in error_message(tmp_path / "empty")
-    assert ".aif, .aiff, .flac, .mp3, .ogg, .opus, .tar, .wav" in error_message(tmp_path / "empty")
-    (tmp_path / "empty" / "song.m4a").touch()
-    assert "1 files in unsupported formats" in error_message(tmp_path / "empty")
+    assert ".flac, .ircam, .m1a, .m2a, .m3a, .mp1" in error_message(tmp_path / "empty")
+    (tmp_path / "empty" / "song.wma").touch()
+    assert "1 files are not read: 1 .wma (convert" in error_message(tmp_path / "empty")
+
+
+def test_files_of_all_formats_of_libsndfile_are_read_and_others_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    formats = {"AIFF": "aif aiff aifc", "AU": "au snd AU", "CAF": "caf", "W64": "w64 W64"}
+    formats |= {"RF64": "rf64", "WAV": "wav wave bwf WAV Bwf", "FLAC": "flac", "OGG": "ogg oga"}
+    formats |= {"NIST": "sph nist", "VOC": "voc", "MP3": "mp3 mp1 mp2 m1a MP3", "IRCAM": "sf"}
+    for kind, suffixes in formats.items():
+        for suffix in suffixes.split():
+            sf.write(tmp_path / f"{kind}.{suffix}", np.full(8000, 0.25), 8000, format=kind)
+    for name in ("a.m4a", "b.M4A", "c.webm", "d.wma", "e.txt", "f.raw"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr("jepa_audio.data.audio.formats.is_installed", lambda: False)
+    with caplog.at_level(logging.WARNING):
+        corpus = index_corpus(tmp_path)
+    num_files = sum(len(suffixes.split()) for suffixes in formats.values())
+    assert corpus.table["status"].to_pylist() == ["ok"] * num_files
+    listed = "5 files are not read: 2 .m4a, 1 .raw, 1 .webm, 1 .wma (install torchcodec with"
+    assert [message for message in caplog.messages if listed in message]
+
+
+def write_version_2(path: Path, corpus: Corpus) -> None:
+    """A table as versions without the column `decoder` wrote it."""
+    table = corpus.table.drop_columns(["decoder"])
+    pq.write_table(
+        table.replace_schema_metadata({b"jepa_audio.index": b"2", b"jepa_audio.root": b".."}), path
+    )
+
+
+def test_a_table_of_an_earlier_version_is_loaded_and_its_files_are_decoded_again(
+    root: Path, decoded: list[str], caplog: pytest.LogCaptureFixture
+):
+    corpus = index_corpus(root)
+    corpus = corpus.assign_splits({"train": 0.5, "valid": 0.5})
+    table = corpus.table.set_column(8, "num_frames", pa.array([10, 20, 30]))
+    write_version_2(default_table_path(root), Corpus(root, table))
+    decoded.clear()
+    old = load_corpus(root)
+    assert "of an earlier version, which read some mp3 and ogg files too short" in caplog.text
+    assert old.table.drop_columns(["decoder"]) == table.drop_columns(["decoder"])
+    assert old.file(0).read_slice(0, 5, 8000).shape == (1, 5)
+    assert index_corpus(root) == corpus
+    assert len(decoded) == 3
+
+
+def test_a_file_that_needs_torchcodec_is_decoded_again_when_it_is_installed(
+    root: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    manifest = root / "all.csv"
+    manifest.write_text("path\nb.wav\na.m4a\n")
+    (root / "a.m4a").write_bytes(b"\0\0\0\x18ftypM4A " + bytes(12))
+    monkeypatch.setattr("jepa_audio.data.audio.codec.is_installed", lambda: False)
+    monkeypatch.setattr(index_module, "is_installed", lambda: False)
+    (reason,) = index_corpus(manifest).table["reason"].to_pylist()[:1]
+    assert "install torchcodec with `pip install 'jepa-audio[codec]'`" in reason
+    index_corpus(manifest)
+    assert sorted(decoded) == ["a.m4a", "b.wav"]
+    monkeypatch.setattr(index_module, "is_installed", lambda: True)
+    index_corpus(manifest)
+    assert sorted(decoded) == ["a.m4a", "a.m4a", "b.wav"]
 
 
 def test_a_folder_of_bad_files_is_refused_with_examples_and_the_path_of_the_list(tmp_path: Path):

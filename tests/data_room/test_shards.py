@@ -17,7 +17,8 @@ import soundfile as sf
 import torch
 import webdataset
 
-from jepa_audio.data.audio.read import AudioReadError, read
+from jepa_audio.data.audio.location import AudioReadError
+from jepa_audio.data.audio.read import read
 from jepa_audio.data.audio.resample import resample
 from jepa_audio.data.corpus import index as index_module
 from jepa_audio.data.corpus import shards as shards_module

@@ -300,7 +300,7 @@ def test_a_folder_of_compressed_tars_is_refused_with_the_remedy(
 ):
     write(tmp_path / "a.tar.gz")
     write(tmp_path / "b.tgz")
-    assert "found 2 compressed tars (decompress them to .tar" in error_message(tmp_path)
+    assert "2 compressed tars are not read (decompress them to .tar" in error_message(tmp_path)
     write(tmp_path / "c.wav")
     assert len(discover(tmp_path)) == 1
     assert "2 compressed tars" in caplog.text

@@ -89,8 +89,8 @@ def test_missing_truncated_and_replaced_files_are_reported(tmp_path: Path):
     assert dict(verify_corpus(corpus)) == {
         "a_0.wav": "cannot be opened: No such file or directory",
         "b_1.wav": f"`num_frames` is {len(noise(9))}, but {len(noise(1))} in the table",
-        "a_2.wav": f"truncated: the header gives {len(noise(2))} frames, "
-        f"{len(noise(2)) - 50} could be decoded",
+        "a_2.wav": f"truncated: the header gives {2 * len(noise(2))} bytes of samples, "
+        f"the file has {2 * len(noise(2)) - 100}",
         "b_3.wav": "the file is empty (0 bytes)",
     }
 

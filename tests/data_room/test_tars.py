@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import webdataset
 
-from jepa_audio.data.audio.read import TarMember, read
+from jepa_audio.data.audio.location import TarMember
+from jepa_audio.data.audio.read import read
 from jepa_audio.data.corpus import index as index_module
 from jepa_audio.data.corpus.index import index_corpus
 from jepa_audio.data.corpus.sources import DiscoveredFile, discover_files
@@ -357,12 +358,12 @@ def test_broken_json_makes_its_audio_bad(tmp_path: Path, content: bytes):
 
 
 def test_json_without_audio_is_reported(tmp_path: Path):
-    files = pairs(2) | {"k.json": b"{}", "song.m4a": b"..", "song.json": b"{}"}
+    files = pairs(2) | {"k.json": b"{}", "song.wma": b"..", "song.json": b"{}"}
     path = tar(tmp_path / "t.tar", files)
     assert set(good(path)) == {0, 1}
     assert bad(path) == {
         "k.json": "no audio file of this name in the tar",
-        "song.m4a": "unsupported format (.m4a): convert it to .flac",
+        "song.wma": "unsupported format (.wma): convert it to .flac",
     }
 
 
@@ -401,7 +402,7 @@ def test_slices_of_members_are_equal_from_memory_and_from_disk(
 ):
     path = tar(tmp_path / "t.tar", {"0.wav": audio(0), "9.flac": audio(9, "FLAC")})
     for limit in (1 << 20, 0):
-        monkeypatch.setattr("jepa_audio.data.audio.read._MAX_BYTES_IN_MEMORY", limit)
+        monkeypatch.setattr("jepa_audio.data.audio.location._MAX_BYTES_IN_MEMORY", limit)
         for number, entry in good(path).items():
             member = TarMember(path, entry.member, entry.offset, entry.num_bytes)
             for start in (0, 100, len(noise(number)) - 50):

@@ -13,7 +13,7 @@ import soundfile as sf
 import torch
 from torch import Tensor
 
-from jepa_audio.data.audio.read import AudioReadError
+from jepa_audio.data.audio.location import AudioReadError
 from jepa_audio.errors import UserError
 from jepa_audio.inference.features import LayerFeatures
 from jepa_audio.probing.encoders import FunctionEncoder, LogMelStatistics, ProbeEncoder

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import soundfile as sf
 
-from jepa_audio.data.audio.read import AudioReadError, inspect
+from jepa_audio.data.audio.location import AudioReadError
+from jepa_audio.data.audio.read import inspect
 from jepa_audio.errors import MissingFileError, UserError, did_you_mean
 from jepa_audio.files import write_text
 from jepa_audio.parallel import map_threads, num_cores, track_progress
@@ -86,7 +87,9 @@ def _inspect(path: Path) -> Record | str:
         "sample_rate": info.sample_rate,
         "num_samples": info.num_frames,
         # Formats such as mp3 have no bit depth.
-        "bit_depth": _BITS.get(sf.info(path).subtype.removeprefix("PCM_")),
+        "bit_depth": None
+        if info.decoder == "torchcodec"
+        else _BITS.get(sf.info(path).subtype.removeprefix("PCM_")),
         "channels": info.num_channels,
     }
 

@@ -24,7 +24,8 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 from torchaudio.functional import fftconvolve
 
-from jepa_audio.data.audio.read import AUDIO_SUFFIXES, read
+from jepa_audio.data.audio.formats import audio_suffixes
+from jepa_audio.data.audio.read import read
 from jepa_audio.data.audio.resample import resample
 from jepa_audio.errors import UserError
 
@@ -370,9 +371,10 @@ def noise_sweep(folder: Path) -> tuple[Condition, ...]:
     Raises:
         UserError: if the folder and its subfolders have no recording.
     """
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
+    known = audio_suffixes()
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known)
     if not files:
-        suffixes = ", ".join(sorted(AUDIO_SUFFIXES))
+        suffixes = ", ".join(sorted(known))
         raise UserError(f"`noise` ({folder}) has no audio file ({suffixes})")
     listing = [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in files]
     digest = hashlib.sha256(repr(listing).encode()).hexdigest()[:16]

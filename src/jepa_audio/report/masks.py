@@ -112,7 +112,7 @@ def _load_clip(source: str, seconds: float, sample_rate: int) -> Float[Tensor, "
         raise UserError(f"no file under {source} is {seconds:g} s long")
     file = FileTable([corpus])[int(np.argsort(corpus.table["rms"].to_numpy())[len(corpus) // 2])]
     num_frames = min(math.ceil(seconds * file.sample_rate) + 1, file.num_frames)
-    samples, rate = read(file.audio, (file.num_frames - num_frames) // 2, num_frames)
+    samples, rate = read(file.audio, (file.num_frames - num_frames) // 2, num_frames, file.decoder)
     mono = torch.from_numpy(samples).mean(dim=0, keepdim=True)
     return resample(mono, rate, sample_rate)[:, : round(seconds * sample_rate)]
 

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-import io
 import math
-import os
-import re
-import tarfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import soundfile as sf
 from jaxtyping import Float32
 
+from jepa_audio.data.audio.codec import CodecError, torchcodec_decode
+from jepa_audio.data.audio.containers import examine
+from jepa_audio.data.audio.location import (
+    AudioLocation,
+    AudioReadError,
+    TarMember,
+    cannot_open,
+    open_bytes,
+    read_bytes,
+)
+from jepa_audio.data.audio.streams import Contents, start_of_last_page
 from jepa_audio.errors import UserError
 
-AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff"})
+_Block: TypeAlias = Float32[np.ndarray, "S C"]
+_Result = TypeVar("_Result")
 
 # A header with values outside these bounds is corrupt. Decoding with such values could exhaust the
 # memory of the machine.
@@ -31,51 +41,10 @@ _MAX_FRAMES_PER_BYTE = 10_000
 
 _MAX_PEAK = 1e3
 _BLOCK_FRAMES = 1 << 20
-_BUFFER_BYTES = 1 << 18
-# Tar members up to this size are read into memory, because libsndfile seeks every few bytes.
-_MAX_BYTES_IN_MEMORY = 1 << 22
-
-# The line in libsndfile's log for a wav or aiff file whose header gives more bytes than the file
-# has. A recorder that writes into a pipe does not know the length and writes the largest number.
-_HEADER_LENGTH = re.compile(r"^\s*(?:data|SSND)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
-_UNKNOWN_LENGTH = 2**31 - 2**16
 
 # An mp3 frame needs bits of up to 23 earlier frames. After a seek, a decoder does not have these
 # bits and outputs silence or noise. Decoding therefore starts this many samples earlier.
 _MP3_WARM_UP = 16 * 1152
-
-
-@dataclass(frozen=True)
-class TarMember:
-    """An audio file inside an uncompressed tar; `read` reads this file without extraction."""
-
-    path: Path
-    name: str
-    offset: int
-    num_bytes: int
-
-    def __str__(self) -> str:
-        return f"{self.path}:{self.name}"
-
-
-AudioLocation = Path | TarMember
-
-
-def audio_location(path: Path, member: str, offset: int, num_bytes: int) -> AudioLocation:
-    """Location of the file in a row of a corpus table; `member` is "" outside a tar."""
-    return TarMember(path, member, offset, num_bytes) if member else path
-
-
-class AudioReadError(UserError):
-    """An audio file cannot be used; `reason` does not contain the name of the file."""
-
-    def __init__(self, audio: AudioLocation, reason: str) -> None:
-        super().__init__(audio, reason)
-        self.audio = audio
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.audio}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -88,6 +57,7 @@ class AudioInfo:
         num_channels: audio channels.
         peak: largest magnitude; full scale is 1.
         rms: root mean square.
+        decoder: what decodes the complete file; "" if nothing does.
     """
 
     num_frames: int
@@ -95,17 +65,20 @@ class AudioInfo:
     num_channels: int
     peak: float
     rms: float
+    decoder: str
 
 
 def read(
-    audio: AudioLocation, start: int = 0, num_frames: int | None = None
+    audio: AudioLocation, start: int = 0, num_frames: int | None = None, decoder: str = ""
 ) -> tuple[Float32[np.ndarray, "C S"], int]:
     """Decode a file or a slice of it; return the samples and the sample rate in Hz.
 
     Args:
-        audio: file in a format of libsndfile; it may be inside a tar.
+        audio: file in a format of libsndfile or torchcodec; it may be inside a tar.
         start: first frame.
         num_frames: length of the slice; `None` reads to the end.
+        decoder: `AudioInfo.decoder` of the file, which gives fast random access. Without it or
+            without `num_frames`, the complete file is decoded and checked as by `inspect`.
 
     Raises:
         AudioReadError: if the file cannot be decoded, has fewer frames than requested, or has
@@ -115,92 +88,199 @@ def read(
         raise UserError(
             f"`start` ({start}) must be >= 0 and `num_frames` ({num_frames}) >= 1 or None"
         )
-    with _open_audio(audio) as file:
-        expected = _frames_in_header(file) - start if num_frames is None else num_frames
-        end = start + expected
-        if expected < 1 or end > file.frames:
-            reason = f"too short: frames {start} to {end} requested, the file has {file.frames}"
-            raise AudioReadError(audio, reason)
-        samples = _decode(file, start, expected)
-        # The header of an mp3 only estimates the length: fewer frames to the end are not an error.
-        is_exact = num_frames is not None or file.format != "MP3"
-        if len(samples) < (expected if is_exact else 1):
-            reason = f"truncated: {len(samples)} of {expected} frames from {start} decoded"
-            raise AudioReadError(audio, reason)
-        _check_peak(audio, samples)
-        return np.ascontiguousarray(samples.T), file.samplerate
+    if not decoder or num_frames is None:
+        blocks, info = _decode_complete(audio, list)
+        samples, rate = np.concatenate(blocks).T, info.sample_rate
+    elif decoder == "torchcodec":
+        samples, rate = _decode_by_torchcodec(audio, keep=True)
+    else:
+        samples, rate = _read_slice(audio, start, num_frames, is_repaired=decoder == "repaired")
+        start, num_frames = 0, None
+    end = samples.shape[1] if num_frames is None else start + num_frames
+    if end > samples.shape[1] or start >= end:
+        reason = f"frames {start} to {end} requested, the file has {samples.shape[1]}"
+        raise AudioReadError(audio, f"too short: {reason}")
+    samples = np.array(samples[:, start:end], order="C")
+    _check_peak(audio, samples)
+    return samples, rate
 
 
 def inspect(audio: AudioLocation) -> AudioInfo:
     """Decode a complete file in blocks and measure its samples; count the decoded frames.
 
-    Raises:
-        AudioReadError: if `read` would raise it for the complete file, or if the header gives more
-            frames than the file has; the header of an mp3 may give more frames.
-    """
-    count, peak, energy = 0, 0.0, 0.0
-    with _open_audio(audio) as file:
-        while len(block := _decode(file, count, _BLOCK_FRAMES)):
-            count += len(block)
-            peak = max(peak, _check_peak(audio, block))
-            energy += float(np.vdot(block, block))
-            if len(block) < _BLOCK_FRAMES:
-                break
-        expected = _frames_in_header(file)
-        if count == 0 or (count < expected and file.format != "MP3"):
-            problem = "truncated" if count else "no sample could be decoded"
-            reason = f"{problem}: the header gives {expected} frames, {count} could be decoded"
-            raise AudioReadError(audio, reason)
-        rms = math.sqrt(energy / (count * file.channels))
-        return AudioInfo(count, file.samplerate, file.channels, peak, rms)
-
-
-def read_bytes(audio: AudioLocation) -> bytes:
-    """Read the encoded bytes of a file.
+    The number of frames is compared with what the container holds (see `examine`).
 
     Raises:
-        AudioReadError: if the file cannot be opened, or its tar has changed.
+        AudioReadError: if `read` would raise it for the complete file, or if the decoded frames
+            are not all frames of the file.
     """
+    (peak, energy), info = _decode_complete(audio, partial(_measure, audio))
+    rms = math.sqrt(energy / (info.num_frames * info.num_channels))
+    return AudioInfo(info.num_frames, info.sample_rate, info.num_channels, peak, rms, info.decoder)
+
+
+class _Decoded(NamedTuple):
+    num_frames: int
+    sample_rate: int
+    num_channels: int
+    decoder: str
+
+
+def _decode_complete(
+    audio: AudioLocation, collect: Callable[[Iterator[_Block]], _Result]
+) -> tuple[_Result, _Decoded]:
+    """Give all samples of a file to `collect`, by the first decoder that decodes all of them."""
+    with open_bytes(audio) as (content, num_bytes):
+        contents = examine(content, num_bytes)
+    if contents.problem:
+        raise AudioReadError(audio, contents.problem)
+    decoder = "repaired" if contents.header else "libsndfile"
     try:
-        if not isinstance(audio, TarMember):
-            return audio.read_bytes()
-        with _open_member(audio) as file:
-            return file.read(audio.num_bytes)
+        with _open_audio(audio, contents.header) as file:
+            counter = _Counter()
+            result = collect(counter.count(_blocks(audio, file)))
+            decoded = _Decoded(counter.num_frames, file.samplerate, file.channels, decoder)
+            expected = _expected_frames(contents, file)
+    except AudioReadError as error:
+        if not (contents.try_torchcodec and isinstance(error.__cause__, sf.LibsndfileError)):
+            raise
+        failure = error.reason
+    else:
+        if decoded.num_frames == expected and expected:
+            return result, decoded
+        if expected is None:
+            reason = "mp3 frames do not start at the first byte: remove the bytes before them"
+            raise AudioReadError(audio, reason)
+        counts = f"libsndfile decodes {decoded.num_frames} of the {expected} frames of the file"
+        failure = counts if decoded.num_frames else f"no sample could be decoded: {counts}"
+        if not contents.try_torchcodec:
+            raise AudioReadError(audio, failure)
+    try:
+        samples, rate = _decode_by_torchcodec(audio)
+    except AudioReadError as error:
+        raise AudioReadError(audio, f"{failure}; {error.reason}") from error
+    if contents.num_frames not in (None, samples.shape[1]) or not samples.size:
+        raise AudioReadError(audio, f"{failure}; torchcodec decodes {samples.shape[1]}")
+    result = collect(iter([samples.T]))
+    return result, _Decoded(samples.shape[1], rate, len(samples), "torchcodec")
+
+
+def _expected_frames(contents: Contents, file: sf.SoundFile) -> int | None:
+    if contents.num_frames is None:
+        # The length in the header must be right. libsndfile only estimates it for mp3.
+        return None if file.format == "MP3" else file.frames
+    if contents.sample_rate:
+        return contents.num_frames * file.samplerate // contents.sample_rate
+    return contents.num_frames
+
+
+class _Counter:
+    num_frames = 0
+
+    def count(self, blocks: Iterator[_Block]) -> Iterator[_Block]:
+        for block in blocks:
+            self.num_frames += len(block)
+            yield block
+
+
+def _measure(audio: AudioLocation, blocks: Iterator[_Block]) -> tuple[float, float]:
+    """Peak and energy of all samples."""
+    peak, energy = 0.0, 0.0
+    for block in blocks:
+        peak = max(peak, _check_peak(audio, block))
+        energy += float(np.vdot(block, block))
+    return peak, energy
+
+
+def _blocks(audio: AudioLocation, file: sf.SoundFile) -> Iterator[_Block]:
+    start = 0
+    while len(block := _decode(audio, file, start, _BLOCK_FRAMES, position=start)):
+        yield block
+        start += len(block)
+        if len(block) < _BLOCK_FRAMES:
+            return
+
+
+def _decode(
+    audio: AudioLocation, file: sf.SoundFile, start: int, num_frames: int, position: int = 0
+) -> _Block:
+    """Decode frames as a complete decoding gives them; `position` is that of the file.
+
+    The `soundfile` package seeks after every read, so that every read needs its own seek.
+    """
+    begin = position
+    if file.seekable():
+        begin = _seek_target(audio, file, start)
+        file.seek(begin)
+    return file.read(start - begin + num_frames, dtype="float32", always_2d=True)[start - begin :]
+
+
+def _read_slice(
+    audio: AudioLocation, start: int, num_frames: int, is_repaired: bool
+) -> tuple[Float32[np.ndarray, "C S"], int]:
+    header = b""
+    if is_repaired:
+        with open_bytes(audio) as (content, num_bytes):
+            header = examine(content, num_bytes).header
+    with _open_audio(audio, header) as file:
+        if start + num_frames > file.frames:
+            reason = f"frames {start} to {start + num_frames} requested, the file has {file.frames}"
+            raise AudioReadError(audio, f"too short: {reason}")
+        samples = _decode(audio, file, start, num_frames)
+        if len(samples) < num_frames:
+            reason = f"truncated: {len(samples)} of {num_frames} frames from {start} decoded"
+            raise AudioReadError(audio, reason)
+        return samples.T, file.samplerate
+
+
+def _seek_target(audio: AudioLocation, file: sf.SoundFile, start: int) -> int:
+    """The frame to seek to, so that the samples are those of a complete decoding."""
+    if file.subtype.startswith("MPEG_LAYER"):
+        return max(start - _MP3_WARM_UP, 0)
+    if file.subtype == "VORBIS" and start:
+        with open_bytes(audio) as (content, num_bytes):
+            return min(start, max(start_of_last_page(content, num_bytes) - 1, 0))
+    return start
+
+
+_cache = threading.local()
+
+
+def _decode_by_torchcodec(
+    audio: AudioLocation, keep: bool = False
+) -> tuple[Float32[np.ndarray, "C S"], int]:
+    """Decode a complete file by torchcodec; with `keep`, each thread keeps its last file."""
+    try:
+        status = (audio.path if isinstance(audio, TarMember) else audio).stat()
+        key = (audio, status.st_size, status.st_mtime_ns)
+        if getattr(_cache, "key", None) == key:
+            return _cache.decoded
+        decoded = torchcodec_decode(read_bytes(audio) if isinstance(audio, TarMember) else audio)
+    except CodecError as error:
+        raise AudioReadError(audio, str(error)) from error
     except OSError as error:
-        raise _cannot_open(audio, error) from error
+        raise cannot_open(audio, error) from error
+    if keep:
+        _cache.key, _cache.decoded = key, decoded
+    return decoded
 
 
 @contextmanager
-def _open_audio(audio: AudioLocation) -> Iterator[sf.SoundFile]:
+def _open_audio(audio: AudioLocation, header: bytes = b"") -> Iterator[sf.SoundFile]:
     try:
-        with ExitStack() as stack:
-            content: Any = audio
-            if isinstance(audio, TarMember):
-                num_bytes = audio.num_bytes
-                tar = stack.enter_context(_open_member(audio))
-                if num_bytes <= _MAX_BYTES_IN_MEMORY:
-                    content = io.BytesIO(tar.read(num_bytes))
-                else:
-                    content = io.BufferedReader(_FileSlice(tar, num_bytes), _BUFFER_BYTES)
-            else:
-                num_bytes = audio.stat().st_size
-            if num_bytes == 0:
-                raise AudioReadError(audio, "the file is empty (0 bytes)")
-            file = stack.enter_context(sf.SoundFile(content))
-            _check_header(audio, file, num_bytes)
-            yield file
+        with open_bytes(audio, header) as (content, num_bytes):
+            # libsndfile reads a file faster by its path.
+            is_file = isinstance(audio, Path) and not header
+            with sf.SoundFile(audio if is_file else content) as file:
+                _check_header(audio, file, num_bytes)
+                yield file
     except sf.LibsndfileError as error:
         # libsndfile reports a corrupt mp3 as "does not exist".
         is_unknown = "does not exist" in error.error_string
         cause = "Format not recognised." if is_unknown else error.error_string.strip()
         raise AudioReadError(audio, f"cannot be decoded: {cause}") from error
-    except (sf.SoundFileError, OSError) as error:
-        raise _cannot_open(audio, error) from error
-
-
-def _cannot_open(audio: AudioLocation, error: Exception) -> AudioReadError:
-    # If a reason begins with "cannot be opened", `index_corpus` decodes the file again next time.
-    return AudioReadError(audio, f"cannot be opened: {getattr(error, 'strerror', None) or error}")
+    except sf.SoundFileError as error:
+        raise cannot_open(audio, error) from error
 
 
 def _check_header(audio: AudioLocation, file: sf.SoundFile, num_bytes: int) -> None:
@@ -217,63 +297,6 @@ def _check_header(audio: AudioLocation, file: sf.SoundFile, num_bytes: int) -> N
     else:
         return
     raise AudioReadError(audio, reason)
-
-
-def _frames_in_header(file: sf.SoundFile) -> int:
-    """Number of frames in the header; `file.frames` is lower if libsndfile found fewer bytes."""
-    match = _HEADER_LENGTH.search(file.extra_info)
-    if match is None or int(match[1]) >= _UNKNOWN_LENGTH or int(match[2]) == 0:
-        return file.frames
-    return max(file.frames, int(match[1]) * file.frames // int(match[2]))
-
-
-@contextmanager
-def _open_member(member: TarMember) -> Iterator[IO[bytes]]:
-    """Open the tar of a member at the first byte of the member."""
-    start = member.offset - tarfile.BLOCKSIZE
-    changed = f"changed since it was indexed: the tar has %s at byte {start}; index the tar again"
-    with member.path.open("rb") as file:
-        file.seek(start)
-        try:
-            header = file.read(tarfile.BLOCKSIZE)
-            found = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-        except tarfile.HeaderError as error:
-            raise AudioReadError(member, changed % "no file") from error
-        is_plain_name = len(member.name) <= tarfile.LENGTH_NAME and member.name.isascii()
-        if found.size != member.num_bytes or (is_plain_name and found.name != member.name):
-            raise AudioReadError(member, changed % found.name)
-        yield file
-
-
-class _FileSlice(io.RawIOBase):
-    """A file object of the next `size` bytes of a file."""
-
-    def __init__(self, file: IO[bytes], size: int) -> None:
-        self._file, self._start, self._size, self._position = file, file.tell(), size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        origins = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}
-        self._position = origins[whence] + offset
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        self._file.seek(self._start + self._position)
-        chunk = self._file.read(min(len(buffer), max(self._size - self._position, 0)))
-        buffer[: len(chunk)] = chunk
-        self._position += len(chunk)
-        return len(chunk)
-
-
-def _decode(file: sf.SoundFile, start: int, num_frames: int) -> Float32[np.ndarray, "S C"]:
-    lead = min(start, _MP3_WARM_UP) if file.format == "MP3" else 0
-    file.seek(start - lead)
-    return file.read(lead + num_frames, dtype="float32", always_2d=True)[lead:]
 
 
 def _check_peak(audio: AudioLocation, samples: Float32[np.ndarray, "S C"]) -> float:

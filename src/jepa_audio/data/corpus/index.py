@@ -17,10 +17,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from jepa_audio.data.audio.read import AudioInfo, AudioReadError, audio_location, inspect
+from jepa_audio.data.audio.codec import INSTALL, is_installed
+from jepa_audio.data.audio.location import AudioReadError, audio_location
+from jepa_audio.data.audio.read import AudioInfo, inspect
 from jepa_audio.data.corpus.sources import DiscoveredFile, discover_files
 from jepa_audio.data.corpus.table import (
     SCHEMA,
+    UNCHECKED,
     Corpus,
     CorpusError,
     default_table_path,
@@ -125,7 +128,7 @@ def check_bad_share(corpus: Corpus, title: str, max_bad_share: float, hint: str 
 
 def index_file(root: Path, file: DiscoveredFile) -> dict[str, Any]:
     """Decode a file; return the row of the table for this file."""
-    info, reason = AudioInfo(0, 0, 0, 0.0, 0.0), file.reason
+    info, reason = AudioInfo(0, 0, 0, 0.0, 0.0, ""), file.reason
     if not reason:
         try:
             path = root / file.source
@@ -173,7 +176,6 @@ def _update_table(
     discovered = discovered.take(np.argsort(unlabelled.to_numpy(), kind="stable"))
     discovered = _drop_duplicates(discovered, [*_NAME, "offset"])
     decoded = pa.concat_tables([known, partial.load()])
-    decoded = _drop_duplicates(decoded.filter(_is_final(decoded)), _IDENTITY)
     current, changed = _find_changed(discovered, decoded)
     files = (
         DiscoveredFile(**row) for batch in changed.to_batches(1024) for row in batch.to_pylist()
@@ -230,8 +232,14 @@ def _to_batch(files: list[DiscoveredFile]) -> pa.RecordBatch:
 
 
 def _is_final(table: pa.Table) -> pa.ChunkedArray:
-    """False for files that could not be opened: a network or permission error may be temporary."""
-    return pc.invert(pc.starts_with(table["reason"], "cannot be opened"))
+    """False for rows of an earlier version, and for errors that may be gone.
+
+    A network or permission error may be temporary; torchcodec may have been installed.
+    """
+    is_open = pc.starts_with(table["reason"], "cannot be opened")
+    if is_installed():
+        is_open = pc.or_(is_open, pc.match_substring(table["reason"], INSTALL))
+    return pc.invert(pc.or_(is_open, pc.equal(table["decoder"], UNCHECKED)))
 
 
 def _drop_duplicates(table: pa.Table, columns: list[str]) -> pa.Table:
@@ -247,8 +255,9 @@ def _find_changed(discovered: pa.Table, decoded: pa.Table) -> tuple[pa.Table, pa
     readable, unreadable = discovered.filter(is_readable), discovered.filter(pc.invert(is_readable))
     # Labels from a manifest or a tar replace the labels that `data split` wrote to the table.
     labels = readable.select([*_IDENTITY, *_LABELS])
+    final = _drop_duplicates(decoded.filter(_is_final(decoded)), _IDENTITY)
     labels = labels.rename_columns([*_IDENTITY, *(f"new_{name}" for name in _LABELS)])
-    current = labels.join(decoded, _IDENTITY, join_type="inner")
+    current = labels.join(final, _IDENTITY, join_type="inner")
     current = _fill_labels(current, [f"new_{name}" for name in _LABELS], _LABELS)
     changed = readable.join(current.select(_IDENTITY), _IDENTITY, join_type="left anti")
     # A changed file keeps the group and split of its old row.

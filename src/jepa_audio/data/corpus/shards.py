@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import soundfile as sf
 
-from jepa_audio.data.audio.read import AudioReadError, read_bytes
+from jepa_audio.data.audio.location import AudioReadError, read_bytes
 from jepa_audio.data.audio.resample import resampled_length
 from jepa_audio.data.corpus.index import index_file
 from jepa_audio.data.corpus.sources import DiscoveredFile
@@ -170,7 +170,7 @@ class _Shard:
         self._first_row = int(rows[0])
         self._corpus, self._packing = corpus.take(rows), packing
         self._names = self._corpus.names.to_pylist()
-        columns = ["source", "member", "num_bytes", "mtime_ns", "group", "split"]
+        columns = ["source", "member", "num_bytes", "mtime_ns", "group", "split", "decoder"]
         content = [asdict(packing), self._first_row, self._corpus.table.select(columns).to_pylist()]
         self._digest = hashlib.sha256(json.dumps(content).encode()).hexdigest().encode()
 
@@ -236,7 +236,8 @@ def _encode_flac(file: IndexedFile, packing: Packing) -> tuple[bytes, int, float
         reason = f"{num_channels} channels, flac allows {_MAX_FLAC_CHANNELS}: pack with `mono`"
         raise AudioReadError(file.audio, reason)
     is_unchanged = (rate, num_channels) == (file.sample_rate, file.num_channels)
-    if is_unchanged and file.audio.name.lower().endswith(".flac"):
+    is_whole = file.decoder == "libsndfile"
+    if is_unchanged and is_whole and file.audio.name.lower().endswith(".flac"):
         return read_bytes(file.audio), rate, 1.0
     content, peak = _encode_scaled(file, rate, num_channels, packing, gain=1.0)
     if peak <= 1:

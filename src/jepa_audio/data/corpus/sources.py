@@ -13,7 +13,13 @@ from typing import Any, NamedTuple
 
 from braceexpand import braceexpand
 
-from jepa_audio.data.audio.read import AUDIO_SUFFIXES
+from jepa_audio.data.audio.formats import (
+    AUDIO_SUFFIXES,
+    CODEC_SUFFIXES,
+    OTHER_SUFFIXES,
+    audio_suffixes,
+    describe_unread,
+)
 from jepa_audio.data.corpus.table import CorpusError
 from jepa_audio.errors import UserError
 from jepa_audio.files import read_csv, read_json, scan_jsonl
@@ -23,11 +29,6 @@ log = logging.getLogger(__name__)
 TAR_SUFFIX = ".tar"
 MANIFEST_SUFFIXES = frozenset({".csv", ".tsv", ".jsonl"})
 NSYNTH_MANIFEST = "examples.json"
-UNSUPPORTED_SUFFIXES = frozenset(
-    {".m4a", ".aac", ".mp4", ".wma", ".webm", ".mka", ".ape", ".wv", ".amr"}
-)
-"""Audio formats that libsndfile cannot open; the log gives the number of ignored files."""
-
 _COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _PATH_COLUMNS = ("path", "audio_path", "file")
 _SPLIT_NAMES = {
@@ -159,7 +160,7 @@ def _discover_in(path: Path, root: Path) -> Iterator[DiscoveredFile]:
         yield from _discover_in_nsynth(path, root)
     elif suffix in MANIFEST_SUFFIXES:
         yield from _discover_in_manifest(path, root)
-    elif suffix in AUDIO_SUFFIXES or suffix == TAR_SUFFIX:
+    elif suffix in AUDIO_SUFFIXES | CODEC_SUFFIXES or suffix == TAR_SUFFIX:
         yield _discovered_file(str(path), root)
     else:
         known = ", ".join(sorted(AUDIO_SUFFIXES | MANIFEST_SUFFIXES | {TAR_SUFFIX}))
@@ -186,26 +187,29 @@ def _discovered_file(path: str, root: Path, labels: FileLabels = NO_LABELS) -> D
 
 
 def _discover_in_folder(folder: Path, root: Path) -> Iterator[DiscoveredFile]:
-    is_empty, ignored = True, Counter[str]()
+    is_empty, unread, num_compressed = True, Counter[str](), 0
+    suffixes = audio_suffixes() | {TAR_SUFFIX}
     for directory, names in _walk(folder):
         for name in names:
             suffix = os.path.splitext(name)[1].lower()
             if name.startswith("."):  # macOS adds a hidden file `._NAME` to every file
                 continue
-            if suffix in AUDIO_SUFFIXES or suffix == TAR_SUFFIX:
+            if suffix in suffixes:
                 is_empty = False
                 yield _discovered_file(os.path.join(directory, name), root)
-            elif suffix in UNSUPPORTED_SUFFIXES:
-                ignored["files in unsupported formats such as .m4a (convert them to .flac)"] += 1
+            elif suffix in CODEC_SUFFIXES or suffix in OTHER_SUFFIXES:
+                unread[suffix] += 1
             elif name.lower().endswith(_COMPRESSED_TARS):
-                ignored["compressed tars (decompress them to .tar for random access)"] += 1
-    listed = " and ".join(f"{count} {kind}" for kind, count in ignored.items())
+                num_compressed += 1
+    notes = [describe_unread(unread)] if unread else []
+    if num_compressed:
+        remedy = "decompress them to .tar for random access"
+        notes.append(f"{num_compressed} compressed tars are not read ({remedy})")
     if is_empty:
-        suffixes = ", ".join(sorted(AUDIO_SUFFIXES | {TAR_SUFFIX}))
-        instead = f", found {listed}" if ignored else ""
-        raise CorpusError(f"no audio files under {folder}: looked for {suffixes}{instead}")
-    if ignored:
-        log.warning("%s: ignored %s", folder, listed)
+        looked_for = f"looked for {', '.join(sorted(suffixes))}"
+        raise CorpusError("; ".join([f"no audio files under {folder}: {looked_for}", *notes]))
+    for note in notes:
+        log.warning("%s: %s", folder, note)
 
 
 def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:

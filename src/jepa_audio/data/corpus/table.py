@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Bool, Float32, Float64
 from torch import Tensor
 
-from jepa_audio.data.audio.read import AudioLocation, AudioReadError, audio_location, read
+from jepa_audio.data.audio.location import AudioLocation, AudioReadError, audio_location
+from jepa_audio.data.audio.read import read
 from jepa_audio.data.audio.resample import resample, source_slice
 from jepa_audio.errors import UserError
 from jepa_audio.files import atomic_path
@@ -42,11 +43,16 @@ SCHEMA = pa.schema(
         "rms": pa.float32(),
         "status": pa.string(),  # ok or bad
         "reason": pa.string(),  # why the file is bad
+        "decoder": pa.string(),  # libsndfile, repaired, torchcodec, unchecked or "", see `read`
     }
 )
 SPLITS = ("train", "valid", "test")
 _VERSION_KEY, _ROOT_KEY = b"jepa_audio.index", b"jepa_audio.root"
-_CURRENT_VERSION = b"2"
+_CURRENT_VERSION = b"3"
+_VERSION_BEFORE_DECODERS = b"2"
+UNCHECKED = "unchecked"
+"""The decoder in rows of earlier versions, which did not compare files with their containers."""
+_REMEDY = "which read some mp3 and ogg files too short; index the corpus again"
 
 
 class CorpusError(UserError):
@@ -61,6 +67,7 @@ class IndexedFile(NamedTuple):
     num_frames: int
     sample_rate: int
     num_channels: int
+    decoder: str
 
     @classmethod
     def from_row(cls, root: Path, row: Mapping[str, Any]) -> IndexedFile:
@@ -91,7 +98,7 @@ class IndexedFile(NamedTuple):
         begin, num_frames, skip = source_slice(
             start, num_samples, self.num_frames, self.sample_rate, sample_rate
         )
-        samples, rate = read(self.audio, begin, num_frames)
+        samples, rate = read(self.audio, begin, num_frames, self.decoder)
         # For a tar member, `read` has already compared this size with the header in the tar.
         if isinstance(self.audio, Path) and self.audio.stat().st_size != self.num_bytes:
             raise AudioReadError(self.audio, "changed since it was indexed: other size")
@@ -132,7 +139,12 @@ class Corpus:
             problem = f"{path} cannot be read as a corpus table ({error})"
             raise CorpusError(f"{problem}; index the corpus again") from error
         metadata = table.schema.metadata or {}
-        if metadata.get(_VERSION_KEY) != _CURRENT_VERSION or not table.schema.equals(SCHEMA):
+        version = metadata.get(_VERSION_KEY)
+        if version == _VERSION_BEFORE_DECODERS and "decoder" not in table.column_names:
+            table = table.append_column("decoder", pa.array([UNCHECKED] * len(table), pa.string()))
+            log.warning("%s is of an earlier version, %s", path, _REMEDY)
+            version = _CURRENT_VERSION
+        if version != _CURRENT_VERSION or not table.schema.equals(SCHEMA):
             problem = f"{path} is not a corpus table of this version of jepa-audio"
             raise CorpusError(f"{problem}; index the corpus again")
         root = Path(os.path.normpath(path.absolute().parent / metadata[_ROOT_KEY].decode()))

@@ -8,10 +8,9 @@ import tarfile
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
-from jepa_audio.data.audio.read import AUDIO_SUFFIXES
+from jepa_audio.data.audio.formats import AUDIO_SUFFIXES, CODEC_SUFFIXES, OTHER_SUFFIXES
 from jepa_audio.data.corpus.sources import (
     NO_LABELS,
-    UNSUPPORTED_SUFFIXES,
     DiscoveredFile,
     FileLabels,
     escape_surrogates,
@@ -52,10 +51,10 @@ def list_tar_members(tar: DiscoveredFile, root: Path) -> list[DiscoveredFile]:
     ]
     for info in infos:
         suffix = PurePosixPath(info.name).suffix.lower()
-        if suffix in AUDIO_SUFFIXES:
+        if suffix in AUDIO_SUFFIXES | CODEC_SUFFIXES:
             is_truncated = info.offset_data + info.size > tar.source_bytes
             reason = "the tar ends inside this file: copy the tar again" if is_truncated else ""
-        elif suffix in UNSUPPORTED_SUFFIXES:
+        elif suffix in OTHER_SUFFIXES:
             reason = f"unsupported format ({suffix}): convert it to .flac"
         else:
             continue

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from typing_extensions import override
 
-from jepa_audio.data.audio.read import AudioReadError
+from jepa_audio.data.audio.location import AudioReadError
 from jepa_audio.data.audio.resample import resampled_length
 from jepa_audio.data.corpus.table import CorpusError, IndexedFile
 from jepa_audio.data.loading.file_table import FileTable

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from typing_extensions import override
 
-from jepa_audio.data.audio.read import AudioLocation, AudioReadError, TarMember, read
+from jepa_audio.data.audio.location import AudioLocation, AudioReadError, TarMember
+from jepa_audio.data.audio.read import read
 from jepa_audio.data.audio.resample import resample
 from jepa_audio.data.corpus.index import index_corpus
 from jepa_audio.data.corpus.table import CorpusError, IndexedFile, load_corpus

@@ -9,7 +9,8 @@ from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
-from jepa_audio.data.audio.read import AudioReadError, inspect
+from jepa_audio.data.audio.location import AudioReadError
+from jepa_audio.data.audio.read import inspect
 from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.probing.metrics import Accuracy
 from jepa_audio.probing.tasks.base import Protocol, Task, Windows
