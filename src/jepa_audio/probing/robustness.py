@@ -371,10 +371,9 @@ def noise_sweep(folder: Path) -> tuple[Condition, ...]:
     Raises:
         UserError: if the folder and its subfolders have no recording.
     """
-    known = audio_suffixes()
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known)
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in audio_suffixes())
     if not files:
-        suffixes = ", ".join(sorted(known))
+        suffixes = ", ".join(sorted(audio_suffixes()))
         raise UserError(f"`noise` ({folder}) has no audio file ({suffixes})")
     listing = [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in files]
     digest = hashlib.sha256(repr(listing).encode()).hexdigest()[:16]

@@ -57,9 +57,9 @@ def flac(file: BufferedIOBase, size: int) -> Contents:
     tail_start = max(end - (longest + 64 if longest else _FLAC_FRAME_BYTES), start)
     tail = read_at(file, tail_start, end - tail_start)
     last = _last_flac_sample(tail, block_size, total)
-    if total and (last is None or last == total):
+    if total and last in (None, total):
         return Contents(total)  # libsndfile decodes `total` samples or reports an error
-    if total:
+    if total and last is not None:
         kind = "joined flac files" if last > total else "truncated or damaged"
         counts = f"the header gives {total} samples, the last frame ends at {last}"
         return Contents(problem=f"{kind} ({counts}): {REMEDY}")
@@ -171,12 +171,11 @@ def ogg(file: BufferedIOBase, size: int) -> Contents:
     size = before_tags(file, size)
     for page in _ogg_pages(file, 0, size):
         if page.flags & _IS_FIRST:
-            stream = _ogg_stream(read_at(file, page.body, 64))
-            by_serial[page.serial] = stream
-            if stream.codec:
+            new = by_serial[page.serial] = _ogg_stream(read_at(file, page.body, 64))
+            if new.codec:
                 num_links += has_audio_page or not streams
                 has_audio_page = False
-                streams.append(stream)
+                streams.append(new)
         elif stream := by_serial.get(page.serial):
             if page.number != stream.next_number:
                 return Contents(problem=f"damaged: pages are missing before byte {page.body}")
