@@ -21,6 +21,7 @@ from jepa_audio.errors import UserError
 from jepa_audio.files import parse_json_object
 
 _COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+_ALL_SUFFIXES = AUDIO_SUFFIXES | CODEC_SUFFIXES | OTHER_SUFFIXES
 _MAX_JSON_BYTES = 1 << 24
 _WEBDATASET_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # key, extension
 
@@ -136,7 +137,7 @@ class _TarLabels:
         self._audio_stems = {
             _stem(info.name)
             for info in infos
-            if PurePosixPath(info.name).suffix.lower() in AUDIO_SUFFIXES | UNSUPPORTED_SUFFIXES
+            if PurePosixPath(info.name).suffix.lower() in _ALL_SUFFIXES
         }
         self._by_stem: dict[str, dict[FileLabels, str]] = {}
         self._by_key: dict[str, dict[FileLabels, str]] = {}
