@@ -30,6 +30,8 @@ EXPECTED_WARNINGS = (
     r"Total length of `list` across ranks is zero",
     # A run folder may be moved; the run continues and saves only its last state.
     r"The dirpath has changed from .* therefore `best_model_score`",
+    # `LossLog` adds the sums of all processes before it logs a loss.
+    r"It is recommended to use `self\.log\('(valid|test)/loss'",
     # Lightning 2.6 calls this function with torch 2.11 and newer.
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     # Lightning 2.6 calls functions that jsonargparse 5 removes; we require jsonargparse < 5.

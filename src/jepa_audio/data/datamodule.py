@@ -321,7 +321,9 @@ class AudioDataModule(LightningDataModule):
             len(dataset), self.batch_size, self._rank, self._world_size, even
         )
         loader = self._loader(dataset, batches, persistent_workers=True)
-        return [EvaluationLoader(loader, self._bad_reads)]
+        num_batches = math.ceil(len(dataset) / self.batch_size)
+        num_own = len(range(self._rank, num_batches, self._world_size))
+        return [EvaluationLoader(loader, self._bad_reads, num_own)]
 
     def dataset(self, part: str, random_crops: bool) -> ClipDataset[Any, Any]:
         """The clips of a split ("train", "valid" or "test"), after `setup`."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -24,6 +25,7 @@ from jepa_audio.steps.targets import Targets
 from jepa_audio.training.checks import check_trainer
 from jepa_audio.training.ema import TargetEncoderEMA
 from jepa_audio.training.initialization import draw_weights
+from jepa_audio.training.loss_log import LossLog
 from jepa_audio.training.optimizer import ScalerAwareModule, add_schedule, parameter_groups
 from jepa_audio.training.schedules import Schedule
 from jepa_audio.training.sharding import shard
@@ -81,6 +83,9 @@ class JEPA(ScalerAwareModule):
         self.masker, self.targets, self.distance = masker, targets, distance
         self.ema, self.optimizer, self.lr_schedule = ema, optimizer, lr_schedule
         self.decay_all, self.seed = decay_all, seed
+        # Called with each training batch, its masks and its output; returns more sums of losses.
+        self.observe: Callable[[JEPA, AudioBatch, Masks, JEPAOutput], dict[str, Tensor]] | None
+        self.observe = None
         self.reset_parameters(seed)
         self.target_encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.target_front_end: FrontEnd | None = None
@@ -152,33 +157,33 @@ class JEPA(ScalerAwareModule):
         masks = self.masker.for_rows(grid, batch.row, rows_per_draw, (self.seed, stream), num_time)
         return masks.to(batch.waveform.device)
 
-    def training_step(self, batch: AudioBatch, batch_idx: int) -> Tensor:
-        """Compute and log the loss; masks and drop path depend only on `seed` and `batch.row`."""
+    def training_step(self, batch: AudioBatch, batch_idx: int) -> dict[str, Any]:
+        """Compute the loss; masks and drop path depend only on `seed` and `batch.row`."""
         torch.manual_seed(hash((self.seed, int(batch.row[0]))))
         num_batches = self.trainer.world_size * self.trainer.accumulate_grad_batches
-        loss = self.loss(batch.waveform, self.draw_masks(batch, len(batch.waveform) * num_batches))
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.waveform))
-        return loss
+        masks = self.draw_masks(batch, len(batch.waveform) * num_batches)
+        output = self.forward(batch.waveform, masks)
+        observed = self.observe(self, batch, masks, output) if self.observe else {}
+        return {"loss": output.loss, "sums": _sums(output) | observed}
 
-    @override
-    def validation_step(self, batch: AudioBatch, batch_idx: int) -> None:
-        self._log_evaluation_loss("valid/loss", batch)
+    def validation_step(self, batch: AudioBatch, batch_idx: int) -> dict[str, Any]:
+        """Compute the loss, with the same masks at every validation and test."""
+        masks = self.draw_masks(batch, len(batch.waveform), stream=1)
+        return {"sums": _sums(self.forward(batch.waveform, masks))}
 
-    @override
-    def test_step(self, batch: AudioBatch, batch_idx: int) -> None:
-        self._log_evaluation_loss("test/loss", batch)
-
-    def _log_evaluation_loss(self, name: str, batch: AudioBatch) -> None:
-        """Log the loss, with the same masks at every validation and test."""
-        loss = self.loss(batch.waveform, self.draw_masks(batch, len(batch.waveform), stream=1))
-        self.log(name, loss, prog_bar=True, sync_dist=True, batch_size=len(batch.waveform))
+    test_step = validation_step
 
     @override
     def configure_callbacks(self) -> list[Callback]:
         check_trainer(self.trainer)  # Lightning calls this method before it prepares the data.
-        return [self.ema]
+        return [self.ema, LossLog()]
 
     @override
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.optimizer(parameter_groups(self, self.decay_all))
         return add_schedule(optimizer, self.lr_schedule, self.trainer.max_steps)
+
+
+def _sums(output: JEPAOutput) -> dict[str, Tensor]:
+    """What `LossLog` adds over micro-batches and processes."""
+    return {"loss": output.distance_sum.detach(), "num_targets": output.num_targets}

@@ -143,9 +143,19 @@ class EvaluationLoader:
 
     This class is not a `DataLoader`, because Lightning repeats files of a `DataLoader` to give all
     ranks the same number.
+
+    Attributes:
+        num_own_batches: the batches after this number repeat batches of other ranks, and must not
+            be counted.
     """
 
-    def __init__(self, loader: DataLoader[WithBadReads[Any]], bad_reads: BadReadCounter) -> None:
+    def __init__(
+        self,
+        loader: DataLoader[WithBadReads[Any]],
+        bad_reads: BadReadCounter,
+        num_own_batches: int | None = None,
+    ) -> None:
+        self.num_own_batches = len(loader) if num_own_batches is None else num_own_batches
         self._loader = loader
         self._bad_reads = bad_reads
 

@@ -149,11 +149,12 @@ def evaluation_batches(
     loss does not depend on the number of processes. With fewer batches than ranks a batch is
     repeated, because a rank without a batch would block the others.
 
-    `even` gives all ranks the same number of batches and drops the last ones. Processes that hold
-    shares of the weights need this, because they synchronise at each batch.
+    `even` gives all ranks the same number of batches and repeats one for this. Processes that hold
+    shares of the weights need this, because they synchronise at each batch. Repeated batches come
+    last, after `EvaluationLoader.num_own_batches`.
     """
     files = [(index, index) for index in range(num_files)]
     batches = [files[start : start + batch_size] for start in range(0, num_files, batch_size)]
-    if even and len(batches) > world_size:
-        batches = batches[: len(batches) // world_size * world_size]
-    return batches[rank::world_size] or [batches[rank % len(batches)]]
+    own = batches[rank::world_size]
+    num_batches = len(batches[::world_size]) if even else max(1, len(own))
+    return own + [batches[rank % len(batches)]] * (num_batches - len(own))

@@ -1,0 +1,103 @@
+"""Losses in the logs: means over all target tokens, micro-batches and processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+
+class LossLog(Callback):
+    """Log `train/loss`, `valid/loss` and `test/loss`.
+
+    Each loss is a sum of distances divided by the number of target tokens. The sums and numbers of
+    all micro-batches and processes are added before the division, so that a loss does not depend
+    on how a batch is divided.
+
+    `train/loss` is the loss of all micro-batches of one optimizer step. It is logged every
+    `trainer.log_every_n_steps` steps, and in steps that `CollapseMonitor` measures. In the latter,
+    `train/loss_mean_target` and `train/loss_nearest_context` are logged with it: the losses of the
+    simple predictors (see `simple_predictors`) on the same batches.
+    """
+
+    def __init__(self) -> None:
+        self._step, self._is_first = 0, True
+        # Of each micro-batch of a step: sums of the distances, number of target tokens.
+        self._trained: list[dict[str, Tensor]] = []
+        self._evaluated: list[dict[str, Tensor]] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget earlier batches; the progress bar shows the loss from the first step on."""
+        self._step, self._trained, self._is_first = trainer.global_step, [], True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the loss if this batch ended with an optimizer step and logging is due."""
+        self._trained.append(outputs["sums"])
+        if trainer.global_step == self._step:
+            return
+        sums, self._trained = self._trained, []
+        self._step, is_first, self._is_first = trainer.global_step, self._is_first, False
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        is_logged = (every > 0 and self._step % every == 0) or len(sums[0]) > 2
+        if not (is_logged or is_first):
+            return
+        losses = {f"train/{name}": loss for name, loss in mean_losses(trainer, sums).items()}
+        for logger in trainer.loggers if is_logged else []:
+            logger.log_metrics(losses, step=self._step)
+        trainer.callback_metrics.update({k: torch.tensor(v) for k, v in losses.items()})
+        pl_module.log("train/loss", losses["train/loss"], prog_bar=True, logger=False)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the batches of an earlier evaluation."""
+        self._evaluated = []
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Add the sums of a batch, unless it is a repetition."""
+        loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+        loader = loaders[dataloader_idx] if isinstance(loaders, Sequence) else loaders
+        if batch_idx < getattr(loader, "num_own_batches", math.inf):
+            self._evaluated.append(outputs["sums"])
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the loss of the evaluation."""
+        name = "test/loss" if trainer.testing else "valid/loss"
+        losses = mean_losses(trainer, self._evaluated)
+        pl_module.log(name, losses["loss"], prog_bar=True)
+
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
+
+
+def mean_losses(trainer: Trainer, sums: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+    """The mean losses of some batches, over all processes, which must all call this function.
+
+    Args:
+        trainer: the trainer whose processes add their sums, in a single all-reduce.
+        sums: of each batch of this process, the sums of distances and "num_targets". A process
+            without a batch gives an empty list; its first sum must be "loss" on other processes.
+    """
+    names = list(sums[0]) if sums else ["loss", "num_targets"]
+    batches = [
+        torch.stack([batch[name].detach().double().cpu() for name in names]) for batch in sums
+    ]
+    total = torch.stack(batches).sum(dim=0) if batches else torch.zeros(2, dtype=torch.float64)
+    if trainer.world_size > 1:
+        total = trainer.strategy.reduce(total.to(trainer.strategy.root_device), reduce_op="sum")
+    values = dict(zip(names, total.tolist(), strict=True))
+    count = values.pop("num_targets")
+    return {name: value / count if count else math.nan for name, value in values.items()}
