@@ -134,7 +134,7 @@ def test_a_run_writes_config_metrics_and_last_checkpoint_and_is_continued(tmp_pa
     assert {
         "valid/loss",
         "collapse/context_rank",
-        "collapse/loss_mean_target",
+        "train/loss_mean_target",
         "train/loss",
     } <= columns
 

@@ -13,7 +13,7 @@ from jepa_audio.probing.intervals import Difference
 from jepa_audio.probing.rows import ProbeRow, Score, append_rows
 from jepa_audio.report.masks import draw_model_masks
 from jepa_audio.report.page import write_report
-from jepa_audio.report.runs import find_runs
+from jepa_audio.report.runs import _losses, find_runs
 from tests.probing import rows
 
 AHEAD, BEHIND, UNDECIDED = (
@@ -34,11 +34,11 @@ def write_metrics(folder: Path, lines: list[dict[str, float]]) -> None:
 
 
 def monitored(step: int, alarm: float = 0.0, loss: float = 0.5) -> dict[str, float]:
-    trivial = {"collapse/loss_mean_target": 1.0, "collapse/loss_nearest_context": 2.0}
+    trivial = {"train/loss_mean_target": 1.0, "train/loss_nearest_context": 2.0}
     return {
         "step": step,
         "collapse/alarm": alarm,
-        "collapse/loss": loss,
+        "train/loss": loss,
         "collapse/context_rank": 3.0,
         **trivial,
     }
@@ -367,3 +367,11 @@ def test_masks_of_two_channels_are_drawn_once_over_all_frequencies(tiny_jepa):
     assert [ax.get_title(loc="left") for ax in drawn.axes] == [
         ax.get_title(loc="left") for ax in mono.axes
     ]
+
+
+def test_losses_of_earlier_versions_have_other_keys(tmp_path: Path):
+    old = {"collapse/loss_mean_target": 1.0, "collapse/loss_nearest_context": 2.0}
+    write_metrics(tmp_path / "old", [{"step": 1, "train/loss": 0.9, "collapse/loss": 0.5, **old}])
+    (run,) = find_runs(tmp_path / "old")
+    verdict = " ".join(_losses(run))
+    assert "The last loss, 0.5, is below that of predicting the mean target (1)" in verdict

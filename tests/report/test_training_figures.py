@@ -119,8 +119,8 @@ def a_run(num_steps: int = 20) -> dict:
     keys = [
         "train/loss",
         "valid/loss",
-        "collapse/loss_mean_target",
-        "collapse/loss_nearest_context",
+        "train/loss_mean_target",
+        "train/loss_nearest_context",
     ]
     keys += [
         f"collapse/{name}_{what}"
@@ -129,6 +129,7 @@ def a_run(num_steps: int = 20) -> dict:
     ]
     keys += [
         "collapse/clip_cosine",
+        "collapse/clip_share",
         "collapse/ema_distance",
         "train/gradient_norm",
         "train/momentum",
@@ -148,7 +149,7 @@ def a_run(num_steps: int = 20) -> dict:
 def test_curves_have_a_panel_for_each_quantity():
     runs = {"run": a_run()}
     figure = draw_curves(runs, "run")
-    assert len(figure.axes) == 12
+    assert len(figure.axes) == 13
     assert sum("Online probe" in title for title in titles(figure)) == 2
     loss = figure.axes[0]
     assert [text.get_text() for text in loss.get_legend().get_texts()] == [
@@ -180,7 +181,7 @@ def test_panels_without_a_finite_value_are_left_out():
     run["train/momentum"] = (np.arange(20), np.full(20, np.nan))
     run["train/loss"] = run["valid/loss"] = (np.arange(20), np.full(20, np.nan))
     figure = draw_curves({"run": run})
-    assert len(figure.axes) == 12 - 5
+    assert len(figure.axes) == 13 - 5
     assert not any("Loss" in title for title in titles(figure)), (
         "trivial predictors alone are no picture"
     )

@@ -44,6 +44,10 @@ BADGES = {
 The keys state whether some result is ahead of its random-init baseline and whether some result is
 behind.
 """
+OLD_KEYS = {
+    f"collapse/{name}": f"train/{name}" for name in ("loss_mean_target", "loss_nearest_context")
+}
+"""Metric keys of earlier versions → current keys."""
 REFERENCES = {"mean target", "nearest context", "random-init"}
 """Labels of the curves that are shown only for comparison; they are drawn in grey."""
 # Curves with more points are drawn with a running mean.
@@ -70,9 +74,11 @@ class Run:
         """Steps and values of a metric key; empty if nothing was logged."""
         return self.curves.get(key, (np.empty(0), np.empty(0)))
 
-    def last(self, key: str) -> float:
-        """The last finite value of a metric key; NaN if there is none."""
-        values = self.curve(key)[1]
+    def last(self, key: str, steps: np.ndarray | None = None) -> float:
+        """The last finite value of a metric key, only at `steps` if given; NaN if there is none."""
+        at, values = self.curve(key)
+        if steps is not None:
+            values = values[np.isin(at, steps)]
         return next((float(value) for value in values[::-1] if math.isfinite(value)), math.nan)
 
     @property
@@ -124,7 +130,7 @@ def _read_run(folder: Path, directory: Path) -> Run:
 def _read_metrics(path: Path) -> pd.DataFrame:
     """Columns `step`, `key`, `value`; a line of the file has values of some keys only."""
     points = [
-        (int(float(step)), key, float(value))
+        (int(float(step)), OLD_KEYS.get(key, key), float(value))
         for _, line in read_csv(path)[1]
         if (step := line.get("step"))
         for key, value in line.items()
@@ -206,8 +212,14 @@ def _losses(run: Run) -> Iterator[str]:
     _, losses = run.curve("train/loss")
     if len(losses) and not math.isfinite(losses[-1]):
         yield "The last training loss is not a finite number."
-    loss, mean = run.last("collapse/loss"), run.last("collapse/loss_mean_target")
-    copied = run.last("collapse/loss_nearest_context")
+    steps, means = run.curve("train/loss_mean_target")
+    measured = steps[np.isfinite(means)][-1:]
+    # The training loss of the step in which the baselines were measured; of earlier versions, the
+    # loss of the monitor.
+    loss = run.last("collapse/loss", measured)
+    loss = run.last("train/loss", measured) if math.isnan(loss) else loss
+    mean = run.last("train/loss_mean_target")
+    copied = run.last("train/loss_nearest_context")
     if all(map(math.isfinite, (loss, mean, copied))):
         by_mean, by_copy = ("below" if loss < other else "not below" for other in (mean, copied))
         yield (
@@ -240,8 +252,8 @@ def _list_panels(keys: set[str]) -> list[Panel]:
     loss = {
         "train/loss": "train",
         "valid/loss": "valid",
-        "collapse/loss_mean_target": "mean target",
-        "collapse/loss_nearest_context": "nearest context",
+        "train/loss_mean_target": "mean target",
+        "train/loss_nearest_context": "nearest context",
     }
     online = [
         Panel(
@@ -259,6 +271,7 @@ def _list_panels(keys: set[str]) -> list[Panel]:
         Panel("RankMe (effective rank)", rank),
         Panel("Standard deviation", std),
         Panel("Mean cosine between clips", {"collapse/clip_cosine": ""}),
+        Panel("Share of variance between clips", {"collapse/clip_share": ""}, from_zero=True),
         Panel("Distance of target encoder to encoder", {"collapse/ema_distance": ""}),
         Panel("Gradient norm", {"train/gradient_norm": ""}, log_scale=True),
         Panel("Learning rate", {"lr-*": ""}),
