@@ -55,6 +55,28 @@ def test_a_path_below_the_root_is_relative_and_any_other_absolute(tmp_path: Path
     assert [entry.source for entry in entries] == ["a.wav", str(tmp_path / "other" / "b.wav")]
 
 
+@pytest.mark.parametrize("call", ["scandir", "stat"])
+def test_subfolders_that_cannot_be_read_are_skipped_and_named_in_one_line(
+    tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    for name in ("a.wav", "x/b.wav", "lost+found/c.wav", "y/lost+found/d.wav"):
+        write(tmp_path / name)
+    original = getattr(os, call)
+
+    def refuse(path: str, *args: object, **kwargs: object) -> object:
+        if Path(path).name == "lost+found":
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, call, refuse)
+    assert [entry.source for entry in discover(tmp_path, root=tmp_path)] == ["a.wav", "x/b.wav"]
+    folders = f"{tmp_path / 'lost+found'}, {tmp_path / 'y' / 'lost+found'}"
+    line = f"{tmp_path}: skipped 2 folders that cannot be read ({folders})"
+    assert [message for message in caplog.messages if "cannot be read" in message] == [line]
+    with pytest.raises(CorpusError, match=r"lost.found cannot be read: Permission denied"):
+        discover(tmp_path / "lost+found")
+
+
 @pytest.mark.parametrize(
     "pattern", ["t-{00..02}.tar", "t-*.tar", "{t-00,t-0[12]}.tar", "**/t-*.tar"]
 )
@@ -201,6 +223,107 @@ def test_an_empty_manifest_is_refused_with_its_name(tmp_path: Path, name: str):
     write(tmp_path / name, b"path\n" if name == "m.csv" else b"")
     with pytest.raises(CorpusError, match=name):
         index_corpus(tmp_path / name)
+
+
+def lines_of(path: Path, text: str | bytes) -> dict[str, tuple[str, str, str]]:
+    """Group, split and reason of every line of a manifest."""
+    write(path, text if isinstance(text, bytes) else text.encode())
+    return {
+        entry.member or Path(entry.source).name: (entry.group, entry.split, entry.reason)
+        for entry in discover(path)
+    }
+
+
+def test_labels_of_other_types_are_a_reason_against_the_line(tmp_path: Path):
+    deep = "[" * 90 + "]" * 90
+    lines = [
+        '{"path": "a.wav", "group": 1.0, "split": null}',
+        '{"path": "b.wav", "group": NaN}',
+        '{"path": "c.wav", "group": ["g"]}',
+        f'{{"path": "d.wav", "group": {{"a": {deep}}}}}',
+        '{"path": "e.wav", "split": ["test"]}',
+        '{"path": "f.wav", "split": 1}',
+        '{"path": "g.wav", "group": -Infinity}',
+        '{"path": ["h.wav"]}',
+        '{"path": null}',
+        f'{{"path": "i.wav", "group": {50 * deep[:90]}{50 * deep[90:]}}}',
+        '{"Path ": "k.wav", "SPLIT": "test", "group": " x "}',
+        '{"path": "l.wav", "split": "test", "Split": "train"}',
+    ]
+    assert lines_of(tmp_path / "m.jsonl", "\n".join(lines)) == {
+        "a.wav": ("1", "", ""),
+        "b.wav": ("", "", "`group` is nan, not text or a finite number"),
+        "c.wav": ("", "", "`group` is list, not text or a number"),
+        "d.wav": ("", "", "`group` is dict, not text or a number"),
+        "e.wav": ("", "", "`split` is list; use train, valid or test"),
+        "f.wav": ("", "", "`split` is int; use train, valid or test"),
+        "g.wav": ("", "", "`group` is -inf, not text or a finite number"),
+        "line 8": ("", "", "no 'path' in this line"),
+        "line 9": ("", "", "no 'path' in this line"),
+        "line 10": ("", "", "not JSON: nested deeper than 100 levels"),
+        "k.wav": ("x", "test", ""),
+        "line 12": ("", "", "two keys differ only in case"),
+    }
+
+
+def test_a_line_of_a_csv_with_other_cells_than_the_header_is_bad(tmp_path: Path):
+    text = (
+        "path,group,split\na.wav,g,test\nb,c.wav,g,test\nd.wav,g\ne.wav\n\n"
+        '"f.wav\n",g,test\nh.wav,"g\n",test\n i.wav, g , Test \n'
+    )
+    assert lines_of(tmp_path / "m.csv", text) == {
+        "a.wav": ("g", "test", ""),
+        "line 3": ("", "", "1 values more than the header has columns: quote values with commas"),
+        "line 4": ("", "", "no 'split' in this line"),
+        "line 5": ("", "", "no 'group' in this line"),
+        "line 8": ("", "", "a line break in 'path': is a quote not closed?"),
+        "line 10": ("", "", "a line break in 'group': is a quote not closed?"),
+        " i.wav": ("g", "test", ""),
+    }
+
+
+def test_an_unclosed_quote_in_a_manifest_is_refused_with_its_line(tmp_path: Path):
+    text = 'path,group\na.wav,g\n"b.wav,g\n' + "".join(f"{i}.wav,g\n" for i in range(6))
+    write(tmp_path / "m.csv", text.encode())
+    with pytest.raises(UserError, match=r"m\.csv, line 3: a quote is opened and never closed"):
+        index_corpus(tmp_path / "m.csv")
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_other_separators_line_ends_and_a_byte_order_mark_are_read(
+    tmp_path: Path, separator: str, ending: str, mark: str, caplog: pytest.LogCaptureFixture
+):
+    text = f"{mark}ID, Path ,SPLIT,{ending}1,ä.wav,Test,{ending}{ending}2,b.wav,,{ending}"
+    with caplog.at_level("INFO"):
+        assert lines_of(tmp_path / "m.csv", text.replace(",", separator)) == {
+            "ä.wav": ("", "test", ""),
+            "b.wav": ("", "", ""),
+        }
+    separated = f": the columns are separated by {separator!r}"
+    assert any(separated in line for line in caplog.messages) == (separator != ",")
+    assert f"{tmp_path / 'm.csv'}: these columns are not used: id" in caplog.messages
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path):
+    write(tmp_path / "m.csv", b"path,split,Split\na.wav,train,test\n")
+    assert error_message(tmp_path / "m.csv") == (
+        f"{tmp_path / 'm.csv'}, line 1: there are two columns 'split'"
+    )
+
+
+def test_a_manifest_in_another_encoding_is_refused_or_its_names_are_bad(tmp_path: Path):
+    assert lines_of(tmp_path / "m.csv", "path\né.wav\na.wav\n".encode("latin-1")) == {
+        "line 2": (
+            "",
+            "",
+            "the name \\udce9.wav is not UTF-8: save the manifest as UTF-8, or rename the file",
+        ),
+        "a.wav": ("", "", ""),
+    }
+    write(tmp_path / "u.csv", "\ufeffpath\na.wav\n".encode("utf-16"))
+    assert error_message(tmp_path / "u.csv").endswith("is UTF-16, not UTF-8: save it as UTF-8")
 
 
 def test_labels_of_a_tar_in_a_manifest_apply_to_its_members(tmp_path: Path):

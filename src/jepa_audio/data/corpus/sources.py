@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import logging
+import math
 import os
 import stat
 from collections import Counter
@@ -30,7 +31,9 @@ TAR_SUFFIX = ".tar"
 MANIFEST_SUFFIXES = frozenset({".csv", ".tsv", ".jsonl"})
 NSYNTH_MANIFEST = "examples.json"
 _COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_NUM_EXAMPLES = 3
 _PATH_COLUMNS = ("path", "audio_path", "file")
+_LABEL_COLUMNS = ("group", "split")
 _SPLIT_NAMES = {
     **dict.fromkeys(("", "none"), ""),
     **dict.fromkeys(("train", "training"), "train"),
@@ -112,9 +115,18 @@ def parse_labels(record: Mapping[str, Any]) -> FileLabels:
     A file with an unknown name of its split cannot be used, because it may be a test file. The
     result then has a `reason`.
     """
-    group, split = record.get("group"), escape_surrogates(str(record.get("split")).strip().lower())
+    group, split = record.get("group"), record.get("split")
+    if isinstance(group, float) and group.is_integer():
+        group = int(group)  # A column with missing values has 1.0 instead of 1.
+    if not isinstance(group, str | int | float | None):
+        return FileLabels(reason=f"`group` is {type(group).__name__}, not text or a number")
+    if isinstance(group, float) and not math.isfinite(group):
+        return FileLabels(reason=f"`group` is {group}, not text or a finite number")
+    if not isinstance(split, str | None):
+        return FileLabels(reason=f"`split` is {type(split).__name__}; use train, valid or test")
+    split = escape_surrogates(split or "").strip().lower()
     reason = "" if split in _SPLIT_NAMES else f"unknown split {split!r}; use train, valid or test"
-    group = "" if group is None else escape_surrogates(str(group))
+    group = "" if group is None else escape_surrogates(str(group)).strip()
     return FileLabels(group, _SPLIT_NAMES.get(split, ""), reason)
 
 
@@ -133,8 +145,12 @@ def _expand_pattern(source: str) -> list[Path]:
     if "://" in source or source.startswith("pipe:"):
         remedy = "download it first, because training reads files in random order"
         raise CorpusError(f"{source} is not a local path; {remedy}")
-    if Path(source).exists():
-        return [Path(source)]
+    try:
+        if Path(source).exists():
+            return [Path(source)]
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror}"
+        raise CorpusError(f"the audio source {source} {problem}") from error
     try:
         patterns = list(braceexpand(source))
     except ValueError as error:  # unbalanced braces
@@ -187,9 +203,9 @@ def _discovered_file(path: str, root: Path, labels: FileLabels = NO_LABELS) -> D
 
 
 def _discover_in_folder(folder: Path, root: Path) -> Iterator[DiscoveredFile]:
-    is_empty, unread, num_compressed = True, Counter[str](), 0
+    is_empty, unread, num_compressed, unreadable = True, Counter[str](), 0, list[str]()
     suffixes = audio_suffixes() | {TAR_SUFFIX}
-    for directory, names in _walk(folder):
+    for directory, names in _walk(folder, unreadable):
         for name in names:
             suffix = os.path.splitext(name)[1].lower()
             if name.startswith("."):  # macOS adds a hidden file `._NAME` to every file
@@ -205,6 +221,9 @@ def _discover_in_folder(folder: Path, root: Path) -> Iterator[DiscoveredFile]:
     if num_compressed:
         remedy = "decompress them to .tar for random access"
         notes.append(f"{num_compressed} compressed tars are not read ({remedy})")
+    if unreadable:
+        examples = ", ".join(map(escape_surrogates, unreadable[:_NUM_EXAMPLES]))
+        notes.append(f"skipped {len(unreadable)} folders that cannot be read ({examples})")
     if is_empty:
         looked_for = f"looked for {', '.join(sorted(suffixes))}"
         raise CorpusError("; ".join([f"no audio files under {folder}: {looked_for}", *notes]))
@@ -212,14 +231,23 @@ def _discover_in_folder(folder: Path, root: Path) -> Iterator[DiscoveredFile]:
         log.warning("%s: %s", folder, note)
 
 
-def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
-    def refuse(error: OSError) -> None:
-        message = f"the folder {error.filename} cannot be read: {error.strerror}"
-        raise CorpusError(message) from error
+def _walk(root: Path, unreadable: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield (folder, names of its files); append subfolders that cannot be read to `unreadable`."""
+
+    def skip(error: OSError) -> None:
+        if error.filename == str(root):
+            message = f"the folder {error.filename} cannot be read: {error.strerror}"
+            raise CorpusError(message) from error
+        unreadable.append(error.filename)
 
     visited = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
-        status = os.stat(folder)
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=skip):
+        try:
+            status = os.stat(folder)
+        except OSError as error:
+            skip(error)
+            subfolders.clear()
+            continue
         # The folder was already visited through another link, or is a link to a parent.
         if (status.st_dev, status.st_ino) in visited:
             subfolders.clear()
@@ -230,27 +258,74 @@ def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _discover_in_manifest(manifest: Path, root: Path) -> Iterator[DiscoveredFile]:
-    records: Iterator[tuple[int, dict[str, Any] | UserError]]
-    if manifest.suffix.lower() == ".jsonl":
-        records = scan_jsonl(manifest)
-    else:
-        _, records = read_csv(manifest, errors="surrogateescape")
     line, column = 0, ""
-    for line, record in records:
+    for line, record in _scan_manifest(manifest):
         if isinstance(record, UserError):
             reason = str(record)
         else:
             column = column or _path_column(manifest, record)
-            path = record.get(column)
-            if isinstance(path, str) and path:
-                labels = parse_labels(record)
-                yield _discovered_file(os.path.join(manifest.parent, path), root, labels)
+            reason = _line_defect(record, column)
+            if not reason:
+                path = os.path.join(manifest.parent, record[column])
+                yield _discovered_file(path, root, parse_labels(record))
                 continue
-            reason = f"no {column!r} in this line"
         entry = _discovered_file(str(manifest), root)
         yield entry._replace(member=f"line {line}", reason=reason)
     if not line:
         raise CorpusError(f"the manifest {manifest} lists no audio files")
+
+
+def _scan_manifest(manifest: Path) -> Iterator[tuple[int, dict[str, Any] | UserError]]:
+    """The lines of a manifest; column names in lower case, surplus cells of a CSV under "".
+
+    The columns of a CSV are separated by commas (in a .tsv by tabs), or by the sign that gives the
+    header a column for the audio file.
+    """
+    if manifest.suffix.lower() == ".jsonl":
+        for line, record in scan_jsonl(manifest):
+            known = record
+            if not isinstance(record, UserError):
+                known = {name.strip().lower(): value for name, value in record.items()}
+                if len(known) < len(record):
+                    known = UserError("two keys differ only in case")
+            yield line, known
+        return
+    for separator in (None, ",", ";", "\t", "|", None):
+        header, rows = read_csv(manifest, errors="surrogateescape", delimiter=separator)
+        names = [name.strip().lower() for name in header]
+        if not set(names).isdisjoint(_PATH_COLUMNS):
+            break
+    if repeated := [name for name, count in Counter(names).items() if name and count > 1]:
+        raise CorpusError(f"{manifest}, line 1: there are two columns {repeated[0]!r}")
+    if separator is not None:
+        log.info("%s: the columns are separated by %r", manifest, separator)
+    path = next((name for name in _PATH_COLUMNS if name in names), "")
+    if unused := [name for name in names if name not in ("", path, *_LABEL_COLUMNS)]:
+        log.info("%s: these columns are not used: %s", manifest, ", ".join(unused))
+    keys = dict(zip(header, names, strict=True))
+    for line, row in rows:
+        cells = {keys.get(key, ""): cell for key, cell in row.items()}
+        missing = [name for name in _LABEL_COLUMNS if name in cells and cells[name] is None]
+        yield line, UserError(f"no {missing[0]!r} in this line") if missing else cells
+
+
+def _line_defect(record: Mapping[str, Any], column: str) -> str:
+    """The reason why a line of a manifest cannot be used, or ""."""
+    if "" in record and isinstance(record[""], list):
+        return (
+            f"{len(record[''])} values more than the header has columns: quote values with commas"
+        )
+    path = record.get(column)
+    if not isinstance(path, str) or not path:
+        return f"no {column!r} in this line"
+    if name_defect(path):
+        remedy = "save the manifest as UTF-8, or rename the file"
+        return f"the name {escape_surrogates(path)} is not UTF-8: {remedy}"
+    for name in (column, *_LABEL_COLUMNS):
+        value = record.get(name)
+        if isinstance(value, str) and ("\n" in value or "\r" in value):
+            return f"a line break in {name!r}: is a quote not closed?"
+    return ""
 
 
 def _path_column(manifest: Path, record: Mapping[str, Any]) -> str:
