@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
+import yaml
+
 from jepa_audio.errors import UserError
 
 # Checkpoints of this package name classes of these modules.
@@ -102,6 +104,27 @@ def check_size(root: Any, children: Callable[[Any], Iterable[Any]], source: str)
         return sizes[id(value)]
 
     size(root, 0)
+
+
+def parse_yaml(text: str, source: str, parse: Callable[[str], Any] = yaml.safe_load) -> Any:
+    """The content of a YAML text of bounded size, see `check_size`.
+
+    Raises:
+        UserError: if the text is not YAML, or too large.
+    """
+    try:
+        check_size(yaml.compose(text, Loader=yaml.SafeLoader), _node_children, source)
+        return parse(text)
+    except RecursionError:
+        raise UserError(f"{source} is nested deeper than {MAX_DEPTH} levels") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
+
+
+def _node_children(node: yaml.Node | None) -> Iterable[Any]:
+    if isinstance(node, yaml.MappingNode):
+        return (part for pair in node.value for part in pair)
+    return node.value if isinstance(node, yaml.SequenceNode) else ()
 
 
 def nested_values(value: Any) -> Iterable[Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from math import inf
+from typing import Any
 
 # Upper bounds of settings that would take all memory: a day, and a rate above those of converters.
 MAX_SECONDS = 86_400.0
@@ -21,6 +23,24 @@ class UserError(ValueError):
 
 class MissingFileError(UserError):
     """A file or folder that the user named, or that a data set must contain, does not exist."""
+
+
+# Control characters, except tab and line feed; characters that change the direction of text or end
+# a line; halves of characters, which file names that are not UTF-8 contain.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(text: Any, one_line: bool = False) -> str:
+    """A text with its control characters escaped, so that it cannot control the terminal.
+
+    Args:
+        text: a text, or an object whose `str` is printed.
+        one_line: also escape tabs and line feeds, as in a list of file names.
+    """
+    escaped = _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], str(text))
+    return escaped.replace("\n", r"\n").replace("\t", r"\t") if one_line else escaped
 
 
 def check_bounds(settings: object, low: int | float, high: int | float, *names: str) -> None:

@@ -90,6 +90,15 @@ def write_text(path: Path, text: str) -> None:
         unfinished.write_text(text, encoding="utf-8")
 
 
+def csv_cell(text: str) -> str:
+    """A cell for a CSV file that no spreadsheet computes.
+
+    Spreadsheets take a text that begins with one of these signs as a formula, which can run a
+    command; an apostrophe in front makes it a text.
+    """
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file."""
     try:

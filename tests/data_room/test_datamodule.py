@@ -288,7 +288,7 @@ def test_a_process_that_did_not_index_reads_the_table_of_the_folder(levels: Path
         ({"valid_share": -0.1}, r"`valid_share` \(-0.1\) must be in \[0, 1\]"),
         ({"max_bad_share": 1.5}, r"`max_bad_share` \(1.5\) must be in \[0, 1\]"),
         ({"batch_size": 0}, r"`batch_size` \(0\) must be >= 1"),
-        ({"num_workers": -1}, r"`num_workers` \(-1\) must be >= 0"),
+        ({"num_workers": -1}, r"`num_workers` \(-1\) must be in \[0, 4096\]"),
         ({"min_seconds": 2.0, "max_seconds": 1.0}, r"`max_seconds` \(1.0\) must be >= 2.0"),
         ({"crop_seconds": 1e-9}, r"`crop_seconds` \(1e-09\) must be at least one sample"),
         ({"num_channels": 2}, "set `mono='keep'`"),

@@ -267,8 +267,8 @@ def test_rows_of_a_batch_are_numbered_by_position_and_crop(tmp_path: Path):
     ("settings", "message"),
     [
         ({"crop_seconds": 0.0}, r"`crop_seconds` \(0.0\) must be at least one sample"),
-        ({"crops_per_clip": 0}, r"`crops_per_clip` \(0\) must be >= 1"),
-        ({"sample_rate": 0}, r"`sample_rate` \(0\) must be >= 1"),
+        ({"crops_per_clip": 0}, r"`crops_per_clip` \(0\) must be in \[1, "),
+        ({"sample_rate": 0}, r"`sample_rate` \(0\) must be in \[1, "),
         ({"num_channels": 2}, "`mono='mean'` gives 1 channel; set `mono='keep'`"),
         ({"clip_seconds": 0.01}, r"`clip_seconds` \(0.01\) must be at least `crop_seconds`"),
         ({"seed": -1}, r"`seed` \(-1\) must be >= 0"),

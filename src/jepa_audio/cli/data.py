@@ -13,7 +13,7 @@ from jepa_audio.data.corpus.index import index_corpus
 from jepa_audio.data.corpus.shards import Packing, write_shards
 from jepa_audio.data.corpus.survey import summarize_corpus, verify_corpus
 from jepa_audio.data.corpus.table import Corpus, CorpusError, default_table_path, load_corpus
-from jepa_audio.errors import UserError
+from jepa_audio.errors import UserError, printable
 from jepa_audio.parallel import num_cores
 
 
@@ -35,7 +35,8 @@ def index(
     corpus = index_corpus(sources, output, num_workers=num_workers, max_bad_share=max_bad_share)
     num_bad = len(corpus) - int(corpus.is_usable.sum())
     table = output or default_table_path(sources[0])
-    print(f"{', '.join(sources)}: {len(corpus)} files, {num_bad} unusable; table: {table}")
+    found = f"{len(corpus)} files, {num_bad} unusable; table: {table}"
+    print(printable(f"{', '.join(sources)}: {found}"))
 
 
 def describe(source: str) -> None:
@@ -63,12 +64,14 @@ def verify(source: str, num_workers: int = num_cores()) -> None:
     corpus = load_corpus(source)
     changed = verify_corpus(corpus, num_workers)
     for name, reason in changed:
-        print(f"{name}: {reason}")
+        print(printable(f"{name}: {reason}", one_line=True))
     if changed:
         raise CorpusError(
             f"{source}: {len(changed)} of {len(corpus)} files differ from their rows in the table"
         )
-    print(f"{source}: all {int(corpus.is_usable.sum())} usable files agree with the table")
+    print(
+        f"{printable(source)}: all {int(corpus.is_usable.sum())} usable files agree with the table"
+    )
 
 
 def split(
@@ -105,7 +108,7 @@ def split(
     splits = np.array(corpus.table["split"].to_pylist())
     for name in shares:
         hours = corpus.seconds[splits == name].sum() / 3600
-        print(f"{name}: {int((splits == name).sum())} files, {hours:.2f} hours")
+        print(f"{printable(name)}: {int((splits == name).sum())} files, {hours:.2f} hours")
 
 
 def pack(
@@ -134,7 +137,7 @@ def pack(
     num_packed = int(packed.is_usable.sum())
     num_shards = len(set(packed.table["source"].to_pylist()))
     print(
-        f"{directory}: {num_packed} files in {num_shards} shards, "
+        f"{printable(directory)}: {num_packed} files in {num_shards} shards, "
         f"{len(packed) - num_packed} files left out"
     )
 

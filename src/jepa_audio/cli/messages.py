@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.logging import RichHandler
 
-from jepa_audio.errors import MissingFileError, UserError
+from jepa_audio.errors import MissingFileError, UserError, printable
 
 BUG_REPORT = (
     "jepa-audio: this is a bug in jepa-audio, not a mistake in your input. Please report the "
@@ -45,6 +45,7 @@ def show_messages() -> None:
     """Print log messages of level INFO and all warnings except the expected ones."""
     # The `StreamHandler` does not wrap lines, so that a log file can be searched.
     handler = RichHandler(show_path=False) if sys.stderr.isatty() else logging.StreamHandler()
+    handler.addFilter(_escape)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     # At the start of a run, Lightning advertises other products.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
@@ -52,6 +53,12 @@ def show_messages() -> None:
     )
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)
+
+
+def _escape(record: logging.LogRecord) -> bool:
+    """Escape control characters in the names of files that a message contains."""
+    record.msg, record.args = printable(record.getMessage()), None
+    return True
 
 
 def print_error(error: Exception) -> bool:
@@ -66,7 +73,11 @@ def print_error(error: Exception) -> bool:
         return False
     if not is_on_all_ranks or _is_rank_zero():
         Console(stderr=True).print(
-            f"jepa-audio: {message}", style="red", highlight=False, markup=False, soft_wrap=True
+            f"jepa-audio: {printable(message)}",
+            style="red",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
         )
     return True
 

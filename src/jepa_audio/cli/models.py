@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from jepa_audio.data.datamodule import AudioDataModule
-from jepa_audio.errors import UserError
+from jepa_audio.errors import UserError, printable
 from jepa_audio.interop import export_weights, import_weights
 from jepa_audio.interop.layout import SizeHints
 from jepa_audio.steps.front_ends import FrontEnd, SpectrogramFrontEnd
@@ -41,11 +41,9 @@ def import_published(
     hints = SizeHints(num_heads, predictor_num_heads, strides)
     checkpoint = import_weights(layout, source, output, recipe=recipe, hints=hints)
     config = output / "config.yaml"
-    print(checkpoint)
-    print(f"  probe:         jepa-audio probe --encoder {checkpoint} --tasks TASK --data DIR")
-    print(
-        f"  train further: jepa-audio fit --config {config} --data.root DIR --run_dir runs/further"
-    )
+    probe = f"jepa-audio probe --encoder {checkpoint} --tasks TASK --data DIR"
+    fit = f"jepa-audio fit --config {config} --data.root DIR --run_dir runs/further"
+    print(printable(f"{checkpoint}\n  probe:         {probe}\n  train further: {fit}"))
 
 
 def export_published(
@@ -58,7 +56,8 @@ def export_published(
         checkpoint: the `.ckpt` file of a run or of an import.
         output: output folder (-o). The default is `exported/` in the folder of the run.
     """
-    print(export_weights(layout, checkpoint, output or checkpoint.parent.parent / "exported"))
+    file = export_weights(layout, checkpoint, output or checkpoint.parent.parent / "exported")
+    print(printable(file))
 
 
 def stats(front_end: FrontEnd, data: AudioDataModule, num_clips: int) -> None:

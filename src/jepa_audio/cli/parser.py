@@ -8,11 +8,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader
 
-from jepa_audio.class_paths import TRUST_HELP
-from jepa_audio.errors import did_you_mean
+from jepa_audio.class_paths import TRUST_HELP, parse_yaml
+from jepa_audio.errors import UserError, did_you_mean, printable
 from jepa_audio.old_paths import with_current_paths
 from jepa_audio.recipes import recipes
 
@@ -21,8 +20,8 @@ FRONT_ENDS = "front_ends/"
 YAML_OF_ALL_VERSIONS = "yaml_of_all_versions"
 set_loader(
     YAML_OF_ALL_VERSIONS,
-    lambda text: with_current_paths(get_loader("yaml")(text)),
-    (yaml.YAMLError,),
+    lambda text: with_current_paths(parse_yaml(text, "the configuration", get_loader("yaml"))),
+    (UserError,),
 )
 _SOURCES_HELP = (
     "folders, audio files, tars, patterns of paths ('shards/{000..127}.tar'), manifests (.csv, "
@@ -39,7 +38,8 @@ class HelpfulParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message with a suggestion, and exit with code 2."""
-        print(f"jepa-audio: {message}{_suggestion(message, set(_options(self)))}", file=sys.stderr)
+        text = f"jepa-audio: {message}{_suggestion(message, set(_options(self)))}"
+        print(printable(text), file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -64,7 +64,7 @@ def run_function(
     args = ["--output" if arg == "-o" else arg for arg in args]
     result = function(**parser.parse_args(args).as_dict())
     if result is not None:
-        print(result)
+        print(printable(result))
 
 
 def _suggestion(message: str, options: set[str]) -> str:

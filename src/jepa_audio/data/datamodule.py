@@ -27,6 +27,7 @@ from jepa_audio.data.loading.clips import (
     ClipSettings,
     CropDataset,
     WithBadReads,
+    check_batch_size,
 )
 from jepa_audio.data.loading.file_table import FileTable
 from jepa_audio.data.loading.loader import BadReadCounter, EvaluationLoader, ResumableLoader
@@ -164,7 +165,9 @@ class AudioDataModule(LightningDataModule):
         if self.weights is not None:
             count_files_per_block(self.weights, len(self.sources))
         check_bounds(self, 1, math.inf, "num_channels", "batch_size", "num_valid_clips")
-        check_bounds(self, 0, math.inf, "num_workers", "min_seconds")
+        check_bounds(self, 0, 4096, "num_workers")
+        check_bounds(self, 0, math.inf, "min_seconds")
+        check_batch_size(self.clips, self.batch_size)
         check_bounds(self, self.min_seconds, math.inf, "max_seconds")
         check_bounds(self, 0, 1, "valid_share", "max_bad_share")
         if self.valid_share == 1:

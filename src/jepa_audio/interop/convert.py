@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from jepa_audio.class_paths import check_class_paths
+from jepa_audio.class_paths import check_class_paths, parse_yaml
 from jepa_audio.errors import MissingFileError
 from jepa_audio.files import write_text
 from jepa_audio.inference.encoder import num_crop_samples
@@ -156,7 +156,8 @@ def _layout(name: str) -> Layout:
 
 
 def _read_recipe(recipe: Path) -> Settings:
-    settings = with_current_paths(yaml.safe_load(recipe.read_text(encoding="utf-8")))
+    text = recipe.read_text(encoding="utf-8")
+    settings = with_current_paths(parse_yaml(text, str(recipe)))
     if not isinstance(settings, dict) or not {"model", "data"} <= settings.keys():
         raise WeightsError(f"{recipe} is not a recipe: it needs the keys `model` and `data`")
     return settings

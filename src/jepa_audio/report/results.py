@@ -13,6 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from jepa_audio.errors import printable
 from jepa_audio.probing.intervals import Difference
 from jepa_audio.probing.rows import (
     RANDOM_INIT,
@@ -159,7 +160,7 @@ def terminal_table(rows: Iterable[ProbeRow]) -> Table:
     for title, group in table.groupby([_title(row) for row in table["row"]], sort=False):
         columns = ("encoder", "layer", "test", "against random-init")
         section = Table(*columns, box=box.SIMPLE_HEAD, title_justify="left")
-        section.title = Text(str(title), style="bold")
+        section.title = Text(printable(title), style="bold")
         for row, num_seeds in zip(group["row"], group["num_seeds"], strict=True):
             cells = (
                 f"{row.encoder}\n{row.variant}, {row.pooling}",
@@ -167,7 +168,7 @@ def terminal_table(rows: Iterable[ProbeRow]) -> Table:
                 str(row.score).replace(" [", "\n["),
                 _against_random(row),
             )
-            section.add_row(*(Text(cell, overflow="fold") for cell in cells))
+            section.add_row(*(Text(printable(cell), overflow="fold") for cell in cells))
         layout.add_row(section)
     return layout
 

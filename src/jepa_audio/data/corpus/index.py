@@ -32,7 +32,7 @@ from jepa_audio.data.corpus.table import (
 )
 from jepa_audio.data.corpus.tars import list_tar_members
 from jepa_audio.errors import UserError
-from jepa_audio.files import atomic_path
+from jepa_audio.files import atomic_path, csv_cell
 from jepa_audio.parallel import map_threads, track_progress
 
 log = logging.getLogger(__name__)
@@ -335,7 +335,8 @@ def _bad_files(corpus: Corpus) -> list[tuple[str, str]]:
 def _report_bad_files(corpus: Corpus, path: Path) -> None:
     bad = _bad_files(corpus)
     with atomic_path(path) as unfinished, unfinished.open("w", newline="") as file:
-        csv.writer(file).writerows([("path", "reason"), *bad])
+        rows = [tuple(map(csv_cell, row)) for row in bad]
+        csv.writer(file).writerows([("path", "reason"), *rows])
     for name, reason in bad[:_NUM_LOGGED]:
         log.warning("skipped %s: %s", corpus.root / name, reason)
     if len(bad) > _NUM_LOGGED:

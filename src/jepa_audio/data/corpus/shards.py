@@ -32,7 +32,7 @@ from jepa_audio.data.corpus.table import (
     default_table_path,
 )
 from jepa_audio.data.corpus.tars import list_tar_members
-from jepa_audio.errors import UserError, check_bounds
+from jepa_audio.errors import MAX_RATE, UserError, check_bounds
 from jepa_audio.files import atomic_path, write_text
 from jepa_audio.parallel import map_threads, progress_bar
 
@@ -71,7 +71,7 @@ class Packing:
         if self.bits not in (16, 24):
             raise UserError(f"`bits` ({self.bits}) must be 16 or 24")
         check_bounds(self, 1, inf, "shard_mb")
-        check_bounds(self, 1000, inf, "sample_rate")
+        check_bounds(self, 1000, MAX_RATE, "sample_rate")
 
 
 def write_shards(corpus: Corpus, directory: Path, packing: Packing, num_workers: int = 2) -> Corpus:

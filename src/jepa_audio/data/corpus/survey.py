@@ -17,6 +17,7 @@ from jepa_audio.data.corpus.index import index_file
 from jepa_audio.data.corpus.shards import CHECKSUMS, read_checksums, sha256_of
 from jepa_audio.data.corpus.sources import TAR_SUFFIX, DiscoveredFile
 from jepa_audio.data.corpus.table import Corpus
+from jepa_audio.errors import printable
 from jepa_audio.parallel import map_threads, track_progress
 
 _BAR_WIDTH = 40
@@ -86,10 +87,14 @@ def _properties(usable: Corpus) -> Table:
         counts = usable.table[column].value_counts().to_pylist()
         pairs = sorted((count["values"], count["counts"]) for count in counts)
         unit = " Hz" if title == "rates" else ""
-        grid.add_row(title, ", ".join(f"{value or 'none'}{unit}: {n}" for value, n in pairs))
+        grid.add_row(title, ", ".join(f"{_cell(value or 'none')}{unit}: {n}" for value, n in pairs))
     groups = pc.unique(usable.table["group"]).to_pylist()
     grid.add_row("groups", str(len(set(groups) - {""}) or "none"))
     return grid
+
+
+def _cell(value: object) -> str:
+    return escape(printable(value, one_line=True))
 
 
 def _length_histogram(seconds: np.ndarray) -> Table:
@@ -110,7 +115,7 @@ def _worst_files(usable: Corpus) -> Table:
     properties = ("shortest", usable.seconds, "{:.3f} s"), ("quietest", levels, "{:.0f} dBFS")
     for title, values, form in properties:
         for row in np.argsort(values)[:_NUM_WORST].tolist():
-            table.add_row(title, escape(names[row].as_py()), form.format(values[row]))
+            table.add_row(title, _cell(names[row].as_py()), form.format(values[row]))
     num_clipped = int((usable.table["peak"].to_numpy() >= _FULL_SCALE).sum())
     share = f"{100 * num_clipped / len(usable):.1f} %"
     table.add_row("clipped", f"{num_clipped} files reach full scale", share)
@@ -124,5 +129,5 @@ def _bad_reasons(bad: Corpus) -> Table:
     kinds, first, counts = np.unique(reasons, return_index=True, return_counts=True)
     for number in np.argsort(-counts)[:_NUM_REASONS].tolist():
         name = bad.names[int(first[number])].as_py()
-        table.add_row(str(counts[number]), escape(kinds[number]), escape(name))
+        table.add_row(str(counts[number]), _cell(kinds[number]), _cell(name))
     return table

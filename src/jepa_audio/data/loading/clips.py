@@ -19,13 +19,14 @@ from jepa_audio.data.audio.resample import resampled_length
 from jepa_audio.data.corpus.table import CorpusError, IndexedFile
 from jepa_audio.data.loading.file_table import FileTable
 from jepa_audio.data.loading.order import SampleIndex
-from jepa_audio.errors import UserError, check_bounds
+from jepa_audio.errors import MAX_RATE, MAX_SECONDS, UserError, check_bounds
 from jepa_audio.steps.grid import AudioBatch
 
 ChannelMode = Literal["mean", "first", "random", "keep"]
 Sample = TypeVar("Sample")
 Batch = TypeVar("Batch")
 
+MAX_BATCH_GB = 100
 _MAX_ATTEMPTS = 20
 # -100 dBFS: a quieter clip holds only dither and is not amplified.
 _SILENCE_RMS = 1e-5
@@ -54,7 +55,10 @@ class ClipSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_bounds(self, 1, inf, "sample_rate", "num_channels", "crops_per_clip")
+        check_bounds(self, 1, MAX_RATE, "sample_rate")
+        check_bounds(self, 1, 1024, "num_channels")
+        check_bounds(self, 1, 10_000, "crops_per_clip")
+        check_bounds(self, 0, MAX_SECONDS, "crop_seconds", "clip_seconds")
         check_bounds(self, 0, inf, "seed")
         if self.mono not in get_args(ChannelMode):
             raise UserError(f"`mono` must be one of {get_args(ChannelMode)}, got {self.mono!r}")
@@ -76,6 +80,21 @@ class ClipSettings:
     def clip_samples(self) -> int | None:
         """Length of a clip in samples; `None` for the whole file."""
         return None if self.clip_seconds is None else round(self.clip_seconds * self.sample_rate)
+
+
+def check_batch_size(settings: ClipSettings, batch_size: int) -> None:
+    """Refuse micro-batches that fit into the memory of no machine.
+
+    Raises:
+        UserError: if the crops of a micro-batch take more than `MAX_BATCH_GB`.
+    """
+    samples = batch_size * settings.crops_per_clip * settings.crop_samples * settings.num_channels
+    if 4e-9 * samples > MAX_BATCH_GB:
+        raise UserError(
+            f"a micro-batch of `batch_size` ({batch_size}) x `crops_per_clip` "
+            f"({settings.crops_per_clip}) crops of `crop_seconds` ({settings.crop_seconds}) takes "
+            f"{4e-9 * samples:,.0f} GB, more than {MAX_BATCH_GB}: lower one of them"
+        )
 
 
 class BadRead(NamedTuple):

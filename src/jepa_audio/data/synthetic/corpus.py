@@ -20,7 +20,7 @@ from scipy.fft import irfft, next_fast_len, rfft
 from threadpoolctl import threadpool_limits
 
 from jepa_audio.data.synthetic.instruments import FAMILIES, NoteSignals, Signal
-from jepa_audio.errors import UserError, check_bounds
+from jepa_audio.errors import MAX_RATE, UserError, check_bounds
 from jepa_audio.files import read_json, write_text
 from jepa_audio.parallel import end_with_parent, track_progress
 
@@ -96,8 +96,8 @@ class CorpusSettings:
             num_notes = prod(map(len, _label_choices(split)))
             if not 0 <= count <= num_notes:
                 raise UserError(f"`num_{split}` ({count}) must be in [0, {num_notes}]")
-        check_bounds(self, 0.2, inf, "seconds")
-        check_bounds(self, 8000, inf, "sample_rate")
+        check_bounds(self, 0.2, 600, "seconds")
+        check_bounds(self, 8000, MAX_RATE, "sample_rate")
         check_bounds(self, 0, inf, "seed")
 
     def notes(self, split: str) -> list[Note]:

@@ -16,6 +16,10 @@ from jepa_audio.errors import UserError
 from jepa_audio.steps.encoder.positions import Positions
 from jepa_audio.steps.grid import Grid, TokenSet
 
+# Larger networks fit into no machine.
+MAX_WIDTH = 65_536
+MAX_DEPTH = 1000
+
 
 class Block(nn.Module):
     """A transformer block: self-attention and an MLP, each with a residual connection.
@@ -132,10 +136,15 @@ class Transformer(nn.Module):
             raise UserError(f"`norm` ({norm!r}) must be 'pre' or 'post'")
         if num_heads < 1 or embed_dim % num_heads:
             raise UserError(f"`num_heads` ({num_heads}) must divide `embed_dim` ({embed_dim})")
-        if depth < 1 or checkpoint_every < 0 or not 0 <= drop_path < 1:
+        if embed_dim > MAX_WIDTH or not 0 < mlp_ratio <= 100 or not 0 <= num_registers <= 10_000:
             raise UserError(
-                f"`depth` ({depth}) must be at least 1, `checkpoint_every` ({checkpoint_every}) at "
-                f"least 0 and `drop_path` ({drop_path}) in [0, 1)"
+                f"`embed_dim` ({embed_dim}) must be at most {MAX_WIDTH}, `mlp_ratio` ({mlp_ratio}) "
+                f"in (0, 100] and `num_registers` ({num_registers}) in [0, 10000]"
+            )
+        if not 1 <= depth <= MAX_DEPTH or checkpoint_every < 0 or not 0 <= drop_path < 1:
+            raise UserError(
+                f"`depth` ({depth}) must be in [1, {MAX_DEPTH}], `checkpoint_every` "
+                f"({checkpoint_every}) at least 0 and `drop_path` ({drop_path}) in [0, 1)"
             )
         positions.check_width(embed_dim, num_heads)
         self.embed_dim = embed_dim

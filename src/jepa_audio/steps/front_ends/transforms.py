@@ -20,6 +20,8 @@ from jepa_audio.steps.front_ends.base import Spectrogram
 
 # nnAudio's filter before each halving of the sample rate has 256 taps, 128 for later samples.
 _HALF_BAND_REACH = 128
+# 1 GB of kernels.
+_MAX_KERNEL_VALUES = 2**28
 
 
 class _FilterBank(Spectrogram):
@@ -110,6 +112,7 @@ class LogMel(_FilterBank):
         magnitude_eps: float = 1e-9,
         center: bool = False,
     ) -> None:
+        _check_sizes(n_mels, n_fft, n_mels=n_mels, n_fft=n_fft)
         band = (f_min_hz, _checked_f_max(sample_rate, f_min_hz, f_max_hz))
         # torchaudio reads the values of the filters, so the filters cannot be on the meta device.
         with torch.device("cpu"):
@@ -154,6 +157,7 @@ class Gammatone(_FilterBank):
         magnitude_eps: float = 1e-9,
         center: bool = False,
     ) -> None:
+        _check_sizes(n_bins, n_fft, n_bins=n_bins, n_fft=n_fft)
         band = (f_min_hz, _checked_f_max(sample_rate, f_min_hz, f_max_hz))
         bank = torch.from_numpy(get_gammatone(sample_rate, n_fft, n_bins, *band)).float()
         sizes = (n_fft, win_length, hop_length)
@@ -296,6 +300,16 @@ def exclude_from_state(module: nn.Module) -> nn.Module:
     return module
 
 
+def _check_sizes(num_bands: int, kernel_length: int | float, **sizes: int | float) -> None:
+    """Refuse kernels that would take all memory; the message names the settings in `sizes`."""
+    if not 1 <= num_bands * kernel_length <= _MAX_KERNEL_VALUES:
+        shown = ", ".join(f"`{name}` ({value:g})" for name, value in sizes.items())
+        raise UserError(
+            f"{shown} give {num_bands * kernel_length:.2g} values of kernels, but must give 1 to "
+            f"{_MAX_KERNEL_VALUES:.2g}"
+        )
+
+
 def _checked_f_max(sample_rate: int, f_min_hz: float, f_max_hz: float | None) -> float:
     nyquist = sample_rate / 2
     f_max_hz = nyquist if f_max_hz is None else f_max_hz
@@ -319,7 +333,7 @@ def _checked_bands(
             f"`f_min_hz` ({f_min_hz:g}) must be in (0, {nyquist:g}], `n_bins` ({n_bins}) and "
             f"`bins_per_octave` ({bins_per_octave}) must be positive"
         )
-    f_max_hz = f_min_hz * 2 ** ((n_bins - 1) / bins_per_octave)
+    f_max_hz = f_min_hz * 2 ** min((n_bins - 1) / bins_per_octave, 900)
     if f_max_hz > nyquist:
         max_bins = 1 + int(bins_per_octave * log2(nyquist / f_min_hz))
         raise UserError(
@@ -327,6 +341,9 @@ def _checked_bands(
             f"`sample_rate` ({sample_rate}), {nyquist:g} Hz: lower `n_bins` ({n_bins}) to "
             f"{max_bins}, or lower `f_min_hz`"
         )
+    # The kernel of the lowest band, which is the longest.
+    length = sample_rate / f_min_hz / (2 ** (1 / bins_per_octave) - 1)
+    _check_sizes(n_bins, length, n_bins=n_bins, f_min_hz=f_min_hz, bins_per_octave=bins_per_octave)
     bands = {"fmin": f_min_hz, "n_bins": n_bins, "bins_per_octave": bins_per_octave}
     return {**bands, "verbose": False}
 

@@ -59,10 +59,12 @@ class WaveformFrontEnd(FrontEnd):
         standardize: bool = True,
     ) -> None:
         super().__init__()
-        if not conv_layers or any(min(layer) < 1 for layer in conv_layers):
+        numbers = [number for layer in conv_layers for number in layer]
+        if not 1 <= len(conv_layers) <= 100 or not 1 <= min(numbers) <= max(numbers) <= 65_536:
+            shown = str(conv_layers[:8]) + (" ..." if len(conv_layers) > 8 else "")
             raise UserError(
-                f"`conv_layers` ({conv_layers}) must have at least one layer, each one "
-                "[channels, kernel, stride] with positive numbers"
+                f"`conv_layers` ({shown}) must have 1 to 100 layers, each one [channels, kernel, "
+                "stride] with numbers in [1, 65536]"
             )
         if norm not in {"group", "layer", "none"}:
             raise UserError(f"`norm` ({norm!r}) must be 'group', 'layer' or 'none'")
