@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich import get_console
 from typing_extensions import override
 
 from jepa_audio.cli.models import stats
@@ -34,7 +35,7 @@ from jepa_audio.training.collapse_monitor import CollapseMonitor
 from jepa_audio.training.finite_guard import FiniteGuard
 from jepa_audio.training.jepa import JEPA
 from jepa_audio.training.normalization import MeasureNormalization
-from jepa_audio.training.progress import RunProgressBar
+from jepa_audio.training.progress import ProgressLines, RunProgressBar
 from jepa_audio.training.resume import (
     ResumedSettings,
     describe_changes,
@@ -161,6 +162,7 @@ class JEPACLI(LightningCLI):
                 )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(CollapseMonitor, "monitor")
+        parser.add_lightning_class_args(ProgressLines, "progress")
         parser.link_arguments("run_dir", "trainer.default_root_dir")
         parser.link_arguments("run_dir", "checkpoint.dirpath", compute_fn=_checkpoint_folder)
         for part in ("front_end", "predictor"):
@@ -198,8 +200,11 @@ class JEPACLI(LightningCLI):
             ]
         if settings["logger"] is not False:
             callbacks.append(LearningRateMonitor(logging_interval="step"))
-        if settings["enable_progress_bar"] is not False:
+        if settings["enable_progress_bar"] is not False and get_console().is_terminal:
             callbacks.append(RunProgressBar())
+            config["progress"].is_enabled = False
+        else:
+            kwargs["enable_progress_bar"] = False
         plugins = (
             settings["plugins"] if isinstance(settings["plugins"], list) else [settings["plugins"]]
         )
