@@ -110,7 +110,7 @@ def fit_short_run(config: Namespace) -> Iterator[str]:
     """Shorten warm-ups and the validation interval to the length of the run, in place.
 
     Yields:
-        One line for each change, and for each setting that does not do what its name says.
+        One line for each change, and for each setting without its usual effect.
 
     Raises:
         UserError: if `trainer.val_check_interval` is not a share of the run.

@@ -38,7 +38,14 @@ _REFUSED = {
 # Exceptions from `_REFUSED`: they change the training, not the function of the network.
 _ALWAYS_IN_FORCE = ("*.drop_path", "*.checkpoint_every")
 # Copies of other settings.
-_LINKED = ("model.front_end.embed_dim", "model.predictor.embed_dim", "trainer.default_root_dir")
+_LINKED = (
+    "model.front_end.embed_dim",
+    "model.predictor.embed_dim",
+    "data.sample_rate",
+    "data.num_channels",
+    "trainer.default_root_dir",
+    "checkpoint.dirpath",
+)
 # Without a value, a resumed run takes the value of its checkpoint.
 _FROM_CHECKPOINT = ("model.front_end.mean", "model.front_end.std")
 # Settings of one start, not of the run.
