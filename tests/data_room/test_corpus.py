@@ -1,10 +1,12 @@
 """The table of a corpus: its path, its validity, its splits, and sharing it between processes."""
 
 import logging
+import math
 import multiprocessing
 import os
 import pickle
 import shutil
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -105,6 +107,68 @@ def test_other_files_and_versions_are_refused_with_the_remedy(tmp_path: Path):
         if other is wrong_version:
             assert index_corpus(sounds(tmp_path / "audio"), path).is_usable.all()  # rebuilds it
             assert len(Corpus.load(path)) == 4
+
+
+DAMAGES: dict[str, tuple[str, object, str]] = {
+    "no rate": ("sample_rate", None, "no `sample_rate`"),
+    "rate 0": ("sample_rate", 0, "impossible `sample_rate`"),
+    "negative length": ("num_frames", -5, "impossible `num_frames`"),
+    "huge length": ("num_frames", 2**63 - 1, "impossible `num_frames`"),
+    "no channels": ("num_channels", 0, "impossible `num_channels`"),
+    "negative offset": ("offset", -1, "impossible `offset`"),
+    "level is NaN": ("rms", math.nan, "impossible `rms`"),
+    "peak is infinite": ("peak", math.inf, "impossible `peak`"),
+    "no name": ("source", None, "no `source`"),
+    "no group": ("group", None, "no `group`"),
+    "no status": ("status", None, "no `status`"),
+    "other status": ("status", "fine", "unknown `status`"),
+    "other split": ("split", "fold1", "unknown `split`"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_row_with_an_impossible_value_is_bad_and_is_indexed_again(tmp_path: Path, damage: str):
+    column, value, reason = DAMAGES[damage]
+    path, folder = tmp_path / "t.parquet", sounds(tmp_path / "audio")
+    whole = index_corpus(folder, path)
+    table = pq.read_table(path)
+    values = [value, *table[column].to_pylist()[1:]]
+    number = table.schema.get_field_index(column)
+    field = table.schema.field(column)
+    pq.write_table(table.set_column(number, field, pa.array(values, field.type)), path)
+    damaged = Corpus.load(path)
+    assert damaged.table["reason"].to_pylist() == [f"damaged table: {reason}", "", "", ""]
+    assert damaged.is_usable.tolist() == [False, True, True, True]
+    assert damaged.table["status"].null_count == damaged.table["source"].null_count == 0
+    assert damaged.usable().seconds.min() > 0
+    if column != "split":  # Splits that a table assigns stay, and the row stays bad.
+        assert index_corpus(folder, path) == whole
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda table: table.set_column(8, "num_frames", table["num_frames"].cast("float64")),
+            "it has column `num_frames` of double, not int64",
+        ),
+        (lambda table: table.drop_columns(["peak"]), "it has no column `peak`"),
+        (
+            lambda table: table.append_column("note", table["group"]),
+            "it has an unknown column `note`",
+        ),
+    ],
+)
+def test_a_table_with_other_columns_is_refused_with_their_names(
+    tmp_path: Path, change: Callable[[pa.Table], pa.Table], message: str
+):
+    path = tmp_path / "t.parquet"
+    index_corpus(sounds(tmp_path / "audio"), path)
+    table = pq.read_table(path)
+    metadata = table.schema.metadata
+    pq.write_table(change(table).replace_schema_metadata(metadata), path)
+    with pytest.raises(CorpusError, match=f"t.parquet is not .*: {message}; index the corpus"):
+        Corpus.load(path)
 
 
 def test_every_source_has_its_own_default_table_path(tmp_path: Path):

@@ -21,6 +21,7 @@ from torch import Tensor
 from jepa_audio.data.audio.location import AudioLocation, AudioReadError, audio_location
 from jepa_audio.data.audio.read import read
 from jepa_audio.data.audio.resample import resample, source_slice
+from jepa_audio.data.corpus.impossible import SPLITS, describe_types, mark_impossible
 from jepa_audio.errors import UserError
 from jepa_audio.files import atomic_path
 
@@ -46,7 +47,6 @@ SCHEMA = pa.schema(
         "decoder": pa.string(),  # libsndfile, repaired, torchcodec, unchecked or "", see `read`
     }
 )
-SPLITS = ("train", "valid", "test")
 _VERSION_KEY, _ROOT_KEY = b"jepa_audio.index", b"jepa_audio.root"
 _CURRENT_VERSION = b"3"
 _VERSION_BEFORE_DECODERS = b"2"
@@ -135,8 +135,10 @@ class Corpus:
             raise CorpusError(f"the corpus table {path} does not exist; create it with `{command}`")
         try:
             table = pq.read_table(path)
+            table.validate(full=True)
         except (pa.ArrowException, OSError) as error:
-            problem = f"{path} cannot be read as a corpus table ({error})"
+            reason = str(error).partition("\n")[0]
+            problem = f"{path} cannot be read as a corpus table ({reason})"
             raise CorpusError(f"{problem}; index the corpus again") from error
         metadata = table.schema.metadata or {}
         version = metadata.get(_VERSION_KEY)
@@ -144,11 +146,13 @@ class Corpus:
             table = table.append_column("decoder", pa.array([UNCHECKED] * len(table), pa.string()))
             log.warning("%s is of an earlier version, %s", path, _REMEDY)
             version = _CURRENT_VERSION
-        if version != _CURRENT_VERSION or not table.schema.equals(SCHEMA):
-            problem = f"{path} is not a corpus table of this version of jepa-audio"
+        problem = f"{path} is not a corpus table of this version of jepa-audio"
+        if version != _CURRENT_VERSION or _ROOT_KEY not in metadata:
             raise CorpusError(f"{problem}; index the corpus again")
+        if difference := describe_types(table, SCHEMA):
+            raise CorpusError(f"{problem}: {difference}; index the corpus again")
         root = Path(os.path.normpath(path.absolute().parent / metadata[_ROOT_KEY].decode()))
-        return cls(root, table.replace_schema_metadata())
+        return cls(root, mark_impossible(table.select(SCHEMA.names).replace_schema_metadata()))
 
     def save(self, path: Path) -> None:
         """Write the table atomically.
