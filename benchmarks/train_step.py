@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -139,7 +140,10 @@ def measure_recipe(recipe: str, size: str, batch_size: int, repeats: int, peak: 
     torch.manual_seed(0)
     jepa, clip_seconds = build(recipe, size)
     waveform = torch.randn(batch_size, 1, round(clip_seconds * jepa.front_end.sample_rate))
-    masks = jepa.draw_masks(AudioBatch(waveform, torch.arange(batch_size)), batch_size)
+    masks = jepa.draw_masks(AudioBatch(waveform, torch.arange(batch_size)))
+    # The literal loss is the mean over the targets.
+    num_targets = float(masks.targets.counts.sum())
+    masks = replace(masks, targets_per_clip=num_targets / batch_size)
     steps = {recipe: make_step(jepa, lambda: jepa.loss(waveform, masks))}
     if recipe == "wavjepa":
         steps["literal key-masked"] = literal_step(jepa, waveform, masks)

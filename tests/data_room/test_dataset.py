@@ -12,6 +12,7 @@ from jepa_audio.data.corpus.index import index_corpus
 from jepa_audio.data.corpus.table import CorpusError
 from jepa_audio.data.loading.clips import BadRead, ClipSettings, CropDataset, Crops
 from jepa_audio.data.loading.file_table import FileTable
+from jepa_audio.data.loading.order import SampleIndex
 from jepa_audio.errors import UserError
 
 RATE = 8000
@@ -37,7 +38,7 @@ def dataset(
 
 def read_crops(crops: CropDataset, position: int, file: int) -> Crops:
     """The crops of a readable file."""
-    sample, bad_reads = crops[position, file]
+    sample, bad_reads = crops[SampleIndex(position, file)]
     assert bad_reads == []
     return sample
 
@@ -49,9 +50,9 @@ def starts(crops: torch.Tensor) -> list[int]:
 
 def test_a_crop_is_a_slice_of_the_file(tmp_path: Path):
     write(tmp_path / "a.wav", ramp(4000))
-    crops, position, num_samples = read_crops(dataset(tmp_path), 7, 0)
+    crops, position, step, num_samples = read_crops(dataset(tmp_path), 7, 0)
     (start,) = starts(crops)
-    assert (position, num_samples) == (7, 100)
+    assert (position, step, num_samples) == (7, 0, 100)
     assert crops.shape == (1, 1, 100)
     assert crops.dtype == torch.float32
     np.testing.assert_array_equal(crops[0].numpy(), ramp(4000)[:, start : start + 100])
@@ -207,7 +208,7 @@ def level_of(crops: Crops) -> int:
 def test_the_replacement_of_a_bad_file_is_always_the_same(tmp_path: Path):
     crops = damaged_dataset(tmp_path)
     levels, again = (
-        {position: level_of(crops[position, position % 5][0]) for position in order}
+        {position: level_of(crops[SampleIndex(position, position % 5)][0]) for position in order}
         for order in (range(40), range(39, -1, -1))
     )
     assert set(levels.values()) == {1, 4, 5}
@@ -222,7 +223,11 @@ def test_a_bad_file_of_a_mixture_is_replaced_from_the_same_corpus(tmp_path: Path
     crops = dataset(*corpora)
     for number, corpus in enumerate(corpora):
         (corpus / "0.wav").write_bytes(b"")
-        samples = [crops[position, 4 * number + file] for position in range(20) for file in (0, 3)]
+        samples = [
+            crops[SampleIndex(position, 4 * number + file)]
+            for position in range(20)
+            for file in (0, 3)
+        ]
         assert {level_of(sample) for sample, _ in samples} == {3 * number + 1}
         bad_files = {Path(bad_read.name) for _, bad_reads in samples for bad_read in bad_reads}
         assert bad_files == {corpus / "0.wav"}
@@ -230,8 +235,10 @@ def test_a_bad_file_of_a_mixture_is_replaced_from_the_same_corpus(tmp_path: Path
 
 def test_each_bad_read_is_reported_with_its_reason(tmp_path: Path):
     crops = damaged_dataset(tmp_path)
-    assert crops[0, 0][1] == []
-    bad_reads = [bad_read for position in range(40) for bad_read in crops[position, 1][1]]
+    assert crops[SampleIndex(0, 0)][1] == []
+    bad_reads = [
+        bad_read for position in range(40) for bad_read in crops[SampleIndex(position, 1)][1]
+    ]
     empty = BadRead(str(tmp_path / "1.wav"), "the file is empty (0 bytes)")
     changed = BadRead(str(tmp_path / "2.wav"), "changed since it was indexed: other size")
     assert bad_reads[0] == empty
@@ -244,13 +251,13 @@ def test_a_corpus_of_deleted_files_stops_the_run(tmp_path: Path):
     for path in tmp_path.glob("*.wav"):
         path.unlink()
     with pytest.raises(CorpusError, match="20 files in a row"):
-        crops[0, 0]
+        crops[SampleIndex(0, 0)]
 
 
 def test_rows_of_a_batch_are_numbered_by_position_and_crop(tmp_path: Path):
     write(tmp_path / "a.wav", ramp(100))
     samples = [
-        Crops(torch.full((3, 2, 5), float(position)), position, position - 36)
+        Crops(torch.full((3, 2, 5), float(position)), position, 0, position - 36)
         for position in (40, 41)
     ]
     batch = dataset(tmp_path).collate_samples(samples)

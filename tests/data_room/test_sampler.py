@@ -1,6 +1,7 @@
 """The order of samples in a run, and its continuation after an interruption."""
 
 from collections import Counter
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
@@ -13,14 +14,25 @@ from torch.utils.data import DataLoader, Dataset
 from jepa_audio.data.corpus.table import CorpusError
 from jepa_audio.data.loading.clips import BadRead
 from jepa_audio.data.loading.loader import BadReadCounter, EvaluationLoader, ResumableLoader
-from jepa_audio.data.loading.order import GlobalOrderSampler, evaluation_batches
+from jepa_audio.data.loading.order import (
+    EvaluationOrder,
+    GlobalOrderSampler,
+    Progress,
+    SampleIndex,
+    evaluation_batches,
+)
 from jepa_audio.errors import UserError
 from jepa_audio.steps.grid import AudioBatch
 from tests.recorder import Recorder, make_trainer
 
 
 def first_batches(num_batches: int, **arguments: object) -> list[list[tuple[int, int]]]:
-    return list(islice(GlobalOrderSampler(**arguments), num_batches))
+    """(position, file) of the samples of the first batches."""
+    return pairs(islice(GlobalOrderSampler(**arguments), num_batches))
+
+
+def pairs(batches: Iterable[list[SampleIndex]]) -> list[list[tuple[int, int]]]:
+    return [[index[:2] for index in batch] for batch in batches]
 
 
 def test_each_epoch_reads_each_file_once_when_batches_cross_its_border():
@@ -78,8 +90,8 @@ def test_a_mixture_reads_each_file_of_a_corpus_once_per_epoch_of_the_corpus():
 
 def test_a_mixture_can_be_resumed():
     resumed = GlobalOrderSampler(batch_size=4, **MIXTURE)
-    resumed.samples_consumed = 8
-    assert list(islice(resumed, 4)) == first_batches(6, batch_size=4, **MIXTURE)[2:]
+    resumed.progress = Progress(samples_consumed=8)
+    assert pairs(islice(resumed, 4)) == first_batches(6, batch_size=4, **MIXTURE)[2:]
 
 
 def test_several_corpora_without_weights_are_shuffled_together():
@@ -129,15 +141,15 @@ def test_the_sampler_neither_reads_nor_changes_the_global_generator():
 def test_an_evaluation_batch_is_never_divided_between_ranks(num_files: int, world_size: int):
     ranks = [evaluation_batches(num_files, 2, rank, world_size) for rank in range(world_size)]
     batches = [batch for rank in ranks for batch in rank]
-    assert Counter(file for batch in batches for _, file in batch) == Counter(range(num_files))
+    assert Counter(index.file for batch in batches for index in batch) == Counter(range(num_files))
     assert sorted(batches) == [
-        [(f, f) for f in range(i, min(i + 2, num_files))] for i in range(0, num_files, 2)
+        [(f, f, 0) for f in range(i, min(i + 2, num_files))] for i in range(0, num_files, 2)
     ]
 
 
 def test_each_rank_gets_an_evaluation_batch():
     ranks = [evaluation_batches(2, 1, rank, 3) for rank in range(3)]
-    assert ranks == [[[(0, 0)]], [[(1, 1)]], [[(0, 0)]]]
+    assert ranks == [[[(0, 0, 0)]], [[(1, 1, 0)]], [[(0, 0, 0)]]]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +160,7 @@ def test_invalid_arguments_of_the_sampler_are_refused(arguments: dict[str, int])
         GlobalOrderSampler(**{"num_files": 1, "batch_size": 1, **arguments})
 
 
-class IndexDataset(Dataset[tuple[int, int]]):
+class IndexDataset(Dataset[SampleIndex]):
     """Samples that are their own index."""
 
     def __init__(self, num_files: int) -> None:
@@ -157,14 +169,14 @@ class IndexDataset(Dataset[tuple[int, int]]):
     def __len__(self) -> int:
         return self.num_files
 
-    def __getitem__(self, index: tuple[int, int]) -> tuple[int, int]:
+    def __getitem__(self, index: SampleIndex) -> SampleIndex:
         return index
 
 
-def collate_indices(indices: list[tuple[int, int]]) -> tuple[AudioBatch, list[BadRead]]:
-    """A batch with the number of the file as its waveform, without bad reads."""
-    position, file = torch.tensor(indices).T
-    return AudioBatch(file.float()[:, None, None], position), []
+def collate_indices(indices: list[SampleIndex]) -> tuple[AudioBatch, list[BadRead]]:
+    """A batch with the number of the file as waveform and the step as length; no bad reads."""
+    position, file, step = torch.tensor(indices).T
+    return AudioBatch(file.float()[:, None, None], position, step), []
 
 
 def make_loader(num_files: int = 10, batch_size: int = 2, **arguments: int) -> ResumableLoader:
@@ -218,6 +230,56 @@ def test_a_run_continues_with_other_numbers_of_processes_and_clips_per_batch():
     single = make_loader(batch_size=3)
     single.load_state_dict(ranks[0].state_dict())
     assert indices_of([*read, *islice(single, 2)]) == expected_indices(14)
+
+
+def steps_of(batches: Iterable[AudioBatch]) -> list[int]:
+    return [step for batch in batches for step in set(batch.num_samples.tolist())]
+
+
+def test_the_step_of_a_batch_follows_from_its_place_in_the_order():
+    assert steps_of(islice(make_loader(accumulated=2), 5)) == [0, 0, 1, 1, 2]
+    stopped = make_loader(accumulated=2)
+    assert steps_of(islice(stopped, 4)) == [0, 0, 1, 1]
+    state = stopped.state_dict()
+    assert (state["samples_consumed"], state["micro_batches"], state["step"]) == (8, 4, 2)
+    for settings, expected in (
+        ({"accumulated": 2}, [2, 2, 3, 3, 4]),
+        ({"accumulated": 1, "batch_size": 5}, [2, 3, 4, 5, 6]),
+        ({"accumulated": 2, "rank": 1, "world_size": 3}, [2, 2, 3, 3, 4]),
+        # Lightning makes a step after each micro-batch whose number is a multiple of 3.
+        ({"accumulated": 3}, [2, 2, 3, 3, 3]),
+    ):
+        resumed = make_loader(num_files=40, **settings)
+        resumed.load_state_dict(state)
+        assert steps_of(islice(resumed, 5)) == expected
+
+
+def test_a_checkpoint_without_a_step_has_the_step_of_its_samples():
+    resumed = make_loader(accumulated=2)
+    resumed.load_state_dict({"samples_consumed": 12})
+    assert steps_of(islice(resumed, 3)) == [3, 3, 4]
+
+
+def test_prefetched_batches_have_their_own_step():
+    sampler = GlobalOrderSampler(10, 2, seed=5, accumulated=2)
+    loader = DataLoader(
+        IndexDataset(10), batch_sampler=sampler, collate_fn=collate_indices, num_workers=2
+    )
+    resumable = ResumableLoader(loader, BadReadCounter(0.5), 10)
+    assert steps_of(islice(resumable, 3)) == [0, 0, 1]
+    resumable.close()
+    assert resumable.state_dict()["micro_batches"] == 3
+    assert steps_of(islice(resumable, 3)) == [1, 2, 2]
+
+
+def test_evaluation_batches_have_the_step_at_the_start_of_each_evaluation():
+    step = 7
+    order = EvaluationOrder(evaluation_batches(4, 2), lambda: step)
+    loader = DataLoader(IndexDataset(4), batch_sampler=order, collate_fn=collate_indices)
+    evaluation = EvaluationLoader(loader, BadReadCounter(0.5))
+    assert steps_of(evaluation) == [7, 7]
+    step = 9
+    assert steps_of(evaluation) == [9, 9]
 
 
 def test_a_loader_with_another_sampler_is_refused():

@@ -13,6 +13,7 @@ from scipy.signal import fftconvolve
 from jepa_audio.cli.models import stats
 from jepa_audio.data.corpus.table import CorpusError
 from jepa_audio.data.datamodule import AudioDataModule
+from jepa_audio.data.loading.order import SampleIndex
 from jepa_audio.data.scenes.rooms import write_rooms
 from jepa_audio.data.scenes.scenes import (
     Scene,
@@ -70,7 +71,9 @@ def dataset_of(folders: dict[str, Path], **settings: object) -> SceneDataset:
 
 
 def draw_batch(dataset: SceneDataset, positions: Sequence[int]) -> SceneBatch:
-    return dataset.collate_samples([dataset[position, position % 4][0] for position in positions])
+    return dataset.collate_samples(
+        [dataset[SampleIndex(position, position % 4)][0] for position in positions]
+    )
 
 
 def convolve(clip: np.ndarray, rirs: torch.Tensor) -> np.ndarray:
@@ -102,7 +105,7 @@ def test_the_ratio_of_clip_and_noise_is_the_drawn_one(folders: dict[str, Path]):
 
 def test_random_draws_cover_their_ranges(folders: dict[str, Path]):
     dataset = dataset_of(folders, snr_db=(5.0, 40.0), diffuse_sources=(2, 3), clean_share=0.3)
-    scenes = [dataset[position, 0][0].scene for position in range(200)]
+    scenes = [dataset[SampleIndex(position, 0)][0].scene for position in range(200)]
     snr = torch.stack([scene.snr_db for scene in scenes])
     assert 5 <= snr.min() < 8
     assert 37 < snr.max() <= 40
@@ -119,7 +122,7 @@ def test_clip_and_noise_sources_are_different_places_in_one_room(folders: dict[s
     dataset = dataset_of(folders, diffuse_share=1.0, diffuse_sources=(3, 3), rir_seconds=200 / RATE)
     rooms = set()
     for position in range(30):
-        scene = dataset[position, 0][0].scene
+        scene = dataset[SampleIndex(position, 0)][0].scene
         used = [responses[rir.numpy().tobytes()] for rir in (scene.source_rir, *scene.noise_rirs)]
         assert len({room for room, _ in used}) == 1
         assert len(set(used)) == 4
@@ -171,12 +174,13 @@ def test_crops_are_cut_from_the_scene_and_rows_are_numbered(folders: dict[str, P
 def test_a_scene_depends_on_position_and_seed(folders: dict[str, Path]):
     one, same = dataset_of(folders), dataset_of(folders)
     for position in (7, 0):
-        left, right = one[position, 1][0], same[position, 1][0]
+        left, right = (dataset[SampleIndex(position, 1)][0] for dataset in (one, same))
         assert torch.equal(left.clip, right.clip)
         assert torch.equal(left.starts, right.starts)
         assert all(torch.equal(a, b) for a, b in zip(left.scene, right.scene, strict=True))
     other = data_of(folders, scenes_of(folders), seed=1).dataset("train", random_crops=True)
-    assert float(other[7, 1][0].scene.snr_db) != float(one[7, 1][0].scene.snr_db)
+    first, second = (dataset[SampleIndex(7, 1)][0].scene for dataset in (one, other))
+    assert float(first.snr_db) != float(second.snr_db)
 
 
 def test_the_data_module_renders_scenes_after_the_transfer(folders: dict[str, Path]):
@@ -219,13 +223,15 @@ def test_an_unreadable_impulse_response_is_reported_and_another_room_is_drawn(
     folders: dict[str, Path],
 ):
     dataset = dataset_of(folders)
-    expected = dataset[3, 1][0].clip
+    expected = dataset[SampleIndex(3, 1)][0].clip
     for file in (folders["rirs"] / "room0").iterdir():
         file.write_bytes(b"")
-    bad_reads = [bad_read for position in range(20) for bad_read in dataset[position, 0][1]]
+    bad_reads = [
+        bad_read for position in range(20) for bad_read in dataset[SampleIndex(position, 0)][1]
+    ]
     assert {Path(bad_read.name).parent for bad_read in bad_reads} == {folders["rirs"] / "room0"}
     assert {bad_read.reason for bad_read in bad_reads} == {"the file is empty (0 bytes)"}
-    assert torch.equal(dataset[3, 1][0].clip, expected)
+    assert torch.equal(dataset[SampleIndex(3, 1)][0].clip, expected)
 
 
 def test_a_checkpoint_contains_scene_settings_as_plain_data(

@@ -27,7 +27,7 @@ def test_measuring_does_not_change_modes_or_random_state(
     tiny_jepa: Callable[..., JEPA], batch: AudioBatch, flavour: str
 ):
     jepa = tiny_jepa(flavour, "--model.encoder.drop_path=0.5").train()
-    masks = jepa.draw_masks(batch, 4)
+    masks = jepa.draw_masks(batch)
     output = jepa(batch.waveform, masks)
     random_state = torch.get_rng_state()
     modes = [module.training for module in jepa.modules()]
@@ -44,12 +44,12 @@ def test_complete_clips_are_compared_without_their_padding(tiny_jepa: Callable[.
     jepa = tiny_jepa("wave", *front_end)
     lengths = torch.tensor([500, 300] * 10)
     batch = AudioBatch(torch.randn(20, 1, 500), torch.arange(20), lengths)
-    latents, valid = encode_complete_clips(jepa, batch, jepa.draw_masks(batch, 20))
+    latents, valid = encode_complete_clips(jepa, batch, jepa.draw_masks(batch))
     assert len(latents) == 10, "at most 16 evenly spaced clips"
     assert valid.all(), "the clips at even rows have no padding"
     batch = AudioBatch(batch.waveform[:4], batch.row[:4], lengths[:4])
-    _, valid = encode_complete_clips(jepa, batch, jepa.draw_masks(batch, 4))
-    assert valid.sum(1).tolist() == jepa.front_end.num_time(lengths[:4]).tolist()
+    _, valid = encode_complete_clips(jepa, batch, jepa.draw_masks(batch))
+    assert valid.sum(1).tolist() == jepa.front_end.columns(lengths[:4]).tolist()
 
 
 def test_the_distance_of_the_momentum_copies_is_relative_to_the_weights(
@@ -135,7 +135,7 @@ def test_only_a_function_of_the_position_raises_the_alarm_at_the_first_measureme
         level * torch.randn(4, jepa.front_end.num_channels, num_samples, generator=rng),
         torch.arange(4),
     )
-    masks, real = jepa.draw_masks(batch, 4), jepa.front_end
+    masks, real = jepa.draw_masks(batch), jepa.front_end
     shares = {}
     for share in (None, 0.0, 0.01):
         jepa.front_end = real if share is None else Replaced(real, share, rng)

@@ -12,6 +12,7 @@ from torch import nn
 from jepa_audio.steps.encoder.positions import SinCosPositions
 from jepa_audio.steps.encoder.transformer import Transformer
 from jepa_audio.steps.grid import AudioBatch
+from jepa_audio.steps.masking.source import MaskStream
 from jepa_audio.training.ema import TargetEncoderEMA
 from jepa_audio.training.jepa import JEPA
 
@@ -33,7 +34,7 @@ def test_every_trainable_parameter_gets_a_gradient_and_no_target_parameter_does(
     tiny_jepa: Callable[..., JEPA], batch: AudioBatch, flavour: str, target_front_end: str
 ):
     jepa = tiny_jepa(flavour, f"--model.target_front_end={target_front_end}")
-    jepa.loss(batch.waveform, jepa.draw_masks(batch, 4)).backward()
+    jepa.loss(batch.waveform, jepa.draw_masks(batch)).backward()
     for name, parameter in jepa.named_parameters():
         if name.startswith("target_"):
             assert not parameter.requires_grad, name
@@ -48,7 +49,7 @@ def test_a_shared_front_end_learns_from_the_context_alone(
     tiny_jepa: Callable[..., JEPA], batch: AudioBatch
 ):
     jepa = tiny_jepa("wave")
-    masks = jepa.draw_masks(batch, 4)
+    masks = jepa.draw_masks(batch)
     frozen_target = copy.deepcopy(jepa)
     output = jepa(batch.waveform, masks)
     output.loss.backward()
@@ -71,10 +72,10 @@ def test_the_loss_of_given_masks_draws_no_random_numbers(
     tiny_jepa: Callable[..., JEPA], batch: AudioBatch, flavour: str
 ):
     jepa = tiny_jepa(flavour).train()
-    masks = jepa.draw_masks(batch, 4)
+    masks = jepa.draw_masks(batch)
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     first = jepa.loss(batch.waveform, masks)
-    jepa.draw_masks(batch, 4)
+    jepa.draw_masks(batch)
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert np.array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
     torch.randn(3)
@@ -82,21 +83,22 @@ def test_the_loss_of_given_masks_draws_no_random_numbers(
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_the_losses_of_parts_of_a_batch_add_up_to_the_mean_over_all_targets(
+def test_the_losses_of_parts_of_a_batch_add_up_to_the_loss_of_the_batch(
     tiny_jepa: Callable[..., JEPA], batch: AudioBatch, flavour: str
 ):
     jepa = tiny_jepa(flavour)
-    masks = jepa.draw_masks(batch, 4)
+    masks = jepa.draw_masks(batch)
     output = jepa(batch.waveform, masks)
     valid = torch.arange(masks.targets.index.shape[-1]) < masks.targets.counts[..., None]
     literal = (output.prediction - output.target).square().mean(-1)[valid].mean()
-    torch.testing.assert_close(output.loss, literal)
+    expected = jepa.masker.expected_targets(jepa.front_end.grid(500), seed=0, step=0)
+    torch.testing.assert_close(output.loss, literal * valid.sum() / (4 * expected))
     assert output.num_targets == valid.sum()
     torch.testing.assert_close(output.distance_sum / output.num_targets, literal)
     halves = [
         jepa.loss(batch.waveform[rows], masks.rows(rows)) for rows in (slice(0, 1), slice(1, 4))
     ]
-    torch.testing.assert_close((halves[0] + 3 * halves[1]) / 4, literal)
+    torch.testing.assert_close((halves[0] + 3 * halves[1]) / 4, output.loss)
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
@@ -104,7 +106,7 @@ def test_one_batch_is_overfitted(tiny_jepa: Callable[..., JEPA], batch: AudioBat
     jepa = tiny_jepa(
         flavour, "--model.encoder.embed_dim=32", "--model.predictor.trunk.embed_dim=32"
     )
-    masks = jepa.draw_masks(batch, 4)
+    masks = jepa.draw_masks(batch)
     optimizer = torch.optim.AdamW([p for p in jepa.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(40):
@@ -231,7 +233,7 @@ def test_the_target_encoder_reads_the_momentum_front_end(
     tiny_jepa: Callable[..., JEPA], batch: AudioBatch
 ):
     jepa = tiny_jepa("wave", "--model.target_front_end=momentum")
-    masks = jepa.draw_masks(batch, 4)
+    masks = jepa.draw_masks(batch)
     before = jepa(batch.waveform, masks)
     with torch.no_grad():
         jepa.front_end.projection.weight.mul_(2)
@@ -272,7 +274,7 @@ def test_the_loss_under_bf16_autocast_is_finite_and_close(
     tiny_jepa: Callable[..., JEPA], batch: AudioBatch, flavour: str
 ):
     jepa = tiny_jepa(flavour)
-    masks = jepa.draw_masks(batch, 4)
+    masks = jepa.draw_masks(batch)
     full = jepa.loss(batch.waveform, masks)
     with torch.autocast("cpu", torch.bfloat16):
         half = jepa(batch.waveform, masks)
@@ -286,19 +288,19 @@ def test_validation_masks_are_the_same_every_time_and_differ_from_training_masks
     tiny_jepa: Callable[..., JEPA], batch: AudioBatch
 ):
     jepa = tiny_jepa("wave")
-    first, again = (jepa.draw_masks(batch, 4, stream=1) for _ in range(2))
+    first, again = (jepa.draw_masks(batch, stream=MaskStream.EVALUATION) for _ in range(2))
     assert torch.equal(first.context.to_mask(23), again.context.to_mask(23))
-    assert not torch.equal(first.context.to_mask(23), jepa.draw_masks(batch, 4).context.to_mask(23))
+    assert not torch.equal(first.context.to_mask(23), jepa.draw_masks(batch).context.to_mask(23))
 
 
 def test_masks_depend_on_the_row_and_not_on_the_process(
     tiny_jepa: Callable[..., JEPA], batch: AudioBatch
 ):
     jepa = tiny_jepa("wave")
-    masks = jepa.draw_masks(batch, 4)
+    masks = jepa.draw_masks(batch)
     for rows in ([0, 1], [2, 3], [3, 1]):
-        part = jepa.draw_masks(AudioBatch(batch.waveform[rows], batch.row[rows]), 4)
+        part = jepa.draw_masks(AudioBatch(batch.waveform[rows], batch.row[rows]))
         assert torch.equal(part.context.to_mask(23), masks.context.to_mask(23)[rows])
         assert torch.equal(part.targets.to_mask(23), masks.targets.to_mask(23)[rows])
-    later = jepa.draw_masks(AudioBatch(batch.waveform, batch.row + 4), 4)
+    later = jepa.draw_masks(AudioBatch(batch.waveform, batch.row + 4))
     assert not torch.equal(later.context.to_mask(23), masks.context.to_mask(23))

@@ -102,7 +102,7 @@ def literal_loss(tiny_cli: Callable, clips: Path, batch_size: int) -> float:
     cli.datamodule.setup("validate")
     model, distances = cli.model.eval(), []
     for batch in cli.datamodule.val_dataloader()[0]:
-        masks = model.draw_masks(batch, len(batch.waveform), stream=1)
+        masks = model.draw_masks(batch, stream=MaskStream.EVALUATION)
         output = model(batch.waveform, masks)
         distances.append(
             model.distance(output.prediction, output.target)[masks.targets.valid_or_true]

@@ -36,7 +36,7 @@ def test_the_simple_predictors_are_the_mean_target_and_a_copy_of_the_nearest_con
     tiny_jepa: Callable[..., JEPA], batch: AudioBatch, flavour: str
 ):
     jepa = tiny_jepa(flavour).eval()
-    masks = jepa.draw_masks(batch, 4)
+    masks = jepa.draw_masks(batch)
     target = jepa(batch.waveform, masks).target.detach()
     sums = baseline_sums(jepa, batch.waveform, masks, target)
     valid = torch.arange(target.shape[2]) < masks.targets.counts[..., None]

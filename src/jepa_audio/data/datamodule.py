@@ -32,6 +32,7 @@ from jepa_audio.data.loading.clips import (
 from jepa_audio.data.loading.file_table import FileTable
 from jepa_audio.data.loading.loader import BadReadCounter, EvaluationLoader, ResumableLoader
 from jepa_audio.data.loading.order import (
+    EvaluationOrder,
     GlobalOrderSampler,
     SampleIndex,
     count_files_per_block,
@@ -42,6 +43,7 @@ from jepa_audio.data.scenes.scenes import SceneBatch, SceneDataset, SceneSetting
 from jepa_audio.errors import UserError, check_bounds
 from jepa_audio.parallel import num_cores
 from jepa_audio.steps.grid import AudioBatch
+from jepa_audio.steps.masking.source import HasMasker, MaskSource, MaskStream
 
 log = logging.getLogger(__name__)
 
@@ -262,21 +264,18 @@ class AudioDataModule(LightningDataModule):
 
     @override
     def train_dataloader(self) -> ResumableLoader:
-        """An endless stream of random crops.
-
-        An epoch has `max_steps` optimizer steps. Without `max_steps`, it is about one pass over the
-        files.
-        """
+        """An endless stream of crops; an epoch has `max_steps` optimizer steps, or is one pass."""
         dataset = self.dataset("train", random_crops=True)
+        accumulated = self.trainer.accumulate_grad_batches if self.trainer else 1
         sampler = GlobalOrderSampler(
             dataset.files.sizes,
             self.batch_size,
             weights=self.weights,
             rank=self._rank,
             world_size=self._world_size,
+            accumulated=accumulated,
             seed=self.clips.seed,
         )
-        accumulated = self.trainer.accumulate_grad_batches if self.trainer else 1
         num_steps = self.trainer.max_steps if self.trainer else -1
         if num_steps <= 0:
             num_steps = math.ceil(sampler.batches_per_pass / accumulated)
@@ -312,28 +311,34 @@ class AudioDataModule(LightningDataModule):
         return batch.render() if isinstance(batch, SceneBatch) else batch
 
     def _evaluation_loaders(self, part: str) -> list[EvaluationLoader]:
-        """A loader of crops from the middle of the files; an empty list if there are no files.
-
-        The crops are the same at every evaluation.
-        """
+        """A loader of the same crops in each iteration; an empty list if there are no files."""
         if part not in self._files:
             return []
         dataset = self.dataset(part, random_crops=False)
         even = self.trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
-        batches = evaluation_batches(
-            len(dataset), self.batch_size, self._rank, self._world_size, even
-        )
-        loader = self._loader(dataset, batches, persistent_workers=True)
+        sizes = len(dataset), self.batch_size
+        batches = evaluation_batches(*sizes, self._rank, self._world_size, even)
+        order = EvaluationOrder(batches, self._model.mask_step if self._model else None)
+        loader = self._loader(dataset, order, persistent_workers=True)
         num_batches = math.ceil(len(dataset) / self.batch_size)
         num_own = len(range(self._rank, num_batches, self._world_size))
         return [EvaluationLoader(loader, self._bad_reads, num_own)]
 
     def dataset(self, part: str, random_crops: bool) -> ClipDataset[Any, Any]:
-        """The clips of a split ("train", "valid" or "test"), after `setup`."""
-        files = self._files[part]
+        """The clips of "train", "valid" or "test", after `setup`; with the masks of the model."""
+        clips, model, masks = self.clips, self._model, None
+        stream = MaskStream.TRAINING if random_crops else MaskStream.EVALUATION
+        if model is not None:
+            masks = MaskSource.of(model, clips.crop_samples, stream, clips.mask_padding)
+        common = self._files[part], clips, random_crops, masks
         if self.scenes is None:
-            return CropDataset(files, self.clips, random_crops)
-        return SceneDataset(files, self.clips, self.scenes, self.num_channels, random_crops)
+            return CropDataset(*common)
+        return SceneDataset(*common, self.scenes, self.num_channels)
+
+    @property
+    def _model(self) -> HasMasker | None:
+        model = self.trainer.lightning_module if self.trainer else None
+        return model if isinstance(model, HasMasker) else None
 
     def _loader(
         self,

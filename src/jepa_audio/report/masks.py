@@ -63,8 +63,8 @@ def draw_run_masks(folder: Path) -> Figure:
 def draw_model_masks(jepa: JEPA, waveform: Float[Tensor, "1 S"], step: int) -> Figure:
     """Several draws of a model's masker over a clip at its sample rate."""
     grid = jepa.front_end.grid(waveform.shape[-1])
-    generator = torch.Generator().manual_seed(0)
-    draws = [jepa.masker(grid, 1, generator, step) for _ in range(NUM_DRAWS)]
+    masker, row = jepa.masker.at(step), torch.tensor([0])
+    draws = [masker(grid, row, jepa.seed, draw) for draw in range(NUM_DRAWS)]
     planes = [split_masks(masks, grid) for masks in draws]
     if not isinstance(jepa.front_end, SpectrogramFrontEnd):
         # The rows of the grid are audio channels, not frequencies: only the first is drawn.

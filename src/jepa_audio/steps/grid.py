@@ -7,9 +7,11 @@ N = F * T tokens, K selected tokens, M target groups, L target tokens of a group
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -47,6 +49,31 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class ColumnCount:
+    """For padded clips, the number of time columns that do not depend on the padding.
+
+    Attributes:
+        first_end: number of samples that the first column depends on.
+        stride: samples from one column to the next.
+    """
+
+    first_end: int
+    stride: int
+
+    def __call__(self, num_samples: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
+        """The number for clips of `num_samples` before their padding.
+
+        Raises:
+            UserError: if a clip has no such column.
+        """
+        columns = (num_samples - self.first_end) // self.stride + 1
+        if int(columns.min()) < 1:
+            clip = f"a clip of {int(num_samples.min())} samples"
+            raise UserError(f"{clip} is shorter than one token: raise `data.min_seconds`")
+        return columns
+
+
+@dataclass(frozen=True)
 class TokenSet:
     """A subset of the tokens of each row of a batch.
 
@@ -61,14 +88,31 @@ class TokenSet:
 
     @staticmethod
     def from_mask(mask: Bool[Tensor, "*rows N"]) -> TokenSet:
-        """The tokens at which `mask` is True, in grid order, padded to the longest row."""
-        count = mask.sum(dim=-1)
+        """The tokens at which `mask` is True, in grid order, padded to the longest row.
+
+        The result is on the CPU, where masks are drawn.
+        """
+        is_member = np.ascontiguousarray(mask.cpu().numpy())
+        num_tokens, flat = is_member.shape[-1], is_member.reshape(-1, is_member.shape[-1])
+        count = np.count_nonzero(flat, axis=1)
         longest = int(count.max())
-        order = torch.argsort(mask.logical_not().to(torch.uint8), dim=-1, stable=True)
-        index = order[..., :longest]
-        if bool((count == longest).all()):
-            return TokenSet(index)
-        return TokenSet(index, torch.arange(longest, device=mask.device) < count[..., None])
+        first_token = np.arange(len(flat))[:, None] * num_tokens
+        members = np.flatnonzero(flat)
+        if count.min() == longest:
+            index, valid = members.reshape(len(flat), longest), None
+        else:
+            # The first other tokens of a row are its padding.
+            place = np.arange(longest)
+            valid = place < count[:, None]
+            others = np.flatnonzero(~flat)
+            num_others_before = first_token[:, 0] - (count.cumsum() - count)
+            index = np.empty(valid.shape, dtype=np.int64)
+            index[valid] = members
+            index[~valid] = others[(num_others_before - count)[:, None] + place][~valid]
+        index -= first_token
+        shape = (*is_member.shape[:-1], longest)
+        rows = torch.from_numpy(index.reshape(shape))
+        return TokenSet(rows, None if valid is None else torch.from_numpy(valid.reshape(shape)))
 
     def to_mask(self, num_tokens: int) -> Bool[Tensor, "*rows N"]:
         """A mask that is True at the valid tokens of the set."""
@@ -99,6 +143,11 @@ class TokenSet:
         valid = None if self.valid is None else self.valid.to(device, non_blocking=True)
         return TokenSet(self.index.to(device, non_blocking=True), valid)
 
+    def pin_memory(self) -> TokenSet:
+        """Copy the set to pinned memory, from which a copy to a GPU does not block."""
+        valid = None if self.valid is None else self.valid.pin_memory()
+        return TokenSet(self.index.pin_memory(), valid)
+
 
 @dataclass(frozen=True)
 class Masks:
@@ -108,37 +157,51 @@ class Masks:
         context: the tokens that the context encoder sees, `[B, K]`.
         targets: the tokens to predict, `[B, M, L]`; the predictor predicts each of the M groups
             separately.
-        targets_per_clip: mean number of target tokens per clip, over all rows whose masks are drawn
-            together. The loss is divided by this number. The average of the losses of all
-            micro-batches and ranks is then the mean over all target tokens of these rows. With
-            padding, the number is the mean over the rows of this process, because the process does
-            not know the padding of the other rows.
+        targets_per_clip: expected number of target tokens of a clip without padding, see
+            `Masker.expected_targets`. The loss is the sum over all targets, divided by this number
+            and by the number of clips. It is the same for all micro-batches and ranks of a step, so
+            the average of their losses is exactly the loss of the global batch.
         present: all tokens of the grid, with `valid` False in the padding of shorter clips,
             `[B, N]`; `None` if all clips fill the grid.
+        step: the optimizer step that the masks are drawn for; `None` if it is not known.
     """
 
     context: TokenSet
     targets: TokenSet
     targets_per_clip: float
     present: TokenSet | None = None
+    step: int | None = None
 
     @staticmethod
-    def from_bool(context: Bool[Tensor, "B N"], targets: Bool[Tensor, "B M N"]) -> Masks:
-        """Masks from boolean masks that are True at context and target tokens."""
-        per_clip = float(targets.sum()) / len(targets)
-        return Masks(TokenSet.from_mask(context), TokenSet.from_mask(targets), per_clip)
+    def from_bool(
+        context: Bool[Tensor, "B N"],
+        targets: Bool[Tensor, "B M N"],
+        targets_per_clip: float | None = None,
+    ) -> Masks:
+        """Masks from boolean masks that are True at context and target tokens.
+
+        Without `targets_per_clip`, it is the mean number of targets of these rows.
+        """
+        if targets_per_clip is None:
+            targets_per_clip = float(targets.sum()) / len(targets)
+        return Masks(TokenSet.from_mask(context), TokenSet.from_mask(targets), targets_per_clip)
 
     def rows(self, rows: Tensor | slice) -> Masks:
         """The masks of the selected rows of the batch."""
-        present = None if self.present is None else self.present.rows(rows)
-        context, targets = self.context.rows(rows), self.targets.rows(rows)
-        return Masks(context, targets, self.targets_per_clip, present)
+        return self._map(lambda tokens: tokens.rows(rows))
 
     def to(self, device: torch.device) -> Masks:
         """Copy the masks to a device."""
-        present = None if self.present is None else self.present.to(device)
-        context, targets = self.context.to(device), self.targets.to(device)
-        return Masks(context, targets, self.targets_per_clip, present)
+        return self._map(lambda tokens: tokens.to(device))
+
+    def pin_memory(self) -> Masks:
+        """Copy the masks to pinned memory; `DataLoader` calls this method."""
+        return self._map(TokenSet.pin_memory)
+
+    def _map(self, function: Callable[[TokenSet], TokenSet]) -> Masks:
+        present = None if self.present is None else function(self.present)
+        context, targets = function(self.context), function(self.targets)
+        return replace(self, context=context, targets=targets, present=present)
 
 
 class AudioBatch(NamedTuple):
@@ -151,12 +214,16 @@ class AudioBatch(NamedTuple):
             index, and not on the process that trains on the row.
         num_samples: number of audio samples of every row before its padding; the model ignores the
             padding. `None` if no row is padded, or if the model treats padding as silence.
+        masks: the masks of the rows, if they were drawn where the batch was loaded; `None` lets the
+            model draw the same masks.
     """
 
     waveform: Float[Tensor, "B C S"]
     row: Int[Tensor, " B"]
     num_samples: Int[Tensor, " B"] | None = None
+    masks: Masks | None = None
 
     def to(self, device: torch.device) -> AudioBatch:
-        """Copy the waveform; `row` stays on the CPU, so that no read waits for the device."""
-        return self._replace(waveform=self.waveform.to(device, non_blocking=True))
+        """Copy waveform and masks; `row` stays on the CPU, so that no read waits for the device."""
+        masks = None if self.masks is None else self.masks.to(device)
+        return self._replace(waveform=self.waveform.to(device, non_blocking=True), masks=masks)

@@ -20,18 +20,20 @@ from jepa_audio.steps.front_ends import FrontEnd
 from jepa_audio.steps.grid import AudioBatch, Grid, Masks, TokenSet
 from jepa_audio.steps.losses import Distance, JEPAOutput
 from jepa_audio.steps.masking.base import Masker
+from jepa_audio.steps.masking.source import MaskStream
 from jepa_audio.steps.predictor import Predictor
 from jepa_audio.steps.targets import Targets
 from jepa_audio.training.checks import check_trainer
 from jepa_audio.training.ema import TargetEncoderEMA
 from jepa_audio.training.initialization import draw_weights
 from jepa_audio.training.loss_log import LossLog
+from jepa_audio.training.masks import MaskingModule
 from jepa_audio.training.optimizer import ScalerAwareModule, add_schedule, parameter_groups
 from jepa_audio.training.schedules import Schedule
 from jepa_audio.training.sharding import shard
 
 
-class JEPA(ScalerAwareModule):
+class JEPA(MaskingModule, ScalerAwareModule):
     """Joint-embedding predictive architecture (LeCun, 2022; Assran et al., 2023, arXiv:2301.08243).
 
     A recipe is a choice at each of the six steps. WavJEPA (arXiv:2509.23238) and PupuJEPA
@@ -43,7 +45,7 @@ class JEPA(ScalerAwareModule):
         encoder: step 3, context tokens → latents; its momentum copy is the target encoder.
         targets: step 4, latents of the target encoder → prediction targets.
         predictor: step 5, context latents → predicted latents at the targets.
-        distance: step 6, at each target token; the loss is the mean over an optimizer step.
+        distance: step 6, at each target token; the loss is their sum / their expected number.
         ema: the momentum update; `configure_callbacks` adds it to every Trainer.
         optimizer: creates the optimizer from parameter groups.
         lr_schedule: factor on the optimizer's learning rate.
@@ -150,25 +152,17 @@ class JEPA(ScalerAwareModule):
         """The loss for given masks."""
         return self.forward(waveform, masks).loss
 
-    def draw_masks(self, batch: AudioBatch, rows_per_draw: int, stream: int = 0) -> Masks:
-        """Masks of a batch; `stream`: 0 training, 1 validation and test, 2 `CollapseMonitor`."""
-        grid = self.front_end.grid(batch.waveform.shape[-1])
-        num_time = None if batch.num_samples is None else self.front_end.num_time(batch.num_samples)
-        masks = self.masker.for_rows(grid, batch.row, rows_per_draw, (self.seed, stream), num_time)
-        return masks.to(batch.waveform.device)
-
     def training_step(self, batch: AudioBatch, batch_idx: int) -> dict[str, Any]:
-        """Compute the loss; masks and drop path depend only on `seed` and `batch.row`."""
+        """Compute the loss; masks and drop path depend on `seed`, step and `batch.row`."""
         torch.manual_seed(hash((self.seed, int(batch.row[0]))))
-        num_batches = self.trainer.world_size * self.trainer.accumulate_grad_batches
-        masks = self.draw_masks(batch, len(batch.waveform) * num_batches)
+        masks = self.masks_of(batch)
         output = self.forward(batch.waveform, masks)
         observed = self.observe(self, batch, masks, output) if self.observe else {}
         return {"loss": output.loss, "sums": _sums(output) | observed}
 
     def validation_step(self, batch: AudioBatch, batch_idx: int) -> dict[str, Any]:
-        """Compute the loss, with the same masks at every validation and test."""
-        masks = self.draw_masks(batch, len(batch.waveform), stream=1)
+        """Compute the loss, with the same random numbers for the masks at every evaluation."""
+        masks = self.masks_of(batch, MaskStream.EVALUATION)
         return {"sums": _sums(self.forward(batch.waveform, masks))}
 
     test_step = validation_step

@@ -121,7 +121,7 @@ def measure_normalization(
     def clips() -> Iterator[Tensor]:
         batches = first_batches(data.dataset("train", random_crops=True), num_clips, data.weights)
         for batch in track_progress(batches, "Measuring the spectrogram", num_clips):
-            waveform, _, num_samples = data.on_after_batch_transfer(batch, 0)
+            waveform, _, num_samples, _ = data.on_after_batch_transfer(batch, 0)
             # Without the padding that the model does not see.
             waveform = waveform if num_samples is None else waveform[..., : int(num_samples[0])]
             if waveform.shape[-1] >= spectrogram.min_samples:

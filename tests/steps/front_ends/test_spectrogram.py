@@ -218,7 +218,7 @@ def test_every_declared_column_is_free_of_padding_and_few_others_are(
     padded, other_end = noise(1, 1, 8000), 30 * noise(1, 1, 8000, seed=1)
     for num_samples in (6000, 6001, 6039, 6100):
         changed = torch.cat([padded[..., :num_samples], other_end[..., num_samples:]], dim=-1)
-        (num_columns,) = front_end.num_time(torch.tensor([num_samples])).tolist()
+        (num_columns,) = front_end.columns(torch.tensor([num_samples])).tolist()
         moves = (front_end.image(changed) - front_end.image(padded)).abs().amax(dim=(0, 1, 3))
         assert moves[:num_columns].max() < 1e-5
         # The ends of windows and of nnAudio's half-band filters have almost no weight.

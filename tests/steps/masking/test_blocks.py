@@ -1,88 +1,57 @@
 """Block and stripe masks: rectangles, a literal implementation, and published statistics."""
 
-import math
-
+import numpy as np
 import pytest
 import torch
 
 from jepa_audio.steps.grid import Grid
 from jepa_audio.steps.masking import BlockMasker, MultiBlockMasker, StripeMasker
+from jepa_audio.steps.masking.numbers import RowNumbers
+from tests.oracles import masks_literal
 
 GRID = Grid(8, 256)
-GRIDS = [GRID, Grid(4, 12), Grid(1, 50), Grid(12, 4)]
+GRIDS = [GRID, Grid(4, 12), Grid(1, 50), Grid(12, 4), Grid(70, 130)]
+MASKERS = [(BlockMasker(), masks_literal.block_size), (StripeMasker(), masks_literal.stripe_size)]
 
 
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+def cover_literally(draw_size, grid, count, numbers):
+    """For every row, the covered tokens and the sizes of the rectangles."""
+    uniform = numbers.uniform(150 * 5).reshape(-1, 150, 5).tolist()
+    return [masks_literal.cover(draw_size, grid, count, attempts) for attempts in uniform]
 
 
-def literal_block(grid, uniform, free):
-    area = min(grid.num_tokens * (0.01 + 0.04 * uniform[0]), free)
-    aspect = 2 + 3 * uniform[2] if uniform[1] < 0.5 else 0.2 + 0.3 * uniform[2]
-    return int(math.sqrt(area * aspect)), int(math.sqrt(area / aspect))
-
-
-def literal_stripe(grid, uniform, free):
-    if uniform[0] < grid.num_time / (grid.num_time + grid.num_freq):
-        return min(1 + int(40 * uniform[1]), free // grid.num_freq), grid.num_freq
-    return grid.num_time, min(1, free // grid.num_time)
-
-
-def literal_cover(draw_size, grid, count, uniform):
-    """The covered tokens of one clip, and the size of every block that covered a new token."""
-    covered, placed = set(), []
-    for attempt in uniform:
-        free = count - len(covered)
-        if free == 0:
-            break
-        height, width = draw_size(grid, attempt[:3], free)
-        height, width = min(max(height, 1), grid.num_time), min(max(width, 1), grid.num_freq)
-        first_time = int(attempt[3] * (grid.num_time - height + 1))
-        first_freq = int(attempt[4] * (grid.num_freq - width + 1))
-        block = {
-            time * grid.num_freq + freq
-            for time in range(first_time, first_time + height)
-            for freq in range(first_freq, first_freq + width)
-        }
-        if len(covered | block) > count:
-            break
-        if block - covered:
-            placed.append([height, width])
-        covered |= block
-    return covered, placed
-
-
+@pytest.mark.parametrize("share", [0.3, 0.8])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize(
-    ("masker", "literal_size"), [(BlockMasker(), literal_block), (StripeMasker(), literal_stripe)]
-)
-def test_cover_equals_a_loop_for_each_clip(masker, literal_size, grid):
-    uniform = torch.rand(150, 5, 6, generator=generator(), dtype=torch.float64)
-    count = int(0.8 * grid.num_tokens)
-    covered, placed = masker._cover(grid, count, uniform)
-    for row in range(6):
-        tokens, blocks = literal_cover(literal_size, grid, count, uniform[:, :, row].tolist())
-        assert set(covered[row].nonzero().flatten().tolist()) == tokens
-        assert [block for block in placed[:, row].tolist() if block != [0, 0]] == blocks
+@pytest.mark.parametrize(("masker", "draw_size"), MASKERS)
+def test_cover_equals_a_loop_for_each_clip(masker, draw_size, grid, share):
+    numbers = RowNumbers.of(0, 0, np.arange(40 if grid.num_tokens < 9000 else 4))
+    count = int(share * grid.num_tokens)
+    covered = masker.cover(grid, count, numbers)
+    for row, (tokens, _) in enumerate(cover_literally(draw_size, grid, count, numbers)):
+        assert set(np.flatnonzero(covered[row]).tolist()) == tokens
 
 
-def test_masks_of_a_clip_do_not_depend_on_other_clips_of_the_batch():
-    uniform = torch.rand(150, 5, 6, generator=generator(), dtype=torch.float64)
-    batched, _ = BlockMasker()._cover(GRID, 1638, uniform)
-    single, _ = BlockMasker()._cover(GRID, 1638, uniform[:, :, 2:3].contiguous())
-    assert torch.equal(batched[2], single[0])
+@pytest.mark.parametrize(("masker", "draw_size"), MASKERS)
+def test_the_limit_of_attempts_holds(masker, draw_size):
+    numbers = RowNumbers.of(0, 0, np.arange(20))
+    limited = type(masker)(max_attempts=7).cover(GRID, 1638, numbers)
+    uniform = numbers.uniform(7 * 5).reshape(-1, 7, 5).tolist()
+    for row, attempts in enumerate(uniform):
+        tokens, _ = masks_literal.cover(draw_size, GRID, 1638, attempts)
+        assert set(np.flatnonzero(limited[row]).tolist()) == tokens
 
 
-def statistics(masker, num_draws):
-    uniform = torch.rand(150, 5, num_draws, generator=generator(), dtype=torch.float64)
-    covered, placed = masker._cover(GRID, 1638, uniform)
-    return placed[placed.prod(-1) > 0].float(), 1638 - covered.sum(-1).float().mean().item()
+def statistics(draw_size, num_draws):
+    """Sizes of all rectangles, and mean number of random tokens; `cover` equals this loop."""
+    rows = cover_literally(draw_size, GRID, 1638, RowNumbers.of(1, 0, np.arange(num_draws)))
+    placed = torch.tensor([size for _, sizes in rows for size in sizes], dtype=torch.float32)
+    return placed, 1638 - sum(len(tokens) for tokens, _ in rows) / num_draws
 
 
 def test_pupujepa_block_statistics():
     # The published numbers are from 300 draws. Between repetitions of 300 draws, ours vary by 0.3
     # blocks, 0.05 patches and 0.4 percentage points.
-    blocks, random_fill = statistics(BlockMasker(), 300)
+    blocks, random_fill = statistics(masks_literal.block_size, 300)
     assert len(blocks) / 300 == pytest.approx(78, abs=1.5)
     assert blocks[:, 0].mean() == pytest.approx(8.5, abs=0.15)
     assert blocks[:, 1].mean() == pytest.approx(5.6, abs=0.1)
@@ -93,7 +62,7 @@ def test_pupujepa_block_statistics():
 def test_pupujepa_stripe_statistics():
     # Clips differ by 2.5 time stripes, 0.7 frequency stripes and sometimes a full row of random
     # tokens.
-    stripes, random_fill = statistics(StripeMasker(), 1000)
+    stripes, random_fill = statistics(masks_literal.stripe_size, 1000)
     of_frequency = stripes[:, 0] == 256
     assert of_frequency.sum() / 1000 == pytest.approx(0.6, abs=0.1)
     assert (~of_frequency).sum() / 1000 == pytest.approx(15, abs=0.5)
@@ -104,7 +73,7 @@ def test_pupujepa_stripe_statistics():
 
 @pytest.mark.parametrize("grid", [*GRIDS, Grid(14, 14)], ids=str)
 def test_multi_block_targets_are_rectangles_of_one_size(grid):
-    masks = MultiBlockMasker()(grid, 16, generator(), step=0)
+    masks = MultiBlockMasker()(grid, torch.arange(16), seed=0, step=0)
     assert masks.targets.valid is None
     planes = masks.targets.to_mask(grid.num_tokens).unflatten(-1, (grid.num_time, grid.num_freq))
     in_time, in_freq = planes.any(-1), planes.any(-2)
@@ -116,13 +85,8 @@ def test_multi_block_targets_are_rectangles_of_one_size(grid):
 
 @pytest.mark.parametrize("grid", [GRID, Grid(1, 200), Grid(14, 14)], ids=str)
 def test_multi_block_scale_holds_for_any_grid_shape(grid):
-    source = generator()
-    shares = (
-        torch.tensor(
-            [MultiBlockMasker()(grid, 1, source, step=0).targets.index.shape[-1] for _ in range(60)]
-        )
-        / grid.num_tokens
-    )
+    masks = [MultiBlockMasker()(grid, torch.tensor([0]), seed=0, step=step) for step in range(60)]
+    shares = torch.tensor([draw.targets.index.shape[-1] for draw in masks]) / grid.num_tokens
     # Sides are whole numbers: the area is wrong by at most half a column of the widest block.
     tolerance = 0.5 * grid.num_freq / grid.num_tokens
     assert shares.min() >= 0.15 - tolerance
@@ -132,7 +96,7 @@ def test_multi_block_scale_holds_for_any_grid_shape(grid):
 
 def test_multi_block_context_is_a_large_block_without_the_targets():
     grid = Grid(8, 64)
-    masks = MultiBlockMasker(context_scale=(0.5, 0.5))(grid, 32, generator(), step=0)
+    masks = MultiBlockMasker(context_scale=(0.5, 0.5))(grid, torch.arange(32), seed=0, step=0)
     context = masks.context.to_mask(grid.num_tokens).unflatten(-1, (64, 8))
     targets = masks.targets.to_mask(grid.num_tokens).any(1).unflatten(-1, (64, 8))
     for seen, predicted in zip(context, targets, strict=True):

@@ -15,7 +15,9 @@ from jepa_audio.steps.masking import (
     StripeMasker,
     TargetSpanMasker,
 )
-from jepa_audio.steps.masking.sampling import add_random_tokens, draw_accepted, floor_share
+from jepa_audio.steps.masking.numbers import RowNumbers
+from jepa_audio.steps.masking.random import random_tokens
+from jepa_audio.steps.masking.sampling import choose_tokens, draw_accepted, floor_share
 
 BATCH = 48
 LONG, SHORT = (Grid(1, 50), Grid(1, 200), Grid(8, 64)), Grid(4, 12)
@@ -41,7 +43,7 @@ all_cases = pytest.mark.parametrize(
 
 
 def draw(masker: Masker, grid: Grid, seed: int = 0, batch_size: int = BATCH) -> Masks:
-    return masker(grid, batch_size, torch.Generator().manual_seed(seed), step=0)
+    return masker(grid, torch.arange(batch_size), seed, step=0)
 
 
 def to_masks(masks: Masks, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,7 +51,7 @@ def to_masks(masks: Masks, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @all_cases
-def test_masks_depend_only_on_the_generator(masker, grid):
+def test_masks_depend_only_on_the_seed(masker, grid):
     torch.manual_seed(1)
     np.random.seed(1)  # noqa: NPY002
     first, state = to_masks(draw(masker, grid), grid), torch.get_rng_state()
@@ -88,9 +90,8 @@ def test_context_and_targets_are_disjoint_and_not_empty(masker, grid):
 @all_cases
 def test_every_token_is_context_and_target_in_some_draw(masker, grid):
     seen, predicted = torch.zeros(2, grid.num_tokens, dtype=torch.bool)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(60):
-        context, targets = to_masks(masker(grid, BATCH, generator, step=0), grid)
+    for step in range(60):
+        context, targets = to_masks(masker(grid, torch.arange(BATCH), 0, step), grid)
         seen |= context.any(0)
         predicted |= targets.any(0).any(0)
         if seen.all() and predicted.all():
@@ -126,15 +127,36 @@ def test_pupujepa_random_masks_have_409_context_tokens():
     assert (masks.context.index.shape[-1], masks.targets.index.shape[-1]) == (409, 1639)
 
 
-def test_share_from_a_range_is_drawn_per_call_over_the_full_range():
-    masker, grid, generator = (
-        RandomMasker(target_share=(0.4, 0.6)),
-        Grid(1, 200),
-        torch.Generator().manual_seed(0),
-    )
-    counts = [masker(grid, 2, generator, step=0).targets.index.shape[-1] for _ in range(100)]
+def test_share_from_a_range_is_drawn_per_step_over_the_full_range():
+    masker, grid = RandomMasker(target_share=(0.4, 0.6)), Grid(1, 200)
+    masks = [masker(grid, torch.arange(2), 0, step) for step in range(100)]
+    counts = [draw.targets.index.shape[-1] for draw in masks]
     assert 80 <= min(counts) <= 85
     assert 115 <= max(counts) <= 121
+    assert [masker.expected_targets(grid, 0, step) for step in range(100)] == counts
+
+
+@all_cases
+def test_a_row_has_the_same_masks_in_every_batch_and_others_in_every_step_and_seed(masker, grid):
+    context, targets = to_masks(draw(masker, grid, batch_size=200), grid)
+    rows = torch.tensor([150, 3, 64, 63, 199])
+    for part in (rows, rows[:1]):
+        some = to_masks(masker(grid, part, 0, step=0), grid)
+        assert torch.equal(some[0], context[part])
+        assert torch.equal(some[1], targets[part])
+    for seed, step in ((0, 1), (1, 0)):
+        assert not torch.equal(masker(grid, rows, seed, step).context.index, context[rows])
+        other = masker(grid, rows, seed, step).context.to_mask(grid.num_tokens)
+        assert not torch.equal(other, context[rows])
+
+
+@all_cases
+def test_the_loss_divides_by_the_expected_number_of_targets(masker, grid):
+    for step in range(3):
+        masks = masker(grid, torch.arange(2000), 7, step)
+        expected = masker.expected_targets(grid, 7, step)
+        assert masks.targets_per_clip == expected
+        assert masks.targets.counts.sum() / 2000 == pytest.approx(expected, rel=0.01)
 
 
 def test_at_least_one_context_token_remains():
@@ -148,26 +170,54 @@ def test_shares_are_rounded_down_without_float_errors(share, num_tokens, count):
     assert floor_share(share, num_tokens) == count
 
 
-def test_add_random_tokens_keeps_chosen_tokens_and_is_uniform_over_the_others():
-    chosen = torch.zeros(4000, 12, dtype=torch.bool)
-    chosen[:, :3] = True
-    filled = add_random_tokens(chosen, 6, torch.Generator().manual_seed(0))
-    assert (filled.sum(-1) == 6).all()
-    assert filled[:, :3].all()
+def numbers(num_rows: int) -> RowNumbers:
+    return RowNumbers.of(0, 0, np.arange(num_rows))
+
+
+def test_chosen_tokens_are_allowed_ones_and_uniform():
+    allowed = np.ones((4000, 12), dtype=bool)
+    allowed[:, :3] = False
+    count = np.full(4000, 3)
+    count[:5] = 0, 1, 2, 8, 9
+    chosen = choose_tokens(allowed, count, numbers(4000))
+    assert (chosen.sum(-1) == count).all()
+    assert not chosen[:, :3].any()
     # 3 of 9 tokens; the standard deviation of the share over 4000 rows is 0.0075.
-    assert torch.allclose(filled[:, 3:].float().mean(0), torch.tensor(1 / 3), atol=0.03)
+    assert np.allclose(chosen[5:, 3:].mean(0), 1 / 3, atol=0.03)
+    # Pairs of tokens: 3 of 36 pairs, the standard deviation is 0.0044.
+    pairs = chosen[5:, 3:].astype(float).T @ chosen[5:, 3:] / 3995
+    assert np.allclose(pairs[~np.eye(9, dtype=bool)], 3 / 36, atol=0.02)
+
+
+@pytest.mark.parametrize("count", [1, 40, 120, 199])
+def test_random_tokens_are_uniform_over_all_subsets_of_their_size(count):
+    chosen = random_tokens(numbers(4000), 200, count)
+    assert (chosen.sum(-1) == count).all()
+    share = count / 200
+    deviation = (share * (1 - share) / 4000) ** 0.5
+    assert np.allclose(chosen.mean(0), share, atol=5 * deviation)
+    # Two tokens of one word, and of two words.
+    pair_share = share * (count - 1) / 199
+    for other in (1, 63, 64, 199):
+        both = (chosen[:, 0] & chosen[:, other]).mean()
+        assert both == pytest.approx(pair_share, abs=5 * (pair_share / 4000) ** 0.5 + 1e-3)
+
+
+def test_a_row_with_too_many_first_tokens_starts_again(monkeypatch):
+    monkeypatch.setattr("jepa_audio.steps.masking.random.math.sqrt", lambda value: -value)
+    assert (random_tokens(numbers(50), 200, 40).sum(-1) == 40).all()
 
 
 def test_only_rejected_rows_are_drawn_again():
     drawn = []
 
-    def draw_rows(num_rows):
-        drawn.append(num_rows)
-        context = torch.full((num_rows, 4), fill_value=True)
+    def draw_rows(rows):
+        drawn.append(len(rows))
+        context = np.full((len(rows), 4), fill_value=True)
         context[0] = len(drawn) > 2  # the first row of the first two draws is empty
-        return context, torch.full((num_rows, 1, 4), fill_value=True)
+        return context, np.full((len(rows), 1, 4), fill_value=True)
 
-    context, _ = draw_accepted(draw_rows, 5, 0.5, SpanMasker())
+    context, _ = draw_accepted(draw_rows, numbers(5), 0.5, SpanMasker())
     assert drawn == [5, 1, 1]
     assert context.all()
 

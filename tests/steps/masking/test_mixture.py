@@ -6,6 +6,7 @@ from jsonargparse import ArgumentParser
 
 from jepa_audio.steps.grid import Grid
 from jepa_audio.steps.masking import BlockMasker, Masker, MixtureMasker, RandomMasker, SpanMasker
+from jepa_audio.steps.masking.numbers import derive_seed
 
 GRID = Grid(2, 30)
 # The number of targets identifies the masker.
@@ -19,8 +20,9 @@ def make_mixture(**settings) -> MixtureMasker:
 
 
 def measure_shares(masker: MixtureMasker, step: int, num_draws: int = 400) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    counts = [masker(GRID, 1, generator, step).targets.index.shape[-1] for _ in range(num_draws)]
+    # With the curriculum of one step, the draws of many.
+    masks = [masker.at(step)(GRID, torch.tensor([0]), 0, draw) for draw in range(num_draws)]
+    counts = [draw.targets.index.shape[-1] for draw in masks]
     return torch.tensor([counts.count(int(60 * share)) for share in SHARES]) / num_draws
 
 
@@ -56,13 +58,27 @@ def test_masker_of_weight_zero_is_never_drawn():
     assert measure_shares(masker, step=0)[1] == 1
 
 
-def test_mixture_of_one_equals_its_masker_after_one_random_number():
-    source = torch.Generator().manual_seed(0)
-    masks = MixtureMasker([BlockMasker()], [1.0])(GRID, 4, source, step=0)
-    replay = torch.Generator().manual_seed(0)
-    torch.multinomial(torch.ones(1, dtype=torch.float64), 1, generator=replay)
-    assert torch.equal(masks.context.index, BlockMasker()(GRID, 4, replay, step=0).context.index)
-    assert torch.equal(source.get_state(), replay.get_state())
+def test_mixture_of_one_equals_its_masker_with_another_seed():
+    row = torch.arange(4)
+    masks = MixtureMasker([BlockMasker()], [1.0])(GRID, row, seed=5, step=3)
+    expected = BlockMasker()(GRID, row, derive_seed(5, 0), step=3)
+    assert torch.equal(masks.context.index, expected.context.index)
+
+
+def test_all_rows_of_a_step_have_the_same_masker_and_its_expectation():
+    masker = make_mixture()
+    for step in range(20):
+        first, other = (masker(GRID, torch.tensor([row]), 0, step) for row in (0, 1_000_000))
+        assert first.targets.index.shape == other.targets.index.shape
+        assert first.targets.index.shape[-1] == masker.expected_targets(GRID, 0, step)
+
+
+def test_the_masker_at_a_step_has_its_probabilities_at_every_step():
+    masker = MixtureMasker([make_mixture(warmup_end=100), BlockMasker()], [0.5, 0.5], 0, 200)
+    fixed = masker.at(50)
+    for step in (0, 10**6):
+        assert fixed.weights_at(step) == masker.weights_at(50)
+        assert fixed.maskers[0].weights_at(step) == masker.maskers[0].weights_at(50)
 
 
 def test_the_step_reaches_a_nested_mixture():

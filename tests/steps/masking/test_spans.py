@@ -1,18 +1,26 @@
 """Span masks: the published shares and the shapes of spans."""
 
+import numpy as np
 import pytest
 import torch
 
 from jepa_audio.steps.grid import Grid, Masks
 from jepa_audio.steps.masking import SpanMasker, TargetSpanMasker
+from jepa_audio.steps.masking.numbers import RowNumbers
 from jepa_audio.steps.masking.spans import sample_spans
+from tests.oracles.masks_literal import expected_span_columns
 
 GRID = Grid(1, 200)
 NUM_DRAWS = 2000
 
 
 def draw(masker, grid=GRID, batch_size=NUM_DRAWS) -> Masks:
-    return masker(grid, batch_size, torch.Generator().manual_seed(0), step=0)
+    return masker(grid, torch.arange(batch_size), seed=0, step=0)
+
+
+def draw_spans(num_rows: int, num_time: int, probability: float, length: int) -> torch.Tensor:
+    numbers = RowNumbers.of(0, 0, np.arange(num_rows))
+    return torch.from_numpy(sample_spans(numbers, num_time, [(probability, length)])[:, 0])
 
 
 def runs(row: torch.Tensor) -> list[int]:
@@ -59,7 +67,7 @@ def test_wavjepa_group_share_union_share_spread_and_acceptance():
 
 
 def test_rows_are_unions_of_complete_spans():
-    spans = sample_spans(300, 60, 0.4, 7, torch.Generator().manual_seed(0))
+    spans = draw_spans(300, 60, 0.4, 7)
     assert all(min(runs(row)) >= 7 for row in spans)
     assert spans.any(0).all(), "spans reach both ends"
 
@@ -72,11 +80,7 @@ def test_spans_are_drawn_without_replacement_in_the_expected_number(
 ):
     # Spans of length 1 cannot overlap, so the number of columns is the number of spans:
     # floor(25.0 + U) and floor(25.5 + U).
-    counts = (
-        sample_spans(2000, 50, probability, length, torch.Generator().manual_seed(0))
-        .sum(-1)
-        .float()
-    )
+    counts = draw_spans(2000, 50, probability, length).sum(-1).float()
     assert (counts.min(), counts.max()) == (fewest, most)
     assert counts.mean() == pytest.approx(50 * probability, abs=0.05)
 
@@ -84,7 +88,7 @@ def test_spans_are_drawn_without_replacement_in_the_expected_number(
 def test_starts_are_uniform_over_all_positions():
     # One span of 4 in 12 columns has 9 positions. The standard deviation of a share over 9000 rows
     # is 0.0033.
-    spans = sample_spans(9000, 12, 1 / 3, 4, torch.Generator().manual_seed(0))
+    spans = draw_spans(9000, 12, 1 / 3, 4)
     first = spans.float().argmax(-1)
     assert torch.allclose(
         torch.bincount(first, minlength=9) / 9000, torch.full((9,), 1 / 9), atol=0.015
@@ -112,3 +116,18 @@ def test_target_spans_leave_half_as_context_without_short_runs():
 def test_min_run_of_one_keeps_all_runs():
     masks = draw(TargetSpanMasker(min_run=1), batch_size=16)
     assert torch.equal(masks.context.to_mask(200), ~masks.targets.to_mask(200).any(1))
+
+
+@pytest.mark.parametrize(
+    ("num_time", "settings"),
+    [
+        (200, {}),
+        (200, {"target_length": 15, "num_groups": 1}),
+        (12, {"target_length": 3, "context_length": 2}),
+    ],
+)
+def test_expected_targets_equal_the_formula_if_no_row_is_rejected(num_time, settings):
+    masker = SpanMasker(**settings, context_probability=0.1, min_context=0.0)
+    formula = expected_span_columns(num_time, masker.target_probability, masker.target_length)
+    expected = masker.expected_targets(Grid(2, num_time), seed=0, step=0)
+    assert expected == pytest.approx(2 * masker.num_groups * formula, rel=0.01)

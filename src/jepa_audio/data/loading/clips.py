@@ -9,7 +9,7 @@ from typing import Generic, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float32, Int
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from typing_extensions import override
@@ -20,7 +20,8 @@ from jepa_audio.data.corpus.table import CorpusError, IndexedFile
 from jepa_audio.data.loading.file_table import FileTable
 from jepa_audio.data.loading.order import SampleIndex
 from jepa_audio.errors import MAX_RATE, MAX_SECONDS, UserError, check_bounds
-from jepa_audio.steps.grid import AudioBatch
+from jepa_audio.steps.grid import AudioBatch, Masks
+from jepa_audio.steps.masking.source import MaskSource
 
 ChannelMode = Literal["mean", "first", "random", "keep"]
 Sample = TypeVar("Sample")
@@ -119,12 +120,19 @@ class ClipDataset(Dataset[WithBadReads[Sample]], ABC, Generic[Sample, Batch]):
         settings: lengths, channels and loudness of clips and crops.
         random_crops: False takes the clip from the middle of the file and distributes the crops
             evenly over it.
+        masks: draws the masks of every batch; `None` leaves this to the model.
 
     Raises:
         UserError: if `mono="keep"` and a file has another number of channels.
     """
 
-    def __init__(self, files: FileTable, settings: ClipSettings, random_crops: bool = True) -> None:
+    def __init__(
+        self,
+        files: FileTable,
+        settings: ClipSettings,
+        random_crops: bool = True,
+        masks: MaskSource | None = None,
+    ) -> None:
         if settings.mono == "keep" and (files.num_channels != settings.num_channels).any():
             raise UserError(
                 f"`mono='keep'` needs files of `num_channels` ({settings.num_channels}) channels, "
@@ -133,13 +141,14 @@ class ClipDataset(Dataset[WithBadReads[Sample]], ABC, Generic[Sample, Batch]):
         self.files = files
         self.settings = settings
         self.random_crops = random_crops
+        self.masks = masks
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: SampleIndex) -> WithBadReads[Sample]:
-        """The sample at `index`: (position in the order of the run, index of the file)."""
-        position, file_index = index
+        """The sample at an index of the order."""
+        position, file_index, _ = index
         bad_reads: list[BadRead] = []
         for attempt in range(_MAX_ATTEMPTS):
             # Each attempt has its own generator: the draws do not depend on the numbers that a
@@ -150,7 +159,7 @@ class ClipDataset(Dataset[WithBadReads[Sample]], ABC, Generic[Sample, Batch]):
                 corpus = self.files.corpus_of(file_index)
                 file_index = int(rng.integers(corpus.start, corpus.stop))
             try:
-                return self.draw_sample(self.files[file_index], position, rng, bad_reads), bad_reads
+                return self.draw_sample(self.files[file_index], index, rng, bad_reads), bad_reads
             except AudioReadError as error:
                 bad_reads.append(BadRead(str(error.audio), error.reason))
         examples = "; ".join(f"{name} ({reason})" for name, reason in bad_reads[:3])
@@ -161,12 +170,12 @@ class ClipDataset(Dataset[WithBadReads[Sample]], ABC, Generic[Sample, Batch]):
 
     @abstractmethod
     def draw_sample(
-        self, file: IndexedFile, position: int, rng: np.random.Generator, bad_reads: list[BadRead]
+        self, file: IndexedFile, index: SampleIndex, rng: np.random.Generator, bad: list[BadRead]
     ) -> Sample:
-        """Draw a sample of a file.
+        """Draw a sample of a file, which can be another one than that of `index`.
 
         A sample can need other files, for example noise. If one of these cannot be read, it is
-        appended to `bad_reads`.
+        appended to `bad`.
 
         Raises:
             AudioReadError: if this file cannot be read.
@@ -175,6 +184,12 @@ class ClipDataset(Dataset[WithBadReads[Sample]], ABC, Generic[Sample, Batch]):
     @abstractmethod
     def collate_samples(self, samples: list[Sample]) -> Batch:
         """Collate samples to a batch."""
+
+    def draw_masks(
+        self, row: Int[Tensor, " B"], step: Int[Tensor, " clips"], lengths: Tensor | None = None
+    ) -> Masks | None:
+        """The masks of a batch, whose samples all have the same optimizer step."""
+        return None if self.masks is None else self.masks.draw(row, int(step[0]), lengths)
 
     def collate(self, samples: list[WithBadReads[Sample]]) -> WithBadReads[Batch]:
         """Collate samples to a batch, and concatenate their failed reads."""
@@ -221,10 +236,11 @@ class ClipDataset(Dataset[WithBadReads[Sample]], ABC, Generic[Sample, Batch]):
 
 
 class Crops(NamedTuple):
-    """The crops of one clip, and their number of samples without padding."""
+    """The crops of one clip, their place in the order, and their samples without padding."""
 
     waveform: Float32[Tensor, "crops C S"]
     position: int
+    step: int
     num_samples: int
 
 
@@ -233,7 +249,7 @@ class CropDataset(ClipDataset[Crops, AudioBatch]):
 
     @override
     def draw_sample(
-        self, file: IndexedFile, position: int, rng: np.random.Generator, bad_reads: list[BadRead]
+        self, file: IndexedFile, index: SampleIndex, rng: np.random.Generator, bad: list[BadRead]
     ) -> Crops:
         size, count = self.settings.crop_samples, self.settings.crops_per_clip
         if self.settings.clip_samples is None:
@@ -243,17 +259,23 @@ class CropDataset(ClipDataset[Crops, AudioBatch]):
             starts = self.draw_starts(clip.shape[-1], size, count, rng)
             segments = [clip[:, start : start + size] for start in starts]
         crops = torch.stack([fit_length(segment, size) for segment in segments])
-        return Crops(crops, position, segments[0].shape[-1])
+        return Crops(crops, index.position, index.step, segments[0].shape[-1])
 
     @override
     def collate_samples(self, samples: list[Crops]) -> AudioBatch:
         """A batch of all crops; row = position * crops per clip + number of the crop."""
-        waveform, position, num_samples = default_collate(samples)
+        waveform, position, step, lengths = default_collate(samples)
         num_crops = waveform.shape[1]  # [B, crops, C, S]
-        row = position[:, None] * num_crops + torch.arange(num_crops)
-        num_samples = num_samples.repeat_interleave(num_crops)
-        mask = self.settings.mask_padding
-        return AudioBatch(waveform.flatten(0, 1), row.flatten(), num_samples if mask else None)
+        row = rows_of(position, num_crops)
+        has_padding = self.settings.mask_padding
+        num_samples = lengths.repeat_interleave(num_crops) if has_padding else None
+        masks = self.draw_masks(row, step, num_samples)
+        return AudioBatch(waveform.flatten(0, 1), row, num_samples, masks)
+
+
+def rows_of(position: Int[Tensor, " B"], num_crops: int) -> Int[Tensor, " R"]:
+    """The rows of the crops at the given positions; see `AudioBatch.row`."""
+    return (position[:, None] * num_crops + torch.arange(num_crops)).flatten()
 
 
 def fit_length(waveform: Float32[Tensor, "C S"], length: int) -> Float32[Tensor, "C R"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from itertools import chain, islice
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from jepa_audio.data.corpus.table import CorpusError
 from jepa_audio.data.loading.clips import BadRead, Batch, ClipDataset, WithBadReads
-from jepa_audio.data.loading.order import GlobalOrderSampler
+from jepa_audio.data.loading.order import GlobalOrderSampler, Progress
 from jepa_audio.parallel import map_threads, num_cores
 from jepa_audio.steps.grid import AudioBatch
 
@@ -99,7 +100,7 @@ class ResumableLoader:
         self._fingerprint = fingerprint
         self._bad_reads = bad_reads
         self._batches_per_epoch = batches_per_epoch
-        self._samples_consumed = sampler.samples_consumed
+        self._progress = sampler.progress
         self._batches: Iterator[WithBadReads[Any]] | None = None
 
     def __len__(self) -> int:
@@ -113,28 +114,31 @@ class ResumableLoader:
             batch, bad_reads = next(self._batches)
             self._bad_reads.count(self.order.batch_size, bad_reads)
             # Count before the yield: a checkpoint is written while the Trainer uses this batch.
-            self._samples_consumed += self.order.global_batch_size
+            self._progress = self.order.after_batch(self._progress)
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Number of samples that all ranks together have received, and the fingerprint."""
-        return {"samples_consumed": self._samples_consumed, "files": self._fingerprint}
+        """The samples that all ranks together have received, the step, and the fingerprint."""
+        return {**asdict(self._progress), "files": self._fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the samples of `state`."""
-        # Checkpoints of earlier versions hold no fingerprint.
+        """Continue after the samples of `state`, at its optimizer step."""
+        # Checkpoints of earlier versions hold no fingerprint and no step.
         if state.get("files", self._fingerprint) != self._fingerprint:
             log.warning(
                 "the files have changed since the checkpoint was written: the order of samples "
                 "changes from here on. To keep the list of files, train from a table "
                 "(`--data.root corpus.parquet`): files that become unreadable are replaced"
             )
+        samples = state["samples_consumed"]
+        micro_batches = state.get("micro_batches", samples // self.order.global_batch_size)
+        step = state.get("step", micro_batches // self.order.accumulated)
+        self._progress = Progress(samples, micro_batches, step)
         self.close()
-        self._samples_consumed = self.order.samples_consumed = state["samples_consumed"]
 
     def close(self) -> None:
         """Stop the workers; the next iteration reads their prefetched samples again."""
-        self.order.samples_consumed = self._samples_consumed
+        self.order.progress = self._progress
         self._batches = None
 
 

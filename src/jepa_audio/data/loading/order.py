@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
@@ -12,8 +14,39 @@ from typing_extensions import override
 
 from jepa_audio.errors import UserError
 
-SampleIndex = tuple[int, int]
-"""(position in the order of the run, index of the file to read)."""
+
+class SampleIndex(NamedTuple):
+    """Which sample to load: position in the order of the run, file to read, optimizer step."""
+
+    position: int
+    file: int
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: what all ranks together have consumed, and the completed optimizer steps.
+
+    Attributes:
+        samples_consumed: number of samples.
+        micro_batches: number of micro-batches of each rank.
+        step: optimizer step of the next micro-batch, from 0.
+    """
+
+    samples_consumed: int = 0
+    micro_batches: int = 0
+    step: int = 0
+
+    def advance(self, num_samples: int, accumulated: int) -> Progress:
+        """The progress after one more micro-batch of `num_samples` on all ranks.
+
+        Like in Lightning, an optimizer step ends with each micro-batch whose number is a multiple
+        of `accumulated`, also if the number was another one earlier in the run.
+        """
+        micro_batches = self.micro_batches + 1
+        step = self.step + (micro_batches % accumulated == 0)
+        return Progress(self.samples_consumed + num_samples, micro_batches, step)
+
 
 _BLOCK_SIZE = 10_000
 
@@ -37,6 +70,7 @@ class GlobalOrderSampler(Sampler[list[SampleIndex]]):
         weights: relative share of each corpus in the clips; `None` shuffles all files together.
         rank: rank of this process.
         world_size: number of processes.
+        accumulated: micro-batches in one optimizer step.
         seed: seed of the shuffle.
 
     Raises:
@@ -51,6 +85,7 @@ class GlobalOrderSampler(Sampler[list[SampleIndex]]):
         weights: Sequence[float] | None = None,
         rank: int = 0,
         world_size: int = 1,
+        accumulated: int = 1,
         seed: int = 0,
     ) -> None:
         sizes = [num_files] if isinstance(num_files, int) else list(num_files)
@@ -65,7 +100,8 @@ class GlobalOrderSampler(Sampler[list[SampleIndex]]):
         self.batch_size = batch_size
         self.rank = rank
         self.global_batch_size = world_size * batch_size
-        self.samples_consumed = 0
+        self.accumulated = accumulated
+        self.progress = Progress()
         self._seed = seed
         self._sizes = sizes
         # For each corpus: (epoch, permutation of its files in this epoch).
@@ -79,12 +115,17 @@ class GlobalOrderSampler(Sampler[list[SampleIndex]]):
 
     @override
     def __iter__(self) -> Iterator[list[SampleIndex]]:
-        """Endless batches from `samples_consumed` on."""
-        start = self.samples_consumed + self.rank * self.batch_size
+        """Endless batches from `progress` on."""
+        progress = self.progress
         while True:
+            start = progress.samples_consumed + self.rank * self.batch_size
             batch = range(start, start + self.batch_size)
-            yield [(position, self.file_at(position)) for position in batch]
-            start += self.global_batch_size
+            yield [SampleIndex(place, self.file_at(place), progress.step) for place in batch]
+            progress = self.after_batch(progress)
+
+    def after_batch(self, progress: Progress) -> Progress:
+        """The progress after one more micro-batch of this size."""
+        return progress.advance(self.global_batch_size, self.accumulated)
 
     def file_at(self, position: int) -> int:
         """Index of the file at a position of the order."""
@@ -143,7 +184,7 @@ def _shuffled_block(
 def evaluation_batches(
     num_files: int, batch_size: int, rank: int = 0, world_size: int = 1, even: bool = False
 ) -> list[list[SampleIndex]]:
-    """The batches of one rank: batches rank, rank + world_size, ... of the table.
+    """The batches of one rank: batches rank, rank + world_size, ... of the table, for step 0.
 
     A batch is never divided between ranks: validation masks are drawn for a batch at once, so the
     loss does not depend on the number of processes. With fewer batches than ranks a batch is
@@ -153,8 +194,32 @@ def evaluation_batches(
     shares of the weights need this, because they synchronise at each batch. Repeated batches come
     last, after `EvaluationLoader.num_own_batches`.
     """
-    files = [(index, index) for index in range(num_files)]
+    files = [SampleIndex(index, index, step=0) for index in range(num_files)]
     batches = [files[start : start + batch_size] for start in range(0, num_files, batch_size)]
     own = batches[rank::world_size]
     num_batches = len(batches[::world_size]) if even else max(1, len(own))
     return own + [batches[rank % len(batches)]] * (num_batches - len(own))
+
+
+class EvaluationOrder(Sampler[list[SampleIndex]]):
+    """The same batches in each iteration, for the optimizer step at its start.
+
+    Args:
+        batches: see `evaluation_batches`.
+        current_step: gives the optimizer step; `None` for step 0.
+    """
+
+    def __init__(
+        self, batches: list[list[SampleIndex]], current_step: Callable[[], int] | None = None
+    ) -> None:
+        self._batches = batches
+        self._current_step = current_step
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @override
+    def __iter__(self) -> Iterator[list[SampleIndex]]:
+        step = self._current_step() if self._current_step else 0
+        for batch in self._batches:
+            yield [index._replace(step=step) for index in batch]

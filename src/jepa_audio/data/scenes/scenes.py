@@ -26,11 +26,14 @@ from jepa_audio.data.loading.clips import (
     ClipSettings,
     CropDataset,
     fit_length,
+    rows_of,
 )
 from jepa_audio.data.loading.file_table import FileTable
+from jepa_audio.data.loading.order import SampleIndex
 from jepa_audio.data.scenes.rooms import write_rooms
 from jepa_audio.errors import UserError, check_bounds
-from jepa_audio.steps.grid import AudioBatch
+from jepa_audio.steps.grid import AudioBatch, Masks
+from jepa_audio.steps.masking.source import MaskSource
 
 log = logging.getLogger(__name__)
 
@@ -115,22 +118,28 @@ class SceneSample(NamedTuple):
     scene: Scene
     starts: Int[Tensor, " crops"]
     position: int
+    step: int
 
 
 class SceneBatch(NamedTuple):
-    """Clips, their scenes and the first samples of the crops; `render` gives the training batch."""
+    """Clips, their scenes, the first samples of the crops and the crops' rows and masks.
+
+    `render` gives the training batch.
+    """
 
     clip: Float32[Tensor, "B 1 S"]
     scene: Scene
     starts: Int[Tensor, "B crops"]
-    position: Int[Tensor, " B"]
+    row: Int[Tensor, " R"]
     num_samples: int
+    masks: Masks | None = None
 
     def to(self, device: torch.device) -> SceneBatch:
-        """Move the audio to a device; positions stay on the CPU, where they are needed."""
+        """Move audio and masks to a device; rows stay on the CPU, where they are needed."""
         audio = (self.clip, self.starts, *self.scene)
         clip, starts, *scene = (tensor.to(device, non_blocking=True) for tensor in audio)
-        return self._replace(clip=clip, starts=starts, scene=Scene(*scene))
+        masks = None if self.masks is None else self.masks.to(device)
+        return self._replace(clip=clip, starts=starts, scene=Scene(*scene), masks=masks)
 
     def render(self) -> AudioBatch:
         """Render the scenes on the device of the batch and cut the crops."""
@@ -140,8 +149,7 @@ class SceneBatch(NamedTuple):
         samples = self.starts[..., None, None] + offsets  # [B, crops, 1, S']
         index = samples.expand(-1, -1, num_channels, -1)
         crops = audio[:, None].expand(-1, num_crops, -1, -1).gather(-1, index)
-        row = self.position[:, None] * num_crops + torch.arange(num_crops)
-        return AudioBatch(crops.flatten(0, 1), row.flatten())
+        return AudioBatch(crops.flatten(0, 1), self.row, masks=self.masks)
 
 
 def prepare_scenes(
@@ -192,9 +200,10 @@ class SceneDataset(ClipDataset[SceneSample, SceneBatch]):
     Args:
         files: files of the clips.
         settings: settings of the dry mono clips; `clip_seconds` is the length of a scene.
+        random_crops: see `ClipDataset`.
+        masks: see `ClipDataset`.
         scenes: settings of the scenes.
         num_channels: channels of the impulse responses.
-        random_crops: see `ClipDataset`.
 
     Raises:
         CorpusError: if no impulse response with this number of channels is usable.
@@ -204,11 +213,12 @@ class SceneDataset(ClipDataset[SceneSample, SceneBatch]):
         self,
         files: FileTable,
         settings: ClipSettings,
+        random_crops: bool,
+        masks: MaskSource | None,
         scenes: SceneSettings,
         num_channels: int,
-        random_crops: bool = True,
     ) -> None:
-        super().__init__(files, settings, random_crops)
+        super().__init__(files, settings, random_crops, masks)
         assert settings.clip_seconds is not None and settings.clip_samples is not None
         assert settings.num_channels == 1
         self.clip_samples = settings.clip_samples
@@ -226,20 +236,22 @@ class SceneDataset(ClipDataset[SceneSample, SceneBatch]):
 
     @override
     def draw_sample(
-        self, file: IndexedFile, position: int, rng: np.random.Generator, bad_reads: list[BadRead]
+        self, file: IndexedFile, index: SampleIndex, rng: np.random.Generator, bad: list[BadRead]
     ) -> SceneSample:
         clip = self.read_clip(file, self.clip_samples, rng)
         starts = self.draw_starts(
             clip.shape[-1], self.settings.crop_samples, self.settings.crops_per_clip, rng
         )
-        scene = self._draw_scene(rng, bad_reads)
+        scene = self._draw_scene(rng, bad)
         clip = fit_length(clip, self.clip_samples)
-        return SceneSample(clip, scene, torch.tensor(starts), position)
+        return SceneSample(clip, scene, torch.tensor(starts), index.position, index.step)
 
     @override
     def collate_samples(self, samples: list[SceneSample]) -> SceneBatch:
-        clip, scene, starts, position = default_collate(samples)
-        return SceneBatch(clip, scene, starts, position, self.settings.crop_samples)
+        clip, scene, starts, position, step = default_collate(samples)
+        row = rows_of(position, starts.shape[1])
+        masks = self.draw_masks(row, step)
+        return SceneBatch(clip, scene, starts, row, self.settings.crop_samples, masks)
 
     def _draw_scene(self, rng: np.random.Generator, bad_reads: list[BadRead]) -> Scene:
         low, high = self._scenes.diffuse_sources
@@ -286,7 +298,8 @@ class SceneDataset(ClipDataset[SceneSample, SceneBatch]):
         if self._noise is None:
             silence = torch.zeros(self.clip_samples)
             return silence, silence
-        sample, unread = self._noise[int(rng.integers(2**62)), int(rng.integers(len(self._noise)))]
+        position, file = int(rng.integers(2**62)), int(rng.integers(len(self._noise)))
+        sample, unread = self._noise[SampleIndex(position, file, step=0)]
         bad_reads += unread
         num_samples = sample.num_samples
         num_repeats = -(-self.clip_samples // num_samples)

@@ -6,11 +6,11 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from jepa_audio.errors import UserError
-from jepa_audio.steps.grid import Grid
+from jepa_audio.steps.grid import ColumnCount, Grid
 
 
 class FrontEnd(nn.Module, ABC):
@@ -34,15 +34,14 @@ class FrontEnd(nn.Module, ABC):
             UserError: if the clip is shorter than one token.
         """
 
-    def num_time(self, num_samples: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
+    @property
+    @abstractmethod
+    def columns(self) -> ColumnCount:
         """For padded clips, the number of time columns that do not depend on the padding.
 
-        `num_samples` is the number of samples of each clip before its padding.
-
         Raises:
-            UserError: if a clip has no such column, or if all columns depend on the padding.
+            UserError: if all columns depend on the padding.
         """
-        return torch.tensor([self.grid(length).num_time for length in num_samples.tolist()])
 
     @property
     def min_samples(self) -> int:

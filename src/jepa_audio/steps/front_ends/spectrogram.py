@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from math import inf, log, sqrt
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import override
 
 from jepa_audio.errors import UserError
 from jepa_audio.steps.front_ends.base import FrontEnd, Spectrogram
-from jepa_audio.steps.grid import Grid
+from jepa_audio.steps.grid import ColumnCount, Grid
 
 
 class SpectrogramFrontEnd(FrontEnd):
@@ -96,15 +96,12 @@ class SpectrogramFrontEnd(FrontEnd):
             )
         return Grid(self.spectrogram.num_bands // self.patch_bands, num_frames // self.patch_frames)
 
+    @property
     @override
-    def num_time(self, num_samples: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
-        spectrogram = self.spectrogram
-        num_frames = 1 + (num_samples - spectrogram.first_end) // spectrogram.hop_length
-        columns = num_frames // self.patch_frames
-        if int(columns.min()) < 1:
-            clip = f"a clip of {int(num_samples.min())} samples"
-            raise UserError(f"{clip} is shorter than one token: raise `data.min_seconds`")
-        return columns
+    def columns(self) -> ColumnCount:
+        first_frame, hop_length = self.spectrogram.first_end, self.spectrogram.hop_length
+        first_column = first_frame + (self.patch_frames - 1) * hop_length
+        return ColumnCount(first_column, self.patch_frames * hop_length)
 
     @override
     def times(self, num_samples: int) -> Float[Tensor, " T"]:

@@ -7,13 +7,13 @@ from typing import Literal
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import override
 
 from jepa_audio.errors import UserError
 from jepa_audio.steps.front_ends.base import FrontEnd
-from jepa_audio.steps.grid import Grid
+from jepa_audio.steps.grid import ColumnCount, Grid
 
 
 class ChannelLayerNorm(nn.LayerNorm):
@@ -121,15 +121,16 @@ class WaveformFrontEnd(FrontEnd):
         num_time = 1 + (num_samples - self.receptive_field) // self.stride
         return Grid(num_freq=len(self.stacks), num_time=num_time)
 
+    @property
     @override
-    def num_time(self, num_samples: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
+    def columns(self) -> ColumnCount:
         if self.standardize or any(isinstance(module, nn.GroupNorm) for module in self.modules()):
             raise UserError(
                 "`data.mask_padding` needs a front end without statistics over complete clips: set "
                 "its `norm` to 'layer' and `standardize` to false; `data.loudness_dbfs` can set "
                 "the level instead"
             )
-        return super().num_time(num_samples)
+        return ColumnCount(self.receptive_field, self.stride)
 
     @override
     def times(self, num_samples: int) -> Float[Tensor, " T"]:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-import numpy as np
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from jepa_audio.errors import UserError
-from jepa_audio.steps.grid import Grid, Masks, TokenSet
+from jepa_audio.steps.grid import Grid, Masks
 
 
 class Masker(ABC):
@@ -20,71 +17,31 @@ class Masker(ABC):
     """
 
     @abstractmethod
-    def __call__(self, grid: Grid, batch_size: int, generator: torch.Generator, step: int) -> Masks:
-        """Draw masks for `batch_size` clips on the CPU.
+    def __call__(self, grid: Grid, rows: Int[Tensor, " B"], seed: int, step: int) -> Masks:
+        """Draw the masks of the given rows of an optimizer step, on the CPU.
 
-        `generator` is the only source of random numbers. `step` is the optimizer step, for maskers
-        that change during training.
+        The mask of a row is a function of (`seed`, `step`, row): it does not depend on the other
+        rows and on the process. What all rows of a step share, for example the masker that a
+        mixture draws, is a function of (`seed`, `step`).
+
+        Args:
+            grid: the grid of a clip.
+            rows: indices in the order of the run, see `AudioBatch.row`.
+            seed: any integer.
+            step: the optimizer step, for maskers that change during training.
 
         Raises:
             UserError: if clips of this grid cannot be masked with these settings.
         """
 
-    def for_rows(
-        self,
-        grid: Grid,
-        row: Int[Tensor, " B"],
-        rows_per_draw: int,
-        seed: tuple[int, ...],
-        num_time: Int[Tensor, " B"] | None = None,
-    ) -> Masks:
-        """Draw the masks of the given rows of the run; the result is the same on every process.
+    @abstractmethod
+    def expected_targets(self, grid: Grid, seed: int, step: int) -> float:
+        """Expected number of target tokens of a clip, over all groups, in the masks of a step.
 
-        The masks of `rows_per_draw` rows are drawn together, with a generator that depends on
-        `seed` and the index of the draw. Each process takes its rows of the draw. If a draw has all
-        rows of an optimizer step (of all ranks and micro-batches), the index of the draw is the
-        number of the optimizer step.
-
-        Args:
-            grid: the grid of a clip without padding.
-            row: indices in the order of the run, see `AudioBatch.row`.
-            rows_per_draw: number of rows that are drawn together.
-            seed: integers that the masks depend on.
-            num_time: number of time columns of each clip before its padding. Tokens in the padding
-                are neither context nor target. If a clip loses all context tokens or all tokens of
-                a target group, its masks are drawn again for its shorter grid.
-
-        Raises:
-            UserError: if a clip is too short to be masked.
+        The loss is divided by this number. It is the same on all processes, because it depends on
+        no row.
         """
-        draw = int(row[0]) // rows_per_draw
-        masks = self(grid, rows_per_draw, _make_generator(*seed, draw), draw).rows(
-            row % rows_per_draw
-        )
-        if num_time is None or bool((num_time == grid.num_time).all()):
-            return masks
-        index = torch.arange(grid.num_tokens)
-        present = index // grid.num_freq < num_time[:, None]  # [B, N]
-        context = masks.context.to_mask(grid.num_tokens) & present
-        targets = masks.targets.to_mask(grid.num_tokens) & present[:, None]
-        is_empty = ~(context.any(-1) & targets.any(-1).all(-1))
-        for clip in is_empty.nonzero()[:, 0].tolist():
-            short_grid = Grid(grid.num_freq, int(num_time[clip]))
-            num_tokens = short_grid.num_tokens
-            try:
-                redrawn = self(short_grid, 1, _make_generator(*seed, draw, int(row[clip])), draw)
-            except UserError as error:
-                raise UserError(
-                    f"a clip of {short_grid.num_time} time columns is too short to be masked, "
-                    f"raise `data.min_seconds`: {error}"
-                ) from error
-            context[clip, :num_tokens] = redrawn.context.to_mask(num_tokens)[0]
-            targets[clip, :, :num_tokens] = redrawn.targets.to_mask(num_tokens)[0]
-        part = Masks.from_bool(context, targets)
-        all_tokens = TokenSet(index.expand(len(present), -1), present)
-        return Masks(part.context, part.targets, part.targets_per_clip, all_tokens)
 
-
-def _make_generator(*entropy: int) -> torch.Generator:
-    seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(seed))
+    def at(self, step: int) -> Masker:
+        """The masker without a curriculum that draws masks like this one at an optimizer step."""
+        return self

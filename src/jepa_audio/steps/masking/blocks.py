@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
 
-import torch
-from jaxtyping import Bool, Float, Int
+import numpy as np
+from jaxtyping import Bool, Float64, Int, Int64, UInt64
 from torch import Tensor
 from typing_extensions import override
 
-from jepa_audio.errors import UserError, check_bounds
+from jepa_audio.errors import check_bounds
 from jepa_audio.steps.grid import Grid, Masks
 from jepa_audio.steps.masking.base import Masker
+from jepa_audio.steps.masking.cover import Attempts, UnionMasker, bits_below, unpack_bits
+from jepa_audio.steps.masking.numbers import RowNumbers, step_uniform
 from jepa_audio.steps.masking.sampling import (
-    add_random_tokens,
+    Planes,
     check_min_context,
     check_range,
     check_share,
     draw_accepted,
-    floor_share,
-    single_group,
+    draw_rows,
 )
 
 
@@ -39,7 +41,7 @@ class MultiBlockMasker(Masker):
     Args:
         num_targets: number of target blocks M; blocks may overlap.
         target_scale: range of the share of the grid that a target block covers; one share is drawn
-            per call, for all groups.
+            per step, for all groups.
         target_aspect: range of the ratio (share of the time columns) / (share of the frequency
             rows) of a target block.
         context_scale: range of the share of the grid that the context block covers; the block has
@@ -61,94 +63,41 @@ class MultiBlockMasker(Masker):
         check_min_context(self.min_context)
 
     @override
-    def __call__(self, grid: Grid, batch_size: int, generator: torch.Generator, step: int) -> Masks:
-        uniform = torch.rand(3, generator=generator, dtype=torch.float64)
-        ranges = torch.tensor(
-            [self.target_scale, self.target_aspect, self.context_scale], dtype=torch.float64
+    def __call__(self, grid: Grid, rows: Int[Tensor, " B"], seed: int, step: int) -> Masks:
+        target_size, context_size = self._sizes(grid, seed, step)
+
+        def draw(numbers: RowNumbers) -> Planes:
+            position = numbers.uniform(2 * (self.num_targets + 1)).reshape(len(numbers), -1, 2)
+            targets = _place_blocks(grid, target_size, position[:, 1:])
+            context = _place_blocks(grid, context_size, position[:, 0])
+            return context & ~targets.any(axis=1), targets
+
+        return draw_rows(
+            lambda numbers: draw_accepted(draw, numbers, self.min_context, self),
+            RowNumbers.of(seed, step, rows.numpy()),
+            self.expected_targets(grid, seed, step),
         )
-        target_scale, target_aspect, context_scale = torch.lerp(
-            ranges[:, 0], ranges[:, 1], uniform
-        ).tolist()
-        target_size = _block_size(grid, target_scale, target_aspect)
-        context_size = _block_size(grid, context_scale, 1.0)
-
-        def draw(num_rows: int) -> tuple[Tensor, Tensor]:
-            sizes = target_size.expand(num_rows, self.num_targets, 2)
-            targets = _draw_blocks(grid, sizes, generator)
-            context = _draw_blocks(grid, context_size.expand(num_rows, 2), generator)
-            return context & ~targets.any(1), targets
-
-        return Masks.from_bool(*draw_accepted(draw, batch_size, self.min_context, self))
-
-
-class _UnionMasker(Masker):
-    """One target group, the union of rectangles; all other tokens are context.
-
-    Subclasses define the settings `target_share` and `max_attempts`, and the sizes.
-    """
-
-    target_share: float
-    max_attempts: int
 
     @override
-    def __call__(self, grid: Grid, batch_size: int, generator: torch.Generator, step: int) -> Masks:
-        count = floor_share(self.target_share, grid.num_tokens)
-        if count < 1:
-            raise UserError(
-                f"`target_share` ({self.target_share}) gives no target on {grid}: raise "
-                "`target_share` or `data.crop_seconds`"
-            )
-        size = (self.max_attempts, 5, batch_size)
-        uniform = torch.rand(size, generator=generator, dtype=torch.float64)
-        covered, _ = self._cover(grid, count, uniform)
-        return single_group(add_random_tokens(covered, count, generator))
+    def expected_targets(self, grid: Grid, seed: int, step: int) -> float:
+        """The exact number: all blocks of a step have the same size."""
+        return float(self.num_targets * self._sizes(grid, seed, step)[0].prod())
 
-    @abstractmethod
-    def _draw_size(self, grid: Grid, uniform: Tensor, missing: Tensor) -> Tensor:
-        """The (time, frequency) sizes `[B, 2]` of the next rectangles.
-
-        `uniform` `[3, B]` are random numbers in [0, 1). `missing` `[B]` is the number of target
-        tokens that each clip still needs.
-        """
-
-    def _cover(
-        self, grid: Grid, count: int, uniform: Float[Tensor, "A 5 B"]
-    ) -> tuple[Bool[Tensor, "B N"], Int[Tensor, "placed B 2"]]:
-        """Add rectangles to every clip until the next one would exceed `count` covered tokens.
-
-        `uniform` contains the random numbers of all A attempts: three for the size and two for the
-        position of a rectangle. They are drawn in advance, so that the masks of a clip do not
-        depend on the number of attempts of other clips.
-
-        Returns:
-            The covered tokens, and the (time, frequency) size of the rectangle of every attempt.
-            The size is 0 if the attempt covered no new token.
-        """
-        shape = torch.tensor([grid.num_time, grid.num_freq])
-        batch_size = uniform.shape[-1]
-        # The masks are floats, and the long axis (time) is last. Products of broadcast bools are
-        # ten times slower on a CPU.
-        uncovered = torch.ones(batch_size, grid.num_freq, grid.num_time)
-        missing = torch.full((batch_size,), count)
-        takes_more = torch.ones(batch_size, dtype=torch.bool)
-        placed = []
-        for attempt in uniform:
-            size = self._draw_size(grid, attempt[:3], missing).clamp(min=1).minimum(shape)
-            in_time, in_freq = _extents(grid, (attempt[3:].T * (shape - size + 1)).long(), size)
-            new = uncovered * in_time[:, None, :].float() * in_freq[:, :, None].float()
-            num_new = new.sum(dim=(1, 2)).long()
-            takes_more &= num_new <= missing
-            uncovered -= new * takes_more[:, None, None].float()
-            missing -= num_new * takes_more
-            placed.append(size * (takes_more & (num_new > 0))[:, None])
-            takes_more &= missing > 0
-            if not takes_more.any():
-                break
-        return (uncovered.mT == 0).flatten(1), torch.stack(placed)
+    def _sizes(
+        self, grid: Grid, seed: int, step: int
+    ) -> tuple[Int64[np.ndarray, " 2"], Int64[np.ndarray, " 2"]]:
+        """The (time, frequency) sizes of the target blocks and of the context block of a step."""
+        uniform = step_uniform(seed, step, 3).tolist()
+        ranges = (self.target_scale, self.target_aspect, self.context_scale)
+        target_scale, target_aspect, context_scale = (
+            low + (high - low) * number for (low, high), number in zip(ranges, uniform, strict=True)
+        )
+        targets = _block_size(grid, target_scale, target_aspect)
+        return targets, _block_size(grid, context_scale, 1.0)
 
 
 @dataclass(frozen=True)
-class BlockMasker(_UnionMasker):
+class BlockMasker(UnionMasker):
     """One target group, the union of many small blocks; all other tokens are context.
 
     These are the block masks of PupuJEPA (Gu et al., 2026, arXiv:2606.25713).
@@ -169,6 +118,8 @@ class BlockMasker(_UnionMasker):
     tall_aspect: tuple[float, float] = (0.2, 0.5)
     max_attempts: int = 150
 
+    _window: ClassVar[int] = 80
+
     def __post_init__(self) -> None:
         check_share("target_share", self.target_share)
         check_range("scale", self.scale, 1.0)
@@ -177,18 +128,51 @@ class BlockMasker(_UnionMasker):
         check_bounds(self, 1, math.inf, "max_attempts")
 
     @override
-    def _draw_size(self, grid: Grid, uniform: Tensor, missing: Tensor) -> Tensor:
-        area = (grid.num_tokens * _interpolate(self.scale, uniform[0])).minimum(missing)
-        aspect = torch.where(
-            uniform[1] < 0.5,
-            _interpolate(self.long_aspect, uniform[2]),
-            _interpolate(self.tall_aspect, uniform[2]),
+    def draw_attempts(self, grid: Grid, uniform: Float64[np.ndarray, "R A 5"]) -> Attempts:
+        area = grid.num_tokens * _interpolate(self.scale, uniform[..., 0])
+        aspect = np.where(
+            uniform[..., 1] < 0.5,
+            _interpolate(self.long_aspect, uniform[..., 2]),
+            _interpolate(self.tall_aspect, uniform[..., 2]),
         )
-        return torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], dim=-1).long()
+        one = np.ones_like(aspect)
+        factor, divisor = np.stack([aspect, one], axis=-1), np.stack([one, aspect], axis=-1)
+        return area, factor, divisor, uniform[..., 3:]
+
+    @override
+    def limit_size(self, grid: Grid, attempts: Attempts, missing: np.ndarray) -> np.ndarray:
+        """The (time, frequency) sizes `[..., 2]`: √(area * aspect) and √(area / aspect)."""
+        area, factor, divisor, _ = attempts
+        sides = np.sqrt(np.minimum(area, missing)[..., None] * factor / divisor).astype(np.int64)
+        return np.minimum(np.maximum(sides, 1), (grid.num_time, grid.num_freq))
+
+    @override
+    def pack(self, grid: Grid, attempts: Attempts, size: np.ndarray) -> np.ndarray:
+        time_below, freq_below = _block_tables(grid)
+        room = np.array((grid.num_time + 1, grid.num_freq + 1)) - size
+        start = (attempts[-1] * room).astype(np.int64)
+        end = start + size
+        times = time_below.take(end[..., 0], 0) ^ time_below.take(start[..., 0], 0)
+        freqs = freq_below.take(end[..., 1], 0) ^ freq_below.take(start[..., 1], 0)
+        return (freqs[..., :, None] & times[..., None, :]).reshape(*freqs.shape[:-1], -1)
+
+    @override
+    def all_cells(self, grid: Grid) -> UInt64[np.ndarray, " W"]:
+        """For each frequency row, the packed time columns."""
+        return np.tile(_block_tables(grid)[0][-1], grid.num_freq)
+
+    @override
+    def num_free(self, grid: Grid, free: np.ndarray) -> np.ndarray:
+        return np.bitwise_count(free).sum(axis=-1, dtype=np.int64)
+
+    @override
+    def expand(self, grid: Grid, free: UInt64[np.ndarray, "R W"]) -> Bool[np.ndarray, "R N"]:
+        rows = unpack_bits(free.reshape(len(free), grid.num_freq, -1), grid.num_time)
+        return rows.swapaxes(1, 2).reshape(len(free), grid.num_tokens)
 
 
 @dataclass(frozen=True)
-class StripeMasker(_UnionMasker):
+class StripeMasker(UnionMasker):
     """One target group, the union of stripes across the grid; all other tokens are context.
 
     These are the time-frequency masks of PupuJEPA (Gu et al., 2026, arXiv:2606.25713). A stripe
@@ -207,49 +191,95 @@ class StripeMasker(_UnionMasker):
     max_freq_width: int = 1
     max_attempts: int = 150
 
+    _window: ClassVar[int] = 48
+
     def __post_init__(self) -> None:
         check_share("target_share", self.target_share)
         check_bounds(self, 1, math.inf, "max_time_width", "max_freq_width", "max_attempts")
 
     @override
-    def _draw_size(self, grid: Grid, uniform: Tensor, missing: Tensor) -> Tensor:
-        shape = torch.tensor([grid.num_time, grid.num_freq])
-        max_width = torch.tensor([self.max_time_width, self.max_freq_width])
+    def draw_attempts(self, grid: Grid, uniform: Float64[np.ndarray, "R A 5"]) -> Attempts:
+        num_time, num_freq = grid.num_time, grid.num_freq
+        is_time = uniform[..., 0] * (num_time + num_freq) < num_time
+        max_width = np.where(is_time, self.max_time_width, self.max_freq_width)
+        length = np.where(is_time, num_time, num_freq)
+        width = np.minimum(1 + (uniform[..., 1] * max_width).astype(np.int64), length)
+        position = np.where(is_time, uniform[..., 3], uniform[..., 4])
         # One column has `num_freq` tokens and one row has `num_time` tokens.
-        largest = missing[:, None] // shape.flip(0)  # [B, 2]
-        width = (1 + (uniform[1, :, None] * max_width).long()).minimum(largest)
-        is_time = uniform[0] * (grid.num_time + grid.num_freq) < grid.num_time
-        return torch.where(torch.stack([is_time, ~is_time], dim=-1), width, shape)
+        tokens_per_line = num_time + num_freq - length
+        first_line = np.where(is_time, 0, num_time + 1)
+        return width, tokens_per_line, length + 1.0, first_line, position
+
+    @override
+    def limit_size(self, grid: Grid, attempts: Attempts, missing: np.ndarray) -> np.ndarray:
+        """The widths of the stripes, in columns or rows."""
+        width, tokens_per_line, *_ = attempts
+        return np.maximum(np.minimum(width, missing // tokens_per_line), 1)
+
+    @override
+    def pack(self, grid: Grid, attempts: Attempts, size: np.ndarray) -> np.ndarray:
+        _, _, room, first_line, position = attempts
+        start = (position * (room - size)).astype(np.int64) + first_line
+        below = _stripe_table(grid)
+        return below.take(start + size, 0) ^ below.take(start, 0)
+
+    @override
+    def all_cells(self, grid: Grid) -> UInt64[np.ndarray, " W"]:
+        """The packed time columns, and then the packed frequency rows."""
+        return np.concatenate([bits_below(grid.num_time)[-1], bits_below(grid.num_freq)[-1]])
+
+    @override
+    def num_free(self, grid: Grid, free: np.ndarray) -> np.ndarray:
+        counts, columns = np.bitwise_count(free), _num_words(grid.num_time)
+        num_columns = counts[..., :columns].sum(axis=-1, dtype=np.int64)
+        return num_columns * counts[..., columns:].sum(axis=-1, dtype=np.int64)
+
+    @override
+    def expand(self, grid: Grid, free: UInt64[np.ndarray, "R W"]) -> Bool[np.ndarray, "R N"]:
+        columns = _num_words(grid.num_time)
+        times = unpack_bits(free[:, :columns], grid.num_time)
+        freqs = unpack_bits(free[:, columns:], grid.num_freq)
+        return (times[:, :, None] & freqs[:, None, :]).reshape(len(free), grid.num_tokens)
 
 
-def _draw_blocks(
-    grid: Grid, size: Int[Tensor, "*rows 2"], generator: torch.Generator
-) -> Bool[Tensor, "*rows N"]:
-    """Draw a block of each (time, frequency) size; all positions have the same probability."""
-    shape = torch.tensor([grid.num_time, grid.num_freq])
-    start = torch.rand(size.shape, generator=generator, dtype=torch.float64) * (shape - size + 1)
-    in_time, in_freq = _extents(grid, start.long(), size)
-    return (in_time[..., :, None] & in_freq[..., None, :]).flatten(-2)
+@lru_cache(maxsize=64)
+def _block_tables(grid: Grid) -> tuple[UInt64[np.ndarray, "T1 W"], UInt64[np.ndarray, "F1 F"]]:
+    """Row n: the first n time columns, packed; the first n frequency rows, one word each."""
+    freqs = np.arange(grid.num_freq) < np.arange(grid.num_freq + 1)[:, None]
+    return bits_below(grid.num_time), np.where(freqs, ~np.uint64(0), np.uint64(0))
 
 
-def _extents(
-    grid: Grid, start: Int[Tensor, "*rows 2"], size: Int[Tensor, "*rows 2"]
-) -> tuple[Bool[Tensor, "*rows T"], Bool[Tensor, "*rows F"]]:
-    """Masks of the time columns and of the frequency rows that each block covers."""
-    end = start + size
-    time, freq = torch.arange(grid.num_time), torch.arange(grid.num_freq)
-    return (
-        (time >= start[..., :1]) & (time < end[..., :1]),
-        (freq >= start[..., 1:]) & (freq < end[..., 1:]),
-    )
+@lru_cache(maxsize=64)
+def _stripe_table(grid: Grid) -> UInt64[np.ndarray, "lines W"]:
+    """Row n: the first n time columns; row T + 1 + n: the first n frequency rows."""
+    times, freqs = bits_below(grid.num_time), bits_below(grid.num_freq)
+    table = np.zeros((len(times) + len(freqs), times.shape[1] + freqs.shape[1]), np.uint64)
+    table[: len(times), : times.shape[1]] = times
+    table[len(times) :, times.shape[1] :] = freqs
+    return table
 
 
-def _block_size(grid: Grid, scale: float, aspect: float) -> Int[Tensor, " 2"]:
+def _num_words(length: int) -> int:
+    return -(-length // 64)
+
+
+def _place_blocks(
+    grid: Grid, size: Int64[np.ndarray, " 2"], position: Float64[np.ndarray, "*rows 2"]
+) -> Bool[np.ndarray, "*rows N"]:
+    """Blocks of a (time, frequency) size; all places on the grid have the same probability."""
+    start = (position * ((grid.num_time + 1, grid.num_freq + 1) - size)).astype(np.int64)
+    time, freq = np.arange(grid.num_time), np.arange(grid.num_freq)
+    in_time = (time >= start[..., :1]) & (time < start[..., :1] + size[0])
+    in_freq = (freq >= start[..., 1:]) & (freq < start[..., 1:] + size[1])
+    return (in_time[..., :, None] & in_freq[..., None, :]).reshape(*start.shape[:-1], -1)
+
+
+def _block_size(grid: Grid, scale: float, aspect: float) -> Int64[np.ndarray, " 2"]:
     """The (time, frequency) size of a block that covers about the share `scale` of the grid."""
     num_freq = min(max(round(grid.num_freq * math.sqrt(scale / aspect)), 1), grid.num_freq)
     num_time = min(max(round(grid.num_tokens * scale / num_freq), 1), grid.num_time)
-    return torch.tensor([num_time, num_freq])
+    return np.array([num_time, num_freq])
 
 
-def _interpolate(bounds: tuple[float, float], uniform: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+def _interpolate(bounds: tuple[float, float], uniform: np.ndarray) -> np.ndarray:
     return bounds[0] + (bounds[1] - bounds[0]) * uniform

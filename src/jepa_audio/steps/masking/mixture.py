@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import accumulate
 
-import torch
+from jaxtyping import Int
+from torch import Tensor
 from typing_extensions import override
 
 from jepa_audio.errors import UserError
 from jepa_audio.steps.grid import Grid, Masks
 from jepa_audio.steps.masking.base import Masker
+from jepa_audio.steps.masking.numbers import derive_seed, step_uniform
 
 
 @dataclass(frozen=True)
 class MixtureMasker(Masker):
-    """Draws one of several maskers for each batch (PupuJEPA, Gu et al., 2026, arXiv:2606.25713).
+    """Draws one of several maskers for each step (PupuJEPA, Gu et al., 2026, arXiv:2606.25713).
 
     Between `warmup_start` and `warmup_end`, the probabilities of all maskers except the first one
     rise linearly; the first masker has the remaining probability.
@@ -58,7 +62,23 @@ class MixtureMasker(Masker):
         return [max(1.0 - sum(others), 0.0), *others]
 
     @override
-    def __call__(self, grid: Grid, batch_size: int, generator: torch.Generator, step: int) -> Masks:
-        weights = torch.tensor(self.weights_at(step), dtype=torch.float64)
-        masker = self.maskers[int(torch.multinomial(weights, 1, generator=generator))]
-        return masker(grid, batch_size, generator, step)
+    def __call__(self, grid: Grid, rows: Int[Tensor, " B"], seed: int, step: int) -> Masks:
+        masker, its_seed = self._draw_masker(seed, step)
+        return masker(grid, rows, its_seed, step)
+
+    @override
+    def expected_targets(self, grid: Grid, seed: int, step: int) -> float:
+        """The expectation of the masker that this step draws."""
+        masker, its_seed = self._draw_masker(seed, step)
+        return masker.expected_targets(grid, its_seed, step)
+
+    @override
+    def at(self, step: int) -> Masker:
+        maskers = [masker.at(step) for masker in self.maskers]
+        return MixtureMasker(maskers, self.weights_at(step))
+
+    def _draw_masker(self, seed: int, step: int) -> tuple[Masker, int]:
+        """The masker of a step, and a seed for what it draws itself."""
+        cumulated = list(accumulate(self.weights_at(step)))
+        number = float(step_uniform(seed, step, 1)[0]) * cumulated[-1]
+        return self.maskers[bisect_right(cumulated, number)], derive_seed(seed, 0)

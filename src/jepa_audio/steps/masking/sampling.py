@@ -5,58 +5,92 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
-from jaxtyping import Bool
-from torch import Tensor
+from jaxtyping import Bool, Int64
 
 from jepa_audio.errors import UserError
 from jepa_audio.steps.grid import Masks
 from jepa_audio.steps.masking.base import Masker
+from jepa_audio.steps.masking.numbers import RowNumbers
 
 MAX_REDRAWS = 1000
+# Rows that are drawn together: their arrays fit into the caches of a core.
+_ROWS_AT_ONCE = 64
+
+Planes = tuple[Bool[np.ndarray, "R N"], Bool[np.ndarray, "R M N"]]
+"""Context and target groups of some rows."""
 
 
-def add_random_tokens(
-    chosen: Bool[Tensor, "B N"], count: int, generator: torch.Generator
-) -> Bool[Tensor, "B N"]:
-    """Add random tokens to `chosen` until every row has exactly `count` tokens.
+def draw_rows(
+    draw: Callable[[RowNumbers], Planes], numbers: RowNumbers, targets_per_clip: float
+) -> Masks:
+    """The masks of all rows from a function that draws those of a few rows."""
+    parts = [
+        draw(numbers.rows(slice(first, first + _ROWS_AT_ONCE)))
+        for first in range(0, len(numbers), _ROWS_AT_ONCE)
+    ]
+    context, targets = (torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True))
+    return Masks.from_bool(context, targets, targets_per_clip)
 
-    Every row of `chosen` must have at most `count` tokens.
+
+def choose_tokens(
+    allowed: Bool[np.ndarray, "R N"], count: Int64[np.ndarray, " R"], numbers: RowNumbers
+) -> Bool[np.ndarray, "R N"]:
+    """Choose `count` random tokens of the allowed ones in every row.
+
+    A row takes tokens from a sequence of random tokens, without those that are not allowed or that
+    it already has. All subsets of `count` allowed tokens therefore have the same probability. Every
+    row must have at least `count` allowed tokens.
     """
-    score = chosen + torch.rand(chosen.shape, generator=generator, dtype=torch.float32)
-    return torch.zeros_like(chosen).scatter_(-1, score.topk(count, dim=-1).indices, value=True)
-
-
-def single_group(targets: Bool[Tensor, "B N"]) -> Masks:
-    """Masks with one target group; all other tokens are context."""
-    return Masks.from_bool(~targets, targets[:, None])
+    num_tokens = allowed.shape[1]
+    free = allowed.copy()
+    rows, missing, first = np.flatnonzero(count), count[count > 0], 0
+    share = max(1, int(np.count_nonzero(allowed))) / allowed.size
+    # The place of a token in the sequence of its row.
+    place = np.empty(allowed.size, dtype=np.int32)
+    while len(rows):
+        length = 2 * math.ceil(0.75 * missing.mean() / share + 4)
+        order = np.arange(length, dtype=np.int32)
+        bits = numbers.rows(rows).halves(length, first).astype(np.uint64)
+        token = ((bits * np.uint64(num_tokens)) >> np.uint64(32)).view(np.int64)
+        token += rows[:, None] * num_tokens  # index in the flat arrays
+        # Of several assignments to one element, the last one holds: the first place of a token.
+        # (numpy keeps the order for flat contiguous arrays, not for reversed views.)
+        place[token[:, ::-1].ravel()] = np.tile(order[::-1], len(rows))
+        taken = (place[token] == order) & free.reshape(-1)[token]
+        rank = taken.cumsum(axis=1)
+        taken &= rank <= missing[:, None]
+        free.reshape(-1)[token[taken]] = False
+        missing = missing - np.minimum(rank[:, -1], missing)
+        rows, missing, first = rows[missing > 0], missing[missing > 0], first + length
+    return allowed & ~free
 
 
 def draw_accepted(
-    draw: Callable[[int], tuple[Tensor, Tensor]],
-    batch_size: int,
-    min_context: float,
-    masker: Masker,
-) -> tuple[Bool[Tensor, "B N"], Bool[Tensor, "B M N"]]:
-    """Draw context and targets, and draw rejected rows again.
+    draw: Callable[[RowNumbers], Planes], numbers: RowNumbers, min_context: float, masker: Masker
+) -> Planes:
+    """Draw context and targets, and draw rejected rows again, each with its own numbers.
 
-    `draw` is a function from the number of rows R to context `[R, N]` and targets `[R, M, N]`. A
-    row is rejected if it has no context, a smaller share of context than `min_context`, or an empty
-    target group. Accepted rows keep their first draw. The error message names `masker`.
+    A row is rejected if it has no context, a smaller share of context than `min_context`, or an
+    empty target group. The error message names `masker`.
 
     Raises:
         UserError: if some rows are rejected in all `MAX_REDRAWS` draws.
     """
-    context, targets = draw(batch_size)
+    context, targets = draw(numbers.stream(0))
     min_tokens = max(1, math.ceil(round(min_context * context.shape[-1], 6)))
-    for _ in range(MAX_REDRAWS):
-        accepted = (context.sum(-1) >= min_tokens) & targets.any(-1).all(-1)
-        rejected = (~accepted).nonzero().squeeze(-1)
-        if not rejected.numel():
+    rows, new = np.arange(len(numbers)), (context, targets)
+    for attempt in range(1, MAX_REDRAWS + 1):
+        accepted = np.count_nonzero(new[0], axis=-1) >= min_tokens
+        accepted &= new[1].any(axis=-1).all(axis=-1)
+        rows = rows[~accepted]
+        if not len(rows):
             return context, targets
-        context[rejected], targets[rejected] = draw(rejected.numel())
+        new = draw(numbers.rows(rows).stream(attempt))
+        context[rows], targets[rows] = new
     raise UserError(
-        f"{rejected.numel()} of {batch_size} rows have an empty target group or less context than "
+        f"{len(rows)} of {len(numbers)} rows have an empty target group or less context than "
         f"`min_context` ({min_context}) after {MAX_REDRAWS} draws of {masker}: lower `min_context` "
         "or the share of targets"
     )

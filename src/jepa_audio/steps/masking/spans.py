@@ -5,17 +5,27 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 
-import torch
-from jaxtyping import Bool
+import numpy as np
+from jaxtyping import Bool, Int
 from torch import Tensor
-from torch.nn import functional as F
 from typing_extensions import override
 
 from jepa_audio.errors import UserError, check_bounds
 from jepa_audio.steps.grid import Grid, Masks
 from jepa_audio.steps.masking.base import Masker
-from jepa_audio.steps.masking.sampling import check_min_context, draw_accepted
+from jepa_audio.steps.masking.numbers import RowNumbers
+from jepa_audio.steps.masking.sampling import (
+    Planes,
+    check_min_context,
+    choose_tokens,
+    draw_accepted,
+    draw_rows,
+)
+
+# Rows of the sample from which the expected number of targets is computed, and their seed.
+_SAMPLE_ROWS, _SAMPLE_SEED = 4096, 0
 
 
 class _SpanGroupMasker(Masker):
@@ -32,25 +42,45 @@ class _SpanGroupMasker(Masker):
         check_min_context(self.min_context)
 
     @override
-    def __call__(self, grid: Grid, batch_size: int, generator: torch.Generator, step: int) -> Masks:
+    def __call__(self, grid: Grid, rows: Int[Tensor, " B"], seed: int, step: int) -> Masks:
+        numbers = RowNumbers.of(seed, step, rows.numpy())
+        return self._draw(grid, numbers, self.expected_targets(grid, seed, step))
+
+    @override
+    def expected_targets(self, grid: Grid, seed: int, step: int) -> float:
+        """The mean over a fixed sample of 4,096 rows; its standard error is below 0.3 %.
+
+        A formula exists only without `min_context`, which rejects rows with many targets.
+        """
+        return grid.num_freq * _mean_columns(self, grid.num_time)
+
+    def _draw(self, grid: Grid, numbers: RowNumbers, targets_per_clip: float) -> Masks:
         _check_fits("target_length", self.target_length, grid.num_time)
+        spans = [self._target_spans] * self.num_groups + self._context_spans(grid.num_time)
 
-        def draw(num_rows: int) -> tuple[Tensor, Tensor]:
-            spans = (self.target_probability, self.target_length)
-            groups = sample_spans(num_rows * self.num_groups, grid.num_time, *spans, generator)
-            targets = groups.unflatten(0, (num_rows, self.num_groups))
-            return self._draw_context(targets.any(1), generator), targets
+        def draw(numbers: RowNumbers) -> Planes:
+            drawn = sample_spans(numbers, grid.num_time, spans)  # [R, groups, T]
+            targets = drawn[:, : self.num_groups]
+            return self._context(np.logical_or.reduce(drawn, axis=1)), targets
 
-        context, targets = draw_accepted(draw, batch_size, self.min_context, self)
-        # The order of tokens is time-major: the `num_freq` tokens of a time column are adjacent.
-        return Masks.from_bool(
-            context.repeat_interleave(grid.num_freq, dim=-1),
-            targets.repeat_interleave(grid.num_freq, dim=-1),
-        )
+        def draw_on_grid(numbers: RowNumbers) -> Planes:
+            context, targets = draw_accepted(draw, numbers, self.min_context, self)
+            # The order of tokens is time-major: the tokens of a time column are adjacent.
+            return context.repeat(grid.num_freq, axis=-1), targets.repeat(grid.num_freq, axis=-1)
+
+        return draw_rows(draw_on_grid, numbers, targets_per_clip)
+
+    @property
+    def _target_spans(self) -> tuple[float, int]:
+        return self.target_probability, self.target_length
+
+    def _context_spans(self, num_time: int) -> list[tuple[float, int]]:
+        """The spans that are hidden from the context beside the targets."""
+        return []
 
     @abstractmethod
-    def _draw_context(self, targets: Tensor, generator: torch.Generator) -> Tensor:
-        """The context columns `[R, T]`; `targets` `[R, T]` is the union of the target groups."""
+    def _context(self, hidden: Bool[np.ndarray, "R T"]) -> Bool[np.ndarray, "R T"]:
+        """The context columns; `hidden` is the union of all spans."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +114,13 @@ class SpanMasker(_SpanGroupMasker):
         check_bounds(self, 1, math.inf, "context_length")
 
     @override
-    def _draw_context(self, targets: Tensor, generator: torch.Generator) -> Tensor:
-        num_rows, num_time = targets.shape
+    def _context_spans(self, num_time: int) -> list[tuple[float, int]]:
         _check_fits("context_length", self.context_length, num_time)
-        spans = (self.context_probability, self.context_length)
-        return ~(sample_spans(num_rows, num_time, *spans, generator) | targets)
+        return [(self.context_probability, self.context_length)]
+
+    @override
+    def _context(self, hidden: Bool[np.ndarray, "R T"]) -> Bool[np.ndarray, "R T"]:
+        return ~hidden
 
 
 @dataclass(frozen=True)
@@ -118,35 +150,58 @@ class TargetSpanMasker(_SpanGroupMasker):
         check_bounds(self, 1, math.inf, "min_run")
 
     @override
-    def _draw_context(self, targets: Tensor, generator: torch.Generator) -> Tensor:
-        _check_fits("min_run", self.min_run, targets.shape[1])
-        run_starts = (~targets).unfold(-1, self.min_run, 1).all(-1)
-        return _extend_starts(run_starts, self.min_run)
+    def _context_spans(self, num_time: int) -> list[tuple[float, int]]:
+        _check_fits("min_run", self.min_run, num_time)
+        return []
+
+    @override
+    def _context(self, hidden: Bool[np.ndarray, "R T"]) -> Bool[np.ndarray, "R T"]:
+        # A run of length `min_run` starts where no hidden column follows in these columns.
+        starts = ~_extend(hidden[:, ::-1], self.min_run)[:, ::-1]
+        starts[:, starts.shape[1] - self.min_run + 1 :] = False
+        return _extend(starts, self.min_run)
 
 
 def sample_spans(
-    num_rows: int, num_time: int, probability: float, length: int, generator: torch.Generator
-) -> Bool[Tensor, "R T"]:
-    """Draw random spans in every row and return their union.
+    numbers: RowNumbers, num_time: int, spans: list[tuple[float, int]]
+) -> Bool[np.ndarray, "R groups T"]:
+    """Draw several unions of random spans in every row, one for each (probability, length).
 
-    A row has `floor(probability * num_time / length + U(0, 1))` spans. Their starts are drawn
-    without replacement from all columns at which a span fits. Spans may overlap; therefore, a row
+    A union has `floor(probability * num_time / length + U(0, 1))` spans. Their starts are drawn
+    without replacement from all columns at which a span fits. Spans may overlap; therefore, a union
     may cover a smaller share than `probability`.
     """
+    probability, length = (np.array(values) for values in zip(*spans, strict=True))
     num_starts = num_time - length + 1
-    rounding = torch.rand(num_rows, 1, generator=generator, dtype=torch.float64)
-    count = (probability * num_time / length + rounding).long().clamp(max=num_starts)
-    score = torch.rand(num_rows, num_starts, generator=generator, dtype=torch.float32)
-    chosen = score.topk(int(count.max()), dim=-1).indices
-    starts = torch.zeros(num_rows, num_starts, dtype=torch.bool)
-    starts.scatter_(-1, chosen, torch.arange(chosen.shape[-1]) < count)
-    return _extend_starts(starts, length)
+    mean_count = probability * num_time / length
+    rounding = numbers.stream(0).uniform(len(spans))
+    count = np.minimum((mean_count + rounding).astype(np.int64), num_starts)  # [R, groups]
+    fits = np.arange(num_time) < num_starts[:, None]
+    allowed = np.broadcast_to(fits, (len(numbers), *fits.shape)).reshape(-1, num_time)
+    starts = choose_tokens(allowed, count.ravel(), numbers.stream(1).streams(len(spans)))
+    unions = starts.reshape(len(numbers), *fits.shape)
+    for each in np.unique(length):
+        unions[:, length == each] = _extend(unions[:, length == each], int(each))
+    return unions
 
 
-def _extend_starts(starts: Bool[Tensor, "R P"], length: int) -> Bool[Tensor, "R T"]:
-    """Extend every start to a span of `length` columns; T = P + length - 1."""
-    padded = F.pad(starts.float(), (length - 1, length - 1))
-    return F.max_pool1d(padded, kernel_size=length, stride=1).bool()
+def _extend(starts: Bool[np.ndarray, "*R T"], length: int) -> Bool[np.ndarray, "*R T"]:
+    """Extend every start to a span of `length` columns, within the T columns."""
+    spans, reached = starts.copy(), 1
+    while reached < length:
+        shift = min(reached, length - reached)
+        longer = spans.copy()
+        longer[..., shift:] |= spans[..., :-shift]
+        spans, reached = longer, reached + shift
+    return spans
+
+
+@lru_cache(maxsize=256)
+def _mean_columns(masker: _SpanGroupMasker, num_time: int) -> float:
+    """Mean number of target columns of a row, over all groups."""
+    numbers = RowNumbers.of(_SAMPLE_SEED, 0, np.arange(_SAMPLE_ROWS))
+    masks = masker._draw(Grid(1, num_time), numbers, 0.0)
+    return float(masks.targets.counts.sum()) / _SAMPLE_ROWS
 
 
 def _check_probability(name: str, value: float) -> None:

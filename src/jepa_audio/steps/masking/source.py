@@ -1,0 +1,145 @@
+"""Draw the masks of batches, in the processes that load them or in the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from jepa_audio.errors import UserError
+from jepa_audio.steps.grid import ColumnCount, Grid, Masks, TokenSet
+from jepa_audio.steps.masking.base import Masker
+from jepa_audio.steps.masking.numbers import derive_seed
+
+# A redrawn row has other random numbers: this is added to its index.
+_REDRAWN = 1 << 62
+
+
+class MaskStream(IntEnum):
+    """What masks are drawn for; each purpose has its own random numbers."""
+
+    TRAINING = 0
+    EVALUATION = 1
+
+
+@runtime_checkable
+class HasGrid(Protocol):
+    """The part of a front end that masks depend on."""
+
+    def grid(self, num_samples: int) -> Grid:
+        """The grid of a clip."""
+
+    @property
+    def columns(self) -> ColumnCount:
+        """The columns that do not depend on the padding of a clip."""
+
+
+@runtime_checkable
+class HasMasker(Protocol):
+    """A model whose masks the processes that load its batches can draw."""
+
+    masker: Masker
+    seed: int
+
+    @property
+    def front_end(self) -> HasGrid:
+        """The front end, of which masks need the grid."""
+
+    def mask_step(self) -> int:
+        """The optimizer step that masks are drawn for now."""
+
+
+@dataclass(frozen=True)
+class MaskSource:
+    """Draws masks of batches; small and without tensors, for other processes.
+
+    Attributes:
+        masker: the masker of the model.
+        grid: the grid of a clip with its padding.
+        columns: the columns of shorter clips that do not depend on the padding; `None` if the
+            model treats padding as silence.
+        seed: seed of the model.
+        stream: what the masks are drawn for.
+    """
+
+    masker: Masker
+    grid: Grid
+    columns: ColumnCount | None = None
+    seed: int = 0
+    stream: MaskStream = MaskStream.TRAINING
+
+    @staticmethod
+    def of(
+        model: HasMasker, num_samples: int, stream: MaskStream, has_padding: bool = False
+    ) -> MaskSource:
+        """The masks of a model for clips of `num_samples`, with or without padding.
+
+        Raises:
+            UserError: if the clips are too short, or their padding cannot be hidden.
+        """
+        grid = model.front_end.grid(num_samples)
+        columns = model.front_end.columns if has_padding else None
+        return MaskSource(model.masker, grid, columns, model.seed, stream)
+
+    def draw(
+        self, rows: Int[Tensor, " B"], step: int, num_samples: Int[Tensor, " B"] | None = None
+    ) -> Masks:
+        """Draw the masks of a batch.
+
+        For an evaluation, `step` determines the curriculum and no random number, so that masks
+        differ from one evaluation to the next only by the curriculum. What the rows of a step
+        share, the rows of an evaluation batch share.
+
+        Args:
+            rows: indices in the order of the run, see `AudioBatch.row`.
+            step: the optimizer step.
+            num_samples: samples of each clip before its padding. Tokens in the padding are neither
+                context nor target. If a clip loses all context tokens or all tokens of a target
+                group, its masks are drawn again for its shorter grid.
+
+        Raises:
+            UserError: if a clip is too short to be masked.
+        """
+        masker, draw_step = self.masker, step
+        if self.stream == MaskStream.EVALUATION:
+            masker, draw_step = masker.at(step), int(rows[0])
+        seed = derive_seed(self.seed, self.stream)
+        masks = masker(self.grid, rows, seed, draw_step)
+        if self.columns is not None and num_samples is not None:
+            num_time = self.columns(num_samples)
+            if bool((num_time < self.grid.num_time).any()):
+                masks = self._without_padding(masks, masker, rows, num_time, seed, draw_step)
+        return replace(masks, step=step)
+
+    def _without_padding(
+        self,
+        masks: Masks,
+        masker: Masker,
+        rows: Int[Tensor, " B"],
+        num_time: Int[Tensor, " B"],
+        seed: int,
+        step: int,
+    ) -> Masks:
+        grid, index = self.grid, torch.arange(self.grid.num_tokens)
+        present = index // grid.num_freq < num_time[:, None]  # [B, N]
+        context = masks.context.to_mask(grid.num_tokens) & present
+        targets = masks.targets.to_mask(grid.num_tokens) & present[:, None]
+        is_empty = ~(context.any(-1) & targets.any(-1).all(-1))
+        for clip in is_empty.nonzero()[:, 0].tolist():
+            short_grid = Grid(grid.num_freq, int(num_time[clip]))
+            num_tokens = short_grid.num_tokens
+            try:
+                redrawn = masker(short_grid, rows[clip : clip + 1] + _REDRAWN, seed, step)
+            except UserError as error:
+                raise UserError(
+                    f"a clip of {short_grid.num_time} time columns is too short to be masked, "
+                    f"raise `data.min_seconds`: {error}"
+                ) from error
+            context[clip, :num_tokens] = redrawn.context.to_mask(num_tokens)[0]
+            targets[clip, :, :num_tokens] = redrawn.targets.to_mask(num_tokens)[0]
+        part = Masks.from_bool(context, targets, masks.targets_per_clip)
+        return replace(part, present=TokenSet(index.expand(len(present), -1), present))
