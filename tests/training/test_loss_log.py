@@ -10,6 +10,8 @@ import soundfile as sf
 import torch
 from lightning.pytorch import Callback
 
+from jepa_audio.steps.masking.source import MaskStream
+
 needs_fork = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork")
 
 
