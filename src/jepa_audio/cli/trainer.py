@@ -193,6 +193,9 @@ class JEPACLI(LightningCLI):
         # Lightning counts the time of earlier starts too, and stops between two optimizer steps.
         config["checkpoint"].set_max_time(settings["max_time"])
         kwargs["max_time"] = None
+        if self.subcommand in ("validate", "test") and settings["logger"] in (None, True):
+            # In the folder of a run, metrics of step 0 would replace those of the training.
+            settings["logger"] = False
         if settings["logger"] in (None, True):
             kwargs["logger"] = [
                 CSVLogger(folder, name="metrics"),
