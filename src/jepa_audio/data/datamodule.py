@@ -279,11 +279,9 @@ class AudioDataModule(LightningDataModule):
         num_steps = self.trainer.max_steps if self.trainer else -1
         if num_steps <= 0:
             num_steps = math.ceil(sampler.batches_per_pass / accumulated)
+        loader, num_batches = self._loader(dataset, sampler), num_steps * accumulated
         self._train_loader = ResumableLoader(
-            self._loader(dataset, sampler),
-            self._bad_reads,
-            num_steps * accumulated,
-            dataset.files.fingerprint,
+            loader, self._bad_reads, num_batches, dataset.files.fingerprint
         )
         return self._train_loader
 
