@@ -139,10 +139,16 @@ def test_damaged_checkpoints_end_every_command_in_one_sentence(run: Callable, tm
     assert step_of(tmp_path / "run") == 5
 
     (tmp_path / "run").replace(tmp_path / "runs" / "whole")
-    (tmp_path / "runs" / "whole" / "metrics" / "version_0" / "metrics.csv").write_bytes(b"\0step")
+    (tmp_path / "runs" / "whole" / "metrics" / "version_0" / "metrics.csv").write_bytes(
+        b"step,train/loss\n1,x\n\0"
+    )
     main(["report", "runs"])
     page = (tmp_path / "runs" / "report.html").read_text()
-    assert "damaged/checkpoints/last.ckpt is damaged" in page
+    for file in ("damaged/checkpoints/last.ckpt", "whole/metrics/version_0/metrics.csv"):
+        assert re.search(rf"{file} is (damaged|not CSV)|{file}, after line \d+: not CSV", page), (
+            file
+        )
+    assert page.count('<span class="badge behind">damaged</span>') == 2
 
 
 def test_two_processes_are_one_run_and_a_killed_run_frees_its_folder(run: Callable, tmp_path: Path):

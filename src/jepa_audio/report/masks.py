@@ -49,7 +49,7 @@ def draw_run_masks(folder: Path) -> Figure:
     """
     path = folder / "checkpoints" / "last.ckpt"
     checkpoint = read_checkpoint(path)
-    data, step = checkpoint.get("datamodule_hyper_parameters", {}), checkpoint["global_step"]
+    data, step = checkpoint.get("datamodule_hyper_parameters", {}), checkpoint.get("global_step", 0)
     if not {"root", "crop_seconds"} <= data.keys():
         raise UserError(f"{path} does not contain `root` and `crop_seconds` of the corpus")
     jepa = load_jepa(path)

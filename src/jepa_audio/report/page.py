@@ -32,6 +32,7 @@ from jepa_audio.report.probe_figures import draw_layers, draw_probe, variant_sty
 from jepa_audio.report.published import build_elsewhere
 from jepa_audio.report.results import current, read_results
 from jepa_audio.report.runs import Run, draw_curves, find_runs, judge_run
+from jepa_audio.training.load import DamagedCheckpointError
 
 log = logging.getLogger(__name__)
 
@@ -158,15 +159,23 @@ def _run_section(
 ) -> dict[str, Any]:
     """A run with its figures; `no_masks` is the reason why its masks are not drawn."""
     badges, verdict = judge_run(run, results, runs)
+    damage = list(run.damage)
     name = run.label.replace("/", "-")
     curves = _save_curves([run], folder / f"{name}-curves.png")
     masks, no_masks = None, ""
     try:
         figure = draw_run_masks(run.folder)
         masks = save_figure(figure, folder / f"{name}-masks.png", f"masks of {run.label}")
+    except DamagedCheckpointError as error:
+        damage.append(str(error))
+        no_masks = "its checkpoint is damaged"
     except UserError as error:
         no_masks = str(error)
-    figures = {"curves": curves, "masks": masks, "no_masks": no_masks}
+    if damage:
+        badges = [("damaged", "behind"), *badges]
+        for sentence in damage:
+            log.warning("%s", sentence)
+    figures = {"curves": curves, "masks": masks, "no_masks": no_masks, "damage": damage}
     return {"run": run, "badges": badges, "verdict": verdict, **figures}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from fnmatch import fnmatchcase
 from itertools import cycle
@@ -21,6 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullLocator
 
+from jepa_audio.errors import UserError
 from jepa_audio.files import read_csv
 from jepa_audio.report import style
 from jepa_audio.report.probe_figures import variant_style
@@ -62,6 +63,7 @@ class Run:
         name: name of the folder; encoders of the run have the same name in probe results.
         label: path relative to the folder of the report.
         metric_files: one file for each start of the run, in the order of the starts.
+        damage: what is wrong with these files; empty if they are complete.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Run:
     folder: Path
     curves: Curves
     metric_files: list[Path]
+    damage: list[str] = field(default_factory=list)
 
     def curve(self, key: str) -> Curve:
         """Steps and values of a metric key; empty if nothing was logged."""
@@ -109,10 +112,11 @@ def find_runs(directory: Path) -> list[Run]:
 
 def _read_run(folder: Path, directory: Path) -> Run:
     files = folder.glob("metrics/version_*/metrics.csv")
-    by_number = sorted(files, key=lambda file: int(file.parent.name.removeprefix("version_")))
+    by_number = sorted(files, key=lambda file: (len(file.parent.name), file.parent.name))
     paths = [path for path in (folder / "metrics.csv", *by_number) if path.is_file()]
     starts: list[pd.DataFrame] = []
-    for points in map(_read_metrics, paths):
+    damage: list[str] = []
+    for points in (_read_metrics(path, damage) for path in paths):
         # A resumed run continues from its checkpoint. It logs again the steps after the checkpoint,
         # which replace those of the previous start.
         first = points["step"].min() if len(points) else math.inf
@@ -124,19 +128,39 @@ def _read_run(folder: Path, directory: Path) -> Run:
     }
     name = folder.resolve().name
     label = name if folder == directory else folder.relative_to(directory).as_posix()
-    return Run(name, label, folder, curves, paths)
+    return Run(name, label, folder, curves, paths, damage)
 
 
-def _read_metrics(path: Path) -> pd.DataFrame:
-    """Columns `step`, `key`, `value`; a line of the file has values of some keys only."""
-    points = [
+def _read_metrics(path: Path, damage: list[str]) -> pd.DataFrame:
+    """Columns `step`, `key`, `value`; a line of the file has values of some keys only.
+
+    Lines that are not numbers, and the rest of a file that is not CSV, are left out; `damage` then
+    gets a sentence.
+    """
+    points: list[tuple[int, str, float]] = []
+    wrong: list[int] = []
+    try:
+        for number, line in read_csv(path)[1]:
+            try:
+                points += _points(line)
+            except (ValueError, TypeError, OverflowError):
+                wrong.append(number)
+    except UserError as error:
+        damage.append(str(error))
+    if wrong:
+        lines = f"{len(wrong)} lines (the first is line {wrong[0]})"
+        damage.append(f"{path} is damaged: {lines} without numbers are left out")
+    return pd.DataFrame(points, columns=["step", "key", "value"])
+
+
+def _points(line: Mapping[str, str | None]) -> list[tuple[int, str, float]]:
+    if not (step := line.get("step")):
+        return []
+    return [
         (int(float(step)), OLD_KEYS.get(key, key), float(value))
-        for _, line in read_csv(path)[1]
-        if (step := line.get("step"))
         for key, value in line.items()
         if value and key not in {"step", "epoch"}
     ]
-    return pd.DataFrame(points, columns=["step", "key", "value"])
 
 
 def judge_run(
