@@ -35,7 +35,7 @@ def check_crop(
         transformer.positions.rotary(grid, transformer.head_dim, torch.device("cpu"))
     # A mixture draws one of its maskers.
     for part in getattr(masker, "maskers", [masker]):
-        part.for_rows(grid, torch.zeros(1, dtype=torch.int64), 1, (0,))
+        part(grid, torch.zeros(1, dtype=torch.int64), seed=0, step=0)
 
 
 def check_trainer(trainer: Trainer) -> None:
