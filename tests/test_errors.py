@@ -88,7 +88,7 @@ def test_a_cell_that_a_spreadsheet_would_compute_is_a_text(corpus: Path):
 
 @pytest.mark.parametrize(
     "text",
-    [BOMB, MERGES, "a: &a [*a]", "[" * 3000 + "]" * 3000, "[" * 99 + "]" * 99],
+    [BOMB, MERGES, "a: &a [*a]", "[" * 1000 + "]" * 1000, "[" * 99 + "]" * 99],
     ids=["aliases", "merges", "endless", "deep", "nested"],
 )
 def test_yaml_that_grows_is_refused(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import Namespace
 
+from jepa_audio.class_paths import parse_yaml
 from jepa_audio.errors import UserError
 
 _PATHS = ("run_dir", "weights", "data.valid_root", "data.test_root")
@@ -44,8 +44,8 @@ def refuse_linked(options: Sequence[str]) -> None:
 
 def _refuse_linked_keys(path: Path) -> None:
     try:
-        settings = yaml.safe_load(path.read_bytes())
-    except (OSError, ValueError, yaml.YAMLError):
+        settings = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, ValueError):
         return  # The parser reports what is wrong with the file.
     for key, source in LINKED.items():
         value = _get(settings, key)
