@@ -81,6 +81,7 @@ def test_configuration_checkpoint_and_encoder_have_the_numbers_and_a_resumed_run
     main(["validate", *options, f"--ckpt_path={last}"])
     main(["fit", *options, "--trainer.max_steps=3", "--ckpt_path=last"])
     assert not [line for line in caplog.messages if "the log spectrogram" in line]
+    assert saved_numbers(run / "config.yaml") == (mean, std)
     assert numbers(load_encoder(last).front_end) == (mean, std)
     main(["fit", *options, f"--run_dir={tmp_path / 'next'}", f"--weights={last}"])
     assert saved_numbers(tmp_path / "next" / "config.yaml") == (mean, std)
