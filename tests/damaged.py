@@ -69,7 +69,7 @@ LOOSE: dict[str, tuple[str, Callable[[np.random.Generator], bytes], str]] = {
     "nan": (".wav", lambda rng: encode_with_sample(rng, np.nan), "non-finite"),
     "implausible": (".wav", lambda rng: encode_with_sample(rng, 1e29), "implausible samples"),
     "one-sample": (".wav", lambda rng: encode(sound(rng)[:1], "WAV"), "too short"),
-    "200-hours": (".flac", lambda rng: declare_hours(encode(sound(rng)), 200), "200 hours"),
+    "200-hours": (".flac", lambda rng: declare_hours(encode(sound(rng)), 200), "the header gives"),
 }
 IN_TAR = {
     "corrupted-member": "cannot be decoded|truncated",

@@ -52,10 +52,11 @@ def test_every_format_returns_what_was_written(tmp_path: Path, name: str):
     path = written(tmp_path / name, tones(), subtype)
     assert path.suffix in AUDIO_SUFFIXES
     samples, sample_rate = read(path)
-    assert sample_rate == RATE
+    assert sample_rate == (48_000 if name == "opus.opus" else RATE)  # as ffmpeg decodes it
+    expected = tones(sample_rate=sample_rate)
     assert samples.dtype == np.float32
-    assert samples.shape == tones().shape
-    np.testing.assert_allclose(samples[:, 2000:-2000], tones()[:, 2000:-2000], atol=tolerance)
+    assert samples.shape == expected.shape
+    np.testing.assert_allclose(samples[:, 2000:-2000], expected[:, 2000:-2000], atol=tolerance)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -79,7 +80,8 @@ def test_inspect_measures_the_decoded_samples(tmp_path: Path, name: str):
     path = written(tmp_path / name, tones(num_channels=1, seconds=5), FORMATS[name][0])
     samples, _ = read(path)
     info = inspect(path)
-    assert (info.num_frames, info.sample_rate, info.num_channels) == (samples.shape[1], RATE, 1)
+    rate = 48_000 if name == "opus.opus" else RATE
+    assert (info.num_frames, info.sample_rate, info.num_channels) == (samples.shape[1], rate, 1)
     assert info.peak == pytest.approx(np.abs(samples).max(), rel=1e-6)
     assert info.rms == pytest.approx(np.sqrt(np.mean(samples.astype(np.float64) ** 2)), rel=1e-5)
 

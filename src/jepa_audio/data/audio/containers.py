@@ -7,7 +7,8 @@ from io import BufferedIOBase
 from typing import Literal, NamedTuple
 
 from jepa_audio.data.audio.mpeg import mpeg
-from jepa_audio.data.audio.streams import Contents, after_id3v2, flac, ogg, read_at
+from jepa_audio.data.audio.ogg import ogg
+from jepa_audio.data.audio.streams import Contents, after_id3v2, flac, read_at
 
 Endian = Literal["little", "big"]
 

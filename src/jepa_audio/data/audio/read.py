@@ -25,7 +25,7 @@ from jepa_audio.data.audio.location import (
     open_bytes,
     read_bytes,
 )
-from jepa_audio.data.audio.streams import Contents, start_of_last_page
+from jepa_audio.data.audio.ogg import start_of_last_page
 from jepa_audio.errors import UserError
 
 _Block: TypeAlias = Float32[np.ndarray, "S C"]
@@ -41,6 +41,11 @@ _MAX_FRAMES_PER_BYTE = 10_000
 
 _MAX_PEAK = 1e3
 _BLOCK_FRAMES = 1 << 20
+
+# Largest difference after a seek, compared with a decoding from the start. The state of an Opus
+# decoder converges, but not to exactly the same samples.
+_SEEKS = {"VORBIS": 1e-5, "MPEG_LAYER": 1e-5, "OPUS": 2e-3}
+_NUM_COMPARED = 64
 
 # An mp3 frame needs bits of up to 23 earlier frames. After a seek, a decoder does not have these
 # bits and outputs silence or noise. Decoding therefore starts this many samples earlier.
@@ -119,6 +124,17 @@ def inspect(audio: AudioLocation) -> AudioInfo:
     return AudioInfo(info.num_frames, info.sample_rate, info.num_channels, peak, rms, info.decoder)
 
 
+class _SoundFile(sf.SoundFile):
+    """A file whose position stays where the decoder is: `SoundFile.read` seeks after each read.
+
+    A seek changes the samples of some decoders, and takes time.
+    """
+
+    def seekable(self) -> bool:
+        """False: `SoundFile.read` then does not seek; `seek` works nevertheless."""
+        return False
+
+
 class _Decoded(NamedTuple):
     num_frames: int
     sample_rate: int
@@ -138,21 +154,27 @@ def _decode_complete(
     try:
         with _open_audio(audio, contents.header) as file:
             counter = _Counter()
-            result = collect(counter.count(_blocks(audio, file)))
+            result = collect(counter.count(_blocks(file)))
             decoded = _Decoded(counter.num_frames, file.samplerate, file.channels, decoder)
-            expected = _expected_frames(contents, file)
+            # libsndfile only estimates the length of an mp3.
+            estimate = None if file.format == "MP3" else file.frames
+            expected = estimate if contents.num_frames is None else contents.num_frames
+        can_seek = _can_seek(audio, contents.header, counter.samples, file.subtype)
     except AudioReadError as error:
         if not (contents.try_torchcodec and isinstance(error.__cause__, sf.LibsndfileError)):
             raise
         failure = error.reason
     else:
-        if decoded.num_frames == expected and expected:
+        if decoded.num_frames == expected and expected and can_seek:
             return result, decoded
         if expected is None:
             reason = "mp3 frames do not start at the first byte: remove the bytes before them"
             raise AudioReadError(audio, reason)
-        counts = f"libsndfile decodes {decoded.num_frames} of the {expected} frames of the file"
-        failure = counts if decoded.num_frames else f"no sample could be decoded: {counts}"
+        failure = f"libsndfile decodes {decoded.num_frames} of the {expected} frames of the file"
+        if not decoded.num_frames:
+            failure = f"no sample could be decoded: {failure}"
+        elif decoded.num_frames == expected:
+            failure = "libsndfile finds other samples after a seek"
         if not contents.try_torchcodec:
             raise AudioReadError(audio, failure)
     try:
@@ -165,22 +187,35 @@ def _decode_complete(
     return result, _Decoded(samples.shape[1], rate, len(samples), "torchcodec")
 
 
-def _expected_frames(contents: Contents, file: sf.SoundFile) -> int | None:
-    if contents.num_frames is None:
-        # The length in the header must be right. libsndfile only estimates it for mp3.
-        return None if file.format == "MP3" else file.frames
-    if contents.sample_rate:
-        return contents.num_frames * file.samplerate // contents.sample_rate
-    return contents.num_frames
-
-
 class _Counter:
-    num_frames = 0
+    """Counts the frames of all blocks, and keeps some samples of the first block."""
+
+    def __init__(self) -> None:
+        self.num_frames = 0
+        self.samples: dict[int, _Block] = {}
 
     def count(self, blocks: Iterator[_Block]) -> Iterator[_Block]:
         for block in blocks:
+            if not self.num_frames:
+                starts = (len(block) // 2, max(len(block) - _NUM_COMPARED, 0))
+                self.samples = {at: block[at : at + _NUM_COMPARED].copy() for at in starts}
             self.num_frames += len(block)
             yield block
+
+
+def _can_seek(
+    audio: AudioLocation, header: bytes, samples: dict[int, _Block], subtype: str
+) -> bool:
+    """Whether a seek to these samples, in a file that was not read yet, gives the same samples."""
+    tolerance = next((_SEEKS[kind] for kind in _SEEKS if subtype.startswith(kind)), None)
+    if tolerance is None:
+        return True
+    for start, expected in samples.items():
+        with _open_audio(audio, header) as file:
+            found = _decode(audio, file, start, len(expected))
+        if len(found) < len(expected) or not np.allclose(found, expected, atol=tolerance):
+            return False
+    return True
 
 
 def _measure(audio: AudioLocation, blocks: Iterator[_Block]) -> tuple[float, float]:
@@ -192,24 +227,21 @@ def _measure(audio: AudioLocation, blocks: Iterator[_Block]) -> tuple[float, flo
     return peak, energy
 
 
-def _blocks(audio: AudioLocation, file: sf.SoundFile) -> Iterator[_Block]:
-    start = 0
-    while len(block := _decode(audio, file, start, _BLOCK_FRAMES, position=start)):
-        yield block
-        start += len(block)
-        if len(block) < _BLOCK_FRAMES:
+def _blocks(file: sf.SoundFile) -> Iterator[_Block]:
+    # To the end of the samples and not of the file, where libsndfile would decode tags.
+    for start in range(0, file.frames, _BLOCK_FRAMES):
+        num_frames = min(_BLOCK_FRAMES, file.frames - start)
+        block = file.read(num_frames, dtype="float32", always_2d=True)
+        if len(block):
+            yield block
+        if len(block) < num_frames:
             return
 
 
-def _decode(
-    audio: AudioLocation, file: sf.SoundFile, start: int, num_frames: int, position: int = 0
-) -> _Block:
-    """Decode frames as a complete decoding gives them; `position` is that of the file.
-
-    The `soundfile` package seeks after every read, so that every read needs its own seek.
-    """
-    begin = position
-    if file.seekable():
+def _decode(audio: AudioLocation, file: sf.SoundFile, start: int, num_frames: int) -> _Block:
+    """Decode a slice as a complete decoding gives it."""
+    begin = 0
+    if sf.SoundFile.seekable(file):
         begin = _seek_target(audio, file, start)
         file.seek(begin)
     return file.read(start - begin + num_frames, dtype="float32", always_2d=True)[start - begin :]
@@ -271,7 +303,7 @@ def _open_audio(audio: AudioLocation, header: bytes = b"") -> Iterator[sf.SoundF
         with open_bytes(audio, header) as (content, num_bytes):
             # libsndfile reads a file faster by its path.
             is_file = isinstance(audio, Path) and not header
-            with sf.SoundFile(audio if is_file else content) as file:
+            with _SoundFile(audio if is_file else content) as file:
                 _check_header(audio, file, num_bytes)
                 yield file
     except sf.LibsndfileError as error:

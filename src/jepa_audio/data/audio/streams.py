@@ -1,12 +1,10 @@
-"""What FLAC and Ogg files hold, and where tags end; nothing is decoded."""
+"""What a FLAC file holds, and where tags end; nothing is decoded."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from io import BufferedIOBase
-from typing import NamedTuple
 
 REMEDY = "split the file, or convert it with `ffmpeg -i IN OUT.flac`"
 CHUNK = 1 << 20
@@ -18,16 +16,14 @@ class Contents:
 
     Attributes:
         num_frames: samples per channel; `None` if only a decoder can count them.
-        sample_rate: rate of `num_frames` in Hz, if a decoder may choose another one; else 0.
         problem: why the file is not whole, or "".
-        header: the first bytes of the file with corrected lengths, or b"" if they are correct.
+        header: the first bytes of the file with corrected values, or b"" if they are correct.
         try_torchcodec: torchcodec may decode what libsndfile cannot read, or reads short.
     """
 
     num_frames: int | None = None
     problem: str = ""
     header: bytes = b""
-    sample_rate: int = 0
     try_torchcodec: bool = False
 
 
@@ -88,7 +84,7 @@ def _last_flac_sample(tail: bytes, block_size: int, total: int) -> int | None:
     while (position := tail.rfind(b"\xff", 0, position)) >= 0:
         end = _flac_frame_end(tail[position : position + 16], block_size)
         # The checksum of a complete frame, including its last two bytes, is 0.
-        if end is not None and (end == total or not _crc(tail[position:], 0x8005, 16)):
+        if end is not None and (end == total or not crc(tail[position:], 0x8005, 16)):
             return end
     return None
 
@@ -111,12 +107,13 @@ def _flac_frame_end(header: bytes, block_size: int) -> int | None:
     if explicit:
         samples = int.from_bytes(header[position : position + explicit], "big") + 1
     position += explicit + {12: 1, 13: 2, 14: 2}.get(header[2] & 15, 0)
-    if code == 0 or len(header) <= position or _crc(header[: position + 1], 0x07, 8):
+    if code == 0 or len(header) <= position or crc(header[: position + 1], 0x07, 8):
         return None
     return (number if header[1] & 1 else number * block_size) + samples
 
 
-def _crc(content: bytes, polynomial: int, width: int) -> int:
+def crc(content: bytes | bytearray, polynomial: int, width: int) -> int:
+    """Cyclic redundancy check of the content, without reflection; starts with 0."""
     table, value = _crc_table(polynomial, width), 0
     for byte in content:
         value = (value << 8 ^ table[value >> width - 8 ^ byte]) & (1 << width) - 1
@@ -133,114 +130,6 @@ def _crc_table(polynomial: int, width: int) -> list[int]:
             value &= (1 << width) - 1
         table.append(value)
     return table
-
-
-# --- Ogg: https://www.rfc-editor.org/rfc/rfc3533, RFC 7845 (Opus) ---
-
-_PAGE_HEADER = 27
-_MAX_PAGE = _PAGE_HEADER + 255 + 255 * 255
-_IS_FIRST = 2
-_OPUS_RATE = 48_000
-_CODECS = {b"\x01vorbis": "Vorbis", b"OpusHead": "Opus", b"\x7fFLAC": "FLAC", b"Speex   ": "Speex"}
-
-
-class OggPage(NamedTuple):
-    """The header of a page; `granule` is the number of samples up to its end, or -1."""
-
-    end: int
-    flags: int
-    granule: int
-    serial: int
-    number: int
-    body: int
-
-
-@dataclass
-class _OggStream:
-    codec: str
-    skip: int
-    last_granule: int = 0
-    next_number: int = field(default=1)
-
-
-def ogg(file: BufferedIOBase, size: int) -> Contents:
-    """Sum the last granule positions of all audio streams; see that no page is missing."""
-    streams: list[_OggStream] = []
-    by_serial: dict[int, _OggStream] = {}
-    position, num_links, has_audio_page = 0, 0, False
-    size = before_tags(file, size)
-    for page in _ogg_pages(file, 0, size):
-        if page.flags & _IS_FIRST:
-            new = by_serial[page.serial] = _ogg_stream(read_at(file, page.body, 64))
-            if new.codec:
-                num_links += has_audio_page or not streams
-                has_audio_page = False
-                streams.append(new)
-        elif stream := by_serial.get(page.serial):
-            if page.number != stream.next_number:
-                return Contents(problem=f"damaged: pages are missing before byte {page.body}")
-            stream.next_number += 1
-            stream.last_granule = max(stream.last_granule, page.granule)
-            has_audio_page |= bool(stream.codec)
-        position = page.end
-    if position < size:
-        problem = "the last page is incomplete" if size - position < _MAX_PAGE else "no Ogg page"
-        return Contents(problem=f"truncated or damaged at byte {position}: {problem}")
-    if not streams:
-        return Contents(problem="no audio stream that can be decoded")
-    if len(streams) > num_links:
-        return Contents(problem=f"several audio streams at the same time: {REMEDY}")
-    codecs = {stream.codec for stream in streams}
-    if num_links > 1 and codecs != {"Opus"}:
-        # Decoders do not agree on the samples at the end of a link.
-        return Contents(problem=f"{num_links} joined Ogg streams: {REMEDY}")
-    total = sum(max(stream.last_granule - stream.skip, 0) for stream in streams)
-    rate = _OPUS_RATE if codecs == {"Opus"} else 0
-    return Contents(total, sample_rate=rate, try_torchcodec=True)
-
-
-def _ogg_stream(first_packet: bytes) -> _OggStream:
-    codec = next((name for magic, name in _CODECS.items() if first_packet.startswith(magic)), "")
-    skip = int.from_bytes(first_packet[10:12], "little") if codec == "Opus" else 0
-    return _OggStream(codec, skip)
-
-
-def _ogg_pages(file: BufferedIOBase, position: int, size: int) -> Iterator[OggPage]:
-    """The complete pages from a position to the first byte that is no complete page."""
-    while (page := _ogg_page(file, position, size)) is not None:
-        yield page
-        position = page.end
-
-
-def _ogg_page(file: BufferedIOBase, position: int, size: int) -> OggPage | None:
-    header = read_at(file, position, _PAGE_HEADER)
-    if len(header) < _PAGE_HEADER or not header.startswith(b"OggS"):
-        return None
-    body = position + _PAGE_HEADER + header[26]
-    end = body + sum(file.read(header[26]))
-    granule = int.from_bytes(header[6:14], "little", signed=True)
-    serial, number = (int.from_bytes(header[at : at + 4], "little") for at in (14, 18))
-    return None if end > size else OggPage(end, header[5], granule, serial, number, body)
-
-
-def start_of_last_page(file: BufferedIOBase, size: int) -> int:
-    """First sample of the last page of an Ogg stream, or 0 if it is not known.
-
-    libsndfile computes the position of a sample in the last page from the end of the page, which a
-    Vorbis encoder cuts to the length of the file. A seek into this page is therefore wrong.
-    """
-    for tail_size in (1 << 14, 3 * _MAX_PAGE):
-        tail_start = max(size - tail_size, 0)
-        tail = read_at(file, tail_start, size - tail_start)
-        position = -1
-        while (position := tail.find(b"OggS", position + 1)) >= 0:
-            pages = list(_ogg_pages(file, tail_start + position, size))
-            if pages and pages[-1].end == size:
-                granules = [page.granule for page in pages if page.granule >= 0]
-                if len(granules) > 1:
-                    return granules[-2]
-                break
-    return 0
 
 
 # --- Tags ---
