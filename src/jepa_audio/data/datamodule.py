@@ -30,6 +30,7 @@ from jepa_audio.data.loading.clips import (
     check_batch_size,
 )
 from jepa_audio.data.loading.file_table import FileTable
+from jepa_audio.data.loading.limits import check_evaluation_limit, count_repeated_batches
 from jepa_audio.data.loading.loader import BadReadCounter, EvaluationLoader, ResumableLoader
 from jepa_audio.data.loading.order import (
     EvaluationOrder,
@@ -276,12 +277,14 @@ class AudioDataModule(LightningDataModule):
             accumulated=accumulated,
             seed=self.clips.seed,
         )
-        num_steps = self.trainer.max_steps if self.trainer else -1
-        if num_steps <= 0:
-            num_steps = math.ceil(sampler.batches_per_pass / accumulated)
-        loader, num_batches = self._loader(dataset, sampler), num_steps * accumulated
+        sampler.num_repeated = count_repeated_batches(self.trainer, sampler.batches_per_pass)
+        num_batches = self.trainer.max_steps * accumulated if self.trainer else -1
+        if sampler.num_repeated:
+            num_batches = sampler.batches_per_pass
+        elif num_batches <= 0:
+            num_batches = math.ceil(sampler.batches_per_pass / accumulated) * accumulated
         self._train_loader = ResumableLoader(
-            loader, self._bad_reads, num_batches, dataset.files.fingerprint
+            self._loader(dataset, sampler), self._bad_reads, num_batches, dataset.files.fingerprint
         )
         return self._train_loader
 
@@ -316,6 +319,7 @@ class AudioDataModule(LightningDataModule):
         even = self.trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
         sizes = len(dataset), self.batch_size
         batches = evaluation_batches(*sizes, self._rank, self._world_size, even)
+        check_evaluation_limit(self.trainer, part, len(batches))
         order = EvaluationOrder(batches, self._model.mask_step if self._model else None)
         loader = self._loader(dataset, order, persistent_workers=True)
         num_batches = math.ceil(len(dataset) / self.batch_size)

@@ -102,6 +102,8 @@ class GlobalOrderSampler(Sampler[list[SampleIndex]]):
         self.global_batch_size = world_size * batch_size
         self.accumulated = accumulated
         self.progress = Progress()
+        # The order starts again at position 0 after this number of micro-batches of each rank.
+        self.num_repeated: int | None = None
         self._seed = seed
         self._sizes = sizes
         # For each corpus: (epoch, permutation of its files in this epoch).
@@ -119,6 +121,8 @@ class GlobalOrderSampler(Sampler[list[SampleIndex]]):
         progress = self.progress
         while True:
             start = progress.samples_consumed + self.rank * self.batch_size
+            if self.num_repeated:
+                start %= self.num_repeated * self.global_batch_size
             batch = range(start, start + self.batch_size)
             yield [SampleIndex(place, self.file_at(place), progress.step) for place in batch]
             progress = self.after_batch(progress)
