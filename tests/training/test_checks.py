@@ -30,8 +30,8 @@ def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("demo/pupujepa", ["--model.predictor.trunk.num_heads=32"], ["embed_dim", "multiple of 4"]),
         ("demo/pupujepa", ["--model.front_end.patch_bands=10"], ["patch_bands", "must divide"]),
         ("demo/wavjepa", ["--data.crop_seconds=0.1"], ["target_length", "data.crop_seconds"]),
-        ("demo/wavjepa", ["--data.crop_seconds=0.001"], ["too short"]),
-        ("demo/wavjepa", ["--data.crop_seconds=1e9"], ["tokens", "data.crop_seconds"]),
+        ("demo/wavjepa", ["--data.crop_seconds=0.001"], ["data.crop_seconds", "too short"]),
+        ("demo/wavjepa", ["--data.crop_seconds=1e9"], ["crop_seconds"]),
         (
             "demo/wavjepa",
             ["--model.encoder.positions=BinauralPositions"],
@@ -54,11 +54,6 @@ def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "demo/wavjepa",
             ["--trainer.check_val_every_n_epoch=2"],
             ["check_val_every_n_epoch` (2)", "val_check_interval"],
-        ),
-        (
-            "demo/wavjepa",
-            ["--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=1000"],
-            ["val_check_interval` (1000)", "60 micro-batches"],
         ),
         ("demo/wavjepa", ["--trainer.limit_train_batches=0.5"], ["limit_train_batches` (0.5)"]),
         ("demo/wavjepa", ["--trainer.limit_train_batches=0"], ["limit_train_batches` (0)"]),

@@ -24,7 +24,10 @@ def check_crop(
     Raises:
         UserError: if a part does not fit the crops; the message names the setting.
     """
-    grid = front_end.grid(num_samples)
+    try:
+        grid = front_end.grid(num_samples)
+    except UserError as error:
+        raise UserError(f"raise `data.crop_seconds`: {error}") from error
     if grid.num_tokens > MAX_TOKENS:
         raise UserError(
             f"a crop has {grid.num_tokens} tokens, more than {MAX_TOKENS}: lower "
