@@ -33,7 +33,8 @@ class MaskingModule(LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._loaded_step = checkpoint["global_step"]
+        # A checkpoint of `jepa-audio import` has no step.
+        self._loaded_step = checkpoint.get("global_step", 0)
 
     def draw_masks(
         self, batch: AudioBatch, step: int = 0, stream: MaskStream = MaskStream.TRAINING
