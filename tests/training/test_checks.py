@@ -37,7 +37,6 @@ def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ["--model.encoder.positions=BinauralPositions"],
             ["BinauralPositions", "two rows"],
         ),
-        ("demo/wavjepa", ["--trainer.val_check_interval=0.5"], ["val_check_interval"]),
         ("demo/wavjepa", ["--trainer.precision=bf16-true"], ["bf16-true", "bf16-mixed"]),
         ("demo/wavjepa", ["--trainer.precision=16-true"], ["16-true", "bf16-mixed"]),
         ("demo/wavjepa", ["--trainer.precision=64-true"], ["64-true", "32-true"]),

@@ -30,7 +30,7 @@ from jepa_audio.data.loading.clips import (
     check_batch_size,
 )
 from jepa_audio.data.loading.file_table import FileTable
-from jepa_audio.data.loading.limits import check_evaluation_limit, count_repeated_batches
+from jepa_audio.data.loading.limits import check_evaluation_limit, limit_order
 from jepa_audio.data.loading.loader import BadReadCounter, EvaluationLoader, ResumableLoader
 from jepa_audio.data.loading.order import (
     EvaluationOrder,
@@ -277,12 +277,7 @@ class AudioDataModule(LightningDataModule):
             accumulated=accumulated,
             seed=self.clips.seed,
         )
-        sampler.num_repeated = count_repeated_batches(self.trainer, sampler.batches_per_pass)
-        num_batches = self.trainer.max_steps * accumulated if self.trainer else -1
-        if sampler.num_repeated:
-            num_batches = sampler.batches_per_pass
-        elif num_batches <= 0:
-            num_batches = math.ceil(sampler.batches_per_pass / accumulated) * accumulated
+        num_batches = limit_order(sampler, self.trainer)
         self._train_loader = ResumableLoader(
             self._loader(dataset, sampler), self._bad_reads, num_batches, dataset.files.fingerprint
         )

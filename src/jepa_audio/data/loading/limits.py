@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 import logging
+import math
 
 from lightning.pytorch import Trainer
 
+from jepa_audio.data.loading.order import GlobalOrderSampler
 from jepa_audio.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
-def count_repeated_batches(trainer: Trainer | None, batches_per_pass: int) -> int | None:
+def limit_order(order: GlobalOrderSampler, trainer: Trainer | None) -> int:
+    """Repeat the first batches if `trainer.overfit_batches` is set.
+
+    Returns:
+        The micro-batches of an epoch on each process: those of `max_steps` optimizer steps, or
+        about one pass over the files without `max_steps` and with `overfit_batches`.
+
+    Raises:
+        UserError: see `_count_repeated_batches`.
+    """
+    order.num_repeated = _count_repeated_batches(trainer, order.batches_per_pass)
+    if order.num_repeated:
+        return order.batches_per_pass
+    if trainer and trainer.max_steps > 0:
+        return trainer.max_steps * order.accumulated
+    return math.ceil(order.batches_per_pass / order.accumulated) * order.accumulated
+
+
+def _count_repeated_batches(trainer: Trainer | None, batches_per_pass: int) -> int | None:
     """Micro-batches of each process that `trainer.overfit_batches` repeats; `None` for none.
 
     A fraction is a share of one pass over the files, and there are at most as many as in a pass.
