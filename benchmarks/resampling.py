@@ -131,13 +131,14 @@ def clips_of(corpus: Corpus, to_rate: int, count: int) -> Iterator[tuple[int, in
     rates = corpus.table["sample_rate"].to_numpy()
     long_enough = corpus.seconds >= SECONDS + 2 * MARGIN_SECONDS
     numbers = np.flatnonzero((rates != to_rate) & long_enough)
-    for number in rng.choice(numbers, count).tolist():
-        file = corpus.file(number)
-        length = round((SECONDS + 2 * MARGIN_SECONDS) * file.sample_rate)
-        start = int(rng.integers(file.num_frames - length, endpoint=True))
-        waveform = torch.from_numpy(read(file.audio, start, length)[0]).mean(0, keepdim=True)
-        if float(waveform.square().mean()) > 1e-8:  # -80 dBFS
-            yield number, file.sample_rate, waveform
+    drawn, counts = np.unique(rng.choice(numbers, count), return_counts=True)
+    for number, num_clips in zip(drawn.tolist(), counts.tolist(), strict=True):
+        samples, rate = read(corpus.file(number).audio)  # once; seeking is slow in some formats
+        length = round((SECONDS + 2 * MARGIN_SECONDS) * rate)
+        for start in rng.integers(samples.shape[1] - length, size=num_clips, endpoint=True):
+            waveform = torch.from_numpy(samples[:, start : start + length]).mean(0, keepdim=True)
+            if float(waveform.square().mean()) > 1e-8:  # -80 dBFS
+                yield number, rate, waveform
 
 
 def noise_bursts(count: int, from_rate: int = 44_100) -> Iterator[tuple[int, int, Tensor]]:
