@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 import warnings
@@ -16,6 +17,10 @@ BUG_REPORT = (
     "jepa-audio: this is a bug in jepa-audio, not a mistake in your input. Please report the "
     "command, the traceback below and the output of `jepa-audio --version`."
 )
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_ERRORS = (*_DISK_FULL, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+_DISK_ERRORS += (errno.EISDIR, errno.ENAMETOOLONG)
 
 # Regular expressions of warnings that correct use raises and that need no action. All other
 # warnings are shown. The tests ignore the same warnings.
@@ -104,7 +109,9 @@ def user_message(error: BaseException) -> tuple[str | None, bool]:
             return _without_traceback(link), False
         if (message := worker_crash_message(link)) is not None:
             return message, False
-    return (_without_traceback(error), False) if isinstance(error, UserError) else (None, False)
+    if isinstance(error, UserError):
+        return _without_traceback(error), False
+    return _disk_message(error) or _settings_message(error), False
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -112,6 +119,49 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
     while link is not None:
         yield link
         link = link.__cause__ or link.__context__
+
+
+def _disk_message(error: BaseException) -> str | None:
+    """The message of an error of the file system that no program can prevent, or `None`."""
+    for link in _chain(error):
+        if isinstance(link, OSError) and link.errno in _DISK_ERRORS:
+            name = f"{link.filename}: " if link.filename else ""
+            remedy = "free disk space, then repeat the command"
+            if link.errno not in _DISK_FULL:
+                remedy = "check the path, its permissions and the disk"
+            return f"{name}{link.strerror}; {remedy}. Files that were complete before remain valid"
+    return None
+
+
+def _settings_message(error: BaseException) -> str | None:
+    """The message of a library that refuses a setting of the user, or `None` for other errors."""
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: PLC0415
+
+    from jepa_audio.cli.config_errors import attempts, config_sentence  # noqa: PLC0415
+
+    if isinstance(error, MisconfigurationException):
+        return " ".join(str(error).split())
+    if not isinstance(error, ValueError | TypeError | ImportError):
+        return None
+    library = _origin(error).partition(".")[0]
+    if library == "jsonargparse":
+        causes = [cause for link in _chain(error) for cause in (link, *attempts(link))]
+        for cause in causes:
+            if isinstance(cause, UserError):
+                return str(cause)
+            if _origin(cause).partition(".")[0] == "jepa_audio":
+                return None
+        return config_sentence(str(error))
+    # Constructors of optimizers and schedules check their settings.
+    return str(error) if _origin(error).startswith("torch.optim") else None
+
+
+def _origin(error: BaseException) -> str:
+    """Name of the module that raised an error."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
 
 
 def _without_traceback(error: BaseException) -> str:

@@ -6,11 +6,12 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from jsonargparse import ArgumentParser, get_loader, set_loader
 
 from jepa_audio.class_paths import TRUST_HELP, parse_yaml
+from jepa_audio.cli.config_errors import config_sentence
 from jepa_audio.errors import UserError, did_you_mean, printable
 from jepa_audio.old_paths import with_current_paths
 from jepa_audio.recipes import recipes
@@ -32,14 +33,23 @@ _SOURCES_HELP = (
 class HelpfulParser(ArgumentParser):
     """A parser that reports an error in one sentence, without the usage of the command."""
 
+    # Parsers of classes in a configuration also report errors, and have no command line.
+    _words: ClassVar[list[str]] = []
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         defaults = {"parser_mode": YAML_OF_ALL_VERSIONS, "epilog": TRUST_HELP}
         super().__init__(*args, **{**defaults, **kwargs})
 
+    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **settings: Any) -> Any:
+        """Parse the command line, and keep it for error messages."""
+        HelpfulParser._words = list(args or ())
+        return super().parse_args(args, *more, **settings)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message with a suggestion, and exit with code 2."""
-        text = f"jepa-audio: {message}{_suggestion(message, set(_options(self)))}"
-        print(printable(text), file=sys.stderr)
+        """Print one sentence with a suggestion, and exit with code 2."""
+        sentence = config_sentence(message, self._words)
+        suggestion = _suggestion(message, set(_options(self)))
+        print(printable(f"jepa-audio: {sentence}{suggestion}"), file=sys.stderr)
         raise SystemExit(2)
 
 

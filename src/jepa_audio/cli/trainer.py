@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -183,7 +183,10 @@ class JEPACLI(LightningCLI):
                 rank_zero_only(log.warning)(line)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Create a Trainer with atomic checkpoints and, by default, CSV and TensorBoard logs."""
+        """Create a Trainer with atomic checkpoints, CSV and TensorBoard logs.
+
+        Loggers of the configuration are added, and `logger: false` disables all.
+        """
         if self._has_subcommands:
             self._check_crops()
         config = self.config_init[self.subcommand] if self.subcommand else self.config_init
@@ -193,16 +196,19 @@ class JEPACLI(LightningCLI):
         # Lightning counts the time of earlier starts too, and stops between two optimizer steps.
         config["checkpoint"].set_max_time(settings["max_time"])
         kwargs["max_time"] = None
-        if self.subcommand in ("validate", "test") and settings["logger"] in (None, True):
-            # In the folder of a run, metrics of step 0 would replace those of the training.
-            settings["logger"] = False
-        if settings["logger"] in (None, True):
-            kwargs["logger"] = [
-                CSVLogger(folder, name="metrics"),
-                TensorBoardLogger(folder, name="tensorboard", default_hp_metric=False),
-            ]
         if settings["logger"] is not False:
-            callbacks.append(LearningRateMonitor(logging_interval="step"))
+            loggers = settings["logger"]
+            loggers = [] if loggers in (None, True) else loggers
+            loggers = [*loggers] if isinstance(loggers, Iterable) else [loggers]
+            # In the folder of a run, metrics of step 0 would replace those of the training.
+            if self.subcommand not in ("validate", "test"):
+                loggers[:0] = [
+                    CSVLogger(folder, name="metrics"),
+                    TensorBoardLogger(folder, name="tensorboard", default_hp_metric=False),
+                ]
+            kwargs["logger"] = loggers or False
+            if loggers:
+                callbacks.append(LearningRateMonitor(logging_interval="step"))
         if settings["enable_progress_bar"] is not False and get_console().is_terminal:
             callbacks.append(RunProgressBar())
             config["progress"].is_enabled = False
@@ -215,7 +221,7 @@ class JEPACLI(LightningCLI):
             kwargs["plugins"] = [AtomicCheckpointIO(), *filter(None, plugins)]
         try:
             return super().instantiate_trainer(callbacks=callbacks, **kwargs)
-        except MisconfigurationException as error:
+        except (MisconfigurationException, ValueError, ImportError) as error:
             raise UserError(f"`trainer`: {error}") from error
 
     def _check_crops(self) -> None:
