@@ -60,3 +60,21 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of an error message that suggests the most similar known word, or an empty text."""
     close = get_close_matches(word, sorted(known), n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known word with the smallest edit distance; the first of several in the alphabet."""
+    return min(sorted(known), key=lambda name: _edit_distance(word, name))
+
+
+def _edit_distance(word: str, other: str) -> int:
+    """Smallest number of inserted, deleted, replaced and swapped adjacent letters."""
+    before, row = list[int](), list(range(len(other) + 1))
+    for i, letter in enumerate(word, start=1):
+        last, before, row = before, row, [i]
+        for j, known in enumerate(other, start=1):
+            cost = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (letter != known))
+            if min(i, j) > 1 and (letter, word[i - 2]) == (other[j - 2], known):
+                cost = min(cost, last[j - 2] + 1)
+            row.append(cost)
+    return row[-1]

@@ -14,7 +14,7 @@ from torch._utils import ExceptionWrapper
 from jepa_audio.cli import main as cli
 from jepa_audio.cli.messages import user_message
 from jepa_audio.data.corpus.table import CorpusError
-from jepa_audio.errors import MissingFileError, UserError
+from jepa_audio.errors import MissingFileError, UserError, nearest
 from jepa_audio.training.finite_guard import NonFiniteError
 
 HEAVY = ("torch", "numpy", "lightning", "jsonargparse", "pyarrow", "matplotlib", "rich")
@@ -80,24 +80,31 @@ def test_the_version_names_the_packages_that_matter(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(
-    ("args", "nearest"),
+    ("args", "similar"),
     [
         (["prob"], "'probe'"),
+        (["reprot"], "'report'"),
+        (["tset"], "'test'"),
         (["valdate"], "'validate'"),
         (["data", "indx"], "'index'"),
         (["data", "pakc", "x"], "'pack'"),
     ],
 )
 def test_an_unknown_command_is_answered_by_the_nearest_one_and_the_list(
-    args: list[str], nearest: str, capsys: pytest.CaptureFixture[str]
+    args: list[str], similar: str, capsys: pytest.CaptureFixture[str]
 ):
     with pytest.raises(SystemExit) as end:
         cli.main(args)
     err = capsys.readouterr().err
     assert end.value.code == 1
-    assert f"did you mean {nearest}?" in err
+    assert f"did you mean {similar}?" in err
     group = [name for name in cli.COMMANDS if args[0] != "data" or name.startswith("data ")]
     assert all(f"  {name} " in err for name in group)
+
+
+def test_the_nearest_command_has_the_smallest_edit_distance():
+    assert nearest("emed", [*cli.COMMANDS, "embed"]) == "embed"
+    assert nearest("improt", cli.COMMANDS) == "import"
 
 
 def test_data_alone_lists_the_data_commands(capsys: pytest.CaptureFixture[str]):

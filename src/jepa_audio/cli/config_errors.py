@@ -23,17 +23,17 @@ def config_sentence(message: str, words: Sequence[str] = ()) -> str:
     match = re.match(r'Parser key "([^"]+)":?\s*(.*)', message, re.DOTALL)
     key, body = (match[1], match[2]) if match else ("", message)
     option = next((name for name in _options(words) if name.endswith(f".{key}")), key)
-    prefix = f"`{option}`: " if key else ""
+    prefix = f"`{option}`" if key else "a setting"
     if problem := re.search(r"Problem with given class_path '([^']+)':\s*(.*)", body):
-        return prefix + _class_problem(problem[1], problem[2])
+        return _class_problem(problem[1], problem[2])
     if abstract := re.search(r"but ([\w.]+) is abstract", body):
-        return prefix + _abstract_class(abstract[1])
+        return f"{prefix}: {_abstract_class(abstract[1])}"
     expected = list(dict.fromkeys(_expected(body)))
     value = re.search(r"(?:Given|Got) value: (.*)", body) or re.search(r"path string: (.*)", body)
     if not expected or value is None:
         return " ".join(message.split())
     choices = " or ".join([", ".join(expected[:-1]), expected[-1]] if expected[1:] else expected)
-    return f"`{option}` is {value[1].strip()}, but must be {choices}"
+    return f"{prefix} is {value[1].strip()}, but must be {choices}"
 
 
 def attempts(error: BaseException) -> Iterator[BaseException]:

@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.metadata import version
 
 from jepa_audio.class_paths import TRUST_HELP, split_trusted, trusting
-from jepa_audio.errors import UserError, did_you_mean
+from jepa_audio.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -129,13 +129,15 @@ def run(args: list[str]) -> None:
         group = [command for command in COMMANDS if command.startswith(f"{name} ")]
         if not group:
             raise UserError(
-                f"'{name}' is not a command{did_you_mean(name, COMMANDS)}\n\n{_help(COMMANDS)}"
+                f"'{name}' is not a command; did you mean '{nearest(name, COMMANDS)}'?\n\n"
+                f"{_help(COMMANDS)}"
             )
         second = "".join(args[1:2])
         if second not in ("", "-h", "--help"):
             known = [command.split()[1] for command in group]
             raise UserError(
-                f"'{name} {second}' is not a command{did_you_mean(second, known)}\n\n{_help(group)}"
+                f"'{name} {second}' is not a command; did you mean '{nearest(second, known)}'?\n\n"
+                f"{_help(group)}"
             )
         print(_help(group))
 

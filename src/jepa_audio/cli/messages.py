@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.logging import RichHandler
 
+from jepa_audio.cli.config_errors import attempts, config_sentence
 from jepa_audio.errors import MissingFileError, UserError, printable
 
 BUG_REPORT = (
@@ -19,8 +20,8 @@ BUG_REPORT = (
 )
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_DISK_ERRORS = (*_DISK_FULL, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
-_DISK_ERRORS += (errno.EISDIR, errno.ENAMETOOLONG)
+_PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
+_DISK_ERRORS = (*_DISK_FULL, *_PATH_ERRORS, errno.EIO, errno.ENAMETOOLONG)
 
 # Regular expressions of warnings that correct use raises and that need no action. All other
 # warnings are shown. The tests ignore the same warnings.
@@ -137,27 +138,41 @@ def _settings_message(error: BaseException) -> str | None:
     """The message of a library that refuses a setting of the user, or `None` for other errors."""
     from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: PLC0415
 
-    from jepa_audio.cli.config_errors import attempts, config_sentence  # noqa: PLC0415
-
     if isinstance(error, MisconfigurationException):
         return " ".join(str(error).split())
     if not isinstance(error, ValueError | TypeError | ImportError):
         return None
-    library = _origin(error).partition(".")[0]
-    if library == "jsonargparse":
-        causes = [cause for link in _chain(error) for cause in (link, *attempts(link))]
-        for cause in causes:
+    if _origin(error) == "jsonargparse":
+        reasons = []
+        for cause in _causes(error):
             if isinstance(cause, UserError):
                 return str(cause)
-            if _origin(cause).partition(".")[0] == "jepa_audio":
+            if _origin(cause) in ("lightning", "torch", "importlib"):
+                reasons.append(" ".join(str(cause).split()))
+            elif _origin(cause) != "jsonargparse":
                 return None
-        return config_sentence(str(error))
-    # Constructors of optimizers and schedules check their settings.
-    return str(error) if _origin(error).startswith("torch.optim") else None
+        has_class = not reasons or "Problem with given class_path" in str(error)
+        return config_sentence(str(error)) if has_class else reasons[0]
+    # Constructors of optimizers check their settings.
+    is_optimizer = _origin(error) == "torch" and _module(error).startswith("torch.optim")
+    return str(error) if is_optimizer else None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The errors in a chain, and those of all types that jsonargparse has tried."""
+    for link in _chain(error):
+        yield link
+        for attempt in attempts(link):
+            if attempt is not link.__cause__:
+                yield from _causes(attempt)
 
 
 def _origin(error: BaseException) -> str:
-    """Name of the module that raised an error."""
+    """Name of the package whose code raised an error."""
+    return _module(error).partition(".")[0]
+
+
+def _module(error: BaseException) -> str:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -40,7 +40,9 @@ class HelpfulParser(ArgumentParser):
         defaults = {"parser_mode": YAML_OF_ALL_VERSIONS, "epilog": TRUST_HELP}
         super().__init__(*args, **{**defaults, **kwargs})
 
-    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **settings: Any) -> Any:
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, *more: Any, **settings: Any
+    ) -> Any:
         """Parse the command line, and keep it for error messages."""
         HelpfulParser._words = list(args or ())
         return super().parse_args(args, *more, **settings)

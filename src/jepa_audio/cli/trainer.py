@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich import get_console
 from typing_extensions import override
 
+from jepa_audio.cli.choices import choices_help
 from jepa_audio.cli.models import stats
 from jepa_audio.cli.parser import FRONT_ENDS, HelpfulParser
 from jepa_audio.cli.settings import fit_short_run, make_paths_absolute, refuse_linked
@@ -344,7 +345,11 @@ def _num_channels(model: JEPA) -> int:
 
 def run(args: Sequence[str]) -> None:
     """Run the command `fit`, `validate` or `test`."""
-    JEPACLI(args)
+    roots = {"model": JEPA, "data": AudioDataModule, "trainer": Trainer}
+    if (text := choices_help(args, roots)) is not None:
+        print(text)
+    else:
+        JEPACLI(args)
 
 
 def measure_stats(args: Sequence[str]) -> None:
