@@ -79,7 +79,7 @@ def run(*args: str) -> None:
             ["--data.mono=left"],
             "`data.mono` is left, but must be 'mean', 'first', 'random', 'keep'",
         ),
-        (["--trainer.default_root_dir=X"], "follows from `run_dir`: give `--run_dir` instead"),
+        (["--trainer.default_root_dir=X"], "set `--run_dir` instead"),
         (["--trainer.logger=WandbLogger"], "WandbLogger needs another package: run `pip install "),
         (["--trainer.logger+=WandbLogger"], "WandbLogger needs another package: run `pip install "),
         (["--trainer.strategy=nope"], "invalid strategy name: `strategy='nope'`"),

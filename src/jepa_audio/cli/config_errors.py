@@ -18,8 +18,6 @@ def config_sentence(message: str, words: Sequence[str] = ()) -> str:
         message: of an exception of jsonargparse.
         words: the command line, which has the complete name of a nested key.
     """
-    if link := re.match(r"argument (\S+) --> (\S+): ", message):
-        return f"`{link[2]}` follows from `{link[1]}`: give `--{link[1]}` instead"
     match = re.match(r'Parser key "([^"]+)":?\s*(.*)', message, re.DOTALL)
     key, body = (match[1], match[2]) if match else ("", message)
     option = next((name for name in _options(words) if name.endswith(f".{key}")), key)
