@@ -306,6 +306,18 @@ def test_other_separators_line_ends_and_a_byte_order_mark_are_read(
     assert f"{tmp_path / 'm.csv'}: these columns are not used: id" in caplog.messages
 
 
+def test_a_file_that_is_listed_with_different_labels_is_bad(tmp_path: Path):
+    for name in "abcd":
+        write(tmp_path / f"{name}.wav")
+    lines = ["a.wav,g,train", "b.wav,g,test", "b.wav,g,train", "c.wav,,", "c.wav,h,test", "d.wav,,"]
+    write(tmp_path / "m.csv", "\n".join(["path,group,split", *lines, lines[0]]).encode())
+    corpus = index_corpus([tmp_path / "m.csv", tmp_path], tmp_path / "t.parquet")
+    conflict = "listed several times, with different group or split"
+    assert reasons(corpus) == {"a.wav": "", "b.wav": conflict, "c.wav": "", "d.wav": ""}
+    splits = dict(zip(corpus.names.to_pylist(), corpus.table["split"].to_pylist(), strict=True))
+    assert (splits["a.wav"], splits["c.wav"], splits["d.wav"]) == ("train", "test", "")
+
+
 def test_two_columns_of_one_name_are_refused(tmp_path: Path):
     write(tmp_path / "m.csv", b"path,split,Split\na.wav,train,test\n")
     assert error_message(tmp_path / "m.csv") == (

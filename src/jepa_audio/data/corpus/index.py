@@ -171,6 +171,7 @@ def _update_table(
 ) -> Corpus:
     partial = _PartialTable(path)
     discovered, in_unchanged_tars = _discover(sources, root, known, num_workers)
+    discovered = _refuse_conflicts(discovered)
     # A file may be in a folder and, with labels, in a manifest: keep the row with labels.
     unlabelled = pc.and_(pc.equal(discovered["group"], ""), pc.equal(discovered["split"], ""))
     discovered = discovered.take(np.argsort(unlabelled.to_numpy(), kind="stable"))
@@ -240,6 +241,24 @@ def _is_final(table: pa.Table) -> pa.ChunkedArray:
     if is_installed():
         is_open = pc.or_(is_open, pc.match_substring(table["reason"], INSTALL))
     return pc.invert(pc.or_(is_open, pc.equal(table["decoder"], UNCHECKED)))
+
+
+def _refuse_conflicts(discovered: pa.Table) -> pa.Table:
+    """Give files that are listed several times with different labels a reason."""
+    is_labelled = pc.or_(
+        pc.not_equal(discovered["group"], ""), pc.not_equal(discovered["split"], "")
+    )
+    place = [*_NAME, "offset"]
+    labels = discovered.filter(is_labelled).group_by([*place, *_LABELS]).aggregate([])
+    counts = labels.group_by(place).aggregate([("group", "count")])
+    conflicts = counts.filter(pc.greater(counts["group_count"], 1)).select(place)
+    if not len(conflicts):
+        return discovered
+    reason = pa.array(["listed several times, with different group or split"] * len(conflicts))
+    found = discovered.join(conflicts.append_column("conflict", reason), place)
+    # The first row of a file is kept, so all of its rows get the reason.
+    reasons = pc.coalesce(found["conflict"], found["reason"])
+    return set_columns(found.drop_columns(["conflict"]), reason=reasons).select(_DISCOVERED.names)
 
 
 def _drop_duplicates(table: pa.Table, columns: list[str]) -> pa.Table:
