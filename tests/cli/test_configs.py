@@ -1,4 +1,4 @@
-"""Every file under configs/ trains two steps, at reduced width."""
+"""Every file under configs/ trains two steps, at reduced width and with a shorter warm-up."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ SMALL = (
     "--model.predictor.trunk.embed_dim=16",
     "--model.predictor.trunk.num_heads=2",
     "--model.predictor.trunk.depth=1",
-    "--model.lr_schedule.init_args.warmup_steps=1",
     "--data.batch_size=2",
     "--data.min_seconds=0.1",
     "--data.num_workers=0",

@@ -119,7 +119,7 @@ def fit_short_run(config: Namespace) -> Iterator[str]:
     num_steps = int(trainer.fast_dev_run) or trainer.max_steps
     if num_steps < 1:
         return
-    length = f"the run has {num_steps} steps"
+    length = f"the run has {num_steps} step{'s' * (num_steps > 1)}"
     for key, settings in _sections(config.model, "model"):
         if settings.get("warmup_steps", 0) >= num_steps:
             yield f"`{key}.warmup_steps` is {num_steps - 1}, not {settings.warmup_steps}: {length}"

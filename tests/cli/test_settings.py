@@ -1,0 +1,127 @@
+"""Short runs, and paths that are valid in every folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from jsonargparse import Namespace
+
+from jepa_audio.cli.settings import absolute, fit_short_run, make_paths_absolute
+from jepa_audio.errors import UserError
+from jepa_audio.recipes import recipes
+from jepa_audio.training.schedules import Schedule
+
+RUNS = [name for name in recipes() if "/" not in name and name != "fsdp"]
+RUNS += [name for name in recipes() if name.startswith("demo/")]
+
+
+def settings(**trainer: object) -> Namespace:
+    """The settings of a run of 40 steps, of two micro-batches each."""
+    defaults = {
+        "fast_dev_run": False,
+        "max_steps": 40,
+        "accumulate_grad_batches": 2,
+        "val_check_interval": 1000,
+        "check_val_every_n_epoch": None,
+        "limit_train_batches": None,
+    }
+    schedule = Namespace(class_path="WarmupCosine", init_args=Namespace(warmup_steps=50, end=0.0))
+    momentum = Namespace(class_path="Linear", init_args=Namespace(num_steps=100))
+    masker = Namespace(class_path="M", init_args=Namespace(warmup_start=60, warmup_end=90))
+    model = Namespace(
+        lr_schedule=schedule,
+        masker=masker,
+        ema=Namespace(class_path="E", init_args=Namespace(momentum=momentum)),
+    )
+    return Namespace(model=model, trainer=Namespace(**{**defaults, **trainer}))
+
+
+def test_warm_ups_and_validation_end_within_a_short_run_with_one_line_each():
+    config = settings()
+    lines = list(fit_short_run(config))
+    assert config.model.lr_schedule.init_args.warmup_steps == 39
+    assert vars(config.model.masker.init_args) == {"warmup_start": 40, "warmup_end": 40}
+    assert config.model.ema.init_args.momentum.init_args.num_steps == 100
+    assert config.trainer.val_check_interval == 80
+    keys = ("model.lr_schedule.warmup_steps", "model.masker.warmup_end")
+    keys += ("model.ema.momentum.num_steps", "trainer.val_check_interval")
+    assert [line.split("`")[1] for line in lines] == list(keys)
+    assert list(fit_short_run(config)) == lines[2:3], "only the momentum schedule is still longer"
+
+
+def test_a_long_run_is_not_changed():
+    config = settings(max_steps=1000)
+    before = config.clone()
+    assert list(fit_short_run(config)) == []
+    assert config == before
+
+
+@pytest.mark.parametrize(("value", "expected"), [(True, 0), (3, 2)])
+def test_fast_dev_run_counts_its_own_steps(value: int, expected: int):
+    config = settings(fast_dev_run=value)
+    assert list(fit_short_run(config))
+    assert config.model.lr_schedule.init_args.warmup_steps == expected
+    assert config.trainer.val_check_interval == 1000
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.5, 40), (1.0, 80), (None, 80), (0.001, 1)])
+def test_a_share_as_validation_interval_is_a_share_of_the_run(share: float | None, expected: int):
+    config = settings(val_check_interval=share)
+    assert any("`trainer.val_check_interval`" in line for line in fit_short_run(config))
+    assert config.trainer.val_check_interval == expected
+
+
+@pytest.mark.parametrize("share", [0.0, -0.5, 1.5])
+def test_another_number_as_validation_interval_is_refused(share: float):
+    with pytest.raises(UserError, match=rf"`trainer.val_check_interval` \({share}\)"):
+        list(fit_short_run(settings(val_check_interval=share)))
+
+
+@pytest.mark.parametrize("option", ["--trainer.max_steps=40", "--trainer.fast_dev_run=true"])
+@pytest.mark.parametrize("recipe", RUNS)
+def test_every_recipe_can_be_a_short_run(recipe: str, option: str, monkeypatch: pytest.MonkeyPatch):
+    from jepa_audio.cli.trainer import JEPACLI
+
+    built: list[Namespace] = []
+    monkeypatch.setattr(JEPACLI, "instantiate_classes", lambda cli: built.append(cli.config))
+    JEPACLI([f"--config={recipe}", "--data.root=nowhere", option], run=False)
+    schedule = built[0].model.lr_schedule
+    num_steps = 40 if "max_steps" in option else 1
+    made = {cls.__name__: cls for cls in Schedule.__subclasses__()}
+    factor = made[schedule.class_path.rpartition(".")[2]](**vars(schedule.init_args))
+    factors = [factor(step, num_steps) for step in range(num_steps)]
+    assert max(factors) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("sounds", "/here/sounds"),
+        ("../sounds/", "/sounds"),
+        ("/data/sounds", "/data/sounds"),
+        ("shards/a-{000..127}.tar", "/here/shards/a-{000..127}.tar"),
+        ("shards/*.tar", "/here/shards/*.tar"),
+        ("s3://bucket/shards", "s3://bucket/shards"),
+        ("", ""),
+    ],
+)
+def test_paths_become_absolute(path: str, expected: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("os.getcwd", lambda: "/here")
+    assert absolute(path) == expected
+
+
+def test_every_kind_of_root_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+
+    def resolved(root: object) -> object:
+        config = Namespace(run_dir="run", data=Namespace(root=root), ckpt_path="last")
+        make_paths_absolute(config)
+        assert (config.run_dir, config.ckpt_path) == (str(tmp_path / "run"), "last")
+        return config.data.root
+
+    assert resolved("a") == str(tmp_path / "a")
+    assert resolved(["a", "/b"]) == [str(tmp_path / "a"), "/b"]
+    assert resolved({"a": 0.7, "/b": 0.3}) == {str(tmp_path / "a"): 0.7, "/b": 0.3}
+    with pytest.raises(UserError, match=r"names a source twice: a, \./a"):
+        resolved({"a": 0.7, "./a": 0.3})
