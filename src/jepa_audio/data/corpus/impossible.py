@@ -12,6 +12,16 @@ SPLITS = ("train", "valid", "test")
 _LOWEST = {"num_frames": 1, "sample_rate": 1, "num_channels": 1, "offset": 0, "peak": 0, "rms": 0}
 
 
+def cast_types(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Give the columns the types of a schema, if no value is lost; other programs change them."""
+    if set(table.column_names) != set(schema.names):
+        return table
+    try:
+        return table.select(schema.names).cast(schema)
+    except pa.ArrowException:
+        return table
+
+
 def describe_types(table: pa.Table, schema: pa.Schema) -> str:
     """The columns that differ from a schema in name or type, or ""."""
     names = table.column_names

@@ -21,7 +21,7 @@ from torch import Tensor
 from jepa_audio.data.audio.location import AudioLocation, AudioReadError, audio_location
 from jepa_audio.data.audio.read import read
 from jepa_audio.data.audio.resample import resample, source_slice
-from jepa_audio.data.corpus.impossible import SPLITS, describe_types, mark_impossible
+from jepa_audio.data.corpus.impossible import SPLITS, cast_types, describe_types, mark_impossible
 from jepa_audio.errors import UserError
 from jepa_audio.files import atomic_path
 
@@ -149,10 +149,11 @@ class Corpus:
         problem = f"{path} is not a corpus table of this version of jepa-audio"
         if version != _CURRENT_VERSION or _ROOT_KEY not in metadata:
             raise CorpusError(f"{problem}; index the corpus again")
+        table = cast_types(table, SCHEMA)
         if difference := describe_types(table, SCHEMA):
             raise CorpusError(f"{problem}: {difference}; index the corpus again")
         root = Path(os.path.normpath(path.absolute().parent / metadata[_ROOT_KEY].decode()))
-        return cls(root, mark_impossible(table.select(SCHEMA.names).replace_schema_metadata()))
+        return cls(root, mark_impossible(table.replace_schema_metadata()))
 
     def save(self, path: Path) -> None:
         """Write the table atomically.
