@@ -63,6 +63,19 @@ def joined(*options: str) -> Make:
     return make
 
 
+def cut_stream(*options: str) -> Make:
+    """The packets of a file from a random time to its end."""
+
+    def make(rng: np.random.Generator, path: Path) -> None:
+        whole = path.with_name(f".whole{path.suffix}")
+        encode(rng, whole, *options)
+        start = ("-ss", f"{rng.uniform(0.2, 1.3):.3f}")
+        subprocess.run([*_FFMPEG, *start, "-i", str(whole), "-c", "copy", str(path)], check=True)
+        whole.unlink()
+
+    return make
+
+
 def changed(make: Make, change: Callable[[np.random.Generator, bytes], bytes]) -> Make:
     def make_changed(rng: np.random.Generator, path: Path) -> None:
         make(rng, path)
@@ -132,9 +145,12 @@ KINDS: dict[str, tuple[str, Make]] = {
     "FLAC, truncated": (".flac", changed(encoder(pipe="flac"), cut)),
     "Ogg FLAC": (".oga", encoder("-c:a", "flac")),
     "Vorbis": (".ogg", encoder(*VORBIS)),
+    "Vorbis, cut without encoding": (".ogg", cut_stream(*VORBIS)),
     "Vorbis, chained": (".ogg", joined(*VORBIS)),
     "Vorbis, truncated": (".ogg", changed(encoder(*VORBIS), cut)),
     "Opus": (".opus", encoder(*OPUS, "-ar", "48000")),
+    "Opus, from 16 kHz": (".opus", encoder(*OPUS, "-ar", "16000")),
+    "Opus, cut without encoding": (".opus", cut_stream(*OPUS, "-ar", "48000")),
     "Opus, chained": (".opus", joined(*OPUS, "-ar", "48000")),
     "Opus, truncated": (".opus", changed(encoder(*OPUS, "-ar", "48000"), cut)),
     "mp3 VBR": (".mp3", encoder(*MP3, "-q:a", "4")),

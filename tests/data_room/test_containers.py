@@ -13,7 +13,12 @@ from jepa_audio.data.audio import read as read_module
 from jepa_audio.data.audio.codec import INSTALL, CodecError, is_installed
 from jepa_audio.data.audio.containers import examine
 from jepa_audio.data.audio.location import AudioReadError, TarMember
+from jepa_audio.data.audio.ogg import _ogg_pages
 from jepa_audio.data.audio.read import inspect, read
+from jepa_audio.data.audio.streams import crc
+from jepa_audio.data.corpus.index import index_corpus
+from jepa_audio.data.corpus.shards import Packing, write_shards
+from jepa_audio.data.corpus.survey import verify_corpus
 from tests.sounds import tar
 
 RATE = 16_000
@@ -77,6 +82,20 @@ def ape(size: int) -> bytes:
     return bytes(size) + b"APETAGEX" + struct.pack("<IIII", 2000, size + 32, 0, 0) + bytes(8)
 
 
+def moved_vorbis(frames: int) -> bytes:
+    """As cut without encoding: the positions of the pages do not start with 0."""
+    content = bytearray(encode("OGG", "VORBIS"))
+    start = 0
+    for page in list(_ogg_pages(io.BytesIO(content), 0, len(content))):
+        header = slice(start + 22, start + 26)
+        if page.granule > 0:
+            content[start + 6 : start + 14] = (page.granule + frames).to_bytes(8, "little")
+        content[header] = bytes(4)
+        content[header] = crc(content[start : page.end], 0x04C11DB7, 32).to_bytes(4, "little")
+        start = page.end
+    return bytes(content)
+
+
 ODD_CHUNK = b"note" + struct.pack("<I", 5) + b"hello\0"
 ID3V1 = b"TAG" + bytes(125)
 WAV = encode("WAV")
@@ -129,9 +148,25 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: encode("OGG", "VORBIS") + encode("OGG", "VORBIS", seed=1),
         "2 joined Ogg streams",
     ),
+    "Vorbis, cut at its start": (
+        lambda: moved_vorbis(-3000),
+        f"decodes {LENGTH - 3000} of the {LENGTH} frames",
+    ),
     "Opus, truncated": (lambda: encode("OGG", "OPUS")[:-1000], "truncated or damaged"),
     "mp3, joined": (lambda: mp3() + mp3(1), "joined files"),
     "mp3, truncated": (lambda: mp3()[:-3000], "truncated: the header gives"),
+    "mp3, other bytes inside": (
+        lambda: mp3()[:3000] + bytes(700) + mp3()[3000:],
+        "joined or damaged at byte",
+    ),
+    "mp3 without Xing, joined with tags": (
+        lambda: mp3(has_header=False) + ID3V1 + mp3(1, has_header=False),
+        "joined or damaged at byte",
+    ),
+    "mp3, another rate after it": (
+        lambda: mp3(has_header=False) + encode("MP3", "MPEG_LAYER_III"),
+        "another stream|joined or damaged",
+    ),
     "mp3 after other bytes": (lambda: bytes(3000) + mp3(), "do not start|Format not"),
 }
 LIBSNDFILE_READS_SHORT: dict[str, Callable[[], bytes]] = {
@@ -236,6 +271,42 @@ def test_torchcodec_reads_all_frames_also_in_slices(tmp_path: Path, kind: str):
     complete, _ = read(path)
     part, _ = read(path, info.num_frames - 600, 500, info.decoder)
     np.testing.assert_array_equal(part, complete[:, -600:-100])
+
+
+def test_packed_and_verified_files_keep_exact_lengths_and_samples(tmp_path: Path):
+    (tmp_path / "in").mkdir()
+    kinds = {"a.ogg": "Vorbis", "b.opus": "Opus", "c.flac": "FLAC of unknown length"}
+    kinds |= {"d.wav": "wav, both sizes 0", "e.caf": "CAF of unknown size"}
+    for name, kind in kinds.items():
+        (tmp_path / "in" / name).write_bytes(WHOLE[kind]())
+    (tmp_path / "in" / "f.mp3").write_bytes(mp3())
+    corpus = index_corpus(tmp_path / "in")
+    assert verify_corpus(corpus) == []
+    packed = write_shards(corpus, tmp_path / "out", Packing(bits=24))
+    in_order = corpus.shuffled()
+    assert packed.is_usable.all()
+    for column in ("num_frames", "sample_rate", "num_channels"):
+        assert packed.table[column].to_pylist() == in_order.table[column].to_pylist()
+    for row in range(len(packed)):
+        original, _ = read(in_order.file(row).audio)
+        file = packed.file(row)
+        gain = min(0.999 / np.abs(original).max(), 1)  # above full scale
+        np.testing.assert_allclose(read(file.audio)[0], gain * original, atol=1e-4)
+        # Packed flac has its length in the header, also if the original did not.
+        assert file.decoder == "libsndfile"
+
+
+def test_a_file_that_was_cut_after_the_index_gives_an_error_and_no_samples(tmp_path: Path):
+    for name, kind in {"a.ogg": "Vorbis", "c.flac": "FLAC of unknown length"}.items():
+        (tmp_path / name).write_bytes(WHOLE[kind]())
+    corpus = index_corpus(tmp_path)
+    for row in range(2):
+        file = corpus.file(row)
+        file.audio.write_bytes(file.audio.read_bytes()[:-1000])
+        for start in (0, file.num_frames - 100):
+            with pytest.raises(AudioReadError):
+                file.read_slice(start, 100, RATE)
+    assert len(verify_corpus(corpus)) == 2
 
 
 @pytest.mark.parametrize("kind", ["wav", "AIFF", "AU", "CAF", "Wave64", "FLAC", "Vorbis", "NIST"])

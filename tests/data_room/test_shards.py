@@ -27,6 +27,7 @@ from jepa_audio.data.corpus.shards import Packing, read_checksums, sha256_of, wr
 from jepa_audio.data.corpus.table import Corpus, CorpusError, load_corpus
 from jepa_audio.data.loading.clips import ClipSettings, CropDataset
 from jepa_audio.data.loading.file_table import FileTable
+from jepa_audio.data.loading.order import SampleIndex
 from tests.sounds import audio, noise, pairs, tar, write
 
 STEP = 2**-15  # of 16 bits
@@ -446,7 +447,7 @@ def test_crops_from_shards_equal_crops_from_the_files(tmp_path: Path, clip_secon
         for files in (in_order, index_corpus(tmp_path / "out").usable())
     )
     for file in range(8):
-        loose_crop, loose_bad = loose[file + 10, file]
-        packed_crop, packed_bad = packed[file + 10, file]
+        loose_crop, loose_bad = loose[SampleIndex(file + 10, file)]
+        packed_crop, packed_bad = packed[SampleIndex(file + 10, file)]
         assert loose_bad == packed_bad == []
         assert torch.equal(loose_crop.waveform, packed_crop.waveform)

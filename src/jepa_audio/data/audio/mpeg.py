@@ -88,8 +88,10 @@ class _MpegWalk:
             header = self._header(position)
             frame = _mpeg_frame(header)
             if frame is None or kind not in (None, header & _SAME_STREAM):
-                position = self._find_frame(position, kind)
-                continue
+                if self._find_frame(position, kind) is not None:
+                    # Decoders find different numbers of frames here.
+                    self.problem = f"joined or damaged at byte {position}: {REMEDY}"
+                break
             num_bytes = frame.num_bytes or self._free_format(position, header, frame)
             if kind is not None or not self._read_info(position, frame):
                 self.num_frames += 1
