@@ -25,6 +25,7 @@ from jepa_audio.steps.encoder.positions import SinCosPositions
 from jepa_audio.steps.encoder.transformer import Transformer
 from jepa_audio.steps.front_ends import WaveformFrontEnd
 from jepa_audio.steps.front_ends.transforms import CQT, VQT, Gammatone, LogMel
+from jepa_audio.steps.masking import MultiBlockMasker, SpanMasker
 
 ESCAPES = "\x1b[31mred\x1b]0;title\x07\r\x9b2J\u202egnp\udce9"
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -162,6 +163,8 @@ BUILDS: dict[str, Callable[[], object]] = {
     "n_fft": lambda: LogMel(n_fft=10**12),
     "n_mels": lambda: LogMel(n_mels=10**9),
     "n_bins": lambda: Gammatone(n_bins=10**9),
+    "num_groups": lambda: SpanMasker(num_groups=10**9),
+    "num_targets": lambda: MultiBlockMasker(num_targets=10**9),
     "f_min_hz": lambda: CQT(16000, 512, f_min_hz=1e-9, n_bins=1),
     "bins_per_octave": lambda: VQT(16000, 512, bins_per_octave=10**9),
 }

@@ -12,7 +12,7 @@ import soundfile as sf
 
 from jepa_audio.data.audio.location import AudioReadError
 from jepa_audio.data.audio.read import inspect
-from jepa_audio.errors import MissingFileError, UserError, did_you_mean
+from jepa_audio.errors import MissingFileError, UserError, did_you_mean, printable
 from jepa_audio.files import write_text
 from jepa_audio.parallel import map_threads, num_cores, track_progress
 from jepa_audio.probing.tasks import DATA_SETS, TASKS
@@ -73,7 +73,7 @@ def convert(
             if not written[split]:
                 raise UserError(f"{name}: no file of the split {split!r} of {stem} can be decoded")
             write_records(output / f"{stem}.{split}.jsonl", written[split])
-        print(_summary(stem, written, output))
+        print(printable(_summary(stem, written, output)))
 
 
 def _inspect(path: Path) -> Record | str:

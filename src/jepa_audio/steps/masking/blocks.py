@@ -56,7 +56,7 @@ class MultiBlockMasker(Masker):
     min_context: float = 0.1
 
     def __post_init__(self) -> None:
-        check_bounds(self, 1, math.inf, "num_targets")
+        check_bounds(self, 1, 1000, "num_targets")
         check_range("target_scale", self.target_scale, 1.0)
         check_range("target_aspect", self.target_aspect)
         check_range("context_scale", self.context_scale, 1.0)
@@ -125,7 +125,7 @@ class BlockMasker(UnionMasker):
         check_range("scale", self.scale, 1.0)
         check_range("long_aspect", self.long_aspect)
         check_range("tall_aspect", self.tall_aspect)
-        check_bounds(self, 1, math.inf, "max_attempts")
+        check_bounds(self, 1, 1_000_000, "max_attempts")
 
     @override
     def draw_attempts(self, grid: Grid, uniform: Float64[np.ndarray, "R A 5"]) -> Attempts:

@@ -38,7 +38,8 @@ class _SpanGroupMasker(Masker):
 
     def __post_init__(self) -> None:
         _check_probability("target_probability", self.target_probability)
-        check_bounds(self, 1, math.inf, "target_length", "num_groups")
+        check_bounds(self, 1, math.inf, "target_length")
+        check_bounds(self, 1, 1000, "num_groups")
         check_min_context(self.min_context)
 
     @override
