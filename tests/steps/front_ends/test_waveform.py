@@ -188,3 +188,31 @@ def test_standardisation_keeps_level_differences_between_channels(rng: torch.Gen
     left = torch.randn(1, 1, 400, generator=rng)
     front_end(torch.cat([left, 0.25 * left.roll(3, -1)], dim=1))
     assert float(stack_inputs[1].std() / stack_inputs[0].std()) == pytest.approx(0.25, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("norm", "standardize", "leaks"),
+    [
+        ("group", True, True),
+        ("group", False, True),
+        ("layer", True, True),
+        ("layer", False, False),
+        ("none", False, False),
+    ],
+)
+def test_masked_samples_change_context_tokens_only_by_statistics_over_the_clip(
+    norm: str, standardize: bool, leaks: bool, rng: torch.Generator
+):
+    layers = [(16, 10, 5), (16, 4, 2)]
+    front_end = WaveformFrontEnd(layers, 8, norm=norm, standardize=standardize).eval()
+    waveform = torch.randn(2, 1, 2000, generator=rng)
+    replaced = waveform.clone()
+    # Context: the first 40 tokens. The samples after their receptive fields are louder noise.
+    end = 39 * front_end.stride + front_end.receptive_field
+    replaced[..., end:] = 3 * torch.randn(2, 1, 2000 - end, generator=rng)
+    with torch.no_grad():
+        before, after = (front_end(clips)[:, :40] for clips in (waveform, replaced))
+    change = (after - before).square().mean().sqrt() / before.std()
+    assert (change > 0.1) == leaks
+    if not leaks:
+        torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
