@@ -54,7 +54,7 @@ class CollapseMonitor(Callback):
         max_clip_cosine: alarm above this mean cosine between clips, unless the first measurement
             was also above this bound.
         min_clip_share: alarm below this share of variance between clips, also at the first
-            measurement. Healthy encoders of all recipes have shares above 0.1.
+            measurement. Healthy encoders of all recipes have shares above 0.1 (`docs/watching.md`).
         stop_after: stop the run after this many alarms in a row; 0 never stops the run.
     """
 
