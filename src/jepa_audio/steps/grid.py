@@ -94,22 +94,22 @@ class TokenSet:
         """
         is_member = np.ascontiguousarray(mask.cpu().numpy())
         num_tokens, flat = is_member.shape[-1], is_member.reshape(-1, is_member.shape[-1])
-        count = np.count_nonzero(flat, axis=1)
+        count = count_true(flat)
         longest = int(count.max())
-        first_token = np.arange(len(flat))[:, None] * num_tokens
+        first_token = np.arange(0, flat.size, num_tokens)
         members = np.flatnonzero(flat)
         if count.min() == longest:
             index, valid = members.reshape(len(flat), longest), None
         else:
             # The first other tokens of a row are its padding.
-            place = np.arange(longest)
-            valid = place < count[:, None]
-            others = np.flatnonzero(~flat)
-            num_others_before = first_token[:, 0] - (count.cumsum() - count)
+            valid = np.arange(longest) < count[:, None]
             index = np.empty(valid.shape, dtype=np.int64)
-            index[valid] = members
-            index[~valid] = others[(num_others_before - count)[:, None] + place][~valid]
-        index -= first_token
+            np.place(index, valid, members)
+            row, place = np.nonzero(~valid)
+            num_others_before = first_token - (count.cumsum() - count)
+            others = np.flatnonzero(~flat)
+            index[row, place] = others[(num_others_before - count)[row] + place]
+        index -= first_token[:, None]
         shape = (*is_member.shape[:-1], longest)
         rows = torch.from_numpy(index.reshape(shape))
         return TokenSet(rows, None if valid is None else torch.from_numpy(valid.reshape(shape)))
@@ -202,6 +202,14 @@ class Masks:
         present = None if self.present is None else function(self.present)
         context, targets = function(self.context), function(self.targets)
         return replace(self, context=context, targets=targets, present=present)
+
+
+def count_true(mask: Bool[np.ndarray, "*rows N"]) -> Int[np.ndarray, "*rows"]:
+    """Number of True values in each row; several times faster than `np.count_nonzero`."""
+    if mask.shape[-1] % 8 or not mask.flags.c_contiguous:
+        return mask.sum(axis=-1, dtype=np.int64)
+    # Eight values of one byte are one word.
+    return np.bitwise_count(mask.view(np.uint64)).sum(axis=-1, dtype=np.int64)
 
 
 class AudioBatch(NamedTuple):

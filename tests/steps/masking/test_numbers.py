@@ -57,6 +57,13 @@ def test_every_bit_is_set_in_half_of_the_numbers():
     assert np.abs(share - 0.5).max() < 5 * 0.5 / 128
 
 
+def test_what_a_step_shares_are_the_numbers_of_a_row_that_does_not_exist():
+    shared = RowNumbers.of(7, 9, np.array([-1])).uniform(3)[0]
+    assert np.array_equal(step_uniform(7, 9, 3), shared)
+    streams = numbers(num_rows=3).streams(4).keys.reshape(3, 4)
+    assert all(np.array_equal(streams[:, n], numbers(num_rows=3).stream(n).keys) for n in range(4))
+
+
 def test_rows_steps_seeds_and_streams_give_different_numbers():
     keys = [
         *numbers().keys,

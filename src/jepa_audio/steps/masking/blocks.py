@@ -149,17 +149,19 @@ class BlockMasker(UnionMasker):
     @override
     def pack(self, grid: Grid, attempts: Attempts, size: np.ndarray) -> np.ndarray:
         time_below, freq_below = _block_tables(grid)
-        room = np.array((grid.num_time + 1, grid.num_freq + 1)) - size
-        start = (attempts[-1] * room).astype(np.int64)
+        start = (attempts[-1] * ((grid.num_time + 1, grid.num_freq + 1) - size)).astype(np.int64)
         end = start + size
-        times = time_below.take(end[..., 0], 0) ^ time_below.take(start[..., 0], 0)
-        freqs = freq_below.take(end[..., 1], 0) ^ freq_below.take(start[..., 1], 0)
-        return (freqs[..., :, None] & times[..., None, :]).reshape(*freqs.shape[:-1], -1)
+        words = time_below.take(end[..., 0], 0)
+        words ^= time_below.take(start[..., 0], 0)
+        freqs = freq_below.take(end[..., 1], 0)
+        freqs ^= freq_below.take(start[..., 1], 0)
+        words &= freqs
+        return words
 
     @override
     def all_cells(self, grid: Grid) -> UInt64[np.ndarray, " W"]:
         """For each frequency row, the packed time columns."""
-        return np.tile(_block_tables(grid)[0][-1], grid.num_freq)
+        return _block_tables(grid)[0][-1]
 
     @override
     def num_free(self, grid: Grid, free: np.ndarray) -> np.ndarray:
@@ -239,14 +241,16 @@ class StripeMasker(UnionMasker):
         columns = _num_words(grid.num_time)
         times = unpack_bits(free[:, :columns], grid.num_time)
         freqs = unpack_bits(free[:, columns:], grid.num_freq)
-        return (times[:, :, None] & freqs[:, None, :]).reshape(len(free), grid.num_tokens)
+        return times.repeat(grid.num_freq, axis=1) & np.tile(freqs, grid.num_time)
 
 
 @lru_cache(maxsize=64)
-def _block_tables(grid: Grid) -> tuple[UInt64[np.ndarray, "T1 W"], UInt64[np.ndarray, "F1 F"]]:
-    """Row n: the first n time columns, packed; the first n frequency rows, one word each."""
+def _block_tables(grid: Grid) -> tuple[UInt64[np.ndarray, "T1 W"], UInt64[np.ndarray, "F1 W"]]:
+    """Row n: the cells of the first n time columns; the cells of the first n frequency rows."""
+    times = np.tile(bits_below(grid.num_time), grid.num_freq)
     freqs = np.arange(grid.num_freq) < np.arange(grid.num_freq + 1)[:, None]
-    return bits_below(grid.num_time), np.where(freqs, ~np.uint64(0), np.uint64(0))
+    words = np.where(freqs, ~np.uint64(0), np.uint64(0))
+    return times, words.repeat(_num_words(grid.num_time), axis=1)
 
 
 @lru_cache(maxsize=64)

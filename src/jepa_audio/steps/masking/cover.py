@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import lru_cache
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from jepa_audio.errors import UserError
-from jepa_audio.steps.grid import Grid, Masks
+from jepa_audio.steps.grid import Grid, Masks, count_true
 from jepa_audio.steps.masking.base import Masker
 from jepa_audio.steps.masking.numbers import RowNumbers
 from jepa_audio.steps.masking.sampling import Planes, choose_tokens, draw_rows, floor_share
@@ -48,7 +49,7 @@ class UnionMasker(Masker):
 
         def draw(numbers: RowNumbers) -> Planes:
             covered = self.cover(grid, count, numbers.stream(0))
-            missing = count - np.count_nonzero(covered, axis=1)
+            missing = count - count_true(covered)
             targets = covered | choose_tokens(~covered, missing, numbers.stream(1))
             return ~targets, targets[:, None]
 
@@ -170,6 +171,7 @@ class UnionMasker(Masker):
         """A mask that is True at the tokens in the given free cells."""
 
 
+@lru_cache(maxsize=64)
 def bits_below(length: int) -> UInt64[np.ndarray, "lengths W"]:
     """Row n has the first n of `length` bits set, packed into words of 64 bits."""
     num_words = -(-length // 64)

@@ -53,8 +53,8 @@ class RowNumbers:
 
     def streams(self, count: int) -> RowNumbers:
         """The numbers of the first `count` streams of every row, R * count rows."""
-        numbers = [self.stream(number).keys for number in range(count)]
-        return RowNumbers(np.stack(numbers, axis=1).ravel())
+        offsets = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_STREAM)
+        return RowNumbers(_mix(self.keys[:, None] + offsets).ravel())
 
     def bits(self, count: int, first: int = 0) -> UInt64[np.ndarray, "R K"]:
         """Numbers `first` to `first + count - 1` of every row, 64 random bits each."""
@@ -72,14 +72,23 @@ class RowNumbers:
 
 def derive_seed(seed: int, number: int) -> int:
     """A seed for another purpose: a hash of (seed, number)."""
-    state = np.array([seed % _MODULUS], dtype=np.uint64)
-    key = _mix(_mix(state + _GAMMA) + np.uint64(number % _MODULUS))
-    return int(_mix(key + _GAMMA)[0])
+    key = _mix_one(_mix_one(seed + int(_GAMMA)) + number)
+    return _mix_one(key + int(_GAMMA))
 
 
 def step_uniform(seed: int, step: int, count: int) -> Float64[np.ndarray, " K"]:
     """Numbers in [0, 1) that all rows of an optimizer step share."""
-    return RowNumbers.of(seed, step, np.array([_SHARED_ROW])).uniform(count)[0]
+    key = _mix_one(derive_seed(seed, step) + _SHARED_ROW * int(_GAMMA))
+    bits = [_mix_one(key + index * int(_GAMMA)) for index in range(1, count + 1)]
+    return (np.array(bits, dtype=np.uint64) >> np.uint64(11)) * _TO_UNIT
+
+
+def _mix_one(bits: int) -> int:
+    """`_mix` of one number, of which the last 64 bits count."""
+    bits %= _MODULUS
+    bits = (bits ^ bits >> 30) * int(_FIRST_FACTOR) % _MODULUS
+    bits = (bits ^ bits >> 27) * int(_SECOND_FACTOR) % _MODULUS
+    return bits ^ bits >> 31
 
 
 def _mix(bits: UInt64[np.ndarray, "*shape"]) -> UInt64[np.ndarray, "*shape"]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from jepa_audio.errors import UserError
-from jepa_audio.steps.grid import Grid, Masks
+from jepa_audio.steps.grid import Grid, Masks, count_true
 from jepa_audio.steps.masking.base import Masker
 from jepa_audio.steps.masking.numbers import RowNumbers, step_uniform
 from jepa_audio.steps.masking.sampling import (
@@ -97,7 +97,7 @@ def random_tokens(numbers: RowNumbers, num_tokens: int, count: int) -> Bool[np.n
             packed &= words[:, digit]
     chosen = np.unpackbits(packed.view(np.uint8), axis=1, count=num_tokens, bitorder="little")
     chosen = chosen.view(bool)
-    missing = count - np.count_nonzero(chosen, axis=1)
+    missing = count - count_true(chosen)
     # In 1 of 30,000 rows too many tokens were chosen: the row starts without tokens.
     chosen[missing < 0], missing[missing < 0] = False, count
     return chosen | choose_tokens(~chosen, missing, numbers.stream(1))

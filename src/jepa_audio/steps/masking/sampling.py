@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Int64
 
 from jepa_audio.errors import UserError
-from jepa_audio.steps.grid import Masks
+from jepa_audio.steps.grid import Masks, count_true
 from jepa_audio.steps.masking.base import Masker
 from jepa_audio.steps.masking.numbers import RowNumbers
 
@@ -30,8 +30,10 @@ def draw_rows(
         draw(numbers.rows(slice(first, first + _ROWS_AT_ONCE)))
         for first in range(0, len(numbers), _ROWS_AT_ONCE)
     ]
-    context, targets = (torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True))
-    return Masks.from_bool(context, targets, targets_per_clip)
+    context, targets = parts[0]
+    if len(parts) > 1:
+        context, targets = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return Masks.from_bool(torch.from_numpy(context), torch.from_numpy(targets), targets_per_clip)
 
 
 def choose_tokens(
@@ -46,7 +48,7 @@ def choose_tokens(
     num_tokens = allowed.shape[1]
     free = allowed.copy()
     rows, missing, first = np.flatnonzero(count), count[count > 0], 0
-    share = max(1, int(np.count_nonzero(allowed))) / allowed.size
+    share = max(1, int(np.count_nonzero(free))) / allowed.size
     # The place of a token in the sequence of its row.
     place = np.empty(allowed.size, dtype=np.int32)
     while len(rows):
@@ -82,8 +84,8 @@ def draw_accepted(
     min_tokens = max(1, math.ceil(round(min_context * context.shape[-1], 6)))
     rows, new = np.arange(len(numbers)), (context, targets)
     for attempt in range(1, MAX_REDRAWS + 1):
-        accepted = np.count_nonzero(new[0], axis=-1) >= min_tokens
-        accepted &= new[1].any(axis=-1).all(axis=-1)
+        accepted = count_true(new[0]) >= min_tokens
+        accepted &= count_true(new[1]).all(axis=-1)
         rows = rows[~accepted]
         if not len(rows):
             return context, targets

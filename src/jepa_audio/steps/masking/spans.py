@@ -66,6 +66,8 @@ class _SpanGroupMasker(Masker):
 
         def draw_on_grid(numbers: RowNumbers) -> Planes:
             context, targets = draw_accepted(draw, numbers, self.min_context, self)
+            if grid.num_freq == 1:
+                return context, targets
             # The order of tokens is time-major: the tokens of a time column are adjacent.
             return context.repeat(grid.num_freq, axis=-1), targets.repeat(grid.num_freq, axis=-1)
 
@@ -158,8 +160,10 @@ class TargetSpanMasker(_SpanGroupMasker):
     @override
     def _context(self, hidden: Bool[np.ndarray, "R T"]) -> Bool[np.ndarray, "R T"]:
         # A run of length `min_run` starts where no hidden column follows in these columns.
-        starts = ~_extend(hidden[:, ::-1], self.min_run)[:, ::-1]
-        starts[:, starts.shape[1] - self.min_run + 1 :] = False
+        num_time = hidden.shape[1]
+        padded = np.pad(hidden[:, ::-1], ((0, 0), (0, self.min_run - 1)))
+        starts = ~_extend(padded, self.min_run)[:, num_time - 1 :: -1]
+        starts[:, num_time - self.min_run + 1 :] = False
         return _extend(starts, self.min_run)
 
 
@@ -181,20 +185,23 @@ def sample_spans(
     allowed = np.broadcast_to(fits, (len(numbers), *fits.shape)).reshape(-1, num_time)
     starts = choose_tokens(allowed, count.ravel(), numbers.stream(1).streams(len(spans)))
     unions = starts.reshape(len(numbers), *fits.shape)
-    for each in np.unique(length):
-        unions[:, length == each] = _extend(unions[:, length == each], int(each))
+    lengths = sorted(set(length.tolist()))
+    if len(lengths) == 1:
+        return _extend(unions, lengths[0])
+    for each in lengths:
+        unions[:, length == each] = _extend(unions[:, length == each], each)
     return unions
 
 
 def _extend(starts: Bool[np.ndarray, "*R T"], length: int) -> Bool[np.ndarray, "*R T"]:
-    """Extend every start to a span of `length` columns, within the T columns."""
-    spans, reached = starts.copy(), 1
+    """Extend every start to a span of `length` columns; every span must fit into its row."""
+    spans, reached = starts.ravel(), 1  # no span reaches the next row
     while reached < length:
         shift = min(reached, length - reached)
         longer = spans.copy()
-        longer[..., shift:] |= spans[..., :-shift]
+        longer[shift:] |= spans[:-shift]
         spans, reached = longer, reached + shift
-    return spans
+    return spans.reshape(starts.shape)
 
 
 @lru_cache(maxsize=256)
