@@ -104,8 +104,8 @@ class TokenSet:
             # The first other tokens of a row are its padding.
             valid = np.arange(longest) < count[:, None]
             index = np.empty(valid.shape, dtype=np.int64)
-            np.place(index, valid, members)
-            row, place = np.nonzero(~valid)
+            index[valid] = members
+            row, place = np.divmod(np.flatnonzero(~valid), longest)
             num_others_before = first_token - (count.cumsum() - count)
             others = np.flatnonzero(~flat)
             index[row, place] = others[(num_others_before - count)[row] + place]

@@ -15,7 +15,7 @@ from typing_extensions import override
 from jepa_audio.errors import check_bounds
 from jepa_audio.steps.grid import Grid, Masks
 from jepa_audio.steps.masking.base import Masker
-from jepa_audio.steps.masking.cover import Attempts, UnionMasker, bits_below, unpack_bits
+from jepa_audio.steps.masking.cover import Attempts, UnionMasker, bits_below, num_bits, unpack_bits
 from jepa_audio.steps.masking.numbers import RowNumbers, step_uniform
 from jepa_audio.steps.masking.sampling import (
     Planes,
@@ -75,6 +75,7 @@ class MultiBlockMasker(Masker):
         return draw_rows(
             lambda numbers: draw_accepted(draw, numbers, self.min_context, self),
             RowNumbers.of(seed, step, rows.numpy()),
+            grid,
             self.expected_targets(grid, seed, step),
         )
 
@@ -128,33 +129,37 @@ class BlockMasker(UnionMasker):
         check_bounds(self, 1, 1_000_000, "max_attempts")
 
     @override
-    def draw_attempts(self, grid: Grid, uniform: Float64[np.ndarray, "R A 5"]) -> Attempts:
-        area = grid.num_tokens * _interpolate(self.scale, uniform[..., 0])
+    def draw_attempts(self, grid: Grid, uniform: Float64[np.ndarray, "5 A R"]) -> Attempts:
+        area = grid.num_tokens * _interpolate(self.scale, uniform[0])
         aspect = np.where(
-            uniform[..., 1] < 0.5,
-            _interpolate(self.long_aspect, uniform[..., 2]),
-            _interpolate(self.tall_aspect, uniform[..., 2]),
+            uniform[1] < 0.5,
+            _interpolate(self.long_aspect, uniform[2]),
+            _interpolate(self.tall_aspect, uniform[2]),
         )
-        one = np.ones_like(aspect)
-        factor, divisor = np.stack([aspect, one], axis=-1), np.stack([one, aspect], axis=-1)
-        return area, factor, divisor, uniform[..., 3:]
+        return area, aspect, uniform[3], uniform[4]
 
     @override
     def limit_size(self, grid: Grid, attempts: Attempts, missing: np.ndarray) -> np.ndarray:
-        """The (time, frequency) sizes `[..., 2]`: √(area * aspect) and √(area / aspect)."""
-        area, factor, divisor, _ = attempts
-        sides = np.sqrt(np.minimum(area, missing)[..., None] * factor / divisor).astype(np.int64)
-        return np.minimum(np.maximum(sides, 1), (grid.num_time, grid.num_freq))
+        """The sizes in time and frequency, √(area * aspect) and √(area / aspect), as one number."""
+        area, aspect, *_ = attempts
+        area = np.minimum(area, missing)
+        num_time = np.sqrt(area * aspect).astype(np.int64)
+        num_freq = np.sqrt(area / aspect).astype(np.int64)
+        num_time = np.minimum(np.maximum(num_time, 1), grid.num_time)
+        num_freq = np.minimum(np.maximum(num_freq, 1), grid.num_freq)
+        return num_time << 32 | num_freq
 
     @override
     def pack(self, grid: Grid, attempts: Attempts, size: np.ndarray) -> np.ndarray:
+        _, _, time_position, freq_position = attempts
         time_below, freq_below = _block_tables(grid)
-        start = (attempts[-1] * ((grid.num_time + 1, grid.num_freq + 1) - size)).astype(np.int64)
-        end = start + size
-        words = time_below.take(end[..., 0], 0)
-        words ^= time_below.take(start[..., 0], 0)
-        freqs = freq_below.take(end[..., 1], 0)
-        freqs ^= freq_below.take(start[..., 1], 0)
+        num_time, num_freq = size >> 32, size & 0xFFFFFFFF
+        time = (time_position * (grid.num_time + 1 - num_time)).astype(np.int64)
+        freq = (freq_position * (grid.num_freq + 1 - num_freq)).astype(np.int64)
+        words = time_below.take(time + num_time, 0)
+        words ^= time_below.take(time, 0)
+        freqs = freq_below.take(freq + num_freq, 0)
+        freqs ^= freq_below.take(freq, 0)
         words &= freqs
         return words
 
@@ -165,7 +170,7 @@ class BlockMasker(UnionMasker):
 
     @override
     def num_free(self, grid: Grid, free: np.ndarray) -> np.ndarray:
-        return np.bitwise_count(free).sum(axis=-1, dtype=np.int64)
+        return num_bits(free)
 
     @override
     def expand(self, grid: Grid, free: UInt64[np.ndarray, "R W"]) -> Bool[np.ndarray, "R N"]:
@@ -200,13 +205,13 @@ class StripeMasker(UnionMasker):
         check_bounds(self, 1, math.inf, "max_time_width", "max_freq_width", "max_attempts")
 
     @override
-    def draw_attempts(self, grid: Grid, uniform: Float64[np.ndarray, "R A 5"]) -> Attempts:
+    def draw_attempts(self, grid: Grid, uniform: Float64[np.ndarray, "5 A R"]) -> Attempts:
         num_time, num_freq = grid.num_time, grid.num_freq
-        is_time = uniform[..., 0] * (num_time + num_freq) < num_time
+        is_time = uniform[0] * (num_time + num_freq) < num_time
         max_width = np.where(is_time, self.max_time_width, self.max_freq_width)
         length = np.where(is_time, num_time, num_freq)
-        width = np.minimum(1 + (uniform[..., 1] * max_width).astype(np.int64), length)
-        position = np.where(is_time, uniform[..., 3], uniform[..., 4])
+        width = np.minimum(1 + (uniform[1] * max_width).astype(np.int64), length)
+        position = np.where(is_time, uniform[3], uniform[4])
         # One column has `num_freq` tokens and one row has `num_time` tokens.
         tokens_per_line = num_time + num_freq - length
         first_line = np.where(is_time, 0, num_time + 1)
@@ -232,9 +237,8 @@ class StripeMasker(UnionMasker):
 
     @override
     def num_free(self, grid: Grid, free: np.ndarray) -> np.ndarray:
-        counts, columns = np.bitwise_count(free), _num_words(grid.num_time)
-        num_columns = counts[..., :columns].sum(axis=-1, dtype=np.int64)
-        return num_columns * counts[..., columns:].sum(axis=-1, dtype=np.int64)
+        columns = _num_words(grid.num_time)
+        return num_bits(free[..., :columns]) * num_bits(free[..., columns:])
 
     @override
     def expand(self, grid: Grid, free: UInt64[np.ndarray, "R W"]) -> Bool[np.ndarray, "R N"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from functools import lru_cache
+from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from jepa_audio.steps.masking.numbers import RowNumbers
 from jepa_audio.steps.masking.sampling import Planes, choose_tokens, draw_rows, floor_share
 
 Attempts = tuple[np.ndarray, ...]
-"""What the random numbers of the attempts determine; all arrays begin with `[R, A]` or `[R]`."""
+"""What the random numbers of attempts determine; all arrays begin with `[A, R]` or `[R]`."""
 
 
 class _State(NamedTuple):
@@ -53,7 +54,7 @@ class UnionMasker(Masker):
             targets = covered | choose_tokens(~covered, missing, numbers.stream(1))
             return ~targets, targets[:, None]
 
-        return draw_rows(draw, RowNumbers.of(seed, step, rows.numpy()), float(count))
+        return draw_rows(draw, RowNumbers.of(seed, step, rows.numpy()), grid, float(count))
 
     @override
     def expected_targets(self, grid: Grid, seed: int, step: int) -> float:
@@ -79,7 +80,8 @@ class UnionMasker(Masker):
         for first in range(0, self.max_attempts, self._window):
             length = min(self._window, self.max_attempts - first)
             uniform = numbers.rows(rows).uniform(5 * length, 5 * first)
-            attempts = self.draw_attempts(grid, uniform.reshape(len(rows), length, 5))
+            uniform = uniform.reshape(len(rows), length, 5).transpose(2, 1, 0)
+            attempts = self.draw_attempts(grid, np.ascontiguousarray(uniform))
             state, takes_more = self._add(grid, count, attempts, state)
             all_free[rows] = state.free
             rows, state = rows[takes_more], _State(*(part[takes_more] for part in state))
@@ -97,57 +99,60 @@ class UnionMasker(Masker):
         one by one, without those that cover no free token: they will not cover one later.
         """
         limit = grid.num_tokens - count  # the smallest number of free tokens
-        size = self.limit_size(grid, attempts, state.missing[:, None])
+        size = self.limit_size(grid, attempts, state.missing)
         words = self.pack(grid, attempts, size)
-        free = state.free[:, None] & ~np.bitwise_or.accumulate(words, axis=1)
-        missing = self.num_free(grid, free) - limit  # [R, A]
-        before = np.concatenate([state.missing[:, None], missing[:, :-1]], axis=1)
-        is_final = size == self.limit_size(grid, attempts, np.maximum(before, 0))
-        is_final = is_final.reshape(*missing.shape, -1).all(axis=-1) & (missing >= 0)
-        num_attempts = is_final.shape[1]
-        num_final = np.where(is_final.all(axis=1), num_attempts, is_final.argmin(axis=1))
-        row, last = np.arange(len(num_final)), num_final - 1
+        free = ~words
+        free[0] &= state.free
+        for earlier, later in pairwise(free):  # ten times faster than `np.bitwise_and.accumulate`
+            np.bitwise_and(later, earlier, out=later)
+        missing = self.num_free(grid, free) - limit  # [A, R]
+        before = np.concatenate([state.missing[None], np.maximum(missing[:-1], 0)])
+        is_final = (size == self.limit_size(grid, attempts, before)) & (missing >= 0)
+        num_final = np.logical_and.accumulate(is_final, axis=0).sum(axis=0)
+        last, row = np.maximum(num_final - 1, 0), np.arange(len(num_final))
         state = _State(
-            np.where(num_final[:, None] > 0, free[row, last], state.free),
-            np.where(num_final > 0, missing[row, last], state.missing),
+            np.where(num_final[:, None] > 0, free[last, row], state.free),
+            np.where(num_final > 0, missing[last, row], state.missing),
         )
-        is_open = np.arange(num_attempts) >= num_final[:, None]
-        is_open &= (words & state.free[:, None]).any(axis=-1)
-        return self._add_one_by_one(grid, limit, attempts, is_open, state)
+        first = int(num_final.min())
+        is_open = np.arange(first, len(is_final))[:, None] >= num_final
+        is_open &= (words[first:] & state.free).any(axis=-1)
+        others = tuple(field[first:] for field in attempts)
+        return self._add_one_by_one(grid, limit, others, is_open, state)
 
     def _add_one_by_one(
         self,
         grid: Grid,
         limit: int,
         attempts: Attempts,
-        is_open: Bool[np.ndarray, "R A"],
+        is_open: Bool[np.ndarray, "A R"],
         state: _State,
     ) -> tuple[_State, Bool[np.ndarray, " R"]]:
         """Make the open attempts in their order, until a row is complete or an attempt exceeds."""
         # Rows with many open attempts first, so that the rows of a turn are a slice.
-        num_open = np.count_nonzero(is_open, axis=1)
+        num_open = is_open.sum(axis=0)
         rows = np.argsort(-num_open, kind="stable")
-        order = np.argsort(~is_open[rows], axis=1, kind="stable")
-        columns = [field[rows[:, None], order] for field in attempts]
+        order = np.argsort(~is_open[:, rows], axis=0, kind="stable")[: num_open.max()]
+        columns = [field[order, rows] for field in attempts]
         free, missing = state.free[rows], state.missing[rows]
         takes_more = missing > 0
-        for turn in range(num_open.max()):
-            part = slice(np.count_nonzero(num_open > turn))
-            attempt = tuple(column[part, turn] for column in columns)
-            size = self.limit_size(grid, attempt, missing[part])
-            left = free[part] & ~self.pack(grid, attempt, size)
+        num_rows = (num_open > np.arange(len(order))[:, None]).sum(axis=1).tolist()
+        for turn, num in enumerate(num_rows):
+            attempt = tuple(column[turn, :num] for column in columns)
+            size = self.limit_size(grid, attempt, missing[:num])
+            left = free[:num] & ~self.pack(grid, attempt, size)
             num_left = self.num_free(grid, left) - limit
-            takes_more[part] &= num_left >= 0
-            np.copyto(free[part], left, where=takes_more[part, None])
-            np.copyto(missing[part], num_left, where=takes_more[part])
-            takes_more &= missing > 0
-            if not takes_more[part].any():
+            takes_more[:num] &= num_left >= 0
+            np.copyto(free[:num], left, where=takes_more[:num, None])
+            np.copyto(missing[:num], num_left, where=takes_more[:num])
+            takes_more[:num] &= missing[:num] > 0
+            if not takes_more[:num].any():
                 break
         back = np.argsort(rows)
         return _State(free[back], missing[back]), takes_more[back]
 
     @abstractmethod
-    def draw_attempts(self, grid: Grid, uniform: Float64[np.ndarray, "R A 5"]) -> Attempts:
+    def draw_attempts(self, grid: Grid, uniform: Float64[np.ndarray, "5 A R"]) -> Attempts:
         """The part of the attempts that does not depend on the number of missing tokens."""
 
     @abstractmethod
@@ -177,6 +182,13 @@ def bits_below(length: int) -> UInt64[np.ndarray, "lengths W"]:
     num_words = -(-length // 64)
     bits = np.arange(64 * num_words) < np.arange(length + 1)[:, None]
     return np.packbits(bits, axis=1, bitorder="little").view(np.uint64)
+
+
+def num_bits(words: UInt64[np.ndarray, "*shape W"]) -> Int64[np.ndarray, "*shape"]:
+    """Number of bits that are set."""
+    counts = np.bitwise_count(words).astype(np.float32)
+    # A product of matrices is faster than a sum, and exact for fewer than 2^24 bits.
+    return (counts @ np.ones(counts.shape[-1], np.float32)).astype(np.int64)
 
 
 def unpack_bits(words: UInt64[np.ndarray, "*shape W"], length: int) -> Bool[np.ndarray, "*shape L"]:

@@ -62,7 +62,7 @@ class RandomMasker(Masker):
             )
             return context, targets[:, None]
 
-        return draw_rows(draw, RowNumbers.of(seed, step, rows.numpy()), float(num_targets))
+        return draw_rows(draw, RowNumbers.of(seed, step, rows.numpy()), grid, float(num_targets))
 
     @override
     def expected_targets(self, grid: Grid, seed: int, step: int) -> float:

@@ -10,26 +10,25 @@ import torch
 from jaxtyping import Bool, Int64
 
 from jepa_audio.errors import UserError
-from jepa_audio.steps.grid import Masks, count_true
+from jepa_audio.steps.grid import Grid, Masks, count_true
 from jepa_audio.steps.masking.base import Masker
 from jepa_audio.steps.masking.numbers import RowNumbers
 
 MAX_REDRAWS = 1000
-# Rows that are drawn together: their arrays fit into the caches of a core.
-_ROWS_AT_ONCE = 64
+# Tokens of the rows that are drawn together: their arrays fit into the caches of a core.
+_TOKENS_AT_ONCE = 1 << 18
 
 Planes = tuple[Bool[np.ndarray, "R N"], Bool[np.ndarray, "R M N"]]
 """Context and target groups of some rows."""
 
 
 def draw_rows(
-    draw: Callable[[RowNumbers], Planes], numbers: RowNumbers, targets_per_clip: float
+    draw: Callable[[RowNumbers], Planes], numbers: RowNumbers, grid: Grid, targets_per_clip: float
 ) -> Masks:
     """The masks of all rows from a function that draws those of a few rows."""
-    parts = [
-        draw(numbers.rows(slice(first, first + _ROWS_AT_ONCE)))
-        for first in range(0, len(numbers), _ROWS_AT_ONCE)
-    ]
+    num_rows = max(16, _TOKENS_AT_ONCE // grid.num_tokens)
+    starts = range(0, len(numbers), num_rows)
+    parts = [draw(numbers.rows(slice(first, first + num_rows))) for first in starts]
     context, targets = parts[0]
     if len(parts) > 1:
         context, targets = (np.concatenate(part) for part in zip(*parts, strict=True))

@@ -71,7 +71,7 @@ class _SpanGroupMasker(Masker):
             # The order of tokens is time-major: the tokens of a time column are adjacent.
             return context.repeat(grid.num_freq, axis=-1), targets.repeat(grid.num_freq, axis=-1)
 
-        return draw_rows(draw_on_grid, numbers, targets_per_clip)
+        return draw_rows(draw_on_grid, numbers, grid, targets_per_clip)
 
     @property
     def _target_spans(self) -> tuple[float, int]:
