@@ -5,8 +5,12 @@
 - worlds: the same comparison for a run with 1, then 2, then 1 process
 - damage: train on 2,000 files, 500 of them damaged; check which files are reported, which good
   files are lost, and whether the run completes
+- two: start two runs in one folder at once; one trains, the other ends in one sentence
+- orphans: kill the first process of a run; no process may remain after 10 s
+- commands: kill index, pack, probe, export and report at random times, and repeat them
+- disk: fill the disk during a probe, and repeat it
 
-    python -m benchmarks.faults [--kills 25] [--parts kills worlds damage]
+    python -m benchmarks.faults [--kills 25] [--parts kills worlds damage ...]
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import soundfile as sf
+from benchmarks.killed_commands import check_commands, check_full_disk
 from lightning.pytorch import Callback
 
 from tests.damaged import RATE, REASONS, sound, write_damaged_corpus
@@ -227,6 +232,44 @@ def check_kills(folder: Path, corpus: Path, number: int, seed: int) -> bool:
     return is_equal and not remaining and not num_too_late
 
 
+def check_two(folder: Path, corpus: Path) -> bool:
+    """Return whether one of two runs that start at once in a folder trains, and one is refused."""
+    run = Run(folder / "two", corpus)
+    processes = [run.start(name, "--data.num_workers=0") for name in ("first", "second")]
+    codes = [process.wait(600) for process in processes]
+    steps = [len(run.records(name)) for name in ("first", "second")]
+    log = (run.folder / "log.txt").read_text()
+    refusals = [line for line in log.splitlines() if line.startswith("jepa-audio: ")]
+    print(f"two runs in one folder: codes {codes}, steps {steps}; {' '.join(refusals)}")
+    winner = codes.index(0) if 0 in codes else 0
+    return (
+        sorted(codes) == [0, 1]
+        and steps[winner] == STEPS
+        and steps[1 - winner] == 0
+        and len(refusals) == 1
+        and "Traceback" not in log
+    )
+
+
+def check_orphans(folder: Path, corpus: Path) -> bool:
+    """Return whether no process remains after a signal to the first process of a run."""
+    cases = [(signal.SIGKILL, 1), (signal.SIGKILL, 2), (signal.SIGTERM, 1)]
+    return all(check_remaining(folder, corpus, *case) for case in cases)
+
+
+def small_run(folder: Path, corpus: Path) -> tuple[Path, Path]:
+    """A table of two classes for a probe, and the folder of a completed run."""
+    names = sorted(path.name for path in corpus.iterdir() if path.suffix == ".wav")
+    splits = ("train", "train", "valid", "test")
+    lines = [f"{n},{'ab'[i // 4 % 2]},{splits[i % 4]}" for i, n in enumerate(names)]
+    labels = corpus / "labels.csv"
+    labels.write_text("\n".join(["path,label,split", *lines, ""]))
+    run = Run(folder / "small", corpus)
+    settings = "--data.num_workers=0", "--trainer.max_steps=6"
+    wait_for_end(run.start("all", *settings), run)
+    return labels, run.folder
+
+
 def check_remaining(
     folder: Path, corpus: Path, number: signal.Signals, world_size: int, seconds: float = 10
 ) -> bool:
@@ -318,12 +361,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--files", type=int, default=2000)
     parser.add_argument("--damaged", type=int, default=500)
-    parser.add_argument(
-        "--parts",
-        nargs="+",
-        choices=["kills", "worlds", "damage"],
-        default=["kills", "worlds", "damage"],
-    )
+    parser.add_argument("--command_kills", type=int, default=5)
+    parts = ["kills", "worlds", "damage", "two", "orphans", "commands", "disk"]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as name:
@@ -333,7 +373,15 @@ def main() -> None:
             "kills": lambda: check_kills(folder, corpus, args.kills, args.seed),
             "worlds": lambda: check_worlds(folder, corpus),
             "damage": lambda: check_damage(folder, args.files, args.damaged),
+            "two": lambda: check_two(folder, corpus),
+            "orphans": lambda: check_orphans(folder, corpus),
+            "commands": lambda: check_commands(
+                folder, corpus, *small, args.command_kills, args.seed
+            ),
+            "disk": lambda: check_full_disk(folder, *small),
         }
+        if {"commands", "disk"} & set(args.parts):
+            small = small_run(folder, corpus)
         failed = [part for part in args.parts if not checks[part]()]
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")

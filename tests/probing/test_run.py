@@ -340,6 +340,6 @@ def test_short_clips_are_padded_and_counted_in_the_rows_and_in_one_line(
     settings = {"preset": "linear", "variants": ["context"]}
     rows = probe(str(checkpoint[0]), "nsynth_pitch", short, tmp_path / "probe", **settings)
     assert {row.num_padded for row in rows} == {1}
-    lines = [message for message in caplog.messages if "padded with zeros" in message]
+    lines = [message for message in caplog.messages if "zero padding" in message]
     assert len(lines) == 2, "one for the front end of the run, one for log-mel statistics"
     assert lines[0].startswith("nsynth_pitch: 1 windows are shorter than one token (")

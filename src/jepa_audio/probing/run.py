@@ -6,7 +6,6 @@ import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -35,6 +34,7 @@ from jepa_audio.probing.presets import HeadKind, Preset, preset_of
 from jepa_audio.probing.robustness import SWEEPS, Condition, area, noise_sweep
 from jepa_audio.probing.rows import (
     RANDOM_INIT,
+    STATISTICS,
     Evidence,
     ProbeRow,
     Score,
@@ -43,6 +43,7 @@ from jepa_audio.probing.rows import (
     save_evidence,
 )
 from jepa_audio.probing.tasks import ProbeData, load_task
+from jepa_audio.probing.tasks.label_checks import check_labels
 from jepa_audio.probing.tasks.labels import UNKNOWN, Rows, Unit
 from jepa_audio.probing.tasks.records import Split
 from jepa_audio.probing.tasks.table import LabelKind
@@ -134,7 +135,10 @@ def probe(
         batch_seconds,
         ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device,
     )
-    return run.probe_all(encoders, [dataset.with_train(max_train) for dataset in datasets])
+    datasets = [dataset.with_train(max_train) for dataset in datasets]
+    for dataset in datasets:
+        check_labels(dataset)
+    return run.probe_all(encoders, datasets)
 
 
 @dataclass(frozen=True)
@@ -188,8 +192,12 @@ class ProbeRun:
         test = features["test"]
         chance = _chance_score(data, features["train"].rows, test.rows)
         num_padded = sum(each.num_padded for each in features.values())
-        if num_padded:
-            _warn_of_padding(task.name, num_padded, encoder.min_samples, encoder.sample_rate)
+        # One line, although the encoders of a checkpoint have the same front end.
+        if num_padded and encoder.variant in (RANDOM_INIT, STATISTICS, "function"):
+            log.warning(
+                "%s: %d windows are shorter than one token (%d samples at %d Hz): zero padding",
+                *(task.name, num_padded, encoder.min_samples, encoder.sample_rate),
+            )
         sizes = tuple(
             len(np.unique(features[split].rows.unit_index(splits[split], task.units[0])))
             for split in splits
@@ -307,15 +315,6 @@ class ProbeRun:
             split_checksum=data.checksum,
             versions={name: version(name) for name in ("jepa-audio", "torch", "torchmetrics")},
         )
-
-
-# One line, although several encoders have the same front end.
-@lru_cache
-def _warn_of_padding(task: str, num_padded: int, min_samples: int, rate: int) -> None:
-    log.warning(
-        "%s: %d windows are shorter than one token (%d samples at %d Hz) and are padded with zeros",
-        *(task, num_padded, min_samples, rate),
-    )
 
 
 def _score_head(
