@@ -265,8 +265,9 @@ def small_run(folder: Path, corpus: Path) -> tuple[Path, Path]:
     labels = corpus / "labels.csv"
     labels.write_text("\n".join(["path,label,split", *lines, ""]))
     run = Run(folder / "small", corpus)
-    settings = "--data.num_workers=0", "--trainer.max_steps=6"
-    wait_for_end(run.start("all", *settings), run)
+    # The settings that the published layout has.
+    eps = [f"--model.{part}.final_norm_eps=1e-5" for part in ("encoder", "predictor.trunk")]
+    wait_for_end(run.start("all", "--data.num_workers=0", "--trainer.max_steps=6", *eps), run)
     return labels, run.folder
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,7 +77,8 @@ def scores(folder: Path) -> Content:
 def report_names(folder: Path) -> Content:
     """Names of the files of a report; the page has the time at which it was written."""
     assert (folder / "report.html").read_text().rstrip().endswith("</html>")
-    return dict.fromkeys(file_hashes(folder), "")
+    # A temporary file of a killed command remains.
+    return {name: "" for name in file_hashes(folder) if not name.endswith(".part")}
 
 
 def commands(
@@ -93,7 +95,7 @@ def commands(
         "pack": (lambda out: ["data", "pack", corpus, out, "--shard_mb", "1"], shard_hashes),
         "probe": (lambda out: [*probe, "--output", out], scores),
         "export": (lambda out: ["export", "wavjepa", last, "-o", out], file_hashes),
-        "report": (lambda out: ["report", run, "-o", out / "report.html"], report_names),
+        "report": (lambda out: ["report", out], report_names),
     }
 
 
@@ -104,8 +106,10 @@ def check_commands(
     rng, log, is_equal = random.Random(seed), folder / "log.txt", True
     for name, (arguments, content) in commands(corpus, labels, run).items():
         reference, killed = folder / f"{name}-reference", folder / f"{name}-killed"
-        reference.mkdir()
-        killed.mkdir()
+        for copy in (reference, killed):
+            if name == "report":  # it is written into the folder of the runs
+                shutil.copytree(run, copy / "small")
+            copy.mkdir(exist_ok=True)
         seconds = complete(arguments(reference), log)
         times = [rng.uniform(0.3, 0.95) * seconds for _ in range(number)]
         num_killed = 0
