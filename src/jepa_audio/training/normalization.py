@@ -120,11 +120,11 @@ def measure_normalization(
 
     def clips() -> Iterator[Tensor]:
         batches = first_batches(data.dataset("train", random_crops=True), num_clips, data.weights)
-        for batch in track_progress(batches, "Measuring the spectrogram", num_clips):
-            waveform, _, num_samples, _ = data.on_after_batch_transfer(batch, 0)
+        for loaded in track_progress(batches, "Measuring the spectrogram", num_clips):
+            batch = data.on_after_batch_transfer(loaded, 0)
             # Without the padding that the model does not see.
-            waveform = waveform if num_samples is None else waveform[..., : int(num_samples[0])]
-            if waveform.shape[-1] >= spectrogram.min_samples:
+            length = None if batch.num_samples is None else int(batch.num_samples[0])
+            if (waveform := batch.waveform[..., :length]).shape[-1] >= spectrogram.min_samples:
                 yield waveform
 
     return measure_statistics(spectrogram, clips())
