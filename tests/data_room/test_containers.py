@@ -82,9 +82,9 @@ def ape(size: int) -> bytes:
     return bytes(size) + b"APETAGEX" + struct.pack("<IIII", 2000, size + 32, 0, 0) + bytes(8)
 
 
-def moved_vorbis(frames: int) -> bytes:
+def moved_pages(content: bytes | bytearray, frames: int) -> bytes:
     """As cut without encoding: the positions of the pages do not start with 0."""
-    content = bytearray(encode("OGG", "VORBIS"))
+    content = bytearray(content)
     start = 0
     for page in list(_ogg_pages(io.BytesIO(content), 0, len(content))):
         header = slice(start + 22, start + 26)
@@ -149,8 +149,12 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
         "2 joined Ogg streams",
     ),
     "Vorbis, cut at its start": (
-        lambda: moved_vorbis(-3000),
+        lambda: moved_pages(encode("OGG", "VORBIS"), -3000),
         f"decodes {LENGTH - 3000} of the {LENGTH} frames",
+    ),
+    "Opus, cut at its start": (
+        lambda: moved_pages(encode("OGG", "OPUS", length=60_000), -3000),
+        "decodes 177000 of the 180000 frames|malformed",
     ),
     "Opus, truncated": (lambda: encode("OGG", "OPUS")[:-1000], "truncated or damaged"),
     "mp3, joined": (lambda: mp3() + mp3(1), "joined files"),

@@ -5,7 +5,7 @@ Nothing is decoded.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from io import BufferedIOBase
 from typing import NamedTuple
@@ -73,45 +73,75 @@ def ogg(file: BufferedIOBase, size: int) -> Contents:
         # Decoders do not agree on the samples at the end of a link.
         return Contents(problem=f"{num_links} joined Ogg streams: {REMEDY}")
     total = sum(max(stream.last_granule - stream.skip, 0) for stream in streams)
-    if codecs == {"Vorbis"}:
+    if num_links == 1 and codecs < {"Vorbis", "Opus"}:
         (serial,) = (serial for serial, stream in by_serial.items() if stream.codec)
         pages = (page for page in _ogg_pages(file, 0, size) if page.serial == serial)
-        total -= _first_sample(file, pages)
+        length_of = _VorbisLengths() if codecs == {"Vorbis"} else _opus_length
+        total -= _first_sample(file, pages, length_of)
     header = _opus_header(file) if codecs == {"Opus"} else b""
     return Contents(total, header=header, try_torchcodec=True)
 
 
-def _first_sample(file: BufferedIOBase, pages: Iterable[OggPage]) -> int:
-    """Number of the first sample of a Vorbis stream: 0, or another one if the stream was cut.
+def _first_sample(
+    file: BufferedIOBase, pages: Iterable[OggPage], length_of: Callable[[int, bytes], int]
+) -> int:
+    """Number of the first sample of a stream: 0, or another one if the stream was cut.
 
     It is the granule position of the first page with audio, minus the samples of its packets. If
     this is the last page too, the number is not known, because an encoder may shorten this page.
+
+    Args:
+        file: the Ogg file.
+        pages: the pages of the stream.
+        length_of: number of samples of a packet, from its number and content; called in order.
     """
-    starts: list[int] = []
-    packet, num_packets = b"", 0
-    blocks, modes, before, total = (0, 0), [0], 0, 0
+    start: int | None = None
+    packet, num_packets, total = b"", 0, 0
     for page in pages:
-        if starts:
-            return starts[0]
+        if start is not None:
+            return start
         file.seek(page.body)
         for length in page.lacing:
             packet += file.read(length)
-            if length == 255:  # the packet continues
-                continue
-            num_packets += 1
-            if num_packets == 1 and len(packet) > 28:
-                blocks = 1 << (packet[28] & 15), 1 << (packet[28] >> 4)
-            elif num_packets == _NUM_HEADERS:
-                modes = _modes(packet[-_TAIL:]) or [0]
-            elif num_packets > _NUM_HEADERS and packet:
-                number = packet[0] >> 1 & (1 << (len(modes) - 1).bit_length()) - 1
-                size = blocks[modes[number]] if number < len(modes) else 0
-                total += (before + size) // 4 if before else 0
-                before = size
-            packet = b""
-        if page.granule >= 0 and num_packets > _NUM_HEADERS:
-            starts.append(page.granule - total)
+            if length < 255:  # else the packet continues
+                total += length_of(num_packets, packet)
+                packet, num_packets = b"", num_packets + 1
+        if page.granule >= 0 and total:
+            start = page.granule - total
     return 0
+
+
+def _opus_length(number: int, packet: bytes) -> int:
+    """Samples of an Opus packet at 48 kHz (RFC 6716, 3.1)."""
+    if number < 2 or not packet:  # the headers
+        return 0
+    config, code = packet[0] >> 3, packet[0] & 3
+    if config < 12:
+        frame = (480, 960, 1920, 2880)[config & 3]
+    elif config < 16:
+        frame = (480, 960)[config & 1]
+    else:
+        frame = (120, 240, 480, 960)[config & 3]
+    return frame * (1, 2, 2, packet[1] & 63 if len(packet) > 1 else 0)[code]
+
+
+class _VorbisLengths:
+    """Samples of Vorbis packets: half of the overlapping blocks of a packet and the one before."""
+
+    def __init__(self) -> None:
+        self._blocks, self._modes, self._before = (0, 0), [0], 0
+
+    def __call__(self, number: int, packet: bytes) -> int:
+        if number == 0 and len(packet) > 28:
+            self._blocks = 1 << (packet[28] & 15), 1 << (packet[28] >> 4)
+        elif number == _NUM_HEADERS - 1:
+            self._modes = _modes(packet[-_TAIL:]) or [0]
+        elif number >= _NUM_HEADERS and packet:
+            mode = packet[0] >> 1 & (1 << (len(self._modes) - 1).bit_length()) - 1
+            size = self._blocks[self._modes[mode]] if mode < len(self._modes) else 0
+            before, self._before = self._before, size
+            return (before + size) // 4 if before else 0
+        return 0
 
 
 def _modes(setup: bytes) -> list[int]:
