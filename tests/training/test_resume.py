@@ -227,3 +227,17 @@ def test_a_checkpoint_without_these_settings_can_be_resumed(
     cli.trainer.callbacks.append(look)
     cli.fit(str(tmp_path / "old" / "last.ckpt"), model=cli.model, datamodule=cli.datamodule)
     assert [step for step, _ in look.values] == [4, 4, 5, 5, 6, 6]
+
+
+def test_a_checkpoint_with_weights_alone_is_refused_with_the_option_to_use(
+    three_steps: Path, tmp_path: Path, tiny_cli: Callable
+):
+    from jepa_audio.training.run_folder import RunFolderError
+
+    content = torch.load(three_steps / "checkpoints" / "last.ckpt", weights_only=True)
+    for name in ("optimizer_states", "lr_schedulers", "loops"):
+        del content[name]
+    torch.save(content, tmp_path / "imported.ckpt")
+    cli = tiny_cli("wave")
+    with pytest.raises(RunFolderError, match=rf"only weights.*--weights {tmp_path}/imported.ckpt"):
+        cli.fit(str(tmp_path / "imported.ckpt"), model=cli.model, datamodule=cli.datamodule)
