@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from jepa_audio.steps.grid import AudioBatch, Grid, Masks
 from jepa_audio.steps.masking import BlockMasker, MixtureMasker, RandomMasker, StripeMasker
@@ -125,10 +126,28 @@ def test_evaluation_masks_change_with_the_curriculum_alone():
     assert not same(training.draw(batches[0], 100_000), training.draw(batches[0], 200_000))
 
 
-def test_masks_move_and_are_pinned_with_their_batch(tiny_jepa: Callable, batch: AudioBatch):
+def test_masks_move_with_their_batch(tiny_jepa: Callable, batch: AudioBatch):
     masks = tiny_jepa("wave").draw_masks(batch, step=7)
     moved = batch._replace(masks=masks).to(torch.device("meta"))
     assert moved.masks.context.index.is_meta
     assert moved.masks.targets.valid.is_meta
     assert (moved.masks.step, moved.masks.targets_per_clip) == (7, masks.targets_per_clip)
     assert not moved.row.is_meta
+
+
+def test_the_loader_pins_the_masks_of_a_batch(
+    tiny_jepa: Callable, batch: AudioBatch, monkeypatch: pytest.MonkeyPatch
+):
+    pinned: list[torch.Size] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor.shape)
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    batch = batch._replace(masks=tiny_jepa("wave").draw_masks(batch, step=7))
+    copy, _ = pin_memory((batch, []))
+    assert isinstance(copy, AudioBatch)
+    assert same(copy.masks, batch.masks)
+    assert copy.masks.step == 7
+    assert {batch.masks.context.index.shape, batch.masks.targets.valid.shape} <= set(pinned)
