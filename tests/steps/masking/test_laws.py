@@ -214,12 +214,27 @@ def test_only_rejected_rows_are_drawn_again():
     def draw_rows(rows):
         drawn.append(len(rows))
         context = np.full((len(rows), 4), fill_value=True)
-        context[0] = len(drawn) > 2  # the first row of the first two draws is empty
+        context[:4] = len(drawn) > 2  # four rows of the first two draws are empty
         return context, np.full((len(rows), 1, 4), fill_value=True)
 
     context, _ = draw_accepted(draw_rows, numbers(5), 0.5, SpanMasker())
-    assert drawn == [5, 1, 1]
+    # Four rows make four attempts each; those of the first row fail, and it makes four more.
+    assert drawn == [5, 16, 4]
     assert context.all()
+
+
+def test_the_first_accepted_attempt_counts_for_few_and_for_many_rows(monkeypatch):
+    def draw_rows(rows):
+        context = rows.uniform(4) < 0.5
+        return context, np.ones((len(rows), 1, 4), dtype=bool)
+
+    few = draw_accepted(draw_rows, numbers(50), 0.75, SpanMasker())[0]
+    monkeypatch.setattr("jepa_audio.steps.masking.sampling._FEW_ROWS", 0)
+    assert np.array_equal(draw_accepted(draw_rows, numbers(50), 0.75, SpanMasker())[0], few)
+    for row, accepted in enumerate(few):
+        attempts = (numbers(50).stream(n).rows(slice(row, row + 1)) for n in range(100))
+        first = next(c for n in attempts if (c := n.uniform(4)[0] < 0.5).sum() >= 3)
+        assert np.array_equal(accepted, first)
 
 
 @pytest.mark.parametrize(

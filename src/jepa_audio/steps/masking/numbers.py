@@ -51,9 +51,9 @@ class RowNumbers:
         offset = np.uint64((number + 1) * _STREAM % _MODULUS)
         return RowNumbers(_mix(self.keys + offset))
 
-    def streams(self, count: int) -> RowNumbers:
-        """The numbers of the first `count` streams of every row, R * count rows."""
-        offsets = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_STREAM)
+    def streams(self, count: int, first: int = 0) -> RowNumbers:
+        """The numbers of the streams from `first` on, `count` for every row, R * count rows."""
+        offsets = np.arange(first + 1, first + count + 1, dtype=np.uint64) * np.uint64(_STREAM)
         return RowNumbers(_mix(self.keys[:, None] + offsets).ravel())
 
     def bits(self, count: int, first: int = 0) -> UInt64[np.ndarray, "R K"]:

@@ -17,6 +17,8 @@ from jepa_audio.steps.masking.numbers import RowNumbers
 MAX_REDRAWS = 1000
 # Tokens of the rows that are drawn together: their arrays fit into the caches of a core.
 _TOKENS_AT_ONCE = 1 << 18
+# For so few rows, several attempts take about the time of one.
+_FEW_ROWS = 64
 
 Planes = tuple[Bool[np.ndarray, "R N"], Bool[np.ndarray, "R M N"]]
 """Context and target groups of some rows."""
@@ -81,15 +83,22 @@ def draw_accepted(
     """
     context, targets = draw(numbers.stream(0))
     min_tokens = max(1, math.ceil(round(min_context * context.shape[-1], 6)))
-    rows, new = np.arange(len(numbers)), (context, targets)
-    for attempt in range(1, MAX_REDRAWS + 1):
-        accepted = count_true(new[0]) >= min_tokens
-        accepted &= count_true(new[1]).all(axis=-1)
-        rows = rows[~accepted]
-        if not len(rows):
-            return context, targets
-        new = draw(numbers.rows(rows).stream(attempt))
-        context[rows], targets[rows] = new
+
+    def is_accepted(planes: Planes) -> Bool[np.ndarray, " R"]:
+        return (count_true(planes[0]) >= min_tokens) & count_true(planes[1]).all(axis=-1)
+
+    rows, attempt = np.flatnonzero(~is_accepted((context, targets))), 1
+    while len(rows) and attempt <= MAX_REDRAWS:
+        # A few rows make several attempts at once; the first accepted one counts.
+        num_attempts = 4 if len(rows) <= _FEW_ROWS else 1
+        new = draw(numbers.rows(rows).streams(num_attempts, first=attempt))
+        accepted = is_accepted(new).reshape(len(rows), num_attempts)
+        done = accepted.any(axis=1)
+        chosen = (np.arange(0, accepted.size, num_attempts) + accepted.argmax(axis=1))[done]
+        context[rows[done]], targets[rows[done]] = new[0][chosen], new[1][chosen]
+        rows, attempt = rows[~done], attempt + num_attempts
+    if not len(rows):
+        return context, targets
     raise UserError(
         f"{len(rows)} of {len(numbers)} rows have an empty target group or less context than "
         f"`min_context` ({min_context}) after {MAX_REDRAWS} draws of {masker}: lower `min_context` "
