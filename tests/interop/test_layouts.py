@@ -255,6 +255,7 @@ def test_strides_are_those_that_give_the_positions_of_the_file(
         ({"activation": nn.GELU("tanh")}, r"has GELU as activation"),
         ({"activation": "relu"}, r"has GELU as activation, but the encoder has 'relu'"),
         ({"d_model": 10**9}, r"`transformer_encoder_layers_cfg.d_model` 1000000000"),
+        ({"norm_first": "x"}, r"`norm_first` \('x'\) must be true or false"),
         ({"nhead": 0}, r"nhead.* must be a number in \[1"),
     ],
 )

@@ -97,6 +97,10 @@ def transformer(
     if eps is not None:
         sizes["norm_eps"] = float(eps)
     is_pre = published.config_value(*(f"{key}.norm_first" for key in layers))
+    if is_pre not in (None, True, False):
+        raise WeightsError(
+            f"{published.path}: `norm_first` ({shown(is_pre)}) must be true or false"
+        )
     if is_pre is not None:
         sizes["norm"] = "pre" if is_pre else "post"
     activation = published.config_value(*(f"{key}.activation" for key in layers))
