@@ -10,7 +10,7 @@ import soundfile as sf
 from jepa_audio.errors import MissingFileError
 from jepa_audio.probing import convert as convert_room
 from jepa_audio.probing.convert import convert
-from jepa_audio.probing.metrics import Accuracy
+from jepa_audio.probing.metrics.sums import Accuracy
 from jepa_audio.probing.tasks import TASKS
 from jepa_audio.probing.tasks.base import ProbeData, Task
 from jepa_audio.probing.tasks.labels import Multiclass

@@ -10,7 +10,7 @@ import pytest
 import soundfile as sf
 
 from jepa_audio.errors import MissingFileError
-from jepa_audio.probing.metrics import KEYS
+from jepa_audio.probing.metrics.sums import KEYS
 from jepa_audio.probing.tasks import hooktheory
 from jepa_audio.probing.tasks.base import ProbeData, Task
 from jepa_audio.probing.tasks.labels import Rows

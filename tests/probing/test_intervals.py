@@ -14,7 +14,7 @@ from jepa_audio.probing.intervals import (
     draw_counts,
     interval,
 )
-from jepa_audio.probing.metrics import AUROC
+from jepa_audio.probing.metrics.ranking import AUROC
 
 
 def shares(correct: np.ndarray, seed: int = 0) -> np.ndarray:

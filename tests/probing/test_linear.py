@@ -20,7 +20,7 @@ from jepa_audio.probing.heads.linear import (
     fit_logistic,
     fit_ridge,
 )
-from jepa_audio.probing.metrics import R2, Accuracy
+from jepa_audio.probing.metrics.sums import R2, Accuracy
 from jepa_audio.probing.presets import LinearPreset
 from jepa_audio.probing.tasks import ProbeData, Task
 from jepa_audio.probing.tasks.labels import Multiclass, Regression, Rows

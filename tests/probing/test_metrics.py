@@ -16,20 +16,19 @@ from torchmetrics.functional.classification import (
 )
 from torchmetrics.functional.regression import r2_score as torchmetrics_r2
 
+from jepa_audio.probing import metrics
 from jepa_audio.probing.intervals import draw_counts
-from jepa_audio.probing.metrics import (
-    AUROC,
+from jepa_audio.probing.metrics import Metric
+from jepa_audio.probing.metrics.ranking import AUROC, AveragePrecision
+from jepa_audio.probing.metrics.sums import (
     F1,
     KEYS,
     R2,
     Accuracy,
-    AveragePrecision,
     KeyScore,
     MeanF1,
-    Metric,
     PooledF1,
     Share,
-    base,
     key_credits,
 )
 
@@ -117,7 +116,7 @@ def test_heads_scored_at_once_score_like_each_alone(
     alone = [metric(predictions[:, [head]], targets) for head in range(NUM_HEADS)]
     torch.testing.assert_close(at_once, torch.cat(alone), rtol=1e-12, atol=0)
     assert len(at_once.unique()) > 2, "the heads differ, or this tests nothing"
-    monkeypatch.setattr(base, "_HEADS_AT_ONCE", 2 * predictions[:, 0].numel())
+    monkeypatch.setattr(metrics, "_HEADS_AT_ONCE", 2 * predictions[:, 0].numel())
     torch.testing.assert_close(metric(predictions, targets), at_once, rtol=1e-12, atol=0)
 
 
@@ -135,7 +134,7 @@ def test_a_resampling_scores_like_its_drawn_units(
         drawn = [np.repeat(np.arange(NUM_UNITS), of_draw) for of_draw in counts]
         literal = [float(metric(predictions[units][:, [head]], targets[units])) for units in drawn]
         np.testing.assert_allclose(scores, literal, rtol=1e-6)
-    monkeypatch.setattr(base, "_DRAWS_AT_ONCE", 4 * NUM_UNITS)
+    monkeypatch.setattr(metrics, "_DRAWS_AT_ONCE", 4 * NUM_UNITS)
     np.testing.assert_allclose(
         metric.resampled(predictions[:, head].numpy(), targets, counts), scores, rtol=1e-6
     )

@@ -14,7 +14,9 @@ from jepa_audio.probing.features import Features
 from jepa_audio.probing.heads import FitContext, HeadInput, choose, sweep
 from jepa_audio.probing.heads.stacked import MLPSettings, StackedAdam, StackedHeads
 from jepa_audio.probing.heads.sweep import MLPHead, TrainingRows, group_inputs
-from jepa_audio.probing.metrics import AUROC, R2, Accuracy, Metric
+from jepa_audio.probing.metrics import Metric
+from jepa_audio.probing.metrics.ranking import AUROC
+from jepa_audio.probing.metrics.sums import R2, Accuracy
 from jepa_audio.probing.tasks import ProbeData, Task
 from jepa_audio.probing.tasks.base import Protocol, Windows
 from jepa_audio.probing.tasks.labels import ClipLabels, Multiclass, Multilabel, Regression, Rows

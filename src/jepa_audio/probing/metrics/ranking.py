@@ -15,16 +15,17 @@ from torchmetrics.functional.classification import multilabel_auroc, multilabel_
 from typing_extensions import override
 
 from jepa_audio.errors import UserError
-from jepa_audio.probing.metrics.base import (
+from jepa_audio.probing.metrics import (
     Counts,
+    DrawScorer,
     DrawScores,
     HeadPredictions,
     Metric,
     Predictions,
     Scores,
     Targets,
-    chunk_draws,
 )
+from jepa_audio.probing.metrics.sums import F1
 
 Columns = Float[Tensor, "units N"]
 
@@ -34,18 +35,20 @@ class RankWeights(NamedTuple):
 
     A positive is a unit of the class, a negative any other unit. Columns are the n positives, from
     the highest logit to the lowest.
+
+    Attributes:
+        positives: counts of each positive.
+        positives_above: positives with at least the logit of each positive.
+        negatives_higher: negatives with a higher logit than each positive.
+        negatives_above: negatives with at least the logit of each positive.
+        negatives: all negatives.
     """
 
     positives: Float[np.ndarray, "draws n"]
-    """Counts of each positive."""
     positives_above: Float[np.ndarray, "draws n"]
-    """Positives with at least the logit of each positive."""
     negatives_higher: Float[np.ndarray, "draws n"]
-    """Negatives with a higher logit than each positive."""
     negatives_above: Float[np.ndarray, "draws n"]
-    """Negatives with at least the logit of each positive."""
     negatives: DrawScores
-    """All negatives."""
 
 
 class RankMetric(Metric):
@@ -57,13 +60,12 @@ class RankMetric(Metric):
 
     Attributes:
         score_ranks: function of torchmetrics for the score of each class.
+        needs_negatives: whether a class that all units have is left out of the mean, as is a class
+            that no unit has.
     """
 
     score_ranks: Callable[..., Tensor]
-
-    @abstractmethod
-    def is_scored(self, positives: Bool[np.ndarray, "units C"]) -> Bool[np.ndarray, " C"]:
-        """Whether each class is in the mean."""
+    needs_negatives: bool
 
     @abstractmethod
     def score_weights(self, weights: RankWeights) -> DrawScores:
@@ -71,7 +73,7 @@ class RankMetric(Metric):
 
     @override
     def num_scored(self, targets: Targets) -> int:
-        return int(self.is_scored(targets > 0).sum())
+        return len(self._scored_classes(targets))
 
     @override
     def __call__(self, predictions: Predictions, targets: Targets) -> Scores:
@@ -86,27 +88,27 @@ class RankMetric(Metric):
         return scores[:-1].double().unflatten(0, (-1, len(classes))).mean(dim=1)
 
     @override
-    def resampled(
-        self, predictions: HeadPredictions, targets: Targets, counts: Counts
-    ) -> DrawScores:
+    def draw_scorer(self, predictions: HeadPredictions, targets: Targets) -> DrawScorer:
         """See `Metric`; a class that cannot be scored in a draw is left out of its mean."""
         keys = _sort_keys(torch.from_numpy(predictions)).numpy()
         orders = [_Order(keys[:, c], targets[:, c] > 0) for c in self._scored_classes(targets)]
-        means = []
-        for chunk in chunk_draws(counts):
-            with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: the class is left out
-                scores = np.stack([self.score_weights(order.weights_of(chunk)) for order in orders])
-            means.append(torch.from_numpy(scores).nanmean(dim=0).numpy())
-        return np.concatenate(means)
+
+        @np.errstate(invalid="ignore")  # 0 / 0 is NaN: the class is left out
+        def score(counts: Counts) -> DrawScores:
+            scores = np.stack([self.score_weights(order.weights_of(counts)) for order in orders])
+            return torch.from_numpy(scores).nanmean(dim=0).numpy()
+
+        return score
 
     def _scored_classes(self, targets: Targets) -> list[int]:
-        classes: list[int] = np.flatnonzero(self.is_scored(targets > 0)).tolist()
-        if not classes:
+        positives = targets > 0
+        is_scored = positives.any(axis=0) & ~(self.needs_negatives & positives.all(axis=0))
+        if not is_scored.any():
             raise UserError(
                 f"`{self.name}` can score none of {targets.shape[1]} classes on {len(targets)} "
                 "units: each class is on no unit or on all; use more units"
             )
-        return classes
+        return np.flatnonzero(is_scored).tolist()
 
 
 class AUROC(RankMetric):
@@ -114,10 +116,7 @@ class AUROC(RankMetric):
 
     name = "auroc"
     score_ranks = staticmethod(multilabel_auroc)
-
-    @override
-    def is_scored(self, positives: Bool[np.ndarray, "units C"]) -> Bool[np.ndarray, " C"]:
-        return np.any(positives, axis=0) & ~np.all(positives, axis=0)
+    needs_negatives = True
 
     @override
     def score_weights(self, weights: RankWeights) -> DrawScores:
@@ -133,10 +132,7 @@ class AveragePrecision(RankMetric):
 
     name = "ap"
     score_ranks = staticmethod(multilabel_average_precision)
-
-    @override
-    def is_scored(self, positives: Bool[np.ndarray, "units C"]) -> Bool[np.ndarray, " C"]:
-        return np.any(positives, axis=0)
+    needs_negatives = False
 
     @override
     def score_weights(self, weights: RankWeights) -> DrawScores:
@@ -193,3 +189,7 @@ def _running_sums(counts: Int[np.ndarray, "draws n"]) -> Int[np.ndarray, "draws 
     sums = np.zeros((len(counts), counts.shape[1] + 1), dtype=np.int64)
     np.cumsum(counts, axis=1, out=sums[:, 1:])
     return sums
+
+
+TAG_METRICS: tuple[Metric, ...] = (AUROC(), AveragePrecision(), F1("macro"), F1("micro"))
+"""Metrics of every task on tags."""

@@ -15,7 +15,7 @@ from torchmetrics.functional.regression import r2_score
 from typing_extensions import override
 
 from jepa_audio.errors import UserError
-from jepa_audio.probing.metrics.base import Predictions, Scores, SumMetric, Targets, Terms
+from jepa_audio.probing.metrics import Predictions, Scores, SumMetric, Targets, Terms
 
 SHARP_TONICS = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
 """The twelve pitch classes from C upwards, with sharps."""

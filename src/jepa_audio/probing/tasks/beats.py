@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from jepa_audio.errors import UserError
 from jepa_audio.files import read_json
-from jepa_audio.probing.metrics import MeanF1, PooledF1
+from jepa_audio.probing.metrics.sums import MeanF1, PooledF1
 from jepa_audio.probing.tasks import labels
 from jepa_audio.probing.tasks.base import Protocol, Task, Windows
 from jepa_audio.probing.tasks.beat_decoder import BarPointer, decode_beats

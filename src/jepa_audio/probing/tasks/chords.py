@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from jepa_audio.errors import UserError
-from jepa_audio.probing.metrics import SHARP_TONICS, Share
+from jepa_audio.probing.metrics.sums import SHARP_TONICS, Share
 from jepa_audio.probing.tasks import labels
 from jepa_audio.probing.tasks.base import Protocol, Task, Windows, protocols_of_v2
 from jepa_audio.probing.tasks.records import Item, Split, is_time

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from jepa_audio.errors import UserError
-from jepa_audio.probing.metrics import R2
+from jepa_audio.probing.metrics.sums import R2
 from jepa_audio.probing.tasks import raw_data
 from jepa_audio.probing.tasks.base import Protocol, Task, Windows
 from jepa_audio.probing.tasks.labels import Regression

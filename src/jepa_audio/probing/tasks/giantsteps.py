@@ -9,7 +9,7 @@ from pathlib import Path
 import mir_eval
 
 from jepa_audio.errors import UserError
-from jepa_audio.probing.metrics import KEYS, TONICS, Accuracy, KeyScore
+from jepa_audio.probing.metrics.sums import KEYS, TONICS, Accuracy, KeyScore
 from jepa_audio.probing.tasks import raw_data
 from jepa_audio.probing.tasks.base import Protocol, Task, Windows
 from jepa_audio.probing.tasks.labels import Multiclass

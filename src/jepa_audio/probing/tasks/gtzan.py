@@ -12,7 +12,7 @@ from pathlib import Path
 from jepa_audio.data.audio.location import AudioReadError
 from jepa_audio.data.audio.read import inspect
 from jepa_audio.errors import MissingFileError, UserError
-from jepa_audio.probing.metrics import Accuracy
+from jepa_audio.probing.metrics.sums import Accuracy
 from jepa_audio.probing.tasks.base import Protocol, Task, Windows
 from jepa_audio.probing.tasks.labels import Multiclass
 from jepa_audio.probing.tasks.raw_data import DataSet, Example, audio_files, find_path

@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 
 from jepa_audio.errors import UserError
-from jepa_audio.probing.metrics import KEYS, TONICS, Accuracy, KeyScore
+from jepa_audio.probing.metrics.sums import KEYS, TONICS, Accuracy, KeyScore
 from jepa_audio.probing.tasks.base import Protocol, Task, Windows, protocols_of_v2
 from jepa_audio.probing.tasks.labels import Multiclass
 from jepa_audio.probing.tasks.records import Item, Split

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from jepa_audio.errors import UserError
-from jepa_audio.probing.metrics.base import Predictions, Targets
+from jepa_audio.probing.metrics import Predictions, Targets
 from jepa_audio.probing.tasks.records import Item, Split
 
 UNKNOWN = -1

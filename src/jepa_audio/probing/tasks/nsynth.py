@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jepa_audio.data.corpus.sources import read_nsynth_examples
 from jepa_audio.errors import UserError
-from jepa_audio.probing.metrics import Accuracy
+from jepa_audio.probing.metrics.sums import Accuracy
 from jepa_audio.probing.tasks.base import Protocol, Task, Windows
 from jepa_audio.probing.tasks.labels import Multiclass
 from jepa_audio.probing.tasks.raw_data import DataSet, Example, find_path

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 from jepa_audio.errors import UserError
-from jepa_audio.probing.metrics import R2, TAG_METRICS, Accuracy, Metric
+from jepa_audio.probing.metrics import Metric
+from jepa_audio.probing.metrics.ranking import TAG_METRICS
+from jepa_audio.probing.metrics.sums import R2, Accuracy
 from jepa_audio.probing.tasks.base import ProbeData, Protocol, Task, Windows
 from jepa_audio.probing.tasks.labels import Labels, Multiclass, Multilabel, Regression
 from jepa_audio.probing.tasks.raw_data import TableRow, find_column, read_table

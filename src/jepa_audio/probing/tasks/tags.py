@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from jepa_audio.errors import UserError
-from jepa_audio.probing.metrics import TAG_METRICS
+from jepa_audio.probing.metrics.ranking import TAG_METRICS
 from jepa_audio.probing.tasks.base import Protocol, Task, Windows
 from jepa_audio.probing.tasks.labels import Multilabel
 from jepa_audio.probing.tasks.raw_data import DataSet, Example, TableRow, find_path, read_table
