@@ -14,7 +14,7 @@ from jepa_audio.probing.features import Features
 from jepa_audio.probing.heads import FitContext, HeadInput, choose, sweep
 from jepa_audio.probing.heads.stacked import MLPSettings, StackedAdam, StackedHeads
 from jepa_audio.probing.heads.sweep import MLPHead, TrainingRows, group_inputs
-from jepa_audio.probing.metrics import Metric
+from jepa_audio.probing.metrics import DrawScorer, Metric
 from jepa_audio.probing.metrics.ranking import AUROC
 from jepa_audio.probing.metrics.sums import R2, Accuracy
 from jepa_audio.probing.tasks import ProbeData, Task
@@ -59,7 +59,7 @@ class NegativeLoss(Metric):
             ]
         )
 
-    def resampled(self, answers: np.ndarray, truth: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    def draw_scorer(self, answers: np.ndarray, truth: np.ndarray) -> DrawScorer:
         raise NotImplementedError
 
 

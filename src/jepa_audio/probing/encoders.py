@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -36,7 +37,16 @@ class ProbeEncoder(ABC):
         sample_rate: in Hz.
         frequency: how the tokens of one time column become one vector: "mean" averages the
             frequency rows, "concat" concatenates them.
+
+    Attributes:
+        encoder_hash: hash of the weights.
+        settings: settings of the windows of long clips; part of `function_hash`.
+        min_samples: samples of the shortest clip that is encoded without padding.
     """
+
+    encoder_hash: str
+    settings: str = ""
+    min_samples: int = 1
 
     def __init__(
         self,
@@ -68,24 +78,9 @@ class ProbeEncoder(ABC):
             self.__dict__.pop("function_hash", None)
         return self
 
-    @property
-    @abstractmethod
-    def encoder_hash(self) -> str:
-        """Hash of the weights."""
-
     @abstractmethod
     def encode(self, waveform: Float[Tensor, "B C S"]) -> LayerFeatures:
         """Tokens of the layers in `layers`, in that order, with their times in seconds."""
-
-    @property
-    def min_samples(self) -> int:
-        """Samples of the shortest clip that is encoded without padding."""
-        return 1
-
-    @property
-    def settings(self) -> str:
-        """Settings of the windows of long clips; part of `function_hash`."""
-        return ""
 
     def to(self, device: torch.device | str) -> ProbeEncoder:
         """Move the weights to a device."""
@@ -123,25 +118,12 @@ class JEPAEncoder(ProbeEncoder):
     ) -> None:
         names = ("input", *(f"block {i + 1}" for i in range(frozen.encoder.depth)))
         super().__init__(name, variant, frozen.sample_rate, frozen.num_channels, names, frequency)
-        self.frozen = frozen
-
-    @cached_property
-    @override
-    def encoder_hash(self) -> str:
-        return state_hash(self.frozen)
-
-    @property
-    @override
-    def min_samples(self) -> int:
-        return self.frozen.min_samples
-
-    @property
-    @override
-    def settings(self) -> str:
-        return f"{self.frozen.window_samples} {self.frozen.overlap} {self.frozen.windowing}"
+        self.frozen, self.encoder_hash = frozen, state_hash(frozen)
+        self.min_samples = frozen.min_samples
+        self.settings = f"{frozen.window_samples} {frozen.overlap} {frozen.windowing}"
 
     @override
-    def to(self, device: torch.device | str) -> JEPAEncoder:
+    def to(self, device: torch.device | str) -> ProbeEncoder:
         self.frozen.to(device)
         return self
 
@@ -162,16 +144,8 @@ class LogMelStatistics(ProbeEncoder):
     def __init__(self, sample_rate: int) -> None:
         super().__init__("log-mel", "statistics", sample_rate, 1, ("statistics",), "concat")
         self.log_mel = LogMel(sample_rate, n_fft=1024, hop_length=sample_rate // 100, n_mels=64)
-
-    @property
-    @override
-    def encoder_hash(self) -> str:
-        return hashlib.sha256(f"{self.name} {self.sample_rate}".encode()).hexdigest()
-
-    @property
-    @override
-    def min_samples(self) -> int:
-        return self.log_mel.min_samples
+        self.encoder_hash = hashlib.sha256(f"log-mel {sample_rate}".encode()).hexdigest()
+        self.min_samples = self.log_mel.min_samples
 
     @override
     def encode(self, waveform: Float[Tensor, "B C S"]) -> LayerFeatures:
@@ -217,23 +191,19 @@ class FunctionEncoder(ProbeEncoder):
         layer_names: Sequence[str] = (),
         encoder_hash: str = "",
     ) -> None:
-        self.function, self._hash = function, encoder_hash
+        self.function = function
         if isinstance(function, nn.Module):
             function.eval().requires_grad_(False)
-            self._hash = self._hash or state_hash(function)
+            encoder_hash = encoder_hash or state_hash(function)
+        self.encoder_hash = encoder_hash or hashlib.sha256(name.encode()).hexdigest()
         num_layers = len(self._call(torch.zeros(1, num_channels, sample_rate)))
         names = tuple(layer_names) or tuple(f"layer {i}" for i in range(num_layers))
         if len(names) != num_layers:
             raise UserError(f"`layer_names` has {len(names)} names, {name} has {num_layers} layers")
         super().__init__(name, "function", sample_rate, num_channels, names)
 
-    @property
     @override
-    def encoder_hash(self) -> str:
-        return self._hash or hashlib.sha256(self.name.encode()).hexdigest()
-
-    @override
-    def to(self, device: torch.device | str) -> FunctionEncoder:
+    def to(self, device: torch.device | str) -> ProbeEncoder:
         if isinstance(self.function, nn.Module):
             self.function.to(device)
         return self
@@ -303,18 +273,15 @@ def load_encoders(source: str, options: EncoderOptions) -> Iterator[ProbeEncoder
         UserError: if the function does not exist, or if it returns something else.
     """
     if Path(source).suffix != ".ckpt" and ":" in source:
-        return _function_encoder(_import_function(source), source, options.layers)
+        return _function_encoders(source, options.layers)
     checkpoint = Path(source)
     if not checkpoint.is_file():
         raise MissingFileError(f"no checkpoint at {source}")
-    return _checkpoint_encoders(checkpoint, options)
-
-
-def _checkpoint_encoders(checkpoint: Path, options: EncoderOptions) -> Iterator[ProbeEncoder]:
-    for random_seed in (None, *options.random_seeds):
-        yield load_jepa_encoder(checkpoint, "random", options, random_seed)
-    for variant in options.variants:
-        yield load_jepa_encoder(checkpoint, variant, options)
+    seeds = (None, *options.random_seeds)
+    return chain(
+        (load_jepa_encoder(checkpoint, "random", options, seed) for seed in seeds),
+        (load_jepa_encoder(checkpoint, variant, options) for variant in options.variants),
+    )
 
 
 def load_jepa_encoder(
@@ -322,7 +289,7 @@ def load_jepa_encoder(
     variant: Literal["context", "target", "random"],
     options: EncoderOptions,
     random_seed: int | None = None,
-) -> JEPAEncoder:
+) -> ProbeEncoder:
     """One encoder of a checkpoint; "random" is the random-init baseline.
 
     Its seed is `random_seed`, by default the seed of the run.
@@ -337,8 +304,7 @@ def load_jepa_encoder(
         name += f" (overlap {overlap:g})"
     shown_variant = variant if random_seed is None else f"{variant}-{random_seed}"
     encoder = JEPAEncoder(frozen, name, shown_variant, options.frequency)
-    encoder.select_layers(options.layers)
-    return encoder
+    return encoder.select_layers(options.layers)
 
 
 def run_name(checkpoint: Path) -> str:
@@ -353,7 +319,7 @@ def run_name(checkpoint: Path) -> str:
     return run if path.stem == "last" else f"{run}/{path.stem}"
 
 
-def _import_function(source: str) -> Callable[[], object]:
+def _function_encoders(source: str, layers: Sequence[int]) -> Iterator[ProbeEncoder]:
     folder = str(Path.cwd())
     if folder not in sys.path:
         # As `python -m` does: the user's module is in the working directory.
@@ -366,15 +332,12 @@ def _import_function(source: str) -> Callable[[], object]:
         ) from error
     if not callable(function):
         raise UserError(f"`encoder` is {source}, which is {function!r}, not a function")
-    return function
 
+    def call() -> Iterator[ProbeEncoder]:
+        encoder = function()
+        if not isinstance(encoder, ProbeEncoder):
+            kind = type(encoder).__name__
+            raise UserError(f"`encoder` is {source}, which returns {kind}, not a `ProbeEncoder`")
+        yield encoder.select_layers(layers)
 
-def _function_encoder(
-    function: Callable[[], object], source: str, layers: Sequence[int]
-) -> Iterator[ProbeEncoder]:
-    encoder = function()
-    if not isinstance(encoder, ProbeEncoder):
-        raise UserError(
-            f"`encoder` is {source}, which returns {type(encoder).__name__}, not a `ProbeEncoder`"
-        )
-    yield encoder.select_layers(layers)
+    return call()

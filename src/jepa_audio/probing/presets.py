@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
-from jaxtyping import Float
-from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
@@ -22,7 +20,7 @@ from jepa_audio.probing.heads.linear import NEIGHBOURS, NeighbourHead, fit_logis
 from jepa_audio.probing.heads.stacked import MLPSettings, Select
 from jepa_audio.probing.heads.sweep import fit_grid
 from jepa_audio.probing.tasks.base import Protocol, Task
-from jepa_audio.probing.tasks.labels import UNKNOWN, Labels, Rows
+from jepa_audio.probing.tasks.labels import UNKNOWN, Rows
 
 log = logging.getLogger(__name__)
 
@@ -30,10 +28,11 @@ HeadKind = Literal["mlp", "logistic", "ridge", "knn"]
 FittedHeads = Mapping[HeadKind, Sequence[Head]]
 
 
+@dataclass(frozen=True)
 class Preset(ABC):
     """The protocol of a probe; `select` chooses the epoch whose weights of a head are scored."""
 
-    name: str
+    name: ClassVar[str]
     select: Select = "best"
 
     def protocol(self, task: Task) -> Protocol:
@@ -69,9 +68,9 @@ class MarbleV1(Preset):
 
     @override
     def fit(self, fit: FitContext) -> FittedHeads:
-        task, blocks = fit.data.task, fit.block_layers()
+        task, inputs = fit.data.task, fit.layer_inputs()
+        blocks = tuple(i for i, name in enumerate(fit.layer_names) if name != "input")
         widths = set(fit.features["train"].widths(blocks))
-        inputs = fit.layer_inputs()
         if len(widths) > 1:
             log.warning(
                 "%s: no head on the weighted sum, because the layers have different widths: %s",
@@ -92,9 +91,6 @@ class MarbleV2(Preset):
     """
 
     name = "marble-v2"
-
-    def __init__(self, select: Select = "best") -> None:
-        self.select = select
 
     @override
     def preparation(self, task: Task) -> Preparation:
@@ -127,21 +123,33 @@ class LinearPreset(Preset):
 
     @override
     def fit(self, fit: FitContext) -> FittedHeads:
-        train, targets = _labelled_rows(fit)
         labels, per_frame = fit.data.labels, fit.data.task.grid_hz is not None
-        inputs, device = fit.layer_inputs(), fit.device
-        numbers = _regression_targets(labels, targets)
+        inputs, device, num_outputs = fit.layer_inputs(), fit.device, labels.num_outputs
+        train = fit.features["train"]
+        numbers = targets = labels.row_targets(fit.data.splits["train"], train.rows)
+        if labels.kind == "class":
+            known = np.flatnonzero(targets.numpy() != UNKNOWN)
+            rows = Rows(train.rows.item[known], train.rows.window[known], train.rows.seconds[known])
+            train, targets = Features(train.layers, train.place[known], rows), targets[known]
+            numbers = F.one_hot(targets, num_outputs).float()
+        if labels.kind != "numbers":
+            # ±2, so that the predictions are logits: near 0, sigmoid(x) is about 1/2 + x/4.
+            numbers = 4 * (numbers - 0.5)
         fitted: dict[HeadKind, Sequence[Head]] = {}
         if labels.kind == "class" and not per_frame:
-            num_classes = labels.num_outputs
-            fitted["logistic"] = fit_logistic(train, targets, num_classes, inputs, device=device)
+            fitted["logistic"] = fit_logistic(train, targets, num_outputs, inputs, device=device)
         else:
             fitted["ridge"] = fit_ridge(train, numbers, inputs, device=device)
         if not per_frame:
             sizes = tuple(k for k in NEIGHBOURS if k <= len(train)) or (1,)
             points = product(inputs, sizes)
             fitted["knn"] = [NeighbourHead(x, float(k), train, numbers) for x, k in points]
-        return {kind: [_validated(fit, head) for head in heads] for kind, heads in fitted.items()}
+        for kind, heads in fitted.items():
+            logits = (head.logits(fit.features["val"], device) for head in heads)
+            scores = [float(fit.validation_scores(of_head)[0]) for of_head in logits]
+            pairs = zip(heads, scores, strict=True)
+            fitted[kind] = [replace(head, seed=fit.seeds[0], valid=score) for head, score in pairs]
+        return fitted
 
 
 def preset_of(name: str, select: Select = "best") -> Preset:
@@ -151,37 +159,9 @@ def preset_of(name: str, select: Select = "best") -> Preset:
         UserError: if no preset has this name, or if `select` is "last" and the preset is not
             marble-v2.
     """
-    presets: dict[str, Preset] = {
-        preset.name: preset for preset in (MarbleV1(), LinearPreset(), MarbleV2(select))
-    }
+    presets = {preset.name: preset for preset in (MarbleV1, LinearPreset, MarbleV2)}
     if name not in presets:
         raise UserError(f"`preset` is {name!r}, must be one of {', '.join(presets)}")
     if select != "best" and name != "marble-v2":
         raise UserError(f"`select` is {select!r}, but only the preset marble-v2 has this option")
-    return presets[name]
-
-
-def _labelled_rows(fit: FitContext) -> tuple[Features, Tensor]:
-    """The training rows that have a label, and their targets."""
-    train = fit.features["train"]
-    targets = fit.data.labels.row_targets(fit.data.splits["train"], train.rows)
-    if fit.data.labels.kind != "class":
-        return train, targets
-    known = np.flatnonzero(targets.numpy() != UNKNOWN)
-    rows = Rows(train.rows.item[known], train.rows.window[known], train.rows.seconds[known])
-    return Features(train.layers, train.place[known], rows), targets[known]
-
-
-def _regression_targets(labels: Labels, targets: Tensor) -> Float[Tensor, "n C"]:
-    """Numbers, or ±2 for classes and tags, so that the predictions are logits."""
-    if labels.kind == "numbers":
-        return targets
-    is_class = labels.kind == "class"
-    probability = F.one_hot(targets, labels.num_outputs).float() if is_class else targets
-    # Near 0, sigmoid(x) is about 1/2 + x/4. This is the inverse.
-    return 4 * (probability - 0.5)
-
-
-def _validated(fit: FitContext, head: Head) -> Head:
-    logits = head.logits(fit.features["val"], fit.device)
-    return replace(head, seed=fit.seeds[0], valid=float(fit.validation_scores(logits)[0]))
+    return presets[name](select)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -127,29 +127,42 @@ def probe(
     for dataset in datasets:
         chosen_preset.protocol(dataset.task)
     prepare_results(output / "results.jsonl")
-    run = ProbeRun(
-        chosen_preset,
-        output,
-        tuple(seeds),
-        _select_sweeps(robustness, noise),
-        batch_seconds,
-        ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device,
-    )
     datasets = [dataset.with_train(max_train) for dataset in datasets]
     for dataset in datasets:
         check_labels(dataset)
-    return run.probe_all(encoders, datasets)
+    sweeps = _select_sweeps(robustness, noise)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows: list[ProbeRow] = []
+    sample_rates: set[int] = set()
+    for source in encoders:
+        # Encoders are compared with the random-init baseline of their own source: it comes first.
+        baseline: _Results = {}
+        for one in _with_statistics(source, sample_rates):
+            one.to(device)
+            settings = (chosen_preset, output, tuple(seeds), sweeps, batch_seconds, device)
+            probes = [_Probe(one, dataset, *settings) for dataset in datasets]
+            for each in probes:
+                for split in each.data.splits.values():
+                    each.store().check(split)
+            for each in probes:
+                new_rows = list(each.rows(baseline))
+                append_rows(output / "results.jsonl", new_rows)
+                rows += new_rows
+    return rows
 
 
 @dataclass(frozen=True)
-class ProbeRun:
-    """Settings of all encoders and tasks of a command; see `probe`.
+class _Probe:
+    """One encoder on one task; see `probe` for the settings.
 
     Args:
-        seeds: empty for the default of each task.
+        seeds: empty for the default of the task.
         sweeps: conditions of each degradation, from mild to severe.
     """
 
+    encoder: ProbeEncoder
+    data: ProbeData
     preset: Preset
     output: Path
     seeds: tuple[int, ...]
@@ -157,38 +170,14 @@ class ProbeRun:
     batch_seconds: float
     device: str
 
-    def probe_all(
-        self, sources: Iterable[Iterator[ProbeEncoder]], datasets: Sequence[ProbeData]
-    ) -> list[ProbeRow]:
-        """Probe every encoder of every source on every task, and append the results to the file.
-
-        Encoders are compared with the random-init baseline of their own source, which comes first.
-        """
-        rows: list[ProbeRow] = []
-        sample_rates: set[int] = set()
-        for encoders in sources:
-            baseline: _Results = {}
-            for encoder in _with_statistics(encoders, sample_rates):
-                encoder.to(self.device)
-                for data in datasets:
-                    for split in data.splits.values():
-                        self._store(encoder, data).check(split)
-                for data in datasets:
-                    new_rows = list(self._probe(encoder, data, baseline))
-                    append_rows(self.output / "results.jsonl", new_rows)
-                    rows += new_rows
-        return rows
-
-    def _probe(
-        self, encoder: ProbeEncoder, data: ProbeData, baseline: _Results
-    ) -> Iterator[ProbeRow]:
-        """Rows of one encoder on one task, for each kind of head and seed.
+    def rows(self, baseline: _Results) -> Iterator[ProbeRow]:
+        """Rows for each kind of head and seed.
 
         The results of the random-init baseline are added to `baseline`; those of other encoders of
         a checkpoint are compared with it.
         """
-        task, splits = data.task, data.splits
-        features = {split: self._features(encoder, data, split) for split in splits}
+        encoder, data, task = self.encoder, self.data, self.data.task
+        features = {split: self._features(split) for split in data.splits}
         test = features["test"]
         chance = _chance_score(data, features["train"].rows, test.rows)
         num_padded = sum(each.num_padded for each in features.values())
@@ -198,15 +187,16 @@ class ProbeRun:
                 "%s: %d windows are shorter than one token (%d samples at %d Hz): zero padding",
                 *(task.name, num_padded, encoder.min_samples, encoder.sample_rate),
             )
-        sizes = tuple(
-            len(np.unique(features[split].rows.unit_index(splits[split], task.units[0])))
-            for split in splits
-        )
-        for kind, choice in self._fit(encoder, data, features).items():
+        sizes = [features[s].rows.num_units(data.splits[s], task.units[0]) for s in data.splits]
+        seeds = self.seeds or tuple(range(1234, 1234 + task.num_seeds))
+        description = f"{encoder.name} {encoder.variant}: {task.name}, heads"
+        fit = FitContext(features, data, encoder.layer_names, seeds, self.device, description)
+        for kind, heads in self.preset.fit(fit).items():
+            choice = choose(heads)
             for head in choice.heads:
                 logits = head.logits(test, self.device)
-                scores, evidence = _score_head(logits, data, splits["test"], test.rows)
-                row = self._row(encoder, data, kind, choice, head, scores, sizes, chance)
+                scores, evidence = _score_head(logits, data, data.splits["test"], test.rows)
+                row = self._row(kind, choice, head, scores, sizes, chance)
                 row = replace(row, num_padded=num_padded)
                 key = task.name, data.checksum, kind, head.seed
                 if encoder.variant == RANDOM_INIT:
@@ -216,48 +206,29 @@ class ProbeRun:
                     gap = difference(row.value, value, evidence.draws[row.metric], draws)
                     row = replace(row, against_random=gap)
                 if self.sweeps:
-                    row = self._with_robustness(row, encoder, data, head)
+                    row = self._with_robustness(row, head)
                 save_evidence(self.output / row.evidence, evidence)
                 yield row
 
-    def _features(
-        self,
-        encoder: ProbeEncoder,
-        data: ProbeData,
-        split: str,
-        condition: Condition | None = None,
-    ) -> Features:
-        description = f"{encoder.name} {encoder.variant}: {data.task.name}, {split}"
-        store = self._store(encoder, data, condition)
-        return store.features(data.splits[split], description)
+    def _features(self, split: str, condition: Condition | None = None) -> Features:
+        description = f"{self.encoder.name} {self.encoder.variant}: {self.data.task.name}, {split}"
+        return self.store(condition).features(self.data.splits[split], description)
 
-    def _store(
-        self, encoder: ProbeEncoder, data: ProbeData, condition: Condition | None = None
-    ) -> FeatureStore:
-        preparation = replace(self.preset.preparation(data.task), condition=condition)
+    def store(self, condition: Condition | None = None) -> FeatureStore:
+        """The features of the encoder for the audio of the task."""
+        preparation = replace(self.preset.preparation(self.data.task), condition=condition)
         folder = self.output / "features"
-        return FeatureStore(folder, encoder, preparation, self.batch_seconds)
+        return FeatureStore(folder, self.encoder, preparation, self.batch_seconds)
 
-    def _fit(
-        self, encoder: ProbeEncoder, data: ProbeData, features: Mapping[str, Features]
-    ) -> dict[HeadKind, Choice]:
-        """The best heads of each kind on the validation split."""
-        seeds = self.seeds or tuple(range(1234, 1234 + data.task.num_seeds))
-        description = f"{encoder.name} {encoder.variant}: {data.task.name}, heads"
-        fit = FitContext(features, data, encoder.layer_names, seeds, self.device, description)
-        return {kind: choose(heads) for kind, heads in self.preset.fit(fit).items()}
-
-    def _with_robustness(
-        self, row: ProbeRow, encoder: ProbeEncoder, data: ProbeData, head: Head
-    ) -> ProbeRow:
+    def _with_robustness(self, row: ProbeRow, head: Head) -> ProbeRow:
         """Add the scores of a head on degraded test clips; the head was trained on clean clips."""
 
         def score(condition: Condition) -> float:
-            if not condition.changes(encoder.sample_rate):
+            if not condition.changes(self.encoder.sample_rate):
                 return row.value
-            features = self._features(encoder, data, "test", condition)
+            features = self._features("test", condition)
             logits = head.logits(features, self.device)
-            return float(data.scores(logits, data.splits["test"], features.rows))
+            return float(self.data.scores(logits, self.data.splits["test"], features.rows))
 
         curves = {
             name: tuple((condition.level, score(condition)) for condition in conditions)
@@ -268,19 +239,25 @@ class ProbeRun:
 
     def _row(
         self,
-        encoder: ProbeEncoder,
-        data: ProbeData,
         kind: HeadKind,
         choice: Choice,
         head: Head,
         scores: dict[str, Score],
-        sizes: tuple[int, ...],
+        sizes: Sequence[int],
         chance: float,
     ) -> ProbeRow:
-        task, preset = data.task, self.preset
+        encoder, data, task, preset = self.encoder, self.data, self.data.task, self.preset
         weights, names = encoder.encoder_hash, encoder.layer_names
         encoder_key = (encoder.name, encoder.variant, weights, encoder.frequency, names)
-        task_key = (task.name, data.checksum, sizes, preset.name, preset.select, kind, head.seed)
+        task_key = (
+            task.name,
+            data.checksum,
+            tuple(sizes),
+            preset.name,
+            preset.select,
+            kind,
+            head.seed,
+        )
         name = hashlib.sha256(repr((encoder_key, task_key)).encode()).hexdigest()[:16]
         return ProbeRow(
             encoder=encoder.name,

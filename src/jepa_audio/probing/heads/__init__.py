@@ -54,10 +54,6 @@ class FitContext:
         """One input for each layer."""
         return [HeadInput(name, (layer,)) for layer, name in enumerate(self.layer_names)]
 
-    def block_layers(self) -> tuple[int, ...]:
-        """Indices of all layers except the input of the first block."""
-        return tuple(layer for layer, name in enumerate(self.layer_names) if name != "input")
-
     def validation_scores(self, logits: Float[Tensor, "rows K C"]) -> Float[np.ndarray, " K"]:
         """First metric of the task for K heads on the validation split; NaN becomes -inf."""
         scores = self.data.scores(logits, self.data.splits["val"], self.features["val"].rows)

@@ -176,7 +176,10 @@ def fit_logistic(
         rows = [train.read(head_input.layers[0]) for head_input in group]
         scales = [Standardisation.of(layer) for layer in rows]
         rotated = [_rotate(scale(x).to(device)) for scale, x in zip(scales, rows, strict=True)]
-        weights = _solve(_stack([x for x, _ in rotated]), target, l2)
+        width = max(x.shape[1] for x, _ in rotated)
+        # The penalty sets the weights of the zero columns of the padding to 0.
+        padded = [F.pad(x, (0, width - x.shape[1])) for x, _ in rotated]
+        weights = _solve(torch.stack(padded), target, l2)
         for i, (_, axes) in enumerate(rotated):
             bias, in_axes = weights[i, 0], weights[i, 1 : axes.shape[1] + 1]  # [K, C], [A, K, C]
             for k, strength in enumerate(strengths):
@@ -196,12 +199,6 @@ def _rotate(train: Float[Tensor, "n D"]) -> tuple[Float[Tensor, "n E"], Float[Te
     else:
         axes = torch.linalg.eigh(train.T @ train).eigenvectors
     return F.pad(train @ axes, (1, 0), value=1.0), axes
-
-
-def _stack(matrices: Sequence[Tensor]) -> Float[Tensor, "L n E"]:
-    """Stack matrices, padded with zero columns; the penalty sets their weights to 0."""
-    width = max(matrix.shape[1] for matrix in matrices)
-    return torch.stack([F.pad(matrix, (0, width - matrix.shape[1])) for matrix in matrices])
 
 
 def _solve(

@@ -147,22 +147,22 @@ class StackedHeads(nn.Module):
 
     def forward(self, layers: Sequence[Float[Tensor, "n _"]]) -> Float[Tensor, "n K C"]:
         """Logits of every head from rows of all layers of the inputs."""
-        units = self.inner(self._hidden_input(layers))
+        if self.kind == "mix":
+            mixing = self.mixing.softmax(dim=1)
+            rows = torch.einsum("kl,lnd->knd", mixing, torch.stack([*layers]))
+        elif self.kind == "reduce":
+            rows = self.reduce(torch.cat([*layers], dim=1).expand(self.num_heads, -1, -1))
+        elif len(layers) == 1:
+            rows = layers[0].expand(self.num_heads, -1, -1)
+        else:
+            rows = torch.stack([layers[layer] for layer in self.layer_of])
+        units = self.inner(rows)
         if self.training and self.dropout:
             # The mask is applied before ReLU, in place: the result is the same.
             uniform = torch.rand(units.shape[1:], generator=self.generator)
             mask = uniform.ge_(self.dropout).div_(1 - self.dropout)
             units = units.mul_(mask.to(units.device))
         return self.outer(units.relu_()).transpose(0, 1)
-
-    def _hidden_input(self, layers: Sequence[Float[Tensor, "n _"]]) -> Float[Tensor, "K n I"]:
-        if self.kind == "mix":
-            return torch.einsum("kl,lnd->knd", self.mixing.softmax(dim=1), torch.stack([*layers]))
-        if self.kind == "reduce":
-            return self.reduce(torch.cat([*layers], dim=1).expand(self.num_heads, -1, -1))
-        if len(layers) == 1:
-            return layers[0].expand(self.num_heads, -1, -1)
-        return torch.stack([layers[layer] for layer in self.layer_of])
 
     def keep(self, heads: Sequence[int]) -> None:
         """Remove all other heads."""
