@@ -8,13 +8,13 @@ import pytest
 import soundfile as sf
 
 from jepa_audio.errors import MissingFileError
+from jepa_audio.files import read_jsonl
 from jepa_audio.probing import convert as convert_room
 from jepa_audio.probing.convert import convert
 from jepa_audio.probing.metrics.sums import Accuracy
 from jepa_audio.probing.tasks import TASKS
 from jepa_audio.probing.tasks.base import ProbeData, Task
 from jepa_audio.probing.tasks.labels import Multiclass
-from jepa_audio.probing.tasks.records import read_records
 from tests.probing import raw_sets
 
 TREES = {
@@ -48,7 +48,7 @@ def test_converted_records_load_like_the_raw_data_set(
     expected = items_of(task, raw)
     monkeypatch.chdir(folder)  # relative paths do not start from the working directory
     assert items_of(task, folder) == expected
-    records = read_records(folder / f"{task.stem}.train.jsonl")
+    records = dict(read_jsonl(folder / f"{task.stem}.train.jsonl"))
     assert all(
         Path(record["audio_path"]).is_absolute() == (output == "separate")
         for record in records.values()
@@ -78,7 +78,7 @@ def test_records_have_marbles_keys_and_decoded_lengths(tmp_path: Path):
     raw_sets.sound(raw / "giantsteps-key-dataset" / "wav" / "10089.LOFI.wav", 0.25)
     (raw / "giantsteps-key-dataset" / "audio" / "10089.LOFI.mp3").unlink()
     convert("giantsteps", raw, tmp_path)
-    records = list(read_records(tmp_path / "GS" / "GS.test.jsonl").values())
+    records = list(dict(read_jsonl(tmp_path / "GS" / "GS.test.jsonl")).values())
     assert records[0] == {
         "audio_path": "raw/giantsteps-key-dataset/wav/10089.LOFI.wav",
         "label": "Eb minor",
@@ -105,7 +105,7 @@ def test_bit_depth_is_that_of_the_file(tmp_path: Path):
             subtype=subtype,
         )
     convert("gtzan", raw, tmp_path)
-    records = list(read_records(tmp_path / "GTZAN" / "GTZANGenre.train.jsonl").values())
+    records = list(dict(read_jsonl(tmp_path / "GTZAN" / "GTZANGenre.train.jsonl")).values())
     assert [record["bit_depth"] for record in records[:4]] == [24, 32, 8, 16]
     assert [record["channels"] for record in records[:4]] == [2, 2, 2, 1]
 
@@ -116,7 +116,7 @@ def test_files_that_cannot_be_decoded_are_left_out_and_listed(
     raw = raw_sets.mtt(tmp_path / "raw")
     (raw / "mp3" / "d" / "song-13.mp3").write_bytes(b"no mp3" * 40)
     convert("mtt", raw, tmp_path / "out")
-    assert len(read_records(tmp_path / "out" / "MTT" / "MTT.test.jsonl")) == 11
+    assert len(dict(read_jsonl(tmp_path / "out" / "MTT" / "MTT.test.jsonl"))) == 11
     report = (tmp_path / "out" / "mtt.bad.txt").read_text()
     assert report.startswith(f"{raw / 'mp3/d/song-13.mp3'}\tcannot be decoded")
     assert "song-13.mp3 is left out: cannot be decoded" in caplog.text

@@ -9,7 +9,7 @@ import pytest
 import soundfile as sf
 
 from jepa_audio.errors import MissingFileError
-from jepa_audio.probing.tasks import tags
+from jepa_audio.probing.tasks import TASKS, tags
 from jepa_audio.probing.tasks.base import ProbeData, Task
 from jepa_audio.probing.tasks.labels import Rows
 from jepa_audio.probing.tasks.records import SPLITS
@@ -74,7 +74,7 @@ def test_jamendo_is_found_in_the_folders_of_its_download_script(
 
 @pytest.mark.parametrize(
     "task",
-    [tags.MTG_TOP50, tags.MTG_GENRE, tags.MTG_INSTRUMENT, tags.MTG_MOOD],
+    tags.MTG_TAGS,
     ids=lambda t: t.name,
 )
 def test_jamendo_scores_whole_tracks_by_the_tags_of_the_training_split(task: Task, tmp_path: Path):
@@ -89,7 +89,7 @@ def test_jamendo_scores_whole_tracks_by_the_tags_of_the_training_split(task: Tas
 
 def test_jamendo_tracks_are_cut_into_the_windows_of_each_preset():
     first, second = (
-        tags.MTG_MOOD.protocols[preset].windows for preset in ("marble-v1", "marble-v2")
+        TASKS["mtg_mood"].protocols[preset].windows for preset in ("marble-v1", "marble-v2")
     )
     assert len(first.spans(61 * RATE, RATE)) == 3  # a second is enough
     assert len(second.spans(61 * RATE, RATE)) == 2
@@ -107,7 +107,7 @@ def test_missing_files_of_jamendo_are_named(tmp_path: Path):
         tags.MTG.convert(raw)
     (write_jamendo(tmp_path) / "audio-low/51/1351.low.mp3").unlink()
     with pytest.raises(MissingFileError, match=r"test 0: .*1351\.low\.mp3 is missing"):
-        ProbeData.load(tags.MTG_MOOD, raw)
+        ProbeData.load(TASKS["mtg_mood"], raw)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +143,6 @@ def test_marbles_records_of_jamendo_are_read_unchanged(tmp_path: Path):
     }
     for split in SPLITS:
         write_lines(tmp_path / f"data/MTG/MTGGenre.{split}.jsonl", [json.dumps(record)])
-    data = ProbeData.load(tags.MTG_GENRE, tmp_path / "data")
+    data = ProbeData.load(TASKS["mtg_genre"], tmp_path / "data")
     assert data.splits["test"].items[0].path == tmp_path / "data/MTG/audio-low/48/948.low.mp3"
     assert data.labels.names == ("genre---rock",)

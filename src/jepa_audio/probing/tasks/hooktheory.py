@@ -40,7 +40,13 @@ _KEY = re.compile(f"({'|'.join(TONICS)}) [A-Za-z]+")
 
 def _label_classes(split: Split, class_of: Callable[[Item], str | None]) -> Split:
     """Replace every label by its class. Items without a class are left out, with a warning."""
-    _check_uids_unique(split)
+    uid, count = Counter(item.uid for item in split.items).most_common(1)[0]
+    if count > 1:
+        first, second = [item.where for item in split.items if item.uid == uid][:2]
+        raise UserError(
+            f"{second}: `{uid}` is also in {first}, but each hook is scored on its own: give each "
+            "its own file, or a unique `uid` with its `start` and `end` in the file"
+        )
     labelled = (replace(item, label=class_of(item)) for item in split.items)
     items = tuple(item for item in labelled if item.label is not None)
     file = split.items[0].where.rpartition(",")[0]
@@ -50,16 +56,6 @@ def _label_classes(split: Split, class_of: Callable[[Item], str | None]) -> Spli
         share = f"{num_left_out} of {len(split)} records"
         log.warning("%s: %s are left out, their labels are not classes of the task", file, share)
     return Split(items)
-
-
-def _check_uids_unique(split: Split) -> None:
-    uid, count = Counter(item.uid for item in split.items).most_common(1)[0]
-    if count > 1:
-        first, second = [item.where for item in split.items if item.uid == uid][:2]
-        raise UserError(
-            f"{second}: `{uid}` is also in {first}, but each hook is scored on its own: give each "
-            "its own file, or a unique `uid` with its `start` and `end` in the file"
-        )
 
 
 def _key_class(item: Item) -> str | None:

@@ -104,23 +104,6 @@ class Split:
         return Split(tuple(self.items[i] for i in kept))
 
 
-def read_records(path: Path) -> dict[str, Record]:
-    """Read the records of a JSON Lines file, by file and line.
-
-    Raises:
-        MissingFileError: if the file does not exist.
-        UserError: if a line is not an object with `audio_path` and `label`, or the file is empty.
-    """
-    records = {f"{path}, line {number}": record for number, record in read_jsonl(path)}
-    for where, record in records.items():
-        for key in ("audio_path", "label"):
-            if key not in record:
-                raise UserError(f"{where}: no `{key}`")
-    if not records:
-        raise UserError(f"{path} has no records")
-    return records
-
-
 def write_records(path: Path, records: Iterable[Record]) -> None:
     """Write one JSON object per line, atomically."""
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -131,11 +114,16 @@ def read_split(path: Path, group_by: str = "audio_path") -> Split:
     """Read the items of a JSON Lines file.
 
     A relative `audio_path` starts from the working directory, as in MARBLE, or else from the folder
-    of the records or a folder above it, whichever contains the file of the first record. Raises the
-    errors of `read_records` and `split_of`.
+    of the records or a folder above it, whichever contains the file of the first record.
+
+    Raises:
+        MissingFileError: if the file does not exist; see also `split_of`.
+        UserError: if a line is not an object, the file is empty, or for the reasons of `split_of`.
     """
-    records = read_records(path)
-    first = str(next(iter(records.values()))["audio_path"])
+    records = {f"{path}, line {number}": record for number, record in read_jsonl(path)}
+    if not records:
+        raise UserError(f"{path} has no records")
+    first = str(next(iter(records.values())).get("audio_path"))
     folders = (Path(), *path.resolve().parents)
     root = next((folder for folder in folders if (folder / first).is_file()), Path())
     return split_of(records, root, group_by)
@@ -151,10 +139,14 @@ def split_of(records: Mapping[str, Record], root: Path, group_by: str = "audio_p
 
     Raises:
         MissingFileError: if an audio file is missing; names the record.
-        UserError: if `start` and `end` are not times, or for the reasons of `Split`.
+        UserError: if a record has no `audio_path` or no `label`, if `start` and `end` are not
+            times, or for the reasons of `Split`.
     """
     items = []
     for where, record in records.items():
+        for key in ("audio_path", "label"):
+            if key not in record:
+                raise UserError(f"{where}: no `{key}`")
         path = root / str(record["audio_path"])
         start, end = record.get("start", 0.0), record.get("end")
         if not is_time(start) or not (end is None or (is_time(end) and end > start)):
@@ -163,7 +155,15 @@ def split_of(records: Mapping[str, Record], root: Path, group_by: str = "audio_p
             )
         uid = unit_of(record, group_by)
         items.append(Item(path, record["label"], uid, where, float(start), end))
-    _check_files(items)
+    # Each folder is listed once: to look up every file takes minutes on a network drive.
+    folders = {item.path.parent for item in items}
+    files = {path for folder in folders if folder.is_dir() for path in folder.iterdir()}
+    if missing := [item for item in items if item.path not in files]:
+        more = f", and {len(missing) - 1} more of {len(items)} files" if len(missing) > 1 else ""
+        raise MissingFileError(
+            f"{missing[0].where}: {missing[0].path} is missing{more}; relative paths start from "
+            "the working directory or from a folder above the records"
+        )
     return Split(tuple(items))
 
 
@@ -177,21 +177,6 @@ def is_time(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return 0 <= value < math.inf
-
-
-def _check_files(items: Sequence[Item]) -> None:
-    """List each folder once; to look up every file takes minutes on a network drive."""
-    names = {
-        folder: {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-        for folder in {item.path.parent for item in items}
-    }
-    missing = [item for item in items if item.path.name not in names[item.path.parent]]
-    if missing:
-        more = f", and {len(missing) - 1} more of {len(items)} files" if len(missing) > 1 else ""
-        raise MissingFileError(
-            f"{missing[0].where}: {missing[0].path} is missing{more}; relative paths start from "
-            "the working directory or from a folder above the records"
-        )
 
 
 def split_checksum(splits: Sequence[Split]) -> str:

@@ -6,15 +6,15 @@ import hashlib
 import logging
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from jepa_audio.errors import UserError
-from jepa_audio.probing.metrics import Metric
 from jepa_audio.probing.metrics.ranking import TAG_METRICS
 from jepa_audio.probing.metrics.sums import R2, Accuracy
 from jepa_audio.probing.tasks.base import ProbeData, Protocol, Task, Windows
-from jepa_audio.probing.tasks.labels import Labels, Multiclass, Multilabel, Regression
+from jepa_audio.probing.tasks.labels import Multiclass, Multilabel, Regression
 from jepa_audio.probing.tasks.raw_data import TableRow, find_column, read_table
 from jepa_audio.probing.tasks.records import SPLITS, Record, split_of
 
@@ -79,8 +79,18 @@ def table_task(
                 "`split`" + ("" if "split" in header else ": there are too few groups for a hash")
             )
     _check_splits(path, rows, row_splits, file, group)
-    labels, metrics = _labels_and_metrics(kind, label)
-    task = Task(path.stem, path.stem, labels, metrics, _protocols(window_seconds), num_seeds=3)
+    of_columns = [R2(i, f"r2_{column}") for i, column in enumerate(label)] if len(label) > 1 else []
+    labels, metrics = {
+        "multiclass": (Multiclass(), (Accuracy(),)),
+        "multilabel": (Multilabel(), TAG_METRICS),
+        "regression": (Regression(label), (R2(), *of_columns)),
+    }[kind]
+    # MARBLE's first version drops the last window of a file only if it is shorter than 1 s.
+    min_ratio = 1.0 if window_seconds is None else min(1.0, 1 / window_seconds)
+    v1, v2 = (Protocol(Windows(window_seconds, ratio)) for ratio in (min_ratio, 0.8))
+    v2 = replace(v2, max_epochs=50, learning_rates=(1e-3,))
+    protocols = {"marble-v1": v1, "marble-v2": v2}
+    task = Task(path.stem, path.stem, labels, metrics, protocols, num_seeds=3)
     return ProbeData.of(task, [split_of(records[split], path.parent) for split in SPLITS])
 
 
@@ -119,26 +129,3 @@ def _check_splits(
             log.warning(
                 "%s: %d groups are in more than one split, such as %r", path, len(groups), groups[0]
             )
-
-
-def _labels_and_metrics(
-    kind: LabelKind, columns: tuple[str, ...]
-) -> tuple[Labels, tuple[Metric, ...]]:
-    if kind == "multiclass":
-        return Multiclass(), (Accuracy(),)
-    if kind == "multilabel":
-        return Multilabel(), TAG_METRICS
-    of_columns = [R2(i, f"r2_{column}") for i, column in enumerate(columns)]
-    return Regression(columns), (R2(), *of_columns) if len(columns) > 1 else (R2(),)
-
-
-def _protocols(window_seconds: float | None) -> dict[str, Protocol]:
-    """Settings of most of MARBLE's clip tasks."""
-    # MARBLE's first version drops the last window of a file only if it is shorter than 1 s.
-    min_ratio = 1.0 if window_seconds is None else min(1.0, 1 / window_seconds)
-    return {
-        "marble-v1": Protocol(Windows(window_seconds, min_ratio)),
-        "marble-v2": Protocol(
-            Windows(window_seconds, min_ratio=0.8), max_epochs=50, learning_rates=(1e-3,)
-        ),
-    }

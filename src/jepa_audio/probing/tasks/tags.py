@@ -19,13 +19,8 @@ log = logging.getLogger(__name__)
 
 NUM_TAGS = 50
 """Tags of the task on MagnaTagATune."""
-TAG_SETS = {
-    "MTG/MTGTop50": "top50tags",
-    "MTG/MTGGenre": "genre",
-    "MTG/MTGInstrument": "instrument",
-    "MTG/MTGMood": "moodtheme",
-}
-"""Names of the tag sets of MTG-Jamendo, in its files, by stem."""
+TAG_SETS = {"Top50": "top50tags", "Genre": "genre", "Instrument": "instrument", "Mood": "moodtheme"}
+"""Names of the tag sets of MTG-Jamendo, in its files, by name in MARBLE's stems."""
 
 _MTT_COLUMNS = ("clip_id", "mp3_path")
 _MTT_SPLITS = dict.fromkeys("0123456789ab", "train") | {"c": "val"} | dict.fromkeys("def", "test")
@@ -91,12 +86,12 @@ def read_mtg(raw: Path) -> dict[str, list[Example]]:
     """
     tables, audio = (find_path(raw, names, _MTG_REMEDY) for names in (_MTG_TABLES, _MTG_AUDIO))
     return {
-        stem: [
+        f"MTG/MTG{name}": [
             Example(split, path, tags)
-            for split, name in _MTG_SPLITS.items()
-            for path, tags in _read_tracks(tables / f"autotagging_{tag_set}-{name}.tsv", audio)
+            for split, of_file in _MTG_SPLITS.items()
+            for path, tags in _read_tracks(tables / f"autotagging_{tag_set}-{of_file}.tsv", audio)
         ]
-        for stem, tag_set in TAG_SETS.items()
+        for name, tag_set in TAG_SETS.items()
     }
 
 
@@ -120,11 +115,11 @@ def _read_tracks(table: Path, audio: Path) -> Iterator[tuple[Path, list[str]]]:
         yield (audio / path).with_suffix(suffix), tags
 
 
-MTG = DataSet("mtg", read_mtg)
-
 _V1 = Protocol(Windows(), stop_patience=10, plateau_patience=3)
 # MARBLE uses a batch of 32 on each of four devices.
 _V2 = replace(_V1, windows=Windows(30.0, min_ratio=0.8), learning_rates=(1e-3,), batch_size=128)
+_MTG_V1 = replace(_V1, windows=Windows(30.0, min_ratio=1 / 30))
+MTG = DataSet("mtg", read_mtg)
 
 MTT_TAGS = Task(
     "mtt",
@@ -135,17 +130,15 @@ MTT_TAGS = Task(
     num_units=(18_706, 1_825, 5_329),
     data_set=DataSet("mtt", read_mtt),
 )
-MTG_TOP50 = Task(
-    "mtg_top50",
-    "MTG/MTGTop50",
-    Multilabel(),
-    TAG_METRICS,
-    {
-        "marble-v1": replace(_V1, windows=Windows(30.0, min_ratio=1 / 30)),
-        "marble-v2": replace(_V2, max_epochs=20),
-    },
-    data_set=MTG,
+MTG_TAGS = tuple(
+    Task(
+        f"mtg_{name.lower()}",
+        f"MTG/MTG{name}",
+        Multilabel(),
+        TAG_METRICS,
+        {"marble-v1": _MTG_V1, "marble-v2": replace(_V2, max_epochs=20)},
+        data_set=MTG,
+    )
+    for name in TAG_SETS
 )
-MTG_GENRE = replace(MTG_TOP50, name="mtg_genre", stem="MTG/MTGGenre")
-MTG_INSTRUMENT = replace(MTG_TOP50, name="mtg_instrument", stem="MTG/MTGInstrument")
-MTG_MOOD = replace(MTG_TOP50, name="mtg_mood", stem="MTG/MTGMood")
+"""The tasks mtg_top50, mtg_genre, mtg_instrument and mtg_mood."""
