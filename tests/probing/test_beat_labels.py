@@ -86,7 +86,7 @@ def test_scores_equal_those_of_mir_eval_on_the_same_events():
     split, rows = split_of(*labels), rows_of(30.0, 30.0, rate=100.0)
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(len(rows), 2, 2, generator=generator) - 1
-    beats, model = Beats(), BarPointer.build(100.0, *TEMPO_BPM["beat"])
+    beats, model = Beats(), BarPointer(100.0, *TEMPO_BPM["beat"])
     logits[:, 1] += 3 * beats.row_targets(split, rows)
     counts = beats.predictions(logits, split, rows, "file")
     f1, pooled = (

@@ -12,7 +12,7 @@ from jepa_audio.probing.tasks import beat_decoder
 from jepa_audio.probing.tasks.beat_decoder import BarPointer, beat_starts, decode_beats
 
 RATE = 100.0
-MODEL = BarPointer.build(RATE, 55.0, 215.0)
+MODEL = BarPointer(RATE, 55.0, 215.0)
 
 
 def impulses(frames: np.ndarray, num_frames: int, high: float = 0.9, low: float = 0.01) -> Tensor:
@@ -64,7 +64,7 @@ def literal_viterbi(
 def test_the_best_path_equals_that_of_a_literal_viterbi_search(num_frames: int, change: float):
     generator = torch.Generator().manual_seed(num_frames)
     activations = torch.rand(30, num_frames, generator=generator, dtype=torch.float64) * 0.9 + 0.05
-    model = BarPointer.build(10.0, 600 / 7, 600 / 3, change, observation_lambda=4)
+    model = BarPointer(10.0, 600 / 7, 600 / 3, change, observation_lambda=4)
     found = beat_starts(activations, torch.full((30,), num_frames), model)
     for track, starts in zip(activations, found, strict=True):
         frames = [start for start, _ in starts if 0 <= start < num_frames]
@@ -83,7 +83,7 @@ def test_a_steady_pulse_is_found_within_a_frame(bpm: float):
 def test_downbeats_are_found_at_slow_tempi(bpm: float):
     pulse = steady_pulse(bpm)
     # With a lower `low` the twenty frames of a slow beat cost more than one impulse gains.
-    (found,) = decode_beats(impulses(pulse, 3000, low=0.05), BarPointer.build(RATE, 18.0, 72.0))
+    (found,) = decode_beats(impulses(pulse, 3000, low=0.05), BarPointer(RATE, 18.0, 72.0))
     assert found.tolist() == pulse.tolist()
 
 
@@ -136,6 +136,6 @@ def test_half_precision_is_accurate_enough():
 
 
 def test_features_with_fewer_than_two_frames_per_beat_are_an_error():
-    BarPointer.build(7.2, 55.0, 215.0)
+    BarPointer(7.2, 55.0, 215.0)
     with pytest.raises(ValueError, match=r"215 BPM need at least 7\.17 frames per second, .* 7\.1"):
-        BarPointer.build(7.1, 55.0, 215.0)
+        BarPointer(7.1, 55.0, 215.0)

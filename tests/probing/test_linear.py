@@ -164,7 +164,7 @@ def test_a_hard_separable_problem_converges(
 def test_the_knn_head_equals_scikit_learn_and_the_nearest_wins_a_tie(rng: np.random.Generator):
     labels = clips(rng, 200, 50, 300)
     train, _, test = clouds(rng, labels, 8, noise=2.0)
-    scale = Standardisation.of(torch.from_numpy(train))
+    scale = Standardisation(torch.from_numpy(train))
     rows = torch.nn.functional.normalize(scale(torch.from_numpy(train)), dim=1)
     votes = torch.eye(NUM_CLASSES)[torch.from_numpy(labels[0])]
     scaler = StandardScaler().fit(train)

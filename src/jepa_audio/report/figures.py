@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from jepa_audio.files import atomic_path
-from jepa_audio.probing.rows import ProbeRow, load_evidence
+from jepa_audio.probing.rows import load_evidence
 from jepa_audio.report.head_figures import draw_head
 from jepa_audio.report.probe_figures import draw_robustness, variant_style
 from jepa_audio.report.results import ENCODER, latest, mean_over_seeds
@@ -64,23 +64,21 @@ def draw_close_ups(table: pd.DataFrame) -> dict[str, list[list[FigureFile]]]:
     identity = ["folder", *ENCODER, "task", "preset", "select", "head"]
     lines = lines.sort_values("seed", kind="stable").drop_duplicates(identity)
     files: dict[str, list[list[FigureFile]]] = {}
-    for line in lines.sort_values("value", ascending=False, kind="stable").itertuples():
-        files.setdefault(line.task, []).append(_draw_close_ups(line.row, line.folder))
+    lines = lines.sort_values("value", ascending=False, kind="stable")
+    for row, folder in zip(lines["row"], lines["folder"], strict=True):
+        encoder = (row.encoder, row.variant, row.pooling, row.encoder_hash[:8])
+        name = _slug(row.task, *encoder, row.preset, row.select, row.head)
+        title = f"{row.encoder}, {variant_style(row.variant).label}"
+        paths = {kind: folder / "pictures" / f"{name}-{kind}.png" for kind in KINDS}
+        evidence = folder / row.evidence
+        if not 0 < _written(evidence) < _written(paths["grid"]):
+            figures = draw_head(row, load_evidence(evidence))
+            # The grid is written last: it marks the others as drawn.
+            for kind in reversed(figures):
+                save_figure(figures[kind], paths[kind], title)
+        drawn = [FigureFile(path, title) for path in paths.values() if path.is_file()]
+        files.setdefault(row.task, []).append(drawn)
     return files
-
-
-def _draw_close_ups(row: ProbeRow, folder: Path) -> list[FigureFile]:
-    encoder = (row.encoder, row.variant, row.pooling, row.encoder_hash[:8])
-    name = _slug(row.task, *encoder, row.preset, row.select, row.head)
-    title = f"{row.encoder}, {variant_style(row.variant).label}"
-    paths = {kind: folder / "pictures" / f"{name}-{kind}.png" for kind in KINDS}
-    evidence = folder / row.evidence
-    if not 0 < _written(evidence) < _written(paths["grid"]):
-        figures = draw_head(row, load_evidence(evidence))
-        # The grid is written last: it marks the others as drawn.
-        for kind in reversed(figures):
-            save_figure(figures[kind], paths[kind], title)
-    return [FigureFile(path, title) for path in paths.values() if path.is_file()]
 
 
 def _written(path: Path) -> int:

@@ -38,7 +38,10 @@ def draw_head(row: ProbeRow, evidence: Evidence) -> dict[str, Figure]:
     grid = draw_grid(row)
     match label_kind(row, evidence):
         case "multiclass":
-            counts = _count_confusions(row, evidence)
+            known = evidence.labels >= 0  # an unknown class has the label -1
+            predicted = evidence.predictions[known].argmax(axis=1)
+            numbers = range(len(row.class_names))
+            counts = confusion_matrix(evidence.labels[known], predicted, labels=numbers)
             recall, confusion = _draw_recall(row, counts), _draw_confusion(row, counts)
             return {"grid": grid, "classes": recall, "confusion": confusion}
         case "multilabel":
@@ -106,13 +109,6 @@ def _color_limits(values: Float[np.ndarray, "rows columns"]) -> tuple[float, flo
     high, low = finite.max(), finite.min()
     bound = max(low, high - 4 * (high - np.median(finite)))
     return float(bound if bound < high else low), float(high if high > low else low + 1)
-
-
-def _count_confusions(row: ProbeRow, evidence: Evidence) -> Int[np.ndarray, "C C"]:
-    """Units by true and predicted class, without those of an unknown class (label -1)."""
-    known = evidence.labels >= 0
-    predicted = evidence.predictions[known].argmax(axis=1)
-    return confusion_matrix(evidence.labels[known], predicted, labels=range(len(row.class_names)))
 
 
 def _draw_confusion(row: ProbeRow, counts: Int[np.ndarray, "C C"]) -> Figure:

@@ -55,8 +55,17 @@ def draw_run_masks(folder: Path) -> Figure:
     jepa = load_jepa(path)
     # The first source of a list or a mixture.
     source = data["root"] if isinstance(data["root"], str) else next(iter(data["root"]))
-    rate = jepa.front_end.sample_rate
-    waveform = _load_clip(source, num_crop_samples(path, jepa) / rate, rate)
+    sample_rate = jepa.front_end.sample_rate
+    seconds = num_crop_samples(path, jepa) / sample_rate
+    corpus = load_corpus(source).mark_unfit(min_seconds=seconds).usable()
+    if not len(corpus):
+        raise UserError(f"no file under {source} is {seconds:g} s long")
+    # The middle of the file with the median level among those that are long enough.
+    file = FileTable([corpus])[int(np.argsort(corpus.table["rms"].to_numpy())[len(corpus) // 2])]
+    num_frames = min(math.ceil(seconds * file.sample_rate) + 1, file.num_frames)
+    samples, rate = read(file.audio, (file.num_frames - num_frames) // 2, num_frames, file.decoder)
+    mono = torch.from_numpy(samples).mean(dim=0, keepdim=True)
+    waveform = resample(mono, rate, sample_rate)[:, : round(seconds * sample_rate)]
     return draw_model_masks(jepa, waveform, step)
 
 
@@ -105,18 +114,6 @@ def _spectrogram(
     return spectrogram, seconds, band_hz.numpy()
 
 
-def _load_clip(source: str, seconds: float, sample_rate: int) -> Float[Tensor, "1 S"]:
-    """The middle of the file with the median level among those that are long enough."""
-    corpus = load_corpus(source).mark_unfit(min_seconds=seconds).usable()
-    if not len(corpus):
-        raise UserError(f"no file under {source} is {seconds:g} s long")
-    file = FileTable([corpus])[int(np.argsort(corpus.table["rms"].to_numpy())[len(corpus) // 2])]
-    num_frames = min(math.ceil(seconds * file.sample_rate) + 1, file.num_frames)
-    samples, rate = read(file.audio, (file.num_frames - num_frames) // 2, num_frames, file.decoder)
-    mono = torch.from_numpy(samples).mean(dim=0, keepdim=True)
-    return resample(mono, rate, sample_rate)[:, : round(seconds * sample_rate)]
-
-
 def draw_masks(
     log_spectrogram: Float[np.ndarray, "bands frames"],
     draws: Sequence[tuple[ContextPlane, TargetPlanes]],
@@ -147,7 +144,11 @@ def draw_masks(
         ax.imshow(overlay, interpolation="nearest", origin="lower", extent=extent)
         ax.set_aspect("auto")
         _draw_cell_borders(ax, context.shape)
-        _label_bands(ax, band_hz)
+        ax.set_ylabel("band" if band_hz is None else "kHz")
+        if band_hz is not None:
+            shown = [hz for hz in LABELLED_HZ if band_hz[0] <= hz <= band_hz[-1]]
+            positions = np.interp(shown, band_hz, np.arange(len(band_hz)) + 0.5)
+            ax.set_yticks(positions, [f"{hz / 1000:g}" for hz in shown])
         share, target_share = context.mean(), targets.any(axis=0).mean()
         style.title_panel(ax, f"context {share:.0%} of the tokens, targets {target_share:.0%}")
     axes[-1].set_xlabel("seconds")
@@ -187,11 +188,3 @@ def _draw_cell_borders(ax: Axes, shape: tuple[int, ...]) -> None:
     ax.grid(which="minor", color=style.GREY, linewidth=0.5, alpha=0.35)
     ax.tick_params(which="minor", length=0)
     ax.set_axisbelow(False)
-
-
-def _label_bands(ax: Axes, band_hz: np.ndarray | None) -> None:
-    ax.set_ylabel("band" if band_hz is None else "kHz")
-    if band_hz is not None:
-        shown = [hz for hz in LABELLED_HZ if band_hz[0] <= hz <= band_hz[-1]]
-        positions = np.interp(shown, band_hz, np.arange(len(band_hz)) + 0.5)
-        ax.set_yticks(positions, [f"{hz / 1000:g}" for hz in shown])

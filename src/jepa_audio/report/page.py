@@ -181,22 +181,23 @@ def _run_section(
 
 def render(template: str, context: dict[str, Any]) -> str:
     """Fill in a template. All values are escaped; in Markdown also `|`, which separates columns."""
+
+    def escape_bars(value: object) -> object:
+        # Macros and blocks return `Markup`, which is already escaped.
+        is_escaped = isinstance(value, Markup)
+        return value if is_escaped else Markup(escape(value).replace("|", "&#124;"))
+
     environment = Environment(
         loader=PackageLoader("jepa_audio.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_escape_bars if template.endswith(".md") else None,
+        finalize=escape_bars if template.endswith(".md") else None,
     )
     environment.filters["variant"] = lambda name: variant_style(name).label
     environment.globals["environment"] = describe_environment
     return environment.get_template(template).render(context, sections=[])
-
-
-def _escape_bars(value: object) -> object:
-    # Macros and blocks return `Markup`, which is already escaped.
-    return value if isinstance(value, Markup) else Markup(escape(value).replace("|", "&#124;"))
 
 
 def describe_environment() -> str:

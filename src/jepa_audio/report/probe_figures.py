@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from jepa_audio.probing.robustness import SWEEPS
-from jepa_audio.probing.rows import RANDOM_INIT, STATISTICS, ProbeRow, SweepScores
+from jepa_audio.probing.rows import RANDOM_INIT, STATISTICS, ProbeRow
 from jepa_audio.report import style
 
 
@@ -199,7 +199,14 @@ def draw_robustness(rows: Sequence[ProbeRow], title: str = "") -> Figure:
             handles[label] = style.line_handle(label, color, style.SOLID, marker)
         for ax, condition in zip(axes, conditions, strict=True):
             if row.robustness and condition in row.robustness:
-                _draw_sweep(ax, row.robustness[condition], row.value, handles[label])
+                levels, scores = zip(*row.robustness[condition], strict=True)
+                positions, ends = range(len(levels)), [0, len(levels) - 1]
+                handle = handles[label]
+                curve = ax.plot(positions, scores, lw=1.4, marker=handle.get_marker(), ms=4)
+                curve += ax.plot(ends, [row.value] * 2, ls=style.DASHED, lw=1, alpha=0.8)
+                for line in curve:
+                    line.set_color(handle.get_color())
+                ax.set_xticks(positions, [f"{level:g}" for level in levels])
     for ax, condition in zip(axes, conditions, strict=True):
         if (chance := rows[0].chance) is not None:
             ax.axhline(chance, color=style.INK, linewidth=1, linestyle=style.DOTTED)
@@ -211,12 +218,3 @@ def draw_robustness(rows: Sequence[ProbeRow], title: str = "") -> Figure:
     clean = style.line_handle("clean", style.INK, style.DASHED)
     style.title_figure(figure, title, [*handles.values(), clean, CHANCE])
     return figure
-
-
-def _draw_sweep(ax: Axes, sweep: SweepScores, clean: float, handle: Line2D) -> None:
-    levels, scores = zip(*sweep, strict=True)
-    positions = range(len(levels))
-    color, marker = handle.get_color(), handle.get_marker()
-    ax.plot(positions, scores, color=color, linewidth=1.4, marker=marker, markersize=4)
-    ax.plot([0, len(levels) - 1], [clean] * 2, color=color, ls=style.DASHED, lw=1, alpha=0.8)
-    ax.set_xticks(positions, [f"{level:g}" for level in levels])

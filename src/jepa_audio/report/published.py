@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -26,32 +26,21 @@ def load_published() -> pd.DataFrame:
     """
     text = files("jepa_audio.report").joinpath("published.json").read_text(encoding="utf-8")
     content = json.loads(text)
-    numbers = pd.DataFrame(
-        number | content["protocols"][table["protocol"]]
-        for table in content["tables"]
-        for number in _numbers(table)
-    )
-    return numbers.rename(columns={"name": "protocol"})
-
-
-def _numbers(table: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    scale = 100 if table["unit"] == "percent" else 1
-    benchmark = table.get("benchmark", "")
-    for model, printed in table["models"].items():
-        for column, number in zip(table["columns"], printed, strict=True):
-            if number is None:
-                continue
-            value, deviation = number if isinstance(number, list) else (number, math.nan)
-            task, metric = (column, table["unit"]) if benchmark else column.split()
-            yield {
-                "model": model,
-                "task": task,
-                "metric": metric,
-                "value": round(value / scale, 6),
-                "deviation": round(deviation / scale, 6),
-                "source": table["source"],
-                "benchmark": benchmark,
-            }
+    lines = []
+    for table in content["tables"]:
+        scale = 100 if table["unit"] == "percent" else 1
+        shared = {"source": table["source"], "benchmark": table.get("benchmark", "")}
+        shared |= content["protocols"][table["protocol"]]
+        for model, printed in table["models"].items():
+            for column, number in zip(table["columns"], printed, strict=True):
+                if number is None:
+                    continue
+                value, deviation = number if isinstance(number, list) else (number, math.nan)
+                names = [column, table["unit"]] if shared["benchmark"] else column.split()
+                numbers = round(value / scale, 6), round(deviation / scale, 6)
+                keys = ("model", "task", "metric", "value", "deviation")
+                lines.append(dict(zip(keys, (model, *names, *numbers), strict=True)) | shared)
+    return pd.DataFrame(lines).rename(columns={"name": "protocol"})
 
 
 def published_on(task: str) -> pd.DataFrame:

@@ -157,29 +157,24 @@ def terminal_table(rows: Iterable[ProbeRow]) -> Table:
     """A table for each task and protocol, at most 80 columns wide."""
     layout = Table.grid()
     table = mean_over_seeds(to_table(list(rows)))
-    for title, group in table.groupby([_title(row) for row in table["row"]], sort=False):
+    titles = [
+        f"{row.task}: {row.metric}; {row.preset}, {row.head}, {row.select} epoch"
+        + ("" if row.chance is None else f"; chance {row.chance:.3f}")
+        + f"; {row.num_test} {row.unit}s"
+        for row in table["row"]
+    ]
+    for title, group in table.groupby(titles, sort=False):
         columns = ("encoder", "layer", "test", "against random-init")
         section = Table(*columns, box=box.SIMPLE_HEAD, title_justify="left")
         section.title = Text(printable(title), style="bold")
         for row, num_seeds in zip(group["row"], group["num_seeds"], strict=True):
+            gap = row.against_random
             cells = (
                 f"{row.encoder}\n{row.variant}, {row.pooling}",
                 row.layer + (f"\n{num_seeds} seeds" if num_seeds > 1 else ""),
                 str(row.score).replace(" [", "\n["),
-                _against_random(row),
+                f"{gap.value:+.3f} {gap.verdict}\n[{gap.low:+.3f}, {gap.high:+.3f}]" if gap else "",
             )
             section.add_row(*(Text(printable(cell), overflow="fold") for cell in cells))
         layout.add_row(section)
     return layout
-
-
-def _title(row: ProbeRow) -> str:
-    chance = "" if row.chance is None else f"; chance {row.chance:.3f}"
-    protocol = f"{row.preset}, {row.head}, {row.select} epoch"
-    return f"{row.task}: {row.metric}; {protocol}{chance}; {row.num_test} {row.unit}s"
-
-
-def _against_random(row: ProbeRow) -> str:
-    if (found := row.against_random) is None:
-        return ""
-    return f"{found.value:+.3f} {found.verdict}\n[{found.low:+.3f}, {found.high:+.3f}]"

@@ -38,7 +38,6 @@ _TOLERANCE = 1e-5
 _MAX_LOGITS = 2**26
 
 
-@dataclass(frozen=True)
 class Standardisation:
     """Scaling to mean 0 and deviation 1 on the training rows, computed in double precision.
 
@@ -46,20 +45,15 @@ class Standardisation:
     training rows, except for rounding: they become 0 everywhere.
     """
 
-    mean: Float[Tensor, " D"]
-    factor: Float[Tensor, " D"]
-
-    @staticmethod
-    def of(rows: Float[Tensor, "n D"]) -> Standardisation:
-        """Mean and deviation of training rows."""
+    def __init__(self, rows: Float[Tensor, "n D"]) -> None:
         # In chunks: a double copy of all rows would take twice their memory.
         chunks = rows.split(_ROWS_PER_CHUNK)
         sums = [chunk.double().sum(dim=0) for chunk in chunks]
-        mean = torch.stack(sums).sum(dim=0) / len(rows)
-        squares = [(chunk.double() - mean).square().sum(dim=0) for chunk in chunks]
+        self.mean = torch.stack(sums).sum(dim=0) / len(rows)
+        squares = [(chunk.double() - self.mean).square().sum(dim=0) for chunk in chunks]
         std = (torch.stack(squares).sum(dim=0) / len(rows)).sqrt()
-        factor = torch.where(std > 1e-6 * mean.abs() + 1e-12, 1 / std.clamp_min(1e-12), 0)
-        return Standardisation(mean, factor)
+        is_varying = std > 1e-6 * self.mean.abs() + 1e-12
+        self.factor = torch.where(is_varying, 1 / std.clamp_min(1e-12), 0)
 
     def __call__(self, rows: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
         """Standardise rows."""
@@ -102,7 +96,7 @@ class NeighbourHead(Head):
         votes, num_neighbours = self.votes.to(device), int(self.setting)
         layer = self.input.layers[0]
         train_rows = self.train.read(layer)
-        scale = Standardisation.of(train_rows)
+        scale = Standardisation(train_rows)
         train = F.normalize(scale(train_rows).to(device), dim=1)
         # A nearer row counts a little more, so it wins a tie between two outputs.
         rank = torch.arange(1, num_neighbours + 1, dtype=torch.float64, device=device)
@@ -132,7 +126,7 @@ def fit_ridge(
     heads = []
     for head_input in inputs:
         rows = train.read(head_input.layers[0])
-        scale = Standardisation.of(rows)
+        scale = Standardisation(rows)
         x = scale(rows).to(device)
         spectrum, axes = torch.linalg.eigh(_cross_product(x, x) / len(x))
         projected = axes.T @ (_cross_product(x, centred) / len(x))
@@ -174,7 +168,7 @@ def fit_logistic(
     for first in range(0, len(inputs), layers_at_once):
         group = inputs[first : first + layers_at_once]
         rows = [train.read(head_input.layers[0]) for head_input in group]
-        scales = [Standardisation.of(layer) for layer in rows]
+        scales = [Standardisation(layer) for layer in rows]
         rotated = [_rotate(scale(x).to(device)) for scale, x in zip(scales, rows, strict=True)]
         width = max(x.shape[1] for x, _ in rotated)
         # The penalty sets the weights of the zero columns of the padding to 0.

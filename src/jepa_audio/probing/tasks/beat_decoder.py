@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,7 +17,6 @@ _MAX_SCORES = 2**26  # scores held at once (256 MiB); more tracks are decoded in
 _IMPOSSIBLE = -36.0  # log-probability of impossible tempo changes: the resolution of 64 bits
 
 
-@dataclass(frozen=True)
 class BarPointer:
     """Hidden Markov model of tempo and position in a beat, for beats without meter.
 
@@ -28,27 +26,24 @@ class BarPointer:
     frame, and can change the interval only where a beat starts, with the log-probability `change`
     (from rows to columns). The first `widths` positions of an interval observe a beat: `beat_prior`
     is added to the log-odds of the activation there.
+
+    Args:
+        transition_lambda: a change of tempo by the share x is exp(-transition_lambda · x) times as
+            probable as no change.
+        observation_lambda: the first 1/observation_lambda of an interval observes a beat.
+
+    Raises:
+        UserError: if the fastest beat has fewer than two frames.
     """
 
-    intervals: Int64[Tensor, " J"]
-    widths: Int64[Tensor, " J"]
-    change: Float[Tensor, "J J"]
-    beat_prior: float
-
-    @classmethod
-    def build(
-        cls,
+    def __init__(
+        self,
         frame_rate: float,
         min_bpm: float,
         max_bpm: float,
         transition_lambda: float = 100.0,
         observation_lambda: int = 16,
-    ) -> BarPointer:
-        """Build the model; raises `UserError` if the fastest beat has fewer than two frames.
-
-        A change of tempo by the share x is exp(-transition_lambda · x) times as probable as no
-        change. The first 1/observation_lambda of an interval observes a beat.
-        """
+    ) -> None:
         assert 0 < min_bpm <= max_bpm and transition_lambda >= 0 and observation_lambda >= 2
         shortest, longest = 60 * frame_rate / max_bpm, 60 * frame_rate / min_bpm
         if shortest < 2:
@@ -56,12 +51,13 @@ class BarPointer:
                 f"beats of up to {max_bpm:g} BPM need at least {max_bpm / 30:.2f} frames per "
                 f"second, but the features have {frame_rate:g}"
             )
-        intervals = torch.arange(round(shortest), round(longest) + 1)
-        ratio = intervals[None, :].double() / intervals[:, None]
+        self.intervals = torch.arange(round(shortest), round(longest) + 1)  # [J]
+        ratio = self.intervals[None, :].double() / self.intervals[:, None]
         change = -transition_lambda * (ratio - 1).abs()
-        change = change.masked_fill(change < _IMPOSSIBLE, -math.inf).log_softmax(dim=1)
-        widths = -(-intervals // observation_lambda)  # rounded up
-        return cls(intervals, widths, change, math.log(observation_lambda - 1))
+        change = change.masked_fill(change < _IMPOSSIBLE, -math.inf)
+        self.change = change.log_softmax(dim=1)  # [J, J]
+        self.widths = -(-self.intervals // observation_lambda)  # [J], rounded up
+        self.beat_prior = math.log(observation_lambda - 1)
 
 
 def decode_beats(
@@ -82,11 +78,14 @@ def decode_beats(
     lengths = lengths.where(((activations > 0) & inside).any(dim=1), 0)
     num_padded = num_frames + 2 * int(model.intervals[-1])
     chunk = max(1, _MAX_SCORES // (len(model.intervals) * num_padded))
-    widths, beats = model.widths.tolist(), []
+    beats = []
     for tracks, sizes in zip(activations.split(chunk), lengths.split(chunk), strict=True):
         values = tracks.cpu().numpy()
         for n, starts in enumerate(beat_starts(tracks, sizes, model)):
-            beats.append(_peak_frames(starts, values[n, : int(sizes[n])], widths))
+            ends = ((start, start + int(model.widths[index])) for start, index in starts)
+            parts = [(max(start, 0), min(end, int(sizes[n]))) for start, end in ends]
+            peaks = [low + values[n, low:high].argmax() for low, high in parts if low < high]
+            beats.append(np.array(peaks, dtype=np.int64))
     return beats
 
 
@@ -168,15 +167,3 @@ def _last_beat(
         index = torch.where(is_better, j, index)
         start = torch.where(is_better, frame.gather(1, position[:, None])[:, 0], start)
     return index, start
-
-
-def _peak_frames(
-    starts: list[tuple[int, int]], activations: Float[np.ndarray, " frames"], widths: list[int]
-) -> Int64[np.ndarray, " _"]:
-    """Frame of the highest activation of each beat of a track."""
-    frames = []
-    for start, index in starts:
-        low, high = max(start, 0), min(start + widths[index], len(activations))
-        if low < high:
-            frames.append(low + int(activations[low:high].argmax()))
-    return np.array(frames, dtype=np.int64)

@@ -85,7 +85,7 @@ class Beats(labels.FrameLabels):
         for output, name in enumerate(EVENTS):
             if name not in self.decoded:
                 continue
-            model = BarPointer.build(rate, *TEMPO_BPM[name])
+            model = BarPointer(rate, *TEMPO_BPM[name])
             events = _decode(logits[:, :, output].detach().sigmoid(), sequences, model)
             of_units = defaultdict(list)
             for frames, times in zip(sequences, events, strict=True):

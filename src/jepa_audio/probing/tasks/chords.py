@@ -44,7 +44,7 @@ class Chords(labels.FrameLabels):
         """Class of the chord at the centre of each frame, or `UNKNOWN`."""
         targets = np.full(len(rows), labels.UNKNOWN, dtype=np.int64)
         for frames in labels.frame_sequences(split, rows, "file"):
-            timeline = _Timeline.of(frames.item)
+            timeline = _Timeline(frames.item)
             index, is_annotated = timeline.find(frames.seconds)
             targets[frames.rows[is_annotated]] = timeline.classes[index[is_annotated]]
         return torch.from_numpy(targets)
@@ -82,7 +82,7 @@ def _overlaps(
     """Overlaps of a frame and a chord: row, seconds, and credit (see `_Timeline`)."""
     half, parts = 0.5 / rows.frame_rate, []
     for frames in labels.frame_sequences(split, rows, "file"):
-        timeline = _Timeline.of(frames.item)
+        timeline = _Timeline(frames.item)
         low, high = frames.seconds - half, frames.seconds + half
         edges = np.unique(np.concatenate([low, high, timeline.starts, timeline.ends]))
         middle = (edges[:-1] + edges[1:]) / 2
@@ -95,22 +95,15 @@ def _overlaps(
     return row, seconds, credit
 
 
-@dataclass(frozen=True)
 class _Timeline:
     """The chords of an item in order of time; where two overlap, the later one counts.
 
-    Times are in seconds, `classes` are indices in `CHORDS` or `UNKNOWN`. `credit` is the score of
-    each of `CHORDS` as a prediction, by mir_eval's `majmin`; -1 if the chord is not comparable.
+    Times are in seconds, `classes` are indices in `CHORDS` or `UNKNOWN`. `credit` `[n, C]` is the
+    score of each of `CHORDS` as a prediction, by mir_eval's `majmin`; -1 if the chord is not
+    comparable. Raises `UserError` if the label of the item is not as documented.
     """
 
-    starts: Float[np.ndarray, " n"]
-    ends: Float[np.ndarray, " n"]
-    classes: Int64[np.ndarray, " n"]
-    credit: Float[np.ndarray, "n C"]
-
-    @classmethod
-    def of(cls, item: Item) -> _Timeline:
-        """Read the label of an item; raises `UserError` if it is not as documented."""
+    def __init__(self, item: Item) -> None:
         if not isinstance(item.label, list):
             raise item.error("a list of chords with start and end")
         regions = [_region(item, region) for region in item.label]
@@ -121,10 +114,11 @@ class _Timeline:
                     f"at {end} s; chords must be in order of time and not overlap"
                 )
         regions = [region for region in regions if region[0] < region[1]]
-        starts, ends = (np.array([region[i] for region in regions], dtype=float) for i in (0, 1))
-        classes = np.array([_class_of(chord) for _, _, chord in regions], dtype=np.int64)
+        self.starts = np.array([start for start, _, _ in regions], dtype=float)
+        self.ends = np.array([end for _, end, _ in regions], dtype=float)
+        self.classes = np.array([_class_of(chord) for _, _, chord in regions], dtype=np.int64)
         credit = np.array([_credit_of(chord) for _, _, chord in regions], dtype=np.float32)
-        return cls(starts, ends, classes, credit.reshape(-1, len(CHORDS)))
+        self.credit = credit.reshape(-1, len(CHORDS))
 
     def find(
         self, seconds: Float[np.ndarray, " n"]
