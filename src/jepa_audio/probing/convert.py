@@ -60,8 +60,8 @@ def convert(
     paths = list(dict.fromkeys(str(record["audio_path"]) for record in all_records))
     inspected = map_threads(lambda path: _inspect(raw / path), paths, num_workers)
     files = dict(zip(paths, track_progress(inspected, f"Decoding {name}", len(paths)), strict=True))
-    bad = {path: reason for path, reason in files.items() if isinstance(reason, str)}
-    _report_bad(name, raw, output, bad, len(files))
+    bad = {raw / path: reason for path, reason in files.items() if isinstance(reason, str)}
+    _report_bad(name, output, bad, len(files))
     for stem, splits in conversion.items():
         written = {}
         for split in SPLITS:
@@ -94,20 +94,20 @@ def _inspect(path: Path) -> Record | str:
     }
 
 
-def _report_bad(name: str, raw: Path, output: Path, bad: Mapping[str, str], num_files: int) -> None:
+def _report_bad(name: str, output: Path, bad: Mapping[Path, str], num_files: int) -> None:
     report = output / f"{name}.bad.txt"
     report.unlink(missing_ok=True)
     if not bad:
         return
-    write_text(report, "".join(f"{raw / path}\t{reason}\n" for path, reason in bad.items()))
+    write_text(report, "".join(f"{path}\t{reason}\n" for path, reason in bad.items()))
     if len(bad) > MAX_BAD_SHARE * num_files:
         path, reason = next(iter(bad.items()))
         raise UserError(
             f"{name}: {len(bad)} of {num_files} files are missing or cannot be decoded, more than "
-            f"{MAX_BAD_SHARE:.0%}; all are in {report}, first {raw / path}: {reason}"
+            f"{MAX_BAD_SHARE:.0%}; all are in {report}, first {path}: {reason}"
         )
     for path, reason in islice(bad.items(), _MAX_BAD_LOGGED):
-        log.warning("%s is left out: %s", raw / path, reason)
+        log.warning("%s is left out: %s", path, reason)
     if len(bad) > _MAX_BAD_LOGGED:
         log.warning("%d more are left out, all are in %s", len(bad) - _MAX_BAD_LOGGED, report)
 

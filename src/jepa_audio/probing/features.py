@@ -288,30 +288,29 @@ class FeatureStore:
                 self.preparation.windows.spans(waveform.shape[-1], rate)
             )
         ]
-        layers_of: dict[_Window, list[np.ndarray]] = {}
-        seconds_of: dict[_Window, np.ndarray] = {}
+        rows_of: dict[_Window, np.ndarray] = {}
         for batch in _equal_length_batches(windows, self.batch_seconds * rate):
             clips = torch.stack([waveforms[w.item][:, w.start : w.stop] for w in batch])
             try:
                 layers, seconds = self._encode_clips(clips)
             except ValueError as error:
                 raise UserError(f"{items[batch[0].item].where}: {error}") from error
+            row_type = self._file.row_type([layer.shape[-1] for layer in layers])
             for i, window in enumerate(batch):
-                where = items[window.item].where
-                layers_of[window] = [self._to_array(layer[i], where) for layer in layers]
-                seconds_of[window] = window.start / rate + seconds
-        counts = [len(seconds_of[window]) for window in windows]
+                rows = rows_of[window] = np.empty(len(seconds), row_type)
+                rows["window"], rows["samples"] = window.number, window.stop - window.start
+                rows["seconds"] = window.start / rate + seconds
+                for number, layer in enumerate(layers):
+                    values = layer[i].float().cpu().numpy().astype(self._dtype)
+                    if not np.isfinite(values).all():
+                        raise UserError(
+                            f"{items[window.item].where}: {self.encoder.name} gives features that "
+                            f"are not finite in {self._dtype}"
+                        )
+                    rows[layer_field(number)] = values
+        counts = [len(rows_of[window]) for window in windows]
         per_item = np.bincount([window.item for window in windows], counts, len(waveforms))
-        layers_by_window = [layers_of[window] for window in windows]
-        rows = np.empty(
-            sum(counts), self._file.row_type([layer.shape[1] for layer in layers_by_window[0]])
-        )
-        for number, layer_rows in enumerate(zip(*layers_by_window, strict=True)):
-            rows[layer_field(number)] = np.concatenate(layer_rows)
-        rows["window"] = np.repeat([window.number for window in windows], counts)
-        rows["samples"] = np.repeat([window.stop - window.start for window in windows], counts)
-        rows["seconds"] = np.concatenate([seconds_of[window] for window in windows])
-        return rows, per_item.astype(int).tolist()
+        return np.concatenate([rows_of[w] for w in windows]), per_item.astype(int).tolist()
 
     def _encode_clips(
         self, clips: Float32[Tensor, "B C S"]
@@ -337,14 +336,6 @@ class FeatureStore:
         num_frames = max(1, int(clip_seconds * grid_hz))
         grid = (torch.arange(num_frames) + 0.5) / grid_hz
         return [_interpolate(layer, times, grid) for layer in layers], grid.numpy()
-
-    def _to_array(self, rows: Float[Tensor, "rows D"], where: str) -> np.ndarray:
-        array = rows.float().cpu().numpy().astype(self._dtype)
-        if not np.isfinite(array).all():
-            raise UserError(
-                f"{where}: {self.encoder.name} gives features that are not finite in {self._dtype}"
-            )
-        return array
 
     def _check_free_space(self, num_bytes: float) -> None:
         free = shutil.disk_usage(self.folder).free

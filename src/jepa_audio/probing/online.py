@@ -21,10 +21,9 @@ from jepa_audio.inference.encoder import Encoder
 from jepa_audio.probing.encoders import state_hash
 from jepa_audio.probing.features import load_waveform
 from jepa_audio.probing.intervals import Difference, difference, draw_counts
-from jepa_audio.probing.tasks import TASKS, ProbeData, load_task
+from jepa_audio.probing.tasks import TASKS, load_task
 from jepa_audio.probing.tasks.labels import ClipLabels
 from jepa_audio.probing.tasks.table import LabelKind
-from jepa_audio.steps.front_ends import FrontEnd
 from jepa_audio.steps.grid import AudioBatch
 from jepa_audio.training.jepa import JEPA
 from jepa_audio.training.sharding import is_sharded
@@ -82,7 +81,6 @@ class OnlineProbe(Callback):
         self.seed, self.which, self.batch_size = seed, which, batch_size
         check_bounds(self, 1, math.inf, "every_n_steps", "num_train", "num_valid", "batch_size")
         self.differences: dict[int, Difference] = {}
-        self._clips: _Clips | None = None
         self._baseline: tuple[float, Float[np.ndarray, " draws"]] | None = None
         self._baseline_hash = ""
         self._last_step = 0
@@ -101,9 +99,18 @@ class OnlineProbe(Callback):
                 "on checkpoints"
             )
         self._baseline, self._last_step = None, trainer.global_step
-        if trainer.is_global_zero:
-            data = load_task(self.task, [self.corpus], self.table_kind)
-            self._clips = _Clips(data, pl_module.front_end, self)
+        if not trainer.is_global_zero:
+            return
+        data = load_task(self.task, [self.corpus], self.table_kind)
+        assert isinstance(data.labels, ClipLabels)
+        train = data.splits["train"].subset(self.num_train, self.seed).unit_items
+        valid = data.splits["val"].subset(self.num_valid, self.seed).unit_items
+        rate, channels = pl_module.front_end.sample_rate, pl_module.front_end.num_channels
+        # Training clips come first.
+        self._waveforms = [load_waveform(item, rate, channels).T for item in train + valid]
+        self._targets = np.split(data.labels.encode(train + valid), [len(train)])
+        self._labels, self._metric = data.labels, data.task.metrics[0]
+        self._counts = draw_counts(len(valid), seed=self.seed)
 
     @override
     def on_train_batch_start(
@@ -112,11 +119,10 @@ class OnlineProbe(Callback):
         """Score the baseline before the first step, and the encoder if the run starts here."""
         if trainer.is_global_zero and self._baseline is None:
             assert isinstance(pl_module, JEPA)
-            assert self._clips is not None
             frozen = Encoder.from_jepa(pl_module, batch.waveform.shape[-1])
             baseline = frozen.random_twin(pl_module.seed)
             self._baseline_hash = state_hash(baseline)
-            self._baseline = self._clips.score(baseline.to(pl_module.device))
+            self._baseline = self._score(baseline.to(pl_module.device))
             if trainer.global_step == 0:
                 self._probe(trainer, pl_module, batch)
 
@@ -138,16 +144,15 @@ class OnlineProbe(Callback):
     def _probe(self, trainer: Trainer, pl_module: LightningModule, batch: AudioBatch) -> None:
         """Score the encoder, and log and print the comparison."""
         assert isinstance(pl_module, JEPA)
-        assert self._clips is not None
         assert self._baseline is not None
         frozen = Encoder.from_jepa(pl_module, batch.waveform.shape[-1], self.which)
         is_baseline = state_hash(frozen) == self._baseline_hash
-        value, draws = self._baseline if is_baseline else self._clips.score(frozen)
+        value, draws = self._baseline if is_baseline else self._score(frozen)
         baseline, baseline_draws = self._baseline
         gap = difference(value, baseline, draws, baseline_draws)
         step = trainer.global_step
         self.differences[step] = gap
-        values = {self._clips.metric.name: value, "twin": baseline, "difference": gap.value}
+        values = {self._metric.name: value, "twin": baseline, "difference": gap.value}
         for logger in trainer.loggers:
             metrics = {f"probe/{self.task}/{name}": value for name, value in values.items()}
             logger.log_metrics(metrics, step=step)
@@ -155,48 +160,30 @@ class OnlineProbe(Callback):
             f"step {step}: {self.task} {value:.3f}, random-init twin {baseline:.3f}: {gap}"
         )
 
-
-class _Clips:
-    """Random labelled clips of the training and validation splits in memory, training first."""
-
-    def __init__(self, data: ProbeData, front_end: FrontEnd, probe: OnlineProbe) -> None:
-        assert isinstance(data.labels, ClipLabels)
-        train = data.splits["train"].subset(probe.num_train, probe.seed).unit_items
-        valid = data.splits["val"].subset(probe.num_valid, probe.seed).unit_items
-        rate, num_channels = front_end.sample_rate, front_end.num_channels
-        self.waveforms = [load_waveform(item, rate, num_channels).T for item in train + valid]
-        self.labels, self.metric = data.labels, data.task.metrics[0]
-        self.targets, self.num_train = data.labels.encode(train + valid), len(train)
-        self.counts = draw_counts(len(valid), seed=probe.seed)
-        self.batch_size = probe.batch_size
-
-    def score(self, frozen: Encoder) -> tuple[float, Float[np.ndarray, " draws"]]:
+    def _score(self, frozen: Encoder) -> tuple[float, Float[np.ndarray, " draws"]]:
         """Metric of the best layer's head on the validation clips, and on their resamples."""
-        train, valid = slice(self.num_train), slice(self.num_train, None)
-        is_class = self.labels.kind == "class"
+        targets, truth = self._targets
+        is_class = self._labels.kind == "class"
         ridge = RidgeClassifierCV if is_class else RidgeCV
-        layers = self._encode(frozen)
+        layers = [np.split(layer, [len(targets)]) for layer in self._encode(frozen)]
         heads = [
-            make_pipeline(StandardScaler(), ridge(_PENALTIES)).fit(
-                layer[train], self.targets[train]
-            )
-            for layer in layers
+            make_pipeline(StandardScaler(), ridge(_PENALTIES)).fit(train, targets)
+            for train, _ in layers
         ]
         best = max(range(len(heads)), key=lambda layer: heads[layer][-1].best_score_)
-        predictions = heads[best].predict(layers[best][valid])
+        predictions = heads[best].predict(layers[best][1])
         if is_class:
-            predictions = np.eye(self.labels.num_outputs)[predictions]
+            predictions = np.eye(self._labels.num_outputs)[predictions]
         predictions = predictions.reshape(len(predictions), -1).astype(np.float32)
-        truth = self.targets[valid]
-        value = float(self.metric(torch.from_numpy(predictions)[:, None], truth)[0])
-        return value, self.metric.resampled(predictions, truth, self.counts)
+        value = float(self._metric(torch.from_numpy(predictions)[:, None], truth)[0])
+        return value, self._metric.resampled(predictions, truth, self._counts)
 
     def _encode(self, frozen: Encoder) -> list[Float[np.ndarray, "clips _"]]:
-        """Mean over time and frequency of every layer."""
+        """Mean over time and frequency of every layer, for all clips."""
         device = next(frozen.parameters()).device
         batches = []
-        for start in range(0, len(self.waveforms), self.batch_size):
-            batch = self.waveforms[start : start + self.batch_size]
+        for start in range(0, len(self._waveforms), self.batch_size):
+            batch = self._waveforms[start : start + self.batch_size]
             lengths = torch.tensor([len(waveform) for waveform in batch])
             padded = pad_sequence(batch, batch_first=True).mT.to(device)
             batches.append(frozen.encode(padded, lengths).pool())

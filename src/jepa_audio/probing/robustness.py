@@ -223,8 +223,7 @@ def _band_limit(
     # The transients at both ends need a padding of two periods of the cut-off frequency. The
     # padding must be shorter than the clip.
     padding = min(math.ceil(2 * sample_rate / level), waveform.shape[1] - 1)
-    samples = waveform.numpy(force=True).astype(np.float64)
-    filtered = sosfiltfilt(sections, samples, padlen=padding)
+    filtered = sosfiltfilt(sections, waveform.double().numpy(force=True), padlen=padding)
     # A copy, because torch does not support negative strides.
     return torch.from_numpy(filtered.copy()).to(waveform)
 
@@ -272,14 +271,14 @@ def _mp3(waveform: Tensor, level: float, sample_rate: int, generator: Generator)
     sufficient = (row for row in supported if row[0] >= sample_rate)
     rate, kbits = next(sufficient, supported[-1])
     compression = (kbits[-1] - level) / (kbits[-1] - kbits[0])
-    return _transcode(waveform, sample_rate, rate, "MP3", "MPEG_LAYER_III", compression)
+    return _transcode(waveform, sample_rate, rate, ("MP3", "MPEG_LAYER_III"), compression)
 
 
 def _vorbis(waveform: Tensor, level: float, sample_rate: int, generator: Generator) -> Tensor:
     """Ogg Vorbis at quality `level`, from 0 to 10; lower is more severe."""
     # The encoder has no presets for sample rates out of this range.
     rate = min(max(sample_rate, 8_000), 48_000)
-    return _transcode(waveform, sample_rate, rate, "OGG", "VORBIS", 1 - level / 10)
+    return _transcode(waveform, sample_rate, rate, ("OGG", "VORBIS"), 1 - level / 10)
 
 
 def _opus(waveform: Tensor, level: float, sample_rate: int, generator: Generator) -> Tensor:
@@ -287,23 +286,20 @@ def _opus(waveform: Tensor, level: float, sample_rate: int, generator: Generator
     lowest, highest = _OPUS_KBITS
     rate = next((rate for rate in _OPUS_RATES if rate >= sample_rate), _OPUS_RATES[-1])
     compression = (highest - level) / (highest - lowest)
-    return _transcode(waveform, sample_rate, rate, "OGG", "OPUS", compression)
+    return _transcode(waveform, sample_rate, rate, ("OGG", "OPUS"), compression)
 
 
 def _transcode(
-    waveform: Tensor,
-    sample_rate: int,
-    codec_rate: int,
-    container: str,
-    subtype: str,
-    compression: float,
+    waveform: Tensor, sample_rate: int, codec_rate: int, codec: tuple[str, str], compression: float
 ) -> Tensor:
     """Encode and decode with libsndfile, every channel as a separate mono stream.
 
     The output has the length of the input and no delay (Opus: up to 0.1 ms at low bit rates). The
     clip is resampled to `codec_rate` and back. A clip that is louder than full scale is encoded at
-    full scale. `compression` is libsndfile's compression level from 0 to 1.
+    full scale. `codec` is libsndfile's container and subtype, `compression` its compression level
+    from 0 to 1.
     """
+    container, subtype = codec
     if not sf.check_format(container, subtype):
         raise UserError(
             f"libsndfile {sf.__libsndfile_version__} cannot write {subtype}: install "

@@ -44,7 +44,7 @@ from jepa_audio.probing.rows import (
 )
 from jepa_audio.probing.tasks import ProbeData, load_task
 from jepa_audio.probing.tasks.label_checks import check_labels
-from jepa_audio.probing.tasks.labels import UNKNOWN, Rows, Unit
+from jepa_audio.probing.tasks.labels import UNKNOWN, Rows
 from jepa_audio.probing.tasks.records import Split
 from jepa_audio.probing.tasks.table import LabelKind
 
@@ -316,7 +316,12 @@ def _score_head(
             scores[name] = Score(value, *interval(draws[name]), metric.num_scored(truth))
         if unit == first_unit:
             kept = predictions[:, 0].float().numpy(), truth
-    return scores, Evidence(*kept, uids=_unit_names(split, rows, first_unit), draws=draws)
+    uids = split.uids
+    if first_unit == "window":
+        _, first = np.unique(rows.window, return_index=True)
+        starts = zip(rows.item[first], rows.seconds[first], strict=True)
+        uids = tuple(f"{split.items[item].uid} at {seconds:.1f} s" for item, seconds in starts)
+    return scores, Evidence(*kept, uids=uids, draws=draws)
 
 
 def _chance_score(data: ProbeData, train: Rows, test: Rows) -> float:
@@ -328,13 +333,6 @@ def _chance_score(data: ProbeData, train: Rows, test: Rows) -> float:
     constant = torch.logit(mean, eps=1e-6) if data.labels.kind == "tags" else mean
     logits = constant.expand(len(test), 1, -1).contiguous()
     return float(data.scores(logits, data.splits["test"], test))
-
-
-def _unit_names(split: Split, rows: Rows, unit: Unit) -> tuple[str, ...]:
-    if unit == "file":
-        return split.uids
-    _, first = np.unique(rows.window, return_index=True)
-    return tuple(f"{split.items[rows.item[row]].uid} at {rows.seconds[row]:.1f} s" for row in first)
 
 
 def _with_statistics(

@@ -70,7 +70,11 @@ def label_kind(
 def draw_grid(row: ProbeRow) -> Figure:
     """Validation scores by layer (the first at the bottom) and setting; the selected is framed."""
     grid = np.where(np.isfinite(row.valid_grid), row.valid_grid, np.nan)
-    norm = Normalize(*_color_limits(grid), clip=True)
+    # Heads that diverged must not make all others look alike, so low scores share one colour.
+    finite = grid[np.isfinite(grid)] if np.isfinite(grid).any() else np.array([0.0, 1.0])
+    high, low = finite.max(), finite.min()
+    bound = max(low, high - 4 * (high - np.median(finite)))
+    norm = Normalize(bound if bound < high else low, high if high > low else low + 1, clip=True)
     single, combined = split_layers(row.layers)
     parts = [part for part in (combined, single[::-1]) if part]
     figure = style.new_figure(max(6.5, 1.9 + 0.85 * len(row.settings)), 1.5 + 0.27 * len(grid))
@@ -99,16 +103,6 @@ def draw_grid(row: ProbeRow) -> Figure:
     frame_handle = Patch(facecolor="white", edgecolor=style.RED, linewidth=2, label=selected)
     style.title_figure(figure, _title(row), [frame_handle])
     return figure
-
-
-def _color_limits(values: Float[np.ndarray, "rows columns"]) -> tuple[float, float]:
-    """Ends of the colour scale; heads that diverged must not make all others look alike."""
-    finite = values[np.isfinite(values)]
-    if not len(finite):
-        return 0.0, 1.0
-    high, low = finite.max(), finite.min()
-    bound = max(low, high - 4 * (high - np.median(finite)))
-    return float(bound if bound < high else low), float(high if high > low else low + 1)
 
 
 def _draw_confusion(row: ProbeRow, counts: Int[np.ndarray, "C C"]) -> Figure:

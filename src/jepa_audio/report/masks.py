@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -143,7 +142,17 @@ def draw_masks(
         ax.imshow(log_spectrogram, cmap="Greys", vmin=low, vmax=high, origin="lower", extent=extent)
         ax.imshow(overlay, interpolation="nearest", origin="lower", extent=extent)
         ax.set_aspect("auto")
-        _draw_cell_borders(ax, context.shape)
+        num_freq, num_time = context.shape
+        if num_time <= 128:
+            edges = np.linspace(*ax.get_xlim(), num_time + 1)
+            ax.xaxis.set_minor_locator(FixedLocator(edges.tolist()))
+        if num_freq <= 32:
+            edges = np.linspace(*ax.get_ylim(), num_freq + 1)
+            ax.yaxis.set_minor_locator(FixedLocator(edges.tolist()))
+        ax.grid(visible=False)
+        ax.grid(which="minor", color=style.GREY, linewidth=0.5, alpha=0.35)
+        ax.tick_params(which="minor", length=0)
+        ax.set_axisbelow(False)
         ax.set_ylabel("band" if band_hz is None else "kHz")
         if band_hz is not None:
             shown = [hz for hz in LABELLED_HZ if band_hz[0] <= hz <= band_hz[-1]]
@@ -176,15 +185,3 @@ def _paint_overlay(
     group = (rank[:, None] == stripe * count // STRIPES + 1).argmax(axis=0)  # [STRIPES, F, T]
     painted = np.where(count[..., None] > 0, colors[group], veiled)
     return painted.swapaxes(0, 1).reshape(-1, context.shape[1], 4)
-
-
-def _draw_cell_borders(ax: Axes, shape: tuple[int, ...]) -> None:
-    num_freq, num_time = shape
-    if num_time <= 128:
-        ax.xaxis.set_minor_locator(FixedLocator(np.linspace(*ax.get_xlim(), num_time + 1).tolist()))
-    if num_freq <= 32:
-        ax.yaxis.set_minor_locator(FixedLocator(np.linspace(*ax.get_ylim(), num_freq + 1).tolist()))
-    ax.grid(visible=False)
-    ax.grid(which="minor", color=style.GREY, linewidth=0.5, alpha=0.35)
-    ax.tick_params(which="minor", length=0)
-    ax.set_axisbelow(False)

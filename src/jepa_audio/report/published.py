@@ -105,24 +105,22 @@ def published_tables(
         numbers: lines of `load_published`.
         ours: intervals of our best result by metric, if they are comparable with the numbers.
     """
-    return [_table(group, ours or {}) for _, group in numbers.groupby("protocol", sort=False)]
-
-
-def _table(numbers: pd.DataFrame, ours: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
-    numbers = numbers.assign(
-        column=numbers["task"].where(numbers["benchmark"] != "", numbers["metric"])
-    )
-    columns = numbers["column"].unique().tolist()
-    cells = {(number.model, number.column): _cell(number, ours) for number in numbers.itertuples()}
-    first = numbers[numbers["column"] == columns[0]]
-    best_first = first.sort_values("value", ascending=False, kind="stable")["model"]
-    lines = {
-        model: [cells.get((model, column), ("", "")) for column in columns]
-        for model in dict.fromkeys([*best_first, *numbers["model"]])
-    }
-    sources = ", ".join(numbers["source"].unique())
-    title = f"{numbers['protocol'].iloc[0]} ({sources}): {numbers['note'].iloc[0]}."
-    return {"title": title, "columns": columns, "lines": lines}
+    column = numbers["task"].where(numbers["benchmark"] != "", numbers["metric"])
+    tables = []
+    for (protocol, note), group in numbers.assign(column=column).groupby(
+        ["protocol", "note"], sort=False
+    ):
+        columns = group["column"].unique().tolist()
+        cells = {(each.model, each.column): _cell(each, ours or {}) for each in group.itertuples()}
+        first = group[group["column"] == columns[0]]
+        best_first = first.sort_values("value", ascending=False, kind="stable")["model"]
+        lines = {
+            model: [cells.get((model, column), ("", "")) for column in columns]
+            for model in dict.fromkeys([*best_first, *group["model"]])
+        }
+        title = f"{protocol} ({', '.join(group['source'].unique())}): {note}."
+        tables.append({"title": title, "columns": columns, "lines": lines})
+    return tables
 
 
 def _cell(number: Any, ours: Mapping[str, tuple[float, float]]) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import mir_eval
@@ -50,53 +50,47 @@ def split_by_artist(artists: Mapping[int, str]) -> dict[int, str]:
 
 
 def _train_examples(raw: Path) -> Iterator[raw_data.Example]:
-    folder = _find_folder(raw, TRAIN_FOLDER)
+    folder, path_of = _find_songs(raw, TRAIN_FOLDER)
     metadata = folder / "annotations/beatport_metadata.txt"
     songs = raw_data.read_table(metadata, ("ID", "ARTIST"), "\t", errors="replace", ragged=True)
     splits = split_by_artist({row.whole_number("ID"): row["ARTIST"] for row in songs})
-    audio, annotations = _audio_by_song(folder), folder / "annotations/annotations.txt"
+    annotations = folder / "annotations/annotations.txt"
     for row in raw_data.read_table(annotations, ("ID", "MANUAL KEY", "C"), "\t", ragged=True):
         if row["C"] != _MAX_CONFIDENCE or "/" in row["MANUAL KEY"]:
             continue
         song = row.whole_number("ID")
         if song not in splits:
             raise UserError(f"{row.where}: song {song} has no line in {metadata}")
-        yield _example(splits[song], folder, audio, song, _key(row["MANUAL KEY"], row.where))
+        key = _key(row["MANUAL KEY"], row.where)
+        yield raw_data.Example(splits[song], path_of(song), key, ori_uid=f"{song:07}")
 
 
 def _test_examples(raw: Path) -> Iterator[raw_data.Example]:
-    folder = _find_folder(raw, TEST_FOLDER)
-    audio = _audio_by_song(folder)
+    folder, path_of = _find_songs(raw, TEST_FOLDER)
     first = raw_data.find_path(folder, ("annotations/key/*.key",), _REMEDY)
     for path in sorted(first.parent.glob("*.key"), key=_song_of):
-        key = _key(path.read_text(encoding="utf-8"), f"{path}, line 1")
-        yield _example("test", folder, audio, _song_of(path), key)
+        song, key = _song_of(path), _key(path.read_text(encoding="utf-8"), f"{path}, line 1")
+        yield raw_data.Example("test", path_of(song), key, ori_uid=f"{song:07}")
 
 
-def _find_folder(raw: Path, name: str) -> Path:
-    """Find the folder, also with a suffix that GitHub appends: the branch or commit."""
+def _find_songs(raw: Path, name: str) -> tuple[Path, Callable[[int], Path]]:
+    """Find the folder, also with a suffix that GitHub appends: the branch or commit.
+
+    Also returns a function from the number of a song to its file, which may be missing.
+    """
     folders = sorted(raw.glob(f"{name}*/"))
     if len(folders) > 1:
         names = ", ".join(folder.name for folder in folders)
         raise UserError(f"{raw} has {len(folders)} folders for {name}: {names}; keep one")
-    return raw_data.find_path(raw, (f"{name}*/",), _REMEDY)
-
-
-def _audio_by_song(folder: Path) -> dict[int, Path]:
+    folder = raw_data.find_path(raw, (f"{name}*/",), _REMEDY)
     raw_data.find_path(folder, ("audio", "wav"), _REMEDY)
-    return {
+    audio = {
         _song_of(path): path
-        for name in ("wav", "audio")  # a file in audio/ replaces one of the same song in wav/
-        if (folder / name).is_dir()
-        for path in raw_data.audio_files(folder / name, (".flac", ".mp3", ".wav")).values()
+        for part in ("wav", "audio")  # a file in audio/ replaces one of the same song in wav/
+        if (folder / part).is_dir()
+        for path in raw_data.audio_files(folder / part, (".flac", ".mp3", ".wav")).values()
     }
-
-
-def _example(
-    split: str, folder: Path, audio: Mapping[int, Path], song: int, key: str
-) -> raw_data.Example:
-    path = audio.get(song, folder / "audio" / f"{song}.LOFI.mp3")
-    return raw_data.Example(split, path, key, ori_uid=f"{song:07}")
+    return folder, lambda song: audio.get(song, folder / "audio" / f"{song}.LOFI.mp3")
 
 
 def _song_of(path: Path) -> int:

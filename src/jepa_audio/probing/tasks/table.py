@@ -25,11 +25,12 @@ LabelKind = Literal["multiclass", "multilabel", "regression"]
 
 _PATHS = ("path", "file", "audio_path", "filename", "file_name")
 _SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-_LABELS = {"multiclass": ("label",), "multilabel": ("tags", "label"), "regression": ("label",)}
-_PARSERS: dict[str, Callable[[TableRow, Sequence[str]], object]] = {
-    "multiclass": lambda row, columns: row.text(columns[0]),
-    "multilabel": lambda row, columns: _tags(row[columns[0]]),
-    "regression": lambda row, columns: [row.number(column) for column in columns],
+_Parser = Callable[[TableRow, Sequence[str]], object]
+# Columns of the label, and how they are read.
+_LABELS: dict[str, tuple[Sequence[str], _Parser]] = {
+    "multiclass": (["label"], lambda row, columns: row.text(columns[0])),
+    "multilabel": (["tags", "label"], lambda row, columns: _tags(row[columns[0]])),
+    "regression": (["label"], lambda row, columns: [row.number(column) for column in columns]),
 }
 
 
@@ -65,13 +66,13 @@ def table_task(
         )
     header = list(rows[0].cells)
     file = find_column(path, header, _PATHS)
-    label = tuple(columns) or (find_column(path, header, _LABELS[kind]),)
+    names, parse = _LABELS[kind]
+    label = tuple(columns) or (find_column(path, header, names),)
     group = "group" if "group" in header else file
     row_splits = [_split(row, group) for row in rows]
     records: dict[str, dict[str, Record]] = {split: {} for split in SPLITS}
     for row, split in zip(rows, row_splits, strict=True):
-        record = {"audio_path": row.text(file), "label": _PARSERS[kind](row, label)}
-        records[split][row.where] = record
+        records[split][row.where] = {"audio_path": row.text(file), "label": parse(row, label)}
     for split in SPLITS:
         if not records[split]:
             raise UserError(

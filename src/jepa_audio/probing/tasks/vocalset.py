@@ -71,7 +71,19 @@ def _read_recordings(raw: Path) -> list[tuple[Path, str, str]]:
     """Path, singer and technique (or dynamics) of each recording, in the order of the paths."""
     folder = find_path(raw, _RECORDINGS, _REMEDY).parents[3]
     paths = sorted(path for path in folder.glob("*/*/*/*.wav") if not path.name.startswith("."))
-    recordings = [(path, *_names_of_folders(path)) for path in paths]
+    recordings = []
+    for path in paths:
+        # Singer and technique of the folders: some file names lack the technique or misspell it.
+        singer_folder, _, technique_folder = path.parts[-4:-1]
+        singer = _singer(singer_folder)
+        technique = _MISSPELT.get(technique_folder, technique_folder)
+        if singer not in SINGERS:
+            singers = "female1 to female9 and male1 to male11"
+            raise UserError(f"{path}: `{singer_folder}` is not one of the singers {singers}")
+        if technique not in (*TECHNIQUES, *DYNAMICS):
+            remedy = f"rename it to one of {', '.join((*TECHNIQUES, *DYNAMICS))}, or move it away"
+            raise UserError(f"{path}: `{technique_folder}` is not a technique; {remedy}")
+        recordings.append((path, singer, technique))
     left_out = [
         path
         for path, singer, _ in recordings
@@ -84,19 +96,6 @@ def _read_recordings(raw: Path) -> list[tuple[Path, str, str]]:
             + ", ".join(path.name for path in left_out)
         )
     return [recording for recording in recordings if recording[0] not in left_out]
-
-
-def _names_of_folders(path: Path) -> tuple[str, str]:
-    """Singer and technique; file names are no source, some lack the technique or misspell it."""
-    singer_folder, _, folder = path.parts[-4:-1]
-    singer, technique = _singer(singer_folder), _MISSPELT.get(folder, folder)
-    if singer not in SINGERS:
-        singers = "female1 to female9 and male1 to male11"
-        raise UserError(f"{path}: `{singer_folder}` is not one of the singers {singers}")
-    if technique not in (*TECHNIQUES, *DYNAMICS):
-        remedy = f"rename it to one of {', '.join((*TECHNIQUES, *DYNAMICS))}, or move it away"
-        raise UserError(f"{path}: `{folder}` is not a technique; {remedy}")
-    return singer, technique
 
 
 def _singer(name: str) -> str | None:
