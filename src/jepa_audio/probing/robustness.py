@@ -131,12 +131,7 @@ def _pink_noise(waveform: Tensor, level: float, sample_rate: int, generator: Gen
 
 
 def _recorded_noise(
-    waveform: Tensor,
-    level: float,
-    sample_rate: int,
-    generator: Generator,
-    *,
-    files: Sequence[Path],
+    waveform: Tensor, level: float, sample_rate: int, generator: Generator, *, files: Sequence[Path]
 ) -> Tensor:
     """A random part of a random recording, the same in all channels.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -10,6 +11,7 @@ from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from scipy.stats import binomtest
 from sklearn.metrics import (
@@ -138,15 +140,15 @@ def _draw_confusion(row: ProbeRow, counts: Int[np.ndarray, "C C"]) -> Figure:
 def _draw_recall(row: ProbeRow, confusions: Int[np.ndarray, "C C"]) -> Figure:
     counts, hits = confusions.sum(axis=1), np.diag(confusions)
     scores = np.where(counts > 0, hits / np.maximum(counts, 1), np.nan)
-    figure, places = _draw_bars(row, "recall", scores, counts)
-    for ax, y, number in places:
+
+    def mark(ax: Axes, y: int, number: int) -> None:
         if counts[number]:
             test = binomtest(int(hits[number]), int(counts[number]))
             ends = test.proportion_ci(method="wilson")
             ax.plot([ends.low, ends.high], [y, y], color=style.INK, linewidth=1)
+
     interval = style.line_handle("95 % interval (Wilson)", style.INK)
-    style.title_figure(figure, _title(row), [Patch(color=style.SKY, label="recall"), interval])
-    return figure
+    return _draw_bars(row, "recall", scores, counts, mark, interval)
 
 
 def _draw_tags(row: ProbeRow, evidence: Evidence) -> Figure:
@@ -155,23 +157,26 @@ def _draw_tags(row: ProbeRow, evidence: Evidence) -> Figure:
     scores = np.full(len(counts), np.nan)
     for number in np.flatnonzero(counts).tolist():
         scores[number] = average_precision_score(labels[:, number], evidence.predictions[:, number])
-    figure, places = _draw_bars(row, "average precision", scores, counts)
-    for ax, y, number in places:
+
+    def mark(ax: Axes, y: int, number: int) -> None:
         chance = counts[number] / len(labels)
         ax.plot([chance, chance], [y - 0.42, y + 0.42], color=style.ORANGE, linewidth=1.8)
+
     chance_handle = style.line_handle("share of units with the tag: chance", style.ORANGE)
-    bar_handle = Patch(color=style.SKY, label="average precision")
-    style.title_figure(figure, _title(row), [bar_handle, chance_handle])
-    return figure
+    return _draw_bars(row, "average precision", scores, counts, mark, chance_handle)
 
 
 def _draw_bars(
-    row: ProbeRow, score_name: str, scores: Float[np.ndarray, " C"], counts: Int[np.ndarray, " C"]
-) -> tuple[Figure, list[tuple[Axes, int, int]]]:
+    row: ProbeRow,
+    score_name: str,
+    scores: Float[np.ndarray, " C"],
+    counts: Int[np.ndarray, " C"],
+    mark: Callable[[Axes, int, int], None],
+    mark_handle: Line2D,
+) -> Figure:
     """Bars in columns, from the best class to the worst, then classes without a unit.
 
-    Returns:
-        The figure; panel, height of the bar and class for each class.
+    `mark` draws on the bar of a class, given the panel, the position of the bar and the class.
     """
     order = np.argsort(-np.nan_to_num(scores, nan=-1.0), kind="stable").tolist()
     num_columns = max(-(-len(order) // MAX_BARS), 2 if len(order) > FEW_BARS else 1)
@@ -180,7 +185,6 @@ def _draw_bars(
     height = 0.6 + 0.2 * num_bars
     figure, axes = style.small_multiples(len(columns), len(columns), height, extra=0.7)
     length = 26 if num_columns < 4 else 14
-    places = []
     for ax, column in zip(axes, columns, strict=True):
         ax.barh(range(len(column)), np.nan_to_num(scores[column]), color=style.SKY, height=0.78)
         names = [f"{_class_name(row.class_names[n], length)} ({counts[n]})" for n in column]
@@ -190,8 +194,10 @@ def _draw_bars(
         ax.tick_params(axis="y", length=0, grid_alpha=0)
         ax.set_xlabel(score_name)
         style.title_panel(ax, "class (test units)")
-        places += [(ax, y, number) for y, number in enumerate(column)]
-    return figure, places
+        for y, number in enumerate(column):
+            mark(ax, y, number)
+    style.title_figure(figure, _title(row), [Patch(color=style.SKY, label=score_name), mark_handle])
+    return figure
 
 
 def _draw_scatter(row: ProbeRow, evidence: Evidence) -> Figure:

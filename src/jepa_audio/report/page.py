@@ -55,9 +55,9 @@ def write_leaderboard(results: Path) -> Path:
         raise UserError(f"{results} contains no results: run `jepa-audio probe` first")
     page = results.with_name("leaderboard.html")
     content = compare_results(table)
-    figures = _draw_results(table, content["overviews"], results.with_name("pictures"))
-    close_ups = {"close_ups": draw_close_ups(table)}
-    write_text(page, render("page.html", content | figures | close_ups))
+    content |= _draw_results(table, content["overviews"], results.with_name("pictures"))
+    content["close_ups"] = draw_close_ups(table)
+    write_text(page, render("page.html", content))
     write_text(page.with_suffix(".md"), render("leaderboard.md", content))
     log.info("the leaderboard is %s", page)
     return page
@@ -84,16 +84,13 @@ def write_report(directory: Path) -> Path:
             f"(results.jsonl): give the folder above the `--run_dir` of `jepa-audio fit`"
         )
     table, folder = read_results(files), directory / "figures"
-    close_ups = {}
     try:
-        content = compare_results(table)
-        close_ups = draw_close_ups(table)
+        content = compare_results(table) | {"close_ups": draw_close_ups(table)}
     except UserError as error:
         # Evidence is missing: the page shows the results without comparisons.
-        content = compare_results(table, str(error))
+        content = compare_results(table, str(error)) | {"close_ups": {}}
     content |= {
         **_draw_results(table, content["overviews"], folder),
-        "close_ups": close_ups,
         "title": f"jepa-audio report: {directory.resolve().name}",
         "runs": [_run_section(run, content["results"], folder, runs) for run in runs],
         "overlay": _save_curves(runs, folder / "curves.png", "All runs") if len(runs) > 1 else None,

@@ -15,13 +15,7 @@ from rich.text import Text
 
 from jepa_audio.errors import printable
 from jepa_audio.probing.intervals import Difference
-from jepa_audio.probing.rows import (
-    RANDOM_INIT,
-    STATISTICS,
-    ProbeRow,
-    Score,
-    read_rows,
-)
+from jepa_audio.probing.rows import RANDOM_INIT, STATISTICS, ProbeRow, Score, read_rows
 
 ENCODER = ["encoder", "variant", "pooling", "encoder_hash"]
 """Columns that identify an encoder."""

@@ -113,10 +113,9 @@ def fit_ridge(
     train: Features,
     targets: Float[Tensor, "n C"],
     inputs: Sequence[HeadInput],
-    strengths: Sequence[float] = RIDGE_STRENGTHS,
     device: Device = "cpu",
 ) -> list[LinearHead]:
-    """Ridge regression on each single-layer input, with each strength.
+    """Ridge regression on each single-layer input, with each of `RIDGE_STRENGTHS`.
 
     The objective is the mean squared error plus `strength` times the squared weights; the bias is
     not penalised. One eigendecomposition in double precision serves all strengths of a layer.
@@ -130,7 +129,7 @@ def fit_ridge(
         x = scale(rows).to(device)
         spectrum, axes = torch.linalg.eigh(_cross_product(x, x) / len(x))
         projected = axes.T @ (_cross_product(x, centred) / len(x))
-        for strength in strengths:
+        for strength in RIDGE_STRENGTHS:
             weight = axes @ (projected / (spectrum.clamp_min(0) + strength)[:, None])
             heads.append(LinearHead(head_input, strength, scale, weight.float(), mean.to(device)))
     return heads

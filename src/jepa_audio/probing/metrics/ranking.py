@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,25 +29,27 @@ from jepa_audio.probing.metrics.sums import F1
 Columns = Float[Tensor, "units N"]
 
 
-class RankWeights(NamedTuple):
-    """Sums of the counts of units in a chunk of draws, for one class.
+class ClassOrder:
+    """The units of one class in the order of their logits, from the highest to the lowest.
 
-    A positive is a unit of the class, a negative any other unit. Columns are the n positives, from
-    the highest logit to the lowest.
+    A positive is a unit of the class, a negative any other unit.
 
     Attributes:
-        positives: counts of each positive.
-        positives_above: positives with at least the logit of each positive.
-        negatives_higher: negatives with a higher logit than each positive.
-        negatives_above: negatives with at least the logit of each positive.
-        negatives: all negatives.
+        positives: indices of the positives; those of the negatives are `negatives`.
+        positives_above: for each positive, the number of positives with at least its logit.
+        negatives_higher: for each positive, the number of negatives with a higher logit.
+        negatives_above: for each positive, the number of negatives with at least its logit.
     """
 
-    positives: Float[np.ndarray, "draws n"]
-    positives_above: Float[np.ndarray, "draws n"]
-    negatives_higher: Float[np.ndarray, "draws n"]
-    negatives_above: Float[np.ndarray, "draws n"]
-    negatives: DrawScores
+    def __init__(
+        self, keys: Float[np.ndarray, " units"], is_positive: Bool[np.ndarray, " units"]
+    ) -> None:
+        order = keys.argsort()
+        self.positives, self.negatives = order[is_positive[order]], order[~is_positive[order]]
+        positives, negatives = keys[self.positives], keys[self.negatives]
+        self.positives_above = np.searchsorted(positives, positives, side="right")
+        self.negatives_higher = np.searchsorted(negatives, positives, side="left")
+        self.negatives_above = np.searchsorted(negatives, positives, side="right")
 
 
 class RankMetric(Metric):
@@ -68,8 +69,8 @@ class RankMetric(Metric):
     needs_negatives: bool
 
     @abstractmethod
-    def score_weights(self, weights: RankWeights) -> DrawScores:
-        """Scores of one class in a chunk of draws; NaN where there is none."""
+    def score_class(self, order: ClassOrder, counts: Counts) -> DrawScores:
+        """Scores of one class on draws; NaN where there is none."""
 
     @override
     def num_scored(self, targets: Targets) -> int:
@@ -91,11 +92,11 @@ class RankMetric(Metric):
     def draw_scorer(self, predictions: HeadPredictions, targets: Targets) -> DrawScorer:
         """See `Metric`; a class that cannot be scored in a draw is left out of its mean."""
         keys = _sort_keys(torch.from_numpy(predictions)).numpy()
-        orders = [_Order(keys[:, c], targets[:, c] > 0) for c in self._scored_classes(targets)]
+        orders = [ClassOrder(keys[:, c], targets[:, c] > 0) for c in self._scored_classes(targets)]
 
         @np.errstate(invalid="ignore")  # 0 / 0 is NaN: the class is left out
         def score(counts: Counts) -> DrawScores:
-            scores = np.stack([self.score_weights(order.weights_of(counts)) for order in orders])
+            scores = np.stack([self.score_class(order, counts) for order in orders])
             return torch.from_numpy(scores).nanmean(dim=0).numpy()
 
         return score
@@ -119,12 +120,13 @@ class AUROC(RankMetric):
     needs_negatives = True
 
     @override
-    def score_weights(self, weights: RankWeights) -> DrawScores:
+    def score_class(self, order: ClassOrder, counts: Counts) -> DrawScores:
         """Share of pairs of a positive and a negative in the right order; a tie is half a pair."""
+        positives, negatives = counts[:, order.positives], _sums(counts[:, order.negatives])
         # A pair in the wrong order counts twice, a tie once.
-        negatives = weights.negatives_higher + weights.negatives_above
-        wrong = (weights.positives * negatives).sum(-1)
-        return 1 - wrong / (2 * weights.positives.sum(-1) * weights.negatives)
+        wrong = negatives[:, order.negatives_higher] + negatives[:, order.negatives_above]
+        num_pairs = positives.sum(-1) * negatives[:, -1]
+        return 1 - (positives * wrong).sum(-1) / (2 * num_pairs)
 
 
 class AveragePrecision(RankMetric):
@@ -135,37 +137,13 @@ class AveragePrecision(RankMetric):
     needs_negatives = False
 
     @override
-    def score_weights(self, weights: RankWeights) -> DrawScores:
+    def score_class(self, order: ClassOrder, counts: Counts) -> DrawScores:
         """Share of positives among the units from the highest logit to that of each positive."""
-        units = weights.positives_above + weights.negatives_above
-        precision = weights.positives_above / (units + (units == 0))  # without units, weight is 0
-        return (weights.positives * precision).sum(-1) / weights.positives.sum(-1)
-
-
-class _Order:
-    """Positions of the units in the order of the keys of one class, computed once for all draws."""
-
-    def __init__(
-        self, keys: Float[np.ndarray, " units"], is_positive: Bool[np.ndarray, " units"]
-    ) -> None:
-        order = keys.argsort()
-        self.positives, self.negatives = order[is_positive[order]], order[~is_positive[order]]
-        positives, negatives = keys[self.positives], keys[self.negatives]
-        self.positives_above = np.searchsorted(positives, positives, side="right")
-        self.negatives_higher = np.searchsorted(negatives, positives, side="left")
-        self.negatives_above = np.searchsorted(negatives, positives, side="right")
-
-    def weights_of(self, counts: Counts) -> RankWeights:
-        weights = counts[:, self.positives]
-        positives, negatives = _running_sums(weights), _running_sums(counts[:, self.negatives])
-        sums = (
-            weights,
-            positives[:, self.positives_above],
-            negatives[:, self.negatives_higher],
-            negatives[:, self.negatives_above],
-            negatives[:, -1],
-        )
-        return RankWeights(*(table.astype(np.float64) for table in sums))
+        positives = counts[:, order.positives]
+        positives_above = _sums(positives)[:, order.positives_above]
+        units = positives_above + _sums(counts[:, order.negatives])[:, order.negatives_above]
+        precision = positives_above / (units + (units == 0))  # without units, the count is 0
+        return (positives * precision).sum(-1) / positives.sum(-1)
 
 
 def _sort_keys(logits: Tensor) -> Tensor:
@@ -184,7 +162,7 @@ def _ranks(logits: Columns) -> Columns:
     return 1 - torch.empty_like(steps).scatter_(0, order, steps) / max(1, len(logits))
 
 
-def _running_sums(counts: Int[np.ndarray, "draws n"]) -> Int[np.ndarray, "draws m"]:
+def _sums(counts: Int[np.ndarray, "draws n"]) -> Int[np.ndarray, "draws m"]:
     """Sums of the first 0, 1, ... n counts."""
     sums = np.zeros((len(counts), counts.shape[1] + 1), dtype=np.int64)
     np.cumsum(counts, axis=1, out=sums[:, 1:])

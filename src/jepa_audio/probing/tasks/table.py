@@ -6,7 +6,6 @@ import hashlib
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +22,11 @@ log = logging.getLogger(__name__)
 LabelKind = Literal["multiclass", "multilabel", "regression"]
 """Type of the labels: one class, any number of tags, or numbers."""
 
+_PROTOCOLS = {
+    # MARBLE's first version drops the last window of a file only if it is shorter than 1 s.
+    "marble-v1": Protocol(Windows(30.0, min_ratio=1 / 30)),
+    "marble-v2": Protocol(Windows(30.0, min_ratio=0.8), max_epochs=50, learning_rates=(1e-3,)),
+}
 _PATHS = ("path", "file", "audio_path", "filename", "file_name")
 _SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _Parser = Callable[[TableRow, Sequence[str]], object]
@@ -34,12 +38,7 @@ _LABELS: dict[str, tuple[Sequence[str], _Parser]] = {
 }
 
 
-def table_task(
-    path: Path,
-    kind: LabelKind,
-    columns: Sequence[str] = (),
-    window_seconds: float | None = 30.0,
-) -> ProbeData:
+def table_task(path: Path, kind: LabelKind, columns: Sequence[str] = ()) -> ProbeData:
     """Make a task of the user's own files from a table: `.csv` with commas, other files with tabs.
 
     Its columns are `path` (or file, audio_path, filename, file_name), relative to the folder of the
@@ -52,7 +51,6 @@ def table_task(
         kind: "multiclass": `label` is the name of a class. "multilabel": `tags` (or `label`) has
             tags separated by `|` or `;`, or is empty. "regression": `label` is a number.
         columns: columns of the label, if their names differ; several only for a regression.
-        window_seconds: length of the windows that are encoded; `None` for whole files.
 
     Raises:
         MissingFileError: if the table or an audio file is missing; names the line.
@@ -86,12 +84,7 @@ def table_task(
         "multilabel": (Multilabel(), TAG_METRICS),
         "regression": (Regression(label), (R2(), *of_columns)),
     }[kind]
-    # MARBLE's first version drops the last window of a file only if it is shorter than 1 s.
-    min_ratio = 1.0 if window_seconds is None else min(1.0, 1 / window_seconds)
-    v1, v2 = (Protocol(Windows(window_seconds, ratio)) for ratio in (min_ratio, 0.8))
-    v2 = replace(v2, max_epochs=50, learning_rates=(1e-3,))
-    protocols = {"marble-v1": v1, "marble-v2": v2}
-    task = Task(path.stem, path.stem, labels, metrics, protocols, num_seeds=3)
+    task = Task(path.stem, path.stem, labels, metrics, _PROTOCOLS, num_seeds=3)
     return ProbeData.of(task, [split_of(records[split], path.parent) for split in SPLITS])
 
 
