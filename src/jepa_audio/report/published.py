@@ -36,10 +36,12 @@ def load_published() -> pd.DataFrame:
                 if number is None:
                     continue
                 value, deviation = number if isinstance(number, list) else (number, math.nan)
-                names = [column, table["unit"]] if shared["benchmark"] else column.split()
-                numbers = round(value / scale, 6), round(deviation / scale, 6)
-                keys = ("model", "task", "metric", "value", "deviation")
-                lines.append(dict(zip(keys, (model, *names, *numbers), strict=True)) | shared)
+                task, metric = [column, table["unit"]] if shared["benchmark"] else column.split()
+                values = {
+                    "value": round(value / scale, 6),
+                    "deviation": round(deviation / scale, 6),
+                }
+                lines.append({"model": model, "task": task, "metric": metric, **values, **shared})
     return pd.DataFrame(lines).rename(columns={"name": "protocol"})
 
 

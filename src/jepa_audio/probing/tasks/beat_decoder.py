@@ -78,11 +78,11 @@ def decode_beats(
     lengths = lengths.where(((activations > 0) & inside).any(dim=1), 0)
     num_padded = num_frames + 2 * int(model.intervals[-1])
     chunk = max(1, _MAX_SCORES // (len(model.intervals) * num_padded))
-    beats = []
+    widths, beats = model.widths.tolist(), []
     for tracks, sizes in zip(activations.split(chunk), lengths.split(chunk), strict=True):
         values = tracks.cpu().numpy()
         for n, starts in enumerate(beat_starts(tracks, sizes, model)):
-            ends = ((start, start + int(model.widths[index])) for start, index in starts)
+            ends = ((start, start + widths[index]) for start, index in starts)
             parts = [(max(start, 0), min(end, int(sizes[n]))) for start, end in ends]
             peaks = [low + values[n, low:high].argmax() for low, high in parts if low < high]
             beats.append(np.array(peaks, dtype=np.int64))
