@@ -35,13 +35,11 @@ def load_published() -> pd.DataFrame:
             for column, number in zip(table["columns"], printed, strict=True):
                 if number is None:
                     continue
-                value, deviation = number if isinstance(number, list) else (number, math.nan)
+                pair = number if isinstance(number, list) else (number, math.nan)
+                value, deviation = (round(part / scale, 6) for part in pair)
                 task, metric = [column, table["unit"]] if shared["benchmark"] else column.split()
-                values = {
-                    "value": round(value / scale, 6),
-                    "deviation": round(deviation / scale, 6),
-                }
-                lines.append({"model": model, "task": task, "metric": metric, **values, **shared})
+                line = {"model": model, "task": task, "metric": metric, "value": value}
+                lines.append({**line, "deviation": deviation, **shared})
     return pd.DataFrame(lines).rename(columns={"name": "protocol"})
 
 
