@@ -9,7 +9,6 @@ from datetime import datetime
 from fnmatch import fnmatchcase
 from itertools import cycle
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -31,8 +30,6 @@ Curve = tuple[np.ndarray, np.ndarray]
 """Optimizer steps, values."""
 Curves = Mapping[str, Curve]
 """The curve of each metric key."""
-EMPTY: Curve = (np.empty(0), np.empty(0))
-"""The curve of a key for which nothing was logged."""
 VERDICTS = {
     "ahead": "Ahead of",
     "behind": "Behind",
@@ -78,7 +75,7 @@ class Run:
 
     def curve(self, key: str) -> Curve:
         """Steps and values of a metric key; empty if nothing was logged."""
-        return self.curves.get(key, EMPTY)
+        return self.curves.get(key, (np.empty(0), np.empty(0)))
 
     def last(self, key: str, steps: np.ndarray | None = None) -> float:
         """The last finite value of a metric key, only at `steps` if given; NaN if there is none."""
@@ -107,7 +104,7 @@ class Run:
 def find_runs(directory: Path) -> list[Run]:
     """The runs in a folder and its subfolders, sorted by path; the folder itself may be a run."""
     folders = {
-        path.parents[2] if path.parent.name.startswith("version_") else path.parent
+        path.parent.parent.parent if path.parent.name.startswith("version_") else path.parent
         for path in directory.rglob("metrics.csv")
     }
     return [_read_run(folder, directory) for folder in sorted(folders)]
@@ -222,16 +219,16 @@ def _online(run: Run) -> Iterator[str]:
 
 
 def _collapse(run: Run) -> str:
-    steps, alarms = run.curve("collapse/alarm")[0], _alarm_steps(run.curves)
+    steps, raised = run.curve("collapse/alarm")
     if not len(steps):
         return "Collapse was not monitored."
     sentence = f"Not collapsed: no alarm at any of {len(steps)} checks"
-    if len(alarms):
-        end = "including the last" if alarms[-1] == steps[-1] else "but not at the last"
-        count = f"{len(alarms)} of {len(steps)} checks"
-        sentence = f"Collapse alarm at {count}, first at step {alarms[0]:.0f}, {end}"
-    context_ranks = run.curve("collapse/context_rank")[1]
-    ranks = [f"{rank:.1f}" for rank in context_ranks] or ["unknown"]
+    if (raised > 0).any():
+        first = steps[raised > 0][0]
+        end = "including the last" if raised[-1] > 0 else "but not at the last"
+        count = f"{(raised > 0).sum()} of {len(steps)} checks"
+        sentence = f"Collapse alarm at {count}, first at step {first:.0f}, {end}"
+    ranks = [f"{rank:.1f}" for rank in run.curve("collapse/context_rank")[1]] or ["unknown"]
     return f"{sentence}; RankMe of the context went from {ranks[0]} to {ranks[-1]}."
 
 
@@ -257,7 +254,8 @@ def _losses(run: Run) -> Iterator[str]:
         yield f"The last validation loss is {valid:.3g}."
 
 
-class Panel(NamedTuple):
+@dataclass(frozen=True)
+class Panel:
     """One panel of `draw_curves`.
 
     Args:
@@ -360,7 +358,7 @@ def _draw_panel(
             color = style.GREY if is_reference else style.PALETTE[number]
             dash = style.DASHES[number] if run_colors or is_reference else style.SOLID
             if (curve := _find_curve(run, pattern)) is not None:
-                _draw_curve(ax, *curve, run_colors.get(name, color), dash)
+                _draw_curve(ax, curve, run_colors.get(name, color), dash)
                 handles[label] = style.line_handle(label, style.INK if run_colors else color, dash)
         for step in _alarm_steps(run):
             ax.axvline(step, color=style.RED, linewidth=3, alpha=0.15, zorder=0)
@@ -379,11 +377,12 @@ def _find_curve(run: Curves, pattern: str) -> Curve | None:
 
 
 def _alarm_steps(run: Curves) -> np.ndarray:
-    steps, raised = run.get("collapse/alarm", EMPTY)
+    steps, raised = run.get("collapse/alarm", (np.empty(0), np.empty(0)))
     return steps[raised > 0]
 
 
-def _draw_curve(ax: Axes, steps: np.ndarray, values: np.ndarray, color: str, dash: str) -> None:
+def _draw_curve(ax: Axes, curve: Curve, color: str, dash: str) -> None:
+    steps, values = curve
     marker = "o" if np.isfinite(values).sum() == 1 else None
     if len(values) > MANY_POINTS:
         ax.plot(steps, values, color=color, linewidth=0.6, alpha=0.3)
