@@ -81,14 +81,12 @@ def _read_lists(raw: Path) -> dict[str, list[str]]:
     if missing:
         rule = "all three lists of files are needed, or none"
         raise MissingFileError(f"{missing[0]} is missing: {rule}")
-    return {
-        split: [
-            _stem(text, f"{path}, line {number}")
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
-            if (text := line.strip())
-        ]
-        for split, path in paths.items()
-    }
+    stems: dict[str, list[str]] = {split: [] for split in paths}
+    for split, path in paths.items():
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if text := line.strip():
+                stems[split].append(_stem(text, f"{path}, line {number}"))
+    return stems
 
 
 def published_split() -> dict[str, list[str]]:
