@@ -44,7 +44,12 @@ def test_json_lines_are_numbered_and_empty_lines_are_skipped(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("line", "reason"),
-    [(b'{"a": ', "not JSON: "), (b"[1]", "not a JSON object, but list"), (b'"\xff"', "not JSON: ")],
+    [
+        (b'{"a": 1, "b": {"c": 1, "c": 1}}', "not JSON: the key 'c' occurs twice"),
+        (b'{"a": ', "not JSON: "),
+        (b"[1]", "not a JSON object, but list"),
+        (b'"\xff"', "not JSON: "),
+    ],
 )
 def test_a_bad_json_line_is_reported_with_its_number(tmp_path: Path, line: bytes, reason: str):
     path = tmp_path / "a.jsonl"

@@ -109,11 +109,11 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not JSON: {error}") from None
 
 
-def _parse_json(text: str | bytes) -> Any:
+def _parse_json(text: str | bytes, unique_keys: bool = False) -> Any:
     """Parse JSON; `ValueError` also for nesting that `repr`, `==` and `json.dumps` fail at."""
     too_deep = f"nested deeper than {_MAX_JSON_DEPTH} levels"
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique_dict if unique_keys else None)
     except RecursionError:
         raise ValueError(too_deep) from None
     level = [value]
@@ -127,14 +127,24 @@ def _parse_json(text: str | bytes) -> Any:
     raise ValueError(too_deep)
 
 
+def _unique_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {repeated!r} occurs twice in one object")
+    return value
+
+
 def parse_json_object(text: str | bytes) -> dict[str, Any]:
     """Parse a JSON object.
 
     Raises:
-        UserError: if the text is not a JSON object; the message does not name the file.
+        UserError: if the text is not a JSON object, or has a key twice; the message does not name
+            the file.
     """
     try:
-        value = _parse_json(text)
+        value = _parse_json(text, unique_keys=True)
     except ValueError as error:
         raise UserError(f"not JSON: {error}") from None
     if not isinstance(value, dict):
