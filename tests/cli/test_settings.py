@@ -125,3 +125,8 @@ def test_every_kind_of_root_becomes_absolute(tmp_path: Path, monkeypatch: pytest
     assert resolved({"a": 0.7, "/b": 0.3}) == {str(tmp_path / "a"): 0.7, "/b": 0.3}
     with pytest.raises(UserError, match=r"names a source twice: a, \./a"):
         resolved({"a": 0.7, "./a": 0.3})
+
+
+def test_a_remote_folder_of_a_run_is_refused():
+    with pytest.raises(UserError, match=r"`run_dir` \(s3://bucket/run\) must be a local"):
+        make_paths_absolute(Namespace(run_dir="s3://bucket/run"))

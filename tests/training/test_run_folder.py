@@ -200,6 +200,8 @@ def test_last_is_the_last_checkpoint_or_none_in_a_new_folder(tmp_path: Path):
     for wrong in ("best", str(tmp_path / "nowhere.ckpt")):
         with pytest.raises(MissingFileError, match=rf"no checkpoint at {wrong}"):
             folder.find_checkpoint(wrong)
+    with pytest.raises(MissingFileError, match="copy it to this machine first"):
+        folder.find_checkpoint("s3://bucket/last.ckpt")
 
 
 @pytest.mark.parametrize("damaged", [b"", b"<html>", b"\x80\x02garbage", None])

@@ -65,7 +65,16 @@ def _get(settings: Any, key: str) -> Any:
 
 
 def make_paths_absolute(config: Namespace) -> None:
-    """Make all paths absolute, so that the saved configuration can be used in any folder."""
+    """Make all paths absolute, so that the saved configuration can be used in any folder.
+
+    Raises:
+        UserError: if the folder of the run is not local, or a source is given twice.
+    """
+    if "://" in str(config.get("run_dir")):
+        raise UserError(
+            f"`run_dir` ({config.run_dir}) must be a local or mounted folder: the folder of a run "
+            "is locked, and searched for an earlier run"
+        )
     for key in _PATHS:
         if config.get(key) is not None:
             config[key] = absolute(config[key])

@@ -194,6 +194,7 @@ class RunFolder:
         if ckpt_path != "last":
             if not Path(ckpt_path).is_file():
                 hint = "" if ckpt_path.endswith(".ckpt") else "; give `last` or a file"
+                hint = "; copy it to this machine first" if "://" in ckpt_path else hint
                 raise MissingFileError(f"`--ckpt_path`: no checkpoint at {ckpt_path}{hint}")
             return Path(ckpt_path)
         if (self.checkpoints / LAST).exists():
