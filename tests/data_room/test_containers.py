@@ -323,6 +323,16 @@ def test_any_truncation_is_refused_and_ends_in_one_sentence(tmp_path: Path, kind
             inspect(path)
 
 
+@pytest.mark.parametrize("size", [2**32 + 10**6, 2**33 + 10**6])
+def test_a_wav_file_above_4_gib_with_a_wrapped_length_is_refused(tmp_path: Path, size: int):
+    path = tmp_path / "a.wav"
+    path.write_bytes(sizes(WAV, (size + 36) % 2**32, size % 2**32))
+    with path.open("r+b") as file:
+        file.truncate(44 + size)  # a sparse file
+    with pytest.raises(AudioReadError, match="bytes follow after the samples; repair the header"):
+        inspect(path)
+
+
 def test_random_bytes_in_a_header_end_in_one_sentence(tmp_path: Path):
     rng = np.random.default_rng(0)
     path = tmp_path / "a"

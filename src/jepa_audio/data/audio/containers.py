@@ -15,6 +15,8 @@ Endian = Literal["little", "big"]
 # Bytes after the last chunk: some programs append tags of their own. More than this is audio that
 # the header does not count.
 _MAX_UNEXPLAINED = 4096
+# Zeros after the last chunk.
+_MAX_PADDING = 1 << 20
 # Recorders that write into a pipe do not know the length and write 0 or the largest number.
 _UNKNOWN_32 = (*range(2**31 - 2**16, 2**31 + 1), *range(2**32 - 2**8, 2**32))
 _UNKNOWN = frozenset({0, *_UNKNOWN_32})
@@ -102,8 +104,9 @@ def _unexplained(file: BufferedIOBase, position: int, size: int, endian: Endian)
         if start + length > size or name in (b"RIFF", b"FORM"):  # another file
             break
         position = start + length + length % 2
-    is_padding = not read_at(file, position, 1 << 20).strip(b"\0")
-    return 0 if is_padding else size - position
+    rest = max(size - position, 0)
+    is_padding = rest <= _MAX_PADDING and not read_at(file, position, rest).strip(b"\0")
+    return 0 if is_padding else rest
 
 
 def _riff(file: BufferedIOBase, size: int) -> Contents:
