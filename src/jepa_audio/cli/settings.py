@@ -80,15 +80,8 @@ def make_paths_absolute(config: Namespace) -> None:
             config[key] = absolute(config[key])
     if config.get("ckpt_path") not in (None, "last", "best", "hpc"):
         config.ckpt_path = absolute(config.ckpt_path)
-    root = config.get("data.root")
-    if isinstance(root, dict):
-        config.data.root = {absolute(source): weight for source, weight in root.items()}
-        if len(config.data.root) < len(root):
-            raise UserError(f"`data.root` names a source twice: {', '.join(map(str, root))}")
-    elif isinstance(root, list):
-        config.data.root = [absolute(source) for source in root]
-    elif root is not None:
-        config.data.root = absolute(root)
+    if config.get("data.root") is not None:
+        config.data.root = _absolute_root(config.data.root)
     for part in ("data.scenes", *_callbacks(config)):
         settings = config.get(part) if isinstance(part, str) else part
         for name in ("rirs", "noise", "corpus"):
@@ -98,6 +91,17 @@ def make_paths_absolute(config: Namespace) -> None:
         config.trainer.default_root_dir = config.run_dir
     if config.get("checkpoint.dirpath") is not None:
         config.checkpoint.dirpath = str(Path(config.run_dir) / "checkpoints")
+
+
+def _absolute_root(root: Any) -> Any:
+    if isinstance(root, list):
+        return [absolute(source) for source in root]
+    if not isinstance(root, dict):
+        return absolute(root)
+    sources = {absolute(source): weight for source, weight in root.items()}
+    if len(sources) < len(root):
+        raise UserError(f"`data.root` names a source twice: {', '.join(map(str, root))}")
+    return sources
 
 
 def _callbacks(config: Namespace) -> Iterator[Any]:
