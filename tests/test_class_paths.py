@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
+import collections
 import copy
+import functools
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.fabric.utilities.data import AttributeDict
+from torch import nn
 
 from jepa_audio.class_paths import MAX_VALUES, check_class_paths, split_trusted, trusting
 from jepa_audio.cli.main import main
 from jepa_audio.errors import UserError
 from jepa_audio.inference.encoder import load_encoder
 from jepa_audio.interop import export_weights, import_weights
-from jepa_audio.training.load import load_jepa
+from jepa_audio.training.load import load_jepa, read_torch_file
 
 DATA = Path(__file__).parent / "data"
 WAVE = DATA / "before_rooms" / "wave.ckpt"
@@ -228,6 +234,30 @@ def test_objects_of_other_programs_are_opened_only_if_their_module_is_trusted(tm
     assert not Foreign.restored
     load_jepa(tmp_path / "last.ckpt", trust=[module])
     assert not Foreign.restored, "an inert object replaces it"
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+@pytest.mark.parametrize(
+    "value",
+    [
+        argparse.Namespace(a=1),
+        functools.partial(nn.LayerNorm, eps=1e-6),
+        np.float64(3),
+        np.arange(3),
+        Path("a"),
+        collections.defaultdict(int),
+        torch.optim.AdamW,
+        nn.TransformerEncoderLayer(8, 2),
+        AttributeDict(a=1),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_harmless_objects_are_accepted(tmp_path: Path, value: object, is_new: bool):
+    if not is_new and (isinstance(value, nn.Module | functools.partial)):
+        pytest.skip("in this format, torch stores the source code of modules and refuses it")
+    content = {"state_dict": {"a": torch.ones(2)}, "x": value}
+    torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=is_new)
+    assert read_torch_file(tmp_path / "a.pt")["state_dict"]["a"].tolist() == [1, 1]
 
 
 class Foreign:

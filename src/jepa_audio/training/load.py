@@ -177,4 +177,4 @@ def _other_content(path: Path) -> str:
         return "it is a web page; download the file itself"
     if start.startswith(b"version https://git-lfs"):
         return "it is a pointer of Git LFS; run `git lfs pull`"
-    return "it is incomplete, or is not a file of weights"
+    return "it is incomplete, or contains other objects than weights and plain values"
