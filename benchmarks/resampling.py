@@ -1,4 +1,4 @@
-"""How do resamplers compare in passband, aliases and cost, and can a probe tell them apart?
+"""How do resamplers compare in passband, aliases and cost, and can a probe separate their clips?
 
 Three tables:
 
