@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jepa_audio.errors import UserError
-from jepa_audio.probing.metrics import R2, Accuracy
+from jepa_audio.probing.metrics.sums import R2, Accuracy
 from jepa_audio.probing.tasks.base import ProbeData, Task
 from jepa_audio.probing.tasks.label_checks import check_labels
 from jepa_audio.probing.tasks.labels import Labels, Multiclass, Multilabel, Regression
