@@ -44,8 +44,9 @@ def atomic_path(path: Path, *, one_writer: bool = False) -> Iterator[Path]:
         unfinished.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        # An error of `write` does not name the file.
-        error.filename = error.filename or str(path)
+        # An error of `write` does not name the file; a file name hides the text of other errors.
+        if error.errno is not None:
+            error.filename = error.filename or str(path)
         raise
     finally:
         unfinished.unlink(missing_ok=True)
