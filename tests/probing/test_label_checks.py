@@ -9,9 +9,13 @@ import pytest
 from jepa_audio.errors import UserError
 from jepa_audio.probing.metrics.sums import R2, Accuracy
 from jepa_audio.probing.tasks.base import ProbeData, Task
+from jepa_audio.probing.tasks.chords import Chords
 from jepa_audio.probing.tasks.label_checks import check_labels
 from jepa_audio.probing.tasks.labels import Labels, Multiclass, Multilabel, Regression
 from jepa_audio.probing.tasks.records import Item, Split
+
+A_MAJOR = [{"start_time": 0.0, "end_time": 1.0, "chord_str": "A:maj"}]
+A_TO_D = [*A_MAJOR, {"start_time": 1.0, "end_time": 2.0, "chord_str": "D:maj"}]
 
 
 def data_of(labels: Labels, train: list, val: list, test: list) -> ProbeData:
@@ -44,6 +48,7 @@ def data_of(labels: Labels, train: list, val: list, test: list) -> ProbeData:
         (Multilabel(), [["x"], ["x"]], [["x"], []], [["x"], []], r"train .*: every tag has all"),
         (Regression(), [1.0, 2.0], [1.0, 2.0], [3.0, 3.0], r"test .*same label 3\.0"),
         (Regression(), [1.0, 2.0], [1.0, 2.0], [3.0, "x"], r"`label` is 'x', must be 1 finite"),
+        (Chords(), [A_MAJOR, A_MAJOR], [A_TO_D], [A_TO_D], r"train .*: all units have the same"),
     ],
 )
 def test_what_cannot_be_learned_or_scored_is_refused(
@@ -80,6 +85,7 @@ def test_what_cannot_be_learned_or_scored_is_refused(
             ["all units in test or none have the tag x", "the tag z in test are not predicted"],
         ),
         (Regression(), [1.0, 2.0], [1.0, 2.0], [3.0], ["all units in test have the same label"]),
+        (Chords(), [A_TO_D], [A_TO_D], [A_MAJOR], ["all units in test have the same label"]),
     ],
 )
 def test_labels_that_are_missing_in_a_split_are_stated_in_one_line(

@@ -15,8 +15,9 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from jepa_audio.class_paths import is_trusted
 
-# Objects that hyper-parameters contain beside plain values: modules of torch without weights,
-# optimizers, and containers of data. A `StoredObject` replaces them, so none of their code runs.
+# Objects that hyper-parameters contain in addition to plain values: modules of torch without
+# weights, optimizers, and containers of data. A `StoredObject` replaces them, so none of their code
+# runs.
 _HARMLESS = re.compile(
     r"torch\.nn\.modules\.\w+\.[A-Z]\w*|torch\.nn\.functional\.\w+|torch\._C\._nn\.\w+"
     r"|torch\.optim\.(\w+\.)?[A-Z]\w*|omegaconf(\.\w+){1,2}|numpy(\.\w+){1,3}"

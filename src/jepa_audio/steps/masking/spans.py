@@ -78,7 +78,7 @@ class _SpanGroupMasker(Masker):
         return self.target_probability, self.target_length
 
     def _context_spans(self, num_time: int) -> list[tuple[float, int]]:
-        """The spans that are hidden from the context beside the targets."""
+        """The spans that are hidden from the context, in addition to the targets."""
         return []
 
     @abstractmethod
