@@ -126,8 +126,8 @@ def test_evaluation_masks_change_with_the_curriculum_alone():
     assert not same(training.draw(batches[0], 100_000), training.draw(batches[0], 200_000))
 
 
-def test_masks_move_with_their_batch(tiny_jepa: Callable, batch: AudioBatch):
-    masks = tiny_jepa("wave").draw_masks(batch, step=7)
+def test_masks_move_with_their_batch(ragged: Callable, batch: AudioBatch):
+    masks = replace(ragged(Grid(1, 20), 4, 2), step=7)
     moved = batch._replace(masks=masks).to(torch.device("meta"))
     assert moved.masks.context.index.is_meta
     assert moved.masks.targets.valid.is_meta
@@ -136,7 +136,7 @@ def test_masks_move_with_their_batch(tiny_jepa: Callable, batch: AudioBatch):
 
 
 def test_the_loader_pins_the_masks_of_a_batch(
-    tiny_jepa: Callable, batch: AudioBatch, monkeypatch: pytest.MonkeyPatch
+    ragged: Callable, batch: AudioBatch, monkeypatch: pytest.MonkeyPatch
 ):
     pinned: list[torch.Size] = []
 
@@ -145,7 +145,7 @@ def test_the_loader_pins_the_masks_of_a_batch(
         return tensor.clone()
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
-    batch = batch._replace(masks=tiny_jepa("wave").draw_masks(batch, step=7))
+    batch = batch._replace(masks=replace(ragged(Grid(1, 20), 4, 2), step=7))
     copy, _ = pin_memory((batch, []))
     assert isinstance(copy, AudioBatch)
     assert same(copy.masks, batch.masks)

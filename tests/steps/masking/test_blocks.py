@@ -1,49 +1,52 @@
 """Block and stripe masks: rectangles, a literal implementation, and published statistics."""
 
-import numpy as np
 import pytest
 import torch
 
 from jepa_audio.steps.grid import Grid
 from jepa_audio.steps.masking import BlockMasker, MultiBlockMasker, StripeMasker
-from jepa_audio.steps.masking.numbers import RowNumbers
+from jepa_audio.steps.masking.sampling import floor_share
 from tests.oracles import masks_literal
 
 GRID = Grid(8, 256)
 GRIDS = [GRID, Grid(4, 12), Grid(1, 50), Grid(12, 4), Grid(70, 130)]
-MASKERS = [(BlockMasker(), masks_literal.block_size), (StripeMasker(), masks_literal.stripe_size)]
+MASKERS = [(BlockMasker, masks_literal.block_size), (StripeMasker, masks_literal.stripe_size)]
 
 
-def cover_literally(draw_size, grid, count, numbers):
-    """For every row, the covered tokens and the sizes of the rectangles."""
-    uniform = numbers.uniform(150 * 5).reshape(-1, 150, 5).tolist()
-    return [masks_literal.cover(draw_size, grid, count, attempts) for attempts in uniform]
+def draw(masker, grid, num_rows):
+    masks = masker(grid, torch.arange(num_rows), seed=5, step=3)
+    return [set(row.tolist()) for row in masks.targets.index[:, 0]]
 
 
 @pytest.mark.parametrize("share", [0.3, 0.8])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize(("masker", "draw_size"), MASKERS)
-def test_cover_equals_a_loop_for_each_clip(masker, draw_size, grid, share):
-    numbers = RowNumbers.of(0, 0, np.arange(40 if grid.num_tokens < 9000 else 4))
-    count = int(share * grid.num_tokens)
-    covered = masker.cover(grid, count, numbers)
-    for row, (tokens, _) in enumerate(cover_literally(draw_size, grid, count, numbers)):
-        assert set(np.flatnonzero(covered[row]).tolist()) == tokens
+@pytest.mark.parametrize(("masker_class", "draw_size"), MASKERS)
+def test_targets_equal_those_of_a_loop_for_each_clip(masker_class, draw_size, grid, share):
+    drawn = draw(masker_class(target_share=share), grid, 40 if grid.num_tokens < 9000 else 4)
+    count = floor_share(share, grid.num_tokens)
+    for row, tokens in enumerate(drawn):
+        key = masks_literal.row_key(5, 3, row)
+        assert tokens == masks_literal.union(draw_size, grid, count, key)
 
 
-@pytest.mark.parametrize(("masker", "draw_size"), MASKERS)
-def test_the_limit_of_attempts_holds(masker, draw_size):
-    numbers = RowNumbers.of(0, 0, np.arange(20))
-    limited = type(masker)(max_attempts=7).cover(GRID, 1638, numbers)
-    uniform = numbers.uniform(7 * 5).reshape(-1, 7, 5).tolist()
-    for row, attempts in enumerate(uniform):
-        tokens, _ = masks_literal.cover(draw_size, GRID, 1638, attempts)
-        assert set(np.flatnonzero(limited[row]).tolist()) == tokens
+@pytest.mark.parametrize(("masker_class", "draw_size"), MASKERS)
+def test_the_limit_of_attempts_holds(masker_class, draw_size):
+    for row, tokens in enumerate(draw(masker_class(max_attempts=7), GRID, 20)):
+        key = masks_literal.row_key(5, 3, row)
+        assert tokens == masks_literal.union(draw_size, GRID, 1638, key, max_attempts=7)
+
+
+def test_settings_above_the_largest_integer_of_the_compiled_loops_are_allowed():
+    masker = StripeMasker(max_time_width=10**30, max_freq_width=10**30, max_attempts=10**30)
+    assert all(len(tokens) == 1638 for tokens in draw(masker, GRID, 4))
 
 
 def statistics(draw_size, num_draws):
-    """Sizes of all rectangles, and mean number of random tokens; `cover` equals this loop."""
-    rows = cover_literally(draw_size, GRID, 1638, RowNumbers.of(1, 0, np.arange(num_draws)))
+    """Sizes of all rectangles, and mean number of random tokens; maskers equal this loop."""
+    keys = [masks_literal.row_key(1, 0, row) for row in range(num_draws)]
+    rows = [
+        masks_literal.cover(draw_size, GRID, 1638, masks_literal.stream(key, 0)) for key in keys
+    ]
     placed = torch.tensor([size for _, sizes in rows for size in sizes], dtype=torch.float32)
     return placed, 1638 - sum(len(tokens) for tokens, _ in rows) / num_draws
 

@@ -1,9 +1,13 @@
 """Properties of every masker on every grid."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from jepa_audio.errors import UserError
+from jepa_audio.steps import kernels
 from jepa_audio.steps.grid import Grid, Masks
 from jepa_audio.steps.masking import (
     BlockMasker,
@@ -15,9 +19,8 @@ from jepa_audio.steps.masking import (
     StripeMasker,
     TargetSpanMasker,
 )
-from jepa_audio.steps.masking.numbers import RowNumbers
-from jepa_audio.steps.masking.random import random_tokens
-from jepa_audio.steps.masking.sampling import choose_tokens, draw_accepted, floor_share
+from jepa_audio.steps.masking.numbers import row_keys
+from jepa_audio.steps.masking.sampling import floor_share
 
 BATCH = 48
 LONG, SHORT = (Grid(1, 50), Grid(1, 200), Grid(8, 64)), Grid(4, 12)
@@ -170,71 +173,77 @@ def test_shares_are_rounded_down_without_float_errors(share, num_tokens, count):
     assert floor_share(share, num_tokens) == count
 
 
-def numbers(num_rows: int) -> RowNumbers:
-    return RowNumbers.of(0, 0, np.arange(num_rows))
+def chosen_items(num_items: int, count: int, num_rows: int = 4000) -> np.ndarray:
+    keys = row_keys(0, 0, torch.arange(num_rows))
+    chosen = np.empty((num_rows, num_items), dtype=bool)
+    kernels.draw_tokens(keys, count, chosen)
+    return chosen
 
 
-def test_chosen_tokens_are_allowed_ones_and_uniform():
-    allowed = np.ones((4000, 12), dtype=bool)
-    allowed[:, :3] = False
-    count = np.full(4000, 3)
-    count[:5] = 0, 1, 2, 8, 9
-    chosen = choose_tokens(allowed, count, numbers(4000))
-    assert (chosen.sum(-1) == count).all()
-    assert not chosen[:, :3].any()
-    # 3 of 9 tokens; the standard deviation of the share over 4000 rows is 0.0075.
-    assert np.allclose(chosen[5:, 3:].mean(0), 1 / 3, atol=0.03)
-    # Pairs of tokens: 3 of 36 pairs, the standard deviation is 0.0044.
-    pairs = chosen[5:, 3:].astype(float).T @ chosen[5:, 3:] / 3995
-    assert np.allclose(pairs[~np.eye(9, dtype=bool)], 3 / 36, atol=0.02)
-
-
-@pytest.mark.parametrize("count", [1, 40, 120, 199])
+@pytest.mark.parametrize("count", [1, 40, 120, 199, 200])
 def test_random_tokens_are_uniform_over_all_subsets_of_their_size(count):
-    chosen = random_tokens(numbers(4000), 200, count)
+    chosen = chosen_items(200, count)
     assert (chosen.sum(-1) == count).all()
     share = count / 200
     deviation = (share * (1 - share) / 4000) ** 0.5
     assert np.allclose(chosen.mean(0), share, atol=5 * deviation)
-    # Two tokens of one word, and of two words.
     pair_share = share * (count - 1) / 199
     for other in (1, 63, 64, 199):
         both = (chosen[:, 0] & chosen[:, other]).mean()
         assert both == pytest.approx(pair_share, abs=5 * (pair_share / 4000) ** 0.5 + 1e-3)
 
 
-def test_a_row_with_too_many_first_tokens_starts_again(monkeypatch):
-    monkeypatch.setattr("jepa_audio.steps.masking.random.math.sqrt", lambda value: -value)
-    assert (random_tokens(numbers(50), 200, 40).sum(-1) == 40).all()
+def test_all_pairs_of_tokens_have_the_same_probability():
+    # 3 of 36 pairs of 9 tokens; the standard deviation of a share over 4000 rows is 0.0044.
+    chosen = chosen_items(9, 3)
+    pairs = chosen.astype(float).T @ chosen / 4000
+    assert np.allclose(pairs[~np.eye(9, dtype=bool)], 3 / 36, atol=0.02)
+
+
+@pytest.mark.parametrize("masker_class", [BlockMasker, StripeMasker])
+def test_completing_tokens_are_uniform_over_the_tokens_outside_the_rectangles(masker_class):
+    # Without attempts, all tokens are completing ones.
+    masker, grid = masker_class(target_share=0.25, max_attempts=1), Grid(1, 40)
+    if masker_class is BlockMasker:
+        masker = replace(masker, scale=(1e-6, 1e-6))
+    else:
+        masker = replace(masker, max_time_width=1)
+    targets = masker(grid, torch.arange(4000), 0, 0).targets.to_mask(40)[:, 0]
+    assert (targets.sum(-1) == 10).all()
+    assert torch.allclose(targets.float().mean(0), torch.tensor(0.25), atol=0.035)
 
 
 def test_only_rejected_rows_are_drawn_again():
-    drawn = []
-
-    def draw_rows(rows):
-        drawn.append(len(rows))
-        context = np.full((len(rows), 4), fill_value=True)
-        context[:4] = len(drawn) > 2  # four rows of the first two draws are empty
-        return context, np.full((len(rows), 1, 4), fill_value=True)
-
-    context, _ = draw_accepted(draw_rows, numbers(5), 0.5, SpanMasker())
-    # Four rows make four attempts each; those of the first row fail, and it makes four more.
-    assert drawn == [5, 16, 4]
-    assert context.all()
+    # A draw uses a stream of its row: rows that are accepted at once are equal in both cases.
+    grid, rows = Grid(1, 200), torch.arange(500)
+    first = SpanMasker(min_context=0.0)(grid, rows, 0, 0).context.to_mask(200)
+    final = SpanMasker(min_context=0.15)(grid, rows, 0, 0).context.to_mask(200)
+    accepted = first.sum(-1) >= 30
+    assert 0 < accepted.sum() < 500
+    assert torch.equal(first[accepted], final[accepted])
+    assert (first[~accepted] != final[~accepted]).any(-1).all()
+    assert final.sum(-1).min() >= 30
 
 
-def test_the_first_accepted_attempt_counts_for_few_and_for_many_rows(monkeypatch):
-    def draw_rows(rows):
-        context = rows.uniform(4) < 0.5
-        return context, np.ones((len(rows), 1, 4), dtype=bool)
+def test_the_error_counts_the_rejected_rows(monkeypatch):
+    monkeypatch.setattr("jepa_audio.steps.masking.sampling.MAX_REDRAWS", 0)
+    grid, rows = Grid(1, 200), torch.arange(500)
+    context = SpanMasker(min_context=0.0)(grid, rows, 0, 0).context
+    rejected = int((context.counts < 30).sum())
+    with pytest.raises(UserError, match=f"{rejected} of 500 rows .* after 0 draws"):
+        SpanMasker(min_context=0.15)._draw(200, row_keys(0, 0, rows))
 
-    few = draw_accepted(draw_rows, numbers(50), 0.75, SpanMasker())[0]
-    monkeypatch.setattr("jepa_audio.steps.masking.sampling._FEW_ROWS", 0)
-    assert np.array_equal(draw_accepted(draw_rows, numbers(50), 0.75, SpanMasker())[0], few)
-    for row, accepted in enumerate(few):
-        attempts = (numbers(50).stream(n).rows(slice(row, row + 1)) for n in range(100))
-        first = next(c for n in attempts if (c := n.uniform(4)[0] < 0.5).sum() >= 3)
-        assert np.array_equal(accepted, first)
+
+@all_cases
+def test_each_loop_is_compiled_once_for_all_maskers(masker, grid):
+    draw(masker, grid)
+    masker(grid, torch.arange(100)[::3], seed=-1, step=2**40)
+    signatures = {
+        name: len(value.signatures)
+        for name, value in vars(kernels).items()
+        if name in {"row_keys", "token_indices"} or name.startswith("draw_")
+    }
+    assert max(signatures.values()) == 1, signatures
 
 
 @pytest.mark.parametrize(

@@ -2,37 +2,54 @@
 
 import numpy as np
 import pytest
+import torch
 
-from jepa_audio.steps.masking.numbers import RowNumbers, derive_seed, step_uniform
+from jepa_audio.steps import kernels
+from jepa_audio.steps.masking.numbers import derive_seed, row_keys, step_uniform
+from tests.oracles import masks_literal
 
 
-def numbers(seed: int = 0, step: int = 0, num_rows: int = 64) -> RowNumbers:
-    return RowNumbers.of(seed, step, np.arange(num_rows))
+def keys_of(seed: int = 0, step: int = 0, num_rows: int = 64) -> list[int]:
+    return row_keys(seed, step, torch.arange(num_rows)).tolist()
+
+
+def stream(key: int, number: int) -> int:
+    return int(kernels.stream(np.uint64(key), number))
+
+
+def uniform(key: int, index: int) -> float:
+    return kernels.uniform(np.uint64(key), index)
 
 
 def test_the_numbers_of_a_key_are_those_of_splitmix64():
     # The first outputs of the published generator for the seed 1234567.
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    assert RowNumbers(np.array([1234567], np.uint64)).bits(3)[0].tolist() == expected
+    assert [uniform(1234567, i) for i in range(3)] == [(bits >> 11) / 2**53 for bits in expected]
+    assert int(kernels.mix(np.uint64(1234567 + 0x9E3779B97F4A7C15))) == expected[0]
 
 
-def test_numbers_do_not_depend_on_the_other_rows_or_on_how_many_are_drawn():
-    whole = numbers().bits(10)
-    some = np.array([7, 3, 60])
-    assert np.array_equal(RowNumbers.of(0, 0, some).bits(10), whole[some])
-    assert np.array_equal(numbers().rows(some).bits(4, first=6), whole[some, 6:])
-    assert np.array_equal(numbers().stream(2).rows(some).bits(3), numbers().stream(2).bits(3)[some])
-    assert np.array_equal(numbers().halves(4, first=6), whole.view(np.uint32)[:, 6:10])
+def test_compiled_numbers_equal_those_of_python_integers():
+    for seed, step, row in [(0, 0, 0), (-1, 2**40, 7), (2**63, 5, 2**62 + 1), (3, 4, -1)]:
+        (key,) = row_keys(seed, step, torch.tensor([row])).tolist()
+        assert key == masks_literal.row_key(seed, step, row)
+        assert stream(key, 1000) == masks_literal.stream(key, 1000)
+        assert uniform(key, 10**6) == masks_literal.uniform(key, 10**6)
 
 
+def test_keys_do_not_depend_on_the_other_rows():
+    some = torch.tensor([7, 3, 60])
+    assert row_keys(0, 0, some).tolist() == [keys_of()[row] for row in some]
+    assert row_keys(0, 0, torch.arange(64)[::3]).tolist() == keys_of()[::3]
+
+
+KEY = keys_of()[0]
 SOURCES = {
-    "index": lambda: numbers(num_rows=1).uniform(65536)[0],
-    "row": lambda: numbers(num_rows=65536).uniform(1)[:, 0],
+    "index": lambda: np.array([uniform(KEY, index) for index in range(16384)]),
+    "row": lambda: np.array([uniform(key, 0) for key in keys_of(num_rows=16384)]),
     "step": lambda: np.array([step_uniform(3, step, 1)[0] for step in range(4096)]),
     "seed": lambda: np.array([step_uniform(seed, 3, 1)[0] for seed in range(4096)]),
-    "stream": lambda: numbers(num_rows=1).streams(65536).uniform(1)[:, 0],
+    "stream": lambda: np.array([uniform(stream(KEY, n), 0) for n in range(16384)]),
     "derived seed": lambda: np.array([derive_seed(5, n) / 2**64 for n in range(4096)]),
-    "half": lambda: numbers(num_rows=1).halves(65536)[0] / 2**32,
 }
 
 
@@ -51,26 +68,23 @@ def test_consecutive_values_of_each_argument_give_uniform_and_independent_number
         assert abs(correlation) < 5 / len(values) ** 0.5
 
 
-def test_every_bit_is_set_in_half_of_the_numbers():
-    bits = np.unpackbits(numbers(num_rows=256).bits(64).view(np.uint8), bitorder="little")
-    share = bits.reshape(-1, 64).mean(axis=0)
+def test_every_bit_is_set_in_half_of_the_keys():
+    keys = row_keys(0, 0, torch.arange(16384))
+    share = np.unpackbits(keys.view(np.uint8), bitorder="little").reshape(-1, 64).mean(axis=0)
     assert np.abs(share - 0.5).max() < 5 * 0.5 / 128
 
 
 def test_what_a_step_shares_are_the_numbers_of_a_row_that_does_not_exist():
-    shared = RowNumbers.of(7, 9, np.array([-1])).uniform(3)[0]
-    assert np.array_equal(step_uniform(7, 9, 3), shared)
-    streams = numbers(num_rows=3).streams(4).keys.reshape(3, 4)
-    assert all(np.array_equal(streams[:, n], numbers(num_rows=3).stream(n).keys) for n in range(4))
+    (key,) = row_keys(7, 9, torch.tensor([-1])).tolist()
+    assert step_uniform(7, 9, 3).tolist() == [uniform(key, index) for index in range(3)]
 
 
 def test_rows_steps_seeds_and_streams_give_different_numbers():
     keys = [
-        *numbers().keys,
-        *numbers(step=1).keys,
-        *numbers(seed=1).keys,
-        *numbers().stream(0).keys,
-        *numbers().stream(1).keys,
-        *numbers(seed=-1, step=2**40).keys,
+        *keys_of(),
+        *keys_of(step=1),
+        *keys_of(seed=1),
+        *[stream(key, number) for key in keys_of() for number in (0, 1)],
+        *keys_of(seed=-1, step=2**40),
     ]
-    assert len({int(key) for key in keys}) == len(keys)
+    assert len(set(keys)) == len(keys)

@@ -26,17 +26,15 @@ MASKERS = [
 
 @pytest.mark.parametrize(("masker", "grid"), MASKERS, ids=lambda value: type(value).__name__)
 def test_masks_of_padded_clips_are_the_full_masks_without_the_padding(masker, grid: Grid):
-    num_time = torch.tensor(
-        [grid.num_time, grid.num_time * 3 // 4, grid.num_time // 2, grid.num_time]
-    )
-    full = draw(masker, grid, torch.arange(4))
-    padded_masks = draw(masker, grid, torch.arange(4), num_time)
+    num_time = grid.num_time * torch.tensor([4, 3, 2, 4] * 4) // 4
+    full = draw(masker, grid, torch.arange(16))
+    padded_masks = draw(masker, grid, torch.arange(16), num_time)
     present = torch.arange(grid.num_tokens) // grid.num_freq < num_time[:, None]
     assert torch.equal(padded_masks.present.to_mask(grid.num_tokens), present)
     context = full.context.to_mask(grid.num_tokens) & present
     targets = full.targets.to_mask(grid.num_tokens) & present[:, None]
     kept = context.any(-1) & targets.any(-1).all(-1)
-    assert kept.sum() >= 3, "at most one clip loses a group"
+    assert kept[num_time < grid.num_time].any(), "some shorter clips lose no group"
     assert torch.equal(padded_masks.context.to_mask(grid.num_tokens)[kept], context[kept])
     assert torch.equal(padded_masks.targets.to_mask(grid.num_tokens)[kept], targets[kept])
     assert padded_masks.targets_per_clip == full.targets_per_clip

@@ -1,13 +1,11 @@
 """Span masks: the published shares and the shapes of spans."""
 
-import numpy as np
 import pytest
 import torch
 
 from jepa_audio.steps.grid import Grid, Masks
 from jepa_audio.steps.masking import SpanMasker, TargetSpanMasker
-from jepa_audio.steps.masking.numbers import RowNumbers
-from jepa_audio.steps.masking.spans import sample_spans
+from tests.oracles import masks_literal
 from tests.oracles.masks_literal import expected_span_columns
 
 GRID = Grid(1, 200)
@@ -19,8 +17,10 @@ def draw(masker, grid=GRID, batch_size=NUM_DRAWS) -> Masks:
 
 
 def draw_spans(num_rows: int, num_time: int, probability: float, length: int) -> torch.Tensor:
-    numbers = RowNumbers.of(0, 0, np.arange(num_rows))
-    return torch.from_numpy(sample_spans(numbers, num_time, [(probability, length)])[:, 0])
+    """Target columns of one group, without rejected rows: bool `[R, T]`."""
+    settings = {"target_probability": probability, "target_length": length, "num_groups": 1}
+    masker = TargetSpanMasker(**settings, min_context=0.0, min_run=1)
+    return draw(masker, Grid(1, num_time), num_rows).targets.to_mask(num_time)[:, 0]
 
 
 def runs(row: torch.Tensor) -> list[int]:
@@ -64,6 +64,19 @@ def test_wavjepa_group_share_union_share_spread_and_acceptance():
     assert masks.context.counts.min() >= 20
     unfiltered = draw(SpanMasker(min_context=0.0)).context.counts
     assert (unfiltered >= 20).float().mean() == pytest.approx(0.98, abs=0.01)
+
+
+@pytest.mark.parametrize("masker", [SpanMasker(), SpanMasker(context_length=15, num_groups=2)])
+def test_masks_equal_those_of_a_loop_for_each_clip(masker):
+    masks = masker(Grid(1, 60), torch.arange(40), seed=5, step=3)
+    context, targets = masks.context.to_mask(60), masks.targets.to_mask(60)
+    lengths = [(masker.target_probability, masker.target_length)] * masker.num_groups
+    lengths.append((masker.context_probability, masker.context_length))
+    for row in range(40):
+        key = masks_literal.row_key(5, 3, row)
+        columns, groups = masks_literal.spans(60, lengths, masker.num_groups, 6, key)
+        assert set(context[row].nonzero()[:, 0].tolist()) == columns
+        assert [set(group.nonzero()[:, 0].tolist()) for group in targets[row]] == groups
 
 
 def test_rows_are_unions_of_complete_spans():

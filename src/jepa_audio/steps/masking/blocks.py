@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int, Int64, UInt64
+import torch
+from jaxtyping import Bool, Int, Int64, UInt64
 from torch import Tensor
 from typing_extensions import override
 
-from jepa_audio.errors import check_bounds
+from jepa_audio.errors import UserError, check_bounds
 from jepa_audio.steps.grid import Grid, Masks
 from jepa_audio.steps.masking.base import Masker
-from jepa_audio.steps.masking.cover import Attempts, UnionMasker, bits_below, num_bits, unpack_bits
-from jepa_audio.steps.masking.numbers import RowNumbers, step_uniform
+from jepa_audio.steps.masking.numbers import row_keys, step_uniform
 from jepa_audio.steps.masking.sampling import (
-    Planes,
     check_min_context,
     check_range,
     check_share,
     draw_accepted,
-    draw_rows,
+    floor_share,
 )
+
+# No clip makes so many; the compiled loops count with 64 bits.
+_MOST_ATTEMPTS = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -64,18 +65,24 @@ class MultiBlockMasker(Masker):
 
     @override
     def __call__(self, grid: Grid, rows: Int[Tensor, " B"], seed: int, step: int) -> Masks:
+        from jepa_audio.steps import kernels  # noqa: PLC0415
+
         target_size, context_size = self._sizes(grid, seed, step)
-
-        def draw(numbers: RowNumbers) -> Planes:
-            position = numbers.uniform(2 * (self.num_targets + 1)).reshape(len(numbers), -1, 2)
-            targets = _place_blocks(grid, target_size, position[:, 1:])
-            context = _place_blocks(grid, context_size, position[:, 0])
-            return context & ~targets.any(axis=1), targets
-
-        return draw_rows(
-            lambda numbers: draw_accepted(draw, numbers, self.min_context, self),
-            RowNumbers.of(seed, step, rows.numpy()),
-            grid,
+        keys = row_keys(seed, step, rows)
+        context = np.empty((len(keys), grid.num_time, grid.num_freq), bool)
+        targets = np.empty((len(keys), self.num_targets, grid.num_time, grid.num_freq), bool)
+        draw_accepted(
+            lambda min_tokens, max_draws: kernels.draw_multi_blocks(
+                keys, target_size, context_size, min_tokens, max_draws, context, targets
+            ),
+            len(keys),
+            grid.num_tokens,
+            self.min_context,
+            self,
+        )
+        return Masks.from_bool(
+            torch.from_numpy(context).flatten(-2),
+            torch.from_numpy(targets).flatten(-2),
             self.expected_targets(grid, seed, step),
         )
 
@@ -97,8 +104,48 @@ class MultiBlockMasker(Masker):
         return targets, _block_size(grid, context_scale, 1.0)
 
 
+class _UnionMasker(Masker):
+    """One target group, the union of rectangles; all other tokens are context.
+
+    Rectangles are added until the next one would exceed the target share; random tokens complete
+    the share. The size of a rectangle is limited by the number of missing tokens.
+
+    Subclasses define the settings `target_share` and `max_attempts`.
+    """
+
+    target_share: float
+    max_attempts: int
+
+    @override
+    def __call__(self, grid: Grid, rows: Int[Tensor, " B"], seed: int, step: int) -> Masks:
+        count = self._num_targets(grid)
+        targets = torch.empty(len(rows), grid.num_time, grid.num_freq, dtype=torch.bool)
+        self._draw(row_keys(seed, step, rows), count, targets.numpy())
+        tokens = targets.flatten(1)
+        return Masks.from_bool(~tokens, tokens[:, None], float(count))
+
+    @override
+    def expected_targets(self, grid: Grid, seed: int, step: int) -> float:
+        return float(self._num_targets(grid))
+
+    def _num_targets(self, grid: Grid) -> int:
+        count = floor_share(self.target_share, grid.num_tokens)
+        if count < 1:
+            raise UserError(
+                f"`target_share` ({self.target_share}) gives no target on {grid}: raise "
+                "`target_share` or `data.crop_seconds`"
+            )
+        return count
+
+    @abstractmethod
+    def _draw(
+        self, keys: UInt64[np.ndarray, " R"], count: int, targets: Bool[np.ndarray, "R T F"]
+    ) -> None:
+        """Cover `count` tokens of every row of `targets`."""
+
+
 @dataclass(frozen=True)
-class BlockMasker(UnionMasker):
+class BlockMasker(_UnionMasker):
     """One target group, the union of many small blocks; all other tokens are context.
 
     These are the block masks of PupuJEPA (Gu et al., 2026, arXiv:2606.25713).
@@ -119,8 +166,6 @@ class BlockMasker(UnionMasker):
     tall_aspect: tuple[float, float] = (0.2, 0.5)
     max_attempts: int = 150
 
-    _window: ClassVar[int] = 80
-
     def __post_init__(self) -> None:
         check_share("target_share", self.target_share)
         check_range("scale", self.scale, 1.0)
@@ -129,57 +174,17 @@ class BlockMasker(UnionMasker):
         check_bounds(self, 1, 1_000_000, "max_attempts")
 
     @override
-    def draw_attempts(self, grid: Grid, uniform: Float64[np.ndarray, "5 A R"]) -> Attempts:
-        area = grid.num_tokens * _interpolate(self.scale, uniform[0])
-        aspect = np.where(
-            uniform[1] < 0.5,
-            _interpolate(self.long_aspect, uniform[2]),
-            _interpolate(self.tall_aspect, uniform[2]),
-        )
-        return area, aspect, uniform[3], uniform[4]
+    def _draw(
+        self, keys: UInt64[np.ndarray, " R"], count: int, targets: Bool[np.ndarray, "R T F"]
+    ) -> None:
+        from jepa_audio.steps import kernels  # noqa: PLC0415
 
-    @override
-    def limit_size(self, grid: Grid, attempts: Attempts, missing: np.ndarray) -> np.ndarray:
-        """The sizes in time and frequency, √(area * aspect) and √(area / aspect), as one number."""
-        area, aspect, *_ = attempts
-        area = np.minimum(area, missing)
-        num_time = np.sqrt(area * aspect).astype(np.int64)
-        num_freq = np.sqrt(area / aspect).astype(np.int64)
-        num_time = np.minimum(np.maximum(num_time, 1), grid.num_time)
-        num_freq = np.minimum(np.maximum(num_freq, 1), grid.num_freq)
-        return num_time << 32 | num_freq
-
-    @override
-    def pack(self, grid: Grid, attempts: Attempts, size: np.ndarray) -> np.ndarray:
-        _, _, time_position, freq_position = attempts
-        time_below, freq_below = _block_tables(grid)
-        num_time, num_freq = size >> 32, size & 0xFFFFFFFF
-        time = (time_position * (grid.num_time + 1 - num_time)).astype(np.int64)
-        freq = (freq_position * (grid.num_freq + 1 - num_freq)).astype(np.int64)
-        words = time_below.take(time + num_time, 0)
-        words ^= time_below.take(time, 0)
-        freqs = freq_below.take(freq + num_freq, 0)
-        freqs ^= freq_below.take(freq, 0)
-        words &= freqs
-        return words
-
-    @override
-    def all_cells(self, grid: Grid) -> UInt64[np.ndarray, " W"]:
-        """For each frequency row, the packed time columns."""
-        return _block_tables(grid)[0][-1]
-
-    @override
-    def num_free(self, grid: Grid, free: np.ndarray) -> np.ndarray:
-        return num_bits(free)
-
-    @override
-    def expand(self, grid: Grid, free: UInt64[np.ndarray, "R W"]) -> Bool[np.ndarray, "R N"]:
-        rows = unpack_bits(free.reshape(len(free), grid.num_freq, -1), grid.num_time)
-        return rows.swapaxes(1, 2).reshape(len(free), grid.num_tokens)
+        ranges = np.array([self.scale, self.long_aspect, self.tall_aspect], np.float64)
+        kernels.draw_blocks(keys, count, self.max_attempts, ranges, targets)
 
 
 @dataclass(frozen=True)
-class StripeMasker(UnionMasker):
+class StripeMasker(_UnionMasker):
     """One target group, the union of stripes across the grid; all other tokens are context.
 
     These are the time-frequency masks of PupuJEPA (Gu et al., 2026, arXiv:2606.25713). A stripe
@@ -198,88 +203,19 @@ class StripeMasker(UnionMasker):
     max_freq_width: int = 1
     max_attempts: int = 150
 
-    _window: ClassVar[int] = 48
-
     def __post_init__(self) -> None:
         check_share("target_share", self.target_share)
         check_bounds(self, 1, math.inf, "max_time_width", "max_freq_width", "max_attempts")
 
     @override
-    def draw_attempts(self, grid: Grid, uniform: Float64[np.ndarray, "5 A R"]) -> Attempts:
-        num_time, num_freq = grid.num_time, grid.num_freq
-        is_time = uniform[0] * (num_time + num_freq) < num_time
-        max_width = np.where(is_time, self.max_time_width, self.max_freq_width)
-        length = np.where(is_time, num_time, num_freq)
-        width = np.minimum(1 + (uniform[1] * max_width).astype(np.int64), length)
-        position = np.where(is_time, uniform[3], uniform[4])
-        # One column has `num_freq` tokens and one row has `num_time` tokens.
-        tokens_per_line = num_time + num_freq - length
-        first_line = np.where(is_time, 0, num_time + 1)
-        return width, tokens_per_line, length + 1.0, first_line, position
+    def _draw(
+        self, keys: UInt64[np.ndarray, " R"], count: int, targets: Bool[np.ndarray, "R T F"]
+    ) -> None:
+        from jepa_audio.steps import kernels  # noqa: PLC0415
 
-    @override
-    def limit_size(self, grid: Grid, attempts: Attempts, missing: np.ndarray) -> np.ndarray:
-        """The widths of the stripes, in columns or rows."""
-        width, tokens_per_line, *_ = attempts
-        return np.maximum(np.minimum(width, missing // tokens_per_line), 1)
-
-    @override
-    def pack(self, grid: Grid, attempts: Attempts, size: np.ndarray) -> np.ndarray:
-        _, _, room, first_line, position = attempts
-        start = (position * (room - size)).astype(np.int64) + first_line
-        below = _stripe_table(grid)
-        return below.take(start + size, 0) ^ below.take(start, 0)
-
-    @override
-    def all_cells(self, grid: Grid) -> UInt64[np.ndarray, " W"]:
-        """The packed time columns, and then the packed frequency rows."""
-        return np.concatenate([bits_below(grid.num_time)[-1], bits_below(grid.num_freq)[-1]])
-
-    @override
-    def num_free(self, grid: Grid, free: np.ndarray) -> np.ndarray:
-        columns = _num_words(grid.num_time)
-        return num_bits(free[..., :columns]) * num_bits(free[..., columns:])
-
-    @override
-    def expand(self, grid: Grid, free: UInt64[np.ndarray, "R W"]) -> Bool[np.ndarray, "R N"]:
-        columns = _num_words(grid.num_time)
-        times = unpack_bits(free[:, :columns], grid.num_time)
-        freqs = unpack_bits(free[:, columns:], grid.num_freq)
-        return times.repeat(grid.num_freq, axis=1) & np.tile(freqs, grid.num_time)
-
-
-@lru_cache(maxsize=64)
-def _block_tables(grid: Grid) -> tuple[UInt64[np.ndarray, "T1 W"], UInt64[np.ndarray, "F1 W"]]:
-    """Row n: the cells of the first n time columns; the cells of the first n frequency rows."""
-    times = np.tile(bits_below(grid.num_time), grid.num_freq)
-    freqs = np.arange(grid.num_freq) < np.arange(grid.num_freq + 1)[:, None]
-    words = np.where(freqs, ~np.uint64(0), np.uint64(0))
-    return times, words.repeat(_num_words(grid.num_time), axis=1)
-
-
-@lru_cache(maxsize=64)
-def _stripe_table(grid: Grid) -> UInt64[np.ndarray, "lines W"]:
-    """Row n: the first n time columns; row T + 1 + n: the first n frequency rows."""
-    times, freqs = bits_below(grid.num_time), bits_below(grid.num_freq)
-    table = np.zeros((len(times) + len(freqs), times.shape[1] + freqs.shape[1]), np.uint64)
-    table[: len(times), : times.shape[1]] = times
-    table[len(times) :, times.shape[1] :] = freqs
-    return table
-
-
-def _num_words(length: int) -> int:
-    return -(-length // 64)
-
-
-def _place_blocks(
-    grid: Grid, size: Int64[np.ndarray, " 2"], position: Float64[np.ndarray, "*rows 2"]
-) -> Bool[np.ndarray, "*rows N"]:
-    """Blocks of a (time, frequency) size; all places on the grid have the same probability."""
-    start = (position * ((grid.num_time + 1, grid.num_freq + 1) - size)).astype(np.int64)
-    time, freq = np.arange(grid.num_time), np.arange(grid.num_freq)
-    in_time = (time >= start[..., :1]) & (time < start[..., :1] + size[0])
-    in_freq = (freq >= start[..., 1:]) & (freq < start[..., 1:] + size[1])
-    return (in_time[..., :, None] & in_freq[..., None, :]).reshape(*start.shape[:-1], -1)
+        widths = float(self.max_time_width), float(self.max_freq_width)
+        attempts = min(self.max_attempts, _MOST_ATTEMPTS)
+        kernels.draw_stripes(keys, count, attempts, *widths, targets)
 
 
 def _block_size(grid: Grid, scale: float, aspect: float) -> Int64[np.ndarray, " 2"]:
@@ -287,7 +223,3 @@ def _block_size(grid: Grid, scale: float, aspect: float) -> Int64[np.ndarray, " 
     num_freq = min(max(round(grid.num_freq * math.sqrt(scale / aspect)), 1), grid.num_freq)
     num_time = min(max(round(grid.num_tokens * scale / num_freq), 1), grid.num_time)
     return np.array([num_time, num_freq])
-
-
-def _interpolate(bounds: tuple[float, float], uniform: np.ndarray) -> np.ndarray:
-    return bounds[0] + (bounds[1] - bounds[0]) * uniform

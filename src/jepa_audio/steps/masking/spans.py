@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from jaxtyping import Bool, Int
+import torch
+from jaxtyping import Bool, Int, UInt64
 from torch import Tensor
 from typing_extensions import override
 
 from jepa_audio.errors import UserError, check_bounds
 from jepa_audio.steps.grid import Grid, Masks
 from jepa_audio.steps.masking.base import Masker
-from jepa_audio.steps.masking.numbers import RowNumbers
-from jepa_audio.steps.masking.sampling import (
-    Planes,
-    check_min_context,
-    choose_tokens,
-    draw_accepted,
-    draw_rows,
-)
+from jepa_audio.steps.masking.numbers import row_keys
+from jepa_audio.steps.masking.sampling import check_min_context, draw_accepted
 
 # Rows of the sample from which the expected number of targets is computed, and their seed.
 _SAMPLE_ROWS, _SAMPLE_SEED = 4096, 0
 
 
 class _SpanGroupMasker(Masker):
-    """Target groups of spans; subclasses define these settings and draw the context."""
+    """Target groups of spans; subclasses define these settings and the context."""
 
     target_probability: float
     target_length: int
@@ -44,8 +38,15 @@ class _SpanGroupMasker(Masker):
 
     @override
     def __call__(self, grid: Grid, rows: Int[Tensor, " B"], seed: int, step: int) -> Masks:
-        numbers = RowNumbers.of(seed, step, rows.numpy())
-        return self._draw(grid, numbers, self.expected_targets(grid, seed, step))
+        context, targets = self._draw(grid.num_time, row_keys(seed, step, rows))
+        if grid.num_freq > 1:
+            # The order of tokens is time-major: the tokens of a time column are adjacent.
+            context, targets = (part.repeat(grid.num_freq, axis=-1) for part in (context, targets))
+        return Masks.from_bool(
+            torch.from_numpy(context),
+            torch.from_numpy(targets),
+            self.expected_targets(grid, seed, step),
+        )
 
     @override
     def expected_targets(self, grid: Grid, seed: int, step: int) -> float:
@@ -55,35 +56,42 @@ class _SpanGroupMasker(Masker):
         """
         return grid.num_freq * _mean_columns(self, grid.num_time)
 
-    def _draw(self, grid: Grid, numbers: RowNumbers, targets_per_clip: float) -> Masks:
-        _check_fits("target_length", self.target_length, grid.num_time)
-        spans = [self._target_spans] * self.num_groups + self._context_spans(grid.num_time)
+    def _draw(
+        self, num_time: int, keys: UInt64[np.ndarray, " R"]
+    ) -> tuple[Bool[np.ndarray, "R T"], Bool[np.ndarray, "R M T"]]:
+        """Context columns and target columns of the rows with these keys."""
+        from jepa_audio.steps import kernels  # noqa: PLC0415
 
-        def draw(numbers: RowNumbers) -> Planes:
-            drawn = sample_spans(numbers, grid.num_time, spans)  # [R, groups, T]
-            targets = drawn[:, : self.num_groups]
-            return self._context(np.logical_or.reduce(drawn, axis=1)), targets
-
-        def draw_on_grid(numbers: RowNumbers) -> Planes:
-            context, targets = draw_accepted(draw, numbers, self.min_context, self)
-            if grid.num_freq == 1:
-                return context, targets
-            # The order of tokens is time-major: the tokens of a time column are adjacent.
-            return context.repeat(grid.num_freq, axis=-1), targets.repeat(grid.num_freq, axis=-1)
-
-        return draw_rows(draw_on_grid, numbers, grid, targets_per_clip)
+        spans = [(self.target_probability, self.target_length)] * self.num_groups
+        spans += self._hidden_spans
+        self._check_lengths(num_time)
+        probability = np.array([probability for probability, _ in spans], np.float64)
+        length = np.array([length for _, length in spans], np.int64)
+        context = np.empty((len(keys), num_time), bool)
+        targets = np.empty((len(keys), self.num_groups, num_time), bool)
+        draw_accepted(
+            lambda min_columns, max_draws: kernels.draw_spans(
+                keys, probability, length, self._min_gap, min_columns, max_draws, context, targets
+            ),
+            len(keys),
+            num_time,
+            self.min_context,
+            self,
+        )
+        return context, targets
 
     @property
-    def _target_spans(self) -> tuple[float, int]:
-        return self.target_probability, self.target_length
-
-    def _context_spans(self, num_time: int) -> list[tuple[float, int]]:
-        """The spans that are hidden from the context, in addition to the targets."""
+    def _hidden_spans(self) -> list[tuple[float, int]]:
+        """The spans that are neither target nor context."""
         return []
 
-    @abstractmethod
-    def _context(self, hidden: Bool[np.ndarray, "R T"]) -> Bool[np.ndarray, "R T"]:
-        """The context columns; `hidden` is the union of all spans."""
+    @property
+    def _min_gap(self) -> int:
+        """Minimum number of time columns of a gap between spans that is context."""
+        return 1
+
+    def _check_lengths(self, num_time: int) -> None:
+        _check_fits("target_length", self.target_length, num_time)
 
 
 @dataclass(frozen=True)
@@ -116,14 +124,15 @@ class SpanMasker(_SpanGroupMasker):
         _check_probability("context_probability", self.context_probability)
         check_bounds(self, 1, math.inf, "context_length")
 
+    @property
     @override
-    def _context_spans(self, num_time: int) -> list[tuple[float, int]]:
-        _check_fits("context_length", self.context_length, num_time)
+    def _hidden_spans(self) -> list[tuple[float, int]]:
         return [(self.context_probability, self.context_length)]
 
     @override
-    def _context(self, hidden: Bool[np.ndarray, "R T"]) -> Bool[np.ndarray, "R T"]:
-        return ~hidden
+    def _check_lengths(self, num_time: int) -> None:
+        super()._check_lengths(num_time)
+        _check_fits("context_length", self.context_length, num_time)
 
 
 @dataclass(frozen=True)
@@ -152,64 +161,22 @@ class TargetSpanMasker(_SpanGroupMasker):
         super().__post_init__()
         check_bounds(self, 1, math.inf, "min_run")
 
+    @property
     @override
-    def _context_spans(self, num_time: int) -> list[tuple[float, int]]:
+    def _min_gap(self) -> int:
+        return self.min_run
+
+    @override
+    def _check_lengths(self, num_time: int) -> None:
+        super()._check_lengths(num_time)
         _check_fits("min_run", self.min_run, num_time)
-        return []
-
-    @override
-    def _context(self, hidden: Bool[np.ndarray, "R T"]) -> Bool[np.ndarray, "R T"]:
-        # A run of length `min_run` starts where no hidden column follows in these columns.
-        num_time = hidden.shape[1]
-        padded = np.pad(hidden[:, ::-1], ((0, 0), (0, self.min_run - 1)))
-        starts = ~_extend(padded, self.min_run)[:, num_time - 1 :: -1]
-        starts[:, num_time - self.min_run + 1 :] = False
-        return _extend(starts, self.min_run)
-
-
-def sample_spans(
-    numbers: RowNumbers, num_time: int, spans: list[tuple[float, int]]
-) -> Bool[np.ndarray, "R groups T"]:
-    """Draw several unions of random spans in every row, one for each (probability, length).
-
-    A union has `floor(probability * num_time / length + U(0, 1))` spans. Their starts are drawn
-    without replacement from all columns at which a span fits. Spans may overlap; therefore, a union
-    may cover a smaller share than `probability`.
-    """
-    probability, length = (np.array(values) for values in zip(*spans, strict=True))
-    num_starts = num_time - length + 1
-    mean_count = probability * num_time / length
-    rounding = numbers.stream(0).uniform(len(spans))
-    count = np.minimum((mean_count + rounding).astype(np.int64), num_starts)  # [R, groups]
-    fits = np.arange(num_time) < num_starts[:, None]
-    allowed = np.broadcast_to(fits, (len(numbers), *fits.shape)).reshape(-1, num_time)
-    starts = choose_tokens(allowed, count.ravel(), numbers.stream(1).streams(len(spans)))
-    unions = starts.reshape(len(numbers), *fits.shape)
-    lengths = sorted(set(length.tolist()))
-    if len(lengths) == 1:
-        return _extend(unions, lengths[0])
-    for each in lengths:
-        unions[:, length == each] = _extend(unions[:, length == each], each)
-    return unions
-
-
-def _extend(starts: Bool[np.ndarray, "*R T"], length: int) -> Bool[np.ndarray, "*R T"]:
-    """Extend every start to a span of `length` columns; every span must fit into its row."""
-    spans, reached = starts.ravel(), 1  # no span reaches the next row
-    while reached < length:
-        shift = min(reached, length - reached)
-        longer = spans.copy()
-        longer[shift:] |= spans[:-shift]
-        spans, reached = longer, reached + shift
-    return spans.reshape(starts.shape)
 
 
 @lru_cache(maxsize=256)
 def _mean_columns(masker: _SpanGroupMasker, num_time: int) -> float:
     """Mean number of target columns of a row, over all groups."""
-    numbers = RowNumbers.of(_SAMPLE_SEED, 0, np.arange(_SAMPLE_ROWS))
-    masks = masker._draw(Grid(1, num_time), numbers, 0.0)
-    return float(masks.targets.counts.sum()) / _SAMPLE_ROWS
+    _, targets = masker._draw(num_time, row_keys(_SAMPLE_SEED, 0, torch.arange(_SAMPLE_ROWS)))
+    return int(targets.sum()) / _SAMPLE_ROWS
 
 
 def _check_probability(name: str, value: float) -> None:
