@@ -21,6 +21,7 @@ from jepa_audio.steps.masking import (
 )
 from jepa_audio.steps.masking.numbers import row_keys
 from jepa_audio.steps.masking.sampling import floor_share
+from tests.oracles import masks_literal
 
 BATCH = 48
 LONG, SHORT = (Grid(1, 50), Grid(1, 200), Grid(8, 64)), Grid(4, 12)
@@ -171,6 +172,15 @@ def test_at_least_one_context_token_remains():
 )
 def test_shares_are_rounded_down_without_float_errors(share, num_tokens, count):
     assert floor_share(share, num_tokens) == count
+
+
+@pytest.mark.parametrize("share", [0.2, 0.8])
+def test_random_context_equals_a_literal_shuffle_of_the_tokens(share):
+    masks = RandomMasker(target_share=share)(Grid(4, 12), torch.arange(20), seed=5, step=3)
+    for row, context in enumerate(masks.context.index.tolist()):
+        key = masks_literal.row_key(5, 3, row)
+        count = 48 - masks.targets.index.shape[-1]
+        assert context == sorted(masks_literal.choose(list(range(48)), count, key))
 
 
 def chosen_items(num_items: int, count: int, num_rows: int = 4000) -> np.ndarray:

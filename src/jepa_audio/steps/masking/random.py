@@ -45,12 +45,10 @@ class RandomMasker(Masker):
         from jepa_audio.steps import kernels  # noqa: PLC0415
 
         num_targets = self._num_targets(grid, seed, step)
+        context = torch.empty(len(rows), grid.num_tokens, dtype=torch.bool)
         num_context = grid.num_tokens - num_targets
-        chosen = torch.empty(len(rows), grid.num_tokens, dtype=torch.bool)
-        count = min(num_context, num_targets)
-        kernels.draw_tokens(row_keys(seed, step, rows), count, chosen.numpy())
-        context, targets = (chosen, ~chosen) if count == num_context else (~chosen, chosen)
-        return Masks.from_bool(context, targets[:, None], float(num_targets))
+        kernels.draw_tokens(row_keys(seed, step, rows), num_context, context.numpy())
+        return Masks.from_bool(context, ~context[:, None], float(num_targets))
 
     @override
     def expected_targets(self, grid: Grid, seed: int, step: int) -> float:
