@@ -106,7 +106,7 @@ def test_imports_inside_functions_are_found(tmp_path: Path):
         ("data.loading.clips", "steps.grid.Grid", True),
         ("data.loading.clips", "steps.losses.MSE", False),
         ("training.jepa", "data.datamodule", False),
-        ("training.finite_guard", "data.datamodule", True),
+        ("training.watching.finite_guard", "data.datamodule", True),
         ("interop.convert", "probing.run", False),
         ("probing.run", "data.audio.read", True),
     ],

@@ -24,7 +24,7 @@ from jepa_audio.cli.main import main
 from jepa_audio.errors import UserError
 from jepa_audio.inference.encoder import load_encoder
 from jepa_audio.interop import export_weights, import_weights
-from jepa_audio.training.load import load_jepa, read_torch_file
+from jepa_audio.training.run.load import load_jepa, read_torch_file
 
 DATA = Path(__file__).parent / "data"
 WAVE = DATA / "before_rooms" / "wave.ckpt"

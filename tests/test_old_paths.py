@@ -27,6 +27,9 @@ CLASSES = """
     callbacks: checkpointing.RunCheckpoint ema.TargetEncoderEMA finite.FiniteGuard
       monitor.CollapseMonitor probing.online.OnlineProbe cli.RunProgressBar
     trainer: checkpointing.AtomicCheckpointIO sharding.ShardedStrategy
+    training: training.checkpointing.RunCheckpoint training.checkpointing.AtomicCheckpointIO
+      training.finite_guard.FiniteGuard training.collapse_monitor.CollapseMonitor
+      training.loss_log.LossLog training.progress.RunProgressBar
     data: data.datamodule.AudioDataModule data.scenes.Scenes
     model: jepa.JEPA transformer.Encoder predictor.Predictor targets.Targets
       front_ends.FrontEnd front_ends.SpectrogramFrontEnd front_ends.WaveformFrontEnd

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 # Old module → current module. Files written by version 0.1.0 before it had the packages `steps`,
-# `training` and so on name the old modules.
+# `training`, `training.run` and so on name the old modules.
 _MODULES = {
-    "checkpointing": "training.checkpointing",
+    "checkpointing": "training.run.checkpointing",
     "ema": "training.ema",
-    "finite": "training.finite_guard",
+    "finite": "training.watching.finite_guard",
     "front_ends": "steps.front_ends",
     "front_ends.base": "steps.front_ends.base",
     "front_ends.spectrogram": "steps.front_ends.spectrogram",
@@ -23,16 +23,21 @@ _MODULES = {
     "masking.mixture": "steps.masking.mixture",
     "masking.random": "steps.masking.random",
     "masking.spans": "steps.masking.spans",
-    "monitor": "training.collapse_monitor",
+    "monitor": "training.watching.collapse_monitor",
     "positions": "steps.encoder.positions",
     "predictor": "steps.predictor",
     "schedules": "training.schedules",
     "sharding": "training.sharding",
     "targets": "steps.targets",
+    "training.checkpointing": "training.run.checkpointing",
+    "training.collapse_monitor": "training.watching.collapse_monitor",
+    "training.finite_guard": "training.watching.finite_guard",
+    "training.loss_log": "training.watching.loss_log",
+    "training.progress": "training.watching.progress",
     "transformer": "steps.encoder.transformer",
 }
 _CLASSES = {
-    "cli.RunProgressBar": "training.progress.RunProgressBar",
+    "cli.RunProgressBar": "training.watching.progress.RunProgressBar",
     "data.scenes.Scenes": "data.scenes.scenes.SceneSettings",
     "transformer.Encoder": "steps.encoder.transformer.Transformer",
 }

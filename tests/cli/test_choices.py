@@ -137,14 +137,14 @@ def test_the_reason_of_a_class_in_a_list_is_shown(
 
 
 def test_a_bug_in_a_class_of_a_configuration_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch):
-    from jepa_audio.training.finite_guard import FiniteGuard
+    from jepa_audio.training.watching.finite_guard import FiniteGuard
 
     def faulty(self: FiniteGuard) -> None:
         list(zip([1, 2], [1], strict=True))
 
     monkeypatch.setattr(FiniteGuard, "__init__", faulty)
     with pytest.raises(ValueError, match="FiniteGuard") as raised:
-        run("--trainer.callbacks+=jepa_audio.training.finite_guard.FiniteGuard")
+        run("--trainer.callbacks+=jepa_audio.training.watching.finite_guard.FiniteGuard")
     assert user_message(raised.value) == (None, False)
 
 

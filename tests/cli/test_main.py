@@ -15,7 +15,7 @@ from jepa_audio.cli import main as cli
 from jepa_audio.cli.messages import user_message
 from jepa_audio.data.corpus.table import CorpusError
 from jepa_audio.errors import MissingFileError, UserError, nearest
-from jepa_audio.training.finite_guard import NonFiniteError
+from jepa_audio.training.watching.finite_guard import NonFiniteError
 
 HEAVY = ("torch", "numpy", "lightning", "jsonargparse", "pyarrow", "matplotlib", "rich")
 

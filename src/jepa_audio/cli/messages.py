@@ -98,9 +98,9 @@ def user_message(error: BaseException) -> tuple[str | None, bool]:
         return _without_traceback(error), False
     from jepa_audio.data.corpus.table import CorpusError  # noqa: PLC0415
     from jepa_audio.data.loading.workers import worker_crash_message  # noqa: PLC0415
-    from jepa_audio.training.checkpointing import CheckpointWriteError  # noqa: PLC0415
-    from jepa_audio.training.finite_guard import NonFiniteError  # noqa: PLC0415
-    from jepa_audio.training.run_folder import RunFolderError  # noqa: PLC0415
+    from jepa_audio.training.run.checkpointing import CheckpointWriteError  # noqa: PLC0415
+    from jepa_audio.training.run.folder import RunFolderError  # noqa: PLC0415
+    from jepa_audio.training.watching.finite_guard import NonFiniteError  # noqa: PLC0415
 
     # A logger that cannot close its files raises another error after the first one.
     for link in _chain(error):

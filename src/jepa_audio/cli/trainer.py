@@ -30,27 +30,27 @@ from jepa_audio.interop.convert import load_weights
 from jepa_audio.old_paths import current_path
 from jepa_audio.probing.online import OnlineProbe  # noqa: F401 (YAML can name the imported class)
 from jepa_audio.recipes import find_recipe, recipes
-from jepa_audio.training.checkpointing import AtomicCheckpointIO, RunCheckpoint
 from jepa_audio.training.checks import check_crop
-from jepa_audio.training.collapse_monitor import CollapseMonitor
-from jepa_audio.training.finite_guard import FiniteGuard
 from jepa_audio.training.jepa import JEPA
 from jepa_audio.training.normalization import MeasureNormalization
-from jepa_audio.training.progress import ProgressLines, RunProgressBar
-from jepa_audio.training.resume import (
-    ResumedSettings,
-    describe_changes,
-    find_changes,
-    refuse_changes,
-    saved_settings,
-)
-from jepa_audio.training.run_folder import (
+from jepa_audio.training.run.checkpointing import AtomicCheckpointIO, RunCheckpoint
+from jepa_audio.training.run.folder import (
     LAST,
     REQUEUE_WAIT,
     RunFolder,
     RunFolderError,
     open_checkpoint,
 )
+from jepa_audio.training.run.resume import (
+    ResumedSettings,
+    describe_changes,
+    find_changes,
+    refuse_changes,
+    saved_settings,
+)
+from jepa_audio.training.watching.collapse_monitor import CollapseMonitor
+from jepa_audio.training.watching.finite_guard import FiniteGuard
+from jepa_audio.training.watching.progress import ProgressLines, RunProgressBar
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from jepa_audio.steps.front_ends import FrontEnd
 from jepa_audio.steps.grid import TokenSet
 from jepa_audio.training.initialization import draw_weights
 from jepa_audio.training.jepa import JEPA
-from jepa_audio.training.load import load_jepa, read_checkpoint
+from jepa_audio.training.run.load import load_jepa, read_checkpoint
 
 
 class Encoder(nn.Module):

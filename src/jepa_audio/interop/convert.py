@@ -25,10 +25,10 @@ from jepa_audio.interop.pupujepa import PupuJEPALayout
 from jepa_audio.interop.wavjepa import WavJEPALayout
 from jepa_audio.old_paths import with_current_paths
 from jepa_audio.recipes import find_recipe, recipes
-from jepa_audio.training.checkpointing import AtomicCheckpointIO
 from jepa_audio.training.jepa import JEPA
-from jepa_audio.training.load import load_jepa
-from jepa_audio.training.weights import (
+from jepa_audio.training.run.checkpointing import AtomicCheckpointIO
+from jepa_audio.training.run.load import load_jepa
+from jepa_audio.training.run.weights import (
     WeightsError,
     build_jepa,
     load_state,

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from jepa_audio.errors import MissingFileError
 from jepa_audio.files import read_json
-from jepa_audio.training.load import damage, read_torch_file
-from jepa_audio.training.stored_objects import StoredObject
-from jepa_audio.training.weights import WeightsError, checked_tensors, shorten
+from jepa_audio.training.run.load import damage, read_torch_file
+from jepa_audio.training.run.stored_objects import StoredObject
+from jepa_audio.training.run.weights import WeightsError, checked_tensors, shorten
 
 CONFIG_NAMES = ("config.json", "args.json")
 MAX_SIZE = 100_000

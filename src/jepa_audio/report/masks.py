@@ -27,7 +27,7 @@ from jepa_audio.steps.front_ends import FrontEnd, SpectrogramFrontEnd
 from jepa_audio.steps.front_ends.transforms import LogMel
 from jepa_audio.steps.grid import Grid, Masks
 from jepa_audio.training.jepa import JEPA
-from jepa_audio.training.load import load_jepa, read_checkpoint
+from jepa_audio.training.run.load import load_jepa, read_checkpoint
 
 ContextPlane = Bool[np.ndarray, "F T"]
 TargetPlanes = Bool[np.ndarray, "M F T"]

@@ -32,7 +32,7 @@ from jepa_audio.report.probe_figures import draw_layers, draw_probe, variant_sty
 from jepa_audio.report.published import build_elsewhere
 from jepa_audio.report.results import current, read_results
 from jepa_audio.report.runs import Run, draw_curves, find_runs, judge_run
-from jepa_audio.training.load import DamagedCheckpointError
+from jepa_audio.training.run.load import DamagedCheckpointError
 
 log = logging.getLogger(__name__)
 

@@ -26,11 +26,11 @@ from jepa_audio.steps.targets import Targets
 from jepa_audio.training.checks import check_trainer
 from jepa_audio.training.ema import TargetEncoderEMA
 from jepa_audio.training.initialization import draw_weights
-from jepa_audio.training.loss_log import LossLog
 from jepa_audio.training.masks import MaskingModule
 from jepa_audio.training.optimizer import ScalerAwareModule, add_schedule, parameter_groups
 from jepa_audio.training.schedules import Schedule
 from jepa_audio.training.sharding import shard
+from jepa_audio.training.watching.loss_log import LossLog
 
 
 class JEPA(MaskingModule, ScalerAwareModule):

@@ -18,7 +18,7 @@ from jepa_audio.parallel import track_progress
 from jepa_audio.steps.front_ends import FrontEnd, SpectrogramFrontEnd
 from jepa_audio.steps.front_ends.spectrogram import measure_statistics
 from jepa_audio.training.jepa import JEPA
-from jepa_audio.training.load import read_checkpoint
+from jepa_audio.training.run.load import read_checkpoint
 
 log = logging.getLogger(__name__)
 

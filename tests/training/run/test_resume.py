@@ -14,7 +14,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-TABLE = Path(__file__).parents[2] / "docs" / "runs.md"
+TABLE = Path(__file__).parents[3] / "docs" / "runs.md"
 ROWS = re.findall(
     r"^\| `([\w.]+)` \| `([^`]+)` \| (in force|refused) \|", TABLE.read_text(), re.MULTILINE
 )
@@ -131,7 +131,7 @@ def test_a_changed_setting_is_in_force_from_the_next_step_and_named_in_one_line(
 def test_a_setting_that_cannot_change_is_refused_by_name_before_anything_is_written(
     key: str, text: str, resume: Callable, three_steps: Path, tmp_path: Path
 ):
-    from jepa_audio.training.run_folder import RunFolderError
+    from jepa_audio.training.run.folder import RunFolderError
 
     extra = ["--model.optimizer.lr=0.003"] if key == "model.optimizer" else []
     with pytest.raises(RunFolderError) as error:
@@ -200,7 +200,7 @@ def test_a_finished_run_continues_with_more_steps_and_another_accumulation(
 
 def test_the_time_limit_counts_from_each_start(resume: Callable, monkeypatch, caplog):
     now = [0.0]
-    monkeypatch.setattr("jepa_audio.training.checkpointing.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("jepa_audio.training.run.checkpointing.time.monotonic", lambda: now[0])
 
     class Slow(Callback):
         def on_train_batch_end(self, *_: object) -> None:
@@ -232,7 +232,7 @@ def test_a_checkpoint_without_these_settings_can_be_resumed(
 def test_a_checkpoint_with_weights_alone_is_refused_with_the_option_to_use(
     three_steps: Path, tmp_path: Path, tiny_cli: Callable
 ):
-    from jepa_audio.training.run_folder import RunFolderError
+    from jepa_audio.training.run.folder import RunFolderError
 
     content = torch.load(three_steps / "checkpoints" / "last.ckpt", weights_only=True)
     for name in ("optimizer_states", "lr_schedulers", "loops"):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from jepa_audio.training.checkpointing import AtomicCheckpointIO, CheckpointWriteError
+from jepa_audio.training.run.checkpointing import AtomicCheckpointIO, CheckpointWriteError
 
 OLD = {"weights": torch.arange(1000.0)}
 
@@ -360,7 +360,7 @@ def test_the_same_signal_forwarded_by_a_launcher_does_not_count_twice(
 def test_the_second_signal_stops_at_once_and_keeps_the_last_checkpoint(
     tiny_cli: Callable, fit: Callable, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("jepa_audio.training.checkpointing.DUPLICATE_SIGNAL_SECONDS", 0.0)
+    monkeypatch.setattr("jepa_audio.training.run.checkpointing.DUPLICATE_SIGNAL_SECONDS", 0.0)
     handler = signal.getsignal(signal.SIGINT)
     cli = tiny_cli("wave", "--checkpoint.every_n_train_steps=2")
     with pytest.raises((KeyboardInterrupt, SystemExit)):

@@ -8,18 +8,18 @@ import torch
 from lightning.pytorch import Callback
 
 from jepa_audio.steps.grid import AudioBatch
-from jepa_audio.training.collapse_monitor import (
+from jepa_audio.training.ema import TargetEncoderEMA
+from jepa_audio.training.jepa import JEPA
+from jepa_audio.training.watching.collapse_monitor import (
     CollapseMonitor,
     ema_distance,
     encode_complete_clips,
     latent_metrics,
 )
-from jepa_audio.training.ema import TargetEncoderEMA
-from jepa_audio.training.jepa import JEPA
 
 FLAVOURS = ["wave", "mel"]
 HEALTHY = {"wave": 3e-4, "mel": 3e-3}
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)

@@ -16,9 +16,14 @@ from jepa_audio.steps.grid import AudioBatch, Masks
 from jepa_audio.steps.losses import JEPAOutput
 from jepa_audio.training.ema import tensor_pairs
 from jepa_audio.training.jepa import JEPA
-from jepa_audio.training.latent_statistics import clip_cosine, clip_share, mean_std, rank_me
 from jepa_audio.training.sharding import full_tensor
-from jepa_audio.training.simple_predictors import baseline_sums
+from jepa_audio.training.watching.latent_statistics import (
+    clip_cosine,
+    clip_share,
+    mean_std,
+    rank_me,
+)
+from jepa_audio.training.watching.simple_predictors import baseline_sums
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from jepa_audio.training.latent_statistics import (
+from jepa_audio.training.watching.latent_statistics import (
     MAX_LATENTS,
     clip_cosine,
     clip_share,

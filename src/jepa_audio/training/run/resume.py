@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from jepa_audio.old_paths import with_current_paths
-from jepa_audio.training.run_folder import RunFolderError
+from jepa_audio.training.run.folder import RunFolderError
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.files import write_text
-from jepa_audio.training.load import (
+from jepa_audio.training.run.load import (
     DamagedCheckpointError,
     check_sums,
     find_whole_checkpoint,

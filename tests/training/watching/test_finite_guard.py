@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from jepa_audio.training.finite_guard import (
+from jepa_audio.training.watching.finite_guard import (
     FindsRowFiles,
     FiniteGuard,
     NonFiniteError,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch import Callback
 
-from jepa_audio.training.progress import ProgressLines, RunProgressBar
+from jepa_audio.training.watching.progress import ProgressLines, RunProgressBar
 
 LINE = re.compile(
     r"step (\d+)/6, loss (\S+)(, valid loss \S+)?, rank (\S+), (\S+) clips/s, (\d+:\d\d:\d\d) left"

@@ -18,8 +18,8 @@ from jepa_audio.class_paths import check_class_paths, check_size, nested_values
 from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.old_paths import with_current_paths
 from jepa_audio.training.jepa import JEPA
-from jepa_audio.training.stored_objects import stand_ins
-from jepa_audio.training.weights import (
+from jepa_audio.training.run.stored_objects import stand_ins
+from jepa_audio.training.run.weights import (
     WeightsError,
     build_jepa,
     checked_tensors,

@@ -8,7 +8,7 @@ import torch
 
 from jepa_audio.steps.grid import AudioBatch, Grid, Masks
 from jepa_audio.training.jepa import JEPA
-from jepa_audio.training.simple_predictors import baseline_sums, nearest_context
+from jepa_audio.training.watching.simple_predictors import baseline_sums, nearest_context
 
 
 def test_the_nearest_context_token_equals_a_brute_force_search(

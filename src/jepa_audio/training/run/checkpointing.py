@@ -28,8 +28,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from jepa_audio.errors import UserError
 from jepa_audio.files import atomic_path
 from jepa_audio.parallel import STOP_SIGNALS
-from jepa_audio.training.load import read_torch_file
-from jepa_audio.training.run_folder import LAST, PREVIOUS
+from jepa_audio.training.run.folder import LAST, PREVIOUS
+from jepa_audio.training.run.load import read_torch_file
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from jepa_audio.errors import MissingFileError
-from jepa_audio.training.run_folder import (
+from jepa_audio.training.run.folder import (
     CONFIG_HEADER,
     RunFolder,
     RunFolderError,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from jepa_audio.training.load import (
+from jepa_audio.training.run.load import (
     DamagedCheckpointError,
     check_sums,
     find_whole_checkpoint,

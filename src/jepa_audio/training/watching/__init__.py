@@ -1,0 +1,1 @@
+"""Watch a run: losses, collapse, non-finite values, progress."""
