@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from tests.conftest import FLAVOURS
-from tests.training.test_checkpointing import wait_for
+from tests.training.run.test_checkpointing import wait_for
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # With loggers and progress bar.

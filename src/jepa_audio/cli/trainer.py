@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +83,21 @@ class SaveRunConfig(SaveConfigCallback):
         # Otherwise a run with this file would remove the run that wrote it.
         config.overwrite = False
         folder = self.folder or RunFolder(Path(trainer.default_root_dir))
-        folder.begin(self.parser.dump(config, skip_none=False))
+        folder.begin(self.parser.dump(config, skip_none=False, skip_validation=True))
 
     @override
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        dump = self.parser.dump(self.config, skip_link_targets=False, skip_none=False)
-        checkpoint["settings"] = saved_settings(yaml.safe_load(dump), trainer)
+        checkpoint["settings"] = saved_settings(self._settings, trainer)
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        """All settings; they are constant after the start of the training."""
+        dump = self.parser.dump(
+            self.config, skip_link_targets=False, skip_none=False, skip_validation=True
+        )
+        return yaml.safe_load(dump)
 
 
 class JEPACLI(LightningCLI):
