@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -137,6 +138,28 @@ def test_pooling_is_the_literal_mean_over_the_columns_of_each_clip(rng: torch.Ge
     (mean,), (concat,) = features.pool("mean"), features.pool("concat")
     torch.testing.assert_close(mean, torch.stack([row.mean(0) for row in rows]))
     torch.testing.assert_close(concat, torch.stack([row.flatten() for row in rows]))
+
+
+@pytest.mark.parametrize("regions", [1, 3, 7])
+def test_pooled_statistics_are_those_of_the_columns_of_each_clip(
+    rng: torch.Generator, regions: int
+):
+    layer = torch.randn(3, 5, 3, 4, generator=rng)
+    valid = torch.arange(5) < torch.tensor([[5], [2], [1]])
+    features = LayerFeatures((layer,), torch.arange(5.0).expand(3, -1), valid)
+    for frequency in ("mean", "concat"):
+        (pooled,) = features.pool(frequency, regions, deviation=True, change=True)
+        for clip, num_columns in enumerate((5, 2, 1)):
+            kept = layer[clip, :num_columns]
+            columns = (kept.mean(1) if frequency == "mean" else kept.flatten(1)).numpy()
+            # Regions share columns where a clip has fewer of them.
+            means = torch.nn.functional.adaptive_avg_pool1d(torch.from_numpy(columns.T), regions)
+            steps = np.abs(np.diff(columns, axis=0)) if num_columns > 1 else np.zeros((1, 1))
+            change = np.broadcast_to(steps.mean(0), columns.shape[1:])
+            expected = np.concatenate([means.T.flatten(), columns.std(0), change])
+            np.testing.assert_allclose(pooled[clip], expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(UserError, match=r"`regions` \(0\)"):
+        features.pool(regions=0)
 
 
 def test_encoding_draws_no_random_numbers_keeps_no_graph_and_uses_evaluation_mode(

@@ -17,7 +17,7 @@ def a_row(**changes: object) -> ProbeRow:
         "encoder": "mel",
         "variant": "context",
         "encoder_hash": "0" * 64,
-        "pooling": "mean",
+        "pooling": "mean/mean",
         "task": "nsynth_pitch",
         "preset": "linear",
         "select": "best",

@@ -16,8 +16,10 @@ from torch import Tensor
 from jepa_audio.data.audio.location import AudioReadError
 from jepa_audio.errors import UserError
 from jepa_audio.inference.features import LayerFeatures
+from jepa_audio.probing.clips import load_waveform
 from jepa_audio.probing.encoders import FunctionEncoder, LogMelStatistics, ProbeEncoder
-from jepa_audio.probing.features import Features, FeatureStore, Preparation, load_waveform
+from jepa_audio.probing.features import Features, FeatureStore, Preparation
+from jepa_audio.probing.pooling import Pooling, parse_poolings
 from jepa_audio.probing.robustness import SWEEPS
 from jepa_audio.probing.tasks.base import Windows
 from jepa_audio.probing.tasks.records import Item, Split
@@ -113,6 +115,84 @@ def test_each_clip_is_encoded_once(tmp_path: Path):
     more = Split((*split.items, *split_of(tmp_path / "more", (1.0,), seed=1).items[:1]))
     features_of(more, folder, preparation, encoder)
     assert encoder.encoded_seconds == pytest.approx(seconds + 1.0)
+
+
+def test_several_poolings_share_one_encoding(tmp_path: Path):
+    split, folder, encoder = split_of(tmp_path / "audio"), tmp_path / "features", Counting()
+    poolings = parse_poolings(["mean", "thirds_std"], ["mean"])
+    preparation = Preparation(Windows(1.0, min_ratio=0.5), poolings=poolings)
+    store = FeatureStore(folder, encoder, preparation, 4.0)
+    mean, thirds = (store.features(split, "test", pooling) for pooling in poolings)
+    seconds = encoder.encoded_seconds
+    assert seconds == pytest.approx(sum(SECONDS) - 0.2 + 1.0)  # 0.2 s are dropped; 1 s is the hash
+    for pooling, shared in zip(poolings, (mean, thirds), strict=True):
+        alone = features_of(split, tmp_path / "alone", preparation.pooled_by([pooling]))
+        assert shared.rows.seconds.tolist() == alone.rows.seconds.tolist()
+        assert all(torch.equal(shared.read(layer), alone.read(layer)) for layer in range(2))
+    assert thirds.read(0).shape[1] == 4 * mean.read(0).shape[1]
+    # A later pooling is computed without a change of the others; the first ones are still cached.
+    (more,) = parse_poolings(["regions_5"], ["mean"])
+    again = FeatureStore(folder, encoder, preparation.pooled_by([*poolings, more]), 4.0)
+    assert again.features(split, "test", more).read(0).shape[1] == 5 * mean.read(0).shape[1]
+    assert torch.equal(again.features(split, "test", poolings[1]).read(0), thirds.read(0))
+    assert encoder.encoded_seconds == pytest.approx(2 * seconds - 1.0)
+
+
+def test_poolings_that_lack_different_clips_are_completed(tmp_path: Path):
+    split, folder = split_of(tmp_path / "audio"), tmp_path / "features"
+    poolings = parse_poolings(["mean", "thirds"], ["mean"])
+    preparation = Preparation(Windows(), poolings=poolings)
+    features_of(Split(split.items[:2]), folder, preparation.pooled_by(poolings[:1]))
+    features_of(Split(split.items[1:4]), folder, preparation.pooled_by(poolings[1:]))
+    for each in poolings:
+        alone = features_of(split, tmp_path / "alone", preparation.pooled_by([each])).read(0)
+        store = FeatureStore(folder, Counting(), preparation, 4.0)
+        assert torch.equal(store.features(split, "test", each).read(0), alone)
+
+
+def test_log_mel_is_pooled_like_an_encoder_and_as_its_own_statistics():
+    encoder, noise = LogMelStatistics(RATE), torch.randn(1, 1, 2 * RATE)
+    (bands,) = encoder.encode_for_clips(noise).layers
+    requested = parse_poolings(["thirds", "mean_std_change"], ["mean", "concat"])
+    poolings = encoder.poolings(requested)
+    assert [each.name for each in poolings] == ["thirds/concat", "mean_std_change/concat"]
+    thirds, own = (each(encoder.encode_for_clips(noise))[0][0, 0] for each in poolings)
+    plane = bands[0, ..., 0].T
+    expected = torch.nn.functional.adaptive_avg_pool1d(plane, 3).T.flatten()
+    torch.testing.assert_close(thirds, expected)
+    change = plane.diff(dim=1).abs().mean(dim=1)
+    statistics = plane.mean(dim=1), plane.std(dim=1, correction=0), change
+    torch.testing.assert_close(own, torch.cat(statistics))
+
+
+@pytest.mark.parametrize(
+    ("names", "frequencies", "message"),
+    [
+        ("thrids", "mean", r"`pooling` is 'thrids', must be one of .*did you mean 'thirds'"),
+        ("regions_0", "mean", "number of regions must be in 1-100"),
+        ("regions_101", "mean", "number of regions must be in 1-100"),
+        ("mean_change_std", "mean", "`pooling` is 'mean_change_std'"),
+        ("frames", "mean", "`pooling` is 'frames'"),
+        ("mean", "max", "`frequency` is 'max', must be one of mean, concat"),
+        ("mean,mean", "mean", "different poolings, got"),
+        ("thirds,regions_3", "mean", "different poolings, got"),
+    ],
+)
+def test_wrong_names_of_poolings_are_refused(names: str, frequencies: str, message: str):
+    with pytest.raises(UserError, match=message):
+        parse_poolings(names.split(","), frequencies.split(","))
+
+
+def test_a_pooling_has_one_name():
+    names = ["mean", "thirds_std", "regions_4_std_change", "regions_1", "regions_3_std"]
+    found = [parse_poolings([name], ["concat"])[0].name for name in names]
+    assert found == [
+        "mean/concat",
+        "thirds_std/concat",
+        "regions_4_std_change/concat",
+        "mean/concat",
+        "thirds_std/concat",
+    ]
 
 
 def test_another_file_content_function_or_preparation_is_encoded_again(tmp_path: Path):
@@ -275,7 +355,9 @@ def test_windows_shorter_than_one_token_are_padded_and_counted(tmp_path: Path):
         assert len(features) == 3
     waveform = load_waveform(split.items[1], RATE, 1)
     padded = torch.nn.functional.pad(waveform, (0, encoder.min_samples - 200))[None]
-    torch.testing.assert_close(features.read(0)[1], encoder.encode_clips(padded)[0][0])
+    torch.testing.assert_close(
+        features.read(0)[1], Pooling()(encoder.encode_for_clips(padded))[0][0, 0]
+    )
 
 
 def test_frames_are_interpolated_to_the_grid(tmp_path: Path):
@@ -369,11 +451,11 @@ def test_an_item_is_cut_out_and_fills_the_channels_of_the_encoder(tmp_path: Path
 
 
 def test_log_mel_statistics_do_not_depend_on_the_batch(tmp_path: Path):
-    split = split_of(tmp_path / "audio")
-    batched = features_of(
-        split, tmp_path / "features", Preparation(Windows()), LogMelStatistics(RATE)
-    )
+    split, encoder = split_of(tmp_path / "audio"), LogMelStatistics(RATE)
+    (own,) = encoder.poolings(())
+    preparation = Preparation(Windows(), poolings=(own,))
+    batched = features_of(split, tmp_path / "features", preparation, encoder)
     for row, item in enumerate(split.items):
-        alone = LogMelStatistics(RATE).encode_clips(load_waveform(item, RATE, 1)[None])[0][0]
+        alone = own(encoder.encode_for_clips(load_waveform(item, RATE, 1)[None]))[0][0, 0]
         torch.testing.assert_close(batched.read(0)[row], alone, atol=1e-4, rtol=1e-4)
     assert batched.read(0).shape == (5, 192)

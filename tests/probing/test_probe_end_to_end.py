@@ -82,7 +82,7 @@ def test_heads_have_the_requested_seeds(probed: Callable[[str], Probed], tmp_pat
     assert [row.seed for row in default] == [1234, 1235, 1236]
     assert len({row.value for row in chosen}) == 3
     assert len({row.evidence for row in [*chosen, *default]}) == 6
-    assert len(read_rows(tmp_path / "results.jsonl")) == 12  # with log-mel statistics
+    assert len(read_rows(tmp_path / "results.jsonl")) == 18  # with two poolings of log-mel
 
 
 def test_max_train_with_tasks_in_several_folders(roots: Callable[[str], Path], tmp_path: Path):

@@ -73,6 +73,27 @@ def test_rows_of_earlier_versions_have_no_checksum_and_no_padded_windows(results
     assert read_rows(results) == [a_row(seed=1), a_row(seed=2)]
 
 
+def test_rows_of_earlier_versions_get_the_name_of_the_pooling_that_they_had(results: Path):
+    row = json.loads(results.read_text().splitlines()[0])
+    del row["checksum"]
+    old = [
+        row | {"pooling": "mean"},
+        row | {"pooling": "concat"},
+        row | {"pooling": "concat", "variant": "statistics"},
+        row | {"pooling": "mean", "task": "gtzan_beat"},
+        row | {"pooling": "concat", "task": "mine"},
+    ]
+    results.write_text("".join(json.dumps(row) + "\n" for row in old))
+    names = [row.pooling for row in read_rows(results)]
+    assert names == [
+        "mean/mean",
+        "mean/concat",
+        "mean_std_change/concat",
+        "frames/mean",
+        "mean/concat",
+    ]
+
+
 def test_a_full_disk_keeps_the_rows_before_it(results: Path, monkeypatch: pytest.MonkeyPatch):
     before = results.read_bytes()
 

@@ -98,7 +98,10 @@ def test_every_encoder_is_compared_with_the_initial_weights_of_its_run(
         ("mel", "context"),
         ("mel", "target"),
         ("log-mel", "statistics"),
+        ("log-mel", "statistics"),
     ]
+    assert {row.pooling for row in rows[:-8]} == {"mean/concat"}
+    assert {row.pooling for row in rows[-8:]} == {"mean/concat", "mean_std_change/concat"}
     assert {(row.task, row.head) for row in rows} == {
         (task, head) for task in tasks for head in ("logistic", "knn")
     }
@@ -119,10 +122,39 @@ def test_every_encoder_is_compared_with_the_initial_weights_of_its_run(
             assert (row.against_random.low, row.against_random.high) == pytest.approx(
                 (expected.low, expected.high)
             )
-    assert len(list((output / "features").iterdir())) == 5, "both tasks share the features"
+    assert len(list((output / "features").iterdir())) == 6, "both tasks share the features"
     write_leaderboard(output / "results.jsonl")
     text = (output / "leaderboard.md").read_text()
     assert all(word in text for word in ("nsynth_pitch", "nsynth_instrument", "log-mel", "random"))
+
+
+def test_poolings_are_compared_with_the_baseline_of_the_same_pooling(
+    checkpoint: tuple[Path, str],
+    corpus: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+):
+    settings = {"preset": "linear", "variants": ("context",), "max_train": 30}
+    options = {"pooling": "mean,regions_40_std", "frequency": "mean"}
+    rows = probe(str(checkpoint[0]), "nsynth_pitch", corpus, tmp_path, **settings, **options)
+    assert read_rows(tmp_path / "results.jsonl") == rows
+    poolings = {"mean/mean", "regions_40_std/mean"}
+    logistic = [row for row in rows if row.head == "logistic"]
+    by_key = {(row.variant, row.pooling): row for row in logistic}
+    assert by_key.keys() == {(v, p) for v in ("random", "context") for p in poolings} | {
+        ("statistics", f"{p}/concat") for p in ("mean", "regions_40_std", "mean_std_change")
+    }
+    for pooling in poolings:
+        row, twin = by_key["context", pooling], by_key["random", pooling]
+        assert row.against_random is not None
+        assert row.against_random.value == pytest.approx(row.value - twin.value)
+    assert len({row.evidence for row in rows}) == len(rows)
+    lines = [message for message in caplog.messages if "fewer than the 40 regions" in message]
+    assert len(lines) == 1
+    assert "of regions_40_std/mean: a column of such a window is in several regions" in lines[0]
+    write_leaderboard(tmp_path / "results.jsonl")
+    text = (tmp_path / "leaderboard.md").read_text()
+    assert all(f"mel context, {pooling}" in text for pooling in poolings)
 
 
 def test_the_command_accepts_lists_with_commas_and_prints_the_scores(
@@ -223,7 +255,7 @@ def test_heads_trained_on_clean_clips_are_scored_on_degraded_ones(corpus: Path, 
     levels = {level for level, _ in row.robustness["low_pass"]}
     assert levels == {8000.0, 4000.0, 2000.0, 1000.0, 500.0}
     assert {score for _, score in row.robustness["low_pass"]} == {1.0}
-    assert len(list((tmp_path / "degraded" / "features").iterdir())) == 2 * (1 + 4 + 5), (
+    assert len(list((tmp_path / "degraded" / "features").iterdir())) == 3 * (1 + 4 + 5), (
         "conditions that change nothing are not encoded"
     )
 
@@ -284,7 +316,6 @@ def test_encoders_that_compute_different_features_have_different_hashes(
         load_jepa_encoder(path, "context", options)
         for options in (
             default,
-            EncoderOptions(frequency="concat"),
             EncoderOptions(layers=(1,)),
             EncoderOptions(overlap=0.5),
             EncoderOptions(windowing="wavjepa"),
@@ -296,8 +327,8 @@ def test_encoders_that_compute_different_features_have_different_hashes(
     hashes = [encoder.function_hash for encoder in (*encoders, shorter)]
     assert len(set(hashes)) == len(hashes)
     assert hashes[2] == load_jepa_encoder(path, "context", default).function_hash
-    names = [encoder.name for encoder in encoders[2:7]]
-    assert names == ["mel", "mel", "mel", "mel (overlap 0.5)", "mel (wavjepa windows)"]
+    names = [encoder.name for encoder in encoders[2:6]]
+    assert names == ["mel", "mel", "mel (overlap 0.5)", "mel (wavjepa windows)"]
 
 
 def test_windows_of_long_clips_are_options_of_the_command(
@@ -311,7 +342,7 @@ def test_windows_of_long_clips_are_options_of_the_command(
     assert {row.encoder for row in usual} == {"mel", "log-mel"}
     assert {row.encoder for row in overlapping} == {"mel (overlap 0.5)", "log-mel"}
     assert usual[0].encoder_hash == overlapping[0].encoder_hash
-    assert len(list((tmp_path / "features").iterdir())) == 5, "log-mel statistics are shared"
+    assert len(list((tmp_path / "features").iterdir())) == 6, "log-mel statistics are shared"
     with pytest.raises(ValueError, match="`overlap`"):
         probe(str(checkpoint[0]), "nsynth_pitch", corpus, tmp_path, overlap=1.0, **settings)
 

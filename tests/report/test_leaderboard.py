@@ -107,7 +107,7 @@ def test_draws_of_seeds_are_averaged(results):
     assert score.value == pytest.approx(0.5)
     assert score.deviation == pytest.approx(np.std([0.4, 0.6], ddof=1))
     np.testing.assert_allclose(score.draws, 0.5 + (OWN[0] + OWN[1]) / 2, atol=1e-6)
-    line = lines_of(results)["mel context, mean"]
+    line = lines_of(results)["mel context, mean/mean"]
     assert line[2].startswith("**0.500** [0.4")
     assert line[3] == "2 sd 0.141"
 
@@ -115,7 +115,7 @@ def test_draws_of_seeds_are_averaged(results):
 def test_last_row_of_an_encoder_counts(results):
     add(results, 0.4, 0.4 + OWN[0])
     add(results, 0.7, 0.7 + OWN[0])
-    assert lines_of(results)["mel context, mean"][2].startswith("**0.700**")
+    assert lines_of(results)["mel context, mean/mean"][2].startswith("**0.700**")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,10 @@ def test_results_under_other_conditions_are_not_compared(results, other):
     add(results, 0.9, 0.9 + NOISE, encoder="wave", **other)
     assert scores_of(results)["comparison"].nunique() == 2
     lines = lines_of(results)
-    assert [lines[f"{name} context, mean"][0] for name in ("mel", "wave")] == ["**1**", "**1**"]
+    assert [lines[f"{name} context, mean/mean"][0] for name in ("mel", "wave")] == [
+        "**1**",
+        "**1**",
+    ]
     assert "2 sets of results below are not compared with each other" in markdown_of(results)
 
 
@@ -147,9 +150,23 @@ def test_different_numbers_of_draws_are_not_compared(results):
 
 def test_poolings_are_compared(results):
     add(results, 0.5, 0.5 + NOISE)
-    add(results, 0.9, 0.9 + NOISE, pooling="concat")
+    add(results, 0.9, 0.9 + NOISE, pooling="mean/concat")
     lines = lines_of(results)
-    assert (lines["mel context, concat"][0], lines["mel context, mean"][0]) == ("**1**", "2")
+    assert (lines["mel context, mean/concat"][0], lines["mel context, mean/mean"][0]) == (
+        "**1**",
+        "2",
+    )
+
+
+def test_log_mel_is_compared_at_equal_pooling_and_at_its_best(results):
+    log_mel = {"encoder": "log-mel", "variant": "statistics"}
+    add(results, 0.5, 0.5 + NOISE, pooling="thirds/mean")
+    add(results, 0.4, 0.4 + NOISE, pooling="thirds/concat", **log_mel)
+    add(results, 0.6, 0.6 + NOISE, pooling="mean_std_change/concat", **log_mel)
+    line = lines_of(results)["mel context, thirds/mean (below log-mel)"]
+    assert line[4] == "not probed"
+    assert line[5].startswith("-0.100 behind")
+    assert line[6].startswith("+0.100 ahead")
 
 
 def test_baselines_are_listed_without_a_rank(results):
@@ -158,8 +175,14 @@ def test_baselines_are_listed_without_a_rank(results):
     add(results, 0.5, 0.5 + OWN[0], encoder="log-mel", variant="statistics")
     add(results, 0.95, 0.95 + NOISE, encoder="wave")
     lines = lines_of(results)
-    assert [lines[f"{name}, mean"][0] for name in ("mel random", "log-mel statistics")] == ["", ""]
-    mel, wave = lines["mel context, mean (below random-init)"], lines["wave context, mean"]
+    assert [lines[f"{name}, mean/mean"][0] for name in ("mel random", "log-mel statistics")] == [
+        "",
+        "",
+    ]
+    mel, wave = (
+        lines["mel context, mean/mean (below random-init)"],
+        lines["wave context, mean/mean"],
+    )
     assert (wave[0], mel[0]) == ("**1**", "2")
     assert mel[4].startswith("-0.400 behind [-0.400")
     assert mel[5].startswith("+0.000 no significant difference")
@@ -187,13 +210,13 @@ def test_encoder_below_a_baseline_is_marked_and_never_the_best(
         add(results, log_mel, log_mel + OWN[2], **log_mel_names)
     page = write_leaderboard(results)
     text = page.with_suffix(".md").read_text()
-    lines = [line for line in text.splitlines() if "mel context, mean" in line]
+    lines = [line for line in text.splitlines() if "mel context, mean/mean" in line]
     assert len(lines) == 3, "two tasks and their average"
     rank, value = ("1", "0.500") if label else ("**1**", "**0.500**")
     for line in lines:
-        assert line.startswith(f"| {rank} | mel context, mean{label} | {value} [")
+        assert line.startswith(f"| {rank} | mel context, mean/mean{label} | {value} [")
     (html,) = re.findall(r"<h2 id=\"averages.*?</table>", page.read_text(), re.DOTALL)
-    (row,) = [row for row in html.split("<tr")[1:] if "context, mean" in row]
+    (row,) = [row for row in html.split("<tr")[1:] if "context, mean/mean" in row]
     assert (' class="best"' in row) == (not label)
     marks = re.findall(r'<span class="badge behind">([^<]*)</span>', row)
     assert "".join(f" ({mark})" for mark in marks) == label
@@ -203,8 +226,8 @@ def test_encoders_of_one_name_are_identified_by_their_weights(results):
     add(results, 0.5, 0.5 + NOISE, encoder_hash="aaaaaaaaaa")
     add(results, 0.6, 0.6 + NOISE, encoder_hash="bbbbbbbbbb")
     assert {
-        "mel context, mean, weights aaaaaaaa",
-        "mel context, mean, weights bbbbbbbb",
+        "mel context, mean/mean, weights aaaaaaaa",
+        "mel context, mean/mean, weights bbbbbbbb",
     } <= lines_of(results).keys()
 
 
@@ -366,7 +389,7 @@ def test_page_contains_the_numbers_and_escapes_names(results):
         assert "<i>" not in document
     assert "&lt;script&gt;alert(&#39;&amp;&#39;)|" in html
     (line,) = [line for line in text.splitlines() if "alert" in line and line.startswith("| **1**")]
-    assert len(re.split(r"(?<!\\)\|", line)) == 7 + 2, "a bar in a name makes no column"
+    assert len(re.split(r"(?<!\\)\|", line)) == 8 + 2, "a bar in a name makes no column"
 
 
 def test_page_needs_no_other_file_and_its_tables_scroll(results):
@@ -412,5 +435,5 @@ def test_score_that_is_not_finite_has_no_rank(results):
     add(results, float("nan"), np.full(400, np.nan))
     add(results, 0.5, 0.5 + NOISE, encoder="wave")
     lines = lines_of(results)
-    assert lines["wave context, mean"][0] == "**1**"
-    assert "mel context, mean" not in lines
+    assert lines["wave context, mean/mean"][0] == "**1**"
+    assert "mel context, mean/mean" not in lines

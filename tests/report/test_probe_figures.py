@@ -73,13 +73,13 @@ def test_runs_poolings_and_seeds_of_baselines_have_separate_lines():
         of(v, "pitch", encoder=e, pooling=p)
         for v in VARIANTS[:3]
         for e in "ab"
-        for p in ("mean", "concat")
+        for p in ("mean/mean", "mean/concat")
     ]
     rows.append(a_row(variant="random-3", encoder="a"))
     labels = ticks(draw_probe(rows))
-    assert labels.count("random-init baseline, mean") == 2
-    assert labels.count("random-init baseline, concat") == 2
-    assert labels.count("random-init baseline, seed 3, mean") == 1
+    assert labels.count("random-init baseline, mean/mean") == 2
+    assert labels.count("random-init baseline, mean/concat") == 2
+    assert labels.count("random-init baseline, seed 3, mean/mean") == 1
     assert {"a", "b"} < set(labels)
 
 
@@ -107,7 +107,7 @@ def test_layer_figure_marks_the_selected_layer_and_draws_log_mel_as_a_line():
 def test_each_task_of_each_encoder_has_a_panel():
     tasks = [f"task {number}" for number in range(5)]
     figure = draw_layers([a_row(task=task, encoder=encoder) for encoder in "ab" for task in tasks])
-    assert titles(figure) == [f"{task}: {encoder}, mean" for encoder in "ab" for task in tasks]
+    assert titles(figure) == [f"{task}: {encoder}, mean/mean" for encoder in "ab" for task in tasks]
 
 
 def test_layer_figure_of_log_mel_alone_has_a_note():
@@ -319,12 +319,12 @@ def test_results_are_drawn_once_into_pictures(tmp_path):
     save_evidence(tmp_path / "0.npz", multiclass(5))
     table = read_results([tmp_path / "results.jsonl"])
     drawn = draw_close_ups(table)
-    name = "mel-context-mean-00000000-linear-best-logistic"
+    name = "mel-context-mean_mean-00000000-linear-best-logistic"
     assert names(drawn) == [
         f"nsynth_pitch-{name}-grid.png",
         f"nsynth_pitch-{name}-classes.png",
         f"nsynth_pitch-{name}-confusion.png",
-        "beats-run_step_1-context-mean-00000000-linear-best-logistic-grid.png",
+        "beats-run_step_1-context-mean_mean-00000000-linear-best-logistic-grid.png",
     ]
     files = [file for of_task in drawn.values() for files in of_task for file in files]
     assert all(file.path.parent == tmp_path / "pictures" for file in files)

@@ -141,7 +141,7 @@ def test_latest_results_replace_earlier_ones_of_the_same_weights_only():
     others = [
         a_row(encoder_hash="1"),
         a_row(seed=1),
-        a_row(pooling="concat"),
+        a_row(pooling="mean/concat"),
         a_row(select="last"),
         a_row(head="knn"),
     ]

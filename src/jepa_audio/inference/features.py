@@ -12,6 +12,8 @@ from torch import Tensor
 
 from jepa_audio.errors import UserError
 
+Frequency = Literal["mean", "concat"]
+
 
 @dataclass(frozen=True)
 class LayerFeatures:
@@ -30,13 +32,47 @@ class LayerFeatures:
     times: Float[Tensor, "B T"]
     valid: Bool[Tensor, "B T"]
 
-    def pool(self, frequency: Literal["mean", "concat"] = "mean") -> list[Float[Tensor, "B _"]]:
-        """The mean over time of every layer, with frequency rows averaged or concatenated."""
-        return self.pool_regions(1 if frequency == "mean" else self.layers[0].shape[2], 1)
+    def pool(
+        self,
+        frequency: Frequency = "mean",
+        regions: int = 1,
+        *,
+        deviation: bool = False,
+        change: bool = False,
+    ) -> list[Float[Tensor, "B _"]]:
+        """One vector for each clip and layer: statistics of its time columns.
 
-    def over_time(
-        self, frequency: Literal["mean", "concat"] = "mean"
-    ) -> list[Float[Tensor, "B T _"]]:
+        The frequency rows of a column are averaged or concatenated first, to E values. The columns
+        of a clip are divided into `regions` of nearly equal length, as in
+        `torch.nn.AdaptiveAvgPool1d`: neighbouring regions share a column where the number of
+        columns is no multiple of `regions`, and a clip with fewer columns than regions has every
+        column in one region or more. The vector has the means of the regions in time order, then
+        the statistics of the complete clip: E values for each.
+
+        Args:
+            frequency: "mean" or "concat".
+            regions: number of regions in time.
+            deviation: add the standard deviation of the columns (of the population: 0 for one).
+            change: add the mean absolute difference of neighbouring columns (0 for one column).
+        """
+        if regions < 1:
+            raise UserError(f"`regions` ({regions}) must be at least 1")
+        valid, counts = self.valid[..., None], self.valid.sum(dim=1)
+        weights = _mean_weights(counts, regions, self.valid.shape[1])
+        pooled = []
+        for columns in self.over_time(frequency):
+            parts = [(weights.to(columns) @ columns).flatten(1)]
+            if deviation:
+                mean = (columns * valid).sum(dim=1, keepdim=True) / counts[:, None, None]
+                squares = ((columns - mean) * valid).square().sum(dim=1)
+                parts.append((squares / counts[:, None]).sqrt())
+            if change:
+                steps = (columns.diff(dim=1) * valid[:, 1:]).abs().sum(dim=1)
+                parts.append(steps / (counts[:, None] - 1).clamp_min(1))
+            pooled.append(torch.cat(parts, dim=1))
+        return pooled
+
+    def over_time(self, frequency: Frequency = "mean") -> list[Float[Tensor, "B T _"]]:
         """One vector for each time column, with frequency rows averaged or concatenated."""
         mean = frequency == "mean"
         return [layer.mean(dim=2) if mean else layer.flatten(2) for layer in self.layers]

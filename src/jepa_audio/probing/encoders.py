@@ -7,7 +7,7 @@ import pkgutil
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -22,9 +22,9 @@ from typing_extensions import override
 from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.inference.encoder import Encoder, load_encoder
 from jepa_audio.inference.features import LayerFeatures
+from jepa_audio.probing.pooling import Pooling
 from jepa_audio.steps.front_ends.transforms import LogMel
 
-Frequency = Literal["mean", "concat"]
 Windowing = Literal["exact", "wavjepa"]
 
 
@@ -35,8 +35,6 @@ class ProbeEncoder(ABC):
         name: name of the model in the results.
         variant: which encoder of the model, for example "target".
         sample_rate: in Hz.
-        frequency: how the tokens of one time column become one vector: "mean" averages the
-            frequency rows, "concat" concatenates them.
 
     Attributes:
         encoder_hash: hash of the weights.
@@ -55,11 +53,10 @@ class ProbeEncoder(ABC):
         sample_rate: int,
         num_channels: int,
         layer_names: tuple[str, ...],
-        frequency: Frequency = "mean",
     ) -> None:
         self.name, self.variant = name, variant
         self.sample_rate, self.num_channels = sample_rate, num_channels
-        self.layer_names, self.frequency = layer_names, frequency
+        self.layer_names = layer_names
         self.layers = tuple(range(len(layer_names)))
 
     def select_layers(self, layers: Sequence[int]) -> ProbeEncoder:
@@ -86,9 +83,13 @@ class ProbeEncoder(ABC):
         """Move the weights to a device."""
         return self
 
-    def encode_clips(self, waveform: Float[Tensor, "B C S"]) -> list[Float[Tensor, "B _"]]:
-        """One vector per clip for each layer: the mean over the valid columns of the clip."""
-        return self.encode(waveform).pool(self.frequency)
+    def encode_for_clips(self, waveform: Float[Tensor, "B C S"]) -> LayerFeatures:
+        """The tokens that are pooled to one vector for each clip."""
+        return self.encode(waveform)
+
+    def poolings(self, requested: Sequence[Pooling]) -> tuple[Pooling, ...]:
+        """The poolings under which this encoder is probed if these are requested."""
+        return tuple(requested)
 
     @cached_property
     def function_hash(self) -> str:
@@ -96,12 +97,11 @@ class ProbeEncoder(ABC):
 
         Two networks with the same weights can differ in norms or positions.
         """
-        digest = hashlib.sha256(
-            f"{self.encoder_hash} {self.frequency} {self.layer_names} {self.settings}".encode()
-        )
+        digest = hashlib.sha256(f"{self.encoder_hash} {self.layer_names} {self.settings}".encode())
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(1, self.num_channels, self.sample_rate, generator=generator)
-        for layer in self.encode_clips(0.1 * noise):
+        pooling = Pooling(deviation=True, frequency="concat")
+        for layer in pooling(self.encode_for_clips(0.1 * noise)):
             values = layer.double().cpu()
             # Rounding differs between devices and numbers of threads, so only the first digits
             # enter the hash.
@@ -113,11 +113,9 @@ class ProbeEncoder(ABC):
 class JEPAEncoder(ProbeEncoder):
     """A frozen encoder of a JEPA: trained, imported, or with random weights."""
 
-    def __init__(
-        self, frozen: Encoder, name: str, variant: str, frequency: Frequency = "mean"
-    ) -> None:
+    def __init__(self, frozen: Encoder, name: str, variant: str) -> None:
         names = ("input", *(f"block {i + 1}" for i in range(frozen.encoder.depth)))
-        super().__init__(name, variant, frozen.sample_rate, frozen.num_channels, names, frequency)
+        super().__init__(name, variant, frozen.sample_rate, frozen.num_channels, names)
         self.frozen, self.encoder_hash = frozen, state_hash(frozen)
         self.min_samples = frozen.min_samples
         self.settings = f"{frozen.window_samples} {frozen.overlap} {frozen.windowing}"
@@ -136,32 +134,40 @@ class JEPAEncoder(ProbeEncoder):
 class LogMelStatistics(ProbeEncoder):
     """The baseline without a network: statistics of 64 log-mel bands.
 
-    The vector of a clip is the mean, deviation and mean absolute change of the bands over time.
+    A clip is a grid of one value for each band and frame (10 ms). It is pooled like the tokens of
+    an encoder, and as mean, deviation and mean absolute change over time. Bands are never averaged.
     The vector of a time column is the bands and their change since the column before. A clip that
     is too short for the reflect padding of the spectrogram is padded with zeros at its end.
     """
 
     def __init__(self, sample_rate: int) -> None:
-        super().__init__("log-mel", "statistics", sample_rate, 1, ("statistics",), "concat")
+        super().__init__("log-mel", "statistics", sample_rate, 1, ("statistics",))
         self.log_mel = LogMel(sample_rate, n_fft=1024, hop_length=sample_rate // 100, n_mels=64)
         self.encoder_hash = hashlib.sha256(f"log-mel {sample_rate}".encode()).hexdigest()
         self.min_samples = self.log_mel.min_samples
 
     @override
-    def encode(self, waveform: Float[Tensor, "B C S"]) -> LayerFeatures:
-        """Bands and their change, `[B, T, 64, 2]`."""
+    def encode_for_clips(self, waveform: Float[Tensor, "B C S"]) -> LayerFeatures:
+        """Bands `[B, T, 64, 1]`."""
         waveform = F.pad(waveform, (0, max(0, self.min_samples - waveform.shape[-1])))
-        bands = self.log_mel(waveform).mean(dim=1).mT  # [B, T, F]
-        change = bands.diff(dim=1, prepend=bands[:, :1])
+        bands = self.log_mel(waveform).mean(dim=1).mT[..., None]  # [B, T, F, 1]
         times = torch.arange(bands.shape[1]) * (self.log_mel.hop_length / self.sample_rate)
-        return _layer_features([torch.stack([bands, change], dim=-1)], times)
+        return _layer_features([bands], times)
 
     @override
-    def encode_clips(self, waveform: Float[Tensor, "B C S"]) -> list[Float[Tensor, "B _"]]:
-        bands, change = self.encode(waveform).layers[0].unbind(dim=-1)  # [B, T, F]
-        change = change[:, 1:] if change.shape[1] > 1 else change
-        statistics = bands.mean(dim=1), bands.std(dim=1, correction=0), change.abs().mean(dim=1)
-        return [torch.cat(statistics, dim=-1)]
+    def encode(self, waveform: Float[Tensor, "B C S"]) -> LayerFeatures:
+        """Bands and their change, `[B, T, 64, 2]`."""
+        features = self.encode_for_clips(waveform)
+        (bands,) = features.layers
+        change = bands.diff(dim=1, prepend=bands[:, :1])
+        return replace(features, layers=(torch.cat([bands, change], dim=-1),))
+
+    @override
+    def poolings(self, requested: Sequence[Pooling]) -> tuple[Pooling, ...]:
+        """The requested poolings without an average of bands, and the statistics of its own."""
+        own = Pooling(deviation=True, change=True)
+        every = (replace(pooling, frequency="concat") for pooling in (*requested, own))
+        return tuple(dict.fromkeys(every))
 
 
 class FunctionEncoder(ProbeEncoder):
@@ -250,7 +256,6 @@ class EncoderOptions:
     """Which encoders of a checkpoint are probed, and how they encode; see the command `probe`."""
 
     variants: Sequence[Literal["context", "target"]] = ("context", "target")
-    frequency: Frequency = "mean"
     layers: Sequence[int] = ()
     random_seeds: Sequence[int] = ()
     overlap: float = 0.0
@@ -303,7 +308,7 @@ def load_jepa_encoder(
     elif overlap:
         name += f" (overlap {overlap:g})"
     shown_variant = variant if random_seed is None else f"{variant}-{random_seed}"
-    encoder = JEPAEncoder(frozen, name, shown_variant, options.frequency)
+    encoder = JEPAEncoder(frozen, name, shown_variant)
     return encoder.select_layers(options.layers)
 
 

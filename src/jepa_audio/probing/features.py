@@ -6,25 +6,24 @@ import hashlib
 import math
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import soundfile as sf
 import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from jepa_audio.data.audio.read import read
-from jepa_audio.data.audio.resample import resample
 from jepa_audio.errors import UserError
 from jepa_audio.parallel import file_lock, map_threads, track_progress
+from jepa_audio.probing.clips import item_segment, load_waveform, read_header
 from jepa_audio.probing.encoders import ProbeEncoder
+from jepa_audio.probing.pooling import Pooling
 from jepa_audio.probing.robustness import Condition
-from jepa_audio.probing.row_file import RowFile, layer_field
+from jepa_audio.probing.row_file import RowFile, layer_field, row_type
 from jepa_audio.probing.tasks.base import Windows
 from jepa_audio.probing.tasks.labels import Rows
 from jepa_audio.probing.tasks.records import Item, Split
@@ -38,8 +37,6 @@ _NUM_READERS = 4
 _ITEMS_PER_WRITE = 32
 # Larger features stay on disk, and batches are read from there.
 _MAX_BYTES_IN_MEMORY = 4 * 2**30
-# A FLAC file without a length has 2^63 - 1 frames.
-_UNKNOWN_FRAMES = 2**40
 # Space on the disk that must stay free.
 _SPARE_BYTES = 2**30
 
@@ -54,18 +51,25 @@ class Preparation:
         grid_hz: frames per second to which features are interpolated; `None` keeps the times of
             the encoder.
         condition: degradation of the waveform; `None` for clean audio.
+        poolings: features for each of them; with `per_frame`, only their `frequency` counts.
     """
 
     windows: Windows
     per_frame: bool = False
     grid_hz: float | None = None
     condition: Condition | None = None
+    poolings: tuple[Pooling, ...] = (Pooling(),)
 
-    @property
-    def key(self) -> str:
+    def pooled_by(self, poolings: Sequence[Pooling]) -> Preparation:
+        """The same with other poolings."""
+        if self.per_frame:
+            poolings = [pooling.frames for pooling in poolings]
+        return replace(self, poolings=tuple(dict.fromkeys(poolings)))
+
+    def key(self, pooling: Pooling) -> str:
         """Text with all settings, for cache keys."""
         condition = self.condition.key if self.condition else "clean"
-        return f"revision {REVISION} {self.windows} {self.per_frame} {self.grid_hz} {condition}"
+        return f"revision {REVISION} {self.windows} {pooling.name} {self.grid_hz} {condition}"
 
 
 @dataclass(frozen=True)
@@ -98,56 +102,6 @@ class Features:
         return [self.layers[layer].shape[1] for layer in layers]
 
 
-def load_waveform(item: Item, sample_rate: int, num_channels: int) -> Float32[Tensor, "C S"]:
-    """The audio of an item with the rate and channels of an encoder.
-
-    An encoder with one channel gets the mean of all channels of the file. An encoder with several
-    channels gets a mono file in every channel.
-
-    Raises:
-        AudioReadError: if the file cannot be read.
-        UserError: if the file has a number of channels that is neither 1 nor `num_channels`, or if
-            the item starts after the end of the file.
-    """
-    samples, rate = read(item.path)
-    segment = _segment(item, samples.shape[1], rate, len(samples), num_channels)
-    waveform = torch.from_numpy(samples[:, segment.start : segment.stop])
-    if num_channels == 1:
-        waveform = waveform.mean(dim=0, keepdim=True)
-    return resample(waveform, rate, sample_rate).expand(num_channels, -1)
-
-
-def _segment(
-    item: Item, num_frames: int, rate: int, file_channels: int, num_channels: int
-) -> range:
-    """The samples of a file that belong to an item; raises the `UserError`s of `load_waveform`."""
-    stop = num_frames if item.end_seconds is None else round(item.end_seconds * rate)
-    segment = range(num_frames)[round(item.start_seconds * rate) : stop]
-    if not segment:
-        raise UserError(
-            f"{item.where}: starts at {item.start_seconds} s, after the end of {item.path}"
-        )
-    if num_channels != 1 and file_channels not in (1, num_channels):
-        raise UserError(
-            f"{item.path} has {file_channels} channels, the encoder takes {num_channels}: "
-            f"convert the file to 1 or {num_channels}"
-        )
-    return segment
-
-
-@lru_cache(maxsize=1_000_000)
-def _header(path: Path) -> tuple[int, int, int]:
-    """Frames, sample rate and channels of a file; from its header, if libsndfile can read it."""
-    try:
-        info = sf.info(path)
-        if 0 < info.frames < _UNKNOWN_FRAMES:
-            return info.frames, info.samplerate, info.channels
-    except (sf.LibsndfileError, OSError):
-        pass  # `read` has other decoders, and names the file in its error
-    samples, rate = read(path)
-    return samples.shape[1], rate, len(samples)
-
-
 class _Window(NamedTuple):
     """Samples `start` to `stop` of one item, the `number`-th window of that item."""
 
@@ -158,11 +112,12 @@ class _Window(NamedTuple):
 
 
 class FeatureStore:
-    """Features of one encoder with one preparation, in a file on disk to which rows are appended.
+    """Features of one encoder with one preparation, in files on disk to which rows are appended.
 
-    The file has one row for each window (or time frame) of each item that was encoded before; see
-    `RowFile`. An interrupted extraction continues where it stopped, damaged rows are computed
-    again, and tasks on the same audio share rows. One process at a time writes.
+    There is a file for each pooling, with one row for each window (or time frame) of each item that
+    was encoded before; see `RowFile`. An item is encoded once for all poolings that lack it. An
+    interrupted extraction continues where it stopped, damaged rows are computed again, and tasks on
+    the same audio share rows. One process at a time writes.
 
     Args:
         folder: parent of all stores.
@@ -172,15 +127,22 @@ class FeatureStore:
     def __init__(
         self, folder: Path, encoder: ProbeEncoder, preparation: Preparation, batch_seconds: float
     ) -> None:
-        key = f"{encoder.function_hash} {preparation.key}"
-        self.folder = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
-        self.encoder, self.preparation = encoder, preparation
+        self.folder, self.encoder = folder, encoder
+        self.preparation = preparation.pooled_by(preparation.poolings)
         self.batch_seconds = batch_seconds
         self._dtype = np.dtype(np.float16 if preparation.per_frame else np.float32)
-        self._file = RowFile(self.folder, self._dtype, "clips")
+        self._files = {each: self._file_of(each) for each in self.preparation.poolings}
 
-    def check(self, split: Split) -> None:
+    def _file_of(self, pooling: Pooling) -> RowFile:
+        key = f"{self.encoder.function_hash} {self.preparation.key(pooling)}"
+        folder = self.folder / hashlib.sha256(key.encode()).hexdigest()[:16]
+        return RowFile(folder, self._dtype, "clips")
+
+    def check(self, split: Split) -> int:
         """Find what cannot be encoded without encoding it: read headers, encode one short silence.
+
+        Returns:
+            The number of time columns of the shortest window.
 
         Raises:
             AudioReadError: if a file cannot be read.
@@ -190,16 +152,18 @@ class FeatureStore:
         encoder, windows = self.encoder, self.preparation.windows
 
         def shortest_window(item: Item) -> int:
-            frames, rate, channels = _header(item.path)
-            num_frames = len(_segment(item, frames, rate, channels, encoder.num_channels))
+            frames, rate, channels = read_header(item.path)
+            num_frames = len(item_segment(item, frames, rate, channels, encoder.num_channels))
             num_samples = math.ceil(num_frames * encoder.sample_rate / rate)
             spans = windows.spans(num_samples, encoder.sample_rate)
             return min(stop - start for start, stop in spans)
 
         lengths = list(map_threads(shortest_window, split.items, _NUM_READERS))
         num_samples = min(lengths)
+        silence = torch.zeros(1, encoder.num_channels, num_samples)
         try:
-            self._encode_clips(torch.zeros(1, encoder.num_channels, num_samples))
+            self._encode_clips(silence, self.preparation.poolings)
+            return encoder.encode_for_clips(silence).times.shape[1]
         except (ValueError, RuntimeError) as error:
             raise UserError(
                 f"{split.items[lengths.index(num_samples)].where}: {encoder.name} cannot encode a "
@@ -207,10 +171,11 @@ class FeatureStore:
                 f"({num_samples / encoder.sample_rate:.3g} s at {encoder.sample_rate} Hz): {error}"
             ) from error
 
-    def features(self, split: Split, description: str) -> Features:
-        """Features of all items of a split; items that are not in the store are encoded first.
+    def features(self, split: Split, description: str, pooling: Pooling | None = None) -> Features:
+        """Features of all items of a split, by default of the first pooling.
 
-        `description` is the text of the progress bar.
+        Items that are not in the store are encoded first, for all poolings. `description` is the
+        text of the progress bar.
 
         Raises:
             AudioReadError: if a file cannot be read.
@@ -218,20 +183,28 @@ class FeatureStore:
                 its features are not finite. The last two messages name the item.
         """
         keys = [_item_key(item) for item in split.items]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with file_lock(self.folder / "lock"):
-            self._file.load(keys)
-            pairs = zip(keys, split.items, strict=True)
-            missing = {key: item for key, item in pairs if key not in self._file.spans}
-            if missing:
-                self._extract(missing, description)
-        return self._gather(keys)
+        items = dict(zip(keys, split.items, strict=True))
+        with ExitStack() as locks:
+            # In one order, so that two processes never wait for each other.
+            for folder in sorted(file.folder for file in self._files.values()):
+                folder.mkdir(parents=True, exist_ok=True)
+                locks.enter_context(file_lock(folder / "lock"))
+            # After an interrupt, poolings may lack different items.
+            lacking: dict[tuple[str, ...], list[Pooling]] = {}
+            for each, file in self._files.items():
+                file.load(keys)
+                missing = tuple(key for key in items if key not in file.spans)
+                lacking.setdefault(missing, []).append(each)
+            for missing, poolings in lacking.items():
+                if missing:
+                    self._extract({key: items[key] for key in missing}, poolings, description)
+        return self._gather(keys, self._files[pooling or self.preparation.poolings[0]])
 
-    def _gather(self, keys: Sequence[str]) -> Features:
-        spans = [self._file.spans[key] for key in keys]
+    def _gather(self, keys: Sequence[str], file: RowFile) -> Features:
+        spans = [file.spans[key] for key in keys]
         place = np.concatenate([np.arange(first, first + count) for first, count in spans])
         item = np.repeat(np.arange(len(spans)), [count for _, count in spans])
-        stored = self._file.rows()
+        stored = file.rows()
         window_of_item, seconds, samples = (
             stored[name][place] for name in ("window", "seconds", "samples")
         )
@@ -244,8 +217,10 @@ class FeatureStore:
             layers, place = [layer[place] for layer in layers], np.arange(len(place))
         return Features(layers, place, rows, num_padded)
 
-    def _extract(self, missing: dict[str, Item], description: str) -> None:
-        """Encode items and append their rows, some items at a time."""
+    def _extract(
+        self, missing: dict[str, Item], poolings: Sequence[Pooling], description: str
+    ) -> None:
+        """Encode items and append their rows to the file of each pooling, some items at a time."""
         ahead = 2 * _ITEMS_PER_WRITE
         waveforms = map_threads(self._load, missing.items(), _NUM_READERS, num_submitted=ahead)
         loaded = zip(missing, waveforms, strict=True)
@@ -254,11 +229,14 @@ class FeatureStore:
         while chunk := list(islice(progress, _ITEMS_PER_WRITE)):
             keys = [key for key, _ in chunk]
             items = [missing[key] for key in keys]
-            rows, rows_per_item = self._encode(items, [waveform for _, waveform in chunk])
+            waveforms_of_chunk = [waveform for _, waveform in chunk]
+            tables, rows_per_item = self._encode(items, waveforms_of_chunk, poolings)
             if is_first:
-                self._check_free_space(rows.nbytes / len(chunk) * len(missing))
+                num_bytes = sum(rows.nbytes for rows in tables)
+                self._check_free_space(num_bytes / len(chunk) * len(missing))
                 is_first = False
-            self._file.append(rows, dict(zip(keys, rows_per_item, strict=True)))
+            for pooling, rows in zip(poolings, tables, strict=True):
+                self._files[pooling].append(rows, dict(zip(keys, rows_per_item, strict=True)))
 
     def _load(self, keyed_item: tuple[str, Item]) -> Float32[Tensor, "C S"]:
         """The audio of an item, degraded by the condition.
@@ -274,9 +252,9 @@ class FeatureStore:
         return waveform if condition is None else condition(waveform, rate, seed)
 
     def _encode(
-        self, items: Sequence[Item], waveforms: Sequence[Tensor]
-    ) -> tuple[np.ndarray, list[int]]:
-        """Rows in the order of items and windows, and the number of rows of each item.
+        self, items: Sequence[Item], waveforms: Sequence[Tensor], poolings: Sequence[Pooling]
+    ) -> tuple[list[np.ndarray], list[int]]:
+        """Rows of each pooling in the order of items and windows; the number of rows of each item.
 
         Only windows of the same length are in a batch, so no window is padded.
         """
@@ -288,61 +266,80 @@ class FeatureStore:
                 self.preparation.windows.spans(waveform.shape[-1], rate)
             )
         ]
-        rows_of: dict[_Window, np.ndarray] = {}
+        rows_of: dict[_Window, list[np.ndarray]] = {}
         for batch in _equal_length_batches(windows, self.batch_seconds * rate):
             clips = torch.stack([waveforms[w.item][:, w.start : w.stop] for w in batch])
             try:
-                layers, seconds = self._encode_clips(clips)
+                layers_of, seconds = self._encode_clips(clips, poolings)
             except ValueError as error:
                 raise UserError(f"{items[batch[0].item].where}: {error}") from error
-            row_type = self._file.row_type([layer.shape[-1] for layer in layers])
             for i, window in enumerate(batch):
-                rows = rows_of[window] = np.empty(len(seconds), row_type)
-                rows["window"], rows["samples"] = window.number, window.stop - window.start
-                rows["seconds"] = window.start / rate + seconds
-                for number, layer in enumerate(layers):
-                    values = layer[i].float().cpu().numpy().astype(self._dtype)
-                    if not np.isfinite(values).all():
-                        raise UserError(
-                            f"{items[window.item].where}: {self.encoder.name} gives features that "
-                            f"are not finite in {self._dtype}"
-                        )
-                    rows[layer_field(number)] = values
-        counts = [len(rows_of[window]) for window in windows]
+                rows_of[window] = [
+                    self._rows(window, [layer[i] for layer in layers], seconds, items[window.item])
+                    for layers in layers_of
+                ]
+        counts = [len(rows_of[window][0]) for window in windows]
         per_item = np.bincount([window.item for window in windows], counts, len(waveforms))
-        return np.concatenate([rows_of[w] for w in windows]), per_item.astype(int).tolist()
+        tables = [np.concatenate(rows) for rows in zip(*map(rows_of.get, windows), strict=True)]
+        return tables, per_item.astype(int).tolist()
+
+    def _rows(
+        self,
+        window: _Window,
+        layers: Sequence[Float[Tensor, "rows _"]],
+        seconds: Float[np.ndarray, " rows"],
+        item: Item,
+    ) -> np.ndarray:
+        """The rows of one window as they are written to disk."""
+        of_row = row_type(self._dtype, [layer.shape[-1] for layer in layers])
+        rows = np.empty(len(seconds), of_row)
+        rows["window"], rows["samples"] = window.number, window.stop - window.start
+        rows["seconds"] = window.start / self.encoder.sample_rate + seconds
+        for number, layer in enumerate(layers):
+            values = layer.float().cpu().numpy().astype(self._dtype)
+            if not np.isfinite(values).all():
+                raise UserError(
+                    f"{item.where}: {self.encoder.name} gives features that are not finite in "
+                    f"{self._dtype}"
+                )
+            rows[layer_field(number)] = values
+        return rows
 
     def _encode_clips(
-        self, clips: Float32[Tensor, "B C S"]
-    ) -> tuple[list[Float[Tensor, "B rows _"]], Float[np.ndarray, " rows"]]:
-        """Rows of every layer, one per clip or per time frame, and their times in the clip."""
+        self, clips: Float[Tensor, "B C S"], poolings: Sequence[Pooling]
+    ) -> tuple[list[list[Float[Tensor, "B rows _"]]], Float[np.ndarray, " rows"]]:
+        """For each pooling the rows of every layer, and their times in the clip.
+
+        There is one row for each clip, or for each time frame.
+        """
         encoder, grid_hz = self.encoder, self.preparation.grid_hz
         clip_seconds = clips.shape[-1] / encoder.sample_rate
-        if self.preparation.per_frame:
-            features = encoder.encode(clips)
-            layers = features.over_time(encoder.frequency)
-            times = features.times[0].cpu().double()
-        else:
-            layers = [layer[:, None] for layer in encoder.encode_clips(clips)]
-            times = torch.tensor([clip_seconds / 2], dtype=torch.float64)
-        if len(layers) != len(encoder.layer_names):
+        per_frame = self.preparation.per_frame
+        features = encoder.encode(clips) if per_frame else encoder.encode_for_clips(clips)
+        if len(features.layers) != len(encoder.layer_names):
             raise UserError(
-                f"{encoder.name} returns {len(layers)} layers, but the names of its layers are "
-                f"{list(encoder.layer_names)}: `encode` must return one tensor for each index in "
-                "`layers`, in the same order"
+                f"{encoder.name} returns {len(features.layers)} layers, but the names of its "
+                f"layers are {list(encoder.layer_names)}: `encode` must return one tensor for each "
+                "index in `layers`, in the same order"
             )
-        if not self.preparation.per_frame or grid_hz is None:
-            return layers, times.numpy()
+        layers_of = [pooling(features) for pooling in poolings]
+        if not per_frame:
+            return layers_of, np.array([clip_seconds / 2])
+        times = features.times[0].cpu().double()
+        if grid_hz is None:
+            return layers_of, times.numpy()
         num_frames = max(1, int(clip_seconds * grid_hz))
         grid = (torch.arange(num_frames) + 0.5) / grid_hz
-        return [_interpolate(layer, times, grid) for layer in layers], grid.numpy()
+        on_grid = [[_interpolate(layer, times, grid) for layer in layers] for layers in layers_of]
+        return on_grid, grid.numpy()
 
     def _check_free_space(self, num_bytes: float) -> None:
         free = shutil.disk_usage(self.folder).free
         if num_bytes + _SPARE_BYTES > free:
             raise UserError(
                 f"features of {len(self.encoder.layer_names)} layers take {num_bytes / 1e9:.1f} GB "
-                f"in {self.folder}, but {free / 1e9:.1f} GB are free: keep fewer with `--layers`, "
+                f"in {self.folder}, but {free / 1e9:.1f} GB are free: keep fewer with `--layers` "
+                "or `--pooling`, "
                 "or choose another `--output`"
             )
 

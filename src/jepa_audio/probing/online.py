@@ -18,8 +18,8 @@ from typing_extensions import override
 
 from jepa_audio.errors import UserError, check_bounds
 from jepa_audio.inference.encoder import Encoder
+from jepa_audio.probing.clips import load_waveform
 from jepa_audio.probing.encoders import state_hash
-from jepa_audio.probing.features import load_waveform
 from jepa_audio.probing.intervals import Difference, difference, draw_counts
 from jepa_audio.probing.tasks import TASKS, load_task
 from jepa_audio.probing.tasks.labels import ClipLabels

@@ -59,16 +59,11 @@ class RowFile:
     """
 
     def __init__(self, folder: Path, dtype: np.dtype, kind: str) -> None:
+        self.folder = folder
         self.rows_path, self.index_path = folder / "rows", folder / "index.jsonl"
         self.dtype, self.kind = dtype, kind
         self.blocks: list[Block] = []
         self.spans: dict[str, tuple[int, int]] = {}
-
-    def row_type(self, widths: Sequence[int]) -> np.dtype:
-        """Type of a row: window of its item, centre in s, samples of the window, and layers."""
-        fixed = [("window", "<i4"), ("seconds", "<f4"), ("samples", "<i4")]
-        layers = [(layer_field(i), self.dtype, (width,)) for i, width in enumerate(widths)]
-        return np.dtype([*fixed, *layers])
 
     def load(self, keys: Collection[str]) -> None:
         """Read the index, and check the rows of these keys; damaged blocks are left out.
@@ -82,7 +77,7 @@ class RowFile:
         intact = [
             block
             for block in self.blocks
-            if block.end * self.row_type(block.widths).itemsize <= num_bytes
+            if block.end * row_type(self.dtype, block.widths).itemsize <= num_bytes
             and (needed.isdisjoint(block.counts) or self._is_intact(block))
         ]
         if is_damaged or len(intact) < len(self.blocks):
@@ -124,10 +119,9 @@ class RowFile:
 
     def rows(self) -> np.ndarray:
         """All rows, on disk."""
-        row_type = self.row_type(self.blocks[0].widths)
-        return np.memmap(
-            self.rows_path, dtype=row_type, mode="r", shape=(max(b.end for b in self.blocks),)
-        )
+        dtype = row_type(self.dtype, self.blocks[0].widths)
+        num_rows = max(block.end for block in self.blocks)
+        return np.memmap(self.rows_path, dtype=dtype, mode="r", shape=(num_rows,))
 
     def _add_spans(self, block: Block) -> None:
         first = block.first
@@ -153,7 +147,7 @@ class RowFile:
         return blocks, is_cut or len(blocks) < num_lines
 
     def _is_intact(self, block: Block) -> bool:
-        size = self.row_type(block.widths).itemsize
+        size = row_type(self.dtype, block.widths).itemsize
         checksum, num_bytes = block.header_checksum, (block.end - block.first) * size
         with self.rows_path.open("rb") as file:
             file.seek(block.first * size)
@@ -161,6 +155,13 @@ class RowFile:
                 data = file.read(min(num_bytes, _CHUNK_BYTES))
                 checksum, num_bytes = zlib.crc32(data, checksum), num_bytes - len(data)
         return checksum == block.checksum
+
+
+def row_type(dtype: np.dtype, widths: Sequence[int]) -> np.dtype:
+    """Type of a row: window of its item, centre in s, samples of the window, and layers."""
+    fixed = [("window", "<i4"), ("seconds", "<f4"), ("samples", "<i4")]
+    layers = [(layer_field(i), dtype, (width,)) for i, width in enumerate(widths)]
+    return np.dtype([*fixed, *layers])
 
 
 def layer_field(layer: int) -> str:

@@ -10,15 +10,17 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from jaxtyping import Float, Shaped
 
 from jepa_audio import files
 from jepa_audio.errors import MissingFileError, UserError
+from jepa_audio.inference.features import Frequency
 from jepa_audio.parallel import file_lock
 from jepa_audio.probing.intervals import Difference
+from jepa_audio.probing.tasks import TASKS
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +59,8 @@ class ProbeRow:
         variant: "context", "target", "random" (random-init baseline), "random-7" (the same with
             seed 7), "statistics" (log-mel statistics) or "function".
         encoder_hash: hash of the weights.
-        pooling: how frequency rows are combined.
+        pooling: how the tokens of a clip become features, as time/frequency: "thirds_std/concat"
+            has the means of three thirds and the deviation, with the frequency rows concatenated.
         preset: "marble-v1", "linear" or "marble-v2".
         select: epoch of the head that is tested, "best" on the validation split or "last".
         head: "mlp", "logistic", "ridge" or "knn".
@@ -305,6 +308,7 @@ def _parse_row(line: dict[str, Any] | UserError, where: str) -> ProbeRow:
     checksum = values.pop("checksum", None)
     if checksum not in (None, _checksum(values)):
         raise UserError(f"{where}: the row differs from its checksum: it is damaged or was edited")
+    _name_pooling(values)
     known = {field.name for field in fields(ProbeRow)}
     required = {field.name for field in fields(ProbeRow) if field.default is MISSING}
     if not required <= values.keys() <= known:
@@ -323,6 +327,17 @@ def _parse_row(line: dict[str, Any] | UserError, where: str) -> ProbeRow:
         return ProbeRow(**values | nested)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise UserError(f"{where}: not a row of this version of jepa-audio ({error})") from error
+
+
+def _name_pooling(values: dict[str, Any]) -> None:
+    """Complete the pooling of a row of an earlier version, which named the frequency alone."""
+    frequency = values.get("pooling")
+    if frequency in get_args(Frequency):
+        task, is_log_mel = TASKS.get(str(values.get("task"))), values.get("variant") == STATISTICS
+        time = "mean_std_change" if is_log_mel else "mean"
+        if task is not None and task.grid_hz is not None:
+            time = "frames"
+        values["pooling"] = f"{time}/{frequency}"
 
 
 def _from_json(value: Any, key: str = "") -> Any:

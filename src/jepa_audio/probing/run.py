@@ -5,21 +5,16 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
-from torch.nn import functional as F
 
 from jepa_audio.errors import UserError, did_you_mean
 from jepa_audio.probing.encoders import (
     EncoderOptions,
-    Frequency,
     LogMelStatistics,
     ProbeEncoder,
     Windowing,
@@ -29,7 +24,8 @@ from jepa_audio.probing.encoders import (
 from jepa_audio.probing.features import Features, FeatureStore
 from jepa_audio.probing.heads import Choice, FitContext, Head, choose
 from jepa_audio.probing.heads.stacked import Select
-from jepa_audio.probing.intervals import difference, draw_counts, interval
+from jepa_audio.probing.intervals import difference
+from jepa_audio.probing.pooling import Pooling, parse_poolings
 from jepa_audio.probing.presets import HeadKind, Preset, preset_of
 from jepa_audio.probing.robustness import SWEEPS, Condition, area, noise_sweep
 from jepa_audio.probing.rows import (
@@ -42,16 +38,15 @@ from jepa_audio.probing.rows import (
     prepare_results,
     save_evidence,
 )
+from jepa_audio.probing.scores import chance_score, score_head
 from jepa_audio.probing.tasks import ProbeData, load_task
 from jepa_audio.probing.tasks.label_checks import check_labels
-from jepa_audio.probing.tasks.labels import UNKNOWN, Rows
-from jepa_audio.probing.tasks.records import Split
 from jepa_audio.probing.tasks.table import LabelKind
 
 log = logging.getLogger(__name__)
 
-_Results = dict[tuple[str, str, HeadKind, int], tuple[float, Evidence]]
-"""Headline score and evidence by task, checksum of its records, kind of head and seed."""
+_Results = dict[tuple[str, str, str, HeadKind, int], tuple[float, Evidence]]
+"""Headline score and evidence by task, checksum of its records, pooling, kind of head and seed."""
 
 
 def probe(
@@ -63,7 +58,8 @@ def probe(
     preset: str = "marble-v1",
     select: Select = "best",
     variants: Sequence[Literal["context", "target"]] = ("context", "target"),
-    frequency: Frequency = "mean",
+    pooling: list[str] | str = "mean",
+    frequency: list[str] | str = "mean",
     layers: Sequence[int] = (),
     overlap: float = 0.0,
     windowing: Windowing = "exact",
@@ -98,8 +94,13 @@ def probe(
         select: epoch of the head that is scored, "best" or "last". MARBLE v2 itself uses "last".
             Only marble-v2 has this option.
         variants: encoders of each checkpoint, besides its random-init baseline.
+        pooling: what is kept of the time columns of a clip: "mean", "thirds" (means of three equal
+            parts) or "regions_N" (of N parts); a name that ends in "_std" or "_change" adds the
+            deviation or the mean absolute change over the clip, as in "thirds_std". Separate
+            several with commas: they share one encoding. Labels in time are not pooled. Log-mel
+            statistics have the same poolings, and always "mean_std_change".
         frequency: how the frequency rows of a time column become one vector: "mean" or "concat".
-            Checkpoints only.
+            Separate several with commas. Log-mel statistics always have "concat".
         layers: indices of the layers that are probed, 0 for the input of the first block. The
             default is all.
         overlap: overlap of the windows of a long clip as a share of a window, in [0, 1).
@@ -119,7 +120,8 @@ def probe(
     chosen_preset = preset_of(preset, select)
     sources = _comma_list(encoder)
     _check_unique("encoder", [run_name(Path(s)) for s in sources if s.endswith(".ckpt")])
-    options = EncoderOptions(variants, frequency, layers, random_seeds, overlap, windowing)
+    poolings = parse_poolings(_comma_list(pooling), _comma_list(frequency))
+    options = EncoderOptions(variants, layers, random_seeds, overlap, windowing)
     encoders = [load_encoders(source, options) for source in sources]
     roots = [Path(root) for root in _comma_list(data)]
     datasets = [load_task(task, roots, table_kind) for task in _comma_list(tasks)]
@@ -140,15 +142,15 @@ def probe(
         baseline: _Results = {}
         for one in _with_statistics(source, sample_rates):
             one.to(device)
-            settings = (chosen_preset, output, tuple(seeds), sweeps, batch_seconds, device)
-            probes = [_Probe(one, dataset, *settings) for dataset in datasets]
+            settings = (tuple(seeds), sweeps, batch_seconds, device, one.poolings(poolings))
+            probes = [_Probe(one, d, chosen_preset, output, *settings) for d in datasets]
             for each in probes:
-                for split in each.data.splits.values():
-                    each.store().check(split)
+                each.check()
             for each in probes:
-                new_rows = list(each.rows(baseline))
-                append_rows(output / "results.jsonl", new_rows)
-                rows += new_rows
+                for pooled in each.of_poolings():
+                    new_rows = list(pooled.rows(baseline))
+                    append_rows(output / "results.jsonl", new_rows)
+                    rows += new_rows
     return rows
 
 
@@ -169,6 +171,33 @@ class _Probe:
     sweeps: Mapping[str, tuple[Condition, ...]]
     batch_seconds: float
     device: str
+    poolings: tuple[Pooling, ...]
+    pooling: Pooling = field(default_factory=Pooling)
+
+    def check(self) -> None:
+        """Encode the shortest window; log where it has fewer columns than a pooling has regions.
+
+        Raises:
+            AudioReadError, UserError: see `FeatureStore.check`.
+        """
+        store = self.store()
+        num_columns = min(store.check(split) for split in self.data.splits.values())
+        for pooling in store.preparation.poolings:
+            if self.is_first_of_source and num_columns < pooling.regions:
+                log.warning(
+                    "%s: the shortest window has %d time columns, fewer than the %d regions of %s: "
+                    "a column of such a window is in several regions",
+                    *(self.data.task.name, num_columns, pooling.regions, pooling.name),
+                )
+
+    @property
+    def is_first_of_source(self) -> bool:
+        """False for the encoders of a checkpoint: their baseline has the same front end."""
+        return self.encoder.variant in (RANDOM_INIT, STATISTICS, "function")
+
+    def of_poolings(self) -> list[_Probe]:
+        """This probe for each pooling; they share one store of features."""
+        return [replace(self, pooling=each) for each in self.store().preparation.poolings]
 
     def rows(self, baseline: _Results) -> Iterator[ProbeRow]:
         """Rows for each kind of head and seed.
@@ -176,29 +205,29 @@ class _Probe:
         The results of the random-init baseline are added to `baseline`; those of other encoders of
         a checkpoint are compared with it.
         """
-        encoder, data, task = self.encoder, self.data, self.data.task
+        encoder, data, task, pooling = self.encoder, self.data, self.data.task, self.pooling
         features = {split: self._features(split) for split in data.splits}
         test = features["test"]
-        chance = _chance_score(data, features["train"].rows, test.rows)
+        chance = chance_score(data, features["train"].rows, test.rows)
         num_padded = sum(each.num_padded for each in features.values())
-        # One line, although the encoders of a checkpoint have the same front end.
-        if num_padded and encoder.variant in (RANDOM_INIT, STATISTICS, "function"):
+        is_first = pooling == self.store().preparation.poolings[0]
+        if num_padded and is_first and self.is_first_of_source:
             log.warning(
                 "%s: %d windows are shorter than one token (%d samples at %d Hz): zero padding",
                 *(task.name, num_padded, encoder.min_samples, encoder.sample_rate),
             )
         sizes = [features[s].rows.num_units(data.splits[s], task.units[0]) for s in data.splits]
         seeds = self.seeds or tuple(range(1234, 1234 + task.num_seeds))
-        description = f"{encoder.name} {encoder.variant}: {task.name}, heads"
+        description = f"{encoder.name} {encoder.variant}: {task.name}, {pooling.name}, heads"
         fit = FitContext(features, data, encoder.layer_names, seeds, self.device, description)
         for kind, heads in self.preset.fit(fit).items():
             choice = choose(heads)
             for head in choice.heads:
                 logits = head.logits(test, self.device)
-                scores, evidence = _score_head(logits, data, data.splits["test"], test.rows)
+                scores, evidence = score_head(logits, data, data.splits["test"], test.rows)
                 row = self._row(kind, choice, head, scores, sizes, chance)
                 row = replace(row, num_padded=num_padded)
-                key = task.name, data.checksum, kind, head.seed
+                key = task.name, data.checksum, pooling.name, kind, head.seed
                 if encoder.variant == RANDOM_INIT:
                     baseline[key] = row.value, evidence
                 elif encoder.variant in ("context", "target") and key in baseline:
@@ -212,11 +241,12 @@ class _Probe:
 
     def _features(self, split: str, condition: Condition | None = None) -> Features:
         description = f"{self.encoder.name} {self.encoder.variant}: {self.data.task.name}, {split}"
-        return self.store(condition).features(self.data.splits[split], description)
+        return self.store(condition).features(self.data.splits[split], description, self.pooling)
 
     def store(self, condition: Condition | None = None) -> FeatureStore:
         """The features of the encoder for the audio of the task."""
-        preparation = replace(self.preset.preparation(self.data.task), condition=condition)
+        preparation = self.preset.preparation(self.data.task).pooled_by(self.poolings)
+        preparation = replace(preparation, condition=condition)
         folder = self.output / "features"
         return FeatureStore(folder, self.encoder, preparation, self.batch_seconds)
 
@@ -247,8 +277,8 @@ class _Probe:
         chance: float,
     ) -> ProbeRow:
         encoder, data, task, preset = self.encoder, self.data, self.data.task, self.preset
-        weights, names = encoder.encoder_hash, encoder.layer_names
-        encoder_key = (encoder.name, encoder.variant, weights, encoder.frequency, names)
+        weights, names, pooling = encoder.encoder_hash, encoder.layer_names, self.pooling.name
+        encoder_key = (encoder.name, encoder.variant, weights, pooling, names)
         task_key = (
             task.name,
             data.checksum,
@@ -263,7 +293,7 @@ class _Probe:
             encoder=encoder.name,
             variant=encoder.variant,
             encoder_hash=weights,
-            pooling=encoder.frequency,
+            pooling=pooling,
             task=task.name,
             preset=preset.name,
             select=preset.select,
@@ -292,47 +322,6 @@ class _Probe:
             split_checksum=data.checksum,
             versions={name: version(name) for name in ("jepa-audio", "torch", "torchmetrics")},
         )
-
-
-def _score_head(
-    logits: Float[Tensor, "rows 1 C"], data: ProbeData, split: Split, rows: Rows
-) -> tuple[dict[str, Score], Evidence]:
-    """All metrics of a task on all its units, with 95 % bootstrap intervals, and the evidence.
-
-    Metrics on other units than the first have a prefix. Predictions and labels of the evidence are
-    those of the first unit.
-    """
-    scores: dict[str, Score] = {}
-    draws: dict[str, np.ndarray] = {}
-    first_unit = data.task.units[0]
-    for unit in data.task.units:
-        predictions = data.labels.predictions(logits, split, rows, unit).cpu()
-        truth = data.labels.unit_targets(split, rows, unit)
-        counts = draw_counts(len(predictions))
-        for metric in data.task.metrics:
-            name = metric.name if unit == first_unit else f"{unit}_{metric.name}"
-            draws[name] = metric.resampled(predictions[:, 0].numpy(), truth, counts)
-            value = float(metric(predictions, truth)[0])
-            scores[name] = Score(value, *interval(draws[name]), metric.num_scored(truth))
-        if unit == first_unit:
-            kept = predictions[:, 0].float().numpy(), truth
-    uids = split.uids
-    if first_unit == "window":
-        _, first = np.unique(rows.window, return_index=True)
-        starts = zip(rows.item[first], rows.seconds[first], strict=True)
-        uids = tuple(f"{split.items[item].uid} at {seconds:.1f} s" for item, seconds in starts)
-    return scores, Evidence(*kept, uids=uids, draws=draws)
-
-
-def _chance_score(data: ProbeData, train: Rows, test: Rows) -> float:
-    """First metric of a constant prediction: class or tag frequencies, or means, in training."""
-    targets = data.labels.row_targets(data.splits["train"], train)
-    if data.labels.kind == "class":
-        targets = F.one_hot(targets[targets != UNKNOWN], data.labels.num_outputs)
-    mean = targets.float().mean(dim=0)
-    constant = torch.logit(mean, eps=1e-6) if data.labels.kind == "tags" else mean
-    logits = constant.expand(len(test), 1, -1).contiguous()
-    return float(data.scores(logits, data.splits["test"], test))
 
 
 def _with_statistics(

@@ -68,7 +68,7 @@ def draw_close_ups(table: pd.DataFrame) -> dict[str, list[list[FigureFile]]]:
     for row, folder in zip(lines["row"], lines["folder"], strict=True):
         encoder = (row.encoder, row.variant, row.pooling, row.encoder_hash[:8])
         name = _slug(row.task, *encoder, row.preset, row.select, row.head)
-        title = f"{row.encoder}, {variant_style(row.variant).label}"
+        title = f"{row.encoder}, {variant_style(row.variant).label}, {row.pooling}"
         paths = {kind: folder / "pictures" / f"{name}-{kind}.png" for kind in KINDS}
         evidence = folder / row.evidence
         if not 0 < _written(evidence) < _written(paths["grid"]):

@@ -96,9 +96,10 @@ def _probe_lines(rows: Sequence[ProbeRow]) -> Iterator[tuple[str, tuple[str, ...
         of_encoder = [row for row in rows if row.encoder == encoder]
         if any(map(_has_layers, of_encoder)):
             yield style.shorten(encoder, 36), ()
+        several = several_poolings or len({row.pooling for row in of_encoder}) > 1
         keys = {(row.pooling, variant_style(row.variant), row.variant) for row in of_encoder}
         for pooling, found, variant in sorted(keys):
-            suffix = f", {pooling}" if several_poolings else ""
+            suffix = f", {pooling}" if several else ""
             yield found.label + suffix, (encoder, pooling, variant)
 
 
@@ -121,7 +122,8 @@ def draw_layers(rows: Sequence[ProbeRow], title: str = "") -> Figure:
     """Validation scores by layer: a panel for each encoder and task.
 
     A marker is at the selected layer. Log-mel statistics have one layer and are a horizontal line
-    in every panel. Combinations of layers are at the right, with a gap.
+    in every panel, one for each of their poolings. Combinations of layers are at the right, with a
+    gap.
     """
     layered = [row for row in rows if _has_layers(row)]
     if not layered:
@@ -190,8 +192,10 @@ def draw_robustness(rows: Sequence[ProbeRow], title: str = "") -> Figure:
     figure, axes = style.small_multiples(len(conditions), 3, height=2.5, extra=0.7, share="y")
     unused_styles = cycle(product("o^Dv", style.PALETTE))
     handles: dict[str, Line2D] = {}
+    several_poolings = len({row.pooling for row in rows}) > 1
     for row in rows:
         label = f"{style.shorten(row.encoder, 28)}, {variant_style(row.variant).label}"
+        label += f", {row.pooling}" if several_poolings else ""
         if label not in handles:
             # All random-init baselines are grey.
             is_random = row.variant.startswith(RANDOM_INIT)

@@ -23,6 +23,8 @@ PROTOCOL = ["task", "preset", "select", "head", "decoder", "unit", "metric"]
 """Columns of what is scored and how."""
 RECORDS = ["split_checksum", "num_train", "num_valid", "num_test"]
 """Columns of the data."""
+EQUAL = "log-mel, equal pooling"
+"""Name of a baseline; see `add_baselines`."""
 
 
 def to_table(rows: Sequence[ProbeRow], folders: Sequence[Path] | None = None) -> pd.DataFrame:
@@ -84,25 +86,33 @@ def add_baselines(lines: pd.DataFrame) -> pd.DataFrame:
     """Add the baselines of each line of comparable results, and labels where it is below them.
 
     New columns: `baselines`, lines by name, of "random-init" (the last result with the same encoder
-    and pooling) and "log-mel" (the best statistics); `below`, a tuple such as ("below log-mel",).
-    Baselines themselves have no baselines.
+    and pooling), "log-mel" (the best pooling of log-mel statistics) and "log-mel, equal pooling"
+    (with the same pooling over time); `below`, a tuple such as ("below log-mel",). Baselines
+    themselves have no baselines.
     """
     random_init = {
         (line.encoder, line.pooling): line
         for line in lines[lines["variant"] == RANDOM_INIT].itertuples()
     }
-    statistics = lines[lines["variant"] == STATISTICS].itertuples()
+    statistics = list(lines[lines["variant"] == STATISTICS].itertuples())
     log_mel = max(statistics, key=lambda line: line.value, default=None)
+    equal = {_time_pooling(line): line for line in statistics}
     baselines: list[dict[str, Any]] = []
     for line in lines.itertuples():
         own = random_init.get((line.encoder, line.pooling))
-        found = {} if line.is_baseline else {"random-init": own, "log-mel": log_mel}
+        found = {"random-init": own, "log-mel": log_mel, EQUAL: equal.get(_time_pooling(line))}
+        found = {} if line.is_baseline else found
         baselines.append({name: other for name, other in found.items() if other is not None})
     below = [
-        tuple(f"below {name}" for name, other in found.items() if value < other.value)
+        tuple(f"below {n}" for n, other in found.items() if n != EQUAL and value < other.value)
         for value, found in zip(lines["value"], baselines, strict=True)
     ]
     return lines.assign(baselines=baselines, below=below)
+
+
+def _time_pooling(line: Any) -> str:
+    """The pooling over time of a line; log-mel bands are never averaged."""
+    return str(line.pooling).partition("/")[0]
 
 
 def mean_over_seeds(table: pd.DataFrame) -> pd.DataFrame:

@@ -36,6 +36,8 @@ _ITERATIONS_PER_HESSIAN = 20
 _TOLERANCE = 1e-5
 # Logits that are computed at once; eight such tensors are alive: 2 GiB.
 _MAX_LOGITS = 2**26
+# Features of layers that are solved at once; three such tensors are alive: 3 GiB.
+_MAX_VALUES = 2**28
 
 
 class Standardisation:
@@ -162,7 +164,10 @@ def fit_logistic(
     """
     target = F.one_hot(labels.to(device), num_classes).float()
     l2 = torch.tensor(strengths, device=device, dtype=torch.float32)
-    layers_at_once = max(1, _MAX_LOGITS // (len(labels) * len(strengths) * num_classes))
+    width = max(train.widths([head_input.layers[0] for head_input in inputs]))
+    by_logits = _MAX_LOGITS // (len(labels) * len(strengths) * num_classes)
+    by_width = _MAX_VALUES // (len(labels) * min(width, len(labels)))
+    layers_at_once = max(1, min(by_logits, by_width))
     heads = []
     for first in range(0, len(inputs), layers_at_once):
         group = inputs[first : first + layers_at_once]
