@@ -117,7 +117,10 @@ def export_weights(layout: str, checkpoint: Path, output: Path, trust: Sequence[
         UserError: if the checkpoint does not contain the length of its crops.
     """
     jepa = load_jepa(checkpoint, trust)
-    state = jepa.state_dict()
+    weights = jepa.state_dict()
+    state = {name: value for name, value in weights.items() if _part(name) != "distance"}
+    if len(state) < len(weights):
+        log.info("the layout %s has no weights of the loss: `distance` is not exported", layout)
     variant = _layout(layout).variant(state)
     if jepa.target_front_end is not None:
         raise WeightsError(f"the layout {layout} cannot express `target_front_end: momentum`")
@@ -139,6 +142,8 @@ def export_weights(layout: str, checkpoint: Path, output: Path, trust: Sequence[
 def load_weights(jepa: JEPA, checkpoint: Path) -> None:
     """Replace all weights of a model by the weights of a checkpoint.
 
+    If the checkpoint was trained with another `distance`, the model keeps its own weights there.
+
     Raises:
         MissingFileError: if the file does not exist.
         WeightsError: if the weights do not fit the model; the message lists the differences.
@@ -146,7 +151,12 @@ def load_weights(jepa: JEPA, checkpoint: Path) -> None:
     if not checkpoint.is_file():
         raise MissingFileError(f"no checkpoint at {checkpoint}")
     published = open_published(checkpoint)
-    load_state(jepa, published.path, published.tensors)
+    tensors = dict(published.tensors)
+    own, other = _distance_weights(jepa.state_dict()), _distance_weights(tensors)
+    if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in other.items()}:
+        log.warning("%s has other weights of `distance`: those are not used", checkpoint)
+        tensors = {k: v for k, v in tensors.items() if k not in other} | own
+    load_state(jepa, published.path, tensors)
 
 
 def _layout(name: str) -> Layout:
@@ -167,6 +177,7 @@ def _state(variant: Layout, published: Published, model: Settings) -> dict[str, 
     """All weights of the model; see `import_weights` for missing parts."""
     with torch.device("meta"):
         expected = _initial_state(model)
+    expected = {name: value for name, value in expected.items() if _part(name) != "distance"}
     names = {name: variant.published_name(name) for name in expected}
     parts = {_part(name) for name, key in names.items() if key in published.tensors}
     if "front_end" not in parts or not parts & {"encoder", "target_encoder"}:
@@ -187,6 +198,10 @@ def _part(name: str) -> str:
     return name.partition(".")[0]
 
 
+def _distance_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if _part(name) == "distance"}
+
+
 def _initial_state(model: Settings) -> dict[str, Tensor]:
     return build_jepa(model, "the recipe and the sizes of the file").state_dict()
 
@@ -205,9 +220,9 @@ def _missing_parts(
             }
     if "predictor" not in parts:
         log.warning("%s has no predictor: its weights are drawn from `model.seed`", path)
-        initial = _initial_state(model)
-        weights |= {name: value for name, value in initial.items() if _part(name) == "predictor"}
-    return weights
+    initial = _initial_state(model)
+    drawn = {"distance", "predictor"} - parts
+    return weights | {name: value for name, value in initial.items() if _part(name) in drawn}
 
 
 def _without_linked(model: Settings) -> Settings:

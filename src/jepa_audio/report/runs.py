@@ -244,11 +244,12 @@ def _losses(run: Run) -> Iterator[str]:
     loss = run.last("train/loss", measured) if math.isnan(loss) else loss
     mean = run.last("train/loss_mean_target")
     copied = run.last("train/loss_nearest_context")
-    if all(map(math.isfinite, (loss, mean, copied))):
+    if all(map(math.isfinite, (loss, mean))):
         by_mean, by_copy = ("below" if loss < other else "not below" for other in (mean, copied))
+        copy = f" and {by_copy} that of copying the nearest context token ({copied:.3g})"
         yield (
             f"The last loss, {loss:.3g}, is {by_mean} that of predicting the mean target "
-            f"({mean:.3g}) and {by_copy} that of copying the nearest context token ({copied:.3g})."
+            f"({mean:.3g}){copy if math.isfinite(copied) else ''}."
         )
     if math.isfinite(valid := run.last("valid/loss")):
         yield f"The last validation loss is {valid:.3g}."
@@ -296,6 +297,7 @@ def _list_panels(keys: set[str]) -> list[Panel]:
         Panel("Standard deviation", std),
         Panel("Mean cosine between clips", {"collapse/clip_cosine": ""}),
         Panel("Share of variance between clips", {"collapse/clip_share": ""}, from_zero=True),
+        Panel("Classes that targets distinguish", {"collapse/class_perplexity": ""}),
         Panel("Distance of target encoder to encoder", {"collapse/ema_distance": ""}),
         Panel("Gradient norm", {"train/gradient_norm": ""}, log_scale=True),
         Panel("Learning rate", {"lr-*": ""}),

@@ -1,4 +1,4 @@
-"""Step 6 of a JEPA: the distance between a predicted latent and its target."""
+"""Step 6 of a JEPA: the distance between a prediction and its target."""
 
 from __future__ import annotations
 
@@ -6,15 +6,43 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
 from jepa_audio.errors import UserError
+from jepa_audio.steps.classes import Codebook
+from jepa_audio.steps.grid import Grid, TokenSet
 
 
 class Distance(ABC):
     """A loss value for each token; the training module averages it over the targets."""
+
+    def set_widths(self, embed_dim: int, target_dim: int) -> None:
+        """Prepare for predictions of width `embed_dim` and targets of width `target_dim`.
+
+        Raises:
+            UserError: if predictions and targets of these widths cannot be compared.
+        """
+        if embed_dim != target_dim:
+            raise UserError(
+                f"`distance` ({type(self).__name__}) compares predictions of width {embed_dim} "
+                f"(`predictor.embed_dim`) with targets of width {target_dim}: make the widths "
+                "equal, or use `CrossEntropy`, whose targets may have any width"
+            )
+
+    def reset_parameters(self) -> None:  # noqa: B027 (most distances have no weights)
+        """Draw the initial weights from torch's global generator."""
+
+    def at_targets(
+        self,
+        prediction: Float[Tensor, "B M L D"],
+        target: Float[Tensor, "B M L T"],
+        where: TokenSet,
+        grid: Grid,
+    ) -> Float[Tensor, "B M L"]:
+        """The distance at the target tokens `where` of a grid; at padding, any finite number."""
+        return self(prediction, target)
 
     def __call__(
         self, prediction: Float[Tensor, "*tokens D"], target: Float[Tensor, "*tokens D"]
@@ -67,12 +95,88 @@ class NormalizedMSE(Distance):
         return 2 - 2 * F.cosine_similarity(prediction, target, dim=-1)
 
 
+class CrossEntropy(nn.Module, Distance):
+    """Cross-entropy of predicted classes, for targets that are classes.
+
+    A codebook turns the targets into classes; their width is free. A head turns the predictions
+    into the logits of the classes.
+
+    Args:
+        codebook: target latents → classes.
+        temperature: `None`: the head is a linear layer (BEST-RQ). A number: logits are the cosine
+            similarities of the prediction and a learned vector of each class, divided by it (CAPI,
+            arXiv:2502.08769: 0.12; CAPI also learns the lengths of these vectors).
+    """
+
+    head: nn.Linear
+
+    def __init__(self, codebook: Codebook, temperature: float | None = None) -> None:
+        super().__init__()
+        if temperature is not None and not temperature > 0:
+            raise UserError(f"`temperature` ({temperature}) must be positive, or null")
+        self.codebook, self.temperature = codebook, temperature
+
+    @override
+    def set_widths(self, embed_dim: int, target_dim: int) -> None:
+        self.head = nn.Linear(embed_dim, self.codebook.num_classes, bias=self.temperature is None)
+        self.codebook.set_width(target_dim)
+
+    @override
+    def reset_parameters(self) -> None:
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        if self.temperature is None:
+            nn.init.zeros_(self.head.bias)
+        self.codebook.reset_parameters()
+
+    @override
+    def at_targets(
+        self, prediction: Tensor, target: Tensor, where: TokenSet, grid: Grid
+    ) -> Float[Tensor, "B M L"]:
+        return self(prediction, target, where, grid)
+
+    def forward(
+        self,
+        prediction: Float[Tensor, "B M L D"],
+        target: Float[Tensor, "B M L T"],
+        where: TokenSet,
+        grid: Grid,
+    ) -> Float[Tensor, "B M L"]:
+        """The cross-entropy at the target tokens `where`, in nats.
+
+        The gradient also contains that of the codebook's own loss, which does not change the value.
+        """
+        classes = self.codebook(target, where, grid)
+        distance = self.measure(self.logits(prediction), classes.target)
+        if classes.loss is None:
+            return distance
+        return distance + (classes.loss - classes.loss.detach())
+
+    def logits(self, prediction: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens C"]:
+        """The logits of the classes, float32."""
+        if self.temperature is None:
+            return self.head(prediction).float()
+        prediction = F.normalize(prediction.float(), dim=-1)
+        vectors = F.normalize(self.head.weight.float(), dim=-1)
+        return F.linear(prediction, vectors).float() / self.temperature
+
+    @override
+    def measure(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """The cross-entropies `[*tokens]` of logits `[*tokens, C]` and the classes of the tokens.
+
+        The classes are indices `[*tokens]` or probabilities `[*tokens, C]`.
+        """
+        classes = target.flatten(0, prediction.dim() - 2)
+        losses = F.cross_entropy(prediction.flatten(0, -2), classes, reduction="none")
+        return losses.view(prediction.shape[:-1])
+
+
 @dataclass(frozen=True)
 class JEPAOutput:
     """The result of one forward pass; at padding, `valid` of the token sets in `Masks` is False.
 
     `distance_sum` is the sum of the distances at all `num_targets` valid target tokens; over all
     batches and processes, sum / count is the exact mean. `loss` divides by an expected count.
+    Predictions and targets have the same width, unless the distance allows others.
     """
 
     loss: Float[Tensor, ""]
@@ -80,4 +184,4 @@ class JEPAOutput:
     num_targets: Int[Tensor, ""]
     context: Float[Tensor, "B K D"]
     prediction: Float[Tensor, "B M L D"]
-    target: Float[Tensor, "B M L D"]
+    target: Float[Tensor, "B M L T"]

@@ -82,6 +82,7 @@ class JEPA(MaskingModule, ScalerAwareModule):
                 )
         targets.check_depth(encoder.depth)
         self.front_end, self.encoder, self.predictor = front_end, encoder, predictor
+        distance.set_widths(predictor.embed_dim, encoder.embed_dim)
         self.masker, self.targets, self.distance = masker, targets, distance
         self.ema, self.optimizer, self.lr_schedule = ema, optimizer, lr_schedule
         self.decay_all, self.seed = decay_all, seed
@@ -116,7 +117,7 @@ class JEPA(MaskingModule, ScalerAwareModule):
 
     def reset_parameters(self, seed: int) -> None:
         """Draw the weights of step 0 of the trained modules; they depend on `seed` alone."""
-        draw_weights((self.front_end, self.encoder, self.predictor), seed)
+        draw_weights((self.front_end, self.encoder, self.predictor, self.distance), seed)
 
     def forward(self, waveform: Float[Tensor, "B C S"], masks: Masks) -> JEPAOutput:
         """Steps 1 and 3 to 6 for given masks; only drop path draws random numbers."""
@@ -125,7 +126,7 @@ class JEPA(MaskingModule, ScalerAwareModule):
         context = self.encoder(tokens, grid, masks.context)
         prediction = self.predictor(context, masks, grid)
         target = self.target_latents(waveform, tokens, grid, masks.targets, masks.present)
-        distance = self.distance(prediction, target)  # [B, M, L]
+        distance = self.distance.at_targets(prediction, target, masks.targets, grid)  # [B, M, L]
         if masks.targets.valid is not None:
             distance = distance * masks.targets.valid
         total = distance.sum()

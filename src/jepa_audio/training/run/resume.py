@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from jepa_audio.old_paths import with_current_paths
+from jepa_audio.steps.losses import CrossEntropy
 from jepa_audio.training.run.folder import RunFolderError
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,8 @@ _REFUSED = {
     "model.encoder*": _TRAINED,
     "model.predictor*": _TRAINED,
     "model.target_front_end": _TRAINED,
+    "model.distance.codebook*": _TRAINED,
+    "model.distance.temperature": _TRAINED,
     "model.seed": "the weights of step 0, which baselines use again, were drawn from it",
     "model.decay_all": _STATE,
     "model.optimizer": _STATE,
@@ -35,6 +38,8 @@ _REFUSED = {
     "model.optimizer.fused": _STATE,
     "data.seed": "the order of the samples depends on it: some would be used twice, others never",
 }
+# Distances with weights.
+_WITH_WEIGHTS = {f"{CrossEntropy.__module__}.{CrossEntropy.__name__}"}
 # Exceptions from `_REFUSED`: they change the training, not the function of the network.
 _ALWAYS_IN_FORCE = ("*.drop_path", "*.checkpoint_every")
 # Copies of other settings.
@@ -67,6 +72,8 @@ class Change(NamedTuple):
         """Why the setting is refused; empty if it is in force."""
         if any(fnmatchcase(self.key, pattern) for pattern in _ALWAYS_IN_FORCE):
             return ""
+        if self.key == "model.distance" and _WITH_WEIGHTS & {self.old, self.new}:
+            return _TRAINED
         matches = (why for pattern, why in _REFUSED.items() if fnmatchcase(self.key, pattern))
         return next(matches, "")
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from jepa_audio.errors import UserError
+from jepa_audio.steps.classes import Codebook
 from jepa_audio.steps.grid import AudioBatch, Masks
-from jepa_audio.steps.losses import JEPAOutput
+from jepa_audio.steps.losses import CrossEntropy, JEPAOutput
 from jepa_audio.training.ema import tensor_pairs
 from jepa_audio.training.jepa import JEPA
 from jepa_audio.training.sharding import full_tensor
@@ -40,17 +41,19 @@ class CollapseMonitor(Callback):
     - mean cosine similarity between complete clips at the same position, and the share of the
       variance of their latents that is between clips at the same position (`clip_share`);
     - distance between the weights of the target encoder and those of the encoder;
+    - if the targets are classes: how many classes they distinguish (`Codebook.perplexity`), and
+      which share of the possible number this is;
     - seconds of audio per second, and the share of time spent waiting for data.
 
     In these steps, the training loss of all micro-batches is logged with the losses of two simple
     predictors on the same batches: the mean target, and a copy of the target encoder's latent at
-    the nearest context token. See `LossLog`.
+    the nearest context token. See `LossLog` and `baseline_sums`.
 
     An alarm is logged if the standard deviation or the rank of the context latents is far below the
     first measurement, if the latents of all clips are nearly parallel, or if they depend on little
-    more than the position. The alarm does not use the targets, because their normalisation gives
-    even collapsed targets unit variance. A high rank does not show that the model learns; use
-    `OnlineProbe` to measure what it learns.
+    more than the position. The alarm does not use target latents, because their normalisation gives
+    even collapsed targets unit variance. It does use the classes of targets. A high rank does not
+    show that the model learns; use `OnlineProbe` to measure what it learns.
 
     Args:
         every_n_steps: optimizer steps between two measurements.
@@ -60,6 +63,8 @@ class CollapseMonitor(Callback):
             was also above this bound.
         min_clip_share: alarm below this share of variance between clips, also at the first
             measurement. Healthy encoders of all recipes have shares above 0.1 (`docs/watching.md`).
+        min_class_share: alarm if the targets distinguish less than this share of the classes, also
+            at the first measurement.
         stop_after: stop the run after this many alarms in a row; 0 never stops the run.
     """
 
@@ -70,6 +75,7 @@ class CollapseMonitor(Callback):
         min_rank_share: float = 0.1,
         max_clip_cosine: float = 0.995,
         min_clip_share: float = 0.01,
+        min_class_share: float = 0.01,
         stop_after: int = 0,
     ) -> None:
         if every_n_steps < 1:
@@ -77,6 +83,7 @@ class CollapseMonitor(Callback):
         self.every_n_steps, self.stop_after = every_n_steps, stop_after
         self.min_std_share, self.min_rank_share = min_std_share, min_rank_share
         self.max_clip_cosine, self.min_clip_share = max_clip_cosine, min_clip_share
+        self.min_class_share = min_class_share
         self.first_metrics: dict[str, float] = {}
         self.alarms_in_a_row = 0
         # The statistics of the latents of this step; empty in steps without a measurement.
@@ -127,6 +134,8 @@ class CollapseMonitor(Callback):
         if self._latents and trainer.global_step != self._step_before:
             metrics = self._speed() | self._latents
             metrics["collapse/ema_distance"] = ema_distance(pl_module)
+            if isinstance(pl_module.distance, CrossEntropy):
+                metrics |= class_metrics(pl_module.distance.codebook)
             self._latents = {}
             self._check(metrics, trainer)
             for logger in trainer.loggers:
@@ -187,7 +196,22 @@ class CollapseMonitor(Callback):
                 f"only {share:.2g} of the variance of the latents is between clips at the same "
                 "position: the latents depend on little more than the position"
             )
+        if metrics.get("collapse/class_share", 1.0) < self.min_class_share:
+            perplexity = metrics["collapse/class_perplexity"]
+            reasons.append(f"the targets distinguish only {perplexity:.3g} classes")
         return reasons
+
+
+def class_metrics(codebook: Codebook) -> dict[str, float]:
+    """How many classes the targets of the training so far distinguish, and as a share.
+
+    The share is 0 for one class, and 1 for all classes of the codebook, or for as many classes as
+    there were target tokens.
+    """
+    perplexity = codebook.perplexity
+    possible = min(codebook.num_classes, int(codebook.num_tokens))
+    share = (perplexity - 1) / max(possible - 1, 1)
+    return {"collapse/class_perplexity": perplexity, "collapse/class_share": share}
 
 
 def latent_metrics(

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from jepa_audio.steps.grid import Grid, Masks, TokenSet
+from jepa_audio.steps.losses import CrossEntropy
 from jepa_audio.training.jepa import JEPA
 
 
@@ -21,7 +22,14 @@ def baseline_sums(
 
     `loss_mean_target`: the mean of the targets of the batch. `loss_nearest_context`: the target
     encoder's latent at the context token that is nearest to the target token.
+
+    For targets that are classes, the first one is the entropy of the class frequencies: the loss of
+    predicting the frequencies of the training so far. The second one does not exist, because a
+    copied class has an infinite cross-entropy where it is wrong.
     """
+    if isinstance(jepa.distance, CrossEntropy):
+        entropy = torch.special.entr(jepa.distance.codebook.frequencies).sum()
+        return {"loss_mean_target": entropy * masks.targets.counts.sum()}
     valid = masks.targets.valid_or_true
     mean = target[valid].mean(dim=0).expand_as(target)
     copied = _copy_of_nearest_context(jepa, waveform, masks)
