@@ -26,12 +26,19 @@ def on(num_processes: int, rows: int = 4) -> list[str]:
     return [f"--trainer.strategy={strategy}", *sizes]
 
 
-def test_two_and_four_processes_learn_the_same_weights_as_one(tiny_cli: Callable):
+@pytest.mark.parametrize(
+    ("more", "numbers"),
+    [((), (1, 2, 4)), (("--model.masks_per_clip=2",), (1, 2))],
+    ids=["one mask", "two masks"],
+)
+def test_several_processes_learn_the_same_weights_as_one(
+    tiny_cli: Callable, more: tuple[str, ...], numbers: tuple[int, ...]
+):
     steps = "--trainer.max_steps=3", "--trainer.accumulate_grad_batches=2", "--data.valid_share=0.3"
     often = "--monitor.every_n_steps=1", "--trainer.val_check_interval=2"
     runs = {}
-    for num_processes in (1, 2, 4):
-        cli = tiny_cli("wave", *SGD, *steps, *often, *on(num_processes))
+    for num_processes in numbers:
+        cli = tiny_cli("wave", *SGD, *steps, *often, *more, *on(num_processes))
         start = {name: value.clone() for name, value in cli.model.state_dict().items()}
         cli.trainer.fit(cli.model, cli.datamodule)
         runs[num_processes] = {
@@ -39,7 +46,7 @@ def test_two_and_four_processes_learn_the_same_weights_as_one(tiny_cli: Callable
         }
     moved = max(float((runs[1][name] - start[name]).abs().max()) for name in start)
     assert moved > 1e-3
-    for num_processes in (2, 4):
+    for num_processes in numbers[1:]:
         for name, value in runs[1].items():
             torch.testing.assert_close(
                 runs[num_processes][name], value, rtol=1e-5, atol=1e-5, msg=name

@@ -128,14 +128,17 @@ def test_a_run_depends_on_its_seed_and_on_no_global_random_state(tiny_cli: Calla
     assert all(others[row] != losses[row] for row in losses)
 
 
-def test_micro_batches_add_up_to_one_big_batch(tiny_cli: Callable, fit: Callable):
+@pytest.mark.parametrize("more", [(), ("--model.masks_per_clip=2",)], ids=["one mask", "two masks"])
+def test_micro_batches_add_up_to_one_big_batch(
+    tiny_cli: Callable, fit: Callable, more: tuple[str, ...]
+):
     runs = {}
     for batch_size, accumulate in ((6, 1), (2, 3)):
         settings = (
             f"--data.batch_size={batch_size}",
             f"--trainer.accumulate_grad_batches={accumulate}",
         )
-        cli = tiny_cli("wave", *SGD, *settings, "--trainer.max_steps=3")
+        cli = tiny_cli("wave", *SGD, *settings, *more, "--trainer.max_steps=3")
         start = weights(cli.model)
         assert len(fit(cli)) == 3 * accumulate
         runs[batch_size] = weights(cli.model)
@@ -166,8 +169,16 @@ def test_micro_batches_add_up_to_one_big_batch(tiny_cli: Callable, fit: Callable
             ],
         ),
         ("wave", ["--model.encoder.drop_path=0.5", "--model.predictor.trunk.drop_path=0.5"]),
+        (
+            "wave",
+            [
+                "--model.masks_per_clip=2",
+                "--trainer.accumulate_grad_batches=2",
+                "--data.batch_size=2",
+            ],
+        ),
     ],
-    ids=["plain", "accumulated", "validated", "drop path"],
+    ids=["plain", "accumulated", "validated", "drop path", "two masks"],
 )
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_run(
     tiny_cli: Callable, fit: Callable, flavour: str, settings: list[str]

@@ -48,9 +48,9 @@ class Check(Callback):
         self.check("valid", trainer, pl_module, batch, MaskStream.EVALUATION)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(("num_workers", "masks_per_clip"), [(0, 1), (2, 3)])
 def test_batches_bring_the_masks_of_their_step_also_to_validation(
-    tiny_cli: Callable, fit: Callable, num_workers: int
+    tiny_cli: Callable, fit: Callable, num_workers: int, masks_per_clip: int
 ):
     settings = (
         "--trainer.accumulate_grad_batches=2",
@@ -58,6 +58,7 @@ def test_batches_bring_the_masks_of_their_step_also_to_validation(
         "--data.valid_share=0.3",
         "--data.batch_size=2",
         f"--data.num_workers={num_workers}",
+        f"--model.masks_per_clip={masks_per_clip}",
     )
     check = Check()
     fit(tiny_cli("mel", *settings, MIXTURE), None, check)

@@ -67,7 +67,7 @@ class Codebook(nn.Module, ABC):
         """Draw the initial weights of a trained codebook from torch's global generator."""
 
     @abstractmethod
-    def classify(self, target: Float[Tensor, "B M L T"], where: TokenSet, grid: Grid) -> Classes:
+    def classify(self, target: Float[Tensor, "Q M L T"], where: TokenSet, grid: Grid) -> Classes:
         """The classes of target tokens, from float32 targets without gradient.
 
         Args:
@@ -76,7 +76,7 @@ class Codebook(nn.Module, ABC):
             grid: the grid of the clips.
         """
 
-    def forward(self, target: Float[Tensor, "B M L T"], where: TokenSet, grid: Grid) -> Classes:
+    def forward(self, target: Float[Tensor, "Q M L T"], where: TokenSet, grid: Grid) -> Classes:
         """The classes of target tokens; see `classify`."""
         if self.updates_statistics:
             self.num_batches += 1
@@ -168,7 +168,7 @@ class RandomProjection(Codebook):
             self.register_buffer("variance", torch.ones(target_dim))
 
     @override
-    def classify(self, target: Float[Tensor, "B M L T"], where: TokenSet, grid: Grid) -> Classes:
+    def classify(self, target: Float[Tensor, "Q M L T"], where: TokenSet, grid: Grid) -> Classes:
         projected = self._normalize(target, where) @ self.projection
         # The nearest of unit vectors has the largest inner product. The length of the projection
         # does not change which one that is.
@@ -241,7 +241,7 @@ class OnlineClusters(Codebook):
         nn.init.zeros_(self.scores.bias)
 
     @override
-    def classify(self, target: Float[Tensor, "B M L T"], where: TokenSet, grid: Grid) -> Classes:
+    def classify(self, target: Float[Tensor, "Q M L T"], where: TokenSet, grid: Grid) -> Classes:
         scores = self.scores(F.normalize(target, dim=-1))
         predicted = F.log_softmax(scores / self.temperature, dim=-1)
         if not self.training:

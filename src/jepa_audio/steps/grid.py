@@ -2,7 +2,8 @@
 
 In `steps`, a clip is one row of a batch: a crop during training, a window during inference.
 Letters of shapes: B batch, C channels, S samples, F frequency rows, T time columns,
-N = F * T tokens, K selected tokens, M target groups, L target tokens of a group, D width.
+N = F * T tokens, K selected tokens, M target groups, L target tokens of a group, D width,
+Q = B * masks per clip: the masks of a batch.
 """
 
 from __future__ import annotations
@@ -139,19 +140,21 @@ class TokenSet:
 
 @dataclass(frozen=True)
 class Masks:
-    """The context and the target groups of a batch.
+    """The context and the target groups of a batch, of one or several masks of each clip.
 
     Attributes:
-        context: the tokens that the context encoder sees, `[B, K]`.
-        targets: the tokens to predict, `[B, M, L]`; the predictor predicts each of the M groups
+        context: the tokens that the context encoder sees, `[Q, K]`. The masks of clip b are the
+            rows b * `per_clip` to (b + 1) * `per_clip` - 1.
+        targets: the tokens to predict, `[Q, M, L]`; the predictor predicts each of the M groups
             separately.
-        targets_per_clip: expected number of target tokens of a clip without padding, see
-            `Masker.expected_targets`. The loss is the sum over all targets, divided by this number
-            and by the number of clips. It is the same for all micro-batches and ranks of a step, so
-            the average of their losses is exactly the loss of the global batch.
+        targets_per_clip: expected number of target tokens of one mask of a clip without padding,
+            see `Masker.expected_targets`. The loss is the sum over all targets, divided by this
+            number and by the number of masks Q. It is the same for all micro-batches and ranks of a
+            step, so the average of their losses is exactly the loss of the global batch.
         present: all tokens of the grid, with `valid` False in the padding of shorter clips,
             `[B, N]`; `None` if all clips fill the grid.
         step: the optimizer step that the masks are drawn for; `None` if it is not known.
+        per_clip: number of masks of each clip.
     """
 
     context: TokenSet
@@ -159,6 +162,7 @@ class Masks:
     targets_per_clip: float
     present: TokenSet | None = None
     step: int | None = None
+    per_clip: int = 1
 
     @staticmethod
     def from_bool(
@@ -174,9 +178,21 @@ class Masks:
             targets_per_clip = float(targets.sum()) / len(targets)
         return Masks(TokenSet.from_mask(context), TokenSet.from_mask(targets), targets_per_clip)
 
+    @property
+    def num_masks(self) -> int:
+        """Number Q of masks of all clips."""
+        return len(self.context.index)
+
+    def repeat(self, clips: Float[Tensor, "B N D"]) -> Float[Tensor, "Q N D"]:
+        """Repeat every clip for each of its masks."""
+        return clips if self.per_clip == 1 else clips.repeat_interleave(self.per_clip, dim=0)
+
     def rows(self, rows: Tensor | slice) -> Masks:
-        """The masks of the selected rows of the batch."""
-        return self._map(lambda tokens: tokens.rows(rows))
+        """All masks of the selected clips of the batch."""
+        index = torch.arange(self.num_masks).view(-1, self.per_clip)[rows].flatten()
+        present = None if self.present is None else self.present.rows(rows)
+        context, targets = self.context.rows(index), self.targets.rows(index)
+        return replace(self, context=context, targets=targets, present=present)
 
     def to(self, device: torch.device) -> Masks:
         """Copy the masks to a device."""

@@ -36,11 +36,11 @@ class Distance(ABC):
 
     def at_targets(
         self,
-        prediction: Float[Tensor, "B M L D"],
-        target: Float[Tensor, "B M L T"],
+        prediction: Float[Tensor, "Q M L D"],
+        target: Float[Tensor, "Q M L T"],
         where: TokenSet,
         grid: Grid,
-    ) -> Float[Tensor, "B M L"]:
+    ) -> Float[Tensor, "Q M L"]:
         """The distance at the target tokens `where` of a grid; at padding, any finite number."""
         return self(prediction, target)
 
@@ -131,16 +131,16 @@ class CrossEntropy(nn.Module, Distance):
     @override
     def at_targets(
         self, prediction: Tensor, target: Tensor, where: TokenSet, grid: Grid
-    ) -> Float[Tensor, "B M L"]:
+    ) -> Float[Tensor, "Q M L"]:
         return self(prediction, target, where, grid)
 
     def forward(
         self,
-        prediction: Float[Tensor, "B M L D"],
-        target: Float[Tensor, "B M L T"],
+        prediction: Float[Tensor, "Q M L D"],
+        target: Float[Tensor, "Q M L T"],
         where: TokenSet,
         grid: Grid,
-    ) -> Float[Tensor, "B M L"]:
+    ) -> Float[Tensor, "Q M L"]:
         """The cross-entropy at the target tokens `where`, in nats.
 
         The gradient also contains that of the codebook's own loss, which does not change the value.
@@ -182,6 +182,6 @@ class JEPAOutput:
     loss: Float[Tensor, ""]
     distance_sum: Float[Tensor, ""]
     num_targets: Int[Tensor, ""]
-    context: Float[Tensor, "B K D"]
-    prediction: Float[Tensor, "B M L D"]
-    target: Float[Tensor, "B M L T"]
+    context: Float[Tensor, "Q K D"]
+    prediction: Float[Tensor, "Q M L D"]
+    target: Float[Tensor, "Q M L T"]

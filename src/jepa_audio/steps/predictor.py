@@ -41,8 +41,8 @@ class Predictor(nn.Module):
         init_linear(self.proj_out, self.trunk.init)
 
     def forward(
-        self, context: Float[Tensor, "B K D"], masks: Masks, grid: Grid
-    ) -> Float[Tensor, "B M L D"]:
+        self, context: Float[Tensor, "Q K D"], masks: Masks, grid: Grid
+    ) -> Float[Tensor, "Q M L D"]:
         """Predict the latents at `masks.targets` from the latents at `masks.context`.
 
         The predictions contain the padding of short rows, see `TokenSet.valid`.

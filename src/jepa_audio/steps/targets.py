@@ -54,23 +54,26 @@ class Targets:
         grid: Grid,
         where: TokenSet,
         present: TokenSet | None = None,
-    ) -> Float[Tensor, "B M L D"]:
-        """Compute the latents of the target tokens `where` `[B, M, L]` from all `tokens` of clips.
+    ) -> Float[Tensor, "Q M L D"]:
+        """Compute the latents of the target tokens `where` `[Q, M, L]` from all `tokens` of clips.
 
-        The view "clip" encodes the tokens `present` (`None`: all tokens), see `Masks`. The view
-        "targets" encodes each target group separately.
+        The view "clip" encodes the tokens `present` (`None`: all tokens) once for all masks of a
+        clip, see `Masks`. The view "targets" encodes each target group of each mask separately.
 
         Raises:
             UserError: if the encoder has fewer than `top_k` blocks.
         """
-        batch, groups, _ = where.index.shape
         if self.view == "clip":
             latents = self._encode(encoder, tokens, grid, present)
-            return where.gather(latents[:, None].expand(-1, groups, -1, -1))
+            by_clip = TokenSet(where.index.unflatten(0, (len(tokens), -1)))  # [B, Q / B, M, L]
+            sizes = by_clip.index.shape[1:3]
+            return by_clip.gather(latents[:, None, None].expand(-1, *sizes, -1, -1)).flatten(0, 1)
         valid = None if where.valid is None else where.valid.flatten(0, 1)
         keep = TokenSet(where.index.flatten(0, 1), valid)
-        repeated = tokens[:, None].expand(-1, groups, -1, -1).flatten(0, 1)
-        return self._encode(encoder, repeated, grid, keep).unflatten(0, (batch, groups))
+        num_groups = len(keep.index) // len(tokens)
+        repeated = tokens[:, None].expand(-1, num_groups, -1, -1).flatten(0, 1)
+        latents = self._encode(encoder, repeated, grid, keep)
+        return latents.unflatten(0, where.index.shape[:2])
 
     def _encode(
         self, encoder: Transformer, tokens: Tensor, grid: Grid, keep: TokenSet | None

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from typing_extensions import override
 
-from jepa_audio.errors import UserError
+from jepa_audio.errors import UserError, check_bounds
 from jepa_audio.steps.encoder.transformer import Block, Transformer
 from jepa_audio.steps.front_ends import FrontEnd
 from jepa_audio.steps.grid import AudioBatch, Grid, Masks, TokenSet
@@ -51,6 +51,8 @@ class JEPA(MaskingModule, ScalerAwareModule):
         lr_schedule: factor on the optimizer's learning rate.
         target_front_end: "shared": the target encoder gets detached tokens of the front end (as in
             the published WavJEPA and PupuJEPA code); "momentum": tokens of a momentum copy.
+        masks_per_clip: masks of each clip; with `targets.view: clip`, one pass of the target
+            encoder serves all of them (M2D, arXiv:2404.06095; data2vec 2.0, arXiv:2212.07525).
         decay_all: weight decay also for norms, biases and learned tokens (published WavJEPA code).
         compile: compile the transformer blocks; state-dict keys do not change.
         seed: seed of the initial weights and the masks.
@@ -68,6 +70,7 @@ class JEPA(MaskingModule, ScalerAwareModule):
         optimizer: OptimizerCallable,
         lr_schedule: Schedule,
         target_front_end: Literal["shared", "momentum"] = "shared",
+        masks_per_clip: int = 1,
         decay_all: bool = False,
         compile: bool = False,  # noqa: A002
         seed: int = 0,
@@ -85,7 +88,8 @@ class JEPA(MaskingModule, ScalerAwareModule):
         distance.set_widths(predictor.embed_dim, encoder.embed_dim)
         self.masker, self.targets, self.distance = masker, targets, distance
         self.ema, self.optimizer, self.lr_schedule = ema, optimizer, lr_schedule
-        self.decay_all, self.seed = decay_all, seed
+        self.masks_per_clip, self.decay_all, self.seed = masks_per_clip, decay_all, seed
+        check_bounds(self, 1, 1024, "masks_per_clip")
         # Called with each training batch, its masks and its output; returns more sums of losses.
         self.observe: Callable[[JEPA, AudioBatch, Masks, JEPAOutput], dict[str, Tensor]] | None
         self.observe = None
@@ -123,14 +127,14 @@ class JEPA(MaskingModule, ScalerAwareModule):
         """Steps 1 and 3 to 6 for given masks; only drop path draws random numbers."""
         grid = self.front_end.grid(waveform.shape[-1])
         tokens = self.front_end(waveform)
-        context = self.encoder(tokens, grid, masks.context)
+        context = self.encoder(masks.repeat(tokens), grid, masks.context)
         prediction = self.predictor(context, masks, grid)
         target = self.target_latents(waveform, tokens, grid, masks.targets, masks.present)
-        distance = self.distance.at_targets(prediction, target, masks.targets, grid)  # [B, M, L]
+        distance = self.distance.at_targets(prediction, target, masks.targets, grid)  # [Q, M, L]
         if masks.targets.valid is not None:
             distance = distance * masks.targets.valid
         total = distance.sum()
-        loss = total / (masks.targets_per_clip * len(waveform))
+        loss = total / (masks.targets_per_clip * masks.num_masks)
         num_targets = masks.targets.counts.sum()
         return JEPAOutput(loss, total, num_targets, context, prediction, target)
 
@@ -142,7 +146,7 @@ class JEPA(MaskingModule, ScalerAwareModule):
         grid: Grid,
         where: TokenSet,
         present: TokenSet | None = None,
-    ) -> Float[Tensor, "B M L D"]:
+    ) -> Float[Tensor, "Q M L D"]:
         """The targets at `where`, from `tokens` of the front end; `present` excludes padding."""
         self.target_encoder.eval()
         if self.target_front_end is not None:

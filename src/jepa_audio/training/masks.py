@@ -21,6 +21,7 @@ class MaskingModule(LightningModule):
     """
 
     masker: Masker
+    masks_per_clip: int
     front_end: FrontEnd
     seed: int
     _loaded_step = 0

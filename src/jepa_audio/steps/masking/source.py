@@ -43,6 +43,7 @@ class HasMasker(Protocol):
     """A model whose masks the processes that load its batches can draw."""
 
     masker: Masker
+    masks_per_clip: int
     seed: int
 
     @property
@@ -64,6 +65,7 @@ class MaskSource:
             model treats padding as silence.
         seed: seed of the model.
         stream: what the masks are drawn for.
+        masks_per_clip: number of masks of each clip.
     """
 
     masker: Masker
@@ -71,6 +73,7 @@ class MaskSource:
     columns: ColumnCount | None = None
     seed: int = 0
     stream: MaskStream = MaskStream.TRAINING
+    masks_per_clip: int = 1
 
     @staticmethod
     def of(
@@ -83,13 +86,14 @@ class MaskSource:
         """
         grid = model.front_end.grid(num_samples)
         columns = model.front_end.columns if has_padding else None
-        return MaskSource(model.masker, grid, columns, model.seed, stream)
+        return MaskSource(model.masker, grid, columns, model.seed, stream, model.masks_per_clip)
 
     def draw(
         self, rows: Int[Tensor, " B"], step: int, num_samples: Int[Tensor, " B"] | None = None
     ) -> Masks:
-        """Draw the masks of a batch.
+        """Draw the masks of a batch; those of a clip at row r are R draws of the masker.
 
+        The masker draws the rows r * R to r * R + R - 1 for it, with R = `masks_per_clip`.
         For an evaluation, `step` determines the curriculum and no random number, so that masks
         differ from one evaluation to the next only by the curriculum. What the rows of a step
         share, the rows of an evaluation batch share.
@@ -108,38 +112,41 @@ class MaskSource:
         if self.stream == MaskStream.EVALUATION:
             masker, draw_step = masker.at(step), int(rows[0])
         seed = derive_seed(self.seed, self.stream)
+        per_clip = self.masks_per_clip
+        rows = (rows[:, None] * per_clip + torch.arange(per_clip)).flatten()
         masks = masker(self.grid, rows, seed, draw_step)
         if self.columns is not None and num_samples is not None:
             num_time = self.columns(num_samples)
             if bool((num_time < self.grid.num_time).any()):
                 masks = self._without_padding(masks, masker, rows, num_time, seed, draw_step)
-        return replace(masks, step=step)
+        return replace(masks, step=step, per_clip=per_clip)
 
     def _without_padding(
         self,
         masks: Masks,
         masker: Masker,
-        rows: Int[Tensor, " B"],
+        rows: Int[Tensor, " Q"],
         num_time: Int[Tensor, " B"],
         seed: int,
         step: int,
     ) -> Masks:
         grid, index = self.grid, torch.arange(self.grid.num_tokens)
         present = index // grid.num_freq < num_time[:, None]  # [B, N]
-        context = masks.context.to_mask(grid.num_tokens) & present
-        targets = masks.targets.to_mask(grid.num_tokens) & present[:, None]
+        visible = present.repeat_interleave(self.masks_per_clip, dim=0)  # [Q, N]
+        context = masks.context.to_mask(grid.num_tokens) & visible
+        targets = masks.targets.to_mask(grid.num_tokens) & visible[:, None]
         is_empty = ~(context.any(-1) & targets.any(-1).all(-1))
-        for clip in is_empty.nonzero()[:, 0].tolist():
-            short_grid = Grid(grid.num_freq, int(num_time[clip]))
+        for mask in is_empty.nonzero()[:, 0].tolist():
+            short_grid = Grid(grid.num_freq, int(num_time[mask // self.masks_per_clip]))
             num_tokens = short_grid.num_tokens
             try:
-                redrawn = masker(short_grid, rows[clip : clip + 1] + _REDRAWN, seed, step)
+                redrawn = masker(short_grid, rows[mask : mask + 1] + _REDRAWN, seed, step)
             except UserError as error:
                 raise UserError(
                     f"a clip of {short_grid.num_time} time columns is too short to be masked, "
                     f"raise `data.min_seconds`: {error}"
                 ) from error
-            context[clip, :num_tokens] = redrawn.context.to_mask(num_tokens)[0]
-            targets[clip, :, :num_tokens] = redrawn.targets.to_mask(num_tokens)[0]
+            context[mask, :num_tokens] = redrawn.context.to_mask(num_tokens)[0]
+            targets[mask, :, :num_tokens] = redrawn.targets.to_mask(num_tokens)[0]
         part = Masks.from_bool(context, targets, masks.targets_per_clip)
         return replace(part, present=TokenSet(index.expand(len(present), -1), present))

@@ -16,7 +16,7 @@ def baseline_sums(
     jepa: JEPA,
     waveform: Float[Tensor, "B C S"],
     masks: Masks,
-    target: Float[Tensor, "B M L D"],
+    target: Float[Tensor, "Q M L D"],
 ) -> dict[str, Float[Tensor, ""]]:
     """Sums of the distances of two simple predictions over all valid target tokens of a batch.
 
@@ -40,10 +40,10 @@ def baseline_sums(
 
 
 def nearest_context(masks: Masks, grid: Grid) -> TokenSet:
-    """The context token that is nearest on the grid to each target token, `[B, M, L]`."""
+    """The context token that is nearest on the grid to each target token, `[Q, M, L]`."""
     coordinates = grid.coordinates(masks.context.index.device).float()
     targets, context = (coordinates[s.index.flatten(1)] for s in (masks.targets, masks.context))
-    distance = torch.cdist(targets, context)  # [B, M * L, K]
+    distance = torch.cdist(targets, context)  # [Q, M * L, K]
     if masks.context.valid is not None:
         distance = distance.masked_fill(~masks.context.valid[:, None], float("inf"))
     nearest = torch.gather(masks.context.index, 1, distance.argmin(dim=-1))
@@ -52,14 +52,14 @@ def nearest_context(masks: Masks, grid: Grid) -> TokenSet:
 
 def _copy_of_nearest_context(
     jepa: JEPA, waveform: Float[Tensor, "B C S"], masks: Masks
-) -> Float[Tensor, "B M L D"]:
+) -> Float[Tensor, "Q M L D"]:
     """The target encoder's latent at the context token that is nearest to each target token."""
     grid = jepa.front_end.grid(waveform.shape[-1])
     tokens = jepa.front_end(waveform)
     index, valid = masks.context.index, masks.context.valid
     context = TokenSet(index[:, None], None if valid is None else valid[:, None])
     latents = jepa.target_latents(waveform, tokens, grid, context, masks.present)
-    latents = latents[:, 0]  # [B, K, D]
+    latents = latents[:, 0]  # [Q, K, D]
     on_grid = latents.new_zeros(len(latents), grid.num_tokens, latents.shape[-1])
     on_grid.scatter_(1, index[..., None].expand_as(latents), latents)
     num_groups = masks.targets.index.shape[1]
