@@ -45,6 +45,7 @@ IN_FORCE: dict[str, Callable[[Trainer, Any, Any, Any], object]] = {
     "data.root": lambda t, m, d, b: d.sources[0],
     "model.ema.momentum.start": lambda t, m, d, b: m.ema.momentum.start,
     "model.masker.num_groups": lambda t, m, d, b: m.masker.num_groups,
+    "model.masks_per_clip": lambda t, m, d, b: b.masks.per_clip,
     "model.targets.top_k": lambda t, m, d, b: m.targets.top_k,
     "model.distance": lambda t, m, d, b: type(m.distance).__name__,
     "model.encoder.drop_path": lambda t, m, d, b: max(
