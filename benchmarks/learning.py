@@ -1,0 +1,337 @@
+"""Does an encoder learn more than log-mel statistics and its random-init baseline have?
+
+Trains recipes on the sets of `benchmarks/corpora.py`, probes the frozen encoders, and compares each
+with two baselines on the same test clips:
+
+- queue: run the experiments of a YAML file, one row each; a second call continues where the first
+  one stopped
+- speedrun: seconds of training until an encoder is ahead of both baselines, each with a paired
+  bootstrap interval above zero, and stays ahead at all later checkpoints
+- table: the rows of an output folder as Markdown
+
+    python -m benchmarks.learning queue benchmarks/experiments/NAME.yaml --corpora DIR --output DIR
+    python -m benchmarks.learning speedrun --recipe small/wavjepa --corpora DIR --output DIR
+    python -m benchmarks.learning table DIR
+
+A trial of a YAML file has a recipe, options of `jepa-audio fit`, a pretraining set and tasks:
+
+    defaults: {recipe: small/wavjepa, corpus: speech, tasks: [fsdd_digit_select], minutes: 5}
+    trials:
+      default: {}
+      long spans: {options: [--model.masker.target_length=10]}
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+import yaml
+
+from jepa_audio.errors import UserError
+from jepa_audio.files import read_jsonl
+from jepa_audio.probing.intervals import Difference, difference
+from jepa_audio.probing.rows import STATISTICS, ProbeRow, load_evidence, read_rows
+
+log = logging.getLogger(__name__)
+COMMAND = [sys.executable, "-m", "jepa_audio"]
+TASKS = ("fsdd_digit", "klettres_language", "gm_family", "gm_pitch")
+POOLINGS = ("mean_std", "thirds_std")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run and what it is probed on.
+
+    Attributes:
+        recipe: name or path of a recipe.
+        options: more options of `jepa-audio fit`.
+        corpus: pretraining set of `benchmarks/corpora.py`: speech, music or mixed.
+        tasks: labelled sets of `benchmarks/corpora.py`.
+        poolings: of which the best on the validation split is reported.
+        seed: of the model and of the order of the clips.
+        minutes: of training, with start and index; later checkpoints are not probed.
+        save_every: optimizer steps between the probed checkpoints; 0 probes the last one alone.
+    """
+
+    name: str
+    recipe: str
+    options: tuple[str, ...] = ()
+    corpus: str = "speech"
+    tasks: tuple[str, ...] = TASKS
+    poolings: tuple[str, ...] = POOLINGS
+    seed: int = 0
+    minutes: float = 30.0
+    save_every: int = 0
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder of the run."""
+        words = "".join(letter if letter.isalnum() else "-" for letter in self.name)
+        return f"{words}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """The best head on the validation split, of the context and the target encoder, on one task.
+
+    Attributes:
+        against: differences to "random-init", to "log-mel, equal pooling" and to "log-mel", the
+            best pooling of log-mel statistics on the test split.
+    """
+
+    task: str
+    seconds: float
+    step: int
+    variant: str
+    pooling: str
+    layer: str
+    value: float
+    low: float
+    high: float
+    against: dict[str, Difference]
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the encoder is ahead of all baselines."""
+        return all(found.verdict == "ahead" for found in self.against.values())
+
+
+def read_trials(path: Path, seeds: Sequence[int] = ()) -> Iterator[Trial]:
+    """The trials of a YAML file, for each seed.
+
+    Raises:
+        UserError: if a key is unknown.
+    """
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    known = {entry.name for entry in fields(Trial)} - {"name", "seed"} | {"seeds"}
+    for name, own in settings["trials"].items():
+        values = {**settings.get("defaults", {}), **(own or {})}
+        if unknown := set(values) - known:
+            raise UserError(f"{path}: unknown key {min(unknown)!r} in the trial {name!r}")
+        for seed in seeds or values.get("seeds", [0]):
+            kept = {
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in values.items()
+                if key != "seeds"
+            }
+            yield Trial(name, seed=seed, **kept)
+
+
+def train(trial: Trial, corpora: Path, output: Path) -> list[tuple[float, Path]]:
+    """Run `jepa-audio fit`; (seconds since the start of the command, checkpoint), in order.
+
+    The index of the pretraining set is made again, so that the seconds include it.
+
+    Raises:
+        UserError: if no checkpoint was saved within `trial.minutes`.
+    """
+    for index in corpora.rglob(".jepa_audio"):
+        shutil.rmtree(index)
+    run, pretraining = output / trial.folder, corpora / f"{trial.corpus}.yaml"
+    minutes, seconds = divmod(round(trial.minutes * 60), 60)
+    limit = f"{minutes // 1440:02d}:{minutes // 60 % 24:02d}:{minutes % 60:02d}:{seconds:02d}"
+    command = [
+        *COMMAND, "fit", "--config", trial.recipe, "--config", str(pretraining),
+        "--run_dir", str(run), "--overwrite", f"--model.seed={trial.seed}",
+        f"--data.seed={trial.seed}", f"--trainer.max_time={limit}",
+        *trial.options,
+    ]  # fmt: skip
+    if trial.save_every:
+        command += [
+            "--checkpoint.keep_all=true",
+            f"--checkpoint.every_n_train_steps={trial.save_every}",
+        ]
+    start = time.time()
+    with (output / f"{trial.folder}.log").open("w") as printed:
+        subprocess.run(command, check=True, stdout=printed, stderr=subprocess.STDOUT)
+    pattern = "step=*.ckpt" if trial.save_every else "last.ckpt"
+    saved = [(path.stat().st_mtime - start, path) for path in run.glob(f"checkpoints/{pattern}")]
+    # A run that `max_time` ended has a few seconds more than the limit: it saves a checkpoint.
+    within = sorted(pair for pair in saved if pair[0] <= trial.minutes * 60 + 15)
+    if not within:
+        raise UserError(f"{run}: no checkpoint was saved within {trial.minutes} minutes")
+    return within
+
+
+def probe(trial: Trial, checkpoint: Path, corpora: Path, output: Path) -> list[ProbeRow]:
+    """Run `jepa-audio probe` on the tasks of a trial; the rows of this checkpoint."""
+    folder = output / "probes" / f"{trial.folder}-{checkpoint.stem}"
+    shutil.rmtree(folder, ignore_errors=True)
+    tasks = ",".join(str(corpora / f"{task}.csv") for task in trial.tasks)
+    command = [
+        *COMMAND, "probe", "--encoder", str(checkpoint), "--tasks", tasks, "--output", str(folder),
+        "--preset", "linear", "--pooling", ",".join(trial.poolings), "--frequency", "concat",
+    ]  # fmt: skip
+    with (output / f"{trial.folder}.log").open("a") as printed:
+        subprocess.run(command, check=True, stdout=printed, stderr=subprocess.STDOUT)
+    shutil.rmtree(folder / "features", ignore_errors=True)
+    return [replace(row, evidence=str(folder / row.evidence)) for row in read_rows(
+        folder / "results.jsonl")]  # fmt: skip
+
+
+def compare(rows: Sequence[ProbeRow], seconds: float, step: int) -> list[Result]:
+    """For each task, the head with the best validation score against the baselines."""
+    results = []
+    for task in dict.fromkeys(row.task for row in rows):
+        # One kind of head: logistic regression.
+        own = [row for row in rows if row.task == task and row.head != "knn"]
+        best = max((row for row in own if not row.is_baseline), key=lambda row: row.valid)
+        statistics = [row for row in own if row.variant == STATISTICS]
+        time_pooling = best.pooling.partition("/")[0]
+        against = {
+            "log-mel, equal pooling": difference_of(
+                best, next(r for r in statistics if r.pooling.partition("/")[0] == time_pooling)
+            ),
+            "log-mel": difference_of(best, max(statistics, key=lambda row: row.value)),
+        }
+        if best.against_random is not None:
+            against = {"random-init": best.against_random} | against
+        score = best.scores[best.metric]
+        results.append(
+            Result(
+                Path(task).stem, seconds, step, best.variant, best.pooling, best.layer,
+                score.value, score.low, score.high, against,
+            )
+        )  # fmt: skip
+    return results
+
+
+def difference_of(row: ProbeRow, other: ProbeRow) -> Difference:
+    """The difference of two rows on the same test units, with its paired interval."""
+    draws = [load_evidence(Path(one.evidence)).draws[one.metric] for one in (row, other)]
+    return difference(row.value, other.value, *draws)
+
+
+def run_trial(trial: Trial, corpora: Path, output: Path) -> None:
+    """Train, probe every kept checkpoint, and append a line to `results.jsonl` in `output`."""
+    begun = time.strftime("%Y-%m-%d %H:%M")
+    checkpoints = train(trial, corpora, output)
+    results: list[Result] = []
+    for seconds, checkpoint in checkpoints:
+        step = torch.load(checkpoint, weights_only=True, map_location="cpu")["global_step"]
+        results += compare(probe(trial, checkpoint, corpora, output), seconds, step)
+        log.info("%s, seed %d, %.0f s, %d steps", trial.name, trial.seed, seconds, step)
+        for result in results[-len(trial.tasks) :]:
+            log.info("  %s", result)
+    line = {
+        "date": begun, "commit": _commit(), "hardware": _hardware(), "trial": asdict(trial),
+        "results": [asdict(result) for result in results],
+    }  # fmt: skip
+    with (output / "results.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    for _, checkpoint in checkpoints[:-1]:  # `last.ckpt` equals the last one
+        checkpoint.unlink()
+
+
+def seconds_until_ahead(results: Sequence[Result], task: str) -> float | None:
+    """Seconds at the first checkpoint from which on all are ahead of all baselines, or `None`."""
+    first = None
+    for result in sorted((r for r in results if r.task == task), key=lambda r: r.seconds):
+        if not result.is_ahead:
+            first = None
+        elif first is None:
+            first = result.seconds
+    return first
+
+
+def read_results(output: Path) -> list[tuple[Trial, list[Result], str]]:
+    """(trial, results, date and commit) of every line of `results.jsonl`, if it exists."""
+    path = output / "results.jsonl"
+    found = []
+    for _, line in read_jsonl(path) if path.exists() else ():
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in line["trial"].items()}
+        results = [
+            Result(**{**r, "against": {k: Difference(**d) for k, d in r["against"].items()}})
+            for r in line["results"]
+        ]
+        found.append((Trial(**values), results, f"{line['date']}, {line['commit']}"))
+    return found
+
+
+def table(output: Path) -> str:
+    """All results as a Markdown table: the last checkpoint of each run, and the seconds."""
+    lines = [
+        "| trial | seed | task | encoder, pooling, layer | score | random-init | "
+        "log-mel, equal pooling | log-mel, best | steps | ahead after |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for trial, results, _ in read_results(output):
+        for task in trial.tasks:
+            last = max((r for r in results if r.task == task), key=lambda r: r.seconds)
+            ahead = seconds_until_ahead(results, task)
+            baselines = ("random-init", "log-mel, equal pooling", "log-mel")
+            against = [last.against.get(name) for name in baselines]
+            cells = [
+                trial.name, str(trial.seed), task, f"{last.variant}, {last.pooling}, {last.layer}",
+                f"{last.value:.3f} [{last.low:.3f}, {last.high:.3f}]",
+                *(f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" if d else "" for d in against),
+                f"{last.step} ({last.seconds:.0f} s)",
+                "not reached" if ahead is None else f"{ahead:.0f} s",
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    found = subprocess.run(command, check=False, capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{os.cpu_count()} cores, {platform.machine()}"
+
+
+def main() -> None:
+    """Parse the arguments and run one of the three commands."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    queue = commands.add_parser("queue", help="run the trials of a YAML file")
+    queue.add_argument("file", type=Path)
+    speedrun = commands.add_parser("speedrun", help="seconds until ahead of both baselines")
+    speedrun.add_argument("--recipe", nargs="+", default=["small/wavjepa", "small/pupujepa"])
+    speedrun.add_argument("--set", default="mixed", help="pretraining set")
+    speedrun.add_argument("--tasks", nargs="+", default=TASKS)
+    speedrun.add_argument("--minutes", type=float, default=30)
+    speedrun.add_argument("--save_every", type=int, default=500)
+    speedrun.add_argument("--options", nargs="*", default=(), help="more options of fit")
+    for command, seeds in ((queue, []), (speedrun, [0, 1, 2])):
+        command.add_argument("--corpora", type=Path, required=True)
+        command.add_argument("--output", type=Path, required=True)
+        command.add_argument("--seeds", type=int, nargs="*", default=seeds)
+    commands.add_parser("table", help="print results").add_argument("output", type=Path)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if args.command != "table":
+        if args.command == "queue":
+            trials = list(read_trials(args.file, args.seeds))
+        else:
+            trials = [
+                Trial(recipe, recipe, tuple(args.options), args.set, tuple(args.tasks), seed=seed,
+                      minutes=args.minutes, save_every=args.save_every)
+                for recipe in args.recipe for seed in args.seeds
+            ]  # fmt: skip
+        args.output.mkdir(parents=True, exist_ok=True)
+        done = [trial for trial, _, _ in read_results(args.output)]
+        for trial in trials:
+            if trial not in done:
+                run_trial(trial, args.corpora.resolve(), args.output.resolve())
+    print(table(args.output))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""`benchmarks/learning.py`: reading experiments, and when an encoder counts as ahead."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from benchmarks.learning import Result, Trial, read_results, read_trials, seconds_until_ahead, table
+
+from jepa_audio.errors import UserError
+from jepa_audio.probing.intervals import Difference
+
+TRIALS = """
+defaults: {recipe: demo/wavjepa, corpus: speech, tasks: [digit], seeds: [0, 1]}
+trials:
+  default: {}
+  long spans: {options: [--model.masker.target_length=10], seeds: [2]}
+"""
+
+
+def result(seconds: float, *lows: float, task: str = "digit") -> Result:
+    against = {f"baseline {i}": Difference(low + 0.1, low, 1.0) for i, low in enumerate(lows)}
+    return Result(
+        task, seconds, int(seconds), "context", "mean/concat", "2", 0.5, 0.4, 0.6, against
+    )
+
+
+def test_trials_are_defaults_with_changes_for_every_seed(tmp_path: Path):
+    (tmp_path / "trials.yaml").write_text(TRIALS)
+    trials = list(read_trials(tmp_path / "trials.yaml"))
+    assert [(trial.name, trial.seed, trial.options) for trial in trials] == [
+        ("default", 0, ()),
+        ("default", 1, ()),
+        ("long spans", 2, ("--model.masker.target_length=10",)),
+    ]
+    assert {trial.tasks for trial in trials} == {("digit",)}
+    assert [trial.seed for trial in read_trials(tmp_path / "trials.yaml", [7])] == [7, 7]
+
+
+def test_an_unknown_key_of_a_trial_is_refused(tmp_path: Path):
+    (tmp_path / "trials.yaml").write_text(TRIALS.replace("options", "option"))
+    with pytest.raises(UserError, match="unknown key 'option' in the trial 'long spans'"):
+        list(read_trials(tmp_path / "trials.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("lows", "seconds"),
+    [
+        ([(-0.1, 0.1), (0.1, 0.1), (0.1, 0.2)], 200),
+        ([(0.1, 0.1), (0.1, -0.1), (0.1, 0.1)], 300),  # ahead, and behind again
+        ([(0.1, 0.1), (0.1, 0.1), (0.0, 0.1)], None),  # the interval must be above zero
+    ],
+)
+def test_an_encoder_is_ahead_when_it_stays_ahead_of_all_baselines(
+    lows: list[tuple[float, float]], seconds: float | None
+):
+    results = [result(100.0 * (i + 1), *low) for i, low in enumerate(lows)]
+    other = result(50.0, 1.0, 1.0, task="pitch")
+    assert seconds_until_ahead([*results[::-1], other], "digit") == seconds
+
+
+def test_results_are_read_as_they_were_written(tmp_path: Path):
+    trial, results = (
+        Trial("a", "demo/wavjepa", tasks=("digit",)),
+        [result(10, 0.1), result(20, 0.1)],
+    )
+    values = {"trial": asdict(trial), "results": list(map(asdict, results))}
+    line = json.dumps({"date": "2026-01-01", "commit": "abc", **values})
+    (tmp_path / "results.jsonl").write_text(line + "\n")
+    assert read_results(tmp_path) == [(trial, results, "2026-01-01, abc")]
+    (row,) = table(tmp_path).splitlines()[2:]
+    assert row.endswith("| 20 (20 s) | 10 s |")
+    assert read_results(tmp_path / "none") == []
