@@ -7,6 +7,7 @@ from typing import Protocol, cast, runtime_checkable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from jepa_audio.errors import UserError
@@ -44,8 +45,10 @@ class TargetEncoderEMA(Callback):
         self._updated_at = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Store the current step: 0, or the step of the checkpoint."""
+        """Store the current step: 0, or that of the checkpoint; log a momentum in shares."""
         self._updated_at = trainer.global_step
+        if resolved := self.momentum.resolved(trainer.max_steps):
+            rank_zero_info(f"momentum: {resolved}")
 
     def on_train_batch_end(
         self,

@@ -49,6 +49,8 @@ def add_schedule(
     """
     if max_steps < 1:
         raise UserError(f"set `trainer.max_steps` (now {max_steps}): schedules depend on it")
+    if resolved := schedule.resolved(max_steps):
+        rank_zero_info(f"learning rate: {resolved}")
     last = max_steps - 1
     scheduler = LambdaLR(optimizer, lambda step: schedule(min(step, last), max_steps))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
