@@ -9,6 +9,7 @@ from types import TracebackType
 
 _TYPE_NAMES = {"NoneType": "null", "str": "text", "bool": "true or false", "int": "an integer"}
 _TYPE_NAMES |= {"float": "a number", "list": "a list", "dict": "a mapping", "Iterable": "a list"}
+_TYPE_NAMES |= {"Sequence": "a list"}
 
 
 def config_sentence(message: str, words: Sequence[str] = ()) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -175,7 +176,8 @@ class JEPAOutput:
     """The result of one forward pass; at padding, `valid` of the token sets in `Masks` is False.
 
     `distance_sum` is the sum of the distances at all `num_targets` valid target tokens; over all
-    batches and processes, sum / count is the exact mean. `loss` divides by an expected count.
+    batches and processes, sum / count is the exact mean. `loss` divides by an expected count, and
+    contains the weighted `regularizers`, whose values are stored by name without their weights.
     Predictions and targets have the same width, unless the distance allows others.
     """
 
@@ -185,3 +187,4 @@ class JEPAOutput:
     context: Float[Tensor, "Q K D"]
     prediction: Float[Tensor, "Q M L D"]
     target: Float[Tensor, "Q M L T"]
+    regularizers: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)

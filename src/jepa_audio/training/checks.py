@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from jepa_audio.errors import UserError
 from jepa_audio.steps.encoder.transformer import Transformer
 from jepa_audio.steps.front_ends import FrontEnd
 from jepa_audio.steps.masking.base import Masker
+from jepa_audio.steps.regularizers import Regularizer
+from jepa_audio.training.schedules import Schedule
+
+log = logging.getLogger(__name__)
 
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 # Masks and attention of more tokens do not fit into memory.
 MAX_TOKENS = 2**20
+
+
+def check_width(name: str, width: int, encoder_width: int) -> None:
+    """Raise `UserError` if a part of the model has another width than the encoder."""
+    if width != encoder_width:
+        raise UserError(
+            f"`{name}.embed_dim` ({width}) must equal `encoder.embed_dim` ({encoder_width})"
+        )
+
+
+def check_target_gradient(target_gradient: bool, target_front_end: Any) -> None:
+    """Raise `UserError` if targets with gradient have another front end than the input."""
+    if target_gradient and target_front_end != "shared":
+        raise UserError(
+            f"`target_front_end` ({target_front_end}) would have no effect with `target_gradient: "
+            "true`, which takes the targets from the encoder itself: set `target_front_end: shared`"
+        )
 
 
 def check_crop(
@@ -101,3 +127,35 @@ def _problems(trainer: Trainer) -> dict[str, str]:
         "gradient_clip_val": ((trainer.gradient_clip_val or 0) < 0, "must not be negative"),
     }
     return {name: problem for name, (is_wrong, problem) in checks.items() if is_wrong}
+
+
+def describe_collapse(
+    trainer: Trainer,
+    regularizers: Sequence[Regularizer],
+    momentum: Schedule,
+    target_gradient: bool,
+) -> None:
+    """Before a training, log what works against a collapse if this is less than expected."""
+    accumulated, last = trainer.accumulate_grad_batches, max(trainer.max_steps - 1, 0)
+    has_no_momentum = momentum(0, trainer.max_steps) == momentum(last, trainer.max_steps) == 0
+    remedy = "add one, for example `--model.regularizers+=SIGReg`"
+    if regularizers and accumulated > 1:
+        line = (
+            f"`trainer.accumulate_grad_batches` ({accumulated}): "
+            f"{', '.join(regularizer.name for regularizer in regularizers)} is computed for each "
+            f"micro-batch over all processes, not for the {accumulated} micro-batches of a step"
+        )
+    elif not regularizers and target_gradient:
+        line = (
+            "`model.target_gradient` (true) without a regularizer: nothing prevents a collapse "
+            f"of the latents; {remedy}"
+        )
+    elif not regularizers and has_no_momentum:
+        line = (
+            "the momentum is 0 and there is no regularizer: only the predictor and targets "
+            f"without gradient work against a collapse of the latents; {remedy}"
+        )
+    else:
+        return
+    if trainer.state.fn == TrainerFn.FITTING:
+        rank_zero_only(log.warning)(line)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from typing_extensions import override
 
-from jepa_audio.errors import UserError, check_bounds
+from jepa_audio.errors import check_bounds
 from jepa_audio.steps.encoder.transformer import Block, Transformer
 from jepa_audio.steps.front_ends import FrontEnd
 from jepa_audio.steps.grid import AudioBatch, Grid, Masks, TokenSet
@@ -22,8 +22,14 @@ from jepa_audio.steps.losses import Distance, JEPAOutput
 from jepa_audio.steps.masking.base import Masker
 from jepa_audio.steps.masking.source import MaskStream
 from jepa_audio.steps.predictor import Predictor
+from jepa_audio.steps.regularizers import Regularizer, active, regularized
 from jepa_audio.steps.targets import Targets
-from jepa_audio.training.checks import check_trainer
+from jepa_audio.training.checks import (
+    check_target_gradient,
+    check_trainer,
+    check_width,
+    describe_collapse,
+)
 from jepa_audio.training.ema import TargetEncoderEMA
 from jepa_audio.training.initialization import draw_weights
 from jepa_audio.training.masks import MaskingModule
@@ -53,6 +59,9 @@ class JEPA(MaskingModule, ScalerAwareModule):
             the published WavJEPA and PupuJEPA code); "momentum": tokens of a momentum copy.
         masks_per_clip: masks of each clip; with `targets.view: clip`, one pass of the target
             encoder serves all of them (M2D, arXiv:2404.06095; data2vec 2.0, arXiv:2212.07525).
+        regularizers: step 6, further terms of the loss, such as VICReg and SIGReg.
+        target_gradient: True takes the targets from the encoder itself, with gradient (LeJEPA),
+            instead of its momentum copy.
         decay_all: weight decay also for norms, biases and learned tokens (published WavJEPA code).
         compile: compile the transformer blocks; state-dict keys do not change.
         seed: seed of the initial weights and the masks.
@@ -71,6 +80,8 @@ class JEPA(MaskingModule, ScalerAwareModule):
         lr_schedule: Schedule,
         target_front_end: Literal["shared", "momentum"] = "shared",
         masks_per_clip: int = 1,
+        regularizers: Sequence[Regularizer] = (),
+        target_gradient: bool = False,
         decay_all: bool = False,
         compile: bool = False,  # noqa: A002
         seed: int = 0,
@@ -78,18 +89,16 @@ class JEPA(MaskingModule, ScalerAwareModule):
         super().__init__()
         self.save_hyperparameters(ignore=[])
         for name, part in {"front_end": front_end, "predictor": predictor}.items():
-            if part.embed_dim != encoder.embed_dim:
-                raise UserError(
-                    f"`{name}.embed_dim` ({part.embed_dim}) must equal "
-                    f"`encoder.embed_dim` ({encoder.embed_dim})"
-                )
+            check_width(name, part.embed_dim, encoder.embed_dim)
         targets.check_depth(encoder.depth)
+        check_target_gradient(target_gradient, target_front_end)
         self.front_end, self.encoder, self.predictor = front_end, encoder, predictor
         distance.set_widths(predictor.embed_dim, encoder.embed_dim)
         self.masker, self.targets, self.distance = masker, targets, distance
         self.ema, self.optimizer, self.lr_schedule = ema, optimizer, lr_schedule
         self.masks_per_clip, self.decay_all, self.seed = masks_per_clip, decay_all, seed
         check_bounds(self, 1, 1024, "masks_per_clip")
+        self.regularizers, self.target_gradient = active(regularizers), target_gradient
         # Called with each training batch, its masks and its output; returns more sums of losses.
         self.observe: Callable[[JEPA, AudioBatch, Masks, JEPAOutput], dict[str, Tensor]] | None
         self.observe = None
@@ -136,9 +145,9 @@ class JEPA(MaskingModule, ScalerAwareModule):
         total = distance.sum()
         loss = total / (masks.targets_per_clip * masks.num_masks)
         num_targets = masks.targets.counts.sum()
-        return JEPAOutput(loss, total, num_targets, context, prediction, target)
+        output = JEPAOutput(loss, total, num_targets, context, prediction, target)
+        return regularized(output, self.regularizers, masks, self.seed)
 
-    @torch.no_grad()
     def target_latents(
         self,
         waveform: Float[Tensor, "B C S"],
@@ -148,10 +157,12 @@ class JEPA(MaskingModule, ScalerAwareModule):
         present: TokenSet | None = None,
     ) -> Float[Tensor, "Q M L D"]:
         """The targets at `where`, from `tokens` of the front end; `present` excludes padding."""
-        self.target_encoder.eval()
-        if self.target_front_end is not None:
-            tokens = self.target_front_end.eval()(waveform)
-        return self.targets(self.target_encoder, tokens.detach(), grid, where, present)
+        if self.target_gradient:
+            return self.targets(self.encoder, tokens, grid, where, present)
+        with torch.no_grad():
+            if self.target_front_end is not None:
+                tokens = self.target_front_end.eval()(waveform)
+            return self.targets(self.target_encoder.eval(), tokens, grid, where, present)
 
     def loss(self, waveform: Float[Tensor, "B C S"], masks: Masks) -> Float[Tensor, ""]:
         """The loss for given masks."""
@@ -175,7 +186,8 @@ class JEPA(MaskingModule, ScalerAwareModule):
     @override
     def configure_callbacks(self) -> list[Callback]:
         check_trainer(self.trainer)  # Lightning calls this method before it prepares the data.
-        return [self.ema, LossLog()]
+        describe_collapse(self.trainer, self.regularizers, self.ema.momentum, self.target_gradient)
+        return [self.ema, LossLog([regularizer.name for regularizer in self.regularizers])]
 
     @override
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -185,4 +197,5 @@ class JEPA(MaskingModule, ScalerAwareModule):
 
 def _sums(output: JEPAOutput) -> dict[str, Tensor]:
     """What `LossLog` adds over micro-batches and processes."""
-    return {"loss": output.distance_sum.detach(), "num_targets": output.num_targets}
+    sums = {"loss": output.distance_sum.detach(), "num_targets": output.num_targets}
+    return sums | {name: value.detach() for name, value in output.regularizers.items()}

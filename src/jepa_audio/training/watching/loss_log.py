@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class LossLog(Callback):
-    """Log `train/loss`, `valid/loss` and `test/loss`.
+    """Log `train/loss`, `valid/loss` and `test/loss`, and the regularizers by their names.
 
     Each loss is a sum of distances divided by the number of target tokens. The sums and numbers of
     all micro-batches and processes are added before the division, so that a loss does not depend
@@ -22,9 +22,15 @@ class LossLog(Callback):
     `trainer.log_every_n_steps` steps, and in steps that `CollapseMonitor` measures. In the latter,
     `train/loss_mean_target` and `train/loss_nearest_context` are logged with it: the losses of the
     simple predictors (see `simple_predictors`) on the same batches.
+
+    A regularizer is logged as the mean over micro-batches and processes, without its weight.
+
+    Args:
+        regularizers: names of the regularizers in the sums of each batch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, regularizers: Sequence[str] = ()) -> None:
+        self.regularizers = tuple(regularizers)
         self._step, self._is_first = 0, True
         # Of each micro-batch of a step: sums of the distances, number of target tokens.
         self._trained: list[dict[str, Tensor]] = []
@@ -44,10 +50,13 @@ class LossLog(Callback):
         sums, self._trained = self._trained, []
         self._step, is_first, self._is_first = trainer.global_step, self._is_first, False
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        is_logged = (every > 0 and self._step % every == 0) or len(sums[0]) > 2
+        is_logged = (every > 0 and self._step % every == 0) or "loss_mean_target" in sums[0]
         if not (is_logged or is_first):
             return
-        losses = {f"train/{name}": loss for name, loss in mean_losses(trainer, sums).items()}
+        losses = {
+            f"train/{name}": loss
+            for name, loss in mean_losses(trainer, sums, self.regularizers).items()
+        }
         for logger in trainer.loggers if is_logged else []:
             logger.log_metrics(losses, step=self._step)
         trainer.callback_metrics.update({k: torch.tensor(v) for k, v in losses.items()})
@@ -74,30 +83,38 @@ class LossLog(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the loss of the evaluation."""
-        name = "test/loss" if trainer.testing else "valid/loss"
-        losses = mean_losses(trainer, self._evaluated)
-        pl_module.log(name, losses["loss"], prog_bar=True)
+        stage = "test" if trainer.testing else "valid"
+        for name, loss in mean_losses(trainer, self._evaluated, self.regularizers).items():
+            pl_module.log(f"{stage}/{name}", loss, prog_bar=name == "loss")
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
 
 
-def mean_losses(trainer: Trainer, sums: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+def mean_losses(
+    trainer: Trainer, sums: Sequence[dict[str, Tensor]], per_batch: Sequence[str] = ()
+) -> dict[str, float]:
     """The mean losses of some batches, over all processes, which must all call this function.
 
     Args:
         trainer: the trainer whose processes add their sums, in a single all-reduce.
-        sums: of each batch of this process, the sums of distances and "num_targets". A process
-            without a batch gives an empty list; its first sum must be "loss" on other processes.
+        sums: of each batch of this process, the sums of distances, "num_targets" and the values of
+            `per_batch`. A process without a batch gives an empty list; the sums of the other
+            processes must then have no other names, and this order.
+        per_batch: values of a batch that are averaged over batches, not over target tokens.
     """
-    names = list(sums[0]) if sums else ["loss", "num_targets"]
+    names = list(sums[0]) if sums else ["loss", "num_targets", *per_batch]
     batches = [
         torch.stack([batch[name].detach().double().cpu() for name in names]) for batch in sums
     ]
-    total = torch.stack(batches).sum(dim=0) if batches else torch.zeros(2, dtype=torch.float64)
+    empty = torch.zeros(len(names), dtype=torch.float64)
+    total = torch.stack(batches).sum(dim=0) if batches else empty
+    total = torch.cat([total, torch.tensor([len(batches)], dtype=torch.float64)])
     if trainer.world_size > 1:
         total = trainer.strategy.reduce(total.to(trainer.strategy.root_device), reduce_op="sum")
-    values = dict(zip(names, total.tolist(), strict=True))
-    count = values.pop("num_targets")
-    return {name: value / count if count else math.nan for name, value in values.items()}
+    *totals, num_batches = total.tolist()
+    values = dict(zip(names, totals, strict=True))
+    num_targets = values.pop("num_targets")
+    counts = {name: num_batches if name in per_batch else num_targets for name in values}
+    return {name: value / n if (n := counts[name]) else math.nan for name, value in values.items()}
