@@ -25,6 +25,7 @@ CHOICES = {
     "front_end.init_args.spectrogram": ["LogMel", "VQT"],
     "encoder.positions": ["SinCosPositions", "RotaryPositions"],
     "distance": ["MSE", "SmoothL1"],
+    "regularizers": ["SIGReg", "VICReg"],
     "ema.momentum": ["Linear", "Cosine"],
     "optimizer": ["AdamW", "SGD"],
     "lr_schedule": ["WarmupCosine", "Constant"],
@@ -38,9 +39,9 @@ def test_help_of_a_class_option_lists_the_classes_with_a_line_each(key: str):
     for name in CHOICES[key]:
         (line,) = [line for line in text.splitlines() if line.split()[:1] == [name]]
         assert len(line.split()) > 3
-    assert not re.search(r"^ *(Masker|FrontEnd|Spectrogram|Positions) ", text, re.MULTILINE), (
-        "abstract classes cannot be chosen"
-    )
+    assert not re.search(
+        r"^ *(Masker|FrontEnd|Spectrogram|Positions|Regularizer) ", text, re.MULTILINE
+    ), "abstract classes cannot be chosen"
 
 
 def test_help_of_a_class_lists_its_settings_and_of_an_option_with_one_class_too():
@@ -74,6 +75,7 @@ def run(*args: str) -> None:
     [
         (["--model.encoder.depth=two"], "`model.encoder.depth` is two, but must be an integer"),
         (["--trainer.limit_val_batches=lots"], "is lots, but must be an integer, a number or null"),
+        (["--model.regularizers=SIGReg"], "`model.regularizers` is SIGReg, but must be a list"),
         (["--trainer.precision=17"], "`trainer.precision` is 17, but must be 64, 32, 16, "),
         (
             ["--data.mono=left"],

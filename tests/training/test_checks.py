@@ -8,9 +8,12 @@ import pytest
 import soundfile as sf
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from jepa_audio.errors import UserError
-from jepa_audio.training.checks import check_crop
+from jepa_audio.steps.regularizers import SIGReg, VICReg
+from jepa_audio.training.checks import check_crop, describe_collapse
+from jepa_audio.training.schedules import Constant, Linear
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -123,3 +126,29 @@ def test_the_checks_also_hold_for_a_trainer_in_python(tiny_cli: Callable):
     trainer = Trainer(max_epochs=2, logger=False, accelerator="cpu", enable_checkpointing=False)
     with pytest.raises(UserError, match="max_epochs"):
         trainer.fit(cli.model, cli.datamodule)
+
+
+@pytest.mark.parametrize(
+    ("accumulated", "regularizers", "momentum", "target_gradient", "words"),
+    [
+        (2, [SIGReg(), VICReg()], Linear(0.9, 1.0), False, "(2): sigreg_context, vicreg_context"),
+        (2, [], Linear(0.9, 1.0), False, None),
+        (1, [SIGReg()], Constant(0.0), True, None),
+        (1, [], Linear(0.9, 1.0), True, "(true) without a regularizer: nothing prevents"),
+        (1, [], Constant(0.0), False, "the momentum is 0 and there is no regularizer"),
+        (1, [], Linear(0.0, 1.0), False, None),
+    ],
+)
+def test_a_line_states_what_does_not_work_against_a_collapse(
+    accumulated, regularizers, momentum, target_gradient, words, caplog
+):
+    trainer = Trainer(
+        accelerator="cpu", max_steps=5, accumulate_grad_batches=accumulated, logger=False
+    )
+    for command, is_logged in ((TrainerFn.FITTING, bool(words)), (TrainerFn.VALIDATING, False)):
+        caplog.clear()
+        trainer.state.fn = command
+        describe_collapse(trainer, regularizers, momentum, target_gradient)
+        assert len(caplog.messages) == is_logged
+        if is_logged:
+            assert words in caplog.messages[0]

@@ -53,6 +53,39 @@ def test_several_processes_learn_the_same_weights_as_one(
             )
 
 
+def test_two_processes_learn_the_weights_of_one_with_statistics_of_the_global_batch(
+    tiny_cli: Callable,
+):
+    """The processes have other numbers of context tokens, and of batches in a validation."""
+    regularizers = (
+        "--model.regularizers+=VICReg",
+        "--model.regularizers+=SIGReg",
+        "--model.regularizers.latents=clip_mean",
+        "--model.regularizers+=SIGReg",
+        "--model.regularizers.latents=prediction",
+        "--model.target_gradient=true",
+    )
+    steps = "--trainer.max_steps=3", "--data.valid_share=0.3", "--trainer.val_check_interval=1"
+    runs, values = {}, {}
+    for num_processes in (1, 2):
+        cli = tiny_cli(
+            "wave", *SGD, *regularizers, *steps, *on(num_processes), "--trainer.log_every_n_steps=1"
+        )
+        start = {name: value.clone() for name, value in cli.model.state_dict().items()}
+        cli.trainer.fit(cli.model, cli.datamodule)
+        runs[num_processes] = {
+            name: value.clone() for name, value in cli.model.state_dict().items()
+        }
+        values[num_processes] = {
+            name: float(cli.trainer.callback_metrics[f"train/{name}"])
+            for name in ("loss", "vicreg_context", "sigreg_clip_mean", "sigreg_prediction")
+        }
+    assert values[2] == pytest.approx(values[1], rel=1e-4)
+    assert max(float((runs[1][name] - start[name]).abs().max()) for name in start) > 1e-3
+    for name, value in runs[1].items():
+        torch.testing.assert_close(runs[2][name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
 class Record(Callback):
     """Writes the rows and losses of a process into a folder; stops the run after some steps."""
 

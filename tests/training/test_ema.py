@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import nn
 
 from jepa_audio.training.ema import TargetEncoderEMA, tensor_pairs
@@ -111,6 +112,36 @@ def test_a_run_makes_one_update_per_optimizer_step_with_the_momentum_of_that_ste
         torch.testing.assert_close(
             after - online, remaining * (start - online), rtol=1e-4, atol=1e-5
         )
+
+
+class EqualCopies(Callback):
+    """Whether the momentum copies equal their modules, before every step and at the end."""
+
+    def __init__(self) -> None:
+        self.equal: list[bool] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self.equal.append(all(torch.equal(*pair) for pair in tensor_pairs(pl_module)))
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        self.on_train_batch_start(trainer, pl_module, None, 0)
+
+
+def test_with_a_momentum_of_zero_the_target_encoder_equals_the_encoder_after_every_step(
+    tiny_cli: Callable, fit: Callable
+):
+    momentum = "{class_path: Constant, init_args: {value: 0.0}}"
+    cli = tiny_cli(
+        "wave",
+        f"--model.ema.momentum={momentum}",
+        "--model.regularizers+=VICReg",
+        "--model.target_front_end=momentum",
+        "--trainer.max_steps=3",
+    )
+    before, seen = weights(cli.model.target_encoder), EqualCopies()
+    fit(cli, None, seen)
+    assert seen.equal == [True] * 4
+    assert not any(map(torch.equal, before, weights(cli.model.target_encoder)))
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from jepa_audio.errors import UserError
 from jepa_audio.steps.encoder.positions import SinCosPositions
 from jepa_audio.steps.encoder.transformer import Transformer
 from jepa_audio.steps.grid import AudioBatch
 from jepa_audio.steps.masking.source import MaskStream
+from jepa_audio.steps.regularizers import VICReg
 from jepa_audio.training.ema import TargetEncoderEMA
 from jepa_audio.training.jepa import JEPA
 
@@ -177,8 +179,18 @@ def test_micro_batches_add_up_to_one_big_batch(
                 "--data.batch_size=2",
             ],
         ),
+        (
+            "wave",
+            [
+                "--model.regularizers+=SIGReg",
+                "--model.regularizers.num_projections=8",
+                "--model.regularizers+=VICReg",
+                "--model.regularizers.latents=clip_mean",
+                "--model.target_gradient=true",
+            ],
+        ),
     ],
-    ids=["plain", "accumulated", "validated", "drop path", "two masks"],
+    ids=["plain", "accumulated", "validated", "drop path", "two masks", "regularized"],
 )
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_run(
     tiny_cli: Callable, fit: Callable, flavour: str, settings: list[str]
@@ -254,6 +266,40 @@ def test_the_target_encoder_reads_the_momentum_front_end(
     with torch.no_grad():
         jepa.target_front_end.projection.weight.add_(1)
     assert not torch.allclose(jepa(batch.waveform, masks).target, before.target)
+
+
+def test_targets_with_gradient_are_those_of_the_encoder_itself(
+    tiny_jepa: Callable[..., JEPA], batch: AudioBatch
+):
+    jepa = tiny_jepa("wave", "--model.target_gradient=true", "--model.regularizers+=VICReg")
+    literal, masks = copy.deepcopy(jepa), jepa.draw_masks(batch)
+    with torch.no_grad():
+        for parameter in jepa.target_encoder.parameters():
+            parameter.add_(1)  # the momentum copy has no influence
+    output = jepa(batch.waveform, masks)
+    output.loss.backward()
+    grid = literal.front_end.grid(batch.waveform.shape[-1])
+    tokens = literal.front_end(batch.waveform)
+    context = literal.encoder(tokens, grid, masks.context)
+    prediction = literal.predictor(context, masks, grid)
+    target = literal.targets(literal.encoder, tokens, grid, masks.targets)
+    distance = literal.distance(prediction, target)[masks.targets.valid_or_true].sum()
+    loss = distance / (len(batch.waveform) * masks.targets_per_clip)
+    regularizer = VICReg()(context, prediction, target, masks, seed=0)
+    torch.testing.assert_close(output.loss, loss + regularizer)
+    (loss + regularizer).backward()
+    for (name, ours), theirs in zip(jepa.named_parameters(), literal.parameters(), strict=True):
+        if name.startswith("target_"):
+            assert ours.grad is None
+        else:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_targets_with_gradient_and_a_momentum_front_end_are_refused(
+    tiny_jepa: Callable[..., JEPA],
+):
+    with pytest.raises(UserError, match=r"`target_front_end` \(momentum\) would have no effect"):
+        tiny_jepa("wave", "--model.target_gradient=true", "--model.target_front_end=momentum")
 
 
 def test_a_front_end_and_an_encoder_of_different_widths_are_refused(tiny_jepa: Callable[..., JEPA]):

@@ -32,6 +32,9 @@ class Sums(Callback):
         sums = self.by_step[step]
         return sum(part[name] for part in sums) / sum(part["num_targets"] for part in sums)
 
+    def mean_of_batches(self, step: int, name: str) -> float:
+        return sum(part[name] for part in self.by_step[step]) / len(self.by_step[step])
+
 
 def rows_with(folder: Path, name: str) -> dict[int, dict[str, str]]:
     with next(folder.rglob("metrics.csv")).open() as file:
@@ -50,12 +53,15 @@ def test_the_training_loss_is_the_mean_over_all_micro_batches_beside_its_baselin
         "--monitor.every_n_steps=3",
         "--trainer.accumulate_grad_batches=2",
         "--data.batch_size=2",
+        "--model.regularizers+=VICReg",
     )
     fit(cli, None, sums)
     rows = rows_with(Path(cli.trainer.default_root_dir), "train/loss")
     assert set(rows) == {1, 2, 3, 4, 6}, "every 2 steps, and measured steps"
     for step, row in rows.items():
         assert float(row["train/loss"]) == pytest.approx(sums.mean(step, "loss"), rel=1e-6)
+        regularizer = sums.mean_of_batches(step, "vicreg_context")
+        assert float(row["train/vicreg_context"]) == pytest.approx(regularizer, rel=1e-6)
         for name in ("loss_mean_target", "loss_nearest_context"):
             assert bool(row[f"train/{name}"]) == (step in (1, 3, 6))
             if row[f"train/{name}"]:
@@ -89,11 +95,14 @@ def test_the_validation_loss_does_not_depend_on_the_number_of_processes(
     losses = []
     for number in (1, processes):
         files = f"--data.valid_root={clips}", f"--data.batch_size={batch_size}"
-        cli = tiny_cli("wave", *files, *on(number))
+        cli = tiny_cli("wave", *files, *on(number), "--model.regularizers+=VICReg")
         (metrics,) = cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
-        losses.append(metrics["valid/loss"])
+        assert metrics.keys() == {"valid/loss", "valid/vicreg_context"}
+        losses.append(metrics)
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
-    assert losses[0] == pytest.approx(literal_loss(tiny_cli, clips, batch_size), rel=1e-6)
+    assert losses[0]["valid/loss"] == pytest.approx(
+        literal_loss(tiny_cli, clips, batch_size), rel=1e-6
+    )
 
 
 @torch.no_grad()
