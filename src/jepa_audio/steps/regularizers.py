@@ -250,7 +250,7 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     """
     if not torch.is_grad_enabled() or _num_processes() == 1:
         return tensor
-    return _AllReduce.apply(tensor)  # type: ignore[no-any-return, no-untyped-call]
+    return _AllReduce.apply(tensor)
 
 
 class _AllReduce(torch.autograd.Function):

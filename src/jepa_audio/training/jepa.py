@@ -88,8 +88,8 @@ class JEPA(MaskingModule, ScalerAwareModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=[])
-        for name, part in {"front_end": front_end, "predictor": predictor}.items():
-            check_width(name, part.embed_dim, encoder.embed_dim)
+        check_width("front_end", front_end.embed_dim, encoder.embed_dim)
+        check_width("predictor", predictor.embed_dim, encoder.embed_dim)
         targets.check_depth(encoder.depth)
         check_target_gradient(target_gradient, target_front_end)
         self.front_end, self.encoder, self.predictor = front_end, encoder, predictor
