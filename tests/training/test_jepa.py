@@ -295,11 +295,14 @@ def test_targets_with_gradient_are_those_of_the_encoder_itself(
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-7, msg=name)
 
 
-def test_targets_with_gradient_and_a_momentum_front_end_are_refused(
+def test_targets_with_a_gradient_that_has_no_effect_are_refused(
     tiny_jepa: Callable[..., JEPA],
 ):
     with pytest.raises(UserError, match=r"`target_front_end` \(momentum\) would have no effect"):
         tiny_jepa("wave", "--model.target_gradient=true", "--model.target_front_end=momentum")
+    classes = "{class_path: CrossEntropy, init_args: {codebook: RandomProjection}}"
+    with pytest.raises(UserError, match="`distance: CrossEntropy`, because classes have no"):
+        tiny_jepa("wave", "--model.target_gradient=true", f"--model.distance={classes}")
 
 
 def test_a_front_end_and_an_encoder_of_different_widths_are_refused(tiny_jepa: Callable[..., JEPA]):

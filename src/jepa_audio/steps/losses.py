@@ -188,3 +188,9 @@ class JEPAOutput:
     prediction: Float[Tensor, "Q M L D"]
     target: Float[Tensor, "Q M L T"]
     regularizers: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
+
+    @property
+    def sums(self) -> dict[str, Float[Tensor, ""]]:
+        """What is added over micro-batches and processes for the logs."""
+        sums = {"loss": self.distance_sum.detach(), "num_targets": self.num_targets}
+        return sums | {name: value.detach() for name, value in self.regularizers.items()}

@@ -35,7 +35,7 @@ class Regularizer(ABC):
         weight: factor in the loss; with 0, the statistic is not computed.
         latents: the vectors whose statistic is computed. "context": the latents of the context
             encoder at all context tokens. "prediction": the predicted latents at all target
-            tokens. "clip_mean": for each clip, the mean of its context latents. Padding is
+            tokens. "clip_mean": for each mask of a clip, the mean of its context latents. Padding is
             excluded. Latents that depend on nothing but the position in the clip can have a good
             statistic with "context" and "prediction", but hardly with "clip_mean".
     """
@@ -56,7 +56,7 @@ class Regularizer(ABC):
         self,
         context: Float[Tensor, "Q K D"],
         prediction: Float[Tensor, "Q M L D"],
-        target: Float[Tensor, "Q M L D"],
+        target: Float[Tensor, "Q M L T"],
         masks: Masks,
         seed: int,
     ) -> Float[Tensor, ""]:

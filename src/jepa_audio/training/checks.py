@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from jepa_audio.errors import UserError
 from jepa_audio.steps.encoder.transformer import Transformer
 from jepa_audio.steps.front_ends import FrontEnd
+from jepa_audio.steps.losses import CrossEntropy, Distance
 from jepa_audio.steps.masking.base import Masker
 from jepa_audio.steps.regularizers import Regularizer
 from jepa_audio.training.schedules import Schedule
@@ -33,8 +34,14 @@ def check_width(name: str, width: int, encoder_width: int) -> None:
         )
 
 
-def check_target_gradient(target_gradient: bool, target_front_end: Any) -> None:
-    """Raise `UserError` if targets with gradient have another front end than the input."""
+def check_target_gradient(target_gradient: bool, target_front_end: Any, distance: Distance) -> None:
+    """Raise `UserError` if a gradient of the targets cannot have an effect."""
+    if target_gradient and isinstance(distance, CrossEntropy):
+        raise UserError(
+            "`target_gradient` (true) would have no effect with `distance: CrossEntropy`, because "
+            "classes have no gradient: set `target_gradient: false`; with `ema.momentum` Constant "
+            "0, the targets are those of the encoder"
+        )
     if target_gradient and target_front_end != "shared":
         raise UserError(
             f"`target_front_end` ({target_front_end}) would have no effect with `target_gradient: "

@@ -91,7 +91,7 @@ class JEPA(MaskingModule, ScalerAwareModule):
         check_width("front_end", front_end.embed_dim, encoder.embed_dim)
         check_width("predictor", predictor.embed_dim, encoder.embed_dim)
         targets.check_depth(encoder.depth)
-        check_target_gradient(target_gradient, target_front_end)
+        check_target_gradient(target_gradient, target_front_end, distance)
         self.front_end, self.encoder, self.predictor = front_end, encoder, predictor
         distance.set_widths(predictor.embed_dim, encoder.embed_dim)
         self.masker, self.targets, self.distance = masker, targets, distance
@@ -174,12 +174,12 @@ class JEPA(MaskingModule, ScalerAwareModule):
         masks = self.masks_of(batch)
         output = self.forward(batch.waveform, masks)
         observed = self.observe(self, batch, masks, output) if self.observe else {}
-        return {"loss": output.loss, "sums": _sums(output) | observed}
+        return {"loss": output.loss, "sums": output.sums | observed}
 
     def validation_step(self, batch: AudioBatch, batch_idx: int) -> dict[str, Any]:
         """Compute the loss, with the same random numbers for the masks at every evaluation."""
         masks = self.masks_of(batch, MaskStream.EVALUATION)
-        return {"sums": _sums(self.forward(batch.waveform, masks))}
+        return {"sums": self.forward(batch.waveform, masks).sums}
 
     test_step = validation_step
 
@@ -193,9 +193,3 @@ class JEPA(MaskingModule, ScalerAwareModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.optimizer(parameter_groups(self, self.decay_all))
         return add_schedule(optimizer, self.lr_schedule, self.trainer.max_steps)
-
-
-def _sums(output: JEPAOutput) -> dict[str, Tensor]:
-    """What `LossLog` adds over micro-batches and processes."""
-    sums = {"loss": output.distance_sum.detach(), "num_targets": output.num_targets}
-    return sums | {name: value.detach() for name, value in output.regularizers.items()}
