@@ -35,8 +35,8 @@ class Regularizer(ABC):
         weight: factor in the loss; with 0, the statistic is not computed.
         latents: the vectors whose statistic is computed. "context": the latents of the context
             encoder at all context tokens. "prediction": the predicted latents at all target
-            tokens. "clip_mean": for each mask of a clip, the mean of its context latents. Padding is
-            excluded. Latents that depend on nothing but the position in the clip can have a good
+            tokens. "clip_mean": for each mask of a clip, the mean of its context latents. Padding
+            is excluded. Latents that depend on nothing but the position in the clip can have a good
             statistic with "context" and "prediction", but hardly with "clip_mean".
     """
 
