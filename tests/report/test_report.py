@@ -375,3 +375,10 @@ def test_losses_of_earlier_versions_have_other_keys(tmp_path: Path):
     (run,) = find_runs(tmp_path / "old")
     verdict = " ".join(_losses(run))
     assert "The last loss, 0.5, is below that of predicting the mean target (1)" in verdict
+
+
+def test_a_run_without_a_baseline_of_copies_is_compared_with_the_mean_target(tmp_path: Path):
+    write_metrics(tmp_path, [{"step": 1, "train/loss": 2.5, "train/loss_mean_target": 3.0}])
+    (run,) = find_runs(tmp_path)
+    verdict = " ".join(_losses(run))
+    assert "The last loss, 2.5, is below that of predicting the mean target (3)." in verdict

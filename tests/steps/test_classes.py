@@ -240,6 +240,9 @@ def test_perplexity_is_the_number_of_classes_that_targets_distinguish(
     mean = probabilities.mean(0)
     expected = math.exp(-(mean * np.log(mean)).sum() - entropy)
     assert soft.perplexity == pytest.approx(expected, rel=1e-4)
+    own_loss = soft(target, where, GRID).loss[where.valid].mean().item()
+    assert soft.own_loss.item() == pytest.approx(own_loss, rel=1e-5)
+    assert codebook.own_loss == 0
 
 
 def test_equal_targets_have_one_class(where: TokenSet):

@@ -15,6 +15,7 @@ from jepa_audio.steps.classes import RandomProjection
 from jepa_audio.steps.grid import AudioBatch
 from jepa_audio.training.jepa import JEPA
 from tests.training.test_ddp import SGD, on
+from tests.training.test_sharding import COMMON, FSDP, mean, on_processes, train
 
 CODEBOOKS = {
     "random": (
@@ -87,7 +88,8 @@ def test_two_processes_learn_the_same_weights_and_have_the_same_losses_as_one(
         cli.trainer.fit(cli.model, cli.datamodule)
         runs[num_processes] = state(cli.model)
         metrics[num_processes] = cli.trainer.callback_metrics
-    names = ("train/loss", "train/loss_mean_target", "valid/loss", "collapse/class_perplexity")
+    names = ["train/loss", "train/loss_mean_target", "valid/loss", "collapse/class_perplexity"]
+    names += ["train/codebook_loss"] if settings != CODEBOOKS["random"] else []
     for name in names:
         assert metrics[2][name].item() == pytest.approx(metrics[1][name].item(), rel=1e-5), name
     for name, value in runs[1].items():
@@ -96,6 +98,16 @@ def test_two_processes_learn_the_same_weights_and_have_the_same_losses_as_one(
     assert "distance.head.weight" in learned
     assert ("distance.codebook.scores.weight" in learned) == (settings != CODEBOOKS["random"])
     assert "distance.codebook.projection" not in learned
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork")
+def test_sharded_parameters_have_the_same_losses_as_one_process(tiny_cli: Callable, tmp_path: Path):
+    settings = (*BY_POSITION, *COMMON, "--trainer.max_steps=3")
+    alone = train(tiny_cli("mel", *settings))
+    sharding = FSDP, "--trainer.devices=2", "--data.batch_size=2", f"--run_dir={tmp_path}"
+    records = on_processes(2, tmp_path, lambda: train(tiny_cli("mel", *settings, *sharding)))
+    assert all(records[0].sharded)
+    assert mean([record.losses for record in records]) == pytest.approx(alone.losses, rel=1e-5)
 
 
 @pytest.mark.parametrize("codebook", CODEBOOKS)
@@ -166,6 +178,7 @@ def test_the_baseline_is_the_entropy_of_the_class_frequencies_and_usage_is_logge
     assert metrics["collapse/class_perplexity"].item() == pytest.approx(perplexity, rel=1e-5)
     assert metrics["collapse/class_share"].item() == pytest.approx((perplexity - 1) / 31, rel=1e-4)
     assert metrics["collapse/alarm"] == 0
+    assert "train/codebook_loss" not in metrics
 
 
 def test_targets_of_a_single_class_raise_the_alarm(

@@ -47,6 +47,7 @@ class Codebook(nn.Module, ABC):
 
     frequencies: Float[Tensor, " C"]  # mean probabilities of the classes
     entropy: Float[Tensor, ""]  # mean entropy of the probabilities of a token, in nats
+    own_loss: Float[Tensor, ""]  # mean loss that trains the codebook, 0 if it is not trained
     num_batches: Int[Tensor, ""]  # micro-batches so far
     num_tokens: Int[Tensor, ""]  # target tokens so far, on all processes
 
@@ -56,8 +57,10 @@ class Codebook(nn.Module, ABC):
             raise UserError(f"`num_classes` ({num_classes}) must be in [2, {MAX_CLASSES}]")
         self.num_classes = num_classes
         self.register_buffer("frequencies", torch.full((num_classes,), 1 / num_classes))
-        for name, dtype in (("entropy", None), ("num_batches", int), ("num_tokens", int)):
-            self.register_buffer(name, torch.zeros((), dtype=torch.int64 if dtype else None))
+        for name in ("entropy", "own_loss"):
+            self.register_buffer(name, torch.zeros(()))
+        for name in ("num_batches", "num_tokens"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
 
     @abstractmethod
     def set_width(self, target_dim: int) -> None:
@@ -83,7 +86,7 @@ class Codebook(nn.Module, ABC):
         with torch.autocast(target.device.type, enabled=False):
             classes = self.classify(target.detach().float(), where, grid)
             if self.updates_statistics:
-                self._count(classes.target, where.valid_or_true.flatten())
+                self._count(classes, where.valid_or_true.flatten())
         return classes
 
     @property
@@ -104,20 +107,23 @@ class Codebook(nn.Module, ABC):
         """
         return float((torch.special.entr(self.frequencies).sum() - self.entropy).exp())
 
-    def _count(self, classes: Tensor, valid: Bool[Tensor, " n"]) -> None:
-        weight = valid.float()
-        if classes.is_floating_point():
-            probabilities = classes.flatten(0, -2)
+    def _count(self, classes: Classes, valid: Bool[Tensor, " n"]) -> None:
+        weight, target, zero = valid.float(), classes.target, self.entropy.new_zeros(())
+        own_loss = zero if classes.loss is None else weight @ classes.loss.detach().flatten()
+        if target.is_floating_point():
+            probabilities = target.flatten(0, -2)
             totals = weight @ probabilities
             entropy = weight @ torch.special.entr(probabilities).sum(dim=-1)
         else:
-            totals = weight.new_zeros(self.num_classes).index_add_(0, classes.flatten(), weight)
-            entropy = weight.new_zeros(())
-        sums = all_reduce(torch.cat([totals, entropy[None], weight.sum()[None]]))
-        count = sums[-1].clamp_min(1)
-        self.num_tokens += sums[-1].long()
-        self.update(self.frequencies, sums[:-2] / count)
-        self.update(self.entropy, sums[-2] / count)
+            totals = zero.new_zeros(self.num_classes).index_add_(0, target.flatten(), weight)
+            entropy = zero
+        values = torch.stack([entropy, own_loss, weight.sum()])
+        *means, count = all_reduce(torch.cat([totals, values])).split([self.num_classes, 1, 1, 1])
+        self.num_tokens += count[0].long()
+        for statistic, total in zip(
+            (self.frequencies, self.entropy, self.own_loss), means, strict=True
+        ):
+            self.update(statistic, (total / count.clamp_min(1)).view_as(statistic))
 
 
 class RandomProjection(Codebook):

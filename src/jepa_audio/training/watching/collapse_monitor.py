@@ -203,15 +203,18 @@ class CollapseMonitor(Callback):
 
 
 def class_metrics(codebook: Codebook) -> dict[str, float]:
-    """How many classes the targets of the training so far distinguish, and as a share.
+    """Metrics of the classes of the training so far.
 
-    The share is 0 for one class, and 1 for all classes of the codebook, or for as many classes as
-    there were target tokens.
+    How many classes the targets distinguish; the same as a share: 0 for one class, 1 for all
+    classes of the codebook, or for as many classes as there were target tokens; the loss that
+    trains the codebook, if there is one.
     """
     perplexity = codebook.perplexity
     possible = min(codebook.num_classes, int(codebook.num_tokens))
-    share = (perplexity - 1) / max(possible - 1, 1)
-    return {"collapse/class_perplexity": perplexity, "collapse/class_share": share}
+    share = (perplexity - 1) / (possible - 1) if possible > 1 else float("nan")
+    metrics = {"collapse/class_perplexity": perplexity, "collapse/class_share": share}
+    is_trained = any(True for _ in codebook.parameters())
+    return metrics | ({"train/codebook_loss": float(codebook.own_loss)} if is_trained else {})
 
 
 def latent_metrics(
