@@ -1,5 +1,6 @@
 """Optimizer steps: clipping, gradient scaling, and steps that a gradient scaler skips."""
 
+import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -79,12 +80,13 @@ CLIPPING = {
 }
 
 
-@pytest.mark.parametrize("clipping", CLIPPING)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_gradient_scaler_changes_neither_weights_nor_gradient_norms(
-    tiny_cli: Callable, implementation: str, clipping: str
-):
-    settings = [
+# A fused optimizer divides the gradients by the scale itself; the others get divided gradients.
+COMBINATIONS = [*(("fused", clipping) for clipping in CLIPPING), ("foreach", "norm")]
+COMBINATIONS += [("foreach", "none"), ("neither", "value")]
+
+
+def settings_of(implementation: str, clipping: str) -> list[str]:
+    return [
         *IMPLEMENTATIONS[implementation],
         *CLIPPING[clipping],
         "--trainer.accumulate_grad_batches=2",
@@ -92,8 +94,20 @@ def test_a_gradient_scaler_changes_neither_weights_nor_gradient_norms(
         # A large epsilon: AdamW then depends on the size of the gradients.
         "--model.optimizer.eps=0.1",
     ]
-    plain = run_of(tiny_cli, None, settings, Steps())
-    scaled = run_of(tiny_cli, ScaledFloat32(), settings, Steps())
+
+
+@pytest.fixture(scope="module")
+def float32_run(tiny_cli: Callable) -> Callable[[str, str], Steps]:
+    """The run of an implementation and a clipping in float32, trained once."""
+    return functools.cache(lambda *choice: run_of(tiny_cli, None, settings_of(*choice), Steps()))
+
+
+@pytest.mark.parametrize(("implementation", "clipping"), COMBINATIONS)
+def test_a_gradient_scaler_changes_neither_weights_nor_gradient_norms(
+    tiny_cli: Callable, float32_run: Callable, implementation: str, clipping: str
+):
+    plain = float32_run(implementation, clipping)
+    scaled = run_of(tiny_cli, ScaledFloat32(), settings_of(implementation, clipping), Steps())
     assert scaled.norms == pytest.approx(plain.norms, rel=1e-5)
     assert scaled.norms[0] > 0.1, "the limit must be reached"
     moved = (plain.weights[-1] - plain.weights[0]).abs().max().item()
@@ -119,19 +133,21 @@ def test_a_skipped_step_moves_neither_weights_nor_momentum_copy_nor_learning_rat
     assert [f"step {step}:" in caplog.text for step in (1, 2, 3, 4)] == [True, False, True, False]
 
 
-def test_real_half_precision_trains_with_a_fused_optimizer_and_clipping(tiny_cli: Callable):
-    settings = ["--model.optimizer.fused=true", "--trainer.gradient_clip_val=0.1"]
-    half = run_of(tiny_cli, MixedPrecision("16-mixed", "cpu"), settings, Steps())
-    full = run_of(tiny_cli, None, settings, Steps())
-    assert half.norms == pytest.approx(full.norms, rel=0.05)
+def test_real_half_precision_trains_with_a_fused_optimizer_and_clipping(
+    tiny_cli: Callable, float32_run: Callable
+):
+    precision = MixedPrecision("16-mixed", "cpu")
+    half = run_of(tiny_cli, precision, settings_of("fused", "norm"), Steps())
+    assert half.norms == pytest.approx(float32_run("fused", "norm").norms, rel=0.05)
 
 
 @pytest.mark.parametrize("clipping", CLIPPING)
-def test_bf16_and_a_fused_optimizer_are_clipped_as_in_float32(tiny_cli: Callable, clipping: str):
-    settings = [*IMPLEMENTATIONS["fused"], *CLIPPING[clipping]]
-    half = run_of(tiny_cli, None, [*settings, "--trainer.precision=bf16-mixed"], Steps())
-    full = run_of(tiny_cli, None, settings, Steps())
-    assert half.norms == pytest.approx(full.norms, rel=0.1)
+def test_bf16_and_a_fused_optimizer_are_clipped_as_in_float32(
+    tiny_cli: Callable, float32_run: Callable, clipping: str
+):
+    settings = [*settings_of("fused", clipping), "--trainer.precision=bf16-mixed"]
+    half = run_of(tiny_cli, None, settings, Steps())
+    assert half.norms == pytest.approx(float32_run("fused", clipping).norms, rel=0.1)
 
 
 def test_gradients_are_clipped_by_norm_by_value_or_not_at_all():
