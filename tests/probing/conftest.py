@@ -31,7 +31,6 @@ def probed(
     """Results of the oracle and the constant encoder for a task; each data set is probed once."""
     from jepa_audio.probing.run import probe
     from jepa_audio.probing.tasks import TASKS
-    from jepa_audio.report.page import write_leaderboard
 
     done: dict[str, Probed] = {}
 
@@ -45,7 +44,6 @@ def probed(
             ]
             tasks = [one for one in tiny.num_test if one in TASKS]
             done[name] = Probed(root, output, probe(encoders, tasks, root, output, preset="linear"))
-            write_leaderboard(output / "results.jsonl")
         return done[name]
 
     return of

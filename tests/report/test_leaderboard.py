@@ -201,7 +201,7 @@ def test_baselines_are_listed_without_a_rank(results):
     ],
 )
 def test_encoder_below_a_baseline_is_marked_and_never_the_best(
-    results, random_init, log_mel, label
+    results, random_init, log_mel, label, empty_figures
 ):
     for task in ("nsynth_pitch", "nsynth_instrument"):
         add(results, random_init, random_init + OWN[1], variant="random", task=task)

@@ -117,7 +117,7 @@ def test_missing_evidence_is_named_and_the_results_are_shown(tmp_path):
     assert "0.350 [0.300, 0.400] block 1" in text
 
 
-def test_both_verdicts_are_shown(tmp_path):
+def test_both_verdicts_are_shown(tmp_path, empty_figures):
     a_run(tmp_path / "mel")
     verdicts = {"family": AHEAD, "pitch": BEHIND, "octave": UNDECIDED}
     for task, difference in verdicts.items():
@@ -135,7 +135,7 @@ def test_both_verdicts_are_shown(tmp_path):
     assert "3 differences to random-init baselines were tested" in text
 
 
-def test_badge_shows_the_verdict(tmp_path):
+def test_badge_shows_the_verdict(tmp_path, empty_figures):
     verdicts = {
         "up": [AHEAD],
         "down": [BEHIND],
@@ -182,7 +182,7 @@ def test_trained_heads_decide_and_the_last_result_counts(tmp_path):
     assert "0.123" in text_of(page)
 
 
-def test_seeds_are_averaged_and_protocols_are_separate(tmp_path):
+def test_seeds_are_averaged_and_protocols_are_separate(tmp_path, empty_figures):
     a_run(tmp_path / "mel")
     seeds = [Difference(0.1, 0.05, 0.15), Difference(0.3, 0.25, 0.35)]
     probed(tmp_path, *(a_row("mel", "pitch", each, seed=seed) for seed, each in enumerate(seeds)))
