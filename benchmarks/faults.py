@@ -202,7 +202,7 @@ def check_kills(folder: Path, corpus: Path, number: int, seed: int) -> bool:
     """Return whether a run that is killed at random times equals an uninterrupted run."""
     settings = "--data.num_workers=2", f"--trainer.max_steps={8 * number}"
     reference = Run(folder / "uninterrupted", corpus)
-    wait_for_end(reference.start("all", *settings), reference)
+    wait_for_end(reference.start("all", *settings, "--data.num_workers=0"), reference)
     run, rng = Run(folder / "killed", corpus), random.Random(seed)
     pieces, seconds, num_too_late = [], [], 0
     for attempt in range(number):
@@ -219,10 +219,13 @@ def check_kills(folder: Path, corpus: Path, number: int, seed: int) -> bool:
         pieces += [piece] if (piece := run.records(name)) else []
     wait_for_end(run.start("last", *settings, "--ckpt_path=last"), run)
     pieces.append(run.records("last"))
-    time.sleep(3)
-    remaining = subprocess.run(
-        ["pgrep", "-f", str(run.folder)], capture_output=True, text=True, check=False
-    ).stdout.split()
+    end, find = time.monotonic() + 3, ["pgrep", "-f", str(run.folder)]
+    while (
+        remaining := subprocess.run(
+            find, capture_output=True, text=True, check=False
+        ).stdout.split()
+    ) and time.monotonic() < end:
+        time.sleep(0.2)
     print(
         f"kills: {number}, {min(seconds):.1f} to {max(seconds):.1f} s after a start, "
         f"{num_too_late} after the end of the run; micro-batches of each piece "

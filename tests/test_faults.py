@@ -15,9 +15,12 @@ from jepa_audio.data.corpus.table import load_corpus
 from tests.damaged import RATE, REASONS, write_damaged_corpus
 
 
-def test_run_killed_at_random_times_and_resumed_equals_uninterrupted_run(tmp_path: Path):
+@pytest.mark.parametrize("number", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_run_killed_at_random_times_and_resumed_equals_uninterrupted_run(
+    number: int, tmp_path: Path
+):
     corpus = faults.write_corpus(tmp_path / "corpus", 30)
-    assert faults.check_kills(tmp_path, corpus, number=2, seed=1)
+    assert faults.check_kills(tmp_path, corpus, number, seed=1)
 
 
 def test_damaged_files_are_each_reported_once_and_training_completes(
@@ -55,7 +58,7 @@ def test_killed_reading_process_ends_the_run_with_an_explanation(tmp_path: Path)
     assert "Traceback" not in log
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_killed_training_process_leaves_no_process(world_size: int, tmp_path: Path):
     corpus = faults.write_corpus(tmp_path / "corpus", 20)
     assert faults.check_remaining(tmp_path, corpus, signal.SIGKILL, world_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -218,33 +219,34 @@ def test_a_bug_while_a_mistake_of_the_user_is_handled_is_a_bug():
     assert user_message(raised.value) == (None, False)
 
 
-def run_command(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "jepa_audio", *args]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+MISTAKES: list[tuple[list[str], list[str]]] = [
+    (["data", "index", "nowhere"], ["nowhere", "does not exist"]),
+    (["data", "index", "empty"], ["no audio files under empty"]),
+    (
+        ["validate", "--config", "demo/wavjepa", "--data.root=empty", "--ckpt_path=last"],
+        ["there is no checkpoint in", "runs/default/checkpoints; check `--run_dir`"],
+    ),
+    (["fit", "--config", "typo.yaml"], ["'embd_dim' is unknown; did you mean 'embed_dim'?"]),
+]
 
 
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (["fit", "--config", "typo.yaml"], ["'embd_dim' is unknown; did you mean 'embed_dim'?"]),
-        (["data", "index", "nowhere"], ["nowhere", "does not exist"]),
-        (["data", "index", "empty"], ["no audio files under empty"]),
-        (
-            ["validate", "--config", "demo/wavjepa", "--data.root=empty", "--ckpt_path=last"],
-            ["there is no checkpoint in", "runs/default/checkpoints; check `--run_dir`"],
-        ),
-    ],
-    ids=["misspelt key", "missing file", "empty folder", "missing checkpoint"],
-)
-def test_a_mistake_ends_in_a_short_message_as_the_user_sees_it(
-    args: list[str], words: list[str], tmp_path: Path
-):
+def test_a_mistake_ends_in_a_short_message_as_the_user_sees_it(tmp_path: Path):
+    """The commands run one after another in a process without pytest's filters of warnings."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "typo.yaml").write_text("model: {encoder: {embd_dim: 192}}")
-    done = run_command(*args, cwd=tmp_path)
-    assert done.returncode in (1, 2)
-    message = done.stderr.partition("jepa-audio: ")[2]
-    assert all(word in message for word in words), done.stderr
-    assert message.count("\n") <= 2
+    code = (
+        "import sys; from jepa_audio.cli.main import main\n"
+        f"for args in {[args for args, _ in MISTAKES]}:\n"
+        "    try: main(args)\n"
+        "    except SystemExit as end: print('exit code', end.code, 'of', args[0], file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    *messages, rest = re.split(r"exit code [12] of \w+\n", done.stderr)
+    assert not rest
+    for (_, words), message in zip(MISTAKES, messages, strict=True):
+        sentence = message.partition("jepa-audio: ")[2]
+        assert all(word in sentence for word in words), message
+        assert sentence.count("\n") <= 2
     assert "Traceback" not in done.stderr
     assert "Warning" not in done.stderr

@@ -289,7 +289,10 @@ def test_without_auto_requeue_the_signal_of_slurm_only_stops_the_run(
     assert slurm() == []
 
 
-@pytest.mark.parametrize("number", STOPS)
+RARE = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGUSR1)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, *RARE])
 def test_a_signal_to_all_processes_stops_a_run_with_loader_processes(
     wavs: Path, tmp_path: Path, number: signal.Signals
 ):
