@@ -112,12 +112,13 @@ def test_sharded_parameters_have_the_same_losses_as_one_process(tiny_cli: Callab
 
 @pytest.mark.parametrize("codebook", CODEBOOKS)
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_run(
-    tiny_cli: Callable, fit: Callable, codebook: str
+    tiny_cli: Callable, fit: Callable, codebook: str, caplog: pytest.LogCaptureFixture
 ):
     saving = "--checkpoint.every_n_train_steps=1", "--checkpoint.keep_all=true"
     settings = (*CODEBOOKS[codebook], *saving, "--trainer.accumulate_grad_batches=2")
     cli = tiny_cli("wave", *settings, "--data.batch_size=2", "--monitor.every_n_steps=1")
     uninterrupted = fit(cli)
+    assert "not for the 2 micro-batches of a step" in caplog.text
     folder = Path(cli.trainer.checkpoint_callback.dirpath)
     # The measurements of the monitor do not change the run.
     resumed_cli = tiny_cli("wave", *settings, "--data.batch_size=2", "--monitor.every_n_steps=100")
@@ -128,7 +129,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_run(
 
 
 def test_micro_batches_add_up_to_one_batch_for_classes_without_batch_statistics(
-    tiny_cli: Callable, fit: Callable
+    tiny_cli: Callable, fit: Callable, caplog: pytest.LogCaptureFixture
 ):
     weights = {}
     for batch_size, accumulate in ((4, 1), (2, 2)):
@@ -145,6 +146,7 @@ def test_micro_batches_add_up_to_one_batch_for_classes_without_batch_statistics(
         weights[batch_size] = dict(cli.model.named_parameters())
     for name, value in weights[4].items():
         torch.testing.assert_close(weights[2][name], value, rtol=1e-4, atol=1e-5, msg=name)
+    assert "not for the 2 micro-batches of a step" not in caplog.text
 
 
 @pytest.mark.parametrize("codebook", CODEBOOKS)
@@ -218,20 +220,22 @@ def test_a_distance_whose_weights_change_is_refused_at_a_resume(tiny_cli: Callab
 
 
 def test_a_run_starts_from_weights_of_a_run_with_another_distance(
-    tiny_cli: Callable, fit: Callable, caplog: pytest.LogCaptureFixture
+    tiny_cli: Callable,
+    tiny_jepa: Callable[..., JEPA],
+    fit: Callable,
+    caplog: pytest.LogCaptureFixture,
 ):
     from jepa_audio.interop.convert import load_weights
 
-    trained = {}
-    for name, settings in {"mse": (), **CODEBOOKS}.items():
-        trained[name] = tiny_cli("wave", *settings, "--trainer.max_steps=1")
-        fit(trained[name])
+    trained = {name: tiny_cli("wave", *CODEBOOKS.get(name, ())) for name in ("mse", "random")}
+    for cli in trained.values():
+        fit(cli)
     for old, new in (("mse", "random"), ("random", "mse"), ("random", "clusters")):
-        model = tiny_cli("wave", *CODEBOOKS.get(new, ())).model
+        model = tiny_jepa("wave", *CODEBOOKS.get(new, ()))
         initial = state(model)
         checkpoint = Path(trained[old].trainer.checkpoint_callback.dirpath) / "last.ckpt"
-        with caplog.at_level(logging.WARNING):
-            load_weights(model, checkpoint)
+        caplog.clear()
+        load_weights(model, checkpoint)
         assert "has other weights of `distance`: those are not used" in caplog.text
         for name, value in state(model).items():
             source = initial if name.startswith("distance.") else state(trained[old].model)

@@ -62,6 +62,11 @@ class Codebook(nn.Module, ABC):
         for name in ("num_batches", "num_tokens"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
 
+    @property
+    def has_batch_statistics(self) -> bool:
+        """Whether the classes of a token in training depend on the other tokens of a batch."""
+        return False
+
     @abstractmethod
     def set_width(self, target_dim: int) -> None:
         """Create the tensors for targets of a width."""
@@ -160,6 +165,11 @@ class RandomProjection(Codebook):
             raise UserError(f"`codebook_dim` ({codebook_dim}) must be in [1, {MAX_CODEBOOK_DIM}]")
         self.codebook_dim, self.normalization, self.seed = codebook_dim, normalization, seed
 
+    @property
+    @override
+    def has_batch_statistics(self) -> bool:
+        return self.normalization == "batch"
+
     @override
     def set_width(self, target_dim: int) -> None:
         generator = torch.Generator().manual_seed(self.seed)
@@ -236,6 +246,11 @@ class OnlineClusters(Codebook):
             )
         self.by_position, self.num_iterations = by_position, num_iterations
         self.target_temperature, self.temperature = target_temperature, temperature
+
+    @property
+    @override
+    def has_batch_statistics(self) -> bool:
+        return True
 
     @override
     def set_width(self, target_dim: int) -> None:

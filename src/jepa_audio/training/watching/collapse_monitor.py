@@ -102,8 +102,23 @@ class CollapseMonitor(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, JEPA)
         self._latents = {}
         self._start_clocks()
+        distance, accumulated = pl_module.distance, trainer.accumulate_grad_batches
+        if (
+            isinstance(distance, CrossEntropy)
+            and distance.codebook.has_batch_statistics
+            and accumulated > 1
+            and trainer.is_global_zero
+        ):
+            log.warning(
+                "`trainer.accumulate_grad_batches` (%d): the classes of %s are computed for each "
+                "micro-batch over all processes, not for the %d micro-batches of a step",
+                accumulated,
+                type(distance.codebook).__name__,
+                accumulated,
+            )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restart the clocks, so that the time of validation is not counted."""
