@@ -55,6 +55,7 @@ def test_options_exist(text: str, capsys: pytest.CaptureFixture[str]):
         "trainer.callbacks",
         "model.front_end.",
         "model.lr_schedule.",
+        "model.regularizers.",
         "data.scenes.",
     )
     assert len(named) > 6

@@ -295,6 +295,30 @@ def test_targets_with_gradient_are_those_of_the_encoder_itself(
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize(
+    ("regularizer", "is_apart"), [(None, False), ("VICReg", True), ("SIGReg", True)]
+)
+def test_a_regularizer_keeps_the_clips_apart_where_targets_with_gradient_collapse(
+    tiny_jepa: Callable[..., JEPA], batch: AudioBatch, regularizer: str | None, is_apart: bool
+):
+    settings = ["--model.target_gradient=true", "--model.targets.normalization=none"]
+    if regularizer:
+        settings += [f"--model.regularizers+={regularizer}"]
+        settings += ["--model.regularizers.latents=clip_mean"]
+    jepa = tiny_jepa("wave", *settings)
+    masks = jepa.draw_masks(batch)
+    optimizer = torch.optim.AdamW([p for p in jepa.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        output = jepa(batch.waveform, masks)
+        output.loss.backward()
+        optimizer.step()
+    valid = masks.context.valid_or_true[..., None]
+    clips = (output.context * valid).sum(1) / valid.sum(1)
+    spread = clips.std(0).mean().item()
+    assert (spread > 0.2) == is_apart, spread
+
+
 def test_targets_with_a_gradient_that_has_no_effect_are_refused(
     tiny_jepa: Callable[..., JEPA],
 ):

@@ -24,6 +24,11 @@ COMMON = (
     "--checkpoint.keep_all=true",
 )
 COMMON += ("--monitor.every_n_steps=1", "--trainer.gradient_clip_val=0.5")
+COMMON += (
+    "--model.regularizers+=VICReg",
+    "--model.regularizers+=SIGReg",
+    "--model.target_gradient=true",
+)
 
 
 def on_processes(count: int, folder: Path, function: Callable[[], Any]) -> list[Any]:

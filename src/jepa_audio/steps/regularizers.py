@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, distributed
-from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from jepa_audio.errors import UserError
@@ -180,20 +179,13 @@ class SIGReg(Regularizer):
         weight = valid.float()
         count = sum_over_processes(weight.sum())
         projected = vectors @ self.directions(vectors.shape[-1], seed).to(vectors.device)
-        t = torch.linspace(0, self.max_frequency, self.num_frequencies)
-        # The backward pass computes sines and cosines again: one frequency at a time in memory.
-        sums = [
-            checkpoint(
-                _wave_sums, projected, weight, x, use_reentrant=False, preserve_rng_state=False
-            )
-            for x in t.tolist()
-        ]
-        means = sum_over_processes(torch.stack(sums)) / count  # [frequencies, 2, projections]
-        t = t.to(vectors.device)
-        normal = torch.exp(-t.square() / 2)
-        error = (means[:, 0] - normal[:, None]).square() + means[:, 1].square()
-        integral = 2 * torch.trapezoid(error * normal[:, None], t, dim=0)
-        return count * integral.mean()
+        t = torch.linspace(0, self.max_frequency, self.num_frequencies, device=vectors.device)
+        step = self.max_frequency / (self.num_frequencies - 1)
+        sums: Tensor = _WaveSums.apply(projected, weight, step, self.num_frequencies)
+        cosines, sines = (sum_over_processes(sums) / count).unbind(-1)
+        normal = torch.exp(-t.square() / 2)[:, None]
+        error = (cosines - normal).square() + sines.square()
+        return count * 2 * torch.trapezoid(error * normal, t, dim=0).mean()
 
     def directions(self, dim: int, seed: int) -> Float[Tensor, "D P"]:
         """Unit vectors, the same for the same seed; drawn on the CPU, equal for all devices."""
@@ -274,7 +266,32 @@ def _num_processes() -> int:
     return distributed.get_world_size() if is_distributed else 1
 
 
-def _wave_sums(projected: Tensor, weight: Tensor, frequency: float) -> Tensor:
-    """Sums of the cosines and sines of the projections `[n, P]`: `[2, P]`."""
-    angle = projected * frequency
-    return torch.stack([weight @ angle.cos(), weight @ angle.sin()])
+class _WaveSums(torch.autograd.Function):
+    """Weighted sums of cos(t x) and sin(t x) over projections x `[n, P]`: `[frequencies, P, 2]`.
+
+    The frequencies t are multiples of `step`, so that exp(i t x) are powers of exp(i `step` x).
+    Autograd would keep all powers, which are many times larger than the latents.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor, weight: Tensor, step: float, count: int) -> Tensor:
+        ctx.save_for_backward(projected, weight)
+        ctx.step = step
+        turn = torch.polar(torch.ones_like(projected), projected * step)
+        wave = weight[:, None] * torch.ones_like(turn)
+        sums = [wave.sum(0)]
+        for _ in range(count - 1):
+            wave = wave * turn
+            sums.append(wave.sum(0))
+        return torch.view_as_real(torch.stack(sums))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        projected, weight = ctx.saved_tensors
+        turn = torch.polar(torch.ones_like(projected), projected * ctx.step)
+        # d cos(t x) = -t sin(t x) and d sin(t x) = t cos(t x): imaginary parts of a polynomial.
+        factors = torch.complex(-gradients[0][..., 0], gradients[0][..., 1])
+        total = torch.zeros_like(turn)
+        for index in range(len(factors) - 1, 0, -1):
+            total = (total + index * factors[index]) * turn
+        return ctx.step * weight[:, None] * total.imag, None, None, None

@@ -48,6 +48,8 @@ IN_FORCE: dict[str, Callable[[Trainer, Any, Any, Any], object]] = {
     "model.masks_per_clip": lambda t, m, d, b: b.masks.per_clip,
     "model.targets.top_k": lambda t, m, d, b: m.targets.top_k,
     "model.distance": lambda t, m, d, b: type(m.distance).__name__,
+    "model.regularizers": lambda t, m, d, b: [type(part).__name__ for part in m.regularizers],
+    "model.target_gradient": lambda t, m, d, b: m.target_gradient,
     "model.encoder.drop_path": lambda t, m, d, b: max(
         getattr(part, "drop_prob", 0) for part in m.encoder.modules()
     ),
