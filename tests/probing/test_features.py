@@ -18,7 +18,8 @@ from jepa_audio.errors import UserError
 from jepa_audio.inference.features import LayerFeatures
 from jepa_audio.probing.clips import load_waveform
 from jepa_audio.probing.encoders import FunctionEncoder, LogMelStatistics, ProbeEncoder
-from jepa_audio.probing.features import Features, FeatureStore, Preparation
+from jepa_audio.probing.feature_store import FeatureStore
+from jepa_audio.probing.features import Features, Preparation
 from jepa_audio.probing.pooling import Pooling, parse_poolings
 from jepa_audio.probing.robustness import SWEEPS
 from jepa_audio.probing.tasks.base import Windows
@@ -391,7 +392,7 @@ def test_frames_are_interpolated_to_the_grid(tmp_path: Path):
 def test_features_that_exceed_the_disk_space_raise_an_error_with_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("jepa_audio.probing.features._SPARE_BYTES", 2**62)
+    monkeypatch.setattr("jepa_audio.probing.feature_store._SPARE_BYTES", 2**62)
     with pytest.raises(
         ValueError,
         match=r"features of 2 layers take .* GB are free: keep fewer with `--layers`",
@@ -426,7 +427,7 @@ def test_the_number_of_layers_must_match_their_names(tmp_path: Path):
 def test_large_tables_stay_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     split = split_of(tmp_path / "audio")
     in_memory = features_of(split, tmp_path / "features", Preparation(Windows()))
-    monkeypatch.setattr("jepa_audio.probing.features._MAX_BYTES_IN_MEMORY", 0)
+    monkeypatch.setattr("jepa_audio.probing.feature_store._MAX_BYTES_IN_MEMORY", 0)
     on_disk = features_of(split, tmp_path / "features", Preparation(Windows()))
     assert isinstance(on_disk.layers[0], np.memmap)
     assert not isinstance(in_memory.layers[0], np.memmap)

@@ -278,7 +278,8 @@ def test_invalid_options_raise_errors_before_anything_is_encoded(corpus: Path, t
     )
     check_error("different names", encoder="a/x.ckpt,b/x.ckpt")
     check_error(
-        "`preset` is 'marble', must be one of marble-v1, linear, marble-v2", preset="marble"
+        "`preset` is 'marble', must be one of marble-v1, linear, attentive, marble-v2",
+        preset="marble",
     )
     check_error(
         "`robustness` has unknown conditions rain; the known ones are white_noise",
@@ -294,6 +295,7 @@ def test_invalid_options_raise_errors_before_anything_is_encoded(corpus: Path, t
     check_error("no attribute 'nobody'", encoder="tests.probing.test_run:nobody")
     check_error("is 1000, not a function", encoder="tests.probing.test_run:RATE")
     check_error("`select` is 'last'", preset="linear", select="last")
+    check_error("`pooling` must be left out", preset="attentive", pooling="mean")
     check_error("nsynth_pitch has no protocol marble-v2, it has marble-v1", preset="marble-v2")
     check_error("at least one unit", max_train=0)
     check_error("returns str, not a `ProbeEncoder`", encoder="tests.probing.test_run:no_encoder")

@@ -13,7 +13,7 @@ import soundfile as sf
 
 from jepa_audio.errors import MissingFileError
 from jepa_audio.probing.convert import convert
-from jepa_audio.probing.features import FeatureStore
+from jepa_audio.probing.feature_store import FeatureStore
 from jepa_audio.probing.presets import preset_of
 from jepa_audio.probing.rows import load_evidence, read_rows
 from jepa_audio.probing.run import probe

@@ -16,6 +16,7 @@ from typing_extensions import override
 from jepa_audio.errors import UserError
 from jepa_audio.probing.features import Features, Preparation
 from jepa_audio.probing.heads import FitContext, Head, HeadInput
+from jepa_audio.probing.heads.attentive import fit_attentive
 from jepa_audio.probing.heads.linear import NEIGHBOURS, NeighbourHead, fit_logistic, fit_ridge
 from jepa_audio.probing.heads.stacked import MLPSettings, Select
 from jepa_audio.probing.heads.sweep import fit_grid
@@ -24,15 +25,19 @@ from jepa_audio.probing.tasks.labels import UNKNOWN, Rows
 
 log = logging.getLogger(__name__)
 
-HeadKind = Literal["mlp", "logistic", "ridge", "knn"]
+HeadKind = Literal["mlp", "logistic", "ridge", "knn", "attentive"]
 FittedHeads = Mapping[HeadKind, Sequence[Head]]
 
 
 @dataclass(frozen=True)
 class Preset(ABC):
-    """The protocol of a probe; `select` chooses the epoch whose weights of a head are scored."""
+    """The protocol of a probe; `select` chooses the epoch whose weights of a head are scored.
+
+    `is_pooled`: whether a clip is one feature vector, so that the option `--pooling` has effect.
+    """
 
     name: ClassVar[str]
+    is_pooled: ClassVar[bool] = True
     select: Select = "best"
 
     def protocol(self, task: Task) -> Protocol:
@@ -152,6 +157,30 @@ class LinearPreset(Preset):
         return fitted
 
 
+class AttentivePreset(Preset):
+    """Heads that pool the time columns of a clip by learned attention, then a linear map.
+
+    All columns are stored, in 16 bits. The windows are those of MARBLE v1.
+    """
+
+    name = "attentive"
+    is_pooled = False
+
+    @override
+    def protocol(self, task: Task) -> Protocol:
+        if task.grid_hz is not None:
+            raise UserError(f"{task.name} has labels in time, but attentive heads label clips")
+        return task.protocols.get("marble-v1") or super().protocol(task)
+
+    @override
+    def preparation(self, task: Task) -> Preparation:
+        return Preparation(self.protocol(task).windows, per_frame=True, by_window=True)
+
+    @override
+    def fit(self, fit: FitContext) -> FittedHeads:
+        return {"attentive": fit_attentive(fit, fit.layer_inputs())}
+
+
 def preset_of(name: str, select: Select = "best") -> Preset:
     """The preset that has this name.
 
@@ -159,7 +188,9 @@ def preset_of(name: str, select: Select = "best") -> Preset:
         UserError: if no preset has this name, or if `select` is "last" and the preset is not
             marble-v2.
     """
-    presets = {preset.name: preset for preset in (MarbleV1, LinearPreset, MarbleV2)}
+    presets = {
+        preset.name: preset for preset in (MarbleV1, LinearPreset, AttentivePreset, MarbleV2)
+    }
     if name not in presets:
         raise UserError(f"`preset` is {name!r}, must be one of {', '.join(presets)}")
     if select != "best" and name != "marble-v2":

@@ -21,7 +21,8 @@ from jepa_audio.probing.encoders import (
     load_encoders,
     run_name,
 )
-from jepa_audio.probing.features import Features, FeatureStore
+from jepa_audio.probing.feature_store import FeatureStore
+from jepa_audio.probing.features import Features
 from jepa_audio.probing.heads import Choice, FitContext, Head, choose
 from jepa_audio.probing.heads.stacked import Select
 from jepa_audio.probing.intervals import difference
@@ -58,7 +59,7 @@ def probe(
     preset: str = "marble-v1",
     select: Select = "best",
     variants: Sequence[Literal["context", "target"]] = ("context", "target"),
-    pooling: list[str] | str = "mean",
+    pooling: list[str] | str | None = None,
     frequency: list[str] | str = "mean",
     layers: Sequence[int] = (),
     overlap: float = 0.0,
@@ -89,16 +90,17 @@ def probe(
             supports. Separate several with commas. Tables do not need it.
         output: folder of the results.
         preset: "marble-v1" (MLP heads on each layer and on the weighted sum, six learning rates),
-            "linear" (logistic or ridge regression, and nearest neighbours; fast) or "marble-v2"
-            (for cross-checks).
+            "linear" (logistic or ridge regression, and nearest neighbours; fast), "attentive"
+            (heads that weight the time columns of a clip) or "marble-v2" (for cross-checks).
         select: epoch of the head that is scored, "best" or "last". MARBLE v2 itself uses "last".
             Only marble-v2 has this option.
         variants: encoders of each checkpoint, besides its random-init baseline.
         pooling: what is kept of the time columns of a clip: "mean", "thirds" (means of three equal
             parts) or "regions_N" (of N parts); a name that ends in "_std" or "_change" adds the
             deviation or the mean absolute change over the clip, as in "thirds_std". Separate
-            several with commas: they share one encoding. Labels in time are not pooled. Log-mel
-            statistics have the same poolings, and always "mean_std_change".
+            several with commas: they share one encoding. The default is "mean". Labels in time, and
+            clips of the preset "attentive", are not pooled. Log-mel statistics have the same
+            poolings, and always "mean_std_change".
         frequency: how the frequency rows of a time column become one vector: "mean" or "concat".
             Separate several with commas. Log-mel statistics always have "concat".
         layers: indices of the layers that are probed, 0 for the input of the first block. The
@@ -120,7 +122,9 @@ def probe(
     chosen_preset = preset_of(preset, select)
     sources = _comma_list(encoder)
     _check_unique("encoder", [run_name(Path(s)) for s in sources if s.endswith(".ckpt")])
-    poolings = parse_poolings(_comma_list(pooling), _comma_list(frequency))
+    if pooling is not None and not chosen_preset.is_pooled:
+        raise UserError(f"`pooling` must be left out: heads of the preset {preset} pool themselves")
+    poolings = parse_poolings(_comma_list(pooling or "mean"), _comma_list(frequency))
     options = EncoderOptions(variants, layers, random_seeds, overlap, windowing)
     encoders = [load_encoders(source, options) for source in sources]
     roots = [Path(root) for root in _comma_list(data)]

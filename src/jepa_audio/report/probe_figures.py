@@ -36,6 +36,7 @@ HEADS = {
     "mlp": ("MLP", "o", style.SOLID),
     "logistic": ("logistic regression", "D", style.SOLID),
     "ridge": ("ridge regression", "^", style.SOLID),
+    "attentive": ("attentive pooling", "v", style.SOLID),
     "knn": ("k nearest neighbours", "s", style.DASHED),
 }
 """Label, marker and dash by kind of head."""
