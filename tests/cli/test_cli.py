@@ -232,10 +232,16 @@ def test_a_full_disk_ends_the_run_in_one_sentence_and_keeps_the_previous_checkpo
 
 
 def test_data_stats_measures_with_the_configuration_of_a_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
+    from jepa_audio.cli import models, trainer
     from jepa_audio.cli.main import main
 
+    def measure(front_end, data, num_clips: int) -> None:
+        assert num_clips == 2000
+        models.stats(front_end, data, num_clips=40)
+
+    monkeypatch.setattr(trainer, "stats", measure)
     for i in range(4):
         sf.write(
             tmp_path / f"{i}.wav", np.random.default_rng(i).standard_normal(40_000) / 10, 16_000

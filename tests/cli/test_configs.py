@@ -33,6 +33,12 @@ SMALL = (
 )
 
 
+@pytest.fixture(autouse=True)
+def few_measured_clips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure the spectrogram on 12 clips; tests/training/test_normalization.py has all."""
+    monkeypatch.setattr("jepa_audio.training.normalization.NUM_CLIPS", 12)
+
+
 def train_two_steps(wavs: Path, run_dir: Path, *settings: str) -> None:
     from jepa_audio.cli.trainer import JEPACLI
 
