@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import re
 import signal
+import traceback
 from functools import lru_cache, partial
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
@@ -18,6 +19,9 @@ from jepa_audio.parallel import STOP_SIGNALS, end_with_parent
 _WORKER_EXIT = re.compile(
     r"DataLoader worker \(pid[()s]* [\d, ]+\) (?:is killed by signal: (?P<signal>[^.]+)|exited)"
 )
+
+# PyTorch's module that receives the tensors of the workers.
+_RECEIVER = "torch.multiprocessing.reductions"
 
 
 def worker_arguments(num_workers: int) -> dict[str, Any]:
@@ -39,9 +43,9 @@ def worker_crash_message(error: BaseException) -> str | None:
     PyTorch raises this error at an arbitrary line of the training process.
     """
     match = _WORKER_EXIT.search(str(error)) if isinstance(error, RuntimeError) else None
-    if match is None:
+    if match is None and not _is_lost_connection(error):
         return None
-    if match["signal"] == "Bus error":
+    if match is not None and match["signal"] == "Bus error":
         cause = (
             "had a bus error; the usual reason is that shared memory is full: "
             "enlarge /dev/shm (docker: `--shm-size`)"
@@ -52,6 +56,14 @@ def worker_crash_message(error: BaseException) -> str | None:
         f"a worker process {cause} or lower `--data.num_workers`; "
         "then continue with `--ckpt_path last`"
     )
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """Whether a worker ended while the training process received a tensor from it."""
+    if not isinstance(error, ConnectionError | EOFError | FileNotFoundError):
+        return False
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__") == _RECEIVER for frame, _ in frames)
 
 
 @lru_cache(maxsize=1)
