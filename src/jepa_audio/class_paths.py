@@ -65,9 +65,9 @@ def is_trusted(path: str, modules: Sequence[str] = ()) -> bool:
 def check_class_paths(settings: Any, source: str, modules: Sequence[str] = ()) -> None:
     """Check that settings of a file name only classes of jepa-audio, torch.optim and `modules`.
 
-    jsonargparse imports the module of every text that looks like a class path. It also parses a
-    text as YAML, which may contain class paths. Settings may therefore contain three kinds of
-    texts: names without dots, numbers, and paths of classes.
+    jsonargparse imports the module of every text that looks like a class path. It also parses
+    texts as YAML, and that YAML may contain class paths. Settings may therefore contain only three
+    kinds of texts: names without dots, numbers, and paths of classes.
 
     Args:
         settings: nested settings from a file.
@@ -83,7 +83,7 @@ def check_class_paths(settings: Any, source: str, modules: Sequence[str] = ()) -
 
 
 def check_size(root: Any, children: Callable[[Any], Iterable[Any]], source: str) -> None:
-    """Check that nested values stay small if every shared value is copied to all its places.
+    """Check that nested values are few, if a value with several aliases is counted for each alias.
 
     A few lines of YAML with aliases can describe more values than fit into memory.
 

@@ -58,7 +58,7 @@ def test_help_of_a_class_lists_its_settings_and_of_an_option_with_one_class_too(
     [
         (["--model.masker.help", "SpanMaskr"], "did you mean 'SpanMasker'"),
         (["--model.masker.help", "no.such.Class"], "cannot be imported"),
-        (["--model.seed.help"], "`model.seed` is no class"),
+        (["--model.seed.help"], "`model.seed` does not take a class"),
     ],
 )
 def test_help_of_unknown_classes_ends_in_one_sentence(words: list[str], message: str):

@@ -55,6 +55,26 @@ def test_a_misspelt_option_is_refused_with_the_right_word(
 
 
 @pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ([], "`--config wavjepa`; `jepa-audio configs` lists the recipes"),
+        ([f"--config={DEMO}"], "missing: `--data.root`"),
+        (["demo/wavjepa", "--data.root=unused"], "`--config demo/wavjepa`"),
+    ],
+)
+def test_a_missing_recipe_or_folder_is_named_with_its_option(
+    options: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+):
+    from jepa_audio.cli.main import main
+
+    with pytest.raises(SystemExit):
+        main(["fit", *options])
+    message = capsys.readouterr().err
+    assert sentence in message
+    assert "fit." not in message
+
+
+@pytest.mark.parametrize(
     ("text", "right"),
     [
         ("model: {encoder: {embd_dim: 192}}", "embed_dim"),

@@ -43,7 +43,7 @@ def run_and_list_modules(args: list[str]) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "args", [[], ["--help"], ["--version"], ["data"], ["data", "--help"], ["configs"]]
+    "args", [[], ["--help"], ["help"], ["--version"], ["data"], ["data", "--help"], ["configs"]]
 )
 def test_help_and_versions_import_nothing_heavy(args: list[str]):
     imported = run_and_list_modules(args)
@@ -250,3 +250,16 @@ def test_a_mistake_ends_in_a_short_message_as_the_user_sees_it(tmp_path: Path):
         assert sentence.count("\n") <= 2
     assert "Traceback" not in done.stderr
     assert "Warning" not in done.stderr
+
+
+def test_a_module_in_the_working_directory_is_found_after_installed_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", ".")])
+    monkeypatch.setitem(cli.COMMANDS, "own", cli.Command("own_module_of_user:run", "", True))
+    (tmp_path / "own_module_of_user.py").write_text("run = print")
+    for _ in range(2):
+        cli.main(["own"])
+    assert capsys.readouterr().out == "['own']\n['own']\n"
+    assert [path for path in sys.path if path == str(tmp_path)] == sys.path[-1:]

@@ -27,6 +27,7 @@ def test_every_file_of_configs_is_a_recipe_with_a_description():
     for name, path in recipes().items():
         assert path.read_bytes() == (CONFIGS / f"{name}.yaml").read_bytes()
         assert 20 < len(description(path)) < 130, name
+        assert description(path).endswith("."), name
 
 
 @pytest.mark.parametrize("name", ["wavjepa", "demo/wavjepa", "pupujepa/large"])

@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 from jsonargparse import Namespace
 
-from jepa_audio.cli.settings import absolute, fit_short_run, make_paths_absolute
+from jepa_audio.cli.settings import (
+    absolute,
+    check_options,
+    fit_short_run,
+    make_paths_absolute,
+)
 from jepa_audio.errors import UserError
 from jepa_audio.recipes import recipes
 from jepa_audio.training.schedules import Schedule
@@ -130,3 +135,41 @@ def test_every_kind_of_root_becomes_absolute(tmp_path: Path, monkeypatch: pytest
 def test_a_remote_folder_of_a_run_is_refused():
     with pytest.raises(UserError, match=r"`run_dir` \(s3://bucket/run\) must be a local"):
         make_paths_absolute(Namespace(run_dir="s3://bucket/run"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "recipe.yaml has no settings"),
+        (b"# only: comments", "recipe.yaml has no settings"),
+        (b"wavjepa", "recipe.yaml is not a mapping of settings"),
+        (b"- model", "recipe.yaml is not a mapping of settings"),
+        (b"model:\n  masker: [\n", "recipe.yaml is not YAML: .*line 3"),
+        (b"\xff\xfe", "recipe.yaml is not a text file in UTF-8"),
+        (b"trainer:\ndata: {batch_size: 3}", r"recipe.yaml: `trainer` \(None\) must be a mapping"),
+        (b"trainer: 3", r"recipe.yaml: `trainer` \(3\) must be a mapping"),
+        (b"monitor: yes", r"recipe.yaml: `monitor` \(True\) must be a mapping"),
+        (b"data: [1]", r"recipe.yaml: `data` \(\[1\]\) must be a mapping"),
+        (b"data: {sample_rate: 8000}", "recipe.yaml: `data.sample_rate` .* is a copy"),
+    ],
+)
+def test_a_file_without_settings_in_sections_is_refused_by_name(
+    tmp_path: Path, content: bytes, message: str
+):
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(content)
+    for options in (["--config", str(file)], [f"-c={file}"]):
+        with pytest.raises(UserError, match=message):
+            check_options(["fit", *options])
+
+
+@pytest.mark.parametrize("option", [["--trainer", "3"], ["--data="], ["--monitor=true"]])
+def test_an_option_of_a_section_takes_a_mapping_or_a_file(option: list[str]):
+    with pytest.raises(UserError, match=r"`--\w+` .* must be a mapping"):
+        check_options(["fit", *option])
+
+
+def test_files_with_sections_and_yaml_text_are_accepted(tmp_path: Path):
+    for recipe in recipes().values():
+        check_options(["fit", "--config", str(recipe)])
+    check_options(["fit", "--config={data: {batch_size: 3}}", "--trainer", "trainer.yaml"])

@@ -102,6 +102,8 @@ def test_a_mixed_folder_gives_finite_batches_of_one_shape_and_logs_bad_files(
     summaries = [message for message in caplog.messages if "10 training files" in message]
     assert len(summaries) == 1
     assert "6 files skipped" in summaries[0]
+    num_short = sum(sf.info(mixture / name).duration < 0.5 for name in GOOD)
+    assert f"{num_short} padded to" in summaries[0]
     batches = [
         *islice(data.train_dataloader(), 3),
         *data.train_dataloader(),

@@ -292,3 +292,13 @@ def test_a_corpus_with_too_many_bad_files_is_refused(root: Path):
 def test_loading_a_source_that_is_not_indexed_names_the_command(root: Path):
     with pytest.raises(CorpusError, match="jepa-audio data index"):
         load_corpus(root)
+
+
+def test_a_line_feed_in_a_file_name_does_not_break_the_line_of_the_log(
+    root: Path, caplog: pytest.LogCaptureFixture
+):
+    (root / "new\nline.wav").write_bytes(b"")
+    index_corpus(root)
+    (message,) = [text for text in caplog.messages if "line.wav" in text]
+    assert r"new\nline.wav: the file is empty" in message
+    assert "\n" not in message

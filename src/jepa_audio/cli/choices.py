@@ -30,7 +30,7 @@ def choices_help(words: Sequence[str], roots: Mapping[str, type]) -> str | None:
         names = [value] if equals else following
         choices = {cls.__name__: cls for cls in _choices(key, roots)}
         if not choices:
-            raise UserError(f"`{key}` is no class with settings: `--help` lists all options")
+            raise UserError(f"`{key}` does not take a class: `--help` lists all options")
         if len(choices) == 1 and not names:
             names = list(choices)
         return _settings(key, names[0], choices) if names else _list(key, choices)
@@ -53,7 +53,7 @@ def _settings(key: str, name: str, choices: Mapping[str, type]) -> str:
             raise UserError(f"`{name}` cannot be imported: {error}") from error
     if short not in choices:
         hint = did_you_mean(short, choices)
-        raise UserError(f"`{name}` is no class for `{key}`; known: {', '.join(choices)}{hint}")
+        raise UserError(f"`{name}` is not a class for `{key}`; known: {', '.join(choices)}{hint}")
     parser = HelpfulParser(prog=f"--{key} {short}", add_help=False)
     parser.add_class_arguments(choices[short], key)
     return parser.format_help()

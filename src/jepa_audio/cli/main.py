@@ -121,7 +121,7 @@ def run(args: list[str]) -> None:
     if name in COMMANDS:
         with trusting(trusted):
             _call(name, args)
-    elif name in ("", "-h", "--help"):
+    elif name in ("", "-h", "--help", "help"):
         print(_help(COMMANDS))
     elif name == "--version":
         print(_versions())
@@ -150,6 +150,9 @@ def _call(name: str, args: list[str]) -> None:
         from jepa_audio.parallel import end_with_parent  # noqa: PLC0415
 
         end_with_parent()
+    # Python looks for modules of the user in the working directory, as it does for `python -m`.
+    if (folder := os.getcwd()) not in sys.path:  # noqa: PTH109 (`pathlib` is not needed otherwise)
+        sys.path.append(folder)
     command, function = COMMANDS[name], load_function(name)
     # Lightning must be imported first: otherwise its loggers print every message twice.
     show_messages()

@@ -49,8 +49,9 @@ class HelpfulParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one sentence with a suggestion, and exit with code 2."""
-        sentence = config_sentence(message, self._words)
-        suggestion = _suggestion(message, set(_options(self)))
+        options = set(_options(self))
+        sentence = _missing(message, options) or config_sentence(message, self._words)
+        suggestion = _suggestion(message, options)
         print(printable(f"jepa-audio: {sentence}{suggestion}"), file=sys.stderr)
         raise SystemExit(2)
 
@@ -79,8 +80,26 @@ def run_function(
         print(printable(result))
 
 
+def _missing(message: str, options: set[str]) -> str:
+    """The sentence for missing arguments, or an empty text for another message."""
+    match = re.fullmatch(r"the following arguments are required: (.*)", message)
+    if match is None:
+        return ""
+    # In a command with a recipe, names begin with the name of the command.
+    names = [re.sub(r"^(fit|validate|test)\.", "", name) for name in match[1].split(", ")]
+    if any(name.startswith("model.") for name in names):
+        return (
+            "the settings of a model are missing: give a recipe with `--config`, for example "
+            "`--config wavjepa`; `jepa-audio configs` lists the recipes"
+        )
+    return f"missing: {', '.join(f'`--{n}`' if n in options else f'`{n}`' for n in names)}"
+
+
 def _suggestion(message: str, options: set[str]) -> str:
     """The sentence that suggests a known word, if the message of jsonargparse is about a word."""
+    match = re.match(r"unrecognized arguments: ([^-\s]\S*)", message)
+    if match and (match[1] in recipes() or match[1].endswith(".yaml")):
+        return f"\nA recipe follows `--config`: `--config {match[1]}`"
     if match := re.search(
         r"unrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'", message
     ):

@@ -12,6 +12,8 @@ from jsonargparse import Namespace
 from jepa_audio.class_paths import parse_yaml
 from jepa_audio.errors import UserError
 
+# Settings that contain other settings.
+_SECTIONS = {"model", "data", "trainer", "checkpoint", "monitor", "progress"}
 _PATHS = ("run_dir", "weights", "data.valid_root", "data.test_root")
 # Settings that are copies of others → the setting that the user gives.
 LINKED = {
@@ -24,29 +26,50 @@ LINKED = {
 }
 
 
-def refuse_linked(options: Sequence[str]) -> None:
-    """Refuse a setting of `LINKED` in command-line options, or in the YAML files that they name.
+def check_options(options: Sequence[str]) -> None:
+    """Check command-line options, and the YAML files that they name, before they are parsed.
 
-    A YAML file may repeat a width, if it is the width of the encoder in the same file.
+    A setting of `LINKED` is refused. A YAML file may repeat a width, if it is the width of the
+    encoder in the same file. A section such as `trainer` without settings would replace all its
+    earlier settings by their defaults.
 
     Raises:
-        UserError: with the setting to give instead.
+        UserError: with the file, the setting and what to give instead.
     """
     for option, value in zip(options, [*options[1:], ""], strict=True):
         name, _, text = option.partition("=")
         key = name.removeprefix("--").replace(".init_args.", ".")
         if name.startswith("--") and key in LINKED:
             raise UserError(f"`{key}` is a copy of another setting: set `--{LINKED[key]}` instead")
+        if key in _SECTIONS:
+            _check_section(name, parse_yaml(text or value, name))
         if name in ("--config", "-c"):
-            path = Path(text or value)
-            _refuse_linked_keys(path)
+            _check_file(Path(text or value))
 
 
-def _refuse_linked_keys(path: Path) -> None:
+def _check_section(key: str, settings: Any) -> None:
+    if not isinstance(settings, dict | str):
+        raise UserError(
+            f"`{key}` ({settings}) must be a mapping of settings, or a file that contains one"
+        )
+
+
+def _check_file(path: Path) -> None:
     try:
-        settings = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, ValueError):
-        return  # The parser reports what is wrong with the file.
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a text file in UTF-8: `--config` takes YAML") from None
+    except OSError:
+        return  # The value is YAML text, or the parser reports what is wrong with the file.
+    settings = parse_yaml(content, str(path))
+    if not isinstance(settings, dict):
+        problem = "has no settings" if settings is None else "is not a mapping of settings"
+        raise UserError(f"{path} {problem}: `jepa-audio configs copy` writes an example")
+    for key in _SECTIONS & settings.keys():
+        try:
+            _check_section(key, settings[key])
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
     for key, source in LINKED.items():
         value = _get(settings, key)
         is_repeated = key.endswith("embed_dim") and value == _get(settings, source)

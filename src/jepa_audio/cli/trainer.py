@@ -24,7 +24,7 @@ from typing_extensions import override
 from jepa_audio.cli.choices import choices_help
 from jepa_audio.cli.models import stats
 from jepa_audio.cli.parser import FRONT_ENDS, HelpfulParser
-from jepa_audio.cli.settings import fit_short_run, make_paths_absolute, refuse_linked
+from jepa_audio.cli.settings import check_options, fit_short_run, make_paths_absolute
 from jepa_audio.data.datamodule import AudioDataModule
 from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.interop.convert import load_weights
@@ -111,7 +111,7 @@ class JEPACLI(LightningCLI):
     def __init__(self, args: Sequence[str], run: bool = True) -> None:
         self._has_subcommands = run
         options = list(with_recipe_paths(args))
-        refuse_linked(options)
+        check_options(options)
         super().__init__(
             JEPA,
             AudioDataModule,

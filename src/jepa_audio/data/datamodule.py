@@ -210,7 +210,8 @@ class AudioDataModule(LightningDataModule):
             name: FileTable(corpora) for name, corpora in parts.items() if _num_files(corpora)
         }
         num_usable = _num_files(usable)
-        self.summary = _summarize(self.sources, parts, _num_files(indexed) - num_usable)
+        skipped, crop = _num_files(indexed) - num_usable, self.clips.crop_seconds
+        self.summary = _summarize(self.sources, parts, skipped, crop)
         # Release the tables: about 1 GB for millions of files that the run does not use again.
         del indexed, usable, parts
         pa.default_memory_pool().release_unused()
@@ -219,8 +220,7 @@ class AudioDataModule(LightningDataModule):
                 logger.log_hyperparams({"data": dict(self.hparams)})
             log.info(self.summary)
             if num_usable == 1 and self.valid_root is None and self.valid_share > 0:
-                message = "%s contains 1 file: it is used for training and validation"
-                log.warning(message, self.sources[0])
+                log.warning("%s: its 1 file is used for training and validation", self.sources[0])
 
     def _load(self, source: str) -> Corpus:
         """The table of a source; files that do not meet the requirements are marked as bad."""
@@ -387,13 +387,14 @@ def _validate_disjoint(sources: list[str], corpora: list[Corpus]) -> None:
             raise CorpusError(f"{a} and {b} both contain {shared[0]}: remove it from one of them")
 
 
-def _summarize(sources: list[str], parts: dict[str, list[Corpus]], num_skipped: int) -> str:
+def _summarize(sources: list[str], parts: dict[str, Any], num_skipped: int, crop: float) -> str:
     train = parts["train"]
-    hours = sum(float(corpus.seconds.sum()) for corpus in train) / 3600
+    seconds = np.concatenate([corpus.seconds for corpus in train])
     rates = np.concatenate([corpus.table["sample_rate"].to_numpy() for corpus in train])
     counts = zip(*np.unique(rates, return_counts=True), strict=True)
     return (
-        f"{', '.join(sources)}: {_num_files(train)} training files, {hours:.2f} hours, "
+        f"{', '.join(sources)}: {_num_files(train)} training files, "
+        f"{seconds.sum() / 3600:.2f} hours, {(seconds < crop).sum()} padded to {crop:g} s, "
         f"{', '.join(f'{count} at {rate} Hz' for rate, count in counts)}; "
         f"{_num_files(parts['valid'])} validation files, {num_skipped} files skipped"
     )

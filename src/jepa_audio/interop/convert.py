@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from jepa_audio.class_paths import check_class_paths, parse_yaml
-from jepa_audio.errors import MissingFileError
 from jepa_audio.files import write_text
 from jepa_audio.inference.encoder import num_crop_samples
 from jepa_audio.interop.layout import Layout, Settings, SizeHints, merged
@@ -27,7 +26,7 @@ from jepa_audio.old_paths import with_current_paths
 from jepa_audio.recipes import find_recipe, recipes
 from jepa_audio.training.jepa import JEPA
 from jepa_audio.training.run.checkpointing import AtomicCheckpointIO
-from jepa_audio.training.run.load import load_jepa
+from jepa_audio.training.run.load import load_jepa, missing_checkpoint
 from jepa_audio.training.run.weights import (
     WeightsError,
     build_jepa,
@@ -123,7 +122,9 @@ def export_weights(layout: str, checkpoint: Path, output: Path, trust: Sequence[
         log.info("the layout %s has no weights of the loss: `distance` is not exported", layout)
     variant = _layout(layout).variant(state)
     if jepa.target_front_end is not None:
-        raise WeightsError(f"the layout {layout} cannot express `target_front_end: momentum`")
+        raise WeightsError(
+            f"the model cannot be exported: the layout {layout} has no `target_front_end: momentum`"
+        )
     num_samples = num_crop_samples(checkpoint, jepa, trust)
     config = variant.config(jepa, num_samples)
     tensors = {variant.published_name(name): value.contiguous() for name, value in state.items()}
@@ -149,7 +150,7 @@ def load_weights(jepa: JEPA, checkpoint: Path) -> None:
         WeightsError: if the weights do not fit the model; the message lists the differences.
     """
     if not checkpoint.is_file():
-        raise MissingFileError(f"no checkpoint at {checkpoint}")
+        raise missing_checkpoint(checkpoint)
     published = open_published(checkpoint)
     tensors = dict(published.tensors)
     own, other = _distance_weights(jepa.state_dict()), _distance_weights(tensors)

@@ -226,4 +226,7 @@ def check_blocks(
     }
     if any(differs.values()):
         settings = ", ".join(f"`{setting}`" for setting, is_other in differs.items() if is_other)
-        raise WeightsError(f"the layout cannot express these settings of the {part}: {settings}")
+        raise WeightsError(
+            f"the model cannot be exported: the layout has other values for these settings of the "
+            f"{part}: {settings}"
+        )

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from jepa_audio.errors import MissingFileError, UserError
+from jepa_audio.errors import UserError
 from jepa_audio.inference.encoder import Encoder, load_encoder
 from jepa_audio.inference.features import LayerFeatures
 from jepa_audio.probing.pooling import Pooling
 from jepa_audio.steps.front_ends.transforms import LogMel
+from jepa_audio.training.run.load import missing_checkpoint
 
 Windowing = Literal["exact", "wavjepa"]
 
@@ -281,7 +282,7 @@ def load_encoders(source: str, options: EncoderOptions) -> Iterator[ProbeEncoder
         return _function_encoders(source, options.layers)
     checkpoint = Path(source)
     if not checkpoint.is_file():
-        raise MissingFileError(f"no checkpoint at {source}")
+        raise missing_checkpoint(checkpoint)
     seeds = (None, *options.random_seeds)
     return chain(
         (load_jepa_encoder(checkpoint, "random", options, seed) for seed in seeds),

@@ -11,15 +11,21 @@ because numba converts a sum of both to float64. `no_type_check`: numba finds th
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
 from collections.abc import Callable
-from functools import cache
+from contextlib import suppress
 from math import sqrt
 from typing import Any, no_type_check
 
 import numpy as np
 from numba import njit
+from numba.core.caching import FunctionCache
+from typing_extensions import override
 
 log = logging.getLogger(__name__)
+# Problems of this process with the cache; only the first one is logged.
+_problems: list[str] = []
 
 # The constants of SplitMix64, and an odd constant for the keys of streams.
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -30,22 +36,51 @@ _SHIFT_30, _SHIFT_27, _SHIFT_31, _SHIFT_11 = (np.uint64(shift) for shift in (30,
 _TO_UNIT = 2.0**-53
 
 
+class _Cache(FunctionCache):
+    """The machine code of a function on disk; a full disk or a damaged file stops no run."""
+
+    @override
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception as error:  # a damaged file raises errors of any class
+            _warn(f"the compiled loops of masks in {self.cache_path} cannot be read: {error!r}")
+            with suppress(OSError):
+                self.flush()
+            return None
+
+    @override
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except OSError as error:
+            _warn(f"the compiled loops of masks cannot be stored in {self.cache_path}: {error}")
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function, with a cache on disk if a folder for it can be written."""
+    dispatcher = njit(function, nogil=True)
     try:
-        return njit(function, cache=True, nogil=True)
+        dispatcher._cache = _Cache(function)
     except RuntimeError:  # numba finds no writable folder for the file of this function
-        _warn_of_missing_cache()
-        return njit(function, nogil=True)
+        _warn("no folder to store the compiled loops of masks is writable")
+    return dispatcher
 
 
-@cache
-def _warn_of_missing_cache() -> None:
-    log.warning(
-        "no folder to store the compiled loops of masks is writable: each process compiles them, "
-        "which takes some seconds. Set the environment variable NUMBA_CACHE_DIR to a writable "
-        "folder"
-    )
+def _warn(problem: str) -> None:
+    """Log the first problem of a run with the cache.
+
+    Worker processes log nothing: the process that starts them draws masks before it, when the
+    settings are checked.
+    """
+    is_worker = multiprocessing.parent_process() is not None
+    if not _problems and not is_worker and os.environ.get("LOCAL_RANK", "0") == "0":
+        log.warning(
+            "%s. Each process compiles them again, which takes some seconds. Set the environment "
+            "variable NUMBA_CACHE_DIR to a writable folder",
+            problem,
+        )
+    _problems.append(problem)
 
 
 @compiled

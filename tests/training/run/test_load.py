@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from jepa_audio.errors import MissingFileError
 from jepa_audio.training.run.load import (
     DamagedCheckpointError,
     check_sums,
@@ -98,3 +99,15 @@ def test_the_newest_whole_checkpoint_is_found_by_its_step(tmp_path: Path):
     os.truncate(tmp_path / "step=8.ckpt", 1000)
     torch.save({"state_dict": {}, "hyper_parameters": {}}, tmp_path / "weights.ckpt")
     assert find_whole_checkpoint(tmp_path) == (tmp_path / "step=7.ckpt", 7)
+
+
+def test_for_the_folder_of_a_run_the_message_names_its_last_checkpoint(tmp_path: Path):
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    last.parent.mkdir()
+    with pytest.raises(MissingFileError, match=rf"no checkpoint at {tmp_path}$"):
+        read_checkpoint(tmp_path)
+    save(last)
+    with pytest.raises(
+        MissingFileError, match=rf"at {tmp_path}; .* the folder of a run: give {last}"
+    ):
+        read_checkpoint(tmp_path)

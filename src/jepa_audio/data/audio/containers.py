@@ -1,4 +1,4 @@
-"""What an audio file holds, from its container; nothing is decoded."""
+"""What an audio file contains, by its container; nothing is decoded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jepa_audio.data.audio.streams import Contents, after_id3v2, flac, read_at
 
 Endian = Literal["little", "big"]
 
-# Bytes after the last chunk: some programs append tags of their own. More than this is audio that
+# Largest number of bytes after the last chunk: some programs append tags. More bytes are audio that
 # the header does not count.
 _MAX_UNEXPLAINED = 4096
 # Zeros after the last chunk.
@@ -40,7 +40,7 @@ class _Data(NamedTuple):
 
 
 def examine(file: BufferedIOBase, size: int) -> Contents:
-    """Count the samples that a file holds, and find out whether it is whole.
+    """Count the samples in a file, and check that the file is complete.
 
     Headers are read, and the frames or pages of mp3, FLAC and Ogg. Other formats give `Contents()`:
     only a decoder can count them.
@@ -69,7 +69,7 @@ def _check_size(data: _Data, size: int, block: int | None, rest: int = 0) -> Con
     """Compare the size of the samples in the header with the file.
 
     `block` is the size of a frame in bytes, or `None` if the samples are compressed; `rest` is the
-    number of bytes after the samples that no chunk explains.
+    number of bytes after the samples that are not part of a chunk.
     """
     present = size - data.start
     length = present if data.num_bytes < 0 else data.num_bytes

@@ -1,4 +1,4 @@
-"""What MPEG audio (mp1, mp2, mp3) holds; nothing is decoded. ISO/IEC 11172-3 and 13818-3."""
+"""What MPEG audio (mp1, mp2, mp3) contains; nothing is decoded. ISO/IEC 11172-3 and 13818-3."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ class _MpegWalk:
         return self._free_bytes + frame.padding
 
     def _read_info(self, position: int, frame: _MpegFrame) -> bool:
-        """Whether the frame is a Xing, Info or VBRI header, which holds no samples."""
+        """Whether the frame is a Xing, Info or VBRI header, which contains no samples."""
         content = read_at(self._file, position, 512)
         if content[36:40] == b"VBRI":
             self.declared = int.from_bytes(content[50:54], "big")

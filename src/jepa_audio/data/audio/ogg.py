@@ -1,4 +1,4 @@
-"""What an Ogg file holds: RFC 3533, RFC 7845 (Opus), https://xiph.org/vorbis/doc/Vorbis_I_spec.html.
+"""What an Ogg file contains: RFC 3533, RFC 7845 (Opus), https://xiph.org/vorbis/doc/Vorbis_I_spec.html.
 
 Nothing is decoded.
 """
@@ -43,7 +43,7 @@ class _OggStream:
 
 
 def ogg(file: BufferedIOBase, size: int) -> Contents:
-    """Sum the last granule positions of all audio streams; see that no page is missing."""
+    """Sum the last granule positions of all audio streams; check that no page is missing."""
     streams: list[_OggStream] = []
     by_serial: dict[int, _OggStream] = {}
     position, num_links, has_audio_page = 0, 0, False
@@ -126,7 +126,7 @@ def _opus_length(number: int, packet: bytes) -> int:
 
 
 class _VorbisLengths:
-    """Samples of Vorbis packets: half of the overlapping blocks of a packet and the one before."""
+    """Samples of Vorbis packets: a quarter of a packet's block plus a quarter of the one before."""
 
     def __init__(self) -> None:
         self._blocks, self._modes, self._before = (0, 0), [0], 0

@@ -1,4 +1,4 @@
-"""What a FLAC file holds, and where tags end; nothing is decoded."""
+"""What a FLAC file contains, and where tags end; nothing is decoded."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file holds by its headers, frames and pages.
+    """What a file contains, by its headers, frames and pages.
 
     Attributes:
         num_frames: samples per channel; `None` if only a decoder can count them.
-        problem: why the file is not whole, or "".
+        problem: why the file is not complete, or "".
         header: the first bytes of the file with corrected values, or b"" if they are correct.
         try_torchcodec: torchcodec may decode what libsndfile cannot read, or reads short.
     """

@@ -31,7 +31,7 @@ from jepa_audio.data.corpus.table import (
     set_columns,
 )
 from jepa_audio.data.corpus.tars import list_tar_members
-from jepa_audio.errors import UserError
+from jepa_audio.errors import UserError, printable
 from jepa_audio.files import atomic_path, csv_cell
 from jepa_audio.parallel import map_threads, track_progress
 
@@ -357,6 +357,6 @@ def _report_bad_files(corpus: Corpus, path: Path) -> None:
         rows = [tuple(map(csv_cell, row)) for row in bad]
         csv.writer(file).writerows([("path", "reason"), *rows])
     for name, reason in bad[:_NUM_LOGGED]:
-        log.warning("skipped %s: %s", corpus.root / name, reason)
+        log.warning("skipped %s: %s", printable(corpus.root / name, one_line=True), reason)
     if len(bad) > _NUM_LOGGED:
         log.warning("skipped %d more files; %s lists all of them", len(bad) - _NUM_LOGGED, path)

@@ -1,4 +1,4 @@
-"""The folder of a run: what it holds, who writes into it, and the checkpoint that continues it."""
+"""The folder of a run: its files, its lock, and the checkpoint that continues the run."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class RunFolder:
     def lock(self, wait_seconds: float = 0.0) -> Iterator[None]:
         """Keep other runs out of the folder; the lock ends with the process, also after a kill.
 
-        Only the process of rank zero, which writes the files, needs the lock. The lock holds over
+        Only the process of rank zero, which writes the files, needs the lock. The lock works on
         several machines if their shared file system supports `flock`; if not, a warning is logged.
 
         Raises:

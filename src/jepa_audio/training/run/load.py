@@ -74,7 +74,7 @@ def read_checkpoint(path: Path, trust: Sequence[str] = ()) -> dict[str, Any]:
         DamagedCheckpointError: if the file is not a checkpoint of jepa-audio.
     """
     if not path.is_file():
-        raise MissingFileError(f"no checkpoint at {path}")
+        raise missing_checkpoint(path)
     # Otherwise torch could take the file for one of torch 1.5, which cannot be memory-mapped.
     if not zipfile.is_zipfile(path):
         raise DamagedCheckpointError(f"{path} {damage(path)}")
@@ -88,6 +88,13 @@ def read_checkpoint(path: Path, trust: Sequence[str] = ()) -> dict[str, Any]:
             "`hyper_parameters` is missing; convert published weights with `jepa-audio import`"
         )
     return content
+
+
+def missing_checkpoint(path: Path) -> MissingFileError:
+    """The error for a path that is not a file; for the folder of a run, it names `last.ckpt`."""
+    last = path / "checkpoints" / "last.ckpt"
+    hint = f"; this is the folder of a run: give {last}" if last.is_file() else ""
+    return MissingFileError(f"no checkpoint at {path}{hint}")
 
 
 def check_sums(path: Path) -> None:
@@ -160,8 +167,8 @@ def damage(path: Path, error: BaseException | None = None) -> str:
         module = name[1].rpartition(".")[0] or "builtins"
         remedy = f"; if you trust the file, `--trust {module}` opens it without these objects"
         return (
-            f"would run code ({name[1]}) when it is opened, and is refused: it holds other objects "
-            f"than weights and settings{'' if 'is blocked' in str(error) else remedy}"
+            f"would run code ({name[1]}) when it is opened, and is refused: it contains objects "
+            f"other than weights and settings{'' if 'is blocked' in str(error) else remedy}"
         )
     if not zipfile.is_zipfile(path):
         return f"is damaged: {_other_content(path)}"
@@ -177,4 +184,4 @@ def _other_content(path: Path) -> str:
         return "it is a web page; download the file itself"
     if start.startswith(b"version https://git-lfs"):
         return "it is a pointer of Git LFS; run `git lfs pull`"
-    return "it is incomplete, or contains other objects than weights and plain values"
+    return "it is incomplete, or contains objects other than weights and plain values"

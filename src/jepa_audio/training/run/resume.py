@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 _TRAINED = "the weights were trained with it: only a new run can change it"
 _STATE = "the state of the optimizer depends on it"
-# Settings that cannot change at a resume, and why; `docs/runs.md` has the complete table.
+# Settings that cannot change at a resume, and why; `docs/runs.md` explains them.
 _REFUSED = {
     "model.front_end*": _TRAINED,
     "model.encoder*": _TRAINED,
@@ -90,7 +90,7 @@ def saved_settings(config: Mapping[str, Any], trainer: Trainer) -> dict[str, Any
 def find_changes(checkpoint: Mapping[str, Any], config: Mapping[str, Any]) -> list[Change]:
     """The settings of `config` that differ from those of a checkpoint.
 
-    Settings that only one of them has are left out: another version may have other settings.
+    A setting that exists in only one of them is left out: another version may have other settings.
 
     Args:
         checkpoint: the content of a checkpoint.

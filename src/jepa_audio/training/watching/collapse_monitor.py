@@ -50,8 +50,8 @@ class CollapseMonitor(Callback):
     the nearest context token. See `LossLog` and `baseline_sums`.
 
     An alarm is logged if the standard deviation or the rank of the context latents is far below the
-    first measurement, if the latents of all clips are nearly parallel, or if they depend on little
-    more than the position. The alarm does not use target latents, because their normalisation gives
+    first measurement, if the latents of all clips are nearly parallel, or if they depend almost
+    only on the position. The alarm does not use target latents, because their normalisation gives
     even collapsed targets unit variance. It does use the classes of targets. A high rank does not
     show that the model learns; use `OnlineProbe` to measure what it learns.
 
@@ -127,7 +127,7 @@ class CollapseMonitor(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: AudioBatch, batch_idx: int
     ) -> None:
-        """Observe the batch if a measurement is due; count the time since the last batch."""
+        """Measure this batch if a measurement is due; count the time since the last batch."""
         assert isinstance(pl_module, JEPA)
         self._seconds_waiting += time.perf_counter() - self._last_batch_end
         is_due = (trainer.global_step + 1) % self.every_n_steps == 0 or not self.first_metrics
@@ -209,7 +209,7 @@ class CollapseMonitor(Callback):
         if share < self.min_clip_share:
             reasons.append(
                 f"only {share:.2g} of the variance of the latents is between clips at the same "
-                "position: the latents depend on little more than the position"
+                "position: the latents depend almost only on the position"
             )
         if metrics.get("collapse/class_share", 1.0) < self.min_class_share:
             perplexity = metrics["collapse/class_perplexity"]

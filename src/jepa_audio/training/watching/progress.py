@@ -1,4 +1,4 @@
-"""The progress of a training run: a bar in a terminal, lines in a file or a log of SLURM."""
+"""The progress of a training run: a bar in a terminal, otherwise lines in the log."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class RunProgressBar(RichProgressBar):
 
 
 class ProgressLines(Callback):
-    """Log a line every `every_n_steps` optimizer steps, where the output is no terminal.
+    """Log a line every `every_n_steps` optimizer steps, if the output is not a terminal.
 
     A line has the step, the last logged training and validation loss, the last RankMe of the
     context, the clips of all processes per second since the last line, and the time left at the
