@@ -61,7 +61,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function, with a cache on disk if a folder for it can be written."""
     dispatcher = njit(function, nogil=True)
     try:
-        dispatcher._cache = _Cache(function)
+        dispatcher._cache = _Cache(function)  # type: ignore[attr-defined]
     except RuntimeError:  # numba finds no writable folder for the file of this function
         _warn("no folder to store the compiled loops of masks is writable")
     return dispatcher
