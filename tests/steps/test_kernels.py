@@ -48,7 +48,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def compiled_function(file: Path) -> Callable[[int, int], int]:
-    namespace: dict = {}
+    # Without a name of a module, pickle would search all modules for the function.
+    namespace: dict = {"__name__": "loops"}
     exec(compile("def add(a, b): return a + b", file, "exec"), namespace)
     return kernels.compiled(namespace["add"])
 
