@@ -95,6 +95,7 @@ SPEECH = (*ASTERISK, "klettres-data", "ktuberling-data", "fillets-ng-data-cs")
 TRACKS = ("wesnoth-1.16-music", "asterisk-moh-opsound-wav")
 NOTES = ("fluid-soundfont-gm", "fluidsynth")
 FSDD = "https://github.com/Jakobovski/free-spoken-digit-dataset"
+FSDD_NAME = re.compile(r"[0-9]_[a-z]+_[0-9]+\.wav")
 
 # Pretraining uses languages of klettres and ktuberling that are in no labelled set, also not as a
 # variant (nn and nb), because a volunteer may have spoken for both packages.
@@ -162,7 +163,7 @@ def music_tracks(files: Mapping[str, list[Path]]) -> Audio:
 
 
 def find_fsdd(source: Path | None, folder: Path) -> list[str]:
-    """Link or extract the recordings of FSDD to `folder`; return their names.
+    """Link or extract the recordings of FSDD to `folder`; return the names of those in the splits.
 
     Raises:
         MissingSourceError: without `source`.
@@ -171,32 +172,52 @@ def find_fsdd(source: Path | None, folder: Path) -> list[str]:
     if source is None:
         remedy = f"git clone {FSDD}, then --fsdd {FSDD.rpartition('/')[2]}"
         raise MissingSourceError(remedy)
-    pattern = re.compile(rf"[0-9]_({'|'.join(SPEAKERS)})_\d+\.wav")
+    if not source.is_dir() and not (source.is_file() and tarfile.is_tarfile(source)):
+        raise UserError(f"--fsdd {source} is neither a folder nor a tar; unpack other archives")
+    renew(folder)
     names = set()
     if source.is_dir():
-        files = {p.name: p for p in sorted(source.rglob("*.wav")) if pattern.fullmatch(p.name)}
-        renew(folder)
-        for name, path in files.items():
-            (folder / name).symlink_to(path.absolute())
-        names = set(files)
-    elif source.is_file() and tarfile.is_tarfile(source):
-        renew(folder)
-        with tarfile.open(source) as tar:
-            for member in tar:
-                name = member.name.rpartition("/")[2]
-                if member.isfile() and pattern.fullmatch(name):
-                    content = tar.extractfile(member)
-                    assert content is not None
-                    (folder / name).write_bytes(content.read())
-                    names.add(name)
+        for path in source.rglob("*.wav"):
+            if FSDD_NAME.fullmatch(path.name) and path.name not in names:
+                (folder / path.name).symlink_to(path.absolute())
+                names.add(path.name)
     else:
-        raise UserError(f"--fsdd {source} is neither a folder nor a tar; unpack other archives")
-    speakers = {name.split("_")[1] for name in names}
-    if absent := sorted(set(SPEAKERS) - speakers):
+        try:
+            names = _extract_fsdd(source, folder)
+        except (tarfile.TarError, EOFError) as error:
+            raise UserError(f"--fsdd {source} is damaged ({error}); download it again") from error
+    speakers = Counter(name.split("_")[1] for name in names)
+    if absent := sorted(set(SPEAKERS) - set(speakers)):
         raise UserError(
             f"--fsdd {source} has no recordings of {', '.join(absent)}; it needs {FSDD}"
         )
-    return sorted(names)
+    if others := sorted(set(speakers) - set(SPEAKERS)):
+        print(f"recordings of other speakers are not used: {', '.join(others)}")
+    usable = [name for name in sorted(names) if name.split("_")[1] in SPEAKERS]
+    if bad := [name for name in usable if not is_readable(folder / name)]:
+        print(f"{len(bad)} recordings cannot be read and are not used: {', '.join(bad)}")
+    return [name for name in usable if name not in bad]
+
+
+def _extract_fsdd(source: Path, folder: Path) -> set[str]:
+    names = set()
+    with tarfile.open(source) as tar:
+        for member in tar:
+            name = member.name.rpartition("/")[2]
+            content = tar.extractfile(member) if FSDD_NAME.fullmatch(name) else None
+            if content is not None:
+                (folder / name).write_bytes(content.read())
+                names.add(name)
+    return names
+
+
+def is_readable(path: Path) -> bool:
+    """Whether jepa-audio can decode a file completely."""
+    try:
+        inspect(path)
+    except AudioReadError:
+        return False
+    return True
 
 
 def renew(folder: Path) -> None:
@@ -226,17 +247,15 @@ def link_usable(audio: Audio, folder: Path) -> list[str]:
             continue
         link = folder / name
         link.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            inspect(path)
+        flac = str(Path(name).with_suffix(".flac"))
+        if is_readable(path):
             link.symlink_to(path.absolute())
             names.append(name)
-        except AudioReadError:
-            flac = str(Path(name).with_suffix(".flac"))
-            if convert(path, folder / flac):
-                names.append(flac)
-                converted.append(name)
-            else:
-                empty.append(name)
+        elif convert(path, folder / flac):
+            names.append(flac)
+            converted.append(name)
+        else:
+            empty.append(name)
     if copies := len(audio) - len(first):
         print(f"{folder}: {copies} of {len(audio)} files are copies and are left out")
     if empty:
@@ -249,6 +268,10 @@ def link_usable(audio: Audio, folder: Path) -> list[str]:
 
 def convert(path: Path, flac: Path) -> bool:
     """Write the samples that libsndfile decodes to a FLAC file; false if there are none."""
+    try:
+        sf.info(path)
+    except sf.LibsndfileError:
+        return False
     num_frames = 0
     with (
         sf.SoundFile(path) as source,
@@ -337,12 +360,13 @@ class Builder:
         return find_fsdd(self.fsdd, self.out / "audio" / "fsdd")
 
 
+PRETRAINING = ("speech", "music")
 SETS = (
-    *("speech", "music", "fsdd_digit", "fsdd_digit_select", "fsdd_speaker"),
+    *("fsdd_digit", "fsdd_digit_select", "fsdd_speaker"),
     *("klettres_language", "klettres_language_select"),
     *("gm_family", "gm_family_select", "gm_pitch", "gm_pitch_select"),
+    *PRETRAINING,
 )
-PRETRAINING = ("speech", "music")
 
 
 def describe(name: str, rows: list[Row], out: Path) -> dict[str, object]:
@@ -410,6 +434,8 @@ def open_folder(out: Path, seed: int) -> dict[str, dict]:
             raise UserError(f"{out} is not empty and has no checksums.json; choose a new folder")
         write_text(file, json.dumps({"seed": seed, "sets": {}}))
     earlier = read_json(file)
+    if not isinstance(earlier, dict) or earlier.keys() != {"seed", "sets"}:
+        raise UserError(f"{file} is not a file of this command; choose a new folder")
     if earlier["seed"] != seed:
         raise UserError(f"{out} was built with --seed {earlier['seed']}; choose a new folder")
     return earlier["sets"]

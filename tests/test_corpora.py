@@ -165,7 +165,10 @@ def test_a_folder_of_another_origin_is_not_changed(
     (tmp_path / "speech").mkdir()
     assert run(monkeypatch, tmp_path) == 1
     assert "is not empty and has no checksums.json" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == [tmp_path / "speech"]
+    (tmp_path / "checksums.json").write_text('{"a.wav": "123"}')
+    assert run(monkeypatch, tmp_path) == 1
+    assert "is not a file of this command" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checksums.json", "speech"]
 
 
 def test_other_archives_and_folders_are_refused_as_fsdd(
@@ -178,6 +181,25 @@ def test_other_archives_and_folders_are_refused_as_fsdd(
     (tmp_path / "empty").mkdir()
     assert run(monkeypatch, tmp_path / "out", "--fsdd", tmp_path / "empty") == 1
     assert "has no recordings of george" in capsys.readouterr().err
+
+
+def test_damaged_recordings_and_other_speakers_are_left_out_and_stated(
+    fsdd: Path, tmp_path: Path, no_packages: None, monkeypatch, capsys
+):
+    (fsdd / "recordings" / "1_theo_1.wav").write_bytes(b"RIFF")
+    whole = fsdd / "recordings" / "1_theo_0.wav"
+    (fsdd / "recordings" / "1_ada_0.wav").write_bytes(whole.read_bytes())
+    assert run(monkeypatch, tmp_path / "out", "--fsdd", fsdd, "--only", "fsdd_digit") == 0
+    out = capsys.readouterr().out
+    assert "1 recordings cannot be read and are not used: 1_theo_1.wav" in out
+    assert "recordings of other speakers are not used: ada" in out
+    assert "fsdd_digit: 47 files" in out
+    damaged = tmp_path / "fsdd.tar"
+    with tarfile.open(damaged, "w") as tar:
+        tar.add(fsdd, "fsdd")
+    damaged.write_bytes(damaged.read_bytes()[:5000])
+    assert run(monkeypatch, tmp_path / "out", "--fsdd", damaged, "--only", "fsdd_digit") == 1
+    assert "is damaged" in capsys.readouterr().err
 
 
 def test_copies_and_files_without_samples_are_left_out_and_stated(tmp_path: Path, capsys):
