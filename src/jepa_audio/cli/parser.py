@@ -16,7 +16,11 @@ from jepa_audio.errors import UserError, did_you_mean, printable
 from jepa_audio.old_paths import with_current_paths
 from jepa_audio.recipes import recipes
 
-FRONT_ENDS = "front_ends/"
+# Options whose value can be the name of a recipe → the folder of these recipes.
+RECIPE_FOLDERS = {
+    "--model.front_end": "front_ends/",
+    "--model.target_front_end": "target_front_ends/",
+}
 # A parser mode that also reads the YAML of earlier versions, see `old_paths`.
 YAML_OF_ALL_VERSIONS = "yaml_of_all_versions"
 set_loader(
@@ -109,9 +113,8 @@ def _suggestion(message: str, options: set[str]) -> str:
         word, known = match[1], {name for cls in _classes() for name in _parameters(cls)}
     elif match := re.search(r"import path string: (\w+)", message):
         word, known = match[1], {cls.__name__ for cls in _classes()}
-        known |= {
-            name.removeprefix(FRONT_ENDS) for name in recipes() if name.startswith(FRONT_ENDS)
-        }
+        folders = tuple(RECIPE_FOLDERS.values())
+        known |= {name.partition("/")[2] for name in recipes() if name.startswith(folders)}
     else:
         return ""
     return f"\n'{word}' is unknown{did_you_mean(word, known) or '.'}"

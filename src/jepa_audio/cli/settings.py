@@ -23,6 +23,7 @@ LINKED = {
     "data.num_channels": "model.front_end.num_channels",
     "model.front_end.embed_dim": "model.encoder.embed_dim",
     "model.predictor.embed_dim": "model.encoder.embed_dim",
+    "model.target_front_end.embed_dim": "model.encoder.embed_dim",
 }
 
 

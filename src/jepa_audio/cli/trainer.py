@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from jepa_audio.cli.choices import choices_help
 from jepa_audio.cli.models import stats
-from jepa_audio.cli.parser import FRONT_ENDS, HelpfulParser
+from jepa_audio.cli.parser import RECIPE_FOLDERS, HelpfulParser
 from jepa_audio.cli.settings import check_options, fit_short_run, make_paths_absolute
 from jepa_audio.data.datamodule import AudioDataModule
 from jepa_audio.errors import MissingFileError, UserError
@@ -174,7 +174,7 @@ class JEPACLI(LightningCLI):
         parser.add_lightning_class_args(ProgressLines, "progress")
         parser.link_arguments("run_dir", "trainer.default_root_dir")
         parser.link_arguments("run_dir", "checkpoint.dirpath", compute_fn=_checkpoint_folder)
-        for part in ("front_end", "predictor"):
+        for part in ("front_end", "predictor", "target_front_end"):
             parser.link_arguments(
                 "model.encoder.init_args.embed_dim", f"model.{part}.init_args.embed_dim"
             )
@@ -238,7 +238,8 @@ class JEPACLI(LightningCLI):
         model = self.model
         transformers = [model.encoder, model.predictor.trunk]
         num_samples = self.datamodule.clips.crop_samples
-        check_crop(model.front_end, model.masker, transformers, num_samples)
+        fixed = model.fixed_front_end
+        check_crop(model.front_end, model.masker, transformers, num_samples, fixed)
 
     def _normalization(self) -> MeasureNormalization:
         ckpt_path = self._get(self.config, "ckpt_path")
@@ -388,8 +389,8 @@ def _recipe_path(option: str, value: str) -> str:
     # The value of `--config` can also be YAML text.
     if option in ("--config", "-c") and not any(sign in value for sign in "{:\n"):
         return str(find_recipe(value))
-    if option == "--model.front_end" and not Path(value).is_file():
+    if option in RECIPE_FOLDERS and not Path(value).is_file():
         known = recipes()
-        name = value if value in known else FRONT_ENDS + value
+        name = value if value in known else RECIPE_FOLDERS[option] + value
         return str(known.get(name, value))
     return current_path(value)

@@ -121,9 +121,12 @@ def export_weights(layout: str, checkpoint: Path, output: Path, trust: Sequence[
     if len(state) < len(weights):
         log.info("the layout %s has no weights of the loss: `distance` is not exported", layout)
     variant = _layout(layout).variant(state)
-    if jepa.target_front_end is not None:
+    other = jepa.target_front_end and "momentum"
+    if jepa.fixed_front_end is not None:
+        other = type(jepa.fixed_front_end).__name__
+    if other:
         raise WeightsError(
-            f"the model cannot be exported: the layout {layout} has no `target_front_end: momentum`"
+            f"the model cannot be exported: the layout {layout} has no `target_front_end: {other}`"
         )
     num_samples = num_crop_samples(checkpoint, jepa, trust)
     config = variant.config(jepa, num_samples)
@@ -222,7 +225,7 @@ def _missing_parts(
     if "predictor" not in parts:
         log.warning("%s has no predictor: its weights are drawn from `model.seed`", path)
     initial = _initial_state(model)
-    drawn = {"distance", "predictor"} - parts
+    drawn = {"distance", "fixed_front_end", "predictor"} - parts
     return weights | {name: value for name, value in initial.items() if _part(name) in drawn}
 
 
@@ -231,4 +234,6 @@ def _without_linked(model: Settings) -> Settings:
     model = copy.deepcopy(model)
     model["front_end"]["init_args"].pop("embed_dim", None)
     model["predictor"].pop("embed_dim", None)
+    if isinstance(model.get("target_front_end"), dict):
+        model["target_front_end"].get("init_args", {}).pop("embed_dim", None)
     return model

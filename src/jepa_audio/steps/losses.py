@@ -19,18 +19,12 @@ from jepa_audio.steps.grid import Grid, TokenSet
 class Distance(ABC):
     """A loss value for each token; the training module averages it over the targets."""
 
-    def set_widths(self, embed_dim: int, target_dim: int) -> None:
-        """Prepare for predictions of width `embed_dim` and targets of width `target_dim`.
+    def set_widths(self, embed_dim: int, target_dim: int) -> int:
+        """Prepare for targets of width `target_dim`; return the width that predictions must have.
 
-        Raises:
-            UserError: if predictions and targets of these widths cannot be compared.
+        Predictions have the width `embed_dim` if any width is possible.
         """
-        if embed_dim != target_dim:
-            raise UserError(
-                f"`distance` ({type(self).__name__}) compares predictions of width {embed_dim} "
-                f"(`predictor.embed_dim`) with targets of width {target_dim}: make the widths "
-                "equal, or use `CrossEntropy`, whose targets may have any width"
-            )
+        return target_dim
 
     def reset_parameters(self) -> None:  # noqa: B027 (most distances have no weights)
         """Draw the initial weights from torch's global generator."""
@@ -118,9 +112,10 @@ class CrossEntropy(nn.Module, Distance):
         self.codebook, self.temperature = codebook, temperature
 
     @override
-    def set_widths(self, embed_dim: int, target_dim: int) -> None:
+    def set_widths(self, embed_dim: int, target_dim: int) -> int:
         self.head = nn.Linear(embed_dim, self.codebook.num_classes, bias=self.temperature is None)
         self.codebook.set_width(target_dim)
+        return embed_dim
 
     @override
     def reset_parameters(self) -> None:
@@ -185,7 +180,7 @@ class JEPAOutput:
     distance_sum: Float[Tensor, ""]
     num_targets: Int[Tensor, ""]
     context: Float[Tensor, "Q K D"]
-    prediction: Float[Tensor, "Q M L D"]
+    prediction: Float[Tensor, "Q M L W"]
     target: Float[Tensor, "Q M L T"]
     regularizers: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
 

@@ -17,7 +17,7 @@ class Predictor(nn.Module):
     does not process the other groups or any other token of the grid.
 
     Args:
-        embed_dim: width D of the context encoder and of the predictions.
+        embed_dim: width D of the context encoder and, without `set_width`, of the predictions.
         trunk: the transformer of the predictor, of any width.
     """
 
@@ -29,6 +29,12 @@ class Predictor(nn.Module):
         self.trunk = trunk
         self.proj_out = nn.Linear(trunk.embed_dim, embed_dim)
         self._init_projections()
+
+    def set_width(self, width: int) -> None:
+        """Prepare for predictions of a width W, that of the targets."""
+        if width != self.proj_out.out_features:
+            self.proj_out = nn.Linear(self.trunk.embed_dim, width)
+            init_linear(self.proj_out, self.trunk.init)
 
     def reset_parameters(self) -> None:
         """Draw all initial weights again from torch's global generator."""
@@ -42,7 +48,7 @@ class Predictor(nn.Module):
 
     def forward(
         self, context: Float[Tensor, "Q K D"], masks: Masks, grid: Grid
-    ) -> Float[Tensor, "Q M L D"]:
+    ) -> Float[Tensor, "Q M L W"]:
         """Predict the latents at `masks.targets` from the latents at `masks.context`.
 
         The predictions contain the padding of short rows, see `TokenSet.valid`.

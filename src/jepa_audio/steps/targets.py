@@ -22,7 +22,8 @@ class Targets:
         view: input of the target encoder. "clip": the complete clip (WavJEPA, I-JEPA, data2vec).
             "targets": only the tokens of the target group (M2D, PupuJEPA).
         top_k: average the outputs of the last `top_k` blocks, before the final norm; `None` takes
-            the last block after the final norm.
+            the last block after the final norm; 0 takes the tokens of the front end themselves,
+            without a target encoder (see `target_front_end` of `JEPA`).
         normalization: normalisation of each of these outputs, without learned parameters: "none";
             "layer" over the channels of each token; "instance" over the tokens of a clip for each
             channel (data2vec); "joint_instance" over tokens and channels together (the published
@@ -36,8 +37,25 @@ class Targets:
     eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"`top_k` ({self.top_k}) must be at least 1, or null")
+        if self.top_k is not None and self.top_k < 0:
+            raise UserError(f"`top_k` ({self.top_k}) must be at least 0, or null")
+
+    def width(self, encoder: Transformer, token_dim: int) -> int:
+        """The width of the targets, for tokens of width `token_dim`.
+
+        Raises:
+            UserError: if the encoder is too shallow, or cannot encode tokens of this width.
+        """
+        if self.top_k == 0:
+            return token_dim
+        self.check_depth(encoder.depth)
+        if token_dim != encoder.embed_dim:
+            raise UserError(
+                f"`target_front_end` has tokens of width {token_dim} (all frequency rows), the "
+                f"target encoder needs `encoder.embed_dim` ({encoder.embed_dim}): make the widths "
+                "equal, or set `targets.top_k` to 0 for targets that are the tokens themselves"
+            )
+        return encoder.embed_dim
 
     def check_depth(self, depth: int) -> None:
         """Raise `UserError` if an encoder of `depth` blocks is too shallow."""
@@ -54,7 +72,7 @@ class Targets:
         grid: Grid,
         where: TokenSet,
         present: TokenSet | None = None,
-    ) -> Float[Tensor, "Q M L D"]:
+    ) -> Float[Tensor, "Q M L T"]:
         """Compute the latents of the target tokens `where` `[Q, M, L]` from all `tokens` of clips.
 
         The view "clip" encodes the tokens `present` (`None`: all tokens) once for all masks of a
@@ -79,6 +97,8 @@ class Targets:
         self, encoder: Transformer, tokens: Tensor, grid: Grid, keep: TokenSet | None
     ) -> Tensor:
         valid = None if keep is None else keep.valid
+        if self.top_k == 0:
+            return self.normalize(tokens if keep is None else keep.gather(tokens), valid)
         if self.top_k is None:
             return self.normalize(encoder(tokens, grid, keep), valid)
         self.check_depth(encoder.depth)

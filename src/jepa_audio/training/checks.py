@@ -14,9 +14,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from jepa_audio.errors import UserError
 from jepa_audio.steps.encoder.transformer import Transformer
 from jepa_audio.steps.front_ends import FrontEnd
+from jepa_audio.steps.front_ends.alignment import aligned_width, column_weights
 from jepa_audio.steps.losses import CrossEntropy, Distance
 from jepa_audio.steps.masking.base import Masker
+from jepa_audio.steps.predictor import Predictor
 from jepa_audio.steps.regularizers import Regularizer
+from jepa_audio.steps.targets import Targets
 from jepa_audio.training.schedules import Schedule
 
 log = logging.getLogger(__name__)
@@ -24,14 +27,6 @@ log = logging.getLogger(__name__)
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 # Masks and attention of more tokens do not fit into memory.
 MAX_TOKENS = 2**20
-
-
-def check_width(name: str, width: int, encoder_width: int) -> None:
-    """Raise `UserError` if a part of the model has another width than the encoder."""
-    if width != encoder_width:
-        raise UserError(
-            f"`{name}.embed_dim` ({width}) must equal `encoder.embed_dim` ({encoder_width})"
-        )
 
 
 def check_target_gradient(target_gradient: bool, target_front_end: Any, distance: Distance) -> None:
@@ -43,22 +38,31 @@ def check_target_gradient(target_gradient: bool, target_front_end: Any, distance
             "0, the targets are those of the encoder"
         )
     if target_gradient and target_front_end != "shared":
+        name = (
+            target_front_end if target_front_end == "momentum" else type(target_front_end).__name__
+        )
         raise UserError(
-            f"`target_front_end` ({target_front_end}) would have no effect with `target_gradient: "
+            f"`target_front_end` ({name}) would have no effect with `target_gradient: "
             "true`, which takes the targets from the encoder itself: set `target_front_end: shared`"
         )
 
 
 def check_crop(
-    front_end: FrontEnd, masker: Masker, transformers: list[Transformer], num_samples: int
+    front_end: FrontEnd,
+    masker: Masker,
+    transformers: list[Transformer],
+    num_samples: int,
+    fixed_front_end: FrontEnd | None = None,
 ) -> None:
-    """Check that crops of `num_samples` have a grid, masks and positions.
+    """Check that crops of `num_samples` have a grid, masks, positions and targets.
 
     Raises:
         UserError: if a part does not fit the crops; the message names the setting.
     """
     try:
         grid = front_end.grid(num_samples)
+        if fixed_front_end is not None:
+            column_weights(fixed_front_end, front_end, num_samples)
     except UserError as error:
         raise UserError(f"raise `data.crop_seconds`: {error}") from error
     if grid.num_tokens > MAX_TOKENS:
@@ -72,6 +76,45 @@ def check_crop(
     # A mixture draws one of its maskers.
     for part in getattr(masker, "maskers", [masker]):
         part(grid, torch.zeros(1, dtype=torch.int64), seed=0, step=0)
+
+
+def match_widths(
+    front_end: FrontEnd,
+    encoder: Transformer,
+    targets: Targets,
+    predictor: Predictor,
+    distance: Distance,
+    target_front_end: str | FrontEnd,
+) -> FrontEnd | None:
+    """Prepare predictor and distance for the width of the targets.
+
+    Args:
+        front_end: step 1 of a JEPA, as the next arguments are its steps 3 to 6.
+        encoder: the context encoder.
+        targets: the settings of the targets.
+        predictor: its predictions get the width that the distance needs.
+        distance: gets the widths of predictions and targets.
+        target_front_end: the front end of the targets, or a word for `front_end` and its copy.
+
+    Returns:
+        The front end of the targets without gradients; `None` for `front_end` and its copy.
+
+    Raises:
+        UserError: if parts do not fit each other; the message names the settings.
+    """
+    for name, part in {"front_end": front_end, "predictor": predictor}.items():
+        if part.embed_dim != encoder.embed_dim:
+            raise UserError(
+                f"`{name}.embed_dim` ({part.embed_dim}) must equal `encoder.embed_dim` "
+                f"({encoder.embed_dim})"
+            )
+    fixed, token_dim = None, encoder.embed_dim
+    if isinstance(target_front_end, FrontEnd):
+        fixed = target_front_end.requires_grad_(False)
+        token_dim = aligned_width(fixed, front_end)
+    target_dim = targets.width(encoder, token_dim)
+    predictor.set_width(distance.set_widths(predictor.embed_dim, target_dim))
+    return fixed
 
 
 def check_trainer(trainer: Trainer) -> None:

@@ -17,6 +17,7 @@ from typing_extensions import override
 from jepa_audio.errors import check_bounds
 from jepa_audio.steps.encoder.transformer import Block, Transformer
 from jepa_audio.steps.front_ends import FrontEnd
+from jepa_audio.steps.front_ends.alignment import aligned_tokens
 from jepa_audio.steps.grid import AudioBatch, Grid, Masks, TokenSet
 from jepa_audio.steps.losses import Distance, JEPAOutput
 from jepa_audio.steps.masking.base import Masker
@@ -27,8 +28,8 @@ from jepa_audio.steps.targets import Targets
 from jepa_audio.training.checks import (
     check_target_gradient,
     check_trainer,
-    check_width,
     describe_collapse,
+    match_widths,
 )
 from jepa_audio.training.ema import TargetEncoderEMA
 from jepa_audio.training.initialization import draw_weights
@@ -56,7 +57,9 @@ class JEPA(MaskingModule, ScalerAwareModule):
         optimizer: creates the optimizer from parameter groups.
         lr_schedule: factor on the optimizer's learning rate.
         target_front_end: "shared": the target encoder gets detached tokens of the front end (as in
-            the published WavJEPA and PupuJEPA code); "momentum": tokens of a momentum copy.
+            the published WavJEPA and PupuJEPA code); "momentum": tokens of a momentum copy. Another
+            front end, which is never trained: its tokens, see `aligned_tokens`; with
+            `targets.top_k: 0`, they are the targets themselves.
         masks_per_clip: masks of each clip; with `targets.view: clip`, one pass of the target
             encoder serves all of them (M2D, arXiv:2404.06095; data2vec 2.0, arXiv:2212.07525).
         regularizers: step 6, further terms of the loss, such as VICReg and SIGReg.
@@ -78,7 +81,7 @@ class JEPA(MaskingModule, ScalerAwareModule):
         ema: TargetEncoderEMA,
         optimizer: OptimizerCallable,
         lr_schedule: Schedule,
-        target_front_end: Literal["shared", "momentum"] = "shared",
+        target_front_end: Literal["shared", "momentum"] | FrontEnd = "shared",
         masks_per_clip: int = 1,
         regularizers: Sequence[Regularizer] = (),
         target_gradient: bool = False,
@@ -88,12 +91,10 @@ class JEPA(MaskingModule, ScalerAwareModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=[])
-        check_width("front_end", front_end.embed_dim, encoder.embed_dim)
-        check_width("predictor", predictor.embed_dim, encoder.embed_dim)
-        targets.check_depth(encoder.depth)
         check_target_gradient(target_gradient, target_front_end, distance)
+        steps = front_end, encoder, targets, predictor, distance
+        self.fixed_front_end = match_widths(*steps, target_front_end)
         self.front_end, self.encoder, self.predictor = front_end, encoder, predictor
-        distance.set_widths(predictor.embed_dim, encoder.embed_dim)
         self.masker, self.targets, self.distance = masker, targets, distance
         self.ema, self.optimizer, self.lr_schedule = ema, optimizer, lr_schedule
         self.masks_per_clip, self.decay_all, self.seed = masks_per_clip, decay_all, seed
@@ -129,8 +130,9 @@ class JEPA(MaskingModule, ScalerAwareModule):
         return {name: module for name, module in copies.items() if module is not None}
 
     def reset_parameters(self, seed: int) -> None:
-        """Draw the weights of step 0 of the trained modules; they depend on `seed` alone."""
-        draw_weights((self.front_end, self.encoder, self.predictor, self.distance), seed)
+        """Draw the weights of step 0; they depend on `seed` alone."""
+        parts = self.front_end, self.encoder, self.predictor, self.distance, self.fixed_front_end
+        draw_weights(filter(None, parts), seed)
 
     def forward(self, waveform: Float[Tensor, "B C S"], masks: Masks) -> JEPAOutput:
         """Steps 1 and 3 to 6 for given masks; only drop path draws random numbers."""
@@ -155,12 +157,14 @@ class JEPA(MaskingModule, ScalerAwareModule):
         grid: Grid,
         where: TokenSet,
         present: TokenSet | None = None,
-    ) -> Float[Tensor, "Q M L D"]:
+    ) -> Float[Tensor, "Q M L T"]:
         """The targets at `where`, from `tokens` of the front end; `present` excludes padding."""
         if self.target_gradient:
             return self.targets(self.encoder, tokens, grid, where, present)
         with torch.no_grad():
-            if self.target_front_end is not None:
+            if self.fixed_front_end is not None:
+                tokens = aligned_tokens(self.fixed_front_end.eval(), self.front_end, waveform)
+            elif self.target_front_end is not None:
                 tokens = self.target_front_end.eval()(waveform)
             return self.targets(self.target_encoder.eval(), tokens, grid, where, present)
 

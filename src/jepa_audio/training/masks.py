@@ -9,7 +9,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from jepa_audio.steps.front_ends import FrontEnd
-from jepa_audio.steps.grid import AudioBatch, Masks
+from jepa_audio.steps.front_ends.alignment import AlignedColumns
+from jepa_audio.steps.grid import AudioBatch, ColumnCount, Masks
 from jepa_audio.steps.masking.base import Masker
 from jepa_audio.steps.masking.source import MaskSource, MaskStream
 
@@ -23,6 +24,7 @@ class MaskingModule(LightningModule):
     masker: Masker
     masks_per_clip: int
     front_end: FrontEnd
+    fixed_front_end: FrontEnd | None
     seed: int
     _loaded_step = 0
 
@@ -31,6 +33,12 @@ class MaskingModule(LightningModule):
         if self.trainer.state.fn == TrainerFn.FITTING:
             return self.trainer.global_step
         return max(self.trainer.global_step, self._loaded_step)
+
+    def columns(self, num_samples: int) -> ColumnCount | AlignedColumns:
+        """The columns that do not depend on the padding of clips of `num_samples` with padding."""
+        if self.fixed_front_end is None:
+            return self.front_end.columns
+        return AlignedColumns.of(self.fixed_front_end, self.front_end, num_samples)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

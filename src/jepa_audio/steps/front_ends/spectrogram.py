@@ -1,4 +1,4 @@
-"""Spectrogram front end: a fixed log spectrogram, divided into patches of frames and bands."""
+"""Spectrogram front ends: a fixed log spectrogram, divided into patches of frames and bands."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from math import inf, log, sqrt
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import override
@@ -15,8 +16,8 @@ from jepa_audio.steps.front_ends.base import FrontEnd, Spectrogram
 from jepa_audio.steps.grid import ColumnCount, Grid
 
 
-class SpectrogramFrontEnd(FrontEnd):
-    """Linear embedding of the patches of a log spectrogram.
+class PatchedSpectrogram(FrontEnd):
+    """A front end whose tokens are patches of a log spectrogram.
 
     Frames after the last complete patch are ignored.
 
@@ -28,20 +29,18 @@ class SpectrogramFrontEnd(FrontEnd):
         mean: mean of the log spectrogram over the corpus, see `measure_statistics`; `None` if it is
             unknown. A run measures it before its first step, see `MeasureNormalization`.
         std: standard deviation of the log spectrogram over the corpus; `None` if `mean` is `None`.
-        num_channels: number of audio channels; the embedding mixes them.
-        norm: apply LayerNorm to the tokens.
+        num_channels: number of audio channels; a token contains all of them.
     """
 
     def __init__(
         self,
         spectrogram: Spectrogram,
         embed_dim: int,
-        patch_frames: int = 4,
-        patch_bands: int = 16,
-        mean: float | None = None,
-        std: float | None = None,
-        num_channels: int = 1,
-        norm: bool = True,
+        patch_frames: int,
+        patch_bands: int,
+        mean: float | None,
+        std: float | None,
+        num_channels: int,
     ) -> None:
         super().__init__()
         if patch_frames < 1 or patch_bands < 1:
@@ -65,19 +64,6 @@ class SpectrogramFrontEnd(FrontEnd):
         self.mean = mean
         self.std = std
         self.spectrogram = spectrogram
-        patch = (patch_frames, patch_bands)
-        self.proj = nn.Conv2d(num_channels, embed_dim, kernel_size=patch, stride=patch)
-        self.norm = nn.LayerNorm(embed_dim) if norm else nn.Identity()
-        self.reset_parameters()
-
-    @override
-    def reset_parameters(self) -> None:
-        """Initialise the embedding Xavier-uniform over the flattened patch, with zero bias."""
-        nn.init.xavier_uniform_(self.proj.weight.flatten(1))
-        if self.proj.bias is not None:
-            nn.init.zeros_(self.proj.bias)
-        if isinstance(self.norm, nn.LayerNorm):
-            self.norm.reset_parameters()
 
     @property
     def stride(self) -> int:
@@ -122,6 +108,47 @@ class SpectrogramFrontEnd(FrontEnd):
             )
         return (self.spectrogram(waveform).transpose(-1, -2) - self.mean) / (self.std + 1e-8)
 
+
+class SpectrogramFrontEnd(PatchedSpectrogram):
+    """Linear embedding of the patches of a log spectrogram.
+
+    Args:
+        spectrogram: see `PatchedSpectrogram`, as for the other arguments.
+        embed_dim: width of the tokens.
+        patch_frames: number of frames of a patch.
+        patch_bands: number of bands of a patch; must divide the number of bands of the transform.
+        mean: mean of the log spectrogram over the corpus; `None` if it is unknown.
+        std: standard deviation of the log spectrogram over the corpus.
+        num_channels: number of audio channels; the embedding mixes them.
+        norm: apply LayerNorm to the tokens.
+    """
+
+    def __init__(
+        self,
+        spectrogram: Spectrogram,
+        embed_dim: int,
+        patch_frames: int = 4,
+        patch_bands: int = 16,
+        mean: float | None = None,
+        std: float | None = None,
+        num_channels: int = 1,
+        norm: bool = True,
+    ) -> None:
+        patch = (patch_frames, patch_bands)
+        super().__init__(spectrogram, embed_dim, *patch, mean, std, num_channels)
+        self.proj = nn.Conv2d(num_channels, embed_dim, kernel_size=patch, stride=patch)
+        self.norm = nn.LayerNorm(embed_dim) if norm else nn.Identity()
+        self.reset_parameters()
+
+    @override
+    def reset_parameters(self) -> None:
+        """Initialise the embedding Xavier-uniform over the flattened patch, with zero bias."""
+        nn.init.xavier_uniform_(self.proj.weight.flatten(1))
+        if self.proj.bias is not None:
+            nn.init.zeros_(self.proj.bias)
+        if isinstance(self.norm, nn.LayerNorm):
+            self.norm.reset_parameters()
+
     def embed_patches(self, image: Float[Tensor, "B C T F"]) -> Float[Tensor, "B N D"]:
         """The tokens of the patches in time-major order, float32."""
         return self.norm(self.proj(image).flatten(2).transpose(1, 2)).float()
@@ -130,6 +157,46 @@ class SpectrogramFrontEnd(FrontEnd):
     def forward(self, waveform: Float[Tensor, "B C S"]) -> Float[Tensor, "B N D"]:
         self.grid(waveform.shape[-1])  # raises `UserError` if the clip is too short
         return self.embed_patches(self.image(waveform))
+
+
+class SpectrogramPatches(PatchedSpectrogram):
+    """The patches of a log spectrogram themselves, without an embedding and without weights.
+
+    It serves as `target_front_end` of a `JEPA` with `targets.top_k: 0`: the predictor then predicts
+    the normalised log spectrogram. A token has width C * `patch_frames` * `patch_bands`.
+
+    Args:
+        spectrogram: see `PatchedSpectrogram`, as for the other arguments.
+        patch_frames: number of frames of a patch.
+        patch_bands: number of bands of a patch; `None` for all bands.
+        mean: mean of the log spectrogram over the corpus; `None` if it is unknown.
+        std: standard deviation of the log spectrogram over the corpus.
+        num_channels: number of audio channels C.
+    """
+
+    def __init__(
+        self,
+        spectrogram: Spectrogram,
+        patch_frames: int = 1,
+        patch_bands: int | None = None,
+        mean: float | None = None,
+        std: float | None = None,
+        num_channels: int = 1,
+    ) -> None:
+        bands = spectrogram.num_bands if patch_bands is None else patch_bands
+        width = num_channels * patch_frames * bands
+        super().__init__(spectrogram, width, patch_frames, bands, mean, std, num_channels)
+
+    @override
+    def reset_parameters(self) -> None:
+        """Do nothing: there are no weights."""
+
+    @override
+    def forward(self, waveform: Float[Tensor, "B C S"]) -> Float[Tensor, "B N D"]:
+        num_frames = self.grid(waveform.shape[-1]).num_time * self.patch_frames
+        patch = {"p": self.patch_frames, "q": self.patch_bands}
+        image = self.image(waveform)[:, :, :num_frames]
+        return rearrange(image, "b c (t p) (f q) -> b (t f) (c p q)", **patch)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Protocol, runtime_checkable
@@ -11,12 +12,14 @@ from jaxtyping import Int
 from torch import Tensor
 
 from jepa_audio.errors import UserError
-from jepa_audio.steps.grid import ColumnCount, Grid, Masks, TokenSet
+from jepa_audio.steps.grid import Grid, Masks, TokenSet
 from jepa_audio.steps.masking.base import Masker
 from jepa_audio.steps.masking.numbers import derive_seed
 
 # A redrawn row has other random numbers: this is added to its index.
 _REDRAWN = 1 << 62
+# Samples of clips before their padding → number of columns that do not depend on the padding.
+Columns = Callable[[Int[Tensor, " B"]], Int[Tensor, " B"]]
 
 
 class MaskStream(IntEnum):
@@ -33,10 +36,6 @@ class HasGrid(Protocol):
     def grid(self, num_samples: int) -> Grid:
         """The grid of a clip."""
 
-    @property
-    def columns(self) -> ColumnCount:
-        """The columns that do not depend on the padding of a clip."""
-
 
 @runtime_checkable
 class HasMasker(Protocol):
@@ -49,6 +48,9 @@ class HasMasker(Protocol):
     @property
     def front_end(self) -> HasGrid:
         """The front end, of which masks need the grid."""
+
+    def columns(self, num_samples: int) -> Columns:
+        """The columns that do not depend on the padding of clips of `num_samples` with padding."""
 
     def mask_step(self) -> int:
         """The optimizer step that masks are drawn for now."""
@@ -70,7 +72,7 @@ class MaskSource:
 
     masker: Masker
     grid: Grid
-    columns: ColumnCount | None = None
+    columns: Columns | None = None
     seed: int = 0
     stream: MaskStream = MaskStream.TRAINING
     masks_per_clip: int = 1
@@ -85,7 +87,7 @@ class MaskSource:
             UserError: if the clips are too short, or their padding cannot be hidden.
         """
         grid = model.front_end.grid(num_samples)
-        columns = model.front_end.columns if has_padding else None
+        columns = model.columns(num_samples) if has_padding else None
         return MaskSource(model.masker, grid, columns, model.seed, stream, model.masks_per_clip)
 
     def draw(

@@ -26,7 +26,7 @@ _REFUSED = {
     "model.front_end*": _TRAINED,
     "model.encoder*": _TRAINED,
     "model.predictor*": _TRAINED,
-    "model.target_front_end": _TRAINED,
+    "model.target_front_end*": _TRAINED,
     "model.distance.codebook*": _TRAINED,
     "model.distance.temperature": _TRAINED,
     "model.seed": "the weights of step 0, which baselines use again, were drawn from it",
@@ -46,13 +46,18 @@ _ALWAYS_IN_FORCE = ("*.drop_path", "*.checkpoint_every")
 _LINKED = (
     "model.front_end.embed_dim",
     "model.predictor.embed_dim",
+    "model.target_front_end.embed_dim",
     "data.sample_rate",
     "data.num_channels",
     "trainer.default_root_dir",
     "checkpoint.dirpath",
 )
 # Without a value, a resumed run takes the value of its checkpoint.
-_FROM_CHECKPOINT = ("model.front_end.mean", "model.front_end.std")
+_FROM_CHECKPOINT = tuple(
+    f"model.{name}.{value}"
+    for name in ("front_end", "target_front_end")
+    for value in ("mean", "std")
+)
 # Settings of one start, not of the run.
 _OF_A_START = ("run_dir", "ckpt_path", "weights", "weights_only", "overwrite", "config")
 
