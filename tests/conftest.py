@@ -66,6 +66,17 @@ trainer:
   enable_model_summary: false
 """
 FLAVOURS = {"wave": WAVE + COMMON, "mel": MEL + COMMON}
+# Targets of another front end: patches of two frames of a log-mel spectrogram, in two rows.
+LOG_MEL = (
+    "spectrogram: {class_path: LogMel, init_args: {sample_rate: 1000, n_fft: 64, hop_length: 8, "
+    "n_mels: 8}}, patch_frames: 2, mean: -3.0, std: 2.0"
+)
+LOG_MEL_TARGETS = (
+    "--model.target_front_end={class_path: SpectrogramPatches, init_args: {"
+    f"{LOG_MEL}, patch_bands: 4}}}}",
+    "--model.targets.top_k=0",
+    "--model.targets.view=clip",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

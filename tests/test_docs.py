@@ -54,6 +54,7 @@ def test_options_exist(text: str, capsys: pytest.CaptureFixture[str]):
         "model.encoder.",
         "trainer.callbacks",
         "model.front_end.",
+        "model.target_front_end.",
         "model.lr_schedule.",
         "model.regularizers.",
         "data.scenes.",
@@ -70,6 +71,10 @@ def test_recipes_exist(text: str):
     assert named - recipes().keys() == set()
     front_ends = set(re.findall(r"--model.front_end ([a-z_]+)", text))
     assert {f"front_ends/{name}" for name in front_ends} - recipes().keys() == set()
+    targets = set(re.findall(r"--model.target_front_end ([a-z_/]+)", text))
+    named = {name if "/" in name else f"target_front_ends/{name}" for name in targets}
+    assert len(named) > 1
+    assert named - recipes().keys() == set()
 
 
 def test_make_help_lists_the_targets():

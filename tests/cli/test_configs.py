@@ -14,6 +14,7 @@ STRATEGIES = [CONFIGS / "fsdp.yaml"]
 RECIPES = sorted({*CONFIGS.glob("*.yaml"), *CONFIGS.glob("demo/*.yaml")} - {*STRATEGIES})
 SIZES = sorted(CONFIGS.glob("pupujepa/*.yaml"))
 FRONT_ENDS = sorted(CONFIGS.glob("front_ends/*.yaml"))
+TARGETS = sorted(CONFIGS.glob("target_front_ends/*.yaml"))
 SMALL = (
     "--model.encoder.embed_dim=24",
     "--model.encoder.num_heads=2",
@@ -39,7 +40,7 @@ def few_measured_clips(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jepa_audio.training.normalization.NUM_CLIPS", 12)
 
 
-def train_two_steps(wavs: Path, run_dir: Path, *settings: str) -> None:
+def train_two_steps(wavs: Path, run_dir: Path, *settings: str, top_k: int = 1) -> None:
     from jepa_audio.cli.trainer import JEPACLI
 
     has_top_k = any(
@@ -47,9 +48,9 @@ def train_two_steps(wavs: Path, run_dir: Path, *settings: str) -> None:
         for word in settings
         if "--config" in word
     )
-    top_k = ("--model.targets.top_k=1",) if has_top_k else ()
+    last = (f"--model.targets.top_k={top_k}",) if has_top_k else ()
     cli = JEPACLI(
-        [*settings, f"--data.root={wavs}", f"--run_dir={run_dir}", *top_k, *SMALL], run=False
+        [*settings, f"--data.root={wavs}", f"--run_dir={run_dir}", *last, *SMALL], run=False
     )
     before = cli.model.encoder.blocks[0].attn.qkv.weight.detach().clone()
     cli.trainer.fit(cli.model, cli.datamodule)
@@ -104,13 +105,25 @@ def test_one_option_replaces_the_front_end(front_end: Path, wavs: Path, tmp_path
     )
 
 
+@pytest.mark.parametrize("target", TARGETS, ids=lambda path: path.stem)
+def test_two_options_make_a_spectrogram_the_target(target: Path, wavs: Path, tmp_path: Path):
+    train_two_steps(
+        wavs,
+        tmp_path,
+        f"--config={CONFIGS / 'demo' / 'wavjepa.yaml'}",
+        f"--model.target_front_end={target.stem}",
+        "--model.front_end.init_args.conv_layers=[[8,20,10],[8,8,4],[8,4,4],[8,2,2]]",
+        top_k=0,
+    )
+
+
 def test_one_option_replaces_the_waveform_by_a_spectrogram(wavs: Path, tmp_path: Path):
     mel = f"--model.front_end={CONFIGS / 'front_ends' / 'log_mel.yaml'}"
     train_two_steps(wavs, tmp_path, f"--config={CONFIGS / 'demo' / 'wavjepa.yaml'}", mel)
 
 
 def test_recipes_have_at_most_50_lines_of_at_most_100_columns():
-    for path in [*RECIPES, *STRATEGIES, *SIZES, *FRONT_ENDS]:
+    for path in [*RECIPES, *STRATEGIES, *SIZES, *FRONT_ENDS, *TARGETS]:
         lines = path.read_text().splitlines()
         assert len(lines) <= 50, path
         assert max(map(len, lines)) <= 100, path

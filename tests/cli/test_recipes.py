@@ -58,12 +58,15 @@ def test_an_unknown_name_is_answered_by_the_nearest_one(name: str, nearest: str)
 
 def test_options_take_names(empty_folder: Path):
     cqt = str(recipes()["front_ends/cqt"])
+    target_cqt = str(recipes()["target_front_ends/cqt"])
     wave, large = str(recipes()["wavjepa"]), str(recipes()["pupujepa/large"])
     for given, resolved in (
         (["--config", "wavjepa"], ["--config", wave]),
         (["--config=wavjepa", "-c", "pupujepa/large"], [f"--config={wave}", "-c", large]),
         (["--model.front_end", "cqt"], ["--model.front_end", cqt]),
         (["--model.front_end=front_ends/cqt"], [f"--model.front_end={cqt}"]),
+        (["--model.target_front_end", "cqt"], ["--model.target_front_end", target_cqt]),
+        (["--model.target_front_end=momentum"], ["--model.target_front_end=momentum"]),
         # Classes, text and all other options are not names of recipes.
         (["--model.front_end", "WaveformFrontEnd"], ["--model.front_end", "WaveformFrontEnd"]),
         (["--config", "model: {seed: 1}"], ["--config", "model: {seed: 1}"]),

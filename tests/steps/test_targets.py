@@ -148,6 +148,20 @@ def test_top_k_above_depth_raises_an_error(encoder: Transformer, tokens: Tensor,
         Targets(top_k=4)(encoder, tokens, GRID, masks.targets)
 
 
-def test_top_k_of_zero_raises_an_error():
-    with pytest.raises(ValueError, match=r"`top_k` \(0\) must be at least 1"):
-        Targets(top_k=0)
+def test_top_k_of_zero_takes_the_tokens_that_would_be_encoded(
+    encoder: Transformer, tokens: Tensor, masks: Masks
+):
+    for view, normalization in (("clip", "layer"), ("targets", "instance")):
+        targets = Targets(view, top_k=0, normalization=normalization)
+        found = targets(encoder, tokens, GRID, masks.targets)
+        chosen = masks.targets.gather(tokens[:, None].expand(-1, 2, -1, -1))
+        for clip, group in [(0, 0), (1, 1), (2, 0)]:
+            count = int(masks.targets.counts[clip, group])
+            values = chosen[clip, group, :count]
+            expected = targets.normalize(values[None], None)[0]
+            torch.testing.assert_close(found[clip, group, :count], expected)
+
+
+def test_a_negative_top_k_is_refused():
+    with pytest.raises(ValueError, match=r"`top_k` \(-1\) must be at least 0, or null"):
+        Targets(top_k=-1)

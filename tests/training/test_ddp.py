@@ -10,6 +10,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
+from tests.conftest import LOG_MEL_TARGETS
+
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork")
 
 SGD = (
@@ -28,8 +30,8 @@ def on(num_processes: int, rows: int = 4) -> list[str]:
 
 @pytest.mark.parametrize(
     ("more", "numbers"),
-    [((), (1, 2, 4)), (("--model.masks_per_clip=2",), (1, 2))],
-    ids=["one mask", "two masks"],
+    [((), (1, 2, 4)), (("--model.masks_per_clip=2", *LOG_MEL_TARGETS), (1, 2))],
+    ids=["one mask", "two masks, log-mel targets"],
 )
 def test_several_processes_learn_the_same_weights_as_one(
     tiny_cli: Callable, more: tuple[str, ...], numbers: tuple[int, ...]

@@ -17,6 +17,7 @@ from jepa_audio.steps.masking.source import MaskStream
 from jepa_audio.steps.regularizers import VICReg
 from jepa_audio.training.ema import TargetEncoderEMA
 from jepa_audio.training.jepa import JEPA
+from tests.conftest import LOG_MEL_TARGETS
 
 FLAVOURS = ["wave", "mel"]
 SGD = (
@@ -130,7 +131,11 @@ def test_a_run_depends_on_its_seed_and_on_no_global_random_state(tiny_cli: Calla
     assert all(others[row] != losses[row] for row in losses)
 
 
-@pytest.mark.parametrize("more", [(), ("--model.masks_per_clip=2",)], ids=["one mask", "two masks"])
+@pytest.mark.parametrize(
+    "more",
+    [(), ("--model.masks_per_clip=2", *LOG_MEL_TARGETS)],
+    ids=["one mask", "two masks, log-mel targets"],
+)
 def test_micro_batches_add_up_to_one_big_batch(
     tiny_cli: Callable, fit: Callable, more: tuple[str, ...]
 ):
@@ -175,6 +180,7 @@ def test_micro_batches_add_up_to_one_big_batch(
             "wave",
             [
                 "--model.masks_per_clip=2",
+                *LOG_MEL_TARGETS,
                 "--trainer.accumulate_grad_batches=2",
                 "--data.batch_size=2",
             ],

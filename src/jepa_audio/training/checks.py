@@ -38,9 +38,8 @@ def check_target_gradient(target_gradient: bool, target_front_end: Any, distance
             "0, the targets are those of the encoder"
         )
     if target_gradient and target_front_end != "shared":
-        name = (
-            target_front_end if target_front_end == "momentum" else type(target_front_end).__name__
-        )
+        is_word = isinstance(target_front_end, str)
+        name = target_front_end if is_word else type(target_front_end).__name__
         raise UserError(
             f"`target_front_end` ({name}) would have no effect with `target_gradient: "
             "true`, which takes the targets from the encoder itself: set `target_front_end: shared`"
