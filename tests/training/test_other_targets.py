@@ -190,7 +190,7 @@ def test_a_run_with_fixed_targets_raises_no_alarm_and_its_encoder_is_used_withou
         found = loaded.encode(clip).layers[-1].flatten(1, 2)
         torch.testing.assert_close(found, expected)
     name = type(cli.model.fixed_front_end).__name__
-    with pytest.raises(UserError, match=f"cannot express `target_front_end: {name}`"):
+    with pytest.raises(UserError, match=f"has no `target_front_end: {name}`"):
         export_weights("wavjepa", last, tmp_path)
 
 
