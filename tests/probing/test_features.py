@@ -174,6 +174,7 @@ def test_log_mel_is_pooled_like_an_encoder_and_as_its_own_statistics():
         ("regions_101", "mean", "number of regions must be in 1-100"),
         ("mean_change_std", "mean", "`pooling` is 'mean_change_std'"),
         ("frames", "mean", "`pooling` is 'frames'"),
+        ("", "mean", "`pooling` is ''"),
         ("mean", "max", "`frequency` is 'max', must be one of mean, concat"),
         ("mean,mean", "mean", "different poolings, got"),
         ("thirds,regions_3", "mean", "different poolings, got"),

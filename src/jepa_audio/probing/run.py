@@ -124,7 +124,9 @@ def probe(
     _check_unique("encoder", [run_name(Path(s)) for s in sources if s.endswith(".ckpt")])
     if pooling is not None and not chosen_preset.is_pooled:
         raise UserError(f"`pooling` must be left out: heads of the preset {preset} pool themselves")
-    poolings = parse_poolings(_comma_list(pooling or "mean"), _comma_list(frequency))
+    poolings = parse_poolings(
+        _comma_list("mean" if pooling is None else pooling), _comma_list(frequency)
+    )
     options = EncoderOptions(variants, layers, random_seeds, overlap, windowing)
     encoders = [load_encoders(source, options) for source in sources]
     roots = [Path(root) for root in _comma_list(data)]

@@ -36,7 +36,7 @@ _ITERATIONS_PER_HESSIAN = 20
 _TOLERANCE = 1e-5
 # Logits that are computed at once; eight such tensors are alive: 2 GiB.
 _MAX_LOGITS = 2**26
-# Features of layers that are solved at once; three such tensors are alive: 3 GiB.
+# Features of layers that are solved at once; four such tensors are alive: 4 GiB.
 _MAX_VALUES = 2**28
 
 
@@ -129,11 +129,17 @@ def fit_ridge(
         rows = train.read(head_input.layers[0])
         scale = Standardisation(rows)
         x = scale(rows).to(device)
+        basis = None
+        if len(x) < x.shape[1]:
+            # The optimal weights lie in the space of the training rows: see `_rotate`.
+            basis = torch.linalg.svd(x, full_matrices=False).Vh.T
+            x = x @ basis
         spectrum, axes = torch.linalg.eigh(_cross_product(x, x) / len(x))
         projected = axes.T @ (_cross_product(x, centred) / len(x))
         for strength in RIDGE_STRENGTHS:
-            weight = axes @ (projected / (spectrum.clamp_min(0) + strength)[:, None])
-            heads.append(LinearHead(head_input, strength, scale, weight.float(), mean.to(device)))
+            weight = (axes @ (projected / (spectrum.clamp_min(0) + strength)[:, None])).float()
+            weight = weight if basis is None else basis @ weight
+            heads.append(LinearHead(head_input, strength, scale, weight, mean.to(device)))
     return heads
 
 
@@ -166,7 +172,7 @@ def fit_logistic(
     l2 = torch.tensor(strengths, device=device, dtype=torch.float32)
     width = max(train.widths([head_input.layers[0] for head_input in inputs]))
     by_logits = _MAX_LOGITS // (len(labels) * len(strengths) * num_classes)
-    by_width = _MAX_VALUES // (len(labels) * min(width, len(labels)))
+    by_width = _MAX_VALUES // (len(labels) * width)
     layers_at_once = max(1, min(by_logits, by_width))
     heads = []
     for first in range(0, len(inputs), layers_at_once):
