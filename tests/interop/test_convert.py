@@ -19,6 +19,7 @@ from jepa_audio.interop import WeightsError, export_weights, import_weights
 from jepa_audio.interop.convert import load_weights
 from jepa_audio.interop.layout import SizeHints
 from jepa_audio.interop.published import open_published, parse_conv_layers
+from jepa_audio.recipes import find_recipe
 from jepa_audio.steps.grid import Masks
 from jepa_audio.training.jepa import JEPA
 
@@ -68,6 +69,29 @@ def test_import_of_export_is_the_same_bit_for_bit(layout: str, published: Path, 
         torch.testing.assert_close(
             ours[name], value, rtol=0, atol=1e-6 if "pos_encoding" in name else 0
         )
+
+
+def test_weights_of_a_loss_are_drawn_at_an_import_and_not_exported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    state, metadata = state_of("wavjepa")
+    save_file(state, tmp_path / "published.safetensors", metadata)
+    recipe = yaml.safe_load(find_recipe("wavjepa").read_text())
+    codebook = {"class_path": "RandomProjection", "init_args": {"num_classes": 8}}
+    recipe["model"]["distance"] = {
+        "class_path": "CrossEntropy",
+        "init_args": {"codebook": codebook},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    file = tmp_path / "published.safetensors"
+    checkpoint = import_weights("wavjepa", file, tmp_path / "ours", recipe=tmp_path / "recipe.yaml")
+    weights = weights_of(checkpoint)
+    assert weights["distance.head.weight"].shape[0] == 8
+    assert weights["distance.head.weight"].std() > 0
+    with caplog.at_level("INFO"):
+        exported = export_weights("wavjepa", checkpoint, tmp_path / "theirs")
+    assert "`distance` is not exported" in caplog.text
+    assert open_published(exported).tensors.keys() == state.keys()
 
 
 def test_a_run_is_exported_and_imported_again(

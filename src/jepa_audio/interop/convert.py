@@ -118,8 +118,6 @@ def export_weights(layout: str, checkpoint: Path, output: Path, trust: Sequence[
     jepa = load_jepa(checkpoint, trust)
     weights = jepa.state_dict()
     state = {name: value for name, value in weights.items() if _part(name) != "distance"}
-    if len(state) < len(weights):
-        log.info("the layout %s has no weights of the loss: `distance` is not exported", layout)
     variant = _layout(layout).variant(state)
     other = jepa.target_front_end and "momentum"
     if jepa.fixed_front_end is not None:
@@ -130,6 +128,8 @@ def export_weights(layout: str, checkpoint: Path, output: Path, trust: Sequence[
         )
     num_samples = num_crop_samples(checkpoint, jepa, trust)
     config = variant.config(jepa, num_samples)
+    if len(state) < len(weights):
+        log.info("the layout %s has no weights of the loss: `distance` is not exported", layout)
     tensors = {variant.published_name(name): value.contiguous() for name, value in state.items()}
     tensors |= variant.formulas(jepa, num_samples)
     tensors = {
