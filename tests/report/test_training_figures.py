@@ -174,6 +174,13 @@ def test_online_probes_of_any_metric_have_a_panel():
     assert [text.get_text() for text in panel.get_legend().get_texts()] == ["auroc", "random-init"]
 
 
+def test_each_regularizer_has_a_panel():
+    values = np.arange(3), np.arange(3.0)
+    names = "loss_nearest_context", "sigreg_clip_mean", "vicreg_context", "vicreg_prediction"
+    figure = draw_curves({"": {f"train/{name}": values for name in ("loss", *names)}})
+    assert titles(figure)[1:] == [f"Regularizer {name}" for name in names[1:]]
+
+
 def test_panels_without_a_finite_value_are_left_out():
     run = a_run()
     for key in ("train/gradient_norm", "lr-AdamW/pg1", "lr-AdamW/pg2", "collapse/clip_cosine"):

@@ -287,11 +287,15 @@ def _list_panels(keys: set[str]) -> list[Panel]:
         )
         for task, metric in probes
     ]
+    ends = ("_context", "_prediction", "_clip_mean")
+    terms = [key for key in sorted(keys - loss.keys()) if key.startswith("train/")]
+    terms = [key for key in terms if key.endswith(ends)]
     latents = ("context", "target", "prediction")
     rank, std = ({f"collapse/{name}_{what}": name for name in latents} for what in ("rank", "std"))
     speed = {"speed/audio_seconds_per_second": ""}
     return [
         Panel("Loss and two trivial predictors", loss),
+        *(Panel(f"Regularizer {key.removeprefix('train/')}", {key: ""}) for key in terms),
         *online,
         Panel("RankMe (effective rank)", rank),
         Panel("Standard deviation", std),
