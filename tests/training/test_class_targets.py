@@ -19,8 +19,11 @@ from jepa_audio.steps.grid import AudioBatch
 from jepa_audio.training.jepa import JEPA
 from jepa_audio.training.run.load import load_jepa
 from jepa_audio.training.run.resume import find_changes, refuse_changes
+from tests.conftest import LOG_MEL_TARGETS
+from tests.oracles.other_targets_literal import patch_targets
+from tests.steps.test_classes import literal_codes
 from tests.training.test_ddp import SGD, on
-from tests.training.test_sharding import COMMON, FSDP, mean, on_processes, train
+from tests.training.test_sharding import FSDP, mean, on_processes, train
 
 CODEBOOKS = {
     "random": (
@@ -66,6 +69,28 @@ def test_every_trainable_parameter_gets_a_gradient_and_the_loss_is_the_cross_ent
     torch.testing.assert_close(output.distance_sum, losses[valid].sum())
 
 
+@pytest.mark.parametrize("masks_per_clip", [1, 2])
+def test_classes_of_log_mel_frames_are_those_of_a_literal_computation(
+    tiny_jepa: Callable[..., JEPA], batch: AudioBatch, masks_per_clip: int
+):
+    settings = "--model.targets.normalization=none", f"--model.masks_per_clip={masks_per_clip}"
+    jepa = tiny_jepa("wave", *LOG_MEL_TARGETS, *CODEBOOKS["random"], *settings)
+    masks = jepa.draw_masks(batch)
+    output = jepa(batch.waveform, masks)
+    assert output.prediction.shape[-1] == jepa.encoder.embed_dim
+    frames = [patch_targets(jepa.fixed_front_end, jepa.front_end, w) for w in batch.waveform]
+    places = masks.targets.valid_or_true.nonzero().tolist()
+    vectors = torch.stack(
+        [frames[q // masks_per_clip][masks.targets.index[q, m, k]] for q, m, k in places]
+    ).double()
+    vectors = (vectors - vectors.mean(0)) / vectors.std(0, unbiased=False)
+    codes = literal_codes(jepa.distance.codebook, vectors.numpy())
+    logits = jepa.distance.logits(output.prediction)[masks.targets.valid_or_true]
+    losses = [math.log(sum(row.exp())) - row[code] for row, code in zip(logits, codes, strict=True)]
+    assert output.distance_sum.item() == pytest.approx(float(sum(losses)), rel=1e-4)
+    assert len(set(codes)) > 8
+
+
 def test_the_weights_of_the_other_parts_do_not_depend_on_the_distance(
     tiny_jepa: Callable[..., JEPA],
 ):
@@ -103,7 +128,7 @@ def test_two_processes_learn_the_same_weights_and_have_the_same_losses_as_one(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork")
 def test_sharded_parameters_have_the_same_losses_as_one_process(tiny_cli: Callable, tmp_path: Path):
-    settings = (*BY_POSITION, *COMMON, "--trainer.max_steps=3")
+    settings = *BY_POSITION, "--trainer.max_steps=3", "--monitor.every_n_steps=1"
     alone = train(tiny_cli("mel", *settings))
     sharding = FSDP, "--trainer.devices=2", "--data.batch_size=2", f"--run_dir={tmp_path}"
     records = on_processes(2, tmp_path, lambda: train(tiny_cli("mel", *settings, *sharding)))
