@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import multiprocessing
 import os
@@ -58,6 +59,12 @@ def end_with_parent() -> None:
                 time.sleep(1)
         os._exit(1)
 
+    # The exit of an interpreter that has torch takes seconds, in which no thread runs.
+    def end_at_once() -> None:
+        if parent is None and os.getppid() != number:
+            os._exit(1)
+
+    atexit.register(end_at_once)
     threading.Thread(target=watch, name="end with parent", daemon=True).start()
 
 
