@@ -282,26 +282,36 @@ def test_cross_entropy_equals_the_formula_for_predictions_and_targets_of_other_w
     assert all(p.grad.abs().sum() > 0 for p in (prediction, *distance.parameters()))
 
 
-def test_half_precision_predictions_have_float32_losses(target: torch.Tensor, where: TokenSet):
-    for temperature in (None, 0.12):
-        distance = CrossEntropy(RandomProjection(6, 3), temperature)
+def test_autocast_changes_neither_classes_nor_the_type_of_losses(
+    target: torch.Tensor, where: TokenSet
+):
+    for codebook in (RandomProjection(6, 3), OnlineClusters(6)):
+        distance = CrossEntropy(codebook, 0.12)
         distance.set_widths(WIDTH, WIDTH)
+        distance.reset_parameters()
+        full = codebook(target, where, GRID)
         with torch.autocast("cpu", torch.bfloat16):
-            half = distance(target.bfloat16(), target, where, GRID)
-        assert half.dtype == torch.float32
-        assert half.isfinite().all()
+            half, losses = codebook(target, where, GRID), distance(target, target, where, GRID)
+        assert torch.equal(full.target, half.target)
+        assert losses.dtype == torch.float32
+        torch.testing.assert_close(
+            losses, distance(target, target, where, GRID), rtol=0.05, atol=0.1
+        )
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: RandomProjection(1), r"`num_classes` \(1\) must be in \[2, 1000000\]"),
-        (lambda: RandomProjection(8, 0), r"`codebook_dim` \(0\) must be in \[1, 4096\]"),
+        (lambda: RandomProjection(1), r"`num_classes` \(1\) must be in \[2, 262144\]"),
         (lambda: RandomProjection(10**9), "`num_classes`"),
+        (lambda: RandomProjection(8, 0), r"`codebook_dim` \(0\) must be in \[1, 256\]"),
+        (lambda: RandomProjection(seed=-1), r"`seed` \(-1\)"),
+        (lambda: RandomProjection(seed=2**64), "`seed`"),
         (lambda: OnlineClusters(4, temperature=0.0), r"`temperature` \(0.0\)"),
         (lambda: OnlineClusters(4, target_temperature=math.nan), r"`target_temperature` \(nan\)"),
         (lambda: OnlineClusters(4, num_iterations=0), r"`num_iterations` \(0\)"),
-        (lambda: CrossEntropy(OnlineClusters(4), 0.0), r"`temperature` \(0.0\) must be positive"),
+        (lambda: CrossEntropy(OnlineClusters(4), 0.0), r"`temperature` \(0.0\) must be in \[0.001"),
+        (lambda: CrossEntropy(OnlineClusters(4), math.inf), r"`temperature` \(inf\)"),
     ],
 )
 def test_a_wrong_setting_is_refused(make, message: str):

@@ -11,11 +11,11 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from jepa_audio.errors import UserError
+from jepa_audio.errors import check_bounds
 from jepa_audio.steps.grid import Grid, TokenSet
 
-# Larger codebooks fit into no machine.
-MAX_CLASSES, MAX_CODEBOOK_DIM = 1_000_000, 4096
+MAX_CLASSES, MAX_CODEBOOK_DIM = 2**18, 256
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 1000
 # Weight of the newest micro-batch in statistics of the training so far, after the first 100.
 _RATE = 0.01
 # Constant that is added to the variance of a channel.
@@ -53,9 +53,8 @@ class Codebook(nn.Module, ABC):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        if not 2 <= num_classes <= MAX_CLASSES:
-            raise UserError(f"`num_classes` ({num_classes}) must be in [2, {MAX_CLASSES}]")
         self.num_classes = num_classes
+        check_bounds(self, 2, MAX_CLASSES, "num_classes")
         self.register_buffer("frequencies", torch.full((num_classes,), 1 / num_classes))
         for name in ("entropy", "own_loss"):
             self.register_buffer(name, torch.zeros(()))
@@ -161,9 +160,9 @@ class RandomProjection(Codebook):
         seed: int = 0,
     ) -> None:
         super().__init__(num_classes)
-        if not 1 <= codebook_dim <= MAX_CODEBOOK_DIM:
-            raise UserError(f"`codebook_dim` ({codebook_dim}) must be in [1, {MAX_CODEBOOK_DIM}]")
         self.codebook_dim, self.normalization, self.seed = codebook_dim, normalization, seed
+        check_bounds(self, 1, MAX_CODEBOOK_DIM, "codebook_dim")
+        check_bounds(self, 0, 2**63 - 1, "seed")
 
     @property
     @override
@@ -239,13 +238,10 @@ class OnlineClusters(Codebook):
         num_iterations: int = 3,
     ) -> None:
         super().__init__(num_classes)
-        if not (target_temperature > 0 and temperature > 0 and num_iterations > 0):
-            raise UserError(
-                f"`target_temperature` ({target_temperature}), `temperature` ({temperature}) and "
-                f"`num_iterations` ({num_iterations}) must be positive"
-            )
         self.by_position, self.num_iterations = by_position, num_iterations
         self.target_temperature, self.temperature = target_temperature, temperature
+        check_bounds(self, 1, 1000, "num_iterations")
+        check_bounds(self, MIN_TEMPERATURE, MAX_TEMPERATURE, "target_temperature", "temperature")
 
     @property
     @override

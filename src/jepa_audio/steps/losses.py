@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from jepa_audio.errors import UserError
-from jepa_audio.steps.classes import Codebook
+from jepa_audio.errors import UserError, check_bounds
+from jepa_audio.steps.classes import MAX_TEMPERATURE, MIN_TEMPERATURE, Codebook
 from jepa_audio.steps.grid import Grid, TokenSet
 
 
@@ -107,9 +107,8 @@ class CrossEntropy(nn.Module, Distance):
 
     def __init__(self, codebook: Codebook, temperature: float | None = None) -> None:
         super().__init__()
-        if temperature is not None and not temperature > 0:
-            raise UserError(f"`temperature` ({temperature}) must be positive, or null")
         self.codebook, self.temperature = codebook, temperature
+        check_bounds(self, MIN_TEMPERATURE, MAX_TEMPERATURE, "temperature")
 
     @override
     def set_widths(self, embed_dim: int, target_dim: int) -> int:
