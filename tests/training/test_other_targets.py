@@ -134,6 +134,25 @@ def test_the_weights_of_the_other_parts_do_not_depend_on_it(tiny_jepa: Callable[
     assert not torch.equal(again[name], weights[name])
 
 
+@pytest.mark.parametrize("settings", [LOG_MEL_TARGETS, EMBEDDED])
+def test_one_batch_is_overfitted(
+    tiny_jepa: Callable[..., JEPA], batch: AudioBatch, settings: tuple[str, ...]
+):
+    wide = "--model.encoder.embed_dim=32", "--model.predictor.trunk.embed_dim=32"
+    jepa = tiny_jepa("wave", *settings, *wide)
+    masks = jepa.draw_masks(batch)
+    optimizer = torch.optim.AdamW([p for p in jepa.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(40):
+        loss = jepa.loss(batch.waveform, masks)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        TargetEncoderEMA.update(jepa, 0.999)
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+
+
 def test_the_padding_of_a_clip_has_no_influence(tiny_jepa: Callable[..., JEPA], batch: AudioBatch):
     jepa = tiny_jepa("wave", *LOG_MEL_TARGETS, *LOCAL)
     lengths = torch.tensor([500, 240, 310, 495])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from einops import rearrange, repeat
@@ -42,13 +43,15 @@ def aligned_tokens(
     tokens = rearrange(
         source(waveform), "b (t f) d -> b t (f d)", f=source.grid(num_samples).num_freq
     )
-    weights = column_weights(source, front_end, num_samples).to(tokens.device)
+    weights = column_weights(source, front_end, num_samples, tokens.device)
     with torch.autocast(tokens.device.type, enabled=False):
         columns = weights @ tokens.float()
     return repeat(columns, "b t d -> b (t f) d", f=front_end.grid(num_samples).num_freq)
 
 
-def column_weights(source: FrontEnd, front_end: FrontEnd, num_samples: int) -> Float[Tensor, "T U"]:
+def column_weights(
+    source: FrontEnd, front_end: FrontEnd, num_samples: int, device: str | torch.device = "cpu"
+) -> Float[Tensor, "T U"]:
     """The weight of each of the U columns of `source` in each of the T columns of `front_end`.
 
     A column is the interval between the midpoints to the centres of its neighbours. The result is
@@ -61,9 +64,20 @@ def column_weights(source: FrontEnd, front_end: FrontEnd, num_samples: int) -> F
     """
     # Centres are multiples of half a sample: in quarters, midpoints are exact whole numbers.
     ours, others = (
-        (4 * part.sample_rate * part.times(num_samples).double()).round().long()
+        (4 * part.sample_rate * part.times(num_samples).double()).round().long().tolist()
         for part in (front_end, source)
     )
+    return _weights(tuple(ours), tuple(others), device)
+
+
+# Otherwise a GPU would wait for a copy of the weights in each step.
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _weights(
+    centres: tuple[int, ...], source_centres: tuple[int, ...], device: str | torch.device
+) -> Float[Tensor, "T U"]:
+    """The weights for centres in quarters of a sample; see `column_weights`."""
+    ours, others = torch.tensor(centres), torch.tensor(source_centres)
     middle = (ours[1:] + ours[:-1]) // 2
     # The first and the last interval extend to the same distance on both sides of the centre.
     first, last = 2 * ours[:1] - middle[:1], 2 * ours[-1:] - middle[-1:]
@@ -73,7 +87,7 @@ def column_weights(source: FrontEnd, front_end: FrontEnd, num_samples: int) -> F
     inside = (others >= low[:, None]) & (others < high[:, None])
     nearest = (others - ours[:, None]).abs().argmin(dim=1, keepdim=True)
     inside |= ~inside.any(dim=1, keepdim=True) & (torch.arange(len(others)) == nearest)
-    return inside / inside.sum(dim=1, keepdim=True)
+    return (inside / inside.sum(dim=1, keepdim=True)).to(device)
 
 
 @dataclass(frozen=True)
