@@ -53,6 +53,19 @@ def test_clip_without_context_or_targets_is_redrawn_equally_on_every_process():
         assert torch.equal(part.targets.to_mask(100), masks.targets.to_mask(100)[rows])
 
 
+def test_each_of_several_masks_of_a_short_clip_is_drawn_as_if_it_were_alone():
+    grid, masker = Grid(1, 100), SpanMasker(context_length=5, target_length=5)
+    source = MaskSource(masker, grid, ColumnCount(1, 1), masks_per_clip=3)
+    rows, num_time = torch.arange(32), torch.tensor([12, 100, 15, 20] * 8)
+    masks = source.draw(rows, 0, num_time)
+    assert torch.equal(masks.present.valid.sum(dim=1), num_time)
+    for k in range(3):
+        alone = draw(masker, grid, 3 * rows + k, num_time)
+        for part in ("context", "targets"):
+            several, single = (getattr(m, part).to_mask(100) for m in (masks, alone))
+            assert torch.equal(several[k::3], single)
+
+
 def test_full_clips_have_no_present_mask():
     grid = Grid(1, 100)
     masks = draw(SpanMasker(), grid, torch.arange(4), torch.full((4,), 100))
