@@ -204,7 +204,8 @@ def test_the_baseline_is_the_entropy_of_the_class_frequencies_and_usage_is_logge
     assert "train/loss_nearest_context" not in metrics
     perplexity = math.exp(entropy)
     assert metrics["collapse/class_perplexity"].item() == pytest.approx(perplexity, rel=1e-5)
-    assert metrics["collapse/class_share"].item() == pytest.approx((perplexity - 1) / 31, rel=1e-4)
+    share = entropy / math.log(32)
+    assert metrics["collapse/class_entropy"].item() == pytest.approx(share, rel=1e-4)
     assert metrics["collapse/alarm"] == 0
     assert "train/codebook_loss" not in metrics
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 
 import torch
@@ -42,7 +43,7 @@ class CollapseMonitor(Callback):
       variance of their latents that is between clips at the same position (`clip_share`);
     - distance between the weights of the target encoder and those of the encoder;
     - if the targets are classes: how many classes they distinguish (`Codebook.perplexity`), and
-      which share of the possible number this is;
+      their entropy as a share of the largest possible one;
     - seconds of audio per second, and the share of time spent waiting for data.
 
     In these steps, the training loss of all micro-batches is logged with the losses of two simple
@@ -63,8 +64,8 @@ class CollapseMonitor(Callback):
             was also above this bound.
         min_clip_share: alarm below this share of variance between clips, also at the first
             measurement. Healthy encoders of all recipes have shares above 0.1 (`docs/watching.md`).
-        min_class_share: alarm if the targets distinguish less than this share of the classes, also
-            at the first measurement.
+        min_class_entropy: alarm if the entropy of the classes of the targets is below this share of
+            the largest possible one, also at the first measurement.
         stop_after: stop the run after this many alarms in a row; 0 never stops the run.
     """
 
@@ -75,7 +76,7 @@ class CollapseMonitor(Callback):
         min_rank_share: float = 0.1,
         max_clip_cosine: float = 0.995,
         min_clip_share: float = 0.01,
-        min_class_share: float = 0.01,
+        min_class_entropy: float = 0.15,
         stop_after: int = 0,
     ) -> None:
         if every_n_steps < 1:
@@ -83,7 +84,7 @@ class CollapseMonitor(Callback):
         self.every_n_steps, self.stop_after = every_n_steps, stop_after
         self.min_std_share, self.min_rank_share = min_std_share, min_rank_share
         self.max_clip_cosine, self.min_clip_share = max_clip_cosine, min_clip_share
-        self.min_class_share = min_class_share
+        self.min_class_entropy = min_class_entropy
         self.first_metrics: dict[str, float] = {}
         self.alarms_in_a_row = 0
         # The statistics of the latents of this step; empty in steps without a measurement.
@@ -211,7 +212,7 @@ class CollapseMonitor(Callback):
                 f"only {share:.2g} of the variance of the latents is between clips at the same "
                 "position: the latents depend almost only on the position"
             )
-        if metrics.get("collapse/class_share", 1.0) < self.min_class_share:
+        if metrics.get("collapse/class_entropy", 1.0) < self.min_class_entropy:
             perplexity = metrics["collapse/class_perplexity"]
             reasons.append(f"the targets distinguish only {perplexity:.3g} classes")
         return reasons
@@ -220,14 +221,14 @@ class CollapseMonitor(Callback):
 def class_metrics(codebook: Codebook) -> dict[str, float]:
     """Metrics of the classes of the training so far.
 
-    How many classes the targets distinguish; the same as a share: 0 for one class, 1 for all
-    classes of the codebook, or for as many classes as there were target tokens; the loss that
-    trains the codebook, if there is one.
+    How many classes the targets distinguish; the logarithm of this number as a share of the largest
+    possible one: 0 for one class, 1 for all classes of the codebook, or for as many classes as
+    there were target tokens; the loss that trains the codebook, if there is one.
     """
     perplexity = codebook.perplexity
     possible = min(codebook.num_classes, int(codebook.num_tokens))
-    share = (perplexity - 1) / (possible - 1) if possible > 1 else float("nan")
-    metrics = {"collapse/class_perplexity": perplexity, "collapse/class_share": share}
+    entropy = math.log(perplexity) / math.log(possible) if possible > 1 else math.nan
+    metrics = {"collapse/class_perplexity": perplexity, "collapse/class_entropy": entropy}
     is_trained = any(True for _ in codebook.parameters())
     return metrics | ({"train/codebook_loss": float(codebook.own_loss)} if is_trained else {})
 
