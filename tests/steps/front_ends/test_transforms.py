@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from jepa_audio.steps.front_ends.base import Spectrogram
+from jepa_audio.steps.front_ends.filterbank import LearnedFilterbank
 from jepa_audio.steps.front_ends.transforms import CQT, VQT, Gammatone, LogMel, exclude_from_state
 
 DATA = Path(__file__).parents[2] / "data"
@@ -25,6 +26,7 @@ TRANSFORMS: dict[str, Callable[[], Spectrogram]] = {
     "gammatone": lambda: Gammatone(RATE, n_fft=256, hop_length=80, n_bins=16),
     "cqt 1992v2": lambda: CQT(RATE, 77, f_min_hz=220.0, n_bins=40),
     "cqt 2010v2": lambda: CQT(RATE, 96, f_min_hz=220.0, n_bins=40, algorithm="2010v2"),
+    "learned filterbank": lambda: LearnedFilterbank(RATE, 16, 200, 80),
     "vqt": lambda: VQT(RATE, 96, f_min_hz=220.0, n_bins=40, gamma=12.0),
 }
 every_transform = pytest.mark.parametrize("make", TRANSFORMS.values(), ids=TRANSFORMS.keys())
@@ -89,7 +91,9 @@ def test_autocast_changes_nothing(make: Callable[[], Spectrogram]) -> None:
     assert spectrogram(waveform.bfloat16()).dtype == torch.float32
 
 
-@every_transform
+@pytest.mark.parametrize(
+    "make", [make for name, make in TRANSFORMS.items() if "learned" not in name]
+)
 def test_kernels_are_buffers_that_are_not_saved(make: Callable[[], Spectrogram]) -> None:
     spectrogram = make()
     assert not spectrogram.state_dict()

@@ -71,8 +71,8 @@ class FrontEnd(nn.Module, ABC):
 class Spectrogram(nn.Module, ABC):
     """Log magnitudes of frequency bands over frames.
 
-    A subclass sets the attributes and implements `log_magnitude`. Kernels are computed, not
-    trained: they are buffers outside the `state_dict`.
+    A subclass sets the attributes and implements `log_magnitude`. Kernels that are not trained are
+    buffers outside the `state_dict`.
 
     Attributes:
         num_bands: number of frequency bands F, lowest first.
@@ -122,6 +122,9 @@ class Spectrogram(nn.Module, ABC):
                 f"({1e3 * self.min_samples / self.sample_rate:.4g} ms at {self.sample_rate} Hz)"
             )
         return 1 + (num_samples + 2 * self.padding - self.window_length) // self.hop_length
+
+    def reset_parameters(self) -> None:
+        """Set trained kernels to their first values; without trained kernels, do nothing."""
 
     @abstractmethod
     def log_magnitude(self, waveform: Float[Tensor, "R S"]) -> Float[Tensor, "R F T"]:

@@ -1,4 +1,4 @@
-"""Spectrogram front ends: a fixed log spectrogram, divided into patches of frames and bands."""
+"""Spectrogram front ends: a log spectrogram, divided into patches of frames and bands."""
 
 from __future__ import annotations
 
@@ -143,6 +143,7 @@ class SpectrogramFrontEnd(PatchedSpectrogram):
     @override
     def reset_parameters(self) -> None:
         """Initialise the embedding Xavier-uniform over the flattened patch, with zero bias."""
+        self.spectrogram.reset_parameters()
         nn.init.xavier_uniform_(self.proj.weight.flatten(1))
         if self.proj.bias is not None:
             nn.init.zeros_(self.proj.bias)
