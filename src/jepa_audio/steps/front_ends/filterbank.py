@@ -35,6 +35,8 @@ class LearnedFilterbank(Spectrogram):
         trained: False keeps the first kernels.
     """
 
+    scale: Tensor
+
     def __init__(
         self,
         sample_rate: int = 16000,
