@@ -80,9 +80,8 @@ class LearnedFilterbank(Spectrogram):
         self.register_buffer("scale", scale, persistent=False)
 
     def _gabor_kernels(self) -> Float[Tensor, "2 F window"]:
-        edges = _from_mel(
-            torch.linspace(*map(_to_mel, (self.f_min_hz, self.f_max_hz)), self.num_bands + 2)
-        )
+        low, high = _to_mel(self.f_min_hz), _to_mel(self.f_max_hz)
+        edges = _from_mel(torch.linspace(low, high, self.num_bands + 2))
         half_width = (edges[2:] - edges[:-2]) / 2  # of a mel filter, at half of its height
         deviation_hz = half_width / (2 * sqrt(2 * log(2)))
         # A kernel that is cut at 2.5 deviations has a smooth end.
