@@ -275,7 +275,10 @@ def test_a_codebook_of_a_checkpoint_is_loaded_and_not_drawn_again(
     cli = tiny_cli("wave", *CODEBOOKS["random"], "--trainer.max_steps=1")
     cli.model.distance.codebook.codes.neg_()
     fit(cli)
-    loaded = load_jepa(Path(cli.trainer.checkpoint_callback.dirpath) / "last.ckpt")
+    checkpoint = Path(cli.trainer.checkpoint_callback.dirpath) / "last.ckpt"
+    with pytest.raises(UserError, match="is MSE, the checkpoint has CrossEntropy"):
+        tiny_cli("wave").validate(str(checkpoint))
+    loaded = load_jepa(checkpoint)
     assert isinstance(loaded.distance.codebook, RandomProjection)
     for name, value in state(cli.model).items():
         assert torch.equal(state(loaded)[name], value), name

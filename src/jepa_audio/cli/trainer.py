@@ -321,7 +321,7 @@ class JEPACLI(LightningCLI):
             )
         if checkpoint is not None:
             changes = find_changes(open_checkpoint(checkpoint), self.config_dump)
-            for part in ("front_end", "encoder", "predictor", "target_front_end"):
+            for part in ("front_end", "encoder", "predictor", "target_front_end", "distance"):
                 refuse_changes(changes, f"model.{part}*")
         self._load_weights(is_resumed=checkpoint is not None)
         function(ckpt_path=checkpoint, **arguments)
