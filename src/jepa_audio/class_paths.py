@@ -16,7 +16,7 @@ from jepa_audio.errors import UserError
 _KNOWN = ("jepa_audio", "torch.optim")
 # Modules of the option `--trust`.
 _TRUSTED: list[str] = []
-_NAME = re.compile(r"[A-Za-z_][\w-]*|")
+_NAME = re.compile(r"[\w-]*")  # without a dot: no class of a module
 _CLASS_PATH = re.compile(r"[A-Za-z]\w*(\.[A-Za-z_]\w*)+")
 TRUST_HELP = (
     "`--trust MODULE`, once or several times: a checkpoint may name classes of this module, too."

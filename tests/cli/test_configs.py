@@ -122,6 +122,20 @@ def test_one_option_replaces_the_waveform_by_a_spectrogram(wavs: Path, tmp_path:
     train_two_steps(wavs, tmp_path, f"--config={CONFIGS / 'demo' / 'wavjepa.yaml'}", mel)
 
 
+@pytest.mark.parametrize("part", [*FRONT_ENDS, *TARGETS], ids=lambda path: path.stem)
+def test_a_checkpoint_may_have_the_settings_of_a_front_end(part: Path):
+    from jepa_audio.class_paths import check_class_paths
+    from jepa_audio.cli.trainer import JEPACLI
+
+    option = part.parent.name.removesuffix("s")
+    settings = (f"--model.{option}={part}", "--model.targets.top_k=0", "--data.root=nowhere")
+    demo = f"--config={CONFIGS / 'demo' / 'wavjepa.yaml'}"
+    cli = JEPACLI([demo, *settings, "--trainer.logger=false"], run=False)
+    stored = {k: v for k, v in cli.model.hparams.items() if k != "_instantiator"}
+    assert stored[option]["class_path"].startswith("jepa_audio.")
+    check_class_paths(stored, "last.ckpt")
+
+
 def test_recipes_have_at_most_50_lines_of_at_most_100_columns():
     for path in [*RECIPES, *STRATEGIES, *SIZES, *FRONT_ENDS, *TARGETS]:
         lines = path.read_text().splitlines()

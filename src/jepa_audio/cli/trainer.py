@@ -31,6 +31,7 @@ from jepa_audio.interop.convert import load_weights
 from jepa_audio.old_paths import current_path
 from jepa_audio.probing.online import OnlineProbe  # noqa: F401 (YAML can name the imported class)
 from jepa_audio.recipes import find_recipe, recipes
+from jepa_audio.steps.front_ends import filterbank  # noqa: F401 (YAML can name its class)
 from jepa_audio.training.checks import check_crop
 from jepa_audio.training.jepa import JEPA
 from jepa_audio.training.normalization import MeasureNormalization
