@@ -161,7 +161,7 @@ class SpectrogramFrontEnd(PatchedSpectrogram):
 
 
 class SpectrogramPatches(PatchedSpectrogram):
-    """The patches of a log spectrogram themselves, without an embedding and without weights.
+    """The patches of a log spectrogram themselves, without an embedding.
 
     It serves as `target_front_end` of a `JEPA` with `targets.top_k: 0`: the predictor then predicts
     the normalised log spectrogram. A token has width C * `patch_frames` * `patch_bands`.
@@ -190,7 +190,8 @@ class SpectrogramPatches(PatchedSpectrogram):
 
     @override
     def reset_parameters(self) -> None:
-        """Do nothing: there are no weights."""
+        """Reset the transform; a patch itself has no weights."""
+        self.spectrogram.reset_parameters()
 
     @override
     def forward(self, waveform: Float[Tensor, "B C S"]) -> Float[Tensor, "B N D"]:
