@@ -1,11 +1,13 @@
-"""What does one more mask of a clip cost, as a share of the cost of a clip with one mask?
+"""What does one more mask of a clip cost, as a share of one more clip with one mask?
 
-For the two demo recipes, the script times forward and backward passes of the same clips with
-several numbers of masks, and counts their floating-point operations. With `targets.view: clip`, the
-front end and the target encoder run once for all masks of a clip.
+For the two demo recipes, the script times forward and backward passes with the same number of
+masks: R masks of each of B clips, and one mask of each of R * B clips. It also counts their
+floating-point operations. With `targets.view: clip`, the front end and the target encoder run once
+for all masks of a clip. With a cost c of a clip and m of a mask, the two steps cost B * (c + R * m)
+and R * B * (c + m); the script prints m / (c + m).
 
-    python -m benchmarks.masks_per_clip [--recipes demo/wavjepa demo/pupujepa] [--batch 16]
-    [--masks 1 2 4 8] [--repeats 5]
+    python -m benchmarks.masks_per_clip [--recipes demo/wavjepa demo/pupujepa] [--batch 8]
+    [--masks 2 4 8] [--repeats 5]
 """
 
 from __future__ import annotations
@@ -39,22 +41,26 @@ def step_with(jepa: JEPA, waveform: torch.Tensor, num_masks: int) -> Callable[[]
 
 
 def measure_recipe(recipe: str, batch_size: int, numbers: list[int], repeats: int) -> None:
-    """Print a line for each number of masks; the first number is the reference."""
+    """Print a line for each number of masks of a clip."""
     torch.manual_seed(0)
     jepa, num_samples = build(recipe)
-    waveform = torch.randn(batch_size, jepa.front_end.num_channels, num_samples)
-    steps = {str(number): step_with(jepa, waveform, number) for number in numbers}
-    operations = {name: count_flops(step) for name, step in steps.items()}
-    seconds = median_seconds(steps, repeats)
-    first = str(numbers[0])
-    for name in steps:
-        more = int(name) - numbers[0]
-        line = f"{recipe:>14}, {batch_size} clips, {name:>2} masks a clip: {seconds[name]:.3f} s"
-        if more:
-            time = (seconds[name] / seconds[first] - 1) / more * numbers[0]
-            count = (operations[name] / operations[first] - 1) / more * numbers[0]
-            line += f"; one more mask costs {time:.0%} of a clip (operations: {count:.0%})"
-        print(line)
+    for number in numbers:
+        clips = torch.randn(number * batch_size, jepa.front_end.num_channels, num_samples)
+        steps = {
+            "masks": step_with(jepa, clips[:batch_size], number),
+            "clips": step_with(jepa, clips, 1),
+        }
+        operations = {name: count_flops(step) for name, step in steps.items()}
+        seconds = median_seconds(steps, repeats)
+        time, count = (
+            (number * cost["masks"] / cost["clips"] - 1) / (number - 1)
+            for cost in (seconds, operations)
+        )
+        print(
+            f"{recipe:>14}: {batch_size} clips x {number} masks {seconds['masks']:.3f} s, "
+            f"{number * batch_size} clips x 1 mask {seconds['clips']:.3f} s; one more mask costs "
+            f"{time:.0%} of one more clip (operations: {count:.0%})"
+        )
 
 
 def main() -> None:
@@ -62,8 +68,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--recipes", nargs="+", default=["demo/wavjepa", "demo/pupujepa"])
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--masks", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--masks", nargs="+", type=int, default=[2, 4, 8])
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     sys.argv[1:] = []  # `JEPACLI`, which builds the models, must not read these arguments
