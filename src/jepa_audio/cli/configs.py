@@ -10,7 +10,7 @@ from jepa_audio.recipes import description, find_recipe, recipes
 
 
 def list_recipes() -> None:
-    """List the recipes for `--config NAME`, and the front ends for `--model.front_end NAME`."""
+    """List the recipes for the options `config`, `model.front_end` and `model.target_front_end`."""
     known = recipes()
     width = max(map(len, known)) + 2
     for name, path in known.items():
