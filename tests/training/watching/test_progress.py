@@ -2,10 +2,11 @@
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import rich
 from lightning.pytorch import Callback
 
 from jepa_audio.training.watching.progress import ProgressLines, RunProgressBar
@@ -86,6 +87,14 @@ class Shown(Callback):
         self.values.append((task.completed, task.total))
 
 
+@pytest.fixture
+def restored_console() -> Iterator[None]:
+    """`RichProgressBar` changes the console that all code shares."""
+    yield
+    rich.reconfigure()
+
+
+@pytest.mark.usefixtures("restored_console")
 def test_the_bar_counts_optimizer_steps_also_after_a_resume(
     tiny_cli: Callable, fit: Callable, tmp_path: Path
 ):
