@@ -5,6 +5,8 @@ BIN := .venv/bin
 DEMO ?= demo
 AUDIO ?= $(DEMO)/corpus/nsynth-train
 SEED ?= 0
+CORPORA ?= corpora
+FSDD ?=
 # More options of the commands of the demo, for example for a smaller demo: see tests/smoke.sh.
 NOTES ?=
 FIT ?=
@@ -68,6 +70,14 @@ check: lint type deps ## Run lint, type and deps.
 .PHONY: bench
 bench: $(STAMP) ## Measure the training step; results are in benchmarks/RESULTS.md.
 	$(BIN)/python -m benchmarks.train_step
+
+.PHONY: corpora
+corpora: $(STAMP) ## Build sets of real speech and music from Debian packages; FSDD=PATH adds spoken digits.
+	$(BIN)/python -m benchmarks.corpora "$(CORPORA)" $(if $(FSDD),--fsdd "$(FSDD)")
+
+.PHONY: speedrun
+speedrun: corpora ## Measure how long encoders train until they know more than log-mel; takes hours.
+	$(BIN)/python -m benchmarks.learning speedrun --corpora "$(CORPORA)" --output speedrun
 
 .PHONY: docs
 docs: $(STAMP) ## Check that all commands, files and settings in the documents exist.
