@@ -132,12 +132,12 @@ def read_trials(path: Path, seeds: Sequence[int] = ()) -> Iterator[Trial]:
 def train(trial: Trial, corpora: Path, output: Path) -> list[tuple[float, Path]]:
     """Run `jepa-audio fit`; (seconds since the start of the command, checkpoint), in order.
 
-    The index of the pretraining set is made again, so that the seconds include it.
+    With `save_every`, the index of the pretraining set is made again: the seconds include it.
 
     Raises:
         UserError: if no checkpoint was saved within `trial.minutes`.
     """
-    for index in corpora.rglob(".jepa_audio"):
+    for index in corpora.rglob(".jepa_audio") if trial.save_every else ():
         shutil.rmtree(index)
     run, pretraining = output / trial.folder, corpora / f"{trial.corpus}.yaml"
     minutes, seconds = divmod(round(trial.minutes * 60), 60)
