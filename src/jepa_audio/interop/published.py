@@ -159,7 +159,7 @@ def parse_conv_layers(spec: Any) -> list[tuple[int, int, int]]:
     try:
         is_text = isinstance(spec, str)
         items = _literal_list(ast.parse(spec[:10_000], mode="eval").body) if is_text else spec
-        items = items[: MAX_CONV_LAYERS + 1]
+        items = list(items)[: MAX_CONV_LAYERS + 1]
         layers = [(int(channels), int(kernel), int(stride)) for channels, kernel, stride in items]
     except (SyntaxError, TypeError, ValueError, ArithmeticError, MemoryError, RecursionError):
         layers = []

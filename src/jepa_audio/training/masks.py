@@ -11,31 +11,28 @@ from typing_extensions import override
 from jepa_audio.steps.front_ends import FrontEnd
 from jepa_audio.steps.front_ends.alignment import AlignedColumns
 from jepa_audio.steps.grid import AudioBatch, ColumnCount, Masks
-from jepa_audio.steps.masking.base import Masker
-from jepa_audio.steps.masking.source import MaskSource, MaskStream
+from jepa_audio.steps.masking.source import HasMasker, MaskSource, MaskStream
 
 
-class MaskingModule(LightningModule):
+class MaskingModule(LightningModule, HasMasker):
     """A module whose batches usually have masks; if a batch has none, it draws the same masks.
 
     The processes that load the batches draw the masks, see `MaskSource`.
     """
 
-    masker: Masker
-    masks_per_clip: int
     front_end: FrontEnd
     fixed_front_end: FrontEnd | None
-    seed: int
     _loaded_step = 0
 
+    @override
     def mask_step(self) -> int:
         """The optimizer step that masks are drawn for; without `fit`, that of the checkpoint."""
         if self.trainer.state.fn == TrainerFn.FITTING:
             return self.trainer.global_step
         return max(self.trainer.global_step, self._loaded_step)
 
+    @override
     def columns(self, num_samples: int) -> ColumnCount | AlignedColumns:
-        """The columns that do not depend on the padding of clips of `num_samples` with padding."""
         if self.fixed_front_end is None:
             return self.front_end.columns
         return AlignedColumns.of(self.fixed_front_end, self.front_end, num_samples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import IntEnum
@@ -37,21 +38,28 @@ class HasGrid(Protocol):
         """The grid of a clip."""
 
 
-@runtime_checkable
-class HasMasker(Protocol):
-    """A model whose masks the processes that load its batches can draw."""
+class HasMasker(ABC):
+    """A model whose masks the processes that load its batches can draw.
+
+    It is no protocol: from Python 3.12 on, a protocol does not find the modules of a module.
+
+    Attributes:
+        masker: draws the masks.
+        masks_per_clip: number of masks of each clip.
+        seed: seed of the model.
+        front_end: the front end, of which masks need the grid.
+    """
 
     masker: Masker
     masks_per_clip: int
     seed: int
+    front_end: HasGrid
 
-    @property
-    def front_end(self) -> HasGrid:
-        """The front end, of which masks need the grid."""
-
+    @abstractmethod
     def columns(self, num_samples: int) -> Columns:
         """The columns that do not depend on the padding of clips of `num_samples` with padding."""
 
+    @abstractmethod
     def mask_step(self) -> int:
         """The optimizer step that masks are drawn for now."""
 
