@@ -1,5 +1,6 @@
 """The masks of batches: drawn where the batches are loaded, for the right optimizer step."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,9 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from jepa_audio.steps.grid import AudioBatch, Grid, Masks
 from jepa_audio.steps.masking import BlockMasker, MixtureMasker, RandomMasker, StripeMasker
-from jepa_audio.steps.masking.source import MaskSource, MaskStream
+from jepa_audio.steps.masking.source import HasMasker, MaskSource, MaskStream
+from jepa_audio.training.ema import HasMomentumCopies
+from jepa_audio.training.watching.finite_guard import FindsRowFiles
 
 # The size of the target group identifies the masker.
 MIXTURE = (
@@ -152,3 +155,13 @@ def test_the_loader_pins_the_masks_of_a_batch(
     assert same(copy.masks, batch.masks)
     assert copy.masks.step == 7
     assert {batch.masks.context.index.shape, batch.masks.targets.valid.shape} <= set(pinned)
+
+
+def test_protocols_find_the_parts_of_a_model_as_python_3_12_looks_for_them(tiny_cli: Callable):
+    cli = tiny_cli("wave")
+    assert isinstance(cli.model, HasMasker)
+    members = {cli.model: ["online_modules", "target_modules"], cli.datamodule: ["find_row_files"]}
+    for holder, names in members.items():
+        assert isinstance(holder, HasMomentumCopies | FindsRowFiles)
+        for name in names:
+            inspect.getattr_static(holder, name)  # raises `AttributeError`
