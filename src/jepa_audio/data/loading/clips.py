@@ -165,7 +165,7 @@ class ClipDataset(Dataset[WithBadReads[Sample]], ABC, Generic[Sample, Batch]):
         examples = "; ".join(f"{name} ({reason})" for name, reason in bad_reads[:3])
         raise CorpusError(
             f"{_MAX_ATTEMPTS} files in a row cannot be read: {examples}; and {_MAX_ATTEMPTS - 3} "
-            "more. Check that the disk is mounted, and that the audio is still where the table says"
+            "more. Check that the disk is mounted, and that the paths in the table are still valid"
         )
 
     @abstractmethod
