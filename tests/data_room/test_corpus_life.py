@@ -166,7 +166,10 @@ def test_invalid_characters_in_a_manifest_affect_only_their_line(tmp_path: Path)
     corpus = index_corpus(tmp_path / "m.jsonl")
     assert corpus.usable().names.to_pylist() == ["0.wav", "1.wav"]
     reasons = [reason for reason in corpus.table["reason"].to_pylist() if reason]
-    assert reasons == ["invalid file name: embedded null byte"]
+    # The end of the text is that of Python, and differs between its versions.
+    (reason,) = reasons
+    assert reason.startswith("invalid file name: ")
+    assert "embedded null" in reason
     (tmp_path / "latin.csv").write_bytes("path,group\n0.wav,é\n".encode("latin-1"))
     assert len(index_corpus(tmp_path / "latin.csv").usable()) == 1
 
