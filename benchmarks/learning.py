@@ -308,7 +308,7 @@ def main() -> None:
     speedrun.add_argument("--tasks", nargs="+", default=TASKS)
     speedrun.add_argument("--minutes", type=float, default=30)
     speedrun.add_argument("--save_every", type=int, default=500)
-    speedrun.add_argument("--options", nargs="*", default=(), help="more options of fit")
+    speedrun.add_argument("--option", action="append", default=[], help="--option=--model.seed=1")
     for command, seeds in ((queue, []), (speedrun, [0, 1, 2])):
         command.add_argument("--corpora", type=Path, required=True)
         command.add_argument("--output", type=Path, required=True)
@@ -321,7 +321,7 @@ def main() -> None:
             trials = list(read_trials(args.file, args.seeds))
         else:
             trials = [
-                Trial(recipe, recipe, tuple(args.options), args.set, tuple(args.tasks), seed=seed,
+                Trial(recipe, recipe, tuple(args.option), args.set, tuple(args.tasks), seed=seed,
                       minutes=args.minutes, save_every=args.save_every)
                 for recipe in args.recipe for seed in args.seeds
             ]  # fmt: skip
