@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from jsonargparse import strip_meta
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Layers over a recipe, which train on two processes in tests/training/test_sharding.py.
@@ -134,6 +135,26 @@ def test_a_checkpoint_may_have_the_settings_of_a_front_end(part: Path):
     stored = {k: v for k, v in cli.model.hparams.items() if k != "_instantiator"}
     assert stored[option]["class_path"].startswith("jepa_audio.")
     check_class_paths(stored, "last.ckpt")
+
+
+@pytest.mark.parametrize("part", [*FRONT_ENDS, *TARGETS], ids=lambda path: path.stem)
+def test_a_configuration_file_names_a_front_end_as_the_command_line_does(
+    part: Path, tmp_path: Path
+):
+    from jepa_audio.cli.trainer import JEPACLI
+
+    option = part.parent.name.removesuffix("s")
+    own = tmp_path / "own.yaml"
+    own.write_text(f"model: {{{option}: {part.stem}, targets: {{top_k: 0}}}}")
+    demo = [f"--config={CONFIGS / 'demo' / 'wavjepa.yaml'}", "--trainer.logger=false"]
+    by_file, by_option = (
+        strip_meta(JEPACLI([*demo, *given, "--data.root=nowhere"], run=False).config.model[option])
+        for given in (
+            (f"--config={own}",),
+            (f"--model.{option}={part.stem}", "--model.targets.top_k=0"),
+        )
+    )
+    assert by_file == by_option
 
 
 def test_recipes_have_at_most_50_lines_of_at_most_100_columns():

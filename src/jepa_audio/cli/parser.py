@@ -6,6 +6,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 from jsonargparse import ArgumentParser, get_loader, set_loader
@@ -16,22 +17,34 @@ from jepa_audio.errors import UserError, did_you_mean, printable
 from jepa_audio.old_paths import with_current_paths
 from jepa_audio.recipes import recipes
 
-# Options whose value can be the name of a recipe → the folder of these recipes.
-RECIPE_FOLDERS = {
-    "--model.front_end": "front_ends/",
-    "--model.target_front_end": "target_front_ends/",
-}
-# A parser mode that also reads the YAML of earlier versions, see `old_paths`.
+# Settings of `model` whose value can be the name of a recipe → the folder of these recipes.
+RECIPE_FOLDERS = {"front_end": "front_ends/", "target_front_end": "target_front_ends/"}
+# A parser mode that also reads the YAML of earlier versions, see `old_paths`, and the names of
+# `RECIPE_FOLDERS`.
 YAML_OF_ALL_VERSIONS = "yaml_of_all_versions"
-set_loader(
-    YAML_OF_ALL_VERSIONS,
-    lambda text: with_current_paths(parse_yaml(text, "the configuration", get_loader("yaml"))),
-    (UserError,),
-)
+
+
+def _load(text: str) -> Any:
+    settings = with_current_paths(parse_yaml(text, "the configuration", get_loader("yaml")))
+    sections = (settings, settings.get("model")) if isinstance(settings, dict) else ()
+    for model in (section for section in sections if isinstance(section, dict)):
+        for key in RECIPE_FOLDERS.keys() & model:
+            if (path := recipe_path(key, str(model[key]))) is not None:
+                model[key] = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    return settings
+
+
+set_loader(YAML_OF_ALL_VERSIONS, _load, (UserError,))
 _SOURCES_HELP = (
     "folders, audio files, tars, patterns of paths ('shards/{000..127}.tar'), manifests (.csv, "
     ".tsv, .jsonl) or NSynth's examples.json"
 )
+
+
+def recipe_path(key: str, name: str) -> Path | None:
+    """The recipe of a front end, by its name with or without the folder of `key`, if it exists."""
+    known = recipes()
+    return known.get(name) or known.get(RECIPE_FOLDERS[key] + name)
 
 
 class HelpfulParser(ArgumentParser):

@@ -23,14 +23,14 @@ from typing_extensions import override
 
 from jepa_audio.cli.choices import choices_help
 from jepa_audio.cli.models import stats
-from jepa_audio.cli.parser import RECIPE_FOLDERS, HelpfulParser
+from jepa_audio.cli.parser import RECIPE_FOLDERS, HelpfulParser, recipe_path
 from jepa_audio.cli.settings import check_options, fit_short_run, make_paths_absolute
 from jepa_audio.data.datamodule import AudioDataModule
 from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.interop.convert import load_weights
 from jepa_audio.old_paths import current_path
 from jepa_audio.probing.online import OnlineProbe  # noqa: F401 (YAML can name the imported class)
-from jepa_audio.recipes import find_recipe, recipes
+from jepa_audio.recipes import find_recipe
 from jepa_audio.steps.front_ends import filterbank  # noqa: F401 (YAML can name its class)
 from jepa_audio.training.checks import check_crop
 from jepa_audio.training.jepa import JEPA
@@ -390,8 +390,7 @@ def _recipe_path(option: str, value: str) -> str:
     # The value of `--config` can also be YAML text.
     if option in ("--config", "-c") and not any(sign in value for sign in "{:\n"):
         return str(find_recipe(value))
-    if option in RECIPE_FOLDERS and not Path(value).is_file():
-        known = recipes()
-        name = value if value in known else RECIPE_FOLDERS[option] + value
-        return str(known.get(name, value))
+    key = option.removeprefix("--model.")
+    if key in RECIPE_FOLDERS and not Path(value).is_file():
+        return str(recipe_path(key, value) or value)
     return current_path(value)
