@@ -25,15 +25,24 @@ def centres_hz() -> np.ndarray:
     return 700 * (np.exp(np.linspace(low, high, 14)[1:-1] / 1127) - 1)
 
 
-def test_energies_equal_complex_filters():
-    filterbank = LearnedFilterbank(**SIZES)
+@pytest.mark.parametrize("per_hop", [1, 4])
+def test_energies_equal_complex_filters(per_hop: int):
+    filterbank = LearnedFilterbank(**SIZES, energies_per_hop=per_hop)
     torch.nn.init.normal_(filterbank.kernels, generator=torch.Generator().manual_seed(1))
     waveform = clips(2, 1, 1000)
-    padded = np.pad(waveform[:, 0].double().numpy(), ((0, 0), (60, 60)), mode="reflect")
+    stride = 80 // per_hop
+    padding = (200 + 2 * (80 - stride) - 80) // 2
+    padded = np.pad(waveform[:, 0].double().numpy(), ((0, 0), (padding, padding)), mode="reflect")
     kernels = (filterbank.kernels * filterbank.scale).detach().double().numpy()
     filters = kernels[0] + 1j * kernels[1]
-    frames = np.lib.stride_tricks.sliding_window_view(padded, 200, axis=1)[:, ::80]
-    expected = np.log(np.abs(np.einsum("btw,fw->bft", frames, filters)) ** 2 + 1e-7)
+    frames = np.lib.stride_tricks.sliding_window_view(padded, 200, axis=1)[:, ::stride]
+    energies = np.abs(np.einsum("btw,fw->bft", frames, filters)) ** 2
+    hann = [np.sin(np.pi * i / (2 * per_hop)) ** 2 for i in range(1, 2 * per_hop)]
+    means = [
+        np.average(energies[..., first : first + len(hann)], axis=-1, weights=hann)
+        for first in range(0, energies.shape[-1] - len(hann) + 1, per_hop)
+    ]
+    expected = np.log(np.stack(means, axis=-1) + 1e-7)
     actual = filterbank(waveform)[:, 0].detach().numpy()
     assert actual.shape == (2, 12, filterbank.num_frames(1000))
     np.testing.assert_allclose(actual, expected, atol=2e-4)
@@ -79,6 +88,7 @@ def test_only_trained_kernels_get_a_gradient_and_a_reset_restores_the_first_ones
 @pytest.mark.parametrize(
     "wrong",
     [
+        {"energies_per_hop": 3}, {"energies_per_hop": 0},
         {"f_min_hz": 5000.0}, {"f_max_hz": 4001.0}, {"f_min_hz": -1.0}, {"hop_length": 201},
         {"hop_length": 0}, {"num_bands": 0}, {"floor": 0.0}, {"window_length": 65_537},
     ],

@@ -18,17 +18,19 @@ class LearnedFilterbank(Spectrogram):
     """Log energies of trained band-pass filters (Zeghidour et al., 2018, arXiv:1711.01161).
 
     Each band has a pair of kernels, the real and the imaginary part of a complex filter. Its
-    energy is the squared modulus of the filtered waveform, at every `hop_length` samples. The first
-    kernels are Gabor filters (a Gaussian times a complex exponential) with the centre frequencies
-    and the widths of mel filters, so training starts from an approximation of a mel spectrogram.
-    The paper smooths the energies over time before it takes one for each hop; here the window of
-    the filter itself smooths.
+    energy is the squared modulus of the filtered waveform. The energy of a frame is a mean over two
+    hops, weighted by a Hann window, of `energies_per_hop` energies in each hop: filters of high
+    frequencies are shorter than a hop, and one energy alone depends on its place in the period of a
+    voice. The first kernels are Gabor filters (a Gaussian times a complex exponential) with the
+    centre frequencies and the widths of mel filters, so training starts from an approximation of a
+    mel spectrogram. The paper also trains the weights of the mean; here they are fixed.
 
     Args:
         sample_rate: sample rate in Hz.
         num_bands: number of filters.
         window_length: samples of a kernel.
         hop_length: samples from one frame to the next.
+        energies_per_hop: a divisor of `hop_length`; 1 for frames of one energy, without a mean.
         f_min_hz: lower edge of the lowest filter at the start of the training.
         f_max_hz: upper edge of the highest filter; `None` for half of `sample_rate`.
         floor: added to the energies before the logarithm.
@@ -36,6 +38,7 @@ class LearnedFilterbank(Spectrogram):
     """
 
     scale: Tensor
+    weights: Tensor
 
     def __init__(
         self,
@@ -43,6 +46,7 @@ class LearnedFilterbank(Spectrogram):
         num_bands: int = 64,
         window_length: int = 400,
         hop_length: int = 160,
+        energies_per_hop: int = 4,
         f_min_hz: float = 60.0,
         f_max_hz: float | None = None,
         floor: float = 1e-7,
@@ -59,18 +63,26 @@ class LearnedFilterbank(Spectrogram):
                 f"`hop_length` ({hop_length}) must be in [1, `window_length` ({window_length})], "
                 f"`window_length` at most 65536 and `num_bands` ({num_bands}) in [1, 4096]"
             )
+        if energies_per_hop < 1 or hop_length % energies_per_hop:
+            raise UserError(
+                f"`energies_per_hop` ({energies_per_hop}) must be a divisor of `hop_length` "
+                f"({hop_length})"
+            )
         if floor <= 0:
             raise UserError(f"`floor` ({floor:g}) must be positive")
-        padding = (window_length - hop_length) // 2
+        self.stride = hop_length // energies_per_hop
+        frame_length = window_length + 2 * (hop_length - self.stride)
+        padding = (frame_length - hop_length) // 2
         super().__init__(
             sample_rate=sample_rate,
             num_bands=num_bands,
             hop_length=hop_length,
-            window_length=window_length,
+            window_length=frame_length,
             padding=padding,
-            min_samples=max(padding + 1, window_length - 2 * padding),
-            first_end=window_length - padding,
+            min_samples=max(padding + 1, frame_length - 2 * padding),
+            first_end=frame_length - padding,
         )
+        self.kernel_length = window_length
         self.f_min_hz, self.f_max_hz, self.floor = f_min_hz, f_max_hz, floor
         gabor = self._gabor_kernels()
         self.kernels = nn.Parameter(gabor, requires_grad=trained)
@@ -78,6 +90,8 @@ class LearnedFilterbank(Spectrogram):
         # The kernels have height 1, so that a learning rate means the same for every length.
         scale = 1 / gabor.square().sum(0).sqrt().sum(-1, keepdim=True)
         self.register_buffer("scale", scale, persistent=False)
+        hann = torch.hann_window(2 * energies_per_hop)[1:] / energies_per_hop
+        self.register_buffer("weights", hann[None, None], persistent=False)
 
     def _gabor_kernels(self) -> Float[Tensor, "2 F window"]:
         low, high = _to_mel(self.f_min_hz), _to_mel(self.f_max_hz)
@@ -85,9 +99,9 @@ class LearnedFilterbank(Spectrogram):
         half_width = (edges[2:] - edges[:-2]) / 2  # of a mel filter, at half of its height
         deviation_hz = half_width / (2 * sqrt(2 * log(2)))
         # A kernel that is cut at 2.5 deviations has a smooth end.
-        longest = self.window_length / self.sample_rate / 5
+        longest = self.kernel_length / self.sample_rate / 5
         deviation = (1 / (2 * pi * deviation_hz)).clamp(max=longest)[:, None]
-        time = (torch.arange(self.window_length) - (self.window_length - 1) / 2) / self.sample_rate
+        time = (torch.arange(self.kernel_length) - (self.kernel_length - 1) / 2) / self.sample_rate
         envelope = torch.exp(-time.square() / (2 * deviation.square()))
         phase = 2 * pi * edges[1:-1, None] * time
         return torch.stack([envelope * phase.cos(), envelope * phase.sin()])
@@ -101,8 +115,10 @@ class LearnedFilterbank(Spectrogram):
     def log_magnitude(self, waveform: Float[Tensor, "R S"]) -> Float[Tensor, "R F T"]:
         padded = F.pad(waveform, (self.padding, self.padding), mode="reflect")
         kernels = (self.kernels * self.scale).flatten(0, 1)[:, None]
-        filtered = F.conv1d(padded[:, None], kernels, stride=self.hop_length).unflatten(1, (2, -1))
-        return (filtered.square().sum(1) + self.floor).log()
+        filtered = F.conv1d(padded[:, None], kernels, stride=self.stride).unflatten(1, (2, -1))
+        energies = filtered.square().sum(1).flatten(0, 1)[:, None]  # [R * F, 1, T']
+        means = F.conv1d(energies, self.weights, stride=self.hop_length // self.stride)
+        return (means[:, 0].unflatten(0, (len(waveform), -1)) + self.floor).log()
 
 
 def _to_mel(frequency_hz: float) -> float:
