@@ -41,7 +41,7 @@ def measure(recipe: str, minutes: float) -> None:
     frozen = Encoder(jepa.front_end, jepa.encoder, num_samples, max_windows=8)
     waveform = torch.randn(1, 1, round(60 * minutes * frozen.sample_rate))
     before, start = resident_mib(), time.perf_counter()
-    features = frozen.encode(waveform, layers=[-1])
+    features = frozen.encode_batch(waveform, layers=[-1])
     seconds = time.perf_counter() - start
     (layer,) = features.layers
     print(

@@ -22,9 +22,10 @@ from torch import nn
 from jepa_audio.class_paths import MAX_VALUES, check_class_paths, split_trusted, trusting
 from jepa_audio.cli.main import main
 from jepa_audio.errors import UserError
-from jepa_audio.inference.encoder import load_encoder
+from jepa_audio.inference.load import load_encoder
 from jepa_audio.interop import export_weights, import_weights
-from jepa_audio.training.run.load import load_jepa, read_torch_file
+from jepa_audio.training.run.load import read_torch_file
+from jepa_audio.training.run.models import load_jepa
 
 DATA = Path(__file__).parent / "data"
 WAVE = DATA / "before_rooms" / "wave.ckpt"

@@ -13,7 +13,7 @@ import yaml
 from jepa_audio.cli.main import main
 from jepa_audio.cli.trainer import JEPACLI
 from jepa_audio.data.synthetic.corpus import synthesize_corpus
-from jepa_audio.inference.encoder import load_encoder
+from jepa_audio.inference.load import load_encoder
 from jepa_audio.interop import WeightsError, export_weights
 from jepa_audio.old_paths import current_path, with_current_paths
 from jepa_audio.probing.encoders import EncoderOptions, load_encoders
@@ -75,7 +75,9 @@ def test_paths_are_replaced_anywhere_in_nested_settings():
 @pytest.mark.parametrize("which", ["context", "target", "random"])
 def test_an_old_checkpoint_is_loaded_to_encode(name: str, which: str):
     encoder = load_encoder(BEFORE / name, which)
-    features = encoder.encode(torch.randn(1, 1, 32_000, generator=torch.Generator().manual_seed(0)))
+    features = encoder.encode_batch(
+        torch.randn(1, 1, 32_000, generator=torch.Generator().manual_seed(0))
+    )
     assert all(torch.isfinite(layer).all() for layer in features.layers)
     weights = torch.load(BEFORE / name, weights_only=True)["state_dict"]
     if which == "context":

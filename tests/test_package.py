@@ -22,10 +22,10 @@ def test_importing_the_package_imports_nothing_else_that_is_installed():
 
 def test_every_public_name_is_imported_from_the_package():
     from jepa_audio import Encoder, __version__, load_encoder
-    from jepa_audio.inference import encoder
+    from jepa_audio.inference import encoder, load
 
     assert Encoder is encoder.Encoder
-    assert load_encoder is encoder.load_encoder
+    assert load_encoder is load.load_encoder
     assert __version__[0].isdigit()
     assert set(jepa_audio.__all__) <= set(dir(jepa_audio))
 

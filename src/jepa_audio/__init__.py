@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jepa_audio.inference.encoder import Encoder, load_encoder
+    from jepa_audio.inference.encoder import Encoder
+    from jepa_audio.inference.load import load_encoder
 
     __version__: str
 
@@ -19,9 +20,9 @@ def __getattr__(name: str) -> object:
 
         return version("jepa-audio")
     if name in __all__:
-        from jepa_audio.inference import encoder  # noqa: PLC0415
+        from jepa_audio.inference import load  # noqa: PLC0415
 
-        return getattr(encoder, name)
+        return getattr(load, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from jepa_audio.errors import MissingFileError, UserError
-from jepa_audio.inference.encoder import Encoder, load_encoder
+from jepa_audio.inference.encoder import Encoder
 from jepa_audio.inference.features import LayerFeatures
+from jepa_audio.inference.load import load_encoder
 from jepa_audio.steps.encoder.positions import SinCosPositions
 from jepa_audio.steps.encoder.transformer import Transformer
 from jepa_audio.steps.front_ends import FrontEnd, SpectrogramFrontEnd, WaveformFrontEnd
@@ -41,10 +42,10 @@ def clips(rng: torch.Generator) -> Tensor:
 
 def test_every_clip_of_a_padded_batch_equals_the_clip_alone(encoder: Encoder, clips: Tensor):
     lengths = torch.tensor([640, 300, 200, 300])
-    padded_batch = encoder.encode(clips, lengths)
+    padded_batch = encoder.encode_batch(clips, lengths)
     assert padded_batch.valid.shape == padded_batch.layers[0].shape[:2]
     for row, length in enumerate(lengths.tolist()):
-        alone = encoder.encode(clips[row : row + 1, :, :length])
+        alone = encoder.encode_batch(clips[row : row + 1, :, :length])
         num_columns = alone.layers[0].shape[1]
         assert alone.valid.all()
         assert padded_batch.valid[row].tolist() == [
@@ -57,9 +58,9 @@ def test_every_clip_of_a_padded_batch_equals_the_clip_alone(encoder: Encoder, cl
 
 def test_the_times_of_a_padded_batch_equal_the_times_of_every_clip(encoder: Encoder, clips: Tensor):
     lengths = torch.tensor([640, 300, 200, 300])
-    padded_batch = encoder.encode(clips, lengths)
+    padded_batch = encoder.encode_batch(clips, lengths)
     for row, length in enumerate(lengths.tolist()):
-        times = encoder.encode(clips[row : row + 1, :, :length]).times
+        times = encoder.encode_batch(clips[row : row + 1, :, :length]).times
         torch.testing.assert_close(
             padded_batch.times[row, : times.shape[1]], times[0], msg=f"a clip of {length} samples"
         )
@@ -69,7 +70,7 @@ def test_the_layers_are_the_input_of_the_blocks_their_outputs_and_the_final_norm
     encoder: Encoder, clips: Tensor
 ):
     clips = clips[..., :WINDOW]
-    features = encoder.encode(clips)
+    features = encoder.encode_batch(clips)
     grid = encoder.front_end.grid(WINDOW)
     tokens = encoder.front_end(clips)
     blocks = encoder.encoder.forward_layers(tokens, grid)
@@ -84,9 +85,9 @@ def test_the_layers_are_the_input_of_the_blocks_their_outputs_and_the_final_norm
 
 
 def test_every_window_of_a_long_clip_equals_a_short_clip(encoder: Encoder, clips: Tensor):
-    features = encoder.encode(clips[..., : 2 * WINDOW])
+    features = encoder.encode_batch(clips[..., : 2 * WINDOW])
     for window in range(2):
-        short = encoder.encode(clips[..., window * WINDOW : (window + 1) * WINDOW])
+        short = encoder.encode_batch(clips[..., window * WINDOW : (window + 1) * WINDOW])
         columns = slice(window * short.times.shape[1], (window + 1) * short.times.shape[1])
         for layer, expected in zip(features.layers, short.layers, strict=True):
             torch.testing.assert_close(layer[:, columns], expected, rtol=1e-5, atol=1e-5)
@@ -100,13 +101,13 @@ def test_the_windows_cover_every_sample_of_the_clip_with_the_fewest_columns(
     encoder: Encoder, clips: Tensor, num_samples: int
 ):
     clip = clips[:1, :, :num_samples]
-    before = encoder.encode(clip)
+    before = encoder.encode_batch(clip)
     per_window = encoder.front_end.grid(WINDOW).num_time
     assert abs(before.times.shape[1] - num_samples / WINDOW * per_window) <= 1.5
     for start in range(0, num_samples - 49, 50):
         touched = clip.clone()
         touched[..., start : start + 50] += 1
-        after = encoder.encode(touched)
+        after = encoder.encode_batch(touched)
         assert not torch.allclose(after.layers[0], before.layers[0]), (
             f"no token depends on samples {start} to {start + 50}"
         )
@@ -114,7 +115,7 @@ def test_the_windows_cover_every_sample_of_the_clip_with_the_fewest_columns(
 
 @pytest.mark.parametrize("num_samples", [200, 600, 640])
 def test_times_increase_and_lie_within_the_clip(encoder: Encoder, clips: Tensor, num_samples: int):
-    times = encoder.encode(clips[:1, :, :num_samples]).times[0]
+    times = encoder.encode_batch(clips[:1, :, :num_samples]).times[0]
     assert times[0] > 0
     assert times[-1] < num_samples / encoder.sample_rate
     assert (times.diff() > 0).all()
@@ -125,7 +126,7 @@ def test_a_time_is_the_centre_of_the_receptive_field_of_the_token(num_samples: i
     layers = [(2, 10, 5), *[(2, 3, 2)] * 4, (2, 2, 2)]  # wav2vec 2.0's geometry, as WavJEPA has it
     front_end = WaveformFrontEnd(layers, 8)
     encoder = Encoder(front_end, Transformer(8, 1, 2, SinCosPositions()), num_samples)
-    times = encoder.encode(torch.zeros(1, 1, num_samples)).times[0]
+    times = encoder.encode_batch(torch.zeros(1, 1, num_samples)).times[0]
     middles = torch.arange(len(times)) * front_end.stride + front_end.receptive_field / 2
     torch.testing.assert_close(times * 16000, middles)
 
@@ -167,7 +168,7 @@ def test_encoding_draws_no_random_numbers_keeps_no_graph_and_uses_evaluation_mod
 ):
     encoder = Encoder.from_jepa(tiny_jepa("wave", "--model.encoder.drop_path=0.9").train(), WINDOW)
     state = torch.get_rng_state()
-    first, second = encoder.encode(clips), encoder.encode(clips)
+    first, second = encoder.encode_batch(clips), encoder.encode_batch(clips)
     assert torch.equal(torch.get_rng_state(), state)
     for a, b in zip(first.layers, second.layers, strict=True):
         assert torch.equal(a, b)
@@ -216,23 +217,23 @@ def test_a_clip_shorter_than_a_token_is_padded_with_zeros_and_has_its_own_column
     encoder = Encoder(make(), Transformer(16, 1, 2, SinCosPositions()), 8000)
     assert SHORT < encoder.min_samples < 8000
     clips = torch.randn(2, 1, 4000, generator=torch.Generator().manual_seed(0))
-    features = encoder.encode(clips, torch.tensor([SHORT, 4000]))
+    features = encoder.encode_batch(clips, torch.tensor([SHORT, 4000]))
     assert features.valid.sum(1).tolist() == [
         num_columns,
         encoder.front_end.grid(4000).num_time,
     ]
-    alone = encoder.encode(clips[:1, :, :SHORT])
+    alone = encoder.encode_batch(clips[:1, :, :SHORT])
     torch.testing.assert_close(alone.layers[-1], features.layers[-1][:1, :num_columns])
     padded = torch.nn.functional.pad(clips[:1, :, :SHORT], (0, encoder.min_samples - SHORT))
     expected = encoder.front_end(padded)[0, : num_columns * alone.layers[0].shape[2]]
     tokens = (
         alone.layers[0][0].flatten(0, 1)
-        - encoder.encode(padded).layers[0][0].flatten(0, 1)[: len(expected)]
+        - encoder.encode_batch(padded).layers[0][0].flatten(0, 1)[: len(expected)]
     )
     assert tokens.abs().max() < 1e-5  # the same positions, the same zeros
     torch.testing.assert_close(alone.times[0], encoder.front_end.times(4000)[:num_columns])
     assert all(layer.isfinite().all() for layer in alone.layers)
-    tiny = encoder.encode(clips[:1, :, :1])
+    tiny = encoder.encode_batch(clips[:1, :, :1])
     assert tiny.valid.tolist() == [[True]]
 
 
@@ -244,13 +245,13 @@ def test_the_columns_of_the_padding_have_no_influence_on_a_short_clip():
     kept = TokenSet(torch.arange(2 * grid.num_freq)[None])
     expected = encoder.encoder(tokens, grid, kept)
     torch.testing.assert_close(
-        encoder.encode(clip).layers[-1].flatten(1, 2), expected, rtol=1e-5, atol=1e-5
+        encoder.encode_batch(clip).layers[-1].flatten(1, 2), expected, rtol=1e-5, atol=1e-5
     )
 
 
 @pytest.mark.parametrize("num_samples", [1, 80, 399])
 def test_the_published_windowing_encodes_a_clip_shorter_than_a_token(num_samples: int):
-    features = wavjepa_geometry().encode(torch.randn(1, 1, num_samples))
+    features = wavjepa_geometry().encode_batch(torch.randn(1, 1, num_samples))
     assert 1 <= features.layers[-1].shape[1] <= 4
     assert features.layers[-1].isfinite().all()
 
@@ -258,7 +259,7 @@ def test_the_published_windowing_encodes_a_clip_shorter_than_a_token(num_samples
 def test_a_clip_without_samples_is_refused(encoder: Encoder, clips: Tensor):
     for lengths in ([640, 0, 1, 2], [640, -1, 1, 2]):
         with pytest.raises(UserError, match="0 samples cannot be encoded"):
-            encoder.encode(clips, torch.tensor(lengths))
+            encoder.encode_batch(clips, torch.tensor(lengths))
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +279,9 @@ def test_the_encoder_of_a_checkpoint_equals_the_encoder_of_the_run(
     loaded, trained = load_encoder(file, which), Encoder.from_jepa(model, 500, which)
     assert loaded.window_samples == 500
     assert (loaded.sample_rate, loaded.num_channels) == (1000, 1)
-    for a, b in zip(loaded.encode(clips).layers, trained.encode(clips).layers, strict=True):
+    for a, b in zip(
+        loaded.encode_batch(clips).layers, trained.encode_batch(clips).layers, strict=True
+    ):
         assert torch.equal(a, b)
 
 
@@ -306,7 +309,7 @@ def test_every_column_comes_from_the_window_in_which_it_is_farthest_from_the_bor
 ):
     encoder = Encoder.from_jepa(tiny_jepa("wave"), WINDOW)
     encoder.overlap = overlap
-    features = encoder.encode(clips[:1])
+    features = encoder.encode_batch(clips[:1])
     times = features.times[0]
     hop = round(WINDOW * (1 - overlap))
     starts = [*range(0, 640 - WINDOW, hop), 640 - WINDOW]
@@ -316,7 +319,7 @@ def test_every_column_comes_from_the_window_in_which_it_is_farthest_from_the_bor
             start for start in starts if (abs(window_times + start / 1000 - time) < 1e-6).any()
         ]
         best = min(windows, key=lambda start: abs(start + WINDOW / 2 - 1000 * time))
-        alone = encoder.encode(clips[:1, :, best : best + WINDOW])
+        alone = encoder.encode_batch(clips[:1, :, best : best + WINDOW])
         place = int((alone.times[0] + best / 1000 - time).abs().argmin())
         torch.testing.assert_close(
             features.layers[-1][0, column], alone.layers[-1][0, place], rtol=1e-5, atol=1e-5
@@ -325,9 +328,11 @@ def test_every_column_comes_from_the_window_in_which_it_is_farthest_from_the_bor
 
 
 def test_max_windows_does_not_change_the_features(encoder: Encoder, clips: Tensor):
-    padded_batch = encoder.encode(clips)
+    padded_batch = encoder.encode_batch(clips)
     encoder.max_windows = 1
-    for expected, one_by_one in zip(padded_batch.layers, encoder.encode(clips).layers, strict=True):
+    for expected, one_by_one in zip(
+        padded_batch.layers, encoder.encode_batch(clips).layers, strict=True
+    ):
         torch.testing.assert_close(one_by_one, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -337,8 +342,8 @@ def test_at_most_max_windows_are_encoded_at_once(encoder: Encoder, clips: Tensor
     encoder.encoder.blocks[0].register_forward_pre_hook(
         lambda _, inputs: sizes.append(len(inputs[0]))
     )
-    encoder.encode(clips)
-    encoder.encode(clips[:1])
+    encoder.encode_batch(clips)
+    encoder.encode_batch(clips[:1])
     assert max(sizes) <= 3
 
 
@@ -349,8 +354,8 @@ def test_the_published_windowing_refuses_an_overlap(tiny_jepa: Callable[..., JEP
 
 
 def test_only_the_requested_layers_are_returned(encoder: Encoder, clips: Tensor):
-    every = encoder.encode(clips).layers
-    last, first = encoder.encode(clips, layers=[-1, 0]).layers
+    every = encoder.encode_batch(clips).layers
+    last, first = encoder.encode_batch(clips, layers=[-1, 0]).layers
     assert torch.equal(last, every[-1])
     assert torch.equal(first, every[0])
 
@@ -381,7 +386,7 @@ def wavjepa_geometry(windowing: str = "wavjepa") -> Encoder:
 def test_the_published_windowing_gives_the_published_number_of_tokens(
     num_samples: int, num_tokens: int
 ):
-    features = wavjepa_geometry().encode(torch.randn(1, 1, num_samples))
+    features = wavjepa_geometry().encode_batch(torch.randn(1, 1, num_samples))
     assert features.layers[-1].shape[1] == num_tokens
     step = num_samples / 16000 / num_tokens
     torch.testing.assert_close(features.times[0], torch.arange(num_tokens) * step)
@@ -391,7 +396,7 @@ def test_the_published_windowing_normalizes_with_its_padding(rng: torch.Generato
     """A literal implementation, window by window."""
     encoder = wavjepa_geometry()
     clip = torch.randn(1, 1, 40_000, generator=rng) * torch.linspace(0.1, 2, 40_000)
-    ours = encoder.encode(clip).layers[-1][0, :, 0]
+    ours = encoder.encode_batch(clip).layers[-1][0, :, 0]
     padded = torch.zeros(1, 1, 64_318)
     padded[..., :40_000] = clip * 10 ** (-14 / 20) / clip.square().mean().sqrt()
     dropped = int(24_318 / 16000 * 100)
@@ -416,7 +421,7 @@ def test_the_published_windowing_normalizes_with_its_padding(rng: torch.Generato
 def test_the_published_windowing_of_windows_below_a_second_keeps_their_length():
     encoder = wavjepa_geometry()
     encoder.window_samples = 6_560  # 40 tokens
-    features = encoder.encode(torch.randn(1, 1, 9_000))
+    features = encoder.encode_batch(torch.randn(1, 1, 9_000))
     assert features.layers[-1].shape[1] == 80 - int((2 * 6_560 - 9_000) / 16000 * int(40 / 0.41))
 
 
@@ -427,7 +432,7 @@ def test_the_exact_windowing_differs_from_the_published_one_only_near_its_paddin
     ours.window_samples = 32_159
     published.load_state_dict(ours.state_dict())
     clip = torch.randn(1, 1, 40_000, generator=rng)
-    exact, literal = ours.encode(clip).layers[-1], published.encode(clip).layers[-1]
+    exact, literal = ours.encode_batch(clip).layers[-1], published.encode_batch(clip).layers[-1]
     assert exact.shape[1] in (248, 249)
     torch.testing.assert_close(exact[:, :120], literal[:, :120], rtol=1e-3, atol=1e-3)
     assert not torch.allclose(exact[:, 220:245], literal[:, 220:245], atol=1e-2)

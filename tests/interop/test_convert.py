@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from jepa_audio.cli.main import main
 from jepa_audio.cli.trainer import JEPACLI
 from jepa_audio.errors import MissingFileError, UserError
-from jepa_audio.inference.encoder import load_encoder
+from jepa_audio.inference.load import load_encoder
 from jepa_audio.interop import WeightsError, export_weights, import_weights
 from jepa_audio.interop.convert import load_weights
 from jepa_audio.interop.layout import SizeHints
@@ -115,7 +115,7 @@ def test_a_run_is_exported_and_imported_again(
     again = import_weights("wavjepa", tmp_path / "theirs", tmp_path / "again", recipe=recipe)
     assert_equal(weights_of(again), configuration["state_dict"])
     clip = torch.randn(1, 1, 500)
-    ours, back = (load_encoder(path).encode(clip).layers[-1] for path in (checkpoint, again))
+    ours, back = (load_encoder(path).encode_batch(clip).layers[-1] for path in (checkpoint, again))
     assert torch.equal(ours, back)
 
 

@@ -15,7 +15,7 @@ from timm.models.eva import EvaBlock
 from torch import nn
 
 from jepa_audio.cli.trainer import JEPACLI
-from jepa_audio.inference.encoder import load_encoder
+from jepa_audio.inference.load import load_encoder
 from jepa_audio.interop import WeightsError, export_weights, import_weights
 from jepa_audio.interop.published import open_published
 from jepa_audio.interop.pupujepa import PupuJEPALayout
@@ -82,7 +82,7 @@ def test_the_args_of_pupujepa_hold_all_sizes_of_a_model(
     recipe.write_text(yaml.safe_dump(changed))
     again = import_weights("pupujepa", tmp_path / "theirs", tmp_path / "again", recipe=recipe)
     clip = torch.randn(1, 1, 480)
-    ours, back = (load_encoder(path).encode(clip) for path in (checkpoint, again))
+    ours, back = (load_encoder(path).encode_batch(clip) for path in (checkpoint, again))
     assert all(torch.equal(*layers) for layers in zip(ours.layers, back.layers, strict=True))
     config = yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())
     assert config["data"]["crop_seconds"] == 31 * 16 / 1000
@@ -283,7 +283,7 @@ def test_norms_before_the_branches_are_imported_and_exported(tmp_path: Path):
     assert config["decoder_layers_cfg"]["norm_first"] is False
     again = import_weights("wavjepa", tmp_path / "theirs", tmp_path / "again")
     clip = torch.randn(1, 1, 6_000)
-    ours, back = (load_encoder(path).encode(clip).layers[-1] for path in (checkpoint, again))
+    ours, back = (load_encoder(path).encode_batch(clip).layers[-1] for path in (checkpoint, again))
     assert torch.equal(ours, back)
 
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from jepa_audio.inference.encoder import load_encoder
+from jepa_audio.inference.load import load_encoder
 from jepa_audio.interop import export_weights, import_weights
 from jepa_audio.steps.front_ends import SpectrogramFrontEnd
 from jepa_audio.steps.front_ends.transforms import LogMel
@@ -229,7 +229,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_hugging_face_folder_gives_the_features_of_the_authors_class(hub: Path, num_samples: int):
     values, _ = read("wavjepa_hub")
     encoder = load_encoder(hub, windowing="wavjepa")
-    features = encoder.encode(values["audio"][..., :num_samples], layers=[-1])
+    features = encoder.encode_batch(values["audio"][..., :num_samples], layers=[-1])
     assert_same(features.layers[0][:, :, 0], values[f"features/{num_samples}"])
     assert_same(features.times * 1000, values[f"milliseconds/{num_samples}"])
 

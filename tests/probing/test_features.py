@@ -16,11 +16,11 @@ from torch import Tensor
 from jepa_audio.data.audio.location import AudioReadError
 from jepa_audio.errors import UserError
 from jepa_audio.inference.features import LayerFeatures
+from jepa_audio.inference.pooling import Pooling, parse_poolings
 from jepa_audio.probing.clips import load_waveform
 from jepa_audio.probing.encoders import FunctionEncoder, LogMelStatistics, ProbeEncoder
 from jepa_audio.probing.feature_store import FeatureStore
 from jepa_audio.probing.features import Features, Preparation
-from jepa_audio.probing.pooling import Pooling, parse_poolings
 from jepa_audio.probing.robustness import SWEEPS
 from jepa_audio.probing.tasks.base import Windows
 from jepa_audio.probing.tasks.records import Item, Split

@@ -17,7 +17,7 @@ from jepa_audio.interop.convert import load_weights
 from jepa_audio.steps.classes import RandomProjection
 from jepa_audio.steps.grid import AudioBatch
 from jepa_audio.training.jepa import JEPA
-from jepa_audio.training.run.load import load_jepa
+from jepa_audio.training.run.models import load_jepa
 from jepa_audio.training.run.resume import find_changes, refuse_changes
 from tests.conftest import LOG_MEL_TARGETS
 from tests.oracles.other_targets_literal import patch_targets

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer
 
 from jepa_audio.cli.main import main
 from jepa_audio.cli.trainer import JEPACLI
-from jepa_audio.inference.encoder import load_encoder
+from jepa_audio.inference.load import load_encoder
 from jepa_audio.training.normalization import NUM_CLIPS, MeasureNormalization, measure_normalization
 
 UNKNOWN = ("--model.front_end.init_args.mean=null", "--model.front_end.init_args.std=null")

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback
 from jepa_audio.cli.main import main
 from jepa_audio.cli.trainer import JEPACLI
 from jepa_audio.errors import UserError
-from jepa_audio.inference.encoder import load_encoder
+from jepa_audio.inference.load import load_encoder
 from jepa_audio.interop.convert import export_weights
 from jepa_audio.steps.front_ends import SpectrogramFrontEnd, SpectrogramPatches, WaveformFrontEnd
 from jepa_audio.steps.front_ends.alignment import aligned_tokens
@@ -206,7 +206,7 @@ def test_a_run_with_fixed_targets_raises_no_alarm_and_its_encoder_is_used_withou
         assert not [name for name in loaded.state_dict() if "fixed" in name]
         tokens = cli.model.front_end.eval()(clip)
         expected = encoder.eval()(tokens, cli.model.front_end.grid(500))
-        found = loaded.encode(clip).layers[-1].flatten(1, 2)
+        found = loaded.encode_batch(clip).layers[-1].flatten(1, 2)
         torch.testing.assert_close(found, expected)
     name = type(cli.model.fixed_front_end).__name__
     with pytest.raises(UserError, match=f"has no `target_front_end: {name}`"):

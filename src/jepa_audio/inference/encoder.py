@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from jepa_audio.errors import MAX_SECONDS, UserError
+from jepa_audio.errors import UserError
 from jepa_audio.inference.features import LayerFeatures, pad_features
 from jepa_audio.inference.windows import Windows, cut_as_wavjepa, cut_exact, pad_to_one_token
 from jepa_audio.steps.encoder.transformer import Transformer
 from jepa_audio.steps.front_ends import FrontEnd
 from jepa_audio.steps.grid import TokenSet
 from jepa_audio.training.initialization import draw_weights
-from jepa_audio.training.jepa import JEPA
-from jepa_audio.training.run.load import load_jepa, read_checkpoint
 
 
 class Encoder(nn.Module):
@@ -38,6 +35,9 @@ class Encoder(nn.Module):
         windowing: "exact" for windows without padding (`cut_exact`), "wavjepa" for the windows of
             the published WavJEPA code (`cut_as_wavjepa`).
         max_windows: largest number of windows in one forward pass; it limits the memory.
+        settings: class paths and arguments of `front_end` and `encoder`; `save_encoder` needs them.
+        source: the run or the file of the weights, for messages.
+        which: "context", "target" or "random": which encoder of a model it is.
     """
 
     def __init__(
@@ -49,6 +49,9 @@ class Encoder(nn.Module):
         overlap: float = 0.0,
         windowing: Literal["exact", "wavjepa"] = "exact",
         max_windows: int = 64,
+        settings: Mapping[str, Any] | None = None,
+        source: str = "",
+        which: Literal["context", "target", "random"] = "context",
     ) -> None:
         super().__init__()
         if not 0 <= overlap < 1 or max_windows < 1:
@@ -62,6 +65,7 @@ class Encoder(nn.Module):
             )
         self.front_end, self.encoder, self.window_samples = front_end, encoder, window_samples
         self.overlap, self.windowing, self.max_windows = overlap, windowing, max_windows
+        self.settings, self.source, self.which = settings, source, which
         self.requires_grad_(False).eval()
 
     @property
@@ -81,19 +85,28 @@ class Encoder(nn.Module):
 
     @staticmethod
     def from_jepa(
-        jepa: JEPA, window_samples: int, which: Literal["context", "target"] = "context"
+        jepa: nn.Module, window_samples: int, which: Literal["context", "target"] = "context"
     ) -> Encoder:
-        """A copy of the context encoder or of the target encoder of a model."""
-        return Encoder(*copy.deepcopy(_parts(jepa, which)), window_samples)
+        """A copy of the context encoder or of the target encoder of a `JEPA`."""
+        parts = jepa.front_end, jepa.encoder
+        if which == "target":
+            parts = jepa.target_front_end or jepa.front_end, jepa.target_encoder
+        stored = {name: jepa.hparams[name] for name in ("front_end", "encoder")}
+        # Modules that were made without a configuration have no settings.
+        settings = stored if all(isinstance(each, dict) for each in stored.values()) else None
+        return Encoder(
+            *copy.deepcopy(parts), window_samples, settings=copy.deepcopy(settings), which=which
+        )
 
     def random_twin(self, seed: int) -> Encoder:
         """The random-init baseline: the same network, initialised as by `JEPA.reset_parameters`."""
         twin = copy.deepcopy(self).cpu()
         draw_weights((twin.front_end, twin.encoder), seed)
+        twin.source, twin.which = f"random weights of seed {seed}, as in {self.source}", "random"
         return twin
 
     @torch.inference_mode()
-    def encode(
+    def encode_batch(
         self,
         waveform: Float[Tensor, "B C S"],
         lengths: Int[Tensor, " B"] | None = None,
@@ -186,69 +199,3 @@ class Encoder(nn.Module):
         shape = {"w": len(waveforms), "t": grid.num_time}
         joined = (rearrange(x, "(w b) (t f) d -> b (w t) f d", **shape) for x in chosen)
         return [layer[:, columns] for layer in joined]
-
-
-def _parts(jepa: JEPA, which: Literal["context", "target"]) -> tuple[FrontEnd, Transformer]:
-    if which == "target":
-        return jepa.target_front_end or jepa.front_end, jepa.target_encoder
-    return jepa.front_end, jepa.encoder
-
-
-def num_crop_samples(checkpoint: Path, jepa: JEPA, trust: Sequence[str] = ()) -> int:
-    """Samples of a training crop of the run that wrote a checkpoint.
-
-    Raises:
-        UserError: if the checkpoint does not contain `crop_seconds`, or an impossible value.
-    """
-    settings = read_checkpoint(checkpoint, trust).get("datamodule_hyper_parameters", {})
-    seconds = settings.get("crop_seconds") if isinstance(settings, dict) else None
-    if seconds is None:
-        raise UserError(
-            f"{checkpoint} does not contain `crop_seconds`, the length of a training crop: "
-            "use a checkpoint of `jepa-audio fit` or `jepa-audio import`"
-        )
-    if not isinstance(seconds, int | float) or not 0 < seconds <= MAX_SECONDS:
-        raise UserError(
-            f"{checkpoint}: `crop_seconds` ({seconds!r}) must be a number in (0, {MAX_SECONDS}]"
-        )
-    return round(seconds * jepa.front_end.sample_rate)
-
-
-def load_encoder(
-    checkpoint: Path,
-    which: Literal["context", "target", "random"] = "context",
-    random_seed: int | None = None,
-    *,
-    overlap: float = 0.0,
-    windowing: Literal["exact", "wavjepa"] = "exact",
-    max_windows: int = 64,
-    trust: Sequence[str] = (),
-) -> Encoder:
-    """The encoder of a checkpoint, or its random-init baseline.
-
-    Args:
-        checkpoint: a `.ckpt` file that `jepa-audio fit` or `jepa-audio import` wrote.
-        which: "context" for the context encoder, "target" for the target encoder, "random" for the
-            context encoder with its weights of step 0.
-        random_seed: seed of the random weights; `None` for the seed of the run.
-        overlap: see `Encoder`.
-        windowing: see `Encoder`.
-        max_windows: see `Encoder`.
-        trust: modules whose classes the checkpoint may name, besides jepa_audio and torch.optim.
-
-    Raises:
-        UserError: if the file does not exist, is not a checkpoint of a run, or names other classes.
-    """
-    if which not in ("context", "target", "random"):
-        raise UserError(f"`which` ({which!r}) must be 'context', 'target' or 'random'")
-    jepa = load_jepa(checkpoint, trust)
-    encoder = Encoder(
-        *_parts(jepa, "target" if which == "target" else "context"),
-        num_crop_samples(checkpoint, jepa, trust),
-        overlap=overlap,
-        windowing=windowing,
-        max_windows=max_windows,
-    )
-    if which != "random":
-        return encoder
-    return encoder.random_twin(jepa.seed if random_seed is None else random_seed)

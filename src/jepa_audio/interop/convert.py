@@ -17,7 +17,7 @@ from torch import Tensor
 
 from jepa_audio.class_paths import check_class_paths, parse_yaml
 from jepa_audio.files import write_text
-from jepa_audio.inference.encoder import num_crop_samples
+from jepa_audio.inference.load import num_crop_samples
 from jepa_audio.interop.layout import Layout, Settings, SizeHints, merged
 from jepa_audio.interop.published import Published, open_published
 from jepa_audio.interop.pupujepa import PupuJEPALayout
@@ -26,10 +26,10 @@ from jepa_audio.old_paths import with_current_paths
 from jepa_audio.recipes import find_recipe, recipes
 from jepa_audio.training.jepa import JEPA
 from jepa_audio.training.run.checkpointing import AtomicCheckpointIO
-from jepa_audio.training.run.load import load_jepa, missing_checkpoint
+from jepa_audio.training.run.load import missing_checkpoint
+from jepa_audio.training.run.models import build_jepa, load_jepa
 from jepa_audio.training.run.weights import (
     WeightsError,
-    build_jepa,
     load_state,
     refuse_differences,
     shorten,
@@ -126,7 +126,7 @@ def export_weights(layout: str, checkpoint: Path, output: Path, trust: Sequence[
         raise WeightsError(
             f"the model cannot be exported: the layout {layout} has no `target_front_end: {other}`"
         )
-    num_samples = num_crop_samples(checkpoint, jepa, trust)
+    num_samples = num_crop_samples(checkpoint, jepa.front_end.sample_rate, trust)
     config = variant.config(jepa, num_samples)
     if len(state) < len(weights):
         log.info("the layout %s has no weights of the loss: `distance` is not exported", layout)

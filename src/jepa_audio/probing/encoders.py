@@ -20,9 +20,10 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from jepa_audio.errors import UserError
-from jepa_audio.inference.encoder import Encoder, load_encoder
+from jepa_audio.inference.encoder import Encoder
 from jepa_audio.inference.features import LayerFeatures
-from jepa_audio.probing.pooling import Pooling
+from jepa_audio.inference.load import load_encoder
+from jepa_audio.inference.pooling import Pooling
 from jepa_audio.steps.front_ends.transforms import LogMel
 from jepa_audio.training.run.load import missing_checkpoint
 
@@ -129,7 +130,7 @@ class JEPAEncoder(ProbeEncoder):
     @override
     def encode(self, waveform: Float[Tensor, "B C S"]) -> LayerFeatures:
         device = next(self.frozen.parameters()).device
-        return self.frozen.encode(waveform.to(device), layers=self.layers)
+        return self.frozen.encode_batch(waveform.to(device), layers=self.layers)
 
 
 class LogMelStatistics(ProbeEncoder):
@@ -301,7 +302,9 @@ def load_jepa_encoder(
     Its seed is `random_seed`, by default the seed of the run.
     """
     overlap, windowing = options.overlap, options.windowing
-    frozen = load_encoder(checkpoint, variant, random_seed, overlap=overlap, windowing=windowing)
+    frozen = load_encoder(
+        checkpoint, variant, overlap=overlap, windowing=windowing, random_seed=random_seed
+    )
     name = run_name(checkpoint)
     # Windows that are not the default give other results, so they need another name.
     if windowing != "exact":

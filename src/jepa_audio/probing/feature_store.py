@@ -17,11 +17,11 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from jepa_audio.errors import UserError
+from jepa_audio.inference.pooling import Pooling
 from jepa_audio.parallel import file_lock, map_threads, track_progress
 from jepa_audio.probing.clips import item_segment, load_waveform, read_header
 from jepa_audio.probing.encoders import ProbeEncoder
 from jepa_audio.probing.features import Features, FrameFeatures, Preparation
-from jepa_audio.probing.pooling import Pooling
 from jepa_audio.probing.row_file import RowFile, layer_field, row_type
 from jepa_audio.probing.tasks.labels import Rows
 from jepa_audio.probing.tasks.records import Item, Split

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
-from jepa_audio.probing.pooling import Pooling
+from jepa_audio.inference.pooling import Pooling
 from jepa_audio.probing.robustness import Condition
 from jepa_audio.probing.tasks.base import Windows
 from jepa_audio.probing.tasks.labels import Rows

@@ -186,5 +186,5 @@ class OnlineProbe(Callback):
             batch = self._waveforms[start : start + self.batch_size]
             lengths = torch.tensor([len(waveform) for waveform in batch])
             padded = pad_sequence(batch, batch_first=True).mT.to(device)
-            batches.append(frozen.encode(padded, lengths).pool())
+            batches.append(frozen.encode_batch(padded, lengths).pool())
         return [torch.cat(parts).cpu().numpy() for parts in zip(*batches, strict=True)]

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from jepa_audio.errors import UserError, did_you_mean
+from jepa_audio.inference.pooling import Pooling, parse_poolings
 from jepa_audio.probing.encoders import (
     EncoderOptions,
     LogMelStatistics,
@@ -26,7 +27,6 @@ from jepa_audio.probing.features import Features
 from jepa_audio.probing.heads import Choice, FitContext, Head, choose
 from jepa_audio.probing.heads.stacked import Select
 from jepa_audio.probing.intervals import difference
-from jepa_audio.probing.pooling import Pooling, parse_poolings
 from jepa_audio.probing.presets import HeadKind, Preset, preset_of
 from jepa_audio.probing.robustness import SWEEPS, Condition, area, noise_sweep
 from jepa_audio.probing.rows import (

@@ -21,13 +21,14 @@ from jepa_audio.data.audio.resample import resample
 from jepa_audio.data.corpus.table import load_corpus
 from jepa_audio.data.loading.file_table import FileTable
 from jepa_audio.errors import UserError
-from jepa_audio.inference.encoder import num_crop_samples
+from jepa_audio.inference.load import num_crop_samples
 from jepa_audio.report import style
 from jepa_audio.steps.front_ends import FrontEnd, SpectrogramFrontEnd
 from jepa_audio.steps.front_ends.transforms import LogMel
 from jepa_audio.steps.grid import Grid, Masks
 from jepa_audio.training.jepa import JEPA
-from jepa_audio.training.run.load import load_jepa, read_checkpoint
+from jepa_audio.training.run.load import read_checkpoint
+from jepa_audio.training.run.models import load_jepa
 
 ContextPlane = Bool[np.ndarray, "F T"]
 TargetPlanes = Bool[np.ndarray, "M F T"]
@@ -55,7 +56,7 @@ def draw_run_masks(folder: Path) -> Figure:
     # The first source of a list or a mixture.
     source = data["root"] if isinstance(data["root"], str) else next(iter(data["root"]))
     sample_rate = jepa.front_end.sample_rate
-    seconds = num_crop_samples(path, jepa) / sample_rate
+    seconds = num_crop_samples(path, jepa.front_end.sample_rate) / sample_rate
     corpus = load_corpus(source).mark_unfit(min_seconds=seconds).usable()
     if not len(corpus):
         raise UserError(f"no file under {source} is {seconds:g} s long")

@@ -1,4 +1,4 @@
-"""Read checkpoints, and load the model of a checkpoint of this or an earlier version."""
+"""Read checkpoints; this module does not import Lightning, which takes seconds."""
 
 from __future__ import annotations
 
@@ -17,15 +17,8 @@ from torch.serialization import safe_globals
 from jepa_audio.class_paths import check_class_paths, check_size, nested_values
 from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.old_paths import with_current_paths
-from jepa_audio.training.jepa import JEPA
 from jepa_audio.training.run.stored_objects import stand_ins
-from jepa_audio.training.run.weights import (
-    WeightsError,
-    build_jepa,
-    checked_tensors,
-    limited_parameters,
-    load_state,
-)
+from jepa_audio.training.run.weights import WeightsError
 
 # What torch raises for a file that it did not write, that is incomplete, or that has other objects.
 _TORCH_ERRORS = (
@@ -128,29 +121,21 @@ def _whole_checkpoints(folder: Path) -> Iterator[tuple[int, float, Path]]:
         yield step, path.stat().st_mtime, path
 
 
-def load_jepa(checkpoint: Path, trust: Sequence[str] = ()) -> JEPA:
-    """The model of a checkpoint, on the CPU.
-
-    Args:
-        checkpoint: the `.ckpt` file of a run or of an import.
-        trust: modules whose classes the checkpoint may name, see `check_class_paths`.
+def read_settings(
+    checkpoint: Path, content: dict[str, Any], trust: Sequence[str] = ()
+) -> tuple[dict[str, Any], str]:
+    """The hyper-parameters in the content of a checkpoint, and their name in messages.
 
     Raises:
-        UserError: see `read_checkpoint`; also if the checkpoint names classes of other modules, or
-            if its weights do not fit its hyper-parameters.
+        UserError: if they name classes of other modules, see `check_class_paths`.
     """
-    content = read_checkpoint(checkpoint, trust)
     source = f"{checkpoint}, hyper-parameters"
     check_size(content["hyper_parameters"], nested_values, source)
     settings = with_current_paths(content["hyper_parameters"])
     # Lightning stores the function that builds the model; it is always `build_jepa`.
     settings.pop("_instantiator", None)
     check_class_paths(settings, source, trust)
-    tensors = checked_tensors(checkpoint, content["state_dict"])
-    with limited_parameters(checkpoint, sum(tensor.numel() for tensor in tensors.values())):
-        jepa = build_jepa(settings, source)
-    load_state(jepa, checkpoint, tensors)
-    return jepa
+    return settings, source
 
 
 def damage(path: Path, error: BaseException | None = None) -> str:

@@ -1,21 +1,17 @@
-"""Build a model from stored settings, and load weights that fit it."""
+"""Load weights that fit a model; this module does not import Lightning, which takes seconds."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentError
-from lightning.pytorch.cli import instantiate_module
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from jepa_audio.errors import UserError
-from jepa_audio.training.jepa import JEPA
 
 
 class WeightsError(UserError):
@@ -41,31 +37,20 @@ def checked_tensors(path: Path, values: Mapping[Any, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def load_state(jepa: JEPA, path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Replace all weights of a model by `tensors` of a file.
+def load_state(
+    module: nn.Module, path: Path, tensors: Mapping[str, Tensor], prefix: str = ""
+) -> None:
+    """Replace all weights of a module by those `tensors` of a file whose names have a prefix.
 
     Raises:
-        WeightsError: if they do not fit the model; the message lists the differences.
+        WeightsError: if they do not fit the module; the message lists the differences.
     """
-    expected = jepa.state_dict()
-    refuse_differences(path, {name: name for name in expected}, expected, tensors)
-    jepa.load_state_dict(
-        {name: tensors[name].reshape(value.shape) for name, value in expected.items()}
+    found = {name: value for name, value in tensors.items() if name.startswith(prefix)}
+    expected = module.state_dict()
+    refuse_differences(path, {name: prefix + name for name in expected}, expected, found)
+    module.load_state_dict(
+        {name: found[prefix + name].reshape(value.shape) for name, value in expected.items()}
     )
-
-
-def build_jepa(settings: Mapping[str, Any], source: str) -> JEPA:
-    """The model of some settings, with initial weights.
-
-    Raises:
-        WeightsError: if this version has no such settings.
-    """
-    try:
-        # The parser changes the settings in place.
-        return instantiate_module(JEPA, copy.deepcopy(dict(settings)))
-    except ArgumentError as error:
-        reason = " ".join(str(error).split())
-        raise WeightsError(f"{source}: they do not describe a model: {reason}") from error
 
 
 @contextmanager
