@@ -46,10 +46,10 @@ class LearnedFilterbank(Spectrogram):
         num_bands: int = 64,
         window_length: int = 400,
         hop_length: int = 160,
-        energies_per_hop: int = 4,
+        energies_per_hop: int = 2,
         f_min_hz: float = 60.0,
         f_max_hz: float | None = None,
-        floor: float = 1e-7,
+        floor: float = 1e-10,
         trained: bool = True,
     ) -> None:
         f_max_hz = sample_rate / 2 if f_max_hz is None else f_max_hz
