@@ -41,13 +41,14 @@ import yaml
 
 from jepa_audio.errors import UserError
 from jepa_audio.files import read_jsonl
+from jepa_audio.probing.encoders import run_name
 from jepa_audio.probing.intervals import Difference, difference
 from jepa_audio.probing.rows import STATISTICS, ProbeRow, load_evidence, read_rows
 
 log = logging.getLogger(__name__)
 COMMAND = [sys.executable, "-m", "jepa_audio"]
 TASKS = ("fsdd_digit", "klettres_language", "gm_family", "gm_pitch")
-POOLINGS = ("mean_std", "thirds_std")
+POOLINGS = ("mean_std_change", "thirds_std")
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Trial:
         seed: of the model and of the order of the clips.
         minutes: of training, with start and index; later checkpoints are not probed.
         save_every: optimizer steps between the probed checkpoints; 0 probes the last one alone.
+        variants: encoders of a checkpoint that are probed.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Trial:
     seed: int = 0
     minutes: float = 30.0
     save_every: int = 0
+    variants: tuple[str, ...] = ("target",)
 
     @property
     def folder(self) -> str:
@@ -165,20 +168,30 @@ def train(trial: Trial, corpora: Path, output: Path) -> list[tuple[float, Path]]
     return within
 
 
-def probe(trial: Trial, checkpoint: Path, corpora: Path, output: Path) -> list[ProbeRow]:
-    """Run `jepa-audio probe` on the tasks of a trial; the rows of this checkpoint."""
-    folder = output / "probes" / f"{trial.folder}-{checkpoint.stem}"
+def probe(
+    trial: Trial, checkpoints: Sequence[Path], corpora: Path, output: Path
+) -> list[list[ProbeRow]]:
+    """Run `jepa-audio probe` on the tasks of a trial; the rows of each checkpoint.
+
+    The rows of log-mel statistics, which have no checkpoint, are among the rows of all.
+    """
+    folder = output / "probes" / trial.folder
     shutil.rmtree(folder, ignore_errors=True)
     tasks = ",".join(str(corpora / f"{task}.csv") for task in trial.tasks)
     command = [
-        *COMMAND, "probe", "--encoder", str(checkpoint), "--tasks", tasks, "--output", str(folder),
-        "--preset", "linear", "--pooling", ",".join(trial.poolings), "--frequency", "concat",
+        *COMMAND, "probe", "--encoder", ",".join(map(str, checkpoints)), "--tasks", tasks,
+        "--output", str(folder), "--preset", "linear", "--pooling", ",".join(trial.poolings),
+        "--frequency", "concat", f"--variants={json.dumps(trial.variants)}",
     ]  # fmt: skip
     with (output / f"{trial.folder}.log").open("a") as printed:
         subprocess.run(command, check=True, stdout=printed, stderr=subprocess.STDOUT)
     shutil.rmtree(folder / "features", ignore_errors=True)
-    return [replace(row, evidence=str(folder / row.evidence)) for row in read_rows(
-        folder / "results.jsonl")]  # fmt: skip
+    rows = [
+        replace(row, evidence=str(folder / row.evidence))
+        for row in read_rows(folder / "results.jsonl")
+    ]
+    names = [run_name(checkpoint) for checkpoint in checkpoints]
+    return [[row for row in rows if row.encoder in (name, "log-mel")] for name in names]
 
 
 def compare(rows: Sequence[ProbeRow], seconds: float, step: int) -> list[Result]:
@@ -219,9 +232,10 @@ def run_trial(trial: Trial, corpora: Path, output: Path) -> None:
     begun = time.strftime("%Y-%m-%d %H:%M")
     checkpoints = train(trial, corpora, output)
     results: list[Result] = []
-    for seconds, checkpoint in checkpoints:
+    by_checkpoint = probe(trial, [path for _, path in checkpoints], corpora, output)
+    for (seconds, checkpoint), rows in zip(checkpoints, by_checkpoint, strict=True):
         step = torch.load(checkpoint, weights_only=True, map_location="cpu")["global_step"]
-        results += compare(probe(trial, checkpoint, corpora, output), seconds, step)
+        results += compare(rows, seconds, step)
         log.info("%s, seed %d, %.0f s, %d steps", trial.name, trial.seed, seconds, step)
         for result in results[-len(trial.tasks) :]:
             log.info("  %s", result)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from jepa_audio.probing.encoders import (
     state_hash,
 )
 from jepa_audio.probing.intervals import difference
-from jepa_audio.probing.presets import preset_of
+from jepa_audio.probing.presets import LinearPreset, preset_of
 from jepa_audio.probing.rows import ProbeRow, load_evidence, read_rows
 from jepa_audio.probing.run import probe
 from jepa_audio.probing.tasks import TASKS
@@ -155,6 +156,28 @@ def test_poolings_are_compared_with_the_baseline_of_the_same_pooling(
     write_leaderboard(tmp_path / "results.jsonl")
     text = (tmp_path / "leaderboard.md").read_text()
     assert all(f"mel context, {pooling}" in text for pooling in poolings)
+
+
+def test_checkpoints_of_one_run_share_the_probe_of_their_baseline(
+    checkpoint: tuple[Path, str], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    last, _ = checkpoint
+    step = last.with_name("step=3.ckpt")
+    shutil.copy(last, step)
+    fitted = []
+    fit = LinearPreset.fit
+    monkeypatch.setattr(LinearPreset, "fit", lambda *args: fitted.append(args) or fit(*args))
+    settings = {"preset": "linear", "variants": ("target",), "max_train": 30}
+    rows = probe(f"{step},{last}", "nsynth_pitch", corpus, tmp_path / "both", **settings)
+    # One baseline, two encoders, two poolings of log-mel statistics.
+    assert len(fitted) == 5
+    of_step, of_last = (
+        [replace(row, encoder="", evidence="") for row in rows if row.encoder == name]
+        for name in ("mel/step=3", "mel")
+    )
+    assert of_step == of_last
+    assert [row.variant for row in of_last] == ["random", "random", "target", "target"]
+    assert read_rows(tmp_path / "both" / "results.jsonl") == rows
 
 
 def test_the_command_accepts_lists_with_commas_and_prints_the_scores(
