@@ -13,9 +13,10 @@ with two baselines on the same test clips:
     python -m benchmarks.learning speedrun --recipe demo/wavjepa --corpora DIR --output DIR
     python -m benchmarks.learning table DIR
 
-A trial of a YAML file has a recipe, options of `jepa-audio fit`, a pretraining set and tasks:
+A trial of a YAML file has one or more recipes, options of `jepa-audio fit`, a pretraining set and
+tasks; `benchmarks/ablations.yaml` is an example:
 
-    defaults: {recipe: demo/wavjepa, corpus: speech, tasks: [fsdd_digit_select], minutes: 5}
+    defaults: {recipes: [small/waveform], corpus: speech, tasks: [fsdd_digit_select], minutes: 5}
     trials:
       default: {}
       long spans: {options: [--model.masker.target_length=10]}
@@ -34,6 +35,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -112,24 +114,26 @@ class Result:
 
 
 def read_trials(path: Path, seeds: Sequence[int] = ()) -> Iterator[Trial]:
-    """The trials of a YAML file, for each seed.
+    """The trials of a YAML file, for each of their `recipes` and seeds.
 
     Raises:
         UserError: if a key is unknown.
     """
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    known = {entry.name for entry in fields(Trial)} - {"name", "seed"} | {"seeds"}
+    known = {entry.name for entry in fields(Trial)} - {"name", "seed"} | {"seeds", "recipes"}
     for name, own in settings["trials"].items():
         values = {**settings.get("defaults", {}), **(own or {})}
         if unknown := set(values) - known:
             raise UserError(f"{path}: unknown key {min(unknown)!r} in the trial {name!r}")
-        for seed in seeds or values.get("seeds", [0]):
-            kept = {
-                key: tuple(value) if isinstance(value, list) else value
-                for key, value in values.items()
-                if key != "seeds"
-            }
-            yield Trial(name, seed=seed, **kept)
+        kept = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in values.items()
+            if key not in ("seeds", "recipes", "recipe")
+        }
+        recipes = values.get("recipes") or [values["recipe"]]
+        for recipe, seed in product(recipes, seeds or values.get("seeds", [0])):
+            full_name = f"{recipe}, {name}" if len(recipes) > 1 else name
+            yield Trial(full_name, recipe, seed=seed, **kept)
 
 
 def train(trial: Trial, corpora: Path, output: Path) -> list[tuple[float, Path]]:

@@ -39,6 +39,15 @@ def test_trials_are_defaults_with_changes_for_every_seed(tmp_path: Path):
     assert [trial.seed for trial in read_trials(tmp_path / "trials.yaml", [7])] == [7, 7]
 
 
+def test_a_trial_of_several_recipes_is_run_for_each(tmp_path: Path):
+    recipes = TRIALS.replace("recipe: demo/wavjepa", "recipes: [small/waveform, demo/wavjepa]")
+    (tmp_path / "trials.yaml").write_text(recipes)
+    trials = list(read_trials(tmp_path / "trials.yaml"))
+    assert len({trial.folder for trial in trials}) == len(trials) == 6
+    assert [trial.recipe for trial in trials[:3]] == [*["small/waveform"] * 2, "demo/wavjepa"]
+    assert trials[0].name == "small/waveform, default"
+
+
 def test_an_unknown_key_of_a_trial_is_refused(tmp_path: Path):
     (tmp_path / "trials.yaml").write_text(TRIALS.replace("options", "option"))
     with pytest.raises(UserError, match="unknown key 'option' in the trial 'long spans'"):

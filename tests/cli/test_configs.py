@@ -12,7 +12,10 @@ from jsonargparse import strip_meta
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Layers over a recipe, which train on two processes in tests/training/test_sharding.py.
 STRATEGIES = [CONFIGS / "fsdp.yaml"]
-RECIPES = sorted({*CONFIGS.glob("*.yaml"), *CONFIGS.glob("demo/*.yaml")} - {*STRATEGIES})
+RECIPES = sorted(
+    {path for folder in (".", "demo", "small") for path in CONFIGS.glob(f"{folder}/*.yaml")}
+    - {*STRATEGIES}
+)
 SIZES = sorted(CONFIGS.glob("pupujepa/*.yaml"))
 FRONT_ENDS = sorted(CONFIGS.glob("front_ends/*.yaml"))
 TARGETS = sorted(CONFIGS.glob("target_front_ends/*.yaml"))
