@@ -62,6 +62,11 @@ def is_trusted(path: str, modules: Sequence[str] = ()) -> bool:
     return _is_inside(path, (*modules, *_TRUSTED))
 
 
+def trusted_modules() -> list[str]:
+    """The modules of the option `--trust`."""
+    return list(_TRUSTED)
+
+
 def check_class_paths(settings: Any, source: str, modules: Sequence[str] = ()) -> None:
     """Check that settings of a file name only classes of jepa-audio, torch.optim and `modules`.
 

@@ -49,6 +49,14 @@ COMMANDS = {
         "jepa_audio.report.page:write_report",
         "write one HTML page about the runs of a folder: curves, masks, probe results",
     ),
+    "runs ls": Command(
+        f"{_CLI}.runs:ls", "list runs: recipe, steps, state, last loss and rank, best probe score"
+    ),
+    "runs show": Command(f"{_CLI}.runs:show", "show one run: settings, metrics, files"),
+    "runs compare": Command(
+        f"{_CLI}.runs:compare", "settings that differ between runs, and their results"
+    ),
+    "runs best": Command(f"{_CLI}.runs:best", "rank runs by a metric or by a probing task"),
     "import": Command(
         f"{_CLI}.models:import_published", "convert published WavJEPA or PupuJEPA weights"
     ),

@@ -35,10 +35,14 @@ def _load(text: str) -> Any:
 
 
 set_loader(YAML_OF_ALL_VERSIONS, _load, (UserError,))
-_SOURCES_HELP = (
-    "folders, audio files, tars, patterns of paths ('shards/{000..127}.tar'), manifests (.csv, "
-    ".tsv, .jsonl) or NSynth's examples.json"
-)
+# The words that are values of a setting that is true or false.
+_BOOLS = ("true", "false", "yes", "no")
+# Arguments that take one or more words → their help.
+_WORDS = {
+    "sources": "folders, audio files, tars, patterns of paths ('shards/{000..127}.tar'), manifests "
+    "(.csv, .tsv, .jsonl) or NSynth's examples.json",
+    "folders": "folders of runs, or folders that contain them at any depth",
+}
 
 
 def recipe_path(key: str, name: str) -> Path | None:
@@ -78,20 +82,23 @@ def run_function(
 ) -> None:
     """Call the function of the command `name` with command-line arguments, and print the result.
 
-    The docstring of the function is the help. An argument `sources` takes one or more words, and
-    `-o` means `--output`. See `Command` for `as_positional`.
+    The docstring of the function is the help. The arguments of `_WORDS` take one or more words,
+    `-o` means `--output`, and `--flag` means `--flag true`. See `Command` for `as_positional`.
     """
     summary = str(inspect.getdoc(function)).partition("\n\nArgs:")[0]
     parser = HelpfulParser(prog=f"jepa-audio {name}", description=summary)
-    has_sources = "sources" in inspect.signature(function).parameters
-    if has_sources:
-        parser.add_argument("sources", nargs="+", type=str, help=_SOURCES_HELP)
-    parser.add_function_arguments(
-        function,
-        as_positional=as_positional,
-        skip={"sources"} if has_sources else None,
-    )
+    parameters = inspect.signature(function).parameters
+    several = [word for word in parameters if word in _WORDS]
+    for word in several:
+        parser.add_argument(word, nargs="+", type=str, help=_WORDS[word])
+    parser.add_function_arguments(function, as_positional=as_positional, skip=set(several))
+    flags = {f"--{key}" for key, p in parameters.items() if p.annotation in (bool, "bool")}
     args = ["--output" if arg == "-o" else arg for arg in args]
+    pairs = zip(args, [*args[1:], ""], strict=True)
+    args = [
+        f"{arg}=true" if arg in flags and value.lower() not in _BOOLS else arg
+        for arg, value in pairs
+    ]
     result = function(**parser.parse_args(args).as_dict())
     if result is not None:
         print(printable(result))

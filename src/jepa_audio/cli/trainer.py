@@ -6,24 +6,24 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich import get_console
-from typing_extensions import override
 
 from jepa_audio.cli.choices import choices_help
+from jepa_audio.cli.estimate import Form, prepare_trial, print_estimate
 from jepa_audio.cli.models import stats
+from jepa_audio.cli.next_commands import next_commands
 from jepa_audio.cli.parser import RECIPE_FOLDERS, HelpfulParser, recipe_path
+from jepa_audio.cli.saved_config import SaveRunConfig
 from jepa_audio.cli.settings import check_options, fit_short_run, make_paths_absolute
 from jepa_audio.data.datamodule import AudioDataModule
 from jepa_audio.errors import MissingFileError, UserError
@@ -48,7 +48,6 @@ from jepa_audio.training.run.resume import (
     describe_changes,
     find_changes,
     refuse_changes,
-    saved_settings,
 )
 from jepa_audio.training.watching.collapse_monitor import CollapseMonitor
 from jepa_audio.training.watching.finite_guard import FiniteGuard
@@ -61,44 +60,6 @@ TRAINER_COMMANDS = ("fit", "validate", "test")
 
 class RunParser(HelpfulParser, LightningArgumentParser):
     """The parser of `fit`, `validate` and `test`."""
-
-
-class SaveRunConfig(SaveConfigCallback):
-    """Writes `config.yaml` when training begins, and the same settings into checkpoints."""
-
-    # Set by `fit`, if the run may replace another one.
-    folder: RunFolder | None = None
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Do nothing: here, the checkpoint of a resumed run is not loaded yet."""
-
-    @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            self.save_config(trainer, pl_module, "fit")
-
-    @override
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        config = self.config.clone()
-        # Otherwise a run with this file would remove the run that wrote it.
-        config.overwrite = False
-        folder = self.folder or RunFolder(Path(trainer.default_root_dir))
-        folder.begin(self.parser.dump(config, skip_none=False, skip_validation=True))
-
-    @override
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        checkpoint["settings"] = saved_settings(self._settings, trainer)
-
-    @cached_property
-    def _settings(self) -> dict[str, Any]:
-        """All settings; they are constant after the start of the training."""
-        dump = self.parser.dump(
-            self.config, skip_link_targets=False, skip_none=False, skip_validation=True
-        )
-        return yaml.safe_load(dump)
 
 
 class JEPACLI(LightningCLI):
@@ -159,6 +120,14 @@ class JEPACLI(LightningCLI):
             help="Remove the run in `run_dir`: its checkpoints, metrics, logs and config.yaml.",
         )
         parser.add_argument(
+            "--estimate",
+            type=Form | None,
+            default=None,
+            nargs="?",
+            const="table",
+            help="Train nothing; print what the run costs: time, memory, disk. `fit` only.",
+        )
+        parser.add_argument(
             "--weights",
             type=str | None,
             default=None,
@@ -188,9 +157,13 @@ class JEPACLI(LightningCLI):
         """Make paths absolute, and fit warm-ups and intervals to a short run."""
         config = self.config[self.subcommand] if self.subcommand else self.config
         make_paths_absolute(config)
-        if self.subcommand in (None, "fit"):
-            for line in fit_short_run(config):
-                rank_zero_only(log.warning)(line)
+        lines = [*fit_short_run(config)] if self.subcommand in (None, "fit") else []
+        if config.estimate and self.subcommand in ("validate", "test"):
+            raise UserError(f"`--estimate` belongs to `fit`; `{self.subcommand}` is not estimated")
+        if config.estimate:
+            lines += prepare_trial(config)
+        for line in lines:
+            rank_zero_only(log.warning)(line)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Create a Trainer with atomic checkpoints, CSV and TensorBoard logs.
@@ -257,7 +230,8 @@ class JEPACLI(LightningCLI):
                 changed setting cannot be in force.
         """
         folder = RunFolder(Path(self._get(self.config_init, "run_dir")))
-        writes = not self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        estimate = self._get(self.config, "estimate")
+        writes = not (self.trainer.fast_dev_run or estimate)  # type: ignore[attr-defined]
         with ExitStack() as stack:
             if writes and self.trainer.is_global_zero:
                 wait = REQUEUE_WAIT if "SLURM_RESTART_COUNT" in os.environ else 0.0
@@ -270,6 +244,11 @@ class JEPACLI(LightningCLI):
             elif ckpt_path is not None:
                 rank_zero_only(log.info)("%s has no checkpoint: a new run starts", folder.path)
             self._load_weights(is_resumed=checkpoint is not None)
+            if estimate:
+                config = self.config[self.subcommand]
+                parts = self.trainer, self.model, self.datamodule, config
+                print_estimate(*parts, checkpoint, estimate)
+                return
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, SaveRunConfig):
                     callback.folder = folder
@@ -328,11 +307,15 @@ class JEPACLI(LightningCLI):
         function(ckpt_path=checkpoint, **arguments)
 
     def after_fit(self) -> None:
-        """Exit with 128 plus the number of the signal that stopped the run, as shells expect.
+        """Print the commands that continue; exit with 128 + signal if one stopped the run.
 
         Only the process of rank zero exits with this code. If another process exits with a code
         other than 0, Lightning kills all processes.
         """
+        wrote = not (self.trainer.fast_dev_run or self._get(self.config, "estimate"))  # type: ignore[attr-defined]
+        folder = Path(self._get(self.config, "run_dir"))
+        if wrote and self.trainer.is_global_zero:
+            print(next_commands(folder, self.datamodule.sources))
         stopped_by = self._get(self.config_init, "checkpoint").stopped_by
         if stopped_by is not None and self.trainer.is_global_zero:
             raise SystemExit(128 + stopped_by)

@@ -343,7 +343,7 @@ class AudioDataModule(LightningDataModule):
         batches: Iterable[list[SampleIndex]],
         persistent_workers: bool = False,
     ) -> DataLoader[WithBadReads[Any]]:
-        num_workers = self._workers_per_process()
+        num_workers = self.workers_per_process()
         return DataLoader(
             dataset,
             batch_sampler=batches,
@@ -357,11 +357,11 @@ class AudioDataModule(LightningDataModule):
             **worker_arguments(num_workers),
         )
 
-    def _workers_per_process(self) -> int:
-        if self.num_workers is not None:
-            return self.num_workers
+    def workers_per_process(self) -> int:
+        """The number of worker processes of each training process."""
         num_processes = self.trainer.num_devices if self.trainer else 1
-        return min(8, max(1, num_cores() // num_processes))
+        share = min(8, max(1, num_cores() // num_processes))
+        return share if self.num_workers is None else self.num_workers
 
     @property
     def _rank(self) -> int:

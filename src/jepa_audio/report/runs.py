@@ -107,10 +107,11 @@ def find_runs(directory: Path) -> list[Run]:
         path.parent.parent.parent if path.parent.name.startswith("version_") else path.parent
         for path in directory.rglob("metrics.csv")
     }
-    return [_read_run(folder, directory) for folder in sorted(folders)]
+    return [read_run(folder, directory) for folder in sorted(folders)]
 
 
-def _read_run(folder: Path, directory: Path) -> Run:
+def read_run(folder: Path, directory: Path) -> Run:
+    """The run in a folder below `directory`; without metrics, it has no curves."""
     files = folder.glob("metrics/version_*/metrics.csv")
     by_number = sorted(files, key=lambda file: (len(file.parent.name), file.parent.name))
     paths = [path for path in (folder / "metrics.csv", *by_number) if path.is_file()]
@@ -121,7 +122,8 @@ def _read_run(folder: Path, directory: Path) -> Run:
         # which replace those of the previous start.
         first = points["step"].min() if len(points) else math.inf
         starts = [start[start["step"] < first] for start in starts] + [points]
-    logged = pd.concat(starts).drop_duplicates(["key", "step"], keep="last").sort_values("step")
+    logged = pd.concat(starts or [pd.DataFrame(columns=["step", "key", "value"])])
+    logged = logged.drop_duplicates(["key", "step"], keep="last").sort_values("step")
     curves = {
         str(key): (group["step"].to_numpy(float), group["value"].to_numpy(float))
         for key, group in logged.groupby("key", sort=False)
@@ -308,6 +310,7 @@ def _list_panels(keys: set[str]) -> list[Panel]:
         Panel("Momentum of the target encoder", {"train/momentum": ""}),
         Panel("Seconds of audio per second", speed, from_zero=True),
         Panel("Fraction of time waiting for data", {"speed/data_wait": ""}, from_zero=True),
+        Panel("MFU: share of the devices' peak", {"speed/mfu": ""}, from_zero=True),
     ]
 
 

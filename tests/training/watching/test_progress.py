@@ -12,7 +12,8 @@ from lightning.pytorch import Callback
 from jepa_audio.training.watching.progress import ProgressLines, RunProgressBar
 
 LINE = re.compile(
-    r"step (\d+)/6, loss (\S+)(, valid loss \S+)?, rank (\S+), (\S+) clips/s, (\d+:\d\d:\d\d) left"
+    r"step (\d+)/6, loss (\S+)(, valid loss \S+)?, rank (\S+), (\S+) clips/s, "
+    r"data wait \d+ %, MFU \d+ %, (\d+:\d\d:\d\d) left"
 )
 
 

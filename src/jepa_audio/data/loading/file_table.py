@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
 
 from jepa_audio.data.corpus.table import Corpus, CorpusError, IndexedFile
 
@@ -80,6 +80,11 @@ class FileTable:
     def num_channels(self) -> Int64[np.ndarray, " N"]:
         """Number of channels of each file."""
         return self._table["num_channels"].to_numpy().astype(np.int64)
+
+    @property
+    def seconds(self) -> Float64[np.ndarray, " N"]:
+        """Length of each file in seconds."""
+        return self._table["num_frames"].to_numpy() / self._table["sample_rate"].to_numpy()
 
     # Another process receives the file descriptor and maps the same file.
     def __getstate__(self) -> tuple[list[Path], list[int], Any]:

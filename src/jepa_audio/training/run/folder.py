@@ -120,6 +120,22 @@ class RunFolder:
             finally:
                 path.unlink(missing_ok=True)
 
+    @property
+    def holder(self) -> str | None:
+        """The process that runs in the folder now, as text; `None` if there is none."""
+        try:
+            file = (self.path / ".lock").open(encoding="utf-8", errors="replace")
+        except OSError:
+            return None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip() or "another process"
+            except OSError:  # The file system has no locks.
+                return None
+        return None
+
     def admit(self, checkpoint: Path | None, overwrite: bool) -> None:
         """Check that a new run, or a run that continues `checkpoint`, may write into the folder.
 

@@ -43,7 +43,7 @@ _WITH_WEIGHTS = {f"{CrossEntropy.__module__}.{CrossEntropy.__name__}"}
 # Exceptions from `_REFUSED`: they change the training, not the function of the network.
 _ALWAYS_IN_FORCE = ("*.drop_path", "*.checkpoint_every")
 # Copies of other settings.
-_LINKED = (
+LINKED = (
     "model.front_end.embed_dim",
     "model.predictor.embed_dim",
     "model.target_front_end.embed_dim",
@@ -59,7 +59,7 @@ _FROM_CHECKPOINT = tuple(
     for value in ("mean", "std")
 )
 # Settings of one start, not of the run.
-_OF_A_START = ("run_dir", "ckpt_path", "weights", "weights_only", "overwrite", "config")
+OF_A_START = ("run_dir", "ckpt_path", "weights", "weights_only", "overwrite", "estimate", "config")
 
 
 class Change(NamedTuple):
@@ -87,7 +87,7 @@ def saved_settings(config: Mapping[str, Any], trainer: Trainer) -> dict[str, Any
     """The settings of a run that Lightning does not store in its checkpoints."""
     kept = {name: value for name, value in config.items() if name not in ("model", "data")}
     return {
-        **{name: value for name, value in kept.items() if name not in _OF_A_START},
+        **{name: value for name, value in kept.items() if name not in OF_A_START},
         "num_processes": trainer.world_size,
     }
 
@@ -111,7 +111,7 @@ def find_changes(checkpoint: Mapping[str, Any], config: Mapping[str, Any]) -> li
 
 def _differences(old: Any, new: Any, key: str = "") -> Iterator[Change]:
     old, new = _plain(old), _plain(new)
-    if key in _LINKED or key in _OF_A_START:
+    if key in LINKED or key in OF_A_START:
         return
     is_class = isinstance(old, Mapping) and isinstance(new, Mapping)
     if is_class and old.get("class_path") != new.get("class_path"):

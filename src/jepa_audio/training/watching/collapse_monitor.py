@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 
 import torch
 from jaxtyping import Bool, Float
@@ -26,6 +25,7 @@ from jepa_audio.training.watching.latent_statistics import (
     rank_me,
 )
 from jepa_audio.training.watching.simple_predictors import baseline_sums
+from jepa_audio.training.watching.speed import SpeedMeter
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class CollapseMonitor(Callback):
     - distance between the weights of the target encoder and those of the encoder;
     - if the targets are classes: how many classes they distinguish (`Codebook.perplexity`), and
       their entropy as a share of the largest possible one;
-    - seconds of audio per second, and the share of time spent waiting for data.
+    - seconds of audio per second, the share of time spent waiting for data, and MFU (`SpeedMeter`).
 
     In these steps, the training loss of all micro-batches is logged with the losses of two simple
     predictors on the same batches: the mean target, and a copy of the target encoder's latent at
@@ -90,7 +90,7 @@ class CollapseMonitor(Callback):
         # The statistics of the latents of this step; empty in steps without a measurement.
         self._latents: dict[str, float] = {}
         self._step_before = 0
-        self._start_clocks()
+        self._speed = SpeedMeter()
 
     @override
     def state_dict(self) -> dict[str, object]:
@@ -102,10 +102,17 @@ class CollapseMonitor(Callback):
         self.alarms_in_a_row = state_dict["alarms_in_a_row"]  # type: ignore[assignment]
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Compute the operations of a crop, before parameters are sharded."""
+        if stage == "fit":
+            assert isinstance(pl_module, JEPA)
+            self._speed.prepare(trainer, pl_module)
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, JEPA)
         self._latents = {}
-        self._start_clocks()
+        self._speed.restart()
         distance, accumulated = pl_module.distance, trainer.accumulate_grad_batches
         if (
             isinstance(distance, CrossEntropy)
@@ -123,14 +130,14 @@ class CollapseMonitor(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restart the clocks, so that the time of validation is not counted."""
-        self._start_clocks()
+        self._speed.restart()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: AudioBatch, batch_idx: int
     ) -> None:
         """Measure this batch if a measurement is due; count the time since the last batch."""
         assert isinstance(pl_module, JEPA)
-        self._seconds_waiting += time.perf_counter() - self._last_batch_end
+        self._speed.start_batch()
         is_due = (trainer.global_step + 1) % self.every_n_steps == 0 or not self.first_metrics
         pl_module.observe = self._observe if is_due else None
         self._step_before = trainer.global_step
@@ -145,10 +152,9 @@ class CollapseMonitor(Callback):
     ) -> None:
         """Measure if an optimizer step has just ended and a measurement is due."""
         assert isinstance(pl_module, JEPA)
-        clip_seconds = batch.waveform.shape[-1] / pl_module.front_end.sample_rate
-        self._seconds_of_audio += len(batch.waveform) * clip_seconds * trainer.world_size
+        self._speed.count(batch, pl_module.front_end.sample_rate, trainer.world_size)
         if self._latents and trainer.global_step != self._step_before:
-            metrics = self._speed() | self._latents
+            metrics = self._speed.read() | self._latents
             metrics["collapse/ema_distance"] = ema_distance(pl_module)
             if isinstance(pl_module.distance, CrossEntropy):
                 metrics |= class_metrics(pl_module.distance.codebook)
@@ -157,8 +163,8 @@ class CollapseMonitor(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)
             trainer.callback_metrics.update({k: torch.tensor(v) for k, v in metrics.items()})
-            self._start_clocks()
-        self._last_batch_end = time.perf_counter()
+            self._speed.restart()
+        self._speed.end_batch()
 
     @torch.no_grad()
     def _observe(
@@ -168,17 +174,6 @@ class CollapseMonitor(Callback):
         if not self._latents:
             self._latents = latent_metrics(jepa, batch, masks, output)
         return baseline_sums(jepa, batch.waveform, masks, output.target)
-
-    def _start_clocks(self) -> None:
-        self._seconds_of_audio = self._seconds_waiting = 0.0
-        self._clocks_started = self._last_batch_end = time.perf_counter()
-
-    def _speed(self) -> dict[str, float]:
-        elapsed = time.perf_counter() - self._clocks_started
-        return {
-            "speed/audio_seconds_per_second": self._seconds_of_audio / elapsed,
-            "speed/data_wait": self._seconds_waiting / elapsed,
-        }
 
     def _check(self, metrics: dict[str, float], trainer: Trainer) -> None:
         """Add `collapse/alarm` to the metrics; log a new alarm; stop after `stop_after` alarms."""

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from jepa_audio.errors import UserError
 from jepa_audio.steps.grid import AudioBatch
+from jepa_audio.training.watching.speed import speed_texts
 
 log = logging.getLogger(__name__)
 
@@ -46,15 +47,17 @@ class RunProgressBar(RichProgressBar):
     ) -> dict[str, int | str | float | dict[str, float]]:
         # `v_num`, the version number of the logs, is not a metric.
         metrics = super().get_metrics(trainer, pl_module)
-        return {name: value for name, value in metrics.items() if name != "v_num"}
+        speed = speed_texts(trainer.callback_metrics)
+        return {name: value for name, value in (metrics | speed).items() if name != "v_num"}
 
 
 class ProgressLines(Callback):
     """Log a line every `every_n_steps` optimizer steps, if the output is not a terminal.
 
     A line has the step, the last logged training and validation loss, the last RankMe of the
-    context, the clips of all processes per second since the last line, and the time left at the
-    mean speed of this start of the run. Only the process of rank zero logs lines.
+    context, the clips of all processes per second since the last line, the last share of time spent
+    waiting for data, the last MFU (`SpeedMeter`), and the time left at the mean speed of this start
+    of the run. Only the process of rank zero logs lines.
 
     Args:
         every_n_steps: optimizer steps between two lines; `None` for `trainer.log_every_n_steps`, 0
@@ -132,6 +135,7 @@ class ProgressLines(Callback):
             f"step {self._step}/{trainer.max_steps}",
             *(f"{label} {value:.4g}" for label, value in logged.items()),
             f"{num_clips / (now - self._last_line):.3g} clips/s",
+            *(f"{label} {text}" for label, text in speed_texts(trainer.callback_metrics).items()),
             f"{left} left",
         ]
         if trainer.is_global_zero:
