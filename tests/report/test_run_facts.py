@@ -80,7 +80,7 @@ def test_a_run_below_its_last_step_is_stopped_and_counts_the_later_of_checkpoint
 
 
 def test_a_run_is_running_while_a_process_has_its_lock(make_run: Callable[..., Path]):
-    folder = make_run("a", step=2)
+    folder = make_run("a", step=2, logged=2)
     with (folder / ".lock").open("w") as file:
         file.write("process 7 on here")
         file.flush()
@@ -145,7 +145,7 @@ def test_scores_are_the_best_of_the_last_results_of_the_encoders_of_a_run(
 
 def test_a_damaged_file_of_results_is_named(make_run: Callable[..., Path], tmp_path: Path):
     make_run("mel")
-    (tmp_path / "results.jsonl").write_text("{")
+    (tmp_path / "results.jsonl").write_text("{\n")
     runs, problems = read_facts([tmp_path])
     assert len(runs) == 1
     assert "results.jsonl, line 1" in problems[0]
