@@ -89,8 +89,10 @@ def file_lock(path: Path) -> Iterator[None]:
 
 
 def progress_bar() -> Progress:
-    """A progress bar that disappears at the end; no bar if standard error is not a terminal."""
-    return Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    """A progress bar that disappears at the end, in a terminal or a notebook; otherwise no bar."""
+    console = Console(stderr=True)
+    is_shown = sys.stderr.isatty() or console.is_jupyter
+    return Progress(console=console, transient=True, disable=not is_shown)
 
 
 def track_progress(items: Iterable[T], description: str, total: int) -> Iterator[T]:

@@ -45,6 +45,10 @@ COMMANDS = {
         "score frozen encoders on labelled tasks, with random-init and log-mel baselines",
         as_positional=False,
     ),
+    "embed": Command(
+        "jepa_audio.inference.embedding.run:embed",
+        "write one vector for each clip of a corpus: ENCODER SOURCE... -o out.parquet",
+    ),
     "report": Command(
         "jepa_audio.report.page:write_report",
         "write one HTML page about the runs of a folder: curves, masks, probe results",

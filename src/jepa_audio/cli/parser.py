@@ -89,9 +89,13 @@ def run_function(
     parser = HelpfulParser(prog=f"jepa-audio {name}", description=summary)
     parameters = inspect.signature(function).parameters
     several = [word for word in parameters if word in _WORDS]
-    for word in several:
+    # The words of the command line have the order of the parameters.
+    first = [word for word in several if word == next(iter(parameters))]
+    for word in first:
         parser.add_argument(word, nargs="+", type=str, help=_WORDS[word])
     parser.add_function_arguments(function, as_positional=as_positional, skip=set(several))
+    for word in several[len(first) :]:
+        parser.add_argument(word, nargs="+", type=str, help=_WORDS[word])
     flags = {f"--{key}" for key, p in parameters.items() if p.annotation in (bool, "bool")}
     args = ["--output" if arg == "-o" else arg for arg in args]
     pairs = zip(args, [*args[1:], ""], strict=True)

@@ -1,28 +1,39 @@
-"""A pretrained encoder: audio of any length → the tokens of every layer."""
+"""A pretrained encoder: audio in any form → the tokens of every layer, or one vector a clip."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Literal
 
 import torch
-from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from typing_extensions import override
 
 from jepa_audio.errors import UserError
+from jepa_audio.inference.audio import Clips, count_notes, list_clips
 from jepa_audio.inference.features import LayerFeatures, pad_features
-from jepa_audio.inference.windows import Windows, cut_as_wavjepa, cut_exact, pad_to_one_token
+from jepa_audio.inference.pooling import parse_pooling
+from jepa_audio.inference.windowed import WindowedEncoder, Windowing
+from jepa_audio.parallel import map_threads, track_progress
 from jepa_audio.steps.encoder.transformer import Transformer
 from jepa_audio.steps.front_ends import FrontEnd
-from jepa_audio.steps.grid import TokenSet
 from jepa_audio.training.initialization import draw_weights
 
+log = logging.getLogger(__name__)
 
-class Encoder(nn.Module):
+_NUM_READERS = 4
+
+
+class Encoder(WindowedEncoder):
     """Front end and encoder of a JEPA, without gradients and in evaluation mode.
+
+    `encode` gives the tokens of every layer, `embed` one vector for each clip. A frozen encoder
+    stays in evaluation mode in every module that contains it; `unfreeze` is for fine-tuning.
 
     A clip longer than a training crop is encoded in windows as long as a crop. The position
     encodings are therefore the same as during training.
@@ -32,8 +43,8 @@ class Encoder(nn.Module):
         encoder: tokens → latents.
         window_samples: largest length of a window in samples: the length of a training crop.
         overlap: share of a window that overlaps with the next window, in [0, 1).
-        windowing: "exact" for windows without padding (`cut_exact`), "wavjepa" for the windows of
-            the published WavJEPA code (`cut_as_wavjepa`).
+        windowing: "exact" for windows without padding (`exact_windows`), "wavjepa" for the windows
+            of the published WavJEPA code (`windows_as_wavjepa`).
         max_windows: largest number of windows in one forward pass; it limits the memory.
         settings: class paths and arguments of `front_end` and `encoder`; `save_encoder` needs them.
         source: the run or the file of the weights, for messages.
@@ -47,26 +58,24 @@ class Encoder(nn.Module):
         window_samples: int,
         *,
         overlap: float = 0.0,
-        windowing: Literal["exact", "wavjepa"] = "exact",
+        windowing: Windowing = "exact",
         max_windows: int = 64,
         settings: Mapping[str, Any] | None = None,
         source: str = "",
         which: Literal["context", "target", "random"] = "context",
     ) -> None:
-        super().__init__()
-        if not 0 <= overlap < 1 or max_windows < 1:
-            raise UserError(
-                f"`overlap` ({overlap}) must be in [0, 1) and `max_windows` ({max_windows}) at "
-                "least 1"
-            )
-        if windowing not in ("exact", "wavjepa") or (windowing == "wavjepa" and overlap):
-            raise UserError(
-                f"`windowing` ({windowing!r}) must be 'exact', or 'wavjepa' with `overlap` 0"
-            )
-        self.front_end, self.encoder, self.window_samples = front_end, encoder, window_samples
-        self.overlap, self.windowing, self.max_windows = overlap, windowing, max_windows
+        super().__init__(
+            front_end,
+            encoder,
+            window_samples,
+            overlap=overlap,
+            windowing=windowing,
+            max_windows=max_windows,
+        )
         self.settings, self.source, self.which = settings, source, which
-        self.requires_grad_(False).eval()
+        # Conversions of audio that were logged.
+        self._logged: set[str] = set()
+        self.freeze()
 
     @property
     def sample_rate(self) -> int:
@@ -78,14 +87,54 @@ class Encoder(nn.Module):
         """Audio channels of the waveforms."""
         return self.front_end.num_channels
 
-    @cached_property
-    def min_samples(self) -> int:
-        """Samples of the shortest clip that is encoded without padding."""
-        return self.front_end.min_samples
+    @property
+    def num_layers(self) -> int:
+        """Number of layers: the input of the first block, and the output of every block."""
+        return self.encoder.depth + 1
+
+    @property
+    def frame_seconds(self) -> float:
+        """Seconds from one time column to the next, inside a window."""
+        times = self.front_end.times(self._example_samples).double()
+        if len(times) == 1:
+            return self._example_samples / self.sample_rate
+        return float(times[-1] - times[0]) / (len(times) - 1)
+
+    @property
+    def _example_samples(self) -> int:
+        return max(self.window_samples, self.min_samples)
+
+    def freeze(self) -> Encoder:
+        """Give no weight gradients, and use evaluation mode; the state after loading."""
+        return self.requires_grad_(False).eval()
+
+    def unfreeze(self) -> Encoder:
+        """Give all weights gradients, for fine-tuning; `train()` then switches on drop path."""
+        return self.requires_grad_(True)
+
+    @override
+    def train(self, mode: bool = True) -> Encoder:
+        """As for any module, but a frozen encoder stays in evaluation mode."""
+        return super().train(mode and not self.is_frozen)
+
+    @override
+    def __repr__(self) -> str:
+        rows = self.front_end.grid(self._example_samples).num_freq
+        parts = [
+            f"{self.which} encoder",
+            f"{self.num_layers} layers of width {self.encoder.embed_dim}",
+            f"{self.sample_rate} Hz",
+            f"{self.num_channels} channel{'s' * (self.num_channels > 1)}",
+            f"{rows / self.frame_seconds:.4g} tokens/s in {rows} row{'s' * (rows > 1)}",
+        ]
+        return (
+            f"Encoder({self.source or 'not from a file'}: {', '.join(parts)}"
+            f"{'' if self.is_frozen else ', not frozen'})"
+        )
 
     @staticmethod
     def from_jepa(
-        jepa: nn.Module, window_samples: int, which: Literal["context", "target"] = "context"
+        jepa: Any, window_samples: int, which: Literal["context", "target"] = "context"
     ) -> Encoder:
         """A copy of the context encoder or of the target encoder of a `JEPA`."""
         parts = jepa.front_end, jepa.encoder
@@ -105,97 +154,134 @@ class Encoder(nn.Module):
         twin.source, twin.which = f"random weights of seed {seed}, as in {self.source}", "random"
         return twin
 
-    @torch.inference_mode()
-    def encode_batch(
+    def forward(
         self,
         waveform: Float[Tensor, "B C S"],
         lengths: Int[Tensor, " B"] | None = None,
         layers: Sequence[int] | None = None,
     ) -> LayerFeatures:
-        """Features of a batch of clips; samples after the end of a clip have no influence.
+        """The same as `encode_batch`."""
+        return self.encode_batch(waveform, lengths, layers)
 
-        A clip that is too short for one token (shorter than `min_samples`) is padded with zeros at
-        its end, as in training, and has one column; see `pad_to_one_token`.
+    def encode(
+        self,
+        audio: Any,
+        sample_rate: int | Sequence[int | None] | None = None,
+        *,
+        layers: int | Sequence[int] | None = None,
+        frame_seconds: float | None = None,
+    ) -> LayerFeatures:
+        """The tokens of every layer, for audio in any form.
+
+        Audio is converted to the rate and the channels of the encoder. Each kind of conversion is
+        logged once for an encoder. The results are ordinary tensors on the device of the encoder.
+        They have gradients if the encoder is not frozen.
 
         Args:
-            waveform: the clips, at `sample_rate`.
-            lengths: number of samples of each clip; `None` if all clips have S samples.
+            audio: the path of a file; an array or a tensor `[S]`, `[C, S]` or `[B, C, S]`; or a
+                list of clips, each of which is a path, `[S]` or `[C, S]`, of any lengths. Integers
+                are divided by their full scale (int16: 32768).
+            sample_rate: rate of arrays and tensors in Hz, for a list also one for each clip. Files
+                have their own rate.
             layers: indices of the layers to return, such as `[-1]` for the last; `None` for all.
+            frame_seconds: seconds from one time column to the next. The result then has the
+                nearest column of the encoder at each of these times, see
+                `LayerFeatures.at_regular_times`. `None` for the columns of the encoder, which are
+                not regular where two windows meet.
 
         Raises:
-            UserError: if a clip has no samples.
+            UserError: if the rate of an array is missing, if the shape is ambiguous, or if a clip
+                is empty, not finite or unreadable; the message names the clip.
         """
-        if lengths is None:
-            lengths = torch.full((len(waveform),), waveform.shape[-1])
-        if int(lengths.min()) < 1:
-            raise UserError("a clip of 0 samples cannot be encoded: remove it")
-        # Clips of equal length are encoded together: the front end then never gets padding.
-        groups = [(lengths == length).nonzero()[:, 0] for length in lengths.unique()]
-        parts = [
-            self._encode_equal(waveform[rows, :, : int(lengths[rows[0]])], layers)
-            for rows in groups
-        ]
-        if len(groups) > 1:
-            return pad_features(groups, parts)
-        ((all_layers, times),) = parts
-        times = times.to(waveform.device).expand(len(waveform), -1)
-        return LayerFeatures(all_layers, times, torch.ones_like(times, dtype=torch.bool))
+        parts = list(self._encode_audio(audio, sample_rate, self.layer_indices(layers)))
+        features = pad_features(parts)
+        return features if frame_seconds is None else features.at_regular_times(frame_seconds)
 
-    def _encode_equal(
-        self, clips: Float[Tensor, "B C S"], layers: Sequence[int] | None
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Layers `[B, T, F, D]` and times `[T]` of clips of equal length."""
+    def embed(
+        self,
+        audio: Any,
+        sample_rate: int | Sequence[int | None] | None = None,
+        *,
+        layers: int | Sequence[int] | None = (-1,),
+        pool: str = "mean",
+    ) -> Float[Tensor, "B _"]:
+        """One vector for each clip.
+
+        Args:
+            audio: see `encode`.
+            sample_rate: see `encode`.
+            layers: indices of the layers, whose vectors are concatenated; `None` for all.
+            pool: statistics of the time columns, as in `jepa-audio probe --pooling`: "mean",
+                "thirds", "regions_N", each also with `_std`, `_change` or both ("mean_std"); with
+                "/concat" at the end, the frequency rows are concatenated instead of averaged.
+
+        Raises:
+            UserError: see `encode`; also if `pool` is another word.
+        """
+        pooling = parse_pooling(pool)
+        if pooling.regions == 0:
+            raise UserError("`pool` is 'frames', which is no vector of a clip: use `encode`")
+        vectors: dict[int, Tensor] = {}
+        for rows, features in self._encode_audio(audio, sample_rate, self.layer_indices(layers)):
+            vectors.update(zip(rows, pooling.vectors(features)[:, 0], strict=True))
+        return torch.stack([vectors[row] for row in range(len(vectors))])
+
+    def layer_indices(self, layers: int | Sequence[int] | None) -> list[int] | None:
+        """The indices of layers as a list of indices from 0; `None` for all layers.
+
+        Raises:
+            UserError: if a layer does not exist.
+        """
+        if layers is None:
+            return None
+        chosen = [layers] if isinstance(layers, int) else [int(layer) for layer in layers]
+        count = self.num_layers
+        if not chosen or not all(-count <= layer < count for layer in chosen):
+            raise UserError(
+                f"`layers` is {chosen}, must be indices in [0, {count - 1}], or from the end in "
+                f"[{-count}, -1]"
+            )
+        return [layer % count for layer in chosen]
+
+    def _encode_audio(
+        self,
+        audio: Any,
+        sample_rate: int | Sequence[int | None] | None,
+        layers: Sequence[int] | None,
+    ) -> Iterator[tuple[list[int], LayerFeatures]]:
+        """Rows of the result, and their features; clips are read and encoded some at a time."""
+        clips = list_clips(audio, sample_rate, self.num_channels)
+        device = next(self.parameters()).device
+
+        def load(each: Clips) -> tuple[Tensor, list[str]]:
+            return each.convert(self.sample_rate, self.num_channels)
+
+        loaded = map_threads(load, clips, _NUM_READERS, num_submitted=2 * self.max_windows)
         if len(clips) > self.max_windows:
-            parts = [self._encode_equal(part, layers) for part in clips.split(self.max_windows)]
-            by_layer = zip(*(part_layers for part_layers, _ in parts), strict=True)
-            return tuple(map(torch.cat, by_layer)), parts[0][1]
-        if self.windowing == "wavjepa":
-            windows = cut_as_wavjepa(clips, self.front_end, self.window_samples)
-        elif clips.shape[-1] < self.min_samples:
-            windows = pad_to_one_token(clips, self.front_end, self.min_samples)
-        else:
-            windows = cut_exact(clips, self.front_end, self.window_samples, self.overlap)
-        return self._encode_windows(windows, layers), windows.times
-
-    def _encode_windows(
-        self, windows: Windows, layers: Sequence[int] | None
-    ) -> tuple[Float[Tensor, "B _ F D"], ...]:
-        """The kept columns of all windows, concatenated in time."""
-        batch_size = len(windows.waveforms[0])
-        chunk_size = max(1, self.max_windows // batch_size)
-        joined: list[Tensor] = []
+            loaded = track_progress(loaded, "Encoding", len(clips))
         done = 0
-        for first in range(0, len(windows.waveforms), chunk_size):
-            chunk = slice(first, first + chunk_size)
-            parts = self._encode_chunk(windows, chunk, layers)
-            if not joined:
-                # Allocate the result once; `torch.cat` at the end would need twice the memory.
-                size = batch_size, len(windows.times)
-                joined = [part.new_empty(*size, *part.shape[2:]) for part in parts]
-            end = done + int(windows.kept[chunk].sum())
-            for layer, part in zip(joined, parts, strict=True):
-                layer[:, done:end] = part
-            done = end
-        return tuple(joined)
+        while chunk := list(islice(loaded, self.max_windows)):
+            waveforms = [clip.to(device) for waveform, _ in chunk for clip in waveform]
+            self._log_conversions([notes for w, notes in chunk for _ in w], waveforms)
+            for rows, features in self.encode_clips(waveforms, layers):
+                yield [done + row for row in rows], features
+            done += len(waveforms)
 
-    def _encode_chunk(
-        self, windows: Windows, chunk: slice, layers: Sequence[int] | None
-    ) -> list[Float[Tensor, "B _ F D"]]:
-        """The kept columns of the windows in `chunk`, encoded in one forward pass."""
-        waveforms, kept = windows.waveforms[chunk], windows.kept[chunk]
-        stacked = torch.stack(list(waveforms)).flatten(0, 1)  # [W * B, C, S]
-        grid = self.front_end.grid(stacked.shape[-1])
-        tokens = self.front_end(stacked)
-        attended = None
-        if windows.mask_dropped:
-            index = torch.arange(grid.num_tokens).expand(len(stacked), -1)
-            valid = repeat(kept, "w t -> (w b) (t f)", b=len(waveforms[0]), f=grid.num_freq)
-            attended = TokenSet(index, valid).to(stacked.device)
-        blocks = self.encoder.forward_layers(tokens, grid, attended)
-        first, last = self.encoder.add_positions(tokens, grid), self.encoder.norm(blocks[-1])
-        outputs = [first, *blocks[:-1], last]
-        chosen = outputs if layers is None else [outputs[layer] for layer in layers]
-        columns = kept.flatten().to(stacked.device)
-        shape = {"w": len(waveforms), "t": grid.num_time}
-        joined = (rearrange(x, "(w b) (t f) d -> b (w t) f d", **shape) for x in chosen)
-        return [layer[:, columns] for layer in joined]
+    def _log_conversions(self, notes: list[list[str]], waveforms: list[Tensor]) -> None:
+        """Log each kind of conversion once, with the number of clips of the first time."""
+        num_short = sum(waveform.shape[-1] < self.min_samples for waveform in waveforms)
+        seconds = self.min_samples / self.sample_rate
+        short = [f"shorter than one token ({seconds:.3g} s), padded with zeros"]
+        for note, count in count_notes([*notes, *[short] * num_short]).items():
+            if note not in self._logged:
+                self._logged.add(note)
+                log.warning("%d %s: %s", count, "clip" if count == 1 else "clips", note)
+
+
+def state_hash(module: nn.Module) -> str:
+    """SHA-256 of names, types, shapes and values of the state of a module."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -77,6 +77,30 @@ class LayerFeatures:
         mean = frequency == "mean"
         return [layer.mean(dim=2) if mean else layer.flatten(2) for layer in self.layers]
 
+    def at_regular_times(self, frame_seconds: float) -> LayerFeatures:
+        """The nearest time column at regular times, for clients that need a regular grid.
+
+        The first time is that of the first column, the last is at most half a frame away from the
+        last column. A column may be repeated or left out.
+
+        Args:
+            frame_seconds: seconds from one time to the next; `Encoder.frame_seconds` keeps the rate
+                of the encoder.
+
+        Raises:
+            UserError: if `frame_seconds` is not positive.
+        """
+        if not 0 < frame_seconds < float("inf"):
+            raise UserError(f"`frame_seconds` ({frame_seconds}) must be positive")
+        counts = self.valid.sum(dim=1).tolist()
+        groups = []
+        for row, count in enumerate(counts):
+            index, times = _regular_columns(self.times[row, :count], frame_seconds)
+            layers = tuple(layer[row : row + 1, index] for layer in self.layers)
+            valid = torch.ones_like(times, dtype=torch.bool)
+            groups.append(([row], LayerFeatures(layers, times[None], valid[None])))
+        return pad_features(groups)
+
     def pool_regions(self, freq_chunks: int, time_chunks: int) -> list[Float[Tensor, "B _"]]:
         """Partitioned region pooling, as for PupuJEPA (Gu et al., 2026, arXiv:2606.25713).
 
@@ -118,24 +142,40 @@ def _mean_weights(
     return within / (end - first)[..., None]
 
 
-def pad_features(
-    rows: Sequence[Tensor], parts: Sequence[tuple[tuple[Tensor, ...], Tensor]]
-) -> LayerFeatures:
+def pad_features(groups: Sequence[tuple[Sequence[int], LayerFeatures]]) -> LayerFeatures:
     """Combine the features of clips of different lengths into one batch, padded with zeros.
 
     Args:
-        rows: for each part, the rows of its clips in the batch.
-        parts: layers `[b, T, F, D]` and times `[T]` of clips of equal length.
+        groups: for each group of clips of equal length, the rows of its clips in the batch, and
+            their features.
     """
-    first = parts[0][0]
-    shape = (sum(map(len, rows)), max(len(times) for _, times in parts))
+    if len(groups) == 1:
+        return groups[0][1]
+    first = groups[0][1].layers
+    num_columns = max(part.times.shape[1] for _, part in groups)
+    shape = (sum(len(rows) for rows, _ in groups), num_columns)
     layers = tuple(layer.new_zeros(*shape, *layer.shape[2:]) for layer in first)
     times = torch.zeros(shape, device=first[0].device)
     valid = torch.zeros(shape, dtype=torch.bool, device=first[0].device)
-    for part_rows, (part_layers, part_times) in zip(rows, parts, strict=True):
-        num_columns = len(part_times)
-        times[part_rows, :num_columns] = part_times.to(times)
-        valid[part_rows, :num_columns] = True
-        for layer, part in zip(layers, part_layers, strict=True):
-            layer[part_rows, :num_columns] = part
+    for part_rows, part in groups:
+        rows, end = list(part_rows), part.times.shape[1]
+        times[rows, :end] = part.times.to(times)
+        valid[rows, :end] = True
+        for layer, part_layer in zip(layers, part.layers, strict=True):
+            layer[rows, :end] = part_layer
     return LayerFeatures(layers, times, valid)
+
+
+def _regular_columns(
+    times: Float[Tensor, " T"], frame_seconds: float
+) -> tuple[Int[Tensor, " G"], Float[Tensor, " G"]]:
+    """Indices of the columns that are nearest to regular times, and these times."""
+    seconds = times.double()
+    count = int(float(seconds[-1] - seconds[0]) / frame_seconds + 0.5) + 1
+    grid = (
+        seconds[0] + torch.arange(count, dtype=torch.float64, device=times.device) * frame_seconds
+    )
+    right = torch.searchsorted(seconds, grid).clamp(0, len(seconds) - 1)
+    left = (right - 1).clamp_min(0)
+    is_left = grid - seconds[left] <= (seconds[right] - grid).abs()
+    return torch.where(is_left, left, right), grid.to(times)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import cast, get_args
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -53,6 +54,10 @@ class Pooling:
         statistics = {"deviation": self.deviation, "change": self.change}
         return [rows[:, None] for rows in features.pool(self.frequency, self.regions, **statistics)]
 
+    def vectors(self, features: LayerFeatures) -> Float[Tensor, "B rows _"]:
+        """The rows of all layers, concatenated."""
+        return torch.cat(self(features), dim=-1)
+
     @property
     def frames(self) -> Pooling:
         """The pooling of labels in time: every time column."""
@@ -74,6 +79,19 @@ def parse_poolings(times: Sequence[str], frequencies: Sequence[str]) -> tuple[Po
     if not names or len(set(names)) < len(names):
         raise UserError(f"`pooling` and `frequency` must name different poolings, got {names}")
     return tuple(poolings)
+
+
+def parse_pooling(name: str) -> Pooling:
+    """The pooling of a name such as "mean_std" or "frames", with "/concat" for the frequency rows.
+
+    Raises:
+        UserError: for a name that does not exist.
+    """
+    time, _, frequency = name.partition("/")
+    if time == "frames":
+        (pooling,) = parse_poolings(["mean"], [frequency or "mean"])
+        return pooling.frames
+    return parse_poolings([time], [frequency or "mean"])[0]
 
 
 def _parse(name: str) -> Pooling:

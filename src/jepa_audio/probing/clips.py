@@ -11,8 +11,8 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from jepa_audio.data.audio.read import read
-from jepa_audio.data.audio.resample import resample
 from jepa_audio.errors import UserError
+from jepa_audio.inference.audio import convert
 from jepa_audio.probing.tasks.records import Item
 
 # A FLAC file without a length has 2^63 - 1 frames.
@@ -33,9 +33,7 @@ def load_waveform(item: Item, sample_rate: int, num_channels: int) -> Float32[Te
     samples, rate = read(item.path)
     segment = item_segment(item, samples.shape[1], rate, len(samples), num_channels)
     waveform = torch.from_numpy(samples[:, segment.start : segment.stop])
-    if num_channels == 1:
-        waveform = waveform.mean(dim=0, keepdim=True)
-    return resample(waveform, rate, sample_rate).expand(num_channels, -1)
+    return convert(waveform, rate, sample_rate, num_channels, str(item.path))
 
 
 def item_segment(

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from jepa_audio.errors import UserError
-from jepa_audio.inference.encoder import Encoder
+from jepa_audio.inference.encoder import Encoder, state_hash
 from jepa_audio.inference.features import LayerFeatures
 from jepa_audio.inference.load import load_encoder
 from jepa_audio.inference.pooling import Pooling
@@ -242,15 +242,6 @@ class FunctionEncoder(ProbeEncoder):
 def _layer_features(layers: Sequence[Tensor], times: Float[Tensor, " T"]) -> LayerFeatures:
     times = times.expand(len(layers[0]), -1)
     return LayerFeatures(tuple(layers), times, torch.ones_like(times, dtype=torch.bool))
-
-
-def state_hash(module: nn.Module) -> str:
-    """SHA-256 of names, types, shapes and values of the state of a module."""
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

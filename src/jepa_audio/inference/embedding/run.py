@@ -1,0 +1,225 @@
+"""The command `embed`: one row for each clip of a corpus, in a file that is read everywhere."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+import time
+from contextlib import nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from jepa_audio.errors import UserError, printable
+from jepa_audio.files import read_json, write_text
+from jepa_audio.inference.embedding.files import ChunkDataset, files_hash, list_files
+from jepa_audio.inference.embedding.predict import FileEmbedder, FileModule
+from jepa_audio.inference.embedding.tables import (
+    check_output,
+    count_rows,
+    read_metadata,
+    read_reports,
+    write_bad_files,
+    write_output,
+)
+from jepa_audio.inference.encoder import state_hash
+from jepa_audio.inference.load import load_encoder
+from jepa_audio.inference.pooling import parse_pooling
+from jepa_audio.parallel import file_lock
+
+log = logging.getLogger(__name__)
+
+_NUM_LOGGED = 20
+
+
+def embed(
+    encoder: str,
+    sources: list[str],
+    output: Path = Path("embeddings.parquet"),
+    *,
+    which: Literal["context", "target", "random"] = "context",
+    layers: list[int] | None = None,
+    pooling: str = "mean",
+    segment_seconds: float | None = None,
+    hop_seconds: float | None = None,
+    overlap: float = 0.0,
+    windowing: Literal["exact", "wavjepa"] = "exact",
+    max_windows: int = 64,
+    num_workers: int | None = None,
+    accelerator: str = "auto",
+    devices: int | str = "auto",
+    num_nodes: int = 1,
+    precision: str = "32-true",
+    overwrite: bool = False,
+) -> str | None:
+    """Embed all files of a corpus; write one row for each clip with path, start, end and vector.
+
+    If the command is interrupted, the same command continues. Files that cannot be read are listed
+    on the screen and in `OUTPUT.skipped.csv`.
+
+    Args:
+        encoder: the folder of a run, a checkpoint, an exported folder, or a name on the Hugging
+            Face Hub.
+        sources: see `jepa_audio.data.corpus.sources.discover_files`; also corpus tables.
+        output: file that ends in .parquet, .npz or .h5 (-o).
+        which: "context", "target" or "random" (the weights of step 0).
+        layers: indices of layers, such as "[6, 12]", whose vectors are concatenated; 0 is the input
+            of the first block; by default the last layer.
+        pooling: as for `probe`: mean, thirds, regions_N, each also with _std, _change or both;
+            "frames" writes one row for each time column. With "/concat" at the end, the frequency
+            rows are concatenated instead of averaged.
+        segment_seconds: length of segments, each of which is one row; the last segment of a file
+            may be shorter. By default, a file is one row.
+        hop_seconds: seconds from one segment to the next; by default `segment_seconds`.
+        overlap: overlap of the windows in which a clip is encoded, as a share of a window.
+        windowing: "wavjepa" for the windows of the published WavJEPA code.
+        max_windows: largest number of windows in one forward pass; it limits the memory.
+        num_workers: processes that read files, for each device; by default its share of the cores,
+            at most 8.
+        accelerator: see Lightning's Trainer, as for the next options.
+        devices: number of devices of a machine.
+        num_nodes: number of machines.
+        precision: "32-true", "bf16-mixed" or "16-mixed".
+        overwrite: replace a file that holds other embeddings.
+
+    Raises:
+        UserError: if nothing can be embedded, or if an option is wrong.
+    """
+    check_output(output)
+    model, metadata = _prepare_model(
+        encoder,
+        which,
+        {"overlap": overlap, "windowing": windowing, "max_windows": max_windows},
+        layers,
+        pooling,
+        segment_seconds,
+        hop_seconds,
+        output.with_name(f"{output.name}.parts"),
+    )
+    files = list_files(sources)
+    metadata |= {"precision": precision, "files": files_hash(files)}
+    data = ChunkDataset(files, model.encoder.sample_rate, model.encoder.num_channels)
+    folder = model.folder
+    is_first = not getattr(rank_zero_only, "rank", None)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = output.with_name(f".{output.name}.lock")
+    with file_lock(lock) if is_first else nullcontext():
+        if is_first and output.exists() and not overwrite:
+            if read_metadata(output) == metadata:
+                shutil.rmtree(folder, ignore_errors=True)
+                lock.unlink(missing_ok=True)
+                return f"{output} is complete: it holds the embeddings of these files"
+            raise UserError(
+                f"{output} exists and holds other embeddings, or another kind of data: choose "
+                "another name, or replace it with `--overwrite true`"
+            )
+        if is_first:
+            _prepare_parts(folder, metadata, len(data))
+        has_bar = sys.stderr.isatty()
+        trainer = Trainer(
+            accelerator=accelerator,
+            devices=devices,
+            num_nodes=num_nodes,
+            precision=precision,  # type: ignore[arg-type]
+            logger=False,
+            callbacks=[RichProgressBar()] if has_bar else [],
+            enable_progress_bar=has_bar,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+        module = FileModule(
+            data, lambda chunk: model.part_path(chunk).exists(), num_workers, has_bar
+        )
+        trainer.predict(model, datamodule=module, return_predictions=False)
+        if not is_first:
+            return None
+        summary = _finish(model, len(data), output, metadata)
+        lock.unlink(missing_ok=True)
+        return summary
+
+
+def _prepare_model(
+    source: str,
+    which: Literal["context", "target", "random"],
+    options: dict[str, Any],
+    layers: list[int] | None,
+    pooling: str,
+    segment_seconds: float | None,
+    hop_seconds: float | None,
+    folder: Path,
+) -> tuple[FileEmbedder, dict[str, Any]]:
+    """The model, and the settings on which the vectors depend."""
+    parsed = parse_pooling(pooling)
+    encoder = load_encoder(source, which, **options)
+    indices = encoder.layer_indices([-1] if layers is None else layers) or []
+    if hop_seconds is not None and segment_seconds is None:
+        raise UserError(f"`hop_seconds` ({hop_seconds}) needs `segment_seconds`")
+    rate = encoder.sample_rate
+    lengths = [None if s is None else round(s * rate) for s in (segment_seconds, hop_seconds)]
+    for name, length in zip(("segment_seconds", "hop_seconds"), lengths, strict=True):
+        if length is not None and length < 1:
+            raise UserError(f"`{name}` must be at least one sample at {rate} Hz")
+    model = FileEmbedder(encoder, indices, parsed, lengths[0], lengths[1], folder)
+    metadata = {
+        "encoder": encoder.source,
+        "which": which,
+        "weights": state_hash(encoder),
+        "layers": indices,
+        "pooling": parsed.name,
+        "width": model.width,
+        "sample_rate": rate,
+        "frame_seconds": encoder.frame_seconds,
+        "segment_seconds": segment_seconds,
+        "hop_seconds": hop_seconds,
+        **options,
+        "version": version("jepa-audio"),
+    }
+    return model, metadata
+
+
+def _prepare_parts(folder: Path, metadata: dict[str, Any], num_chunks: int) -> None:
+    """Keep the parts of an interrupted command with the same settings; remove others."""
+    stated = folder / "settings.json"
+    if stated.is_file() and read_json(stated) == metadata:
+        done = len(list(folder.glob("[0-9]*.parquet")))
+        log.info("%s has %d of %d parts: the work continues", folder, done, num_chunks)
+        return
+    if folder.exists():
+        log.warning("%s is of other files, options or weights, and is removed", folder)
+        shutil.rmtree(folder)
+    write_text(stated, json.dumps(metadata, indent=2))
+
+
+def _finish(model: FileEmbedder, num_chunks: int, output: Path, metadata: dict[str, Any]) -> str:
+    """Wait for the parts of all processes, and write the final file."""
+    parts = [model.part_path(chunk) for chunk in range(num_chunks)]
+    while missing := [path for path in parts if not path.exists()]:
+        log.info("waiting for %d parts of other processes", len(missing))
+        time.sleep(2)
+    bad, notes = read_reports(parts)
+    for note, count in notes.items():
+        log.info("%d %s: %s", count, "file" if count == 1 else "files", note)
+    skipped = output.with_name(f"{output.name}.skipped.csv")
+    for name, reason in list(bad.items())[:_NUM_LOGGED]:
+        log.warning("skipped %s: %s", printable(name, one_line=True), reason)
+    if len(bad) > _NUM_LOGGED:
+        log.warning("skipped %d more files; %s lists all", len(bad) - _NUM_LOGGED, skipped)
+    skipped.unlink(missing_ok=True)
+    if bad:
+        write_bad_files(skipped, bad)
+    num_rows = count_rows(parts)
+    if not num_rows:
+        raise UserError(
+            f"none of the {len(bad)} files could be embedded; {skipped} has the reasons"
+        )
+    write_output(parts, output, model.width, metadata)
+    shutil.rmtree(model.folder)
+    ending = f"; {len(bad)} files were skipped: {skipped}" if bad else ""
+    return f"{output}: {num_rows} rows of {model.width} values{ending}"

@@ -1,0 +1,281 @@
+"""Waveforms at the rate of an encoder → the tokens of every layer, in windows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from itertools import islice
+from typing import Literal
+
+import numpy as np
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from jepa_audio.errors import UserError
+from jepa_audio.inference.features import LayerFeatures, pad_features
+from jepa_audio.inference.windows import (
+    Windows,
+    exact_windows,
+    padded_window,
+    windows_as_wavjepa,
+)
+from jepa_audio.steps.encoder.transformer import Transformer
+from jepa_audio.steps.front_ends import FrontEnd
+from jepa_audio.steps.grid import TokenSet
+
+Windowing = Literal["exact", "wavjepa"]
+_NUM_PLANS = 256
+
+
+class WindowedEncoder(nn.Module):
+    """Front end and encoder; a clip longer than a training crop is encoded in windows.
+
+    See `Encoder` for the arguments.
+    """
+
+    def __init__(
+        self,
+        front_end: FrontEnd,
+        encoder: Transformer,
+        window_samples: int,
+        *,
+        overlap: float,
+        windowing: Windowing,
+        max_windows: int,
+    ) -> None:
+        super().__init__()
+        if not 0 <= overlap < 1 or max_windows < 1:
+            raise UserError(
+                f"`overlap` ({overlap}) must be in [0, 1) and `max_windows` ({max_windows}) at "
+                "least 1"
+            )
+        if windowing not in ("exact", "wavjepa") or (windowing == "wavjepa" and overlap):
+            raise UserError(
+                f"`windowing` ({windowing!r}) must be 'exact', or 'wavjepa' with `overlap` 0"
+            )
+        self.front_end, self.encoder, self.window_samples = front_end, encoder, window_samples
+        self.overlap, self.windowing, self.max_windows = overlap, windowing, max_windows
+        # The windows of some lengths of clips: during `torch.export`, they cannot be computed.
+        self._plans: dict[tuple[object, ...], Windows] = {}
+
+    @cached_property
+    def min_samples(self) -> int:
+        """Samples of the shortest clip that is encoded without padding."""
+        return self.front_end.min_samples
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether no weight gets gradients."""
+        return not any(parameter.requires_grad for parameter in self.parameters())
+
+    def encode_batch(
+        self,
+        waveform: Float[Tensor, "B C S"],
+        lengths: Int[Tensor, " B"] | None = None,
+        layers: Sequence[int] | None = None,
+    ) -> LayerFeatures:
+        """Features of a batch of clips; samples after the end of a clip have no influence.
+
+        A clip that is too short for one token (shorter than `min_samples`) is padded with zeros at
+        its end, as in training, and has one column; see `padded_window`. `torch.export` needs
+        `lengths` `None`, and one earlier call with the same number of samples.
+
+        Args:
+            waveform: the clips, at the sample rate of the encoder.
+            lengths: number of samples of each clip; `None` if all clips have S samples.
+            layers: indices of the layers to return, such as `[-1]` for the last; `None` for all.
+
+        Raises:
+            UserError: if a clip has no samples.
+        """
+        if waveform.shape[-1] < 1 or (lengths is not None and int(lengths.min()) < 1):
+            raise UserError("a clip of 0 samples cannot be encoded: remove it")
+        if lengths is None:
+            return self._encode_equal(waveform, layers)
+        clips = [clip[:, :length] for clip, length in zip(waveform, lengths.tolist(), strict=True)]
+        return pad_features(list(self.encode_clips(clips, layers)))
+
+    def encode_clips(
+        self, clips: Sequence[Float[Tensor, "C _"]], layers: Sequence[int] | None
+    ) -> Iterator[tuple[list[int], LayerFeatures]]:
+        """Groups of clips, as indices, and their features; the clips of a group are equally long.
+
+        The front end never gets padding. Windows without padding are equally long for all clips
+        that are longer than a window, so these clips are encoded together.
+        """
+        by_length: dict[int, list[int]] = {}
+        for row, clip in enumerate(clips):
+            by_length.setdefault(clip.shape[-1], []).append(row)
+        longest = max(self.window_samples, self.min_samples - 1)
+        long = [length for length in by_length if length > longest]
+        if self.windowing == "exact" and len(long) > 1:
+            rows = sorted(row for length in long for row in by_length.pop(length))
+            features = self._encode_mixed([clips[row] for row in rows], layers)
+            yield from zip(([row] for row in rows), features, strict=True)
+        for _, rows in sorted(by_length.items()):
+            yield rows, self._encode_equal(torch.stack([clips[row] for row in rows]), layers)
+
+    def stream(
+        self,
+        read: Callable[[int, int], Float[Tensor, "B C _"]],
+        num_samples: int,
+        layers: Sequence[int] | None = None,
+        batch_size: int = 1,
+    ) -> Iterator[tuple[list[Float[Tensor, "B _ F D"]], Float[np.ndarray, " _"]]]:
+        """Layers and times of clips of equal length in parts, which together are all features.
+
+        Args:
+            read: returns the samples from one number up to another.
+            num_samples: length of the clips.
+            layers: see `encode_batch`.
+            batch_size: number of clips.
+        """
+        windows = self._windows(num_samples)
+        gain = None if windows.rms_dbfs is None else _gain(read, num_samples, windows.rms_dbfs)
+        size, done = max(1, self.max_windows // batch_size), 0
+        for first in range(0, len(windows.starts), size):
+            starts, kept = windows.starts[first : first + size], windows.kept[first : first + size]
+            if not kept.any():
+                continue
+            begin, end = starts[0], starts[-1] + windows.num_samples
+            waveform = read(begin, min(end, num_samples))
+            if gain is not None:
+                waveform = waveform * gain
+            waveform = F.pad(waveform, (0, end - begin - waveform.shape[-1]))
+            slices = [waveform[..., s - begin : s - begin + windows.num_samples] for s in starts]
+            stacked = torch.stack(slices).flatten(0, 1)  # [W * B, C, S]
+            outputs = self._encode_stacked(stacked, kept if windows.mask_dropped else None, layers)
+            parts = [rearrange(x, "(w b) t f d -> b (w t) f d", w=len(starts)) for x in outputs]
+            if not kept.all():
+                columns = torch.tensor(np.flatnonzero(kept).tolist(), device=stacked.device)
+                parts = [part[:, columns] for part in parts]
+            last = done + int(kept.sum())
+            yield parts, windows.times[done:last]
+            done = last
+
+    def num_columns(self, num_samples: int) -> int:
+        """Number of time columns of a clip."""
+        return len(self._windows(num_samples).times)
+
+    def _encode_equal(
+        self, clips: Float[Tensor, "B C S"], layers: Sequence[int] | None
+    ) -> LayerFeatures:
+        """The features of clips of equal length."""
+        num_samples = clips.shape[-1]
+        times = self._windows(num_samples).times
+        groups: list[list[Tensor]] = []
+        for group in clips.split(self.max_windows):
+            joined: list[Tensor] = []
+            done = 0
+
+            def read(start: int, stop: int, group: Tensor = group) -> Tensor:
+                return group[..., start:stop]
+
+            for parts, part_times in self.stream(read, num_samples, layers, len(group)):
+                if len(part_times) == len(times):
+                    joined = parts
+                    break
+                if not joined:
+                    # Allocate the result once; `torch.cat` at the end would need twice the memory.
+                    size = len(group), len(times)
+                    joined = [part.new_empty(*size, *part.shape[2:]) for part in parts]
+                for layer, part in zip(joined, parts, strict=True):
+                    layer[:, done : done + len(part_times)] = part
+                done += len(part_times)
+            groups.append(joined)
+        joined = groups[0] if len(groups) == 1 else list(map(torch.cat, zip(*groups, strict=True)))
+        return _features(joined, times)
+
+    def _encode_mixed(
+        self, clips: Sequence[Float[Tensor, "C _"]], layers: Sequence[int] | None
+    ) -> Iterator[LayerFeatures]:
+        """The features of each clip; every clip is longer than a window."""
+        plans = [self._windows(clip.shape[-1]) for clip in clips]
+        windows = (
+            (clip[:, start : start + plan.num_samples], kept)
+            for clip, plan in zip(clips, plans, strict=True)
+            for start, kept in zip(plan.starts, plan.kept, strict=True)
+        )
+        pieces: list[list[Tensor]] = []
+        number = 0
+        while batch := list(islice(windows, self.max_windows)):
+            outputs = self._encode_stacked(torch.stack([each for each, _ in batch]), None, layers)
+            for row, (_, kept) in enumerate(batch):
+                columns = np.flatnonzero(kept)
+                first, end = (columns[0], columns[-1] + 1) if len(columns) else (0, 0)
+                pieces.append([output[row, first:end] for output in outputs])
+                if len(pieces) == len(plans[number].starts):
+                    joined = [torch.cat(layer)[None] for layer in zip(*pieces, strict=True)]
+                    yield _features(joined, plans[number].times)
+                    pieces, number = [], number + 1
+
+    def _encode_stacked(
+        self,
+        waveforms: Float[Tensor, "R C S"],
+        attended: Bool[np.ndarray, "W T"] | None,
+        layers: Sequence[int] | None,
+    ) -> list[Float[Tensor, "R T F D"]]:
+        """The layers of equally long windows, in one forward pass.
+
+        Row w * B + b is window w of clip b; only the `attended` columns of the windows take part.
+        """
+        with self._gradients(waveforms):
+            grid = self.front_end.grid(waveforms.shape[-1])
+            tokens = self.front_end(waveforms)
+            keep = None
+            if attended is not None:
+                index = torch.arange(grid.num_tokens).expand(len(waveforms), -1)
+                clips = len(waveforms) // len(attended)
+                shape = {"b": clips, "f": grid.num_freq}
+                valid = repeat(torch.from_numpy(attended), "w t -> (w b) (t f)", **shape)
+                keep = TokenSet(index, valid).to(waveforms.device)
+            blocks = self.encoder.forward_layers(tokens, grid, keep)
+            first, last = self.encoder.add_positions(tokens, grid), self.encoder.norm(blocks[-1])
+            outputs = [first, *blocks[:-1], last]
+            chosen = outputs if layers is None else [outputs[layer] for layer in layers]
+            return [rearrange(x, "r (t f) d -> r t f d", t=grid.num_time) for x in chosen]
+
+    def _gradients(self, waveforms: Tensor) -> AbstractContextManager[object]:
+        """Without a need for gradients, the blocks also keep nothing for activation checkpoints."""
+        is_needed = waveforms.requires_grad or not self.is_frozen
+        return nullcontext() if is_needed or not torch.is_grad_enabled() else torch.no_grad()
+
+    def _windows(self, num_samples: int) -> Windows:
+        key = num_samples, self.window_samples, self.overlap, self.windowing
+        if key not in self._plans:
+            if self.windowing == "wavjepa":
+                plan = windows_as_wavjepa(num_samples, self.front_end, self.window_samples)
+            elif num_samples < self.min_samples:
+                plan = padded_window(num_samples, self.front_end, self.min_samples)
+            else:
+                plan = exact_windows(num_samples, self.front_end, self.window_samples, self.overlap)
+            while len(self._plans) >= _NUM_PLANS:
+                self._plans.pop(next(iter(self._plans)))
+            self._plans[key] = plan
+        return self._plans[key]
+
+
+def _features(layers: Sequence[Float[Tensor, "B T F D"]], times: np.ndarray) -> LayerFeatures:
+    on_device = torch.tensor(times.tolist(), device=layers[0].device).expand(len(layers[0]), -1)
+    return LayerFeatures(tuple(layers), on_device, torch.ones_like(on_device, dtype=torch.bool))
+
+
+def _gain(
+    read: Callable[[int, int], Float[Tensor, "B C _"]], num_samples: int, dbfs: float
+) -> Float[Tensor, "B 1 1"]:
+    """The factor that scales each clip to a level, from all of its samples."""
+    step = 1 << 22
+    if num_samples <= step:
+        mean = read(0, num_samples).square().mean(dim=(1, 2), keepdim=True)
+    else:
+        squares = [
+            read(start, min(start + step, num_samples)).square().sum(dim=(1, 2), keepdim=True)
+            / num_samples
+            for start in range(0, num_samples, step)
+        ]
+        mean = torch.stack(squares).sum(dim=0) / read(0, 1).shape[1]
+    return 10 ** (dbfs / 20) / mean.sqrt().clamp(min=1e-8)
