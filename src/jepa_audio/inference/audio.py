@@ -142,8 +142,9 @@ def list_clips(
     if not audio:
         raise UserError("`audio` is an empty list: give at least one clip")
     rates: Sequence[Any] = [sample_rate] * len(audio)
-    if not isinstance(sample_rate, str) and np.shape(sample_rate) == (len(audio),):
-        rates = list(sample_rate)  # type: ignore[arg-type]
+    rate_or_rates: Any = sample_rate
+    if not isinstance(sample_rate, str) and np.shape(rate_or_rates) == (len(audio),):
+        rates = list(rate_or_rates)
     clips = []
     for number, (value, rate) in enumerate(zip(audio, rates, strict=True)):
         name = f"clip {number}"

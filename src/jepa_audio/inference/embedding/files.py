@@ -128,7 +128,14 @@ class LoadedFile:
     notes: list[str] = field(default_factory=list)
 
 
-class ChunkDataset(Dataset[tuple[int, list[LoadedFile]]]):
+class Chunk(NamedTuple):
+    """Consecutive files, and the number of the chunk."""
+
+    number: int
+    files: list[LoadedFile]
+
+
+class ChunkDataset(Dataset[Chunk]):
     """Chunks of files, loaded in worker processes.
 
     Args:
@@ -144,9 +151,9 @@ class ChunkDataset(Dataset[tuple[int, list[LoadedFile]]]):
     def __len__(self) -> int:
         return len(self.chunks)
 
-    def __getitem__(self, index: int) -> tuple[int, list[LoadedFile]]:
-        """The number of a chunk, and its files."""
-        return index, [self._load(self.files[number]) for number in self.chunks[index]]
+    def __getitem__(self, index: int) -> Chunk:
+        """The files of a chunk."""
+        return Chunk(index, [self._load(self.files[number]) for number in self.chunks[index]])
 
     def _load(self, file: EmbedFile) -> LoadedFile:
         if file.reason:

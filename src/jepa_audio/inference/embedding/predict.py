@@ -21,6 +21,7 @@ from jepa_audio.data.audio.location import AudioReadError
 from jepa_audio.data.loading.workers import worker_arguments
 from jepa_audio.inference.embedding.files import (
     LONG_SECONDS,
+    Chunk,
     ChunkDataset,
     LoadedFile,
     read_slice,
@@ -72,7 +73,7 @@ class FileEmbedder(LightningModule):
         self._num_done = 0
 
     @override
-    def predict_step(self, batch: tuple[int, list[LoadedFile]], batch_idx: int) -> None:
+    def predict_step(self, batch: Chunk, batch_idx: int) -> None:
         number, files = batch
         with write_part(self.part_path(number), self.width) as part:
             for file in files:
@@ -248,7 +249,7 @@ class FileModule(LightningDataModule):
         self.has_bar, self.num_own_files = has_bar, 0
 
     @override
-    def predict_dataloader(self) -> DataLoader[tuple[int, list[LoadedFile]]]:
+    def predict_dataloader(self) -> DataLoader[Chunk]:
         assert self.trainer is not None
         # The division does not depend on what is done, because other processes already work.
         own = range(self.trainer.global_rank, len(self.dataset), self.trainer.world_size)
@@ -262,6 +263,12 @@ class FileModule(LightningDataModule):
             self.dataset,
             sampler=chunks,
             batch_size=None,
+            collate_fn=_unchanged,
             num_workers=num_workers,
             **worker_arguments(num_workers),
         )
+
+
+def _unchanged(chunk: Chunk) -> Chunk:
+    """The collation of a loader whose samples are complete chunks."""
+    return chunk
