@@ -98,7 +98,7 @@ def run_function(
         parser.add_argument(word, nargs="+", type=str, help=_WORDS[word])
     flags = {f"--{key}" for key, p in parameters.items() if p.annotation in (bool, "bool")}
     args = ["--output" if arg == "-o" else arg for arg in args]
-    pairs = zip(args, [*args[1:], ""], strict=True)
+    pairs = zip(args, [*args, ""][1:], strict=True)
     args = [
         f"{arg}=true" if arg in flags and value.lower() not in _BOOLS else arg
         for arg, value in pairs

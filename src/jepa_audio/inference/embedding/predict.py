@@ -73,7 +73,7 @@ class FileEmbedder(LightningModule):
         self._num_done = 0
 
     @override
-    def predict_step(self, batch: Chunk, batch_idx: int) -> None:
+    def predict_step(self, batch: Chunk, batch_idx: int) -> int:
         number, files = batch
         with write_part(self.part_path(number), self.width) as part:
             for file in files:
@@ -85,13 +85,7 @@ class FileEmbedder(LightningModule):
                 if file.long is not None:
                     self._embed_long(file, part)
         self._log_line(len(files))
-
-    @override
-    def transfer_batch_to_device(
-        self, batch: Any, device: torch.device, dataloader_idx: int
-    ) -> Any:
-        """Keep the chunk on the CPU: parts of it are moved when they are encoded."""
-        return batch
+        return number
 
     def part_path(self, chunk: int) -> Path:
         """Path of the part of a chunk."""
@@ -247,6 +241,13 @@ class FileModule(LightningDataModule):
         super().__init__()
         self.dataset, self.is_done, self.num_workers = dataset, is_done, num_workers
         self.has_bar, self.num_own_files = has_bar, 0
+
+    @override
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """Keep the chunk on the CPU: parts of it are moved when they are encoded."""
+        return batch
 
     @override
     def predict_dataloader(self) -> DataLoader[Chunk]:
