@@ -105,7 +105,10 @@ def test_the_commands_for_costs_and_runs_work(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("jepa_audio.training.trial._LOADER_SECONDS", 0.1)
     (tmp_path / "audio").symlink_to(wavs)
-    (tmp_path / "wave.yaml").write_text(FLAVOURS["wave"].replace("  logger: false\n", ""))
+    settings = (
+        FLAVOURS["wave"].replace("  logger: false\n", "").replace("max_steps: 6", "max_steps: 2")
+    )
+    (tmp_path / "wave.yaml").write_text(settings.replace("valid_share: 0.0", "valid_share: 0.3"))
     page = (ROOT / "docs" / "runs.md").read_text().partition("## What a run will cost")[2]
     blocks = re.findall(r"```bash\n(.*?)```", page.partition("## What a resume")[0], re.DOTALL)
     commands = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
