@@ -28,7 +28,8 @@ from jepa_audio.steps.front_ends import FrontEnd
 from jepa_audio.steps.grid import TokenSet
 
 Windowing = Literal["exact", "wavjepa"]
-_NUM_PLANS = 256
+# Windows of clips that are kept in memory: number of clips, and columns of a clip.
+_NUM_PLANS, _MAX_COLUMNS = 256, 100_000
 
 
 class WindowedEncoder(nn.Module):
@@ -246,7 +247,8 @@ class WindowedEncoder(nn.Module):
 
     def _windows(self, num_samples: int) -> Windows:
         key = num_samples, self.window_samples, self.overlap, self.windowing
-        if key not in self._plans:
+        plan = self._plans.get(key)
+        if plan is None:
             if self.windowing == "wavjepa":
                 plan = windows_as_wavjepa(num_samples, self.front_end, self.window_samples)
             elif num_samples < self.min_samples:
@@ -255,8 +257,9 @@ class WindowedEncoder(nn.Module):
                 plan = exact_windows(num_samples, self.front_end, self.window_samples, self.overlap)
             while len(self._plans) >= _NUM_PLANS:
                 self._plans.pop(next(iter(self._plans)))
-            self._plans[key] = plan
-        return self._plans[key]
+            if len(plan.times) <= _MAX_COLUMNS:
+                self._plans[key] = plan
+        return plan
 
 
 def _features(layers: Sequence[Float[Tensor, "B T F D"]], times: np.ndarray) -> LayerFeatures:

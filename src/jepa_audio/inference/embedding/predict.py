@@ -270,6 +270,6 @@ class FileModule(LightningDataModule):
         )
 
 
-def _unchanged(chunk: Chunk) -> Chunk:
+def _unchanged(chunk: Any) -> Any:
     """The collation of a loader whose samples are complete chunks."""
     return chunk
