@@ -258,8 +258,9 @@ class FileModule(LightningDataModule):
         self.num_own_files = sum(len(self.dataset.chunks[chunk]) for chunk in chunks)
         num_workers = self.num_workers
         if num_workers is None:
-            num_workers = min(8, max(1, num_cores() // self.trainer.num_devices), len(chunks) - 1)
-        num_workers = max(num_workers, 0)
+            share = max(1, num_cores() // self.trainer.num_devices)
+            # A worker takes seconds to start: this process reads a few chunks itself.
+            num_workers = min(8, share, len(chunks) // 4)
         return DataLoader(
             self.dataset,
             sampler=chunks,

@@ -81,7 +81,7 @@ def embed(
         windowing: "wavjepa" for the windows of the published WavJEPA code.
         max_windows: largest number of windows in one forward pass; it limits the memory.
         num_workers: processes that read files, for each device; by default its share of the cores,
-            at most 8.
+            at most 8, and none for a few files.
         accelerator: see Lightning's Trainer, as for the next options.
         devices: number of devices of a machine.
         num_nodes: number of machines.
