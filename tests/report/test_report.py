@@ -3,16 +3,20 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import soundfile as sf
 import torch
 
+from jepa_audio.cli.main import main
 from jepa_audio.cli.trainer import JEPACLI
 from jepa_audio.errors import MissingFileError
 from jepa_audio.probing.intervals import Difference
 from jepa_audio.probing.rows import ProbeRow, Score, append_rows
 from jepa_audio.report.masks import draw_model_masks
 from jepa_audio.report.page import write_report
+from jepa_audio.report.run_pictures import draw_run
 from jepa_audio.report.runs import _losses, find_runs
 from tests.probing import rows
 
@@ -214,7 +218,7 @@ def test_run_with_only_a_training_loss_has_a_page(tmp_path):
     assert "not probed" in text
     assert "Collapse was not monitored. The last training loss is not a finite number." in text
     assert "validation" not in text.split("Probes")[0]
-    assert "No figure of the masks: no checkpoint" in text
+    assert "No figure of the masks, attention and latents: no checkpoint" in text
 
 
 def test_online_probes_are_shown_if_nothing_was_probed(tmp_path):
@@ -321,7 +325,7 @@ MEL = """
 """
 
 
-def test_masks_of_a_checkpoint_are_drawn_on_its_corpus(tmp_path):
+def test_masks_attention_and_latents_of_a_run_are_drawn_on_its_corpus(tmp_path):
     (tmp_path / "corpus").mkdir()
     generator = np.random.default_rng(0)
     for number in range(4):
@@ -332,11 +336,60 @@ def test_masks_of_a_checkpoint_are_drawn_on_its_corpus(tmp_path):
     (logged,) = run.glob("metrics/version_*/metrics.csv")
     logged.write_text("step,train/loss\n1,1.0\n")
     text = text_of(write_report(tmp_path / "runs"))
-    assert "No figure of the masks" not in text
+    assert "No figure" not in text
     assert "jepa-audio fit --config" in text
-    assert (tmp_path / "runs" / "figures" / "it-masks.png").stat().st_size > 10_000
+    for kind in ("masks", "attention", "latents"):
+        assert (tmp_path / "runs" / "figures" / f"it-{kind}.png").stat().st_size > 10_000
     (tmp_path / "corpus").rename(tmp_path / "moved")
-    assert "No figure of the masks" in text_of(write_report(tmp_path / "runs"))
+    text = text_of(write_report(tmp_path / "runs"))
+    assert "No figure of the masks, attention and latents" in text
+
+
+def test_latents_are_missing_alone_if_the_corpus_has_too_few_files(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    noise = 0.1 * np.random.default_rng(0).normal(size=12_000)
+    for number in range(2):
+        sf.write(tmp_path / "corpus" / f"{number}.wav", noise, 16_000)
+    config = tmp_path / "run.yaml"
+    config.write_text(FIT.format(folder=tmp_path, front_end=WAVE, masker="SpanMasker"))
+    JEPACLI(["fit", "--config", str(config)])
+    figures, missing = draw_run(tmp_path / "runs" / "it")
+    assert figures.keys() == {"masks", "attention"}
+    assert "fewer than 3 files" in str(missing["latents"])
+
+
+def test_several_folders_are_one_report(tmp_path, monkeypatch, empty_figures):
+    for folder in ("a", "b"):
+        a_run(tmp_path / folder / "mel")
+    probed(tmp_path / "b", a_row("mel", "pitch", AHEAD))
+    monkeypatch.chdir(tmp_path)
+    main(["report", "a", "b", "b/mel"])
+    text = text_of(tmp_path / "report.html")
+    assert "Run: a/mel" in text
+    assert "Run: b/mel" in text
+    assert "pitch" in text
+    main(["report", "a", "b", "-o", "c"])
+    assert (tmp_path / "c" / "report.html").is_file()
+    assert (tmp_path / "c" / "figures" / "curves.png").is_file()
+
+
+def test_embeddings_in_the_folder_are_drawn(tmp_path, caplog, empty_figures):
+    a_run(tmp_path / "mel")
+    vectors = np.random.default_rng(0).normal(size=(12, 4)).tolist()
+    clips = {
+        "path": [f"{i % 3}/{i}.wav" for i in range(12)],
+        "start": [0.0] * 12,
+        "end": [1.0] * 12,
+    }
+    pq.write_table(pa.table({**clips, "vector": vectors}), tmp_path / "mel" / "clips.parquet")
+    frames = pa.table({**clips, "vector": [vectors] * 12})
+    pq.write_table(frames, tmp_path / "mel" / "frames.parquet")
+    pq.write_table(pa.table({"path": ["a"]}), tmp_path / "mel" / "other.parquet")
+    text = text_of(write_report(tmp_path))
+    assert "Maps of embeddings" in text
+    assert (tmp_path / "figures" / "mel-clips-latents.png").is_file()
+    assert len(list((tmp_path / "figures").glob("*latents.png"))) == 1
+    assert any("frames.parquet" in message for message in caplog.messages)
 
 
 def test_masks_of_a_waveform_model_are_drawn_on_a_log_mel_spectrogram(tmp_path):

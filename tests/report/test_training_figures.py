@@ -4,8 +4,8 @@ import torch
 from matplotlib.colors import to_hex, to_rgba
 from matplotlib.figure import Figure
 
+from jepa_audio.report.curves import draw_curves
 from jepa_audio.report.masks import draw_masks, split_masks
-from jepa_audio.report.runs import draw_curves
 from jepa_audio.report.style import PALETTE, VEIL
 from jepa_audio.steps.grid import Grid, Masks
 
@@ -194,7 +194,7 @@ def test_panels_without_a_finite_value_are_left_out():
     )
 
 
-def test_several_runs_share_panels_and_have_a_colour_each():
+def test_several_runs_share_panels_and_have_a_colour_and_a_marker_each():
     runs = {"first": a_run(), "second": a_run(7)}
     figure = draw_curves(runs)
     assert legend_texts(figure) == ["first", "second"]
@@ -202,7 +202,8 @@ def test_several_runs_share_panels_and_have_a_colour_each():
     assert colors == set(PALETTE[:2])
     many = {f"run {number}": a_run() for number in range(9)}
     lines = draw_curves(many).axes[-1].lines
-    assert len({line.get_color() for line in lines}) == 9
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 9
+    assert len({line.get_marker() for line in lines[:7]}) == 7
 
 
 def test_alarms_are_marked_at_their_steps():

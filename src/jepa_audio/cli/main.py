@@ -61,6 +61,18 @@ COMMANDS = {
         f"{_CLI}.runs:compare", "settings that differ between runs, and their results"
     ),
     "runs best": Command(f"{_CLI}.runs:best", "rank runs by a metric or by a probing task"),
+    "plot attention": Command(
+        f"{_CLI}.plot:attention", "draw where an encoder attends on the spectrogram of a clip"
+    ),
+    "plot latents": Command(
+        f"{_CLI}.plot:latents", "draw a map of embeddings: PCA, and UMAP if it is installed"
+    ),
+    "plot neighbours": Command(
+        f"{_CLI}.plot:neighbours", "write a page with clips and their nearest clips, with players"
+    ),
+    "plot runs": Command(
+        f"{_CLI}.plot:runs", "draw loss, rank and probe scores of several runs in one figure"
+    ),
     "import": Command(
         f"{_CLI}.models:import_published", "convert published WavJEPA or PupuJEPA weights"
     ),
@@ -183,7 +195,7 @@ def load_function(name: str) -> Callable[..., object]:
 
 
 def _help(names: Iterable[str]) -> str:
-    lines = [f"  {name:15}{COMMANDS[name].help}" for name in names]
+    lines = [f"  {name:17}{COMMANDS[name].help}" for name in names]
     return "\n".join(
         [
             "usage: jepa-audio COMMAND ...",

@@ -13,7 +13,7 @@ from jepa_audio.class_paths import parse_yaml
 from jepa_audio.errors import UserError
 
 # Settings that contain other settings.
-_SECTIONS = {"model", "data", "trainer", "checkpoint", "monitor", "progress"}
+_SECTIONS = {"model", "data", "trainer", "checkpoint", "monitor", "progress", "pictures"}
 _PATHS = ("run_dir", "weights", "data.valid_root", "data.test_root")
 # Settings that are copies of others → the setting that the user gives.
 LINKED = {

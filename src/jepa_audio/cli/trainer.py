@@ -31,6 +31,7 @@ from jepa_audio.interop.convert import load_weights
 from jepa_audio.old_paths import current_path
 from jepa_audio.probing.online import OnlineProbe  # noqa: F401 (YAML can name the imported class)
 from jepa_audio.recipes import find_recipe
+from jepa_audio.report.picture_log import PictureLog
 from jepa_audio.steps.front_ends import filterbank  # noqa: F401 (YAML can name its class)
 from jepa_audio.training.checks import check_crop
 from jepa_audio.training.jepa import JEPA
@@ -140,6 +141,7 @@ class JEPACLI(LightningCLI):
                     f"--{name}", type=str | bool | None, default=None, help="Not used."
                 )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(PictureLog, "pictures")  # its time is not `data_wait`
         parser.add_lightning_class_args(CollapseMonitor, "monitor")
         parser.add_lightning_class_args(ProgressLines, "progress")
         parser.link_arguments("run_dir", "trainer.default_root_dir")

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import base64
+import io
+import logging
 import re
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from jepa_audio.files import atomic_path
+from jepa_audio.errors import UserError
+from jepa_audio.files import atomic_path, write_text
 from jepa_audio.probing.rows import load_evidence
 from jepa_audio.report.head_figures import draw_head
 from jepa_audio.report.probe_figures import draw_robustness, variant_style
 from jepa_audio.report.results import ENCODER, latest, mean_over_seeds
 
+log = logging.getLogger(__name__)
+
 DPI = 144
+FORMATS = (".png", ".svg", ".pdf", ".html")
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title></head>
+<body style="margin: 2rem; background: white">
+<img width="{width}" style="max-width: 100%; height: auto" alt="{title}"
+  src="data:image/png;base64,{png}">
+</body></html>
+"""
 KINDS = ("grid", "classes", "confusion")
 """Figures of one result, in the order in which they are shown."""
 
@@ -45,6 +59,39 @@ def save_figure(figure: Figure, path: Path, title: str) -> FigureFile:
     with atomic_path(path) as unfinished:
         figure.savefig(unfinished, format="png", dpi=DPI)
     return FigureFile(path, title)
+
+
+def check_format(output: Path) -> None:
+    """Refuse an output file that `write_picture` cannot write, before anything is computed.
+
+    Raises:
+        UserError: if its name has another suffix.
+    """
+    if output.suffix.lower() not in FORMATS:
+        raise UserError(f"`output` ({output}) must end with {', '.join(FORMATS)}")
+
+
+def write_picture(figure: Figure, output: Path, title: str) -> None:
+    """Write a figure as a picture, or as a page that contains it; the suffix decides."""
+    suffix = output.suffix.lower()
+    if suffix == ".html":
+        png = base64.b64encode(render_png(figure)).decode()
+        width = round(96 * figure.get_figwidth())
+        write_text(output, _PAGE.format(title=escape(title), width=width, png=png))
+    else:
+        metadata = (
+            {"Title": title} if suffix != ".png" else {"Title": title, "Software": "jepa-audio"}
+        )
+        with atomic_path(output) as unfinished:
+            figure.savefig(unfinished, format=suffix[1:], dpi=DPI, metadata=metadata)
+    log.info("the picture is %s", output)
+
+
+def render_png(figure: Figure) -> bytes:
+    """The content of a PNG file."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=DPI)
+    return content.getvalue()
 
 
 def draw_close_ups(table: pd.DataFrame) -> dict[str, list[list[FigureFile]]]:

@@ -1,11 +1,9 @@
-"""Masks drawn over a spectrogram, of a model or of a run's checkpoint."""
+"""Masks drawn over a spectrogram."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import cycle, islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,57 +14,19 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator
 from torch import Tensor
 
-from jepa_audio.data.audio.read import read
-from jepa_audio.data.audio.resample import resample
-from jepa_audio.data.corpus.table import load_corpus
-from jepa_audio.data.loading.file_table import FileTable
-from jepa_audio.errors import UserError
-from jepa_audio.inference.load import num_crop_samples
 from jepa_audio.report import style
-from jepa_audio.steps.front_ends import FrontEnd, SpectrogramFrontEnd
-from jepa_audio.steps.front_ends.transforms import LogMel
+from jepa_audio.report.spectrogram import clip_spectrogram, label_bands
+from jepa_audio.steps.front_ends import SpectrogramFrontEnd
 from jepa_audio.steps.grid import Grid, Masks
 from jepa_audio.training.jepa import JEPA
-from jepa_audio.training.run.load import read_checkpoint
-from jepa_audio.training.run.models import load_jepa
 
 ContextPlane = Bool[np.ndarray, "F T"]
 TargetPlanes = Bool[np.ndarray, "M F T"]
 NUM_DRAWS = 3
-LABELLED_HZ = (125, 500, 1000, 2000, 4000, 8000, 16000)
 # Opacity of a target group on the spectrogram, and of what is hidden from the context.
 TINT, VEILED = 0.6, 0.85
 # Stripes in the cell of a token: 2, 3, 4 or 6 groups share it evenly.
 STRIPES = 12
-
-
-def draw_run_masks(folder: Path) -> Figure:
-    """Masks over a clip of the run's own corpus, from its last checkpoint.
-
-    Raises:
-        UserError: if the checkpoint or the corpus is missing, or the checkpoint does not name the
-            corpus.
-    """
-    path = folder / "checkpoints" / "last.ckpt"
-    checkpoint = read_checkpoint(path)
-    data, step = checkpoint.get("datamodule_hyper_parameters", {}), checkpoint.get("global_step", 0)
-    if not {"root", "crop_seconds"} <= data.keys():
-        raise UserError(f"{path} does not contain `root` and `crop_seconds` of the corpus")
-    jepa = load_jepa(path)
-    # The first source of a list or a mixture.
-    source = data["root"] if isinstance(data["root"], str) else next(iter(data["root"]))
-    sample_rate = jepa.front_end.sample_rate
-    seconds = num_crop_samples(path, jepa.front_end.sample_rate) / sample_rate
-    corpus = load_corpus(source).mark_unfit(min_seconds=seconds).usable()
-    if not len(corpus):
-        raise UserError(f"no file under {source} is {seconds:g} s long")
-    # The middle of the file with the median level among those that are long enough.
-    file = FileTable([corpus])[int(np.argsort(corpus.table["rms"].to_numpy())[len(corpus) // 2])]
-    num_frames = min(math.ceil(seconds * file.sample_rate) + 1, file.num_frames)
-    samples, rate = read(file.audio, (file.num_frames - num_frames) // 2, num_frames, file.decoder)
-    mono = torch.from_numpy(samples).mean(dim=0, keepdim=True)
-    waveform = resample(mono, rate, sample_rate)[:, : round(seconds * sample_rate)]
-    return draw_model_masks(jepa, waveform, step)
 
 
 def draw_model_masks(jepa: JEPA, waveform: Float[Tensor, "1 S"], step: int) -> Figure:
@@ -78,10 +38,9 @@ def draw_model_masks(jepa: JEPA, waveform: Float[Tensor, "1 S"], step: int) -> F
     if not isinstance(jepa.front_end, SpectrogramFrontEnd):
         # The rows of the grid are audio channels, not frequencies: only the first is drawn.
         planes = [(context[:1], targets[:, :1]) for context, targets in planes]
-    spectrogram, seconds, band_hz = _spectrogram(jepa.front_end, waveform)
-    return draw_masks(
-        spectrogram, planes, seconds, title=f"Context and targets at step {step}", band_hz=band_hz
-    )
+    shown = clip_spectrogram(jepa.front_end, waveform)
+    title = f"Context and targets at step {step}"
+    return draw_masks(shown.log_magnitude, planes, shown.seconds, title, shown.band_hz)
 
 
 def split_masks(masks: Masks, grid: Grid) -> tuple[ContextPlane, TargetPlanes]:
@@ -91,27 +50,6 @@ def split_masks(masks: Masks, grid: Grid) -> tuple[ContextPlane, TargetPlanes]:
     )
     shape = (-1, grid.num_time, grid.num_freq)
     return context[0].reshape(shape)[0].T, targets[0].reshape(shape).swapaxes(1, 2)
-
-
-@torch.no_grad()
-def _spectrogram(
-    front_end: FrontEnd, waveform: Tensor
-) -> tuple[np.ndarray, float, np.ndarray | None]:
-    """The front end's spectrogram up to the last token, or a log-mel one; seconds; bands in Hz."""
-    num_samples, sample_rate = waveform.shape[-1], front_end.sample_rate
-    if isinstance(front_end, SpectrogramFrontEnd):
-        transform = front_end.spectrogram
-        num_frames = front_end.grid(num_samples).num_time * front_end.patch_frames
-        seconds = num_frames * transform.hop_length / sample_rate
-    else:
-        transform = LogMel(sample_rate, n_fft=1024, hop_length=sample_rate // 100, n_mels=64)
-        num_frames, seconds = transform.num_frames(num_samples), num_samples / sample_rate
-    spectrogram = transform(waveform[None])[0, 0, :, :num_frames].numpy()
-    if not isinstance(transform, LogMel):
-        return spectrogram, seconds, None
-    bins_hz = torch.linspace(0, sample_rate / 2, transform.bank.shape[1])
-    band_hz = transform.bank @ bins_hz / transform.bank.sum(dim=1)
-    return spectrogram, seconds, band_hz.numpy()
 
 
 def draw_masks(
@@ -154,11 +92,7 @@ def draw_masks(
         ax.grid(which="minor", color=style.GREY, linewidth=0.5, alpha=0.35)
         ax.tick_params(which="minor", length=0)
         ax.set_axisbelow(False)
-        ax.set_ylabel("band" if band_hz is None else "kHz")
-        if band_hz is not None:
-            shown = [hz for hz in LABELLED_HZ if band_hz[0] <= hz <= band_hz[-1]]
-            positions = np.interp(shown, band_hz, np.arange(len(band_hz)) + 0.5)
-            ax.set_yticks(positions, [f"{hz / 1000:g}" for hz in shown])
+        label_bands(ax, band_hz)
         share, target_share = context.mean(), targets.any(axis=0).mean()
         style.title_panel(ax, f"context {share:.0%} of the tokens, targets {target_share:.0%}")
     axes[-1].set_xlabel("seconds")

@@ -17,24 +17,29 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from jepa_audio.errors import MissingFileError, UserError
+from jepa_audio.errors import UserError
 from jepa_audio.files import write_text
 from jepa_audio.parallel import num_cores
+from jepa_audio.report.curves import draw_curves
+from jepa_audio.report.embeddings import is_embeddings, read_embeddings
 from jepa_audio.report.figures import FigureFile, draw_close_ups, draw_conditions, save_figure
+from jepa_audio.report.latents import draw_latents, umap_layout
 from jepa_audio.report.leaderboard import (
     build_averages,
     build_overviews,
     build_tasks,
     compute_scores,
 )
-from jepa_audio.report.masks import draw_run_masks
 from jepa_audio.report.probe_figures import draw_layers, draw_probe, variant_style
 from jepa_audio.report.published import build_elsewhere
 from jepa_audio.report.results import current, read_results
-from jepa_audio.report.runs import Run, draw_curves, find_runs, judge_run
-from jepa_audio.training.run.load import DamagedCheckpointError
+from jepa_audio.report.run_pictures import draw_run, is_damage
+from jepa_audio.report.runs import Run, find_several, judge_run
 
 log = logging.getLogger(__name__)
+
+# Largest number of points of a map of latents.
+MAX_POINTS = 2000
 
 
 def write_leaderboard(results: Path) -> Path:
@@ -63,27 +68,27 @@ def write_leaderboard(results: Path) -> Path:
     return page
 
 
-def write_report(directory: Path) -> Path:
-    """Write `report.html` about all runs and probe results in a folder, with `figures/`.
+def write_report(folders: Sequence[Path | str] | Path, output: Path | None = None) -> Path:
+    """Write `report.html` about all runs, probe results and embeddings in folders, with `figures/`.
 
     Args:
-        directory: a run, or a folder with runs and with the outputs of `jepa-audio probe`.
+        folders: runs, or folders with runs and with the outputs of `jepa-audio probe` and
+            `jepa-audio embed`; `run_function` defines the help.
+        output: folder of the page (-o). The default is the folder itself, or the working directory
+            if there are several.
 
     Returns:
         The page; it contains its figures and can be opened without other files.
 
     Raises:
-        UserError: if the folder is missing, or holds neither a run nor probe results.
+        UserError: if a folder is missing, or holds neither a run nor probe results.
     """
-    if not directory.is_dir():
-        raise MissingFileError(f"no folder at {directory}: give the folder that holds the runs")
-    runs, files = find_runs(directory), sorted(directory.rglob("results.jsonl"))
-    if not runs and not files:
-        raise UserError(
-            f"{directory} holds no runs (folders with a metrics.csv) and no probe results "
-            f"(results.jsonl): give the folder above the `--run_dir` of `jepa-audio fit`"
-        )
-    table, folder = read_results(files), directory / "figures"
+    paths = [folders] if isinstance(folders, Path) else list(map(Path, folders))
+    found, files = find_several(paths)
+    if output is None:
+        output = paths[0] if len(paths) == 1 else Path()
+    name = ", ".join(path.resolve().name for path in paths)
+    table, folder = read_results(files), output / "figures"
     try:
         content = compare_results(table) | {"close_ups": draw_close_ups(table)}
     except UserError as error:
@@ -91,14 +96,34 @@ def write_report(directory: Path) -> Path:
         content = compare_results(table, str(error)) | {"close_ups": {}}
     content |= {
         **_draw_results(table, content["overviews"], folder),
-        "title": f"jepa-audio report: {directory.resolve().name}",
-        "runs": [_run_section(run, content["results"], folder, runs) for run in runs],
-        "overlay": _save_curves(runs, folder / "curves.png", "All runs") if len(runs) > 1 else None,
+        "title": f"jepa-audio report: {name}",
+        "runs": [_run_section(run, content["results"], folder, found) for run in found],
+        "overlay": _save_curves(found, folder / "curves.png", "All runs")
+        if len(found) > 1
+        else None,
+        "latents": _draw_embeddings(paths, folder),
     }
-    page = directory / "report.html"
+    page = output / "report.html"
     write_text(page, render("page.html", content))
     log.info("the report is %s", page)
     return page
+
+
+def _draw_embeddings(folders: Sequence[Path], output: Path) -> list[FigureFile]:
+    """The maps of latents of all files of embeddings in folders."""
+    drawn = []
+    paths = [path for folder in folders for path in sorted(folder.rglob("*.parquet"))]
+    for path in dict.fromkeys(path for path in paths if is_embeddings(path)):
+        try:
+            embeddings = read_embeddings(path).sample(MAX_POINTS)
+        except UserError as error:
+            log.warning("no map of latents: %s", error)
+            continue
+        layout = umap_layout(embeddings.vectors)
+        figure = draw_latents(embeddings, f"Latents of {path.name}", layout)
+        name = path.relative_to(path.parents[1]).with_suffix("").as_posix().replace("/", "-")
+        drawn.append(save_figure(figure, output / f"{name}-latents.png", f"latents of {path}"))
+    return drawn
 
 
 def compare_results(table: pd.DataFrame, no_comparisons: str = "") -> dict[str, Any]:
@@ -119,6 +144,7 @@ def compare_results(table: pd.DataFrame, no_comparisons: str = "") -> dict[str, 
         "written": datetime.now(),
         "runs": [],
         "overlay": None,
+        "latents": [],
         "results": results,
         "overviews": build_overviews(results),
         "num_encoders": results[~results["is_baseline"]]["encoder"].nunique(),
@@ -154,26 +180,32 @@ def _save_curves(runs: Sequence[Run], path: Path, title: str = "") -> FigureFile
 def _run_section(
     run: Run, results: pd.DataFrame, folder: Path, runs: Sequence[Run]
 ) -> dict[str, Any]:
-    """A run with its figures; `no_masks` is the reason why its masks are not drawn."""
+    """A run with its figures; `missing` has the reasons why pictures are not drawn."""
     badges, verdict = judge_run(run, results, runs)
     damage = list(run.damage)
     name = run.label.replace("/", "-")
     curves = _save_curves([run], folder / f"{name}-curves.png")
-    masks, no_masks = None, ""
-    try:
-        figure = draw_run_masks(run.folder)
-        masks = save_figure(figure, folder / f"{name}-masks.png", f"masks of {run.label}")
-    except DamagedCheckpointError as error:
-        damage.append(str(error))
-        no_masks = "its checkpoint is damaged"
-    except UserError as error:
-        no_masks = str(error)
+    pictures, missing = draw_run(run.folder)
+    damage += [str(reason) for reason in missing.values() if is_damage(reason)]
     if damage:
         badges = [("damaged", "behind"), *badges]
-        for sentence in damage:
+        for sentence in dict.fromkeys(damage):
             log.warning("%s", sentence)
-    figures = {"curves": curves, "masks": masks, "no_masks": no_masks, "damage": damage}
-    return {"run": run, "badges": badges, "verdict": verdict, **figures}
+    return {
+        "run": run,
+        "badges": badges,
+        "verdict": verdict,
+        "curves": curves,
+        "damage": list(dict.fromkeys(damage)),
+        "pictures": [
+            save_figure(figure, folder / f"{name}-{kind}.png", f"{kind} of {run.label}")
+            for kind, figure in pictures.items()
+        ],
+        "missing": {
+            kind: "its checkpoint is damaged" if is_damage(reason) else str(reason)
+            for kind, reason in missing.items()
+        },
+    }
 
 
 def render(template: str, context: dict[str, Any]) -> str:

@@ -1,29 +1,19 @@
-"""Training runs: the content of their folders, the verdict on each run, and their curves."""
+"""Training runs: the content of their folders, and the verdict on each run."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
-from fnmatch import fnmatchcase
-from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps
-from matplotlib.artist import Artist
-from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, NullLocator
 
-from jepa_audio.errors import UserError
+from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.files import read_csv
-from jepa_audio.report import style
 from jepa_audio.report.probe_figures import variant_style
 
 Curve = tuple[np.ndarray, np.ndarray]
@@ -49,10 +39,6 @@ OLD_KEYS = {
     f"collapse/{name}": f"train/{name}" for name in ("loss_mean_target", "loss_nearest_context")
 }
 """Metric keys of earlier versions → current keys."""
-REFERENCES = {"mean target", "nearest context", "random-init"}
-"""Labels of the curves that are shown only for comparison; they are drawn in grey."""
-# Curves with more points are drawn with a running mean.
-MANY_POINTS = 200
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +94,39 @@ def find_runs(directory: Path) -> list[Run]:
         for path in directory.rglob("metrics.csv")
     }
     return [read_run(folder, directory) for folder in sorted(folders)]
+
+
+def find_several(folders: Sequence[Path]) -> tuple[list[Run], list[Path]]:
+    """The runs in several folders, and the files `results.jsonl` of probes in them.
+
+    A run that is in several of the folders is taken once. Runs with equal labels get the path of
+    their folder as label.
+
+    Raises:
+        MissingFileError: if a folder does not exist.
+        UserError: if a folder has neither runs nor results.
+    """
+    runs: dict[Path, Run] = {}
+    results: dict[Path, Path] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise MissingFileError(f"no folder at {folder}: give the folder that holds the runs")
+        found, files = find_runs(folder), sorted(folder.rglob("results.jsonl"))
+        if not found and not files:
+            raise UserError(
+                f"{folder} holds no runs (folders with a metrics.csv) and no probe results "
+                f"(results.jsonl): give the folder above the `--run_dir` of `jepa-audio fit`"
+            )
+        for run in found:
+            runs.setdefault(run.folder.resolve(), run)
+        for file in files:
+            results.setdefault(file.resolve(), file)
+    counts = Counter(run.label for run in runs.values())
+    named = [
+        replace(run, label=run.folder.as_posix()) if counts[run.label] > 1 else run
+        for run in runs.values()
+    ]
+    return named, list(results.values())
 
 
 def read_run(folder: Path, directory: Path) -> Run:
@@ -257,144 +276,7 @@ def _losses(run: Run) -> Iterator[str]:
         yield f"The last validation loss is {valid:.3g}."
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One panel of `draw_curves`.
-
-    Args:
-        series: metric key → label, in drawing order; `*` in a key matches any text.
-        log_scale: logarithmic axis of values.
-        from_zero: start the axis of values at zero.
-    """
-
-    title: str
-    series: dict[str, str]
-    log_scale: bool = False
-    from_zero: bool = False
-
-
-def _list_panels(keys: set[str]) -> list[Panel]:
-    """The panels of a report, with one for each task of the online probes."""
-    probes = sorted(key.split("/")[1:] for key in keys if is_online_score(key))
-    loss = {
-        "train/loss": "train",
-        "valid/loss": "valid",
-        "train/loss_mean_target": "mean target",
-        "train/loss_nearest_context": "nearest context",
-    }
-    online = [
-        Panel(
-            f"Online probe: {style.shorten(task, 28)}",
-            {f"probe/{task}/{metric}": metric, f"probe/{task}/twin": "random-init"},
-        )
-        for task, metric in probes
-    ]
-    ends = ("_context", "_prediction", "_clip_mean")
-    terms = [key for key in sorted(keys - loss.keys()) if key.startswith("train/")]
-    terms = [key for key in terms if key.endswith(ends)]
-    latents = ("context", "target", "prediction")
-    rank, std = ({f"collapse/{name}_{what}": name for name in latents} for what in ("rank", "std"))
-    speed = {"speed/audio_seconds_per_second": ""}
-    return [
-        Panel("Loss and two trivial predictors", loss),
-        *(Panel(f"Regularizer {key.removeprefix('train/')}", {key: ""}) for key in terms),
-        *online,
-        Panel("RankMe (effective rank)", rank),
-        Panel("Standard deviation", std),
-        Panel("Mean cosine between clips", {"collapse/clip_cosine": ""}),
-        Panel("Share of variance between clips", {"collapse/clip_share": ""}, from_zero=True),
-        Panel("Classes that targets distinguish", {"collapse/class_perplexity": ""}),
-        Panel("Distance of target encoder to encoder", {"collapse/ema_distance": ""}),
-        Panel("Gradient norm", {"train/gradient_norm": ""}, log_scale=True),
-        Panel("Learning rate", {"lr-*": ""}),
-        Panel("Momentum of the target encoder", {"train/momentum": ""}),
-        Panel("Seconds of audio per second", speed, from_zero=True),
-        Panel("Fraction of time waiting for data", {"speed/data_wait": ""}, from_zero=True),
-        Panel("MFU: share of the devices' peak", {"speed/mfu": ""}, from_zero=True),
-    ]
-
-
 def is_online_score(key: str) -> bool:
     """Whether a logged key is the metric of an online probe, not its baseline or the difference."""
     first, *rest = key.split("/")
     return first == "probe" and len(rest) == 2 and rest[1] not in {"twin", "difference"}
-
-
-def draw_curves(runs: Mapping[str, Curves], title: str = "") -> Figure:
-    """Curves over optimizer steps, with a colour for each series of one run or for each run.
-
-    Panels without a finite value are left out. Long series are drawn pale under their running
-    mean. Steps with a collapse alarm are marked.
-    """
-    panels = [
-        panel
-        for panel in _list_panels({key for curves in runs.values() for key in curves})
-        if any(
-            _find_curve(run, key)
-            for run in runs.values()
-            for key, label in panel.series.items()
-            if label not in REFERENCES
-        )
-    ]
-    if not panels:
-        return style.note_figure("nothing was logged", title)
-    figure, axes = style.small_multiples(len(panels), 3, height=2.2, extra=0.5)
-    many = [to_hex(color) for color in colormaps["tab20"].colors]  # type: ignore[attr-defined]
-    # More than 20 runs share colours.
-    colors = dict(zip(runs, cycle(style.PALETTE if len(runs) <= len(style.PALETTE) else many)))
-    for ax, panel in zip(axes, panels, strict=True):
-        _draw_panel(ax, panel, runs, colors if len(runs) > 1 else {})
-    for ax in axes[-3:]:
-        ax.set_xlabel("optimizer step")
-    handles: list[Artist] = []
-    if len(runs) > 1:
-        handles += [
-            style.line_handle(style.shorten(name, 40), color) for name, color in colors.items()
-        ]
-    if any(len(_alarm_steps(run)) for run in runs.values()):
-        handles.append(Patch(facecolor=style.RED, alpha=0.2, label="collapse alarm"))
-    style.title_figure(figure, title, handles)
-    return figure
-
-
-def _draw_panel(
-    ax: Axes, panel: Panel, runs: Mapping[str, Curves], run_colors: Mapping[str, str]
-) -> None:
-    handles: dict[str, Line2D] = {}
-    for name, run in runs.items():
-        for number, (pattern, label) in enumerate(panel.series.items()):
-            is_reference = label in REFERENCES
-            color = style.GREY if is_reference else style.PALETTE[number]
-            dash = style.DASHES[number] if run_colors or is_reference else style.SOLID
-            if (curve := _find_curve(run, pattern)) is not None:
-                _draw_curve(ax, curve, run_colors.get(name, color), dash)
-                handles[label] = style.line_handle(label, style.INK if run_colors else color, dash)
-        for step in _alarm_steps(run):
-            ax.axvline(step, color=style.RED, linewidth=3, alpha=0.15, zorder=0)
-    style.title_panel(ax, panel.title, [handle for label, handle in handles.items() if label])
-    if panel.log_scale:
-        ax.set_yscale("log")
-        ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
-        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    ax.set_ylim(bottom=0 if panel.from_zero else None)
-
-
-def _find_curve(run: Curves, pattern: str) -> Curve | None:
-    """The first series with a finite value whose key matches."""
-    keys = sorted(key for key in run if fnmatchcase(key, pattern))
-    return next((run[key] for key in keys if np.isfinite(run[key][1]).any()), None)
-
-
-def _alarm_steps(run: Curves) -> np.ndarray:
-    steps, raised = run.get("collapse/alarm", (np.empty(0), np.empty(0)))
-    return steps[raised > 0]
-
-
-def _draw_curve(ax: Axes, curve: Curve, color: str, dash: str) -> None:
-    steps, values = curve
-    marker = "o" if np.isfinite(values).sum() == 1 else None
-    if len(values) > MANY_POINTS:
-        ax.plot(steps, values, color=color, linewidth=0.6, alpha=0.3)
-        window = pd.Series(values).rolling(len(values) // 40, center=True, min_periods=1)
-        values = window.mean().to_numpy()
-    ax.plot(steps, values, color=color, linestyle=dash, linewidth=1.4, marker=marker, markersize=4)

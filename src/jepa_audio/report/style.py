@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -14,6 +15,9 @@ PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 BLUE, ORANGE, GREEN, PURPLE, RED, SKY = PALETTE
 INK, GREY, PALE, VEIL = "#222222", "#767676", "#EBEBEB", "#CFCFCF"
 DASHES = SOLID, DASHED, DOTTED, DASH_DOTTED = ("-", "--", ":", "-.")
+# Two categories of a figure never share both colour and marker: 6 and 7 have no common divisor.
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MAX_CATEGORIES = 18
 # Font sizes in points, width of a figure in inches.
 SMALL, NORMAL, WIDTH = 8.0, 9.0, 10.5
 
@@ -43,14 +47,19 @@ def small_multiples(
     for ax in axes[count:]:
         ax.remove()
     for ax in axes[:count]:
-        ax.set_axisbelow(True)
-        ax.xaxis.label.set_size(NORMAL)
-        ax.yaxis.label.set_size(NORMAL)
-        ax.grid(visible=True, color=PALE, linewidth=0.7)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.spines[["left", "bottom"]].set(color=GREY, linewidth=0.7)
-        ax.tick_params(labelsize=SMALL, labelcolor=INK, color=GREY, width=0.7, length=3)
+        plain_axes(ax)
     return figure, axes[:count]
+
+
+def plain_axes(ax: Axes) -> None:
+    """Pale grid, two spines, small tick labels."""
+    ax.set_axisbelow(True)
+    ax.xaxis.label.set_fontsize(NORMAL)
+    ax.yaxis.label.set_fontsize(NORMAL)
+    ax.grid(visible=True, color=PALE, linewidth=0.7)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set(color=GREY, linewidth=0.7)
+    ax.tick_params(labelsize=SMALL, labelcolor=INK, color=GREY, width=0.7, length=3)
 
 
 def title_panel(ax: Axes, text: str, handles: Sequence[Line2D] = ()) -> None:
@@ -92,9 +101,16 @@ def title_figure(figure: Figure, title: str, handles: Sequence[Artist] = ()) -> 
     )
 
 
-def line_handle(label: str, color: str, dash: str = SOLID, marker: str = "") -> Line2D:
-    """A line for a legend."""
-    face = "white" if marker == "s" else color
+def category_style(number: int) -> dict[str, Any]:
+    """Colour and marker of a category; markers distinguish it also without colours."""
+    return {"color": PALETTE[number % len(PALETTE)], "marker": MARKERS[number % len(MARKERS)]}
+
+
+def line_handle(
+    label: str, color: str, dash: str = SOLID, marker: str = "", filled: bool = False
+) -> Line2D:
+    """A line for a legend; squares are empty if markers are not `filled`."""
+    face = "white" if marker == "s" and not filled else color
     return Line2D([], [], color=color, ls=dash, lw=1.4, marker=marker, ms=5, mfc=face, label=label)
 
 

@@ -27,7 +27,7 @@ _PROTOCOLS = {
     "marble-v1": Protocol(Windows(30.0, min_ratio=1 / 30)),
     "marble-v2": Protocol(Windows(30.0, min_ratio=0.8), max_epochs=50, learning_rates=(1e-3,)),
 }
-_PATHS = ("path", "file", "audio_path", "filename", "file_name")
+PATH_COLUMNS = ("path", "file", "audio_path", "filename", "file_name")
 _SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _Parser = Callable[[TableRow, Sequence[str]], object]
 # Columns of the label, and how they are read.
@@ -63,7 +63,7 @@ def table_task(path: Path, kind: LabelKind, columns: Sequence[str] = ()) -> Prob
             "have several"
         )
     header = list(rows[0].cells)
-    file = find_column(path, header, _PATHS)
+    file = find_column(path, header, PATH_COLUMNS)
     names, parse = _LABELS[kind]
     label = tuple(columns) or (find_column(path, header, names),)
     group = "group" if "group" in header else file

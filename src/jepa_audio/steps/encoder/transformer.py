@@ -220,8 +220,10 @@ class Transformer(nn.Module):
             return tokens
         return tokens + (table if where is None else table[where.index])
 
-    def _run_blocks(self, tokens: Tensor, grid: Grid, where: TokenSet | None) -> Iterator[Tensor]:
-        """Yield the output of each block, without the registers."""
+    def prepare(
+        self, tokens: Tensor, grid: Grid, where: TokenSet | None
+    ) -> tuple[Float[Tensor, "B P D"], Tensor | None, Bool[Tensor, "B 1 1 P"] | None]:
+        """The input of the first block, with the registers first, and the other two of `Block`."""
         x = self.add_positions(tokens, grid, where)
         rotary = self.positions.rotary(grid, self.head_dim, x.device)
         if rotary is not None:  # [N, 2 * head_dim] -> [B or 1, 1, K, 2 * head_dim]
@@ -229,12 +231,16 @@ class Transformer(nn.Module):
         key_mask = None
         if where is not None and where.valid is not None:
             key_mask = where.valid[:, None, None]  # [B, 1, 1, K]
-        num_prefix = 0
         if self.registers is not None:
-            num_prefix = len(self.registers)
             x = torch.cat([self.registers.expand(len(x), -1, -1), x], dim=1)
             if key_mask is not None:
-                key_mask = nn.functional.pad(key_mask, (num_prefix, 0), value=True)
+                key_mask = nn.functional.pad(key_mask, (len(self.registers), 0), value=True)
+        return x, rotary, key_mask
+
+    def _run_blocks(self, tokens: Tensor, grid: Grid, where: TokenSet | None) -> Iterator[Tensor]:
+        """Yield the output of each block, without the registers."""
+        x, rotary, key_mask = self.prepare(tokens, grid, where)
+        num_prefix = 0 if self.registers is None else len(self.registers)
         for i, block in enumerate(self.blocks):
             if self.checkpoint_every and torch.is_grad_enabled() and i % self.checkpoint_every == 0:
                 x = checkpoint(block, x, rotary, key_mask, use_reentrant=False)
