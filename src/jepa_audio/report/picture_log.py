@@ -27,7 +27,7 @@ from jepa_audio.report.masks import draw_model_masks
 from jepa_audio.steps.grid import AudioBatch
 from jepa_audio.training.jepa import JEPA
 from jepa_audio.training.sharding import is_sharded
-from jepa_audio.training.watching.collapse_monitor import MAX_CLIPS, encode_complete_clips
+from jepa_audio.training.watching.collapse_monitor import MAX_CLIPS, encode_all_tokens
 from jepa_audio.training.watching.latent_statistics import MAX_LATENTS
 
 log = logging.getLogger(__name__)
@@ -152,13 +152,15 @@ def encode_clips(jepa: JEPA, batch: AudioBatch) -> tuple[Tensor, Tensor]:
     Returns:
         `[n, D]` tokens and `[B, D]` means over the tokens of each clip, float32 on the CPU.
     """
-    masks = jepa.masks_of(batch)
+    # Only clips with masked padding have tokens that are not `present`.
+    masks = jepa.masks_of(batch) if batch.num_samples is not None else None
     tokens, clips = [], []
     for first in range(0, len(batch.waveform), MAX_CLIPS):
         rows = slice(first, first + MAX_CLIPS)
-        part = AudioBatch(batch.waveform[rows].to(jepa.device), batch.row[rows])
-        latents, valid = encode_complete_clips(jepa, part, masks.rows(rows))
-        latents, valid = latents.float().cpu(), valid.cpu()
+        latents = encode_all_tokens(jepa, batch.waveform[rows].to(jepa.device)).float().cpu()
+        valid = torch.ones_like(latents[..., 0], dtype=torch.bool)
+        if masks is not None and masks.present is not None:
+            valid = masks.present.rows(rows).to_mask(latents.shape[1]).cpu()
         tokens.append(latents[valid])
         weights = valid[..., None].float()
         clips.append((latents * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1))

@@ -258,17 +258,22 @@ def encode_complete_clips(
     """
     rows = slice(0, None, -(-len(batch.waveform) // MAX_CLIPS))
     waveform = batch.waveform[rows]
-    grid = jepa.front_end.grid(waveform.shape[-1])
-    modes = {module: module.training for module in (jepa.front_end, jepa.encoder)}
-    for module in modes:
-        module.eval()
-    latents = jepa.encoder(jepa.front_end(waveform), grid)
-    for module, mode in modes.items():
-        module.train(mode)
+    latents = encode_all_tokens(jepa, waveform)
     present = None if masks.present is None else masks.present.rows(rows)
     if present is None:
         return latents, torch.ones_like(latents[..., 0], dtype=torch.bool)
-    return latents, present.to_mask(grid.num_tokens)
+    return latents, present.to_mask(latents.shape[1])
+
+
+def encode_all_tokens(jepa: JEPA, waveform: Float[Tensor, "B C S"]) -> Float[Tensor, "B N D"]:
+    """Latents of the encoder without masks and in evaluation mode; the modes are then restored."""
+    modes = {module: module.training for module in (jepa.front_end, jepa.encoder)}
+    for module in modes:
+        module.eval()
+    latents = jepa.encoder(jepa.front_end(waveform), jepa.front_end.grid(waveform.shape[-1]))
+    for module, mode in modes.items():
+        module.train(mode)
+    return latents
 
 
 @torch.no_grad()
