@@ -101,9 +101,9 @@ def draw_latents(
 
 
 def draw_singular_values(
-    spectra: Sequence[Float[np.ndarray, " R"]],
+    spectra: Sequence[Float[np.ndarray, " _"]],
     step: int,
-    first: tuple[int, Sequence[Float[np.ndarray, " R"]]],
+    first: tuple[int, Sequence[Float[np.ndarray, " _"]]],
 ) -> Figure:
     """Draw the singular values of tokens and of clips at a step, and at an earlier one.
 
