@@ -167,7 +167,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
 
 def _read_h5(path: Path) -> dict[str, Any]:
     if find_spec("h5py") is None:
-        raise UserError(f"{path} needs h5py: install it with `pip install h5py`")
+        raise UserError(f"{path} needs h5py: install it with `pip install 'jepa-audio[h5]'`")
     import h5py  # noqa: PLC0415 (an optional package)
 
     try:
