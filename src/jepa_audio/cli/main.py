@@ -76,8 +76,19 @@ COMMANDS = {
     "import": Command(
         f"{_CLI}.models:import_published", "convert published WavJEPA or PupuJEPA weights"
     ),
-    "export": Command(
-        f"{_CLI}.models:export_published", "write a checkpoint as WavJEPA or PupuJEPA weights"
+    "export hf": Command(
+        f"{_CLI}.export:hf", "write an encoder as a model for the transformers library"
+    ),
+    "export onnx": Command(f"{_CLI}.export:onnx", "write an encoder as an ONNX model"),
+    "export torch": Command(f"{_CLI}.export:torch", "write an encoder as a torch.export program"),
+    "export push": Command(
+        f"{_CLI}.export:push", "upload a folder of `export hf` to the Hugging Face Hub"
+    ),
+    "export wavjepa": Command(
+        f"{_CLI}.export:wavjepa", "write a checkpoint in the published layout of WavJEPA"
+    ),
+    "export pupujepa": Command(
+        f"{_CLI}.export:pupujepa", "write a checkpoint in the published layout of PupuJEPA"
     ),
     "configs": Command(f"{_CLI}.configs:list_recipes", "list the recipes for --config"),
     "configs copy": Command(f"{_CLI}.configs:copy", "copy a recipe to a file that you can edit"),

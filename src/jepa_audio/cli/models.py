@@ -1,4 +1,4 @@
-"""The commands `import` and `export`, with docstrings that are their `--help`, and `stats`."""
+"""The command `import`, with a docstring that is its `--help`, and `stats`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 
 from jepa_audio.data.datamodule import AudioDataModule
 from jepa_audio.errors import UserError, printable
-from jepa_audio.interop import export_weights, import_weights
+from jepa_audio.interop import import_weights
 from jepa_audio.interop.layout import SizeHints
 from jepa_audio.steps.front_ends import FrontEnd, SpectrogramFrontEnd
 from jepa_audio.training.normalization import measure_normalization
@@ -44,20 +44,6 @@ def import_published(
     probe = f"jepa-audio probe --encoder {checkpoint} --tasks TASK --data DIR"
     fit = f"jepa-audio fit --config {config} --data.root DIR --run_dir runs/further"
     print(printable(f"{checkpoint}\n  probe:         {probe}\n  train further: {fit}"))
-
-
-def export_published(
-    layout: Literal["wavjepa", "pupujepa"], checkpoint: Path, output: Path | None = None
-) -> None:
-    """Write a checkpoint in a published layout, as `model.safetensors` and `config.json`.
-
-    Args:
-        layout: "wavjepa" (also for WavJEPA-Nat) or "pupujepa".
-        checkpoint: the `.ckpt` file of a run or of an import.
-        output: output folder (-o). The default is `exported/` in the folder of the run.
-    """
-    file = export_weights(layout, checkpoint, output or checkpoint.parent.parent / "exported")
-    print(printable(file))
 
 
 def stats(front_end: FrontEnd, data: AudioDataModule, num_clips: int) -> None:

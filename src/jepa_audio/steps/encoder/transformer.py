@@ -218,6 +218,8 @@ class Transformer(nn.Module):
         table = self.positions.additive(grid, self.embed_dim, tokens.device)
         if table is None:
             return tokens
+        # An exported model can have half precision.
+        table = table.to(self.norm.weight.dtype)
         return tokens + (table if where is None else table[where.index])
 
     def prepare(

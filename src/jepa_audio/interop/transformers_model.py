@@ -1,0 +1,355 @@
+"""A pretrained encoder as a model of the transformers library.
+
+`jepa-audio export hf` copies these classes, and all that they need, to one file, see `OneFile`.
+Nothing in this package imports this module, so the package does not need transformers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel, SequenceFeatureExtractor
+from transformers.utils import ModelOutput
+
+from jepa_audio.errors import UserError
+from jepa_audio.inference.windows import cut_exact, pad_to_one_token
+from jepa_audio.steps.encoder.transformer import Transformer
+from jepa_audio.steps.front_ends.base import FrontEnd
+from jepa_audio.steps.grid import TokenSet
+
+logger = logging.getLogger(__name__)
+
+# Windows in one forward pass; it limits the memory for long clips.
+MAX_WINDOWS = 64
+
+
+def build(settings: Any) -> Any:
+    """The object that `class_path` and `init_args` describe, of a class of this file."""
+    if isinstance(settings, dict) and "class_path" in settings:
+        cls = globals()[settings["class_path"].rpartition(".")[2]]
+        return cls(**{name: build(value) for name, value in settings["init_args"].items()})
+    return settings
+
+
+class JEPAAudioConfig(PreTrainedConfig):
+    """The settings of a model.
+
+    Args:
+        jepa_audio: `front_end` and `encoder` (class paths and arguments), `window_samples` (the
+            length of a training crop), `sample_rate` in Hz, `num_channels`.
+    """
+
+    model_type = "jepa_audio"
+
+    def __init__(self, jepa_audio: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.jepa_audio = jepa_audio or {}
+
+
+@dataclass
+class JEPAAudioOutput(ModelOutput):
+    """The tokens of a batch of clips, in time-major order: all frequency rows of a time column.
+
+    Attributes:
+        last_hidden_state: output of the final norm, `[B, N, D]`; zero after the end of a clip.
+        hidden_states: the input of the first block, the output of every block except the last one,
+            and `last_hidden_state`; only with `output_hidden_states=True`.
+        attention_mask: True at the tokens of a clip, False after its end, `[B, N]`.
+        times: centre of every token in seconds, `[B, N]`.
+    """
+
+    last_hidden_state: Float[Tensor, "B N D"] | None = None
+    hidden_states: tuple[Float[Tensor, "B N D"], ...] | None = None
+    attention_mask: Bool[Tensor, "B N"] | None = None
+    times: Float[Tensor, "B N"] | None = None
+
+
+class JEPAAudioModel(PreTrainedModel):
+    """Front end and encoder: waveform → tokens.
+
+    Padding has no influence: every clip is encoded at its own length; clips of equal length are
+    encoded together. A clip that is longer than a training crop is encoded in windows as long as a
+    crop; the last window ends with the clip. A clip that is too short for one token is padded with
+    zeros. The front end computes in float32, also if the encoder has another type.
+    """
+
+    config_class = JEPAAudioConfig
+    main_input_name = "input_values"
+    _keep_in_fp32_modules_strict = ("front_end",)
+    _no_split_modules = ("Block",)
+    _supports_sdpa = True
+
+    def __init__(self, config: JEPAAudioConfig) -> None:
+        super().__init__(config)
+        self.front_end: FrontEnd = self._new_front_end()
+        self.encoder: Transformer = build(config.jepa_audio["encoder"])
+        self.post_init()
+
+    def _new_front_end(self) -> FrontEnd:
+        """A front end with initial weights, whose fixed kernels have their values."""
+        dtype = torch.get_default_dtype()
+        # While weights are loaded, the default is another device or type.
+        torch.set_default_dtype(torch.float32)
+        try:
+            with torch.device("cpu"):
+                return build(self.config.jepa_audio["front_end"])
+        finally:
+            torch.set_default_dtype(dtype)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Set what no file contains: fixed kernels, and weights that are missing in a file."""
+        names = module._non_persistent_buffers_set
+        if names and (path := self._path_in_front_end(module)) is not None:
+            fresh = self._new_front_end().get_submodule(path)
+            for name in names:
+                module.get_buffer(name).copy_(fresh.get_buffer(name))
+        elif isinstance(module, nn.Linear | nn.LayerNorm | nn.GroupNorm | nn.Conv1d | nn.Conv2d):
+            module.reset_parameters()
+
+    def _path_in_front_end(self, module: nn.Module) -> str | None:
+        return next((name for name, part in self.front_end.named_modules() if part is module), None)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> JEPAAudioModel:
+        """Move or convert all tensors; the front end stays in float32."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        self.encoder._apply(fn, recurse)
+        self.front_end._apply(move, recurse)
+        return self
+
+    def forward(
+        self,
+        input_values: Float[Tensor, "B *C S"],
+        attention_mask: Int[Tensor, "B S"] | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> JEPAAudioOutput | tuple[Any, ...]:
+        """Encode a batch of clips.
+
+        Args:
+            input_values: waveforms `[B, S]`, or `[B, C, S]` for a model of several channels, at
+                the sample rate of the model, in [-1, 1].
+            attention_mask: 1 at the samples of a clip, 0 at the padding after its end.
+            output_hidden_states: also return the tokens of every layer.
+            return_dict: False for a tuple.
+
+        Raises:
+            UserError: if the number of channels is another one, or if a mask has other values.
+        """
+        waveform = input_values[:, None] if input_values.ndim == 2 else input_values
+        num_channels = self.front_end.num_channels
+        if waveform.ndim != 3 or waveform.shape[1] != num_channels:
+            raise UserError(
+                f"`input_values` {list(input_values.shape)} must be [batch, {num_channels}, "
+                "samples]" + ("" if num_channels > 1 else " or [batch, samples]")
+            )
+        lengths = clip_lengths(waveform, attention_mask)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        groups = [(lengths == length).nonzero()[:, 0] for length in lengths.unique()]
+        parts = [
+            self._encode_equal(waveform[rows, :, : int(lengths[rows[0]])], output_hidden_states)
+            for rows in groups
+        ]
+        longest = max(len(times) for _, times in parts)
+        times = waveform.new_zeros(len(lengths), longest, dtype=torch.float32)
+        valid = torch.zeros_like(times, dtype=torch.bool)
+        for rows, (_, part_times) in zip(groups, parts, strict=True):
+            times[rows, : len(part_times)] = part_times.to(times)
+            valid[rows, : len(part_times)] = True
+        layers: list[Tensor] = []
+        for layer in zip(*(part for part, _ in parts), strict=True):
+            padded = layer[0].new_zeros(len(lengths), longest, layer[0].shape[-1])
+            for rows, part in zip(groups, layer, strict=True):
+                padded[rows, : part.shape[1]] = part
+            layers.append(padded)
+        hidden_states = tuple(layers) if output_hidden_states else None
+        output = JEPAAudioOutput(layers[-1], hidden_states, valid, times)
+        return output.to_tuple() if return_dict is False else output
+
+    def _encode_equal(
+        self, clips: Float[Tensor, "B C S"], every_layer: bool
+    ) -> tuple[list[Float[Tensor, "B N D"]], Float[Tensor, " N"]]:
+        """Layers and token times of clips of equal length."""
+        if len(clips) > MAX_WINDOWS:
+            parts = [self._encode_equal(part, every_layer) for part in clips.split(MAX_WINDOWS)]
+            joined = zip(*(layers for layers, _ in parts), strict=True)
+            return [torch.cat(layers) for layers in joined], parts[0][1]
+        min_samples = self.front_end.min_samples
+        if clips.shape[-1] < min_samples:
+            windows = pad_to_one_token(clips, self.front_end, min_samples)
+        else:
+            window_samples = self.config.jepa_audio["window_samples"]
+            windows = cut_exact(clips, self.front_end, window_samples, overlap=0.0)
+        size = max(1, MAX_WINDOWS // len(clips))
+        chunks = [
+            self._encode_windows(
+                windows.waveforms[i : i + size],
+                windows.kept[i : i + size],
+                windows.mask_dropped,
+                every_layer,
+            )
+            for i in range(0, len(windows.waveforms), size)
+        ]
+        layers = [torch.cat(layer, dim=1) for layer in zip(*chunks, strict=True)]
+        num_freq = layers[0].shape[1] // len(windows.times)
+        return layers, windows.times.repeat_interleave(num_freq)
+
+    def _encode_windows(
+        self,
+        waveforms: Sequence[Float[Tensor, "B C S"]],
+        kept: Bool[Tensor, "W T"],
+        mask_dropped: bool,
+        every_layer: bool,
+    ) -> list[Float[Tensor, "B N D"]]:
+        """The kept columns of the windows, encoded in one forward pass."""
+        stacked = torch.stack(list(waveforms)).flatten(0, 1)  # [W * B, C, S]
+        grid = self.front_end.grid(stacked.shape[-1])
+        with torch.autocast(stacked.device.type, enabled=False):
+            tokens = self.front_end(stacked.float()).to(self.encoder.norm.weight.dtype)
+        attended = None
+        if mask_dropped:
+            index = torch.arange(grid.num_tokens).expand(len(stacked), -1)
+            valid = repeat(kept, "w t -> (w b) (t f)", b=len(waveforms[0]), f=grid.num_freq)
+            attended = TokenSet(index, valid).to(stacked.device)
+        blocks = self.encoder.forward_layers(tokens, grid, attended)
+        layers = [self.encoder.norm(blocks[-1])]
+        if every_layer:
+            layers = [self.encoder.add_positions(tokens, grid), *blocks[:-1], *layers]
+        columns = kept.flatten().to(stacked.device)
+        shape = {"w": len(waveforms), "t": grid.num_time}
+        split = (rearrange(layer, "(w b) (t f) d -> b (w t) f d", **shape) for layer in layers)
+        return [layer[:, columns].flatten(1, 2) for layer in split]
+
+
+def clip_lengths(
+    waveform: Float[Tensor, "B C S"], attention_mask: Int[Tensor, "B S"] | None
+) -> Int[Tensor, " B"]:
+    """Number of samples of every clip.
+
+    Raises:
+        UserError: if the padding is not at the end, or if a clip has no samples.
+    """
+    num_clips, _, num_samples = waveform.shape
+    if attention_mask is None:
+        lengths = torch.full((num_clips,), num_samples)
+    elif attention_mask.shape != (num_clips, num_samples):
+        raise UserError(
+            f"`attention_mask` {list(attention_mask.shape)} must be [{num_clips}, {num_samples}], "
+            "one value for each sample"
+        )
+    else:
+        mask = attention_mask.bool().cpu()
+        lengths = mask.sum(dim=1)
+        if not mask.equal(torch.arange(num_samples) < lengths[:, None]):
+            raise UserError("`attention_mask` must be 1, then 0: the padding is after the clip")
+    if not num_clips or int(lengths.min()) < 1:
+        raise UserError("a clip of 0 samples cannot be encoded: remove it")
+    return lengths
+
+
+class JEPAAudioFeatureExtractor(SequenceFeatureExtractor):
+    """Pads clips to one length, and gives the attention mask of their samples.
+
+    Args:
+        feature_size: number of channels of the model.
+        sampling_rate: sample rate of the model in Hz.
+        padding_value: value of the padding; it has no influence on the tokens.
+        return_attention_mask: return the mask.
+    """
+
+    model_input_names = ("input_values", "attention_mask")
+
+    def __init__(
+        self,
+        feature_size: int = 1,
+        sampling_rate: int = 16000,
+        padding_value: float = 0.0,
+        return_attention_mask: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        kwargs["return_attention_mask"] = return_attention_mask
+        super().__init__(feature_size, sampling_rate, padding_value, **kwargs)
+
+    def __call__(
+        self,
+        raw_speech: Any,
+        padding: bool | str = True,
+        max_length: int | None = None,
+        truncation: bool = False,
+        pad_to_multiple_of: int | None = None,
+        return_attention_mask: bool | None = None,
+        return_tensors: str | None = None,
+        sampling_rate: int | None = None,
+    ) -> BatchFeature:
+        """Batch clips: `input_values` `[B, S]`, or `[B, C, S]` for a model of several channels.
+
+        Args:
+            raw_speech: one clip or a list of clips, each one an array, a tensor or a list of
+                samples in [-1, 1]: `[S]` for a model of one channel, else `[C, S]`. An array with
+                one axis more is a batch.
+            padding: as in transformers; True pads to the longest clip.
+            max_length: largest length in samples, for `truncation` and `padding="max_length"`.
+            truncation: cut clips to `max_length`.
+            pad_to_multiple_of: round the length up to a multiple of this number.
+            return_attention_mask: `None` for the setting of the extractor.
+            return_tensors: "pt" for tensors, "np" for arrays.
+            sampling_rate: sample rate of `raw_speech` in Hz.
+
+        Raises:
+            UserError: if the sample rate, the number of channels or the type is another one.
+        """
+        if sampling_rate is None:
+            logger.warning("give `sampling_rate`: a wrong sample rate cannot be found without it")
+        elif sampling_rate != self.sampling_rate:
+            raise UserError(
+                f"`sampling_rate` ({sampling_rate}) must be {self.sampling_rate}, the sample rate "
+                f"of the model: resample the audio to {self.sampling_rate} Hz"
+            )
+        clips = [self._checked(clip) for clip in self._split(raw_speech)]
+        padded = self.pad(
+            BatchFeature({"input_values": clips}),
+            padding=padding,
+            max_length=max_length,
+            truncation=truncation,
+            pad_to_multiple_of=pad_to_multiple_of,
+            return_attention_mask=return_attention_mask,
+        )
+        if self.feature_size > 1:
+            padded["input_values"] = [np.ascontiguousarray(x.T) for x in padded["input_values"]]
+        return padded.convert_to_tensors(return_tensors)
+
+    def _split(self, audio: Any) -> list[Any]:
+        """The clips of a batch; one clip is a batch of one."""
+        num_axes = 1 if self.feature_size == 1 else 2
+        if hasattr(audio, "ndim"):
+            return [audio] if audio.ndim == num_axes else list(audio)
+        first = audio[0] if len(audio) else 0.0
+        is_clip = np.ndim(first.cpu() if isinstance(first, Tensor) else first) == num_axes - 1
+        return [audio] if is_clip else list(audio)
+
+    def _checked(self, audio: Any) -> np.ndarray:
+        """A clip as float32: `[S]`, or `[S, C]` for several channels."""
+        clip = audio.detach().cpu().numpy() if isinstance(audio, Tensor) else np.asarray(audio)
+        if np.issubdtype(clip.dtype, np.integer) and np.abs(clip).max(initial=0) > 1:
+            raise UserError(f"samples of type {clip.dtype} must be scaled to [-1, 1], as float32")
+        if self.feature_size == 1 and clip.ndim == 2 and len(clip) == 1:
+            clip = clip[0]
+        expected = "[samples]" if self.feature_size == 1 else f"[{self.feature_size}, samples]"
+        if clip.ndim != min(self.feature_size, 2) or (
+            clip.ndim == 2 and len(clip) != self.feature_size
+        ):
+            raise UserError(f"a clip of shape {list(clip.shape)} must be {expected}: mix channels")
+        return clip.T.astype(np.float32)
