@@ -71,7 +71,8 @@ def test_rotary_positions_of_any_length_have_the_same_table(
     symbolic = graph._RotaryOfAnyLength(axes, normalized)  # type: ignore[arg-type]
     device = torch.device("cpu")
     expected = positions.rotary(grid, 16, device)
-    torch.testing.assert_close(symbolic.rotary(grid, 16, device), expected, rtol=0, atol=1e-5)
+    # Angles of 350 rad have rounding errors of 3e-5.
+    torch.testing.assert_close(symbolic.rotary(grid, 16, device), expected, rtol=0, atol=1e-4)
 
 
 def test_an_export_leaves_the_encoder_as_it_is():
