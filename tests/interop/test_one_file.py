@@ -45,7 +45,8 @@ class Square(Shape):
         return unused_function()
 """,
     "sizes": "from math import pi as PI\n\nLARGE = 2 * PI\nunused = 3\n",
-    "twice": "from some_package.shapes import Square\n\nLARGE = 1\nboth = (LARGE, Square().area())\n",
+    "twice": "from some_package.shapes import Square\n\nLARGE, OTHER = 1, 2\n"
+    "both = (LARGE, Square().area())\n",
     "inside": "def late():\n    from some_package.sizes import LARGE\n\n    return LARGE\n",
     "users": "from some_package.shapes import Square\n\n\ndef use():\n    return Square().area()\n",
 }

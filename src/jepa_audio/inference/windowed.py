@@ -226,7 +226,8 @@ class WindowedEncoder(nn.Module):
         """
         with self._gradients(waveforms):
             grid = self.front_end.grid(waveforms.shape[-1])
-            tokens = self.front_end(waveforms)
+            # The blocks of an exported model can have half precision.
+            tokens = self.front_end(waveforms).to(self.encoder.norm.weight.dtype)
             keep = None
             if attended is not None:
                 index = torch.arange(grid.num_tokens).expand(len(waveforms), -1)

@@ -42,9 +42,8 @@ class _Module:
                 self.definitions[node.name] = node
             elif isinstance(node, ast.Assign | ast.AnnAssign):
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                self.definitions |= {
-                    part.id: node for part in targets if isinstance(part, ast.Name)
-                }
+                parts = [part for target in targets for part in ast.walk(target)]
+                self.definitions |= {part.id: node for part in parts if isinstance(part, ast.Name)}
             elif isinstance(node, ast.Import):
                 for alias in node.names:
                     self.imports[alias.asname or alias.name] = (alias.name, None)

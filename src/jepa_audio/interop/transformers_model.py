@@ -7,23 +7,21 @@ Nothing in this package imports this module, so the package does not need transf
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel, SequenceFeatureExtractor
 from transformers.utils import ModelOutput
 
 from jepa_audio.errors import UserError
-from jepa_audio.inference.windows import cut_exact, pad_to_one_token
+from jepa_audio.inference.windowed import WindowedEncoder
 from jepa_audio.steps.encoder.transformer import Transformer
 from jepa_audio.steps.front_ends.base import FrontEnd
-from jepa_audio.steps.grid import TokenSet
 
 logger = logging.getLogger(__name__)
 
@@ -158,80 +156,25 @@ class JEPAAudioModel(PreTrainedModel):
         lengths = clip_lengths(waveform, attention_mask)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        groups = [(lengths == length).nonzero()[:, 0] for length in lengths.unique()]
-        parts = [
-            self._encode_equal(waveform[rows, :, : int(lengths[rows[0]])], output_hidden_states)
-            for rows in groups
-        ]
-        longest = max(len(times) for _, times in parts)
-        times = waveform.new_zeros(len(lengths), longest, dtype=torch.float32)
-        valid = torch.zeros_like(times, dtype=torch.bool)
-        for rows, (_, part_times) in zip(groups, parts, strict=True):
-            times[rows, : len(part_times)] = part_times.to(times)
-            valid[rows, : len(part_times)] = True
-        layers: list[Tensor] = []
-        for layer in zip(*(part for part, _ in parts), strict=True):
-            padded = layer[0].new_zeros(len(lengths), longest, layer[0].shape[-1])
-            for rows, part in zip(groups, layer, strict=True):
-                padded[rows, : part.shape[1]] = part
-            layers.append(padded)
-        hidden_states = tuple(layers) if output_hidden_states else None
-        output = JEPAAudioOutput(layers[-1], hidden_states, valid, times)
+        windowed = WindowedEncoder(
+            self.front_end,
+            self.encoder,
+            self.config.jepa_audio["window_samples"],
+            overlap=0.0,
+            windowing="exact",
+            max_windows=MAX_WINDOWS,
+        )
+        layers = None if output_hidden_states else [-1]
+        features = windowed.encode_batch(waveform.float(), lengths, layers)
+        num_freq = features.layers[0].shape[2]
+        hidden_states = tuple(layer.flatten(1, 2) for layer in features.layers)
+        output = JEPAAudioOutput(
+            hidden_states[-1],
+            hidden_states if output_hidden_states else None,
+            features.valid.repeat_interleave(num_freq, dim=1),
+            features.times.repeat_interleave(num_freq, dim=1),
+        )
         return output.to_tuple() if return_dict is False else output
-
-    def _encode_equal(
-        self, clips: Float[Tensor, "B C S"], every_layer: bool
-    ) -> tuple[list[Float[Tensor, "B N D"]], Float[Tensor, " N"]]:
-        """Layers and token times of clips of equal length."""
-        if len(clips) > MAX_WINDOWS:
-            parts = [self._encode_equal(part, every_layer) for part in clips.split(MAX_WINDOWS)]
-            joined = zip(*(layers for layers, _ in parts), strict=True)
-            return [torch.cat(layers) for layers in joined], parts[0][1]
-        min_samples = self.front_end.min_samples
-        if clips.shape[-1] < min_samples:
-            windows = pad_to_one_token(clips, self.front_end, min_samples)
-        else:
-            window_samples = self.config.jepa_audio["window_samples"]
-            windows = cut_exact(clips, self.front_end, window_samples, overlap=0.0)
-        size = max(1, MAX_WINDOWS // len(clips))
-        chunks = [
-            self._encode_windows(
-                windows.waveforms[i : i + size],
-                windows.kept[i : i + size],
-                windows.mask_dropped,
-                every_layer,
-            )
-            for i in range(0, len(windows.waveforms), size)
-        ]
-        layers = [torch.cat(layer, dim=1) for layer in zip(*chunks, strict=True)]
-        num_freq = layers[0].shape[1] // len(windows.times)
-        return layers, windows.times.repeat_interleave(num_freq)
-
-    def _encode_windows(
-        self,
-        waveforms: Sequence[Float[Tensor, "B C S"]],
-        kept: Bool[Tensor, "W T"],
-        mask_dropped: bool,
-        every_layer: bool,
-    ) -> list[Float[Tensor, "B N D"]]:
-        """The kept columns of the windows, encoded in one forward pass."""
-        stacked = torch.stack(list(waveforms)).flatten(0, 1)  # [W * B, C, S]
-        grid = self.front_end.grid(stacked.shape[-1])
-        with torch.autocast(stacked.device.type, enabled=False):
-            tokens = self.front_end(stacked.float()).to(self.encoder.norm.weight.dtype)
-        attended = None
-        if mask_dropped:
-            index = torch.arange(grid.num_tokens).expand(len(stacked), -1)
-            valid = repeat(kept, "w t -> (w b) (t f)", b=len(waveforms[0]), f=grid.num_freq)
-            attended = TokenSet(index, valid).to(stacked.device)
-        blocks = self.encoder.forward_layers(tokens, grid, attended)
-        layers = [self.encoder.norm(blocks[-1])]
-        if every_layer:
-            layers = [self.encoder.add_positions(tokens, grid), *blocks[:-1], *layers]
-        columns = kept.flatten().to(stacked.device)
-        shape = {"w": len(waveforms), "t": grid.num_time}
-        split = (rearrange(layer, "(w b) (t f) d -> b (w t) f d", **shape) for layer in layers)
-        return [layer[:, columns].flatten(1, 2) for layer in split]
 
 
 def clip_lengths(
