@@ -91,6 +91,11 @@ class JEPAAudioModel(PreTrainedModel):
         self.encoder: Transformer = build(config.jepa_audio["encoder"])
         self.post_init()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the encoder, in which the model is saved and loaded."""
+        return self.encoder.norm.weight.dtype
+
     def _new_front_end(self) -> FrontEnd:
         """A front end with initial weights, whose fixed kernels have their values."""
         dtype = torch.get_default_dtype()
