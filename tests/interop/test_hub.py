@@ -31,10 +31,11 @@ class Hub(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
         self.calls.append(self.path)
+        here = f"http://{self.headers['Host']}"
         if self.refused:
             self.answer({"error": "you have no right to write"}, 403)
         elif self.path.endswith("/repos/create"):
-            self.answer({"url": "https://hub/user/name", "id": "user/name", "name": "user/name"})
+            self.answer({"url": f"{here}/user/name", "id": "user/name", "name": "user/name"})
         elif "/preupload/" in self.path:
             names = [file["path"] for file in json.loads(body)["files"]]
             chosen = {"uploadMode": "regular", "shouldIgnore": False}
@@ -42,7 +43,7 @@ class Hub(BaseHTTPRequestHandler):
         elif "/commit/" in self.path:
             lines = [json.loads(line) for line in body.splitlines() if line.strip()]
             self.files.update(line["value"]["path"] for line in lines if line["key"] == "file")
-            address = "https://hub/user/name/commit/1"
+            address = f"{here}/user/name/commit/{'1' * 40}"
             self.answer({"commitUrl": address, "commitOid": "1" * 40, "success": True})
         else:
             self.answer({})
