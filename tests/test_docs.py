@@ -43,10 +43,13 @@ def test_commands_exist(text: str):
 def test_options_exist(text: str, capsys: pytest.CaptureFixture[str]):
     from lightning.pytorch.callbacks import Callback  # noqa: F401 (its subclasses get short names)
 
+    from jepa_audio.cli.finetune import finetune
     from jepa_audio.cli.trainer import JEPACLI
 
     with pytest.raises(SystemExit):
         JEPACLI(["fit", "--help"])
+    with pytest.raises(SystemExit):
+        finetune(["finetune", "--help"])
     accepted = set(re.findall(r"--([\w.]+)", capsys.readouterr().out))
     named = {option for option in re.findall(r"--([a-z_]+(?:\.[a-z_]+)*)", text) if "." in option}
     classes = (

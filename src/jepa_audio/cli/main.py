@@ -49,6 +49,11 @@ COMMANDS = {
         "jepa_audio.inference.embedding.run:embed",
         "write one vector for each clip of a corpus: ENCODER SOURCE... -o out.parquet",
     ),
+    "finetune": Command(
+        f"{_CLI}.finetune:finetune",
+        "train an encoder and a head on a labelled task: --encoder CKPT --task labels.csv",
+        True,
+    ),
     "report": Command(
         "jepa_audio.report.page:write_report",
         "write one HTML page about the runs of a folder: curves, masks, probe results",

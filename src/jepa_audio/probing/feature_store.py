@@ -269,7 +269,7 @@ class FeatureStore:
             return layers_of, times.numpy()
         num_frames = max(1, int(clip_seconds * grid_hz))
         grid = (torch.arange(num_frames) + 0.5) / grid_hz
-        on_grid = [[_interpolate(layer, times, grid) for layer in layers] for layers in layers_of]
+        on_grid = [[interpolate(layer, times, grid) for layer in layers] for layers in layers_of]
         return on_grid, grid.numpy()
 
     def _check_free_space(self, num_bytes: float) -> None:
@@ -303,7 +303,7 @@ def _equal_length_batches(
             yield [windows[i] for i in batch]
 
 
-def _interpolate(
+def interpolate(
     layer: Float[Tensor, "B T E"], times: Float[Tensor, " T"], grid: Float[Tensor, " G"]
 ) -> Float[Tensor, "B G E"]:
     """Linear interpolation to other times; constant before the first frame and after the last."""

@@ -61,9 +61,9 @@ class ProbeRow:
         encoder_hash: hash of the weights.
         pooling: how the tokens of a clip become features, as time/frequency: "thirds_std/concat"
             has the means of three thirds and the deviation, with the frequency rows concatenated.
-        preset: "marble-v1", "linear", "attentive" or "marble-v2".
+        preset: "marble-v1", "linear", "attentive" or "marble-v2"; "finetune" for fine-tuning.
         select: epoch of the head that is tested, "best" on the validation split or "last".
-        head: "mlp", "logistic", "ridge", "knn" or "attentive".
+        head: "mlp", "logistic", "ridge", "knn" or "attentive"; "finetune-MODE" for fine-tuning.
         layer: layer with the best validation score.
         setting: learning rate, penalty or number of neighbours with the best validation score;
             `setting_name` is which of them.

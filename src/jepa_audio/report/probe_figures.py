@@ -38,6 +38,7 @@ HEADS = {
     "ridge": ("ridge regression", "^", style.SOLID),
     "attentive": ("attentive pooling", "v", style.SOLID),
     "knn": ("k nearest neighbours", "s", style.DASHED),
+    "finetune": ("fine-tuned", "P", style.SOLID),
 }
 """Label, marker and dash by kind of head."""
 CHANCE = style.line_handle("chance", style.INK, style.DOTTED)
@@ -50,6 +51,11 @@ def variant_style(variant: str) -> VariantStyle:
     kind, _, seed = variant.partition("-")
     found = VARIANTS.get(kind, VARIANTS["function"])
     return found._replace(label=f"{found.label}, seed {seed}") if seed else found
+
+
+def head_kind(head: str) -> str:
+    """The key of a head in `HEADS`; fine-tuned heads of all modes have one style."""
+    return head.partition("-")[0]
 
 
 def split_layers(layers: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -105,13 +111,13 @@ def _probe_lines(rows: Sequence[ProbeRow]) -> Iterator[tuple[str, tuple[str, ...
 
 
 def _draw_marker(ax: Axes, row: ProbeRow, x: float, y: float) -> None:
-    color, marker = variant_style(row.variant).color, HEADS[row.head][1]
+    color, marker = variant_style(row.variant).color, HEADS[head_kind(row.head)][1]
     face = "white" if marker == "s" else color
     ax.plot([x], [y], marker=marker, ls="", color=color, ms=5, mfc=face, zorder=3)
 
 
 def _head_handles(rows: Iterable[ProbeRow]) -> list[Line2D]:
-    shown = {row.head for row in rows}
+    shown = {head_kind(row.head) for row in rows}
     return [
         style.line_handle(label, style.INK, dash, marker)
         for head, (label, marker, dash) in HEADS.items()
@@ -137,7 +143,7 @@ def draw_layers(rows: Sequence[ProbeRow], title: str = "") -> Figure:
         of_task = [row for row in rows if row.task == task]
         for row in of_task:
             if not _has_layers(row):
-                color, dash = variant_style(row.variant).color, HEADS[row.head][2]
+                color, dash = variant_style(row.variant).color, HEADS[head_kind(row.head)][2]
                 ax.axhline(row.valid, color=color, linestyle=dash, linewidth=1.4)
         _draw_layer_scores(ax, [row for row in of_task if (row.encoder, row.pooling) == encoder])
         name = f": {', '.join(encoder)}" if len(encoders) > 1 else ""
@@ -153,7 +159,7 @@ def draw_layers(rows: Sequence[ProbeRow], title: str = "") -> Figure:
 def _draw_layer_scores(ax: Axes, rows: Sequence[ProbeRow]) -> None:
     """Curves over single layers, and dashes at combinations; about five layers are labelled."""
     for row in rows:
-        color, dash = variant_style(row.variant).color, HEADS[row.head][2]
+        color, dash = variant_style(row.variant).color, HEADS[head_kind(row.head)][2]
         values = dict(zip(row.layers, row.valid_by_layer, strict=True))
         positions = _layer_positions(row.layers)
         curve = [values[name] for name in split_layers(row.layers)[0]]

@@ -21,7 +21,8 @@ SPLITS = ("train", "val", "test")
 """The splits of every task, as in the names of MARBLE's files."""
 
 Record = dict[str, Any]
-"""One line: `audio_path`, `label`, and optionally `uid`, `ori_uid`, `start` and `end` (s)."""
+"""One line: `audio_path`, `label`, and optionally `uid`, `ori_uid`, `start` and `end` (s), `group`
+and `fold`."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Item:
         uid: the scored unit; predictions for items of one uid are averaged.
         where: file and line of the record, for error messages.
         end_seconds: end of the segment; `None` for the end of the file.
+        group: such as the artist: its items stay together in cross-validation. Empty if unknown.
+        fold: its fold in a cross-validation that the data set defines. Empty if unknown.
     """
 
     path: Path
@@ -41,6 +44,8 @@ class Item:
     where: str
     start_seconds: float = 0.0
     end_seconds: float | None = None
+    group: str = ""
+    fold: str = ""
 
     def error(self, expected: str) -> UserError:
         """Return the error for a label other than expected."""
@@ -154,7 +159,8 @@ def split_of(records: Mapping[str, Record], root: Path, group_by: str = "audio_p
                 f"{where}: `start` ({start!r}) and `end` ({end!r}) must be seconds, in this order"
             )
         uid = unit_of(record, group_by)
-        items.append(Item(path, record["label"], uid, where, float(start), end))
+        parts = str(record.get("group", "")), str(record.get("fold", ""))
+        items.append(Item(path, record["label"], uid, where, float(start), end, *parts))
     # Each folder is listed once: to look up every file takes minutes on a network drive.
     folders = {item.path.parent for item in items}
     files = {path for folder in folders if folder.is_dir() for path in folder.iterdir()}

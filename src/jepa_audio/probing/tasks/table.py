@@ -38,19 +38,23 @@ _LABELS: dict[str, tuple[Sequence[str], _Parser]] = {
 }
 
 
-def table_task(path: Path, kind: LabelKind, columns: Sequence[str] = ()) -> ProbeData:
+def table_task(
+    path: Path, kind: LabelKind, columns: Sequence[str] = (), for_folds: bool = False
+) -> ProbeData:
     """Make a task of the user's own files from a table: `.csv` with commas, other files with tabs.
 
     Its columns are `path` (or file, audio_path, filename, file_name), relative to the folder of the
-    table; the label; optionally `split` (train, val or valid, test) and `group`, such as the
-    artist. A table without `split` is split 70:15:15 by a hash of the group (or of the path): each
-    group is in one split, and a file keeps its split when other files are added.
+    table; the label; optionally `split` (train, val or valid, test), `group`, such as the artist,
+    and `fold`, for a cross-validation. A table without `split` is split 70:15:15 by a hash of the
+    group (or of the path): each group is in one split, and a file keeps its split when other files
+    are added.
 
     Args:
         path: the table.
         kind: "multiclass": `label` is the name of a class. "multilabel": `tags` (or `label`) has
             tags separated by `|` or `;`, or is empty. "regression": `label` is a number.
         columns: columns of the label, if their names differ; several only for a regression.
+        for_folds: True if all rows will be divided into folds: then the splits have no meaning.
 
     Raises:
         MissingFileError: if the table or an audio file is missing; names the line.
@@ -67,17 +71,25 @@ def table_task(path: Path, kind: LabelKind, columns: Sequence[str] = ()) -> Prob
     names, parse = _LABELS[kind]
     label = tuple(columns) or (find_column(path, header, names),)
     group = "group" if "group" in header else file
-    row_splits = [_split(row, group) for row in rows]
+    if for_folds:
+        row_splits = [SPLITS[i % len(SPLITS)] for i in range(len(rows))]
+        if "split" in header:
+            log.info("%s: the column `split` is not used, because of the folds", path)
+    else:
+        row_splits = [_split(row, group) for row in rows]
+    kept = [column for column in ("group", "fold") if column in header]
     records: dict[str, dict[str, Record]] = {split: {} for split in SPLITS}
     for row, split in zip(rows, row_splits, strict=True):
-        records[split][row.where] = {"audio_path": row.text(file), "label": parse(row, label)}
+        record = {"audio_path": row.text(file), "label": parse(row, label)}
+        records[split][row.where] = record | {column: row[column] for column in kept}
     for split in SPLITS:
         if not records[split]:
             raise UserError(
                 f"{path}: no row is in the split {split!r}; add rows with {split} in the column "
                 "`split`" + ("" if "split" in header else ": there are too few groups for a hash")
             )
-    _check_splits(path, rows, row_splits, file, group)
+    if not for_folds:
+        _check_splits(path, rows, row_splits, file, group)
     of_columns = [R2(i, f"r2_{column}") for i, column in enumerate(label)] if len(label) > 1 else []
     labels, metrics = {
         "multiclass": (Multiclass(), (Accuracy(),)),

@@ -1,0 +1,1 @@
+"""Fine-tune an encoder on a labelled task: data, network, training and results."""
