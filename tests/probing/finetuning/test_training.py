@@ -51,7 +51,7 @@ def test_two_processes_learn_the_weights_of_one(
         weights[number] = model.network.state_dict()
         trainer.test(model, clips, verbose=False)
         tests[number] = model.results_file.read_bytes()
-    moved = max(float((weights[1][n] - starts[n]).float().abs().max()) for n in starts)
+    moved = max(float((weights[1][n].float() - starts[n].float()).abs().max()) for n in starts)
     assert moved > 1e-3
     for name, value in weights[1].items():
         torch.testing.assert_close(weights[2][name], value, rtol=1e-4, atol=1e-5, msg=name)
