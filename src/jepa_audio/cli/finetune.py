@@ -114,7 +114,7 @@ class FineTuneCLI(LightningCLI):
         default = Path("runs/finetune") / f"{name.replace('/', '-')}-{task}-{config.mode}"
         folder = FineTuneFolder(config.run_dir or default)
         results = config.output / "results.jsonl"
-        if rank_zero_only.rank == 0:
+        if _is_first_process():
             settings = config.clone()
             settings.resume = False
             folder.begin(self.parser.dump(settings, skip_none=False), config.resume)
@@ -127,7 +127,7 @@ class FineTuneCLI(LightningCLI):
         for each in dict.fromkeys(variants):
             place = folder if each == variant else folder.part(each)
             tests, data, description = self._fit_variant(each, place, data)
-            if rank_zero_only.rank != 0:
+            if not _is_first_process():
                 continue
             tested = pooled(tests)
             row, evidence = append_result(config.output, description, tested, baseline)
@@ -135,7 +135,7 @@ class FineTuneCLI(LightningCLI):
                 baseline = row.value, evidence
             write_predictions(place.path / "predictions.csv", tested)
             rows.append(row)
-        if rank_zero_only.rank == 0:
+        if _is_first_process():
             write_leaderboard(results)
             Console().print(terminal_table(rows))
             print(printable(f"{folder.path}: predictions of the test split, and the encoder"))
@@ -219,3 +219,7 @@ class FineTuneCLI(LightningCLI):
 def finetune(args: Sequence[str]) -> None:
     """Run the command `finetune`."""
     FineTuneCLI(args[1:]).run()
+
+
+def _is_first_process() -> bool:
+    return getattr(rank_zero_only, "rank", 0) == 0

@@ -81,8 +81,8 @@ class JEPAAudioModel(PreTrainedModel):
 
     config_class = JEPAAudioConfig
     main_input_name = "input_values"
-    _keep_in_fp32_modules_strict = ("front_end",)
-    _no_split_modules = ("Block",)
+    _keep_in_fp32_modules_strict = {"front_end"}  # noqa: RUF012 (as in transformers)
+    _no_split_modules = {"Block"}  # noqa: RUF012 (as in transformers)
     _supports_sdpa = True
 
     def __init__(self, config: JEPAAudioConfig) -> None:

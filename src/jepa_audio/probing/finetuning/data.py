@@ -197,9 +197,13 @@ class LabelledClips(LightningDataModule):
     def _loader(
         self, clips: Dataset[Any], batch: int, order: Iterable[Any], collate: Callable[..., Any]
     ) -> DataLoader[Any]:
-        number, sizes = self.num_workers, {"batch_size": batch, "sampler": order}
         return DataLoader(
-            clips, **sizes, num_workers=number, collate_fn=collate, persistent_workers=number > 0
+            clips,
+            batch,
+            sampler=order,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            persistent_workers=self.num_workers > 0,
         )
 
     @property

@@ -46,7 +46,7 @@ class WindowLogits:
 
 def save_logits(path: Path, rows: Rows, logits: Float[Tensor, "rows C"]) -> None:
     """Write rows and their logits to an `.npz` file."""
-    arrays = {"item": rows.item, "window": rows.window, "seconds": rows.seconds}
+    arrays: dict[str, Any] = {"item": rows.item, "window": rows.window, "seconds": rows.seconds}
     with atomic_path(path) as unfinished, unfinished.open("wb") as file:
         np.savez(file, **arrays, logits=logits.numpy())
 

@@ -211,8 +211,8 @@ class ClipNetwork(nn.Module):
     def standardise(self, rows: Float[Tensor, "n E"]) -> None:
         """Give the head the mean and the deviation of `rows`."""
         scale = Standardisation(rows)
-        self.head.mean.copy_(scale.mean)  # type: ignore[operator, union-attr]
-        self.head.factor.copy_(scale.factor)  # type: ignore[operator, union-attr]
+        self.head.mean.copy_(scale.mean)  # type: ignore[operator]
+        self.head.factor.copy_(scale.factor)  # type: ignore[operator]
         self.is_measured.fill_(True)
 
 

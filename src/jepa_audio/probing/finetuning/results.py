@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -171,7 +172,7 @@ def write_predictions(path: Path, tested: Tested) -> None:
     data, split = tested.data, tested.data.splits["test"]
     labels = data.labels
     if not isinstance(labels, ClipLabels):
-        arrays = {"item": tested.rows.item, "seconds": tested.rows.seconds}
+        arrays: dict[str, Any] = {"item": tested.rows.item, "seconds": tested.rows.seconds}
         uids = np.array([item.uid for item in split.items])
         np.savez_compressed(
             path.with_suffix(".npz"), **arrays, logits=tested.logits.numpy(), uids=uids

@@ -64,7 +64,7 @@ class FineTuneFolder:
     def checkpoint_callbacks(self) -> list[ModelCheckpoint]:
         """Save the weights of the best epoch, and all that continues a run after each epoch."""
         common: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
-        best = {"monitor": "valid/score", "mode": "max", "save_weights_only": True}
+        best: dict[str, Any] = {"monitor": "valid/score", "mode": "max", "save_weights_only": True}
         return [
             ModelCheckpoint(self.checkpoints, self.best.stem, **best, **common),
             ModelCheckpoint(self.checkpoints, self.last.stem, **common),
