@@ -50,7 +50,15 @@ from jepa_audio.probing.rows import STATISTICS, ProbeRow, load_evidence, read_ro
 log = logging.getLogger(__name__)
 COMMAND = [sys.executable, "-m", "jepa_audio"]
 TASKS = ("fsdd_digit", "klettres_language", "gm_family", "gm_pitch")
-POOLINGS = ("mean_std_change", "thirds_std")
+# The pooling of each task, chosen on the `_select` sets: the validation splits of the tasks have
+# one speaker, or one instrument of each family, too few to choose it.
+POOLINGS = {
+    "fsdd_digit": "thirds_std",
+    "fsdd_speaker": "mean_std_change",
+    "klettres_language": "mean_std_change",
+    "gm_family": "mean_std_change",
+    "gm_pitch": "mean_std_change",
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,8 @@ class Trial:
         options: more options of `jepa-audio fit`.
         corpus: pretraining set of `benchmarks/corpora.py`: speech, music or mixed.
         tasks: labelled sets of `benchmarks/corpora.py`.
-        poolings: of which the best on the validation split is reported.
+        poolings: of all tasks; the encoder is reported with that of the task in `POOLINGS`, log-mel
+            statistics also with the best one on the test split.
         seed: of the model and of the order of the clips.
         minutes: of training, with start and index; later checkpoints are not probed.
         save_every: optimizer steps between the probed checkpoints; 0 probes the last one alone.
@@ -74,7 +83,7 @@ class Trial:
     options: tuple[str, ...] = ()
     corpus: str = "speech"
     tasks: tuple[str, ...] = TASKS
-    poolings: tuple[str, ...] = POOLINGS
+    poolings: tuple[str, ...] = tuple(sorted(set(POOLINGS.values())))
     seed: int = 0
     minutes: float = 30.0
     save_every: int = 0
@@ -89,7 +98,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Result:
-    """The best head on the validation split, of the context and the target encoder, on one task.
+    """The head with the best validation score on one task, with the pooling of this task.
 
     Attributes:
         against: differences to "random-init", to "log-mel, equal pooling" and to "log-mel", the
@@ -199,14 +208,21 @@ def probe(
 
 
 def compare(rows: Sequence[ProbeRow], seconds: float, step: int) -> list[Result]:
-    """For each task, the head with the best validation score against the baselines."""
+    """For each task, the head with the best validation score against the baselines.
+
+    Raises:
+        UserError: if the pooling of a task was not probed.
+    """
     results = []
     for task in dict.fromkeys(row.task for row in rows):
         # One kind of head: logistic regression.
         own = [row for row in rows if row.task == task and row.head != "knn"]
-        best = max((row for row in own if not row.is_baseline), key=lambda row: row.valid)
+        time_pooling = POOLINGS[Path(task).stem.removesuffix("_select")]
+        pooled = [row for row in own if row.pooling.partition("/")[0] == time_pooling]
+        if not pooled:
+            raise UserError(f"{task}: `poolings` has no {time_pooling}, the pooling of this task")
+        best = max((row for row in pooled if not row.is_baseline), key=lambda row: row.valid)
         statistics = [row for row in own if row.variant == STATISTICS]
-        time_pooling = best.pooling.partition("/")[0]
         against = {
             "log-mel, equal pooling": difference_of(
                 best, next(r for r in statistics if r.pooling.partition("/")[0] == time_pooling)

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-from benchmarks.learning import Result, Trial, read_results, read_trials, seconds_until_ahead, table
+from benchmarks.learning import (
+    Result,
+    Trial,
+    compare,
+    read_results,
+    read_trials,
+    seconds_until_ahead,
+    table,
+)
 
 from jepa_audio.errors import UserError
 from jepa_audio.probing.intervals import Difference
+from jepa_audio.probing.rows import read_rows
+from tests.probing.rows import add
 
 TRIALS = """
 defaults: {recipe: demo/wavjepa, corpus: speech, tasks: [digit], seeds: [0, 1]}
@@ -82,3 +93,25 @@ def test_results_are_read_as_they_were_written(tmp_path: Path):
     (row,) = table(tmp_path).splitlines()[2:]
     assert row.endswith("| 20 (20 s) | 10 s |")
     assert read_results(tmp_path / "none") == []
+
+
+def test_an_encoder_is_compared_with_the_pooling_of_the_task(tmp_path: Path):
+    results, draws = tmp_path / "results.jsonl", np.linspace(-0.01, 0.01, 101)
+    task = "sets/fsdd_digit_select.csv"
+
+    def row(value: float, pooling: str, **changes: object) -> None:
+        add(results, value, value + draws, task=task, pooling=f"{pooling}/concat", **changes)
+
+    row(0.6, "thirds_std", variant="target", valid=0.4)
+    row(0.9, "mean_std_change", variant="target", valid=0.9)
+    statistics = {"encoder": "log-mel", "variant": "statistics"}
+    row(0.5, "thirds_std", **statistics)
+    row(0.7, "mean_std_change", **statistics)
+    rows = [replace(r, evidence=str(tmp_path / r.evidence)) for r in read_rows(results)]
+    (found,) = compare(rows, 60.0, 100)
+    assert (found.pooling, found.value) == ("thirds_std/concat", 0.6)
+    differences = {name: gap.value for name, gap in found.against.items()}
+    assert differences == pytest.approx({"log-mel, equal pooling": 0.1, "log-mel": -0.1})
+    assert not found.is_ahead
+    with pytest.raises(UserError, match="`poolings` has no thirds_std, the pooling of this task"):
+        compare([r for r in rows if "thirds" not in r.pooling], 60.0, 100)
