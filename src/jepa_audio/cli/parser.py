@@ -71,6 +71,9 @@ class HelpfulParser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one sentence with a suggestion, and exit with code 2."""
         options = set(_options(self))
+        message = re.sub(
+            r"ambiguous option: (\S+) could match .*", r"unrecognized arguments: \1", message
+        )
         sentence = _missing(message, options) or config_sentence(message, self._words)
         suggestion = _suggestion(message, options)
         print(printable(f"jepa-audio: {sentence}{suggestion}"), file=sys.stderr)

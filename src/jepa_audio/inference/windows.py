@@ -101,4 +101,4 @@ def windows_as_wavjepa(num_samples: int, front_end: FrontEnd, window_samples: in
     kept = np.arange(num_windows * per_window).reshape(num_windows, per_window) < num_columns
     times = np.arange(num_columns) * (num_samples / rate / num_columns)
     starts = range(0, num_windows * window, window)
-    return Windows(starts, window, kept, times, mask_dropped=True, rms_dbfs=-14)
+    return Windows(starts, window, kept, times, mask_dropped=True, rms_dbfs=-14.0)

@@ -241,7 +241,7 @@ def _paint_tokens(
     if found.query is not None:
         row, column = found.query
         x, y = (np.array([column, row]) + 0.5) * scale
-        ax.add_line(_query_marker([x], [y]))
+        ax.add_line(_query_marker(float(x), float(y)))
 
 
 def _draw_curves(ax: Axes, found: AttentionMap, times: np.ndarray, last: bool) -> None:
@@ -261,18 +261,18 @@ def _draw_curves(ax: Axes, found: AttentionMap, times: np.ndarray, last: bool) -
     if found.query is not None:
         row, column = found.query
         over.axvline(times[column], color=style.INK, linewidth=0.8, linestyle=style.DASHED)
-        over.add_line(_query_marker([times[column]], [found.relative[row, column]]))
+        over.add_line(_query_marker(float(times[column]), float(found.relative[row, column])))
 
 
-def _query_marker(x: Sequence[float], y: Sequence[float]) -> Line2D:
+def _query_marker(x: float, y: float) -> Line2D:
     face = {"markerfacecolor": style.ORANGE, "markeredgecolor": style.INK}
-    return Line2D(x, y, linestyle="", marker="D", markersize=5.5, **face)  # type: ignore[arg-type]
+    return Line2D([x], [y], linestyle="", marker="D", markersize=5.5, **face)  # type: ignore[arg-type]
 
 
 def _handles(maps: Sequence[AttentionMap], has_bands: bool) -> list[Artist]:
     handles: list[Artist] = []
     if any(found.query is not None for found in maps):
-        marker = _query_marker([], [])
+        marker = _query_marker(0.0, 0.0)
         marker.set_label("query token")
         handles.append(marker)
     if has_bands:
