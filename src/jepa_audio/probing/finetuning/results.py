@@ -120,10 +120,7 @@ def append_result(
     if baseline is not None and of.variant != RANDOM_INIT:
         value, other = baseline
         gap = difference(scores[metric].value, value, evidence.draws[metric], other.draws[metric])
-    sizes = [len(data.splits[split].uids) for split in ("train", "val", "test")]
-    if task.units[0] == "window":
-        sizes[0] = tested.train_rows.num_units(data.splits["train"], "window")
-        sizes[2] = tested.rows.num_units(data.splits["test"], "window")
+    sizes = _num_units(tested)
     row = ProbeRow(
         encoder=of.encoder,
         variant=of.variant,
@@ -161,6 +158,16 @@ def append_result(
     save_evidence(output / row.evidence, evidence)
     append_rows(output / "results.jsonl", [row])
     return row, evidence
+
+
+def _num_units(tested: Tested) -> list[int]:
+    """Scored units of train, valid and test."""
+    splits = tested.data.splits
+    sizes = [len(splits[split].uids) for split in ("train", "val", "test")]
+    if tested.data.task.units[0] == "window":
+        sizes[0] = tested.train_rows.num_units(splits["train"], "window")
+        sizes[2] = tested.rows.num_units(splits["test"], "window")
+    return sizes
 
 
 def write_predictions(path: Path, tested: Tested) -> None:
