@@ -12,7 +12,7 @@ from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.inference.encoder import Encoder
 from jepa_audio.inference.features import LayerFeatures
 from jepa_audio.inference.load import load_encoder
-from jepa_audio.steps.encoder.positions import SinCosPositions
+from jepa_audio.steps.encoder.positions import RotaryPositions, SinCosPositions
 from jepa_audio.steps.encoder.transformer import Transformer
 from jepa_audio.steps.front_ends import FrontEnd, SpectrogramFrontEnd, WaveformFrontEnd
 from jepa_audio.steps.front_ends.base import Spectrogram
@@ -54,6 +54,41 @@ def test_every_clip_of_a_padded_batch_equals_the_clip_alone(encoder: Encoder, cl
         for layer, expected in zip(padded_batch.layers, alone.layers, strict=True):
             torch.testing.assert_close(layer[row, :num_columns], expected[0], rtol=1e-5, atol=1e-5)
             assert not layer[row, num_columns:].any()
+
+
+@pytest.mark.parametrize(
+    ("positions", "num_passes"),
+    [(SinCosPositions(), 1), (RotaryPositions(normalized=False), 1), (RotaryPositions(), 3)],
+)
+def test_short_clips_of_unequal_length_share_a_pass_if_positions_do_not_depend_on_the_length(
+    tiny_jepa: Callable[..., JEPA],
+    rng: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    positions: SinCosPositions | RotaryPositions,
+    num_passes: int,
+):
+    jepa = tiny_jepa("mel")
+    encoder = Encoder.from_jepa(jepa, 640)
+    encoder.encoder.positions = positions
+    clips = [torch.randn(1, length, generator=rng) for length in (300, 640, 200, 300)]
+    alone = [encoder.encode_batch(clip[None]) for clip in clips]
+    assert len({each.layers[0].shape[1] for each in alone}) == 3
+    passes = []
+    forward = Transformer.forward_layers
+    monkeypatch.setattr(
+        Transformer, "forward_layers", lambda *args: passes.append(1) or forward(*args)
+    )
+    found = {}
+    for rows, features in encoder.encode_clips(clips, None):
+        for i, row in enumerate(rows):
+            num_columns = int(features.valid[i].sum())
+            found[row] = [layer[i, :num_columns] for layer in features.layers]
+            assert not any(layer[i, num_columns:].any() for layer in features.layers)
+            torch.testing.assert_close(features.times[i, :num_columns], alone[row].times[0])
+    assert len(passes) == num_passes
+    for row, expected in enumerate(alone):
+        for layer, of_clip in zip(found[row], expected.layers, strict=True):
+            torch.testing.assert_close(layer, of_clip[0], rtol=1e-5, atol=1e-5)
 
 
 def test_the_times_of_a_padded_batch_equal_the_times_of_every_clip(encoder: Encoder, clips: Tensor):

@@ -146,10 +146,9 @@ def pad_features(groups: Sequence[tuple[Sequence[int], LayerFeatures]]) -> Layer
     """Combine the features of clips of different lengths into one batch, padded with zeros.
 
     Args:
-        groups: for each group of clips of equal length, the rows of its clips in the batch, and
-            their features.
+        groups: for each group of clips, the rows of its clips in the batch, and their features.
     """
-    if len(groups) == 1:
+    if len(groups) == 1 and list(groups[0][0]) == sorted(groups[0][0]):
         return groups[0][1]
     first = groups[0][1].layers
     num_columns = max(part.times.shape[1] for _, part in groups)
@@ -160,7 +159,7 @@ def pad_features(groups: Sequence[tuple[Sequence[int], LayerFeatures]]) -> Layer
     for part_rows, part in groups:
         rows, end = list(part_rows), part.times.shape[1]
         times[rows, :end] = part.times.to(times)
-        valid[rows, :end] = True
+        valid[rows, :end] = part.valid
         for layer, part_layer in zip(layers, part.layers, strict=True):
             layer[rows, :end] = part_layer
     return LayerFeatures(layers, times, valid)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from itertools import islice
+from itertools import groupby, islice
 from typing import Literal
 
 import numpy as np
@@ -14,6 +14,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from jepa_audio.errors import UserError
 from jepa_audio.inference.features import LayerFeatures, pad_features
@@ -25,7 +26,7 @@ from jepa_audio.inference.windows import (
 )
 from jepa_audio.steps.encoder.transformer import Transformer
 from jepa_audio.steps.front_ends import FrontEnd
-from jepa_audio.steps.grid import TokenSet
+from jepa_audio.steps.grid import Grid, TokenSet
 
 Windowing = Literal["exact", "wavjepa"]
 # Windows of clips that are kept in memory: number of clips, and columns of a clip.
@@ -103,10 +104,12 @@ class WindowedEncoder(nn.Module):
     def encode_clips(
         self, clips: Sequence[Float[Tensor, "C _"]], layers: Sequence[int] | None
     ) -> Iterator[tuple[list[int], LayerFeatures]]:
-        """Groups of clips, as indices, and their features; the clips of a group are equally long.
+        """Groups of clips, as indices, and their features.
 
         The front end never gets padding. Windows without padding are equally long for all clips
-        that are longer than a window, so these clips are encoded together.
+        that are longer than a window, so these clips are encoded together. The tokens of clips that
+        fit into a window are padded and encoded together, and attention excludes the padding;
+        without positions that depend on the length of the clip, nothing else connects the tokens.
         """
         by_length: dict[int, list[int]] = {}
         for row, clip in enumerate(clips):
@@ -117,6 +120,13 @@ class WindowedEncoder(nn.Module):
             rows = sorted(row for length in long for row in by_length.pop(length))
             features = self._encode_mixed([clips[row] for row in rows], layers)
             yield from zip(([row] for row in rows), features, strict=True)
+        short = sorted(length for length in by_length if self.min_samples <= length <= longest)
+        is_exact = self.windowing == "exact" and not self.encoder.positions.depend_on_length
+        if is_exact and len(short) > 1:
+            rows = [row for length in short for row in by_length.pop(length)]
+            for first in range(0, len(rows), self.max_windows):
+                group = rows[first : first + self.max_windows]
+                yield group, self._encode_padded([clips[row] for row in group], layers)
         for _, rows in sorted(by_length.items()):
             yield rows, self._encode_equal(torch.stack([clips[row] for row in rows]), layers)
 
@@ -214,6 +224,26 @@ class WindowedEncoder(nn.Module):
                     yield _features(joined, plans[number].times)
                     pieces, number = [], number + 1
 
+    def _encode_padded(
+        self, clips: Sequence[Float[Tensor, "C _"]], layers: Sequence[int] | None
+    ) -> LayerFeatures:
+        """The features of clips in the order of their lengths; each fits into one window."""
+        times = [torch.from_numpy(self._windows(clip.shape[-1]).times).float() for clip in clips]
+        with self._gradients(*clips):
+            equal = [torch.stack(list(each)) for _, each in groupby(clips, lambda c: c.shape[-1])]
+            tokens = [row for each in equal for row in self.front_end(each)]
+            padded = pad_sequence(tokens, batch_first=True)
+            grid = self.front_end.grid(clips[-1].shape[-1])
+            columns = torch.tensor([len(each) for each in times], device=padded.device)
+            valid = torch.arange(grid.num_time, device=padded.device) < columns[:, None]
+            index = torch.arange(grid.num_tokens, device=padded.device).expand(len(clips), -1)
+            keep = TokenSet(index, repeat(valid, "r t -> r (t f)", f=grid.num_freq))
+            outputs = self._encode_tokens(padded, grid, keep, layers)
+            zero = ~valid[..., None, None]
+            outputs = [output.masked_fill(zero, 0) for output in outputs]
+        padded_times = pad_sequence(times, batch_first=True).to(padded.device)
+        return LayerFeatures(tuple(outputs), padded_times, valid)
+
     def _encode_stacked(
         self,
         waveforms: Float[Tensor, "R C S"],
@@ -226,8 +256,6 @@ class WindowedEncoder(nn.Module):
         """
         with self._gradients(waveforms):
             grid = self.front_end.grid(waveforms.shape[-1])
-            # The blocks of an exported model can have half precision.
-            tokens = self.front_end(waveforms).to(self.encoder.norm.weight.dtype)
             keep = None
             if attended is not None:
                 index = torch.arange(grid.num_tokens).expand(len(waveforms), -1)
@@ -235,15 +263,26 @@ class WindowedEncoder(nn.Module):
                 shape = {"b": clips, "f": grid.num_freq}
                 valid = repeat(torch.from_numpy(attended), "w t -> (w b) (t f)", **shape)
                 keep = TokenSet(index, valid).to(waveforms.device)
-            blocks = self.encoder.forward_layers(tokens, grid, keep)
-            first, last = self.encoder.add_positions(tokens, grid), self.encoder.norm(blocks[-1])
-            outputs = [first, *blocks[:-1], last]
-            chosen = outputs if layers is None else [outputs[layer] for layer in layers]
-            return [rearrange(x, "r (t f) d -> r t f d", t=grid.num_time) for x in chosen]
+            return self._encode_tokens(self.front_end(waveforms), grid, keep, layers)
 
-    def _gradients(self, waveforms: Tensor) -> AbstractContextManager[object]:
+    def _encode_tokens(
+        self,
+        tokens: Float[Tensor, "R N D"],
+        grid: Grid,
+        keep: TokenSet | None,
+        layers: Sequence[int] | None,
+    ) -> list[Float[Tensor, "R T F D"]]:
+        # The blocks of an exported model can have half precision.
+        tokens = tokens.to(self.encoder.norm.weight.dtype)
+        blocks = self.encoder.forward_layers(tokens, grid, keep)
+        first, last = self.encoder.add_positions(tokens, grid), self.encoder.norm(blocks[-1])
+        outputs = [first, *blocks[:-1], last]
+        chosen = outputs if layers is None else [outputs[layer] for layer in layers]
+        return [rearrange(x, "r (t f) d -> r t f d", t=grid.num_time) for x in chosen]
+
+    def _gradients(self, *waveforms: Tensor) -> AbstractContextManager[object]:
         """Without a need for gradients, the blocks also keep nothing for activation checkpoints."""
-        is_needed = waveforms.requires_grad or not self.is_frozen
+        is_needed = any(each.requires_grad for each in waveforms) or not self.is_frozen
         return nullcontext() if is_needed or not torch.is_grad_enabled() else torch.no_grad()
 
     def _windows(self, num_samples: int) -> Windows:

@@ -89,6 +89,22 @@ class ProbeEncoder(ABC):
         """The tokens that are pooled to one vector for each clip."""
         return self.encode(waveform)
 
+    def encode_clips(
+        self, clips: Sequence[Float[Tensor, "C _"]], *, per_frame: bool
+    ) -> Iterator[tuple[list[int], LayerFeatures]]:
+        """Groups of clips of any lengths, as indices, and their features.
+
+        Args:
+            clips: at the sample rate of the encoder.
+            per_frame: True for the tokens themselves, False for tokens that are pooled.
+        """
+        by_length: dict[int, list[int]] = {}
+        for row, clip in enumerate(clips):
+            by_length.setdefault(clip.shape[-1], []).append(row)
+        encode = self.encode if per_frame else self.encode_for_clips
+        for rows in by_length.values():
+            yield rows, encode(torch.stack([clips[row] for row in rows]))
+
     def poolings(self, requested: Sequence[Pooling]) -> tuple[Pooling, ...]:
         """The poolings under which this encoder is probed if these are requested."""
         return tuple(requested)
@@ -131,6 +147,13 @@ class JEPAEncoder(ProbeEncoder):
     def encode(self, waveform: Float[Tensor, "B C S"]) -> LayerFeatures:
         device = next(self.frozen.parameters()).device
         return self.frozen.encode_batch(waveform.to(device), layers=self.layers)
+
+    @override
+    def encode_clips(
+        self, clips: Sequence[Float[Tensor, "C _"]], *, per_frame: bool
+    ) -> Iterator[tuple[list[int], LayerFeatures]]:
+        device = next(self.frozen.parameters()).device
+        return self.frozen.encode_clips([clip.to(device) for clip in clips], self.layers)
 
 
 class LogMelStatistics(ProbeEncoder):

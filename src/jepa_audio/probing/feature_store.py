@@ -96,7 +96,7 @@ class FeatureStore:
         num_samples = min(lengths)
         silence = torch.zeros(1, encoder.num_channels, num_samples)
         try:
-            self._encode_clips(silence, self.preparation.poolings)
+            list(self._encode_clips([silence[0]], self.preparation.poolings))
             return encoder.encode_for_clips(silence).times.shape[1]
         except (ValueError, RuntimeError) as error:
             raise UserError(
@@ -193,10 +193,7 @@ class FeatureStore:
     def _encode(
         self, items: Sequence[Item], waveforms: Sequence[Tensor], poolings: Sequence[Pooling]
     ) -> tuple[list[np.ndarray], list[int]]:
-        """Rows of each pooling in the order of items and windows; the number of rows of each item.
-
-        Only windows of the same length are in a batch, so no window is padded.
-        """
+        """Rows of each pooling in the order of items and windows; number of rows of each item."""
         rate = self.encoder.sample_rate
         windows = [
             _Window(i, number, start, stop)
@@ -206,17 +203,15 @@ class FeatureStore:
             )
         ]
         rows_of: dict[_Window, list[np.ndarray]] = {}
-        for batch in _equal_length_batches(windows, self.batch_seconds * rate):
-            clips = torch.stack([waveforms[w.item][:, w.start : w.stop] for w in batch])
+        for batch in _batches(windows, self.batch_seconds * rate):
+            clips = [waveforms[w.item][:, w.start : w.stop] for w in batch]
             try:
-                layers_of, seconds = self._encode_clips(clips, poolings)
+                for number, layers_of, seconds in self._encode_clips(clips, poolings):
+                    window = batch[number]
+                    item = items[window.item]
+                    rows_of[window] = [self._rows(window, x, seconds, item) for x in layers_of]
             except ValueError as error:
                 raise UserError(f"{items[batch[0].item].where}: {error}") from error
-            for i, window in enumerate(batch):
-                rows_of[window] = [
-                    self._rows(window, [layer[i] for layer in layers], seconds, items[window.item])
-                    for layers in layers_of
-                ]
         counts = [len(rows_of[window][0]) for window in windows]
         per_item = np.bincount([window.item for window in windows], counts, len(waveforms))
         tables = [np.concatenate(rows) for rows in zip(*map(rows_of.get, windows), strict=True)]
@@ -245,32 +240,37 @@ class FeatureStore:
         return rows
 
     def _encode_clips(
-        self, clips: Float[Tensor, "B C S"], poolings: Sequence[Pooling]
-    ) -> tuple[list[list[Float[Tensor, "B rows _"]]], Float[np.ndarray, " rows"]]:
-        """For each pooling the rows of every layer, and their times in the clip.
+        self, clips: Sequence[Float[Tensor, "C _"]], poolings: Sequence[Pooling]
+    ) -> Iterator[tuple[int, list[list[Float[Tensor, "rows _"]]], Float[np.ndarray, " rows"]]]:
+        """For each clip its number, for each pooling the rows of every layer, and their times.
 
         There is one row for each clip, or for each time frame.
         """
         encoder, grid_hz = self.encoder, self.preparation.grid_hz
-        clip_seconds = clips.shape[-1] / encoder.sample_rate
         per_frame = self.preparation.per_frame
-        features = encoder.encode(clips) if per_frame else encoder.encode_for_clips(clips)
-        if len(features.layers) != len(encoder.layer_names):
-            raise UserError(
-                f"{encoder.name} returns {len(features.layers)} layers, but the names of its "
-                f"layers are {list(encoder.layer_names)}: `encode` must return one tensor for each "
-                "index in `layers`, in the same order"
-            )
-        layers_of = [pooling(features) for pooling in poolings]
-        if not per_frame:
-            return layers_of, np.array([clip_seconds / 2])
-        times = features.times[0].cpu().double()
-        if grid_hz is None:
-            return layers_of, times.numpy()
-        num_frames = max(1, int(clip_seconds * grid_hz))
-        grid = (torch.arange(num_frames) + 0.5) / grid_hz
-        on_grid = [[interpolate(layer, times, grid) for layer in layers] for layers in layers_of]
-        return on_grid, grid.numpy()
+        for numbers, features in encoder.encode_clips(clips, per_frame=per_frame):
+            if len(features.layers) != len(encoder.layer_names):
+                raise UserError(
+                    f"{encoder.name} returns {len(features.layers)} layers, but the names of its "
+                    f"layers are {list(encoder.layer_names)}: `encode` must return one tensor for "
+                    "each index in `layers`, in the same order"
+                )
+            layers_of = [pooling(features) for pooling in poolings]
+            counts = features.valid.sum(dim=1).tolist()
+            for row, (number, count) in enumerate(zip(numbers, counts, strict=True)):
+                clip_seconds = clips[number].shape[-1] / encoder.sample_rate
+                if not per_frame:
+                    rows = [[layer[row] for layer in layers] for layers in layers_of]
+                    yield number, rows, np.array([clip_seconds / 2])
+                    continue
+                times = features.times[row, :count].cpu().double()
+                rows = [[layer[row, :count] for layer in layers] for layers in layers_of]
+                if grid_hz is not None:
+                    num_frames = max(1, int(clip_seconds * grid_hz))
+                    grid = (torch.arange(num_frames) + 0.5) / grid_hz
+                    rows = [[interpolate(x[None], times, grid)[0] for x in xs] for xs in rows]
+                    times = grid
+                yield number, rows, times.numpy()
 
     def _check_free_space(self, num_bytes: float) -> None:
         free = shutil.disk_usage(self.folder).free
@@ -291,16 +291,19 @@ def _item_key(item: Item) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:24]
 
 
-def _equal_length_batches(
-    windows: Sequence[_Window], num_samples: float
-) -> Iterator[list[_Window]]:
-    """Batches of windows of one length: at most `num_samples` samples in a batch, or one window."""
-    lengths = np.array([window.stop - window.start for window in windows])
-    for length in np.unique(lengths):
-        size = max(1, int(num_samples / max(length, 1)))
-        same = np.flatnonzero(lengths == length)
-        for batch in np.split(same, range(size, len(same), size)):
-            yield [windows[i] for i in batch]
+def _batches(windows: Sequence[_Window], num_samples: float) -> Iterator[list[_Window]]:
+    """Batches of windows of similar length: at most `num_samples` samples, or one window."""
+    batch: list[_Window] = []
+    total = 0
+    for window in sorted(windows, key=lambda window: window.stop - window.start):
+        length = window.stop - window.start
+        if batch and total + length > num_samples:
+            yield batch
+            batch, total = [], 0
+        batch.append(window)
+        total += length
+    if batch:
+        yield batch
 
 
 def interpolate(

@@ -128,11 +128,14 @@ class FileEmbedder(LightningModule):
         on_device = [clip.to(self.device) for clip in clips]
         for rows, features in self.encoder.encode_clips(on_device, self.layers):
             vectors = self.pooling.vectors(features).float().cpu().numpy()
-            seconds = clips[rows[0]].shape[-1] / self.encoder.sample_rate
-            start, end = np.zeros(1), np.array([seconds])
-            if self.pooling.regions == 0:
-                start, end = self._frame_spans(features.times[0].double().cpu().numpy())
-            found.update({row: (start, end, vectors[i]) for i, row in enumerate(rows)})
+            times = features.times.double().cpu().numpy()
+            counts = features.valid.sum(dim=1).tolist()
+            for row, own, own_times, count in zip(rows, vectors, times, counts, strict=True):
+                seconds = clips[row].shape[-1] / self.encoder.sample_rate
+                start, end = np.zeros(1), np.array([seconds])
+                if self.pooling.regions == 0:
+                    own, (start, end) = own[:count], self._frame_spans(own_times[:count])  # noqa: PLW2901
+                found[row] = start, end, own
         return [found[row] for row in range(len(clips))]
 
     def _frame_spans(

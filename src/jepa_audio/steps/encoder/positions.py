@@ -22,6 +22,11 @@ FLOAT64_DEVICES = ("cpu", "cuda", "meta")
 class Positions(ABC):
     """A position encoding: an additive table, a rotation of queries and keys, or both."""
 
+    @property
+    def depend_on_length(self) -> bool:
+        """Whether the encoding of a token depends on the number of time columns of the grid."""
+        return True
+
     def additive(self, grid: Grid, dim: int, device: torch.device) -> Float[Tensor, "N D"] | None:
         """The table to add to the tokens of width `dim`; `None` for no table."""
         return None
@@ -50,6 +55,11 @@ class SinCosPositions(Positions):
     """
 
     temperature: float = 10_000.0
+
+    @property
+    @override
+    def depend_on_length(self) -> bool:
+        return False
 
     @override
     def additive(self, grid: Grid, dim: int, device: torch.device) -> Float[Tensor, "N D"]:
@@ -108,6 +118,11 @@ class RotaryPositions(Positions):
     normalized: bool = True
     temperature: float = 10_000.0
     max_resolution: int = 224
+
+    @property
+    @override
+    def depend_on_length(self) -> bool:
+        return self.normalized
 
     @override
     def rotary(self, grid: Grid, head_dim: int, device: torch.device) -> Float[Tensor, "N H"]:
