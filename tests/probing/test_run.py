@@ -15,10 +15,13 @@ from torch import Tensor
 from jepa_audio.cli.main import main
 from jepa_audio.errors import MissingFileError
 from jepa_audio.inference.encoder import Encoder
+from jepa_audio.inference.folder import save_encoder
+from jepa_audio.inference.load import load_encoder
 from jepa_audio.probing.encoders import (
     EncoderOptions,
     FunctionEncoder,
     LogMelStatistics,
+    load_encoders,
     load_jepa_encoder,
     run_name,
     state_hash,
@@ -329,6 +332,28 @@ def test_a_run_has_the_name_of_its_folder():
     assert run_name(Path("runs/wave/checkpoints/last.ckpt")) == "wave"
     assert run_name(Path("runs/wave/checkpoints/step=100.ckpt")) == "wave/step=100"
     assert run_name(Path("models/wave.ckpt")) == "wave"
+
+
+def test_the_folder_of_a_run_and_an_exported_folder_are_probed_as_their_checkpoint(
+    checkpoint: tuple[Path, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    run = tmp_path / "wave"
+    (run / "checkpoints").mkdir(parents=True)
+    shutil.copy(checkpoint[0], run / "checkpoints" / "last.ckpt")
+    of_file = list(load_encoders(str(run / "checkpoints" / "last.ckpt"), EncoderOptions()))
+    of_run = list(load_encoders(str(run), EncoderOptions()))
+    assert [(e.name, e.variant, e.function_hash) for e in of_run] == [
+        (e.name, e.variant, e.function_hash) for e in of_file
+    ]
+    exported = save_encoder(load_encoder(run, "target"), tmp_path / "wave-v1.0")
+    of_folder = list(load_encoders(str(exported), EncoderOptions(variants=("context",))))
+    assert "holds only the target encoder, which is probed" in caplog.text
+    assert [(e.name, e.variant) for e in of_folder] == [
+        ("wave-v1.0", "random"),
+        ("wave-v1.0", "target"),
+    ]
+    (target,) = (e for e in of_file if e.variant == "target")
+    assert of_folder[1].function_hash == target.function_hash
 
 
 def test_encoders_that_compute_different_features_have_different_hashes(

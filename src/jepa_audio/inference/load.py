@@ -62,7 +62,7 @@ def load_encoder(
         "windowing": windowing,
         "max_windows": max_windows,
     }
-    path = _find(os.fspath(what))
+    path = find_encoder(os.fspath(what))
     if path.is_dir():
         encoder, seed = read_encoder(path, trust=trust, **options), 0
         if which == "target" and encoder.which != "target":
@@ -130,8 +130,15 @@ def _crop_samples(checkpoint: Path, content: dict[str, Any], sample_rate: int) -
     return round(seconds * sample_rate)
 
 
-def _find(what: str) -> Path:
-    """The checkpoint or the exported folder that `what` names; a model of the Hub is downloaded."""
+def find_encoder(what: str) -> Path:
+    """The checkpoint or the exported folder that `what` names; a model of the Hub is downloaded.
+
+    Args:
+        what: see `load_encoder`.
+
+    Raises:
+        UserError: if there is none, with the nearest names.
+    """
     path = Path(what).expanduser()
     if path.suffix == ".safetensors" and path.is_file():
         path = path.parent

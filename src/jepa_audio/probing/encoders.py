@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import pkgutil
 import sys
 from abc import ABC, abstractmethod
@@ -11,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -22,10 +23,12 @@ from typing_extensions import override
 from jepa_audio.errors import UserError
 from jepa_audio.inference.encoder import Encoder, state_hash
 from jepa_audio.inference.features import LayerFeatures
-from jepa_audio.inference.load import load_encoder
+from jepa_audio.inference.folder import read_encoder
+from jepa_audio.inference.load import Which, find_encoder, load_encoder
 from jepa_audio.inference.pooling import Pooling
 from jepa_audio.steps.front_ends.transforms import LogMel
-from jepa_audio.training.run.load import missing_checkpoint
+
+log = logging.getLogger(__name__)
 
 Windowing = Literal["exact", "wavjepa"]
 
@@ -279,47 +282,57 @@ class EncoderOptions:
 
 
 def load_encoders(source: str, options: EncoderOptions) -> Iterator[ProbeEncoder]:
-    """The random-init baselines and the encoders of a checkpoint, or the encoder of a function.
+    """The random-init baselines and the encoders of a model, or the encoder of a function.
 
-    The call checks that the checkpoint or the function exists. The iterator loads one encoder at a
-    time.
+    The call checks that the model or the function exists. The iterator loads one encoder at a time.
 
     Args:
-        source: a `.ckpt` file, or `module:function` for a function without arguments that returns
-            a `ProbeEncoder`.
-        options: for a function, only its `layers` are used.
+        source: what `load_encoder` takes: a checkpoint, the folder of a run, an exported folder or
+            a name on the Hub; or `module:function` for a function without arguments that returns a
+            `ProbeEncoder`.
+        options: an exported folder has one variant, which is probed for any `variants`; for a
+            function, only the `layers` are used.
 
     Raises:
-        MissingFileError: if the checkpoint does not exist.
+        MissingFileError: if the model does not exist.
         UserError: if the function does not exist, or if it returns something else.
     """
-    if Path(source).suffix != ".ckpt" and ":" in source:
+    if _is_function(source):
         return _function_encoders(source, options.layers)
-    checkpoint = Path(source)
-    if not checkpoint.is_file():
-        raise missing_checkpoint(checkpoint)
+    path, name = find_encoder(source), source_name(source)
+    variants: Sequence[str] = options.variants
+    if path.is_dir():
+        variants = (read_encoder(path).which,)
+        if variants[0] not in options.variants:
+            log.warning("%s holds only the %s encoder, which is probed", source, variants[0])
     seeds = (None, *options.random_seeds)
     return chain(
-        (load_jepa_encoder(checkpoint, "random", options, seed) for seed in seeds),
-        (load_jepa_encoder(checkpoint, variant, options) for variant in options.variants),
+        (load_jepa_encoder(path, "random", options, seed, name) for seed in seeds),
+        (load_jepa_encoder(path, cast(Which, each), options, None, name) for each in variants),
     )
 
 
 def load_jepa_encoder(
-    checkpoint: Path,
-    variant: Literal["context", "target", "random"],
+    path: Path,
+    variant: Which,
     options: EncoderOptions,
     random_seed: int | None = None,
+    name: str | None = None,
 ) -> ProbeEncoder:
-    """One encoder of a checkpoint; "random" is the random-init baseline.
+    """One encoder of a checkpoint or of an exported folder.
 
-    Its seed is `random_seed`, by default the seed of the run.
+    Args:
+        path: the file or the folder.
+        variant: "random" is the random-init baseline.
+        options: see `EncoderOptions`.
+        random_seed: seed of the random-init baseline, by default the seed of the run.
+        name: name in the results; by default `run_name` of the path.
     """
     overlap, windowing = options.overlap, options.windowing
     frozen = load_encoder(
-        checkpoint, variant, overlap=overlap, windowing=windowing, random_seed=random_seed
+        path, variant, overlap=overlap, windowing=windowing, random_seed=random_seed
     )
-    name = run_name(checkpoint)
+    name = run_name(path) if name is None else name
     # Windows that are not the default give other results, so they need another name.
     if windowing != "exact":
         name += f" ({windowing} windows)"
@@ -330,16 +343,28 @@ def load_jepa_encoder(
     return encoder.select_layers(options.layers)
 
 
-def run_name(checkpoint: Path) -> str:
+def source_name(source: str) -> str:
+    """The name of a source of `load_encoders` in the results."""
+    path = Path(source).expanduser()
+    if path.suffix == ".ckpt":
+        return run_name(path)
+    return run_name(find_encoder(source)) if path.is_dir() else source
+
+
+def run_name(path: Path) -> str:
     """NAME for `runs/NAME/checkpoints/last.ckpt`, NAME/STEM for other files of that folder.
 
-    The name of any other file is its stem.
+    The name of any other file is its stem, that of a folder is its own.
     """
-    path = checkpoint.resolve()
+    path = path.resolve()
     if path.parent.name != "checkpoints":
-        return path.stem
+        return path.name if path.is_dir() else path.stem
     run = path.parent.parent.name
     return run if path.stem == "last" else f"{run}/{path.stem}"
+
+
+def _is_function(source: str) -> bool:
+    return Path(source).suffix != ".ckpt" and ":" in source and not Path(source).exists()
 
 
 def _function_encoders(source: str, layers: Sequence[int]) -> Iterator[ProbeEncoder]:

@@ -20,7 +20,7 @@ from jepa_audio.probing.encoders import (
     ProbeEncoder,
     Windowing,
     load_encoders,
-    run_name,
+    source_name,
 )
 from jepa_audio.probing.feature_store import FeatureStore
 from jepa_audio.probing.features import Features
@@ -82,8 +82,9 @@ def probe(
     them. Features are cached in `features/`: each clip is encoded once.
 
     Args:
-        encoder: checkpoints, for example runs/NAME/checkpoints/last.ckpt, or MODULE:FUNCTION for a
-            function that returns a `ProbeEncoder`. Separate several with commas.
+        encoder: folders of runs, checkpoints, folders of `export hf`, names of models on the Hub,
+            or MODULE:FUNCTION for a function that returns a `ProbeEncoder`. Separate several with
+            commas.
         tasks: names of tasks, or tables of your own (.csv, .tsv) with the columns `path` and
             `label`. Separate several with commas.
         data: folder with records in MARBLE's layout, or with a raw data set that `data convert`
@@ -121,7 +122,7 @@ def probe(
     """
     chosen_preset = preset_of(preset, select)
     sources = _comma_list(encoder)
-    _check_unique("encoder", [run_name(Path(s)) for s in sources if s.endswith(".ckpt")])
+    _check_unique("encoder", list(map(source_name, sources)))
     if pooling is not None and not chosen_preset.is_pooled:
         raise UserError(f"`pooling` must be left out: heads of the preset {preset} pool themselves")
     poolings = parse_poolings(
