@@ -1,5 +1,6 @@
 """Features do not depend on padding, windows cover the whole clip, and times are right."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.inference.encoder import Encoder
 from jepa_audio.inference.features import LayerFeatures
+from jepa_audio.inference.folder import save_encoder
 from jepa_audio.inference.load import load_encoder
 from jepa_audio.steps.encoder.positions import RotaryPositions, SinCosPositions
 from jepa_audio.steps.encoder.transformer import Transformer
@@ -304,6 +306,32 @@ def checkpoint(tiny_cli: Callable) -> tuple[Path, JEPA, dict[str, Tensor]]:
     start = {name: value.clone() for name, value in cli.model.state_dict().items()}
     cli.trainer.fit(cli.model, cli.datamodule)
     return Path(cli.trainer.checkpoint_callback.dirpath) / "last.ckpt", cli.model, start
+
+
+def test_clips_are_scaled_to_the_level_of_the_training(
+    tiny_cli: Callable, tmp_path: Path, rng: torch.Generator
+):
+    cli = tiny_cli("mel", "--trainer.max_steps=1", "--data.loudness_dbfs=-20")
+    cli.trainer.fit(cli.model, cli.datamodule)
+    encoder = load_encoder(cli.trainer.checkpoint_callback.dirpath)
+    encoder = load_encoder(save_encoder(encoder, tmp_path / "saved"))
+    assert encoder.loudness_dbfs == -20
+    encoder.encoder.positions = SinCosPositions()
+    plain = copy.deepcopy(encoder)
+    plain.loudness_dbfs = None
+    # Two clips shorter than a window, one as long, two longer, one silent.
+    lengths = [encoder.window_samples + extra for extra in (-100, -200, 0, 300, 500, -100)]
+    clips = [0.01 * (i + 1) * torch.randn(1, n, generator=rng) for i, n in enumerate(lengths)]
+    clips[-1] = 1e-6 * clips[-1]
+    scaled = [clip * 10 ** (-20 / 20) / clip.square().mean().sqrt() for clip in clips[:-1]]
+    scaled.append(clips[-1])
+    expected = [plain.encode_batch(clip[None]).layers[-1][0] for clip in scaled]
+    together = encoder.encode(clips, 1000)
+    for row, latents in enumerate(expected):
+        alone = encoder.encode_batch(clips[row][None]).layers[-1][0]
+        torch.testing.assert_close(alone, latents, rtol=1e-4, atol=1e-5)
+        in_batch = together.layers[-1][row, together.valid[row]]
+        torch.testing.assert_close(in_batch, latents, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("which", ["context", "target"])

@@ -68,6 +68,8 @@ CASES = {
         transformer("SinCosPositions", qk_norm=True, layer_scale=0.1),
     ),
 }
+LEVELLED = ("log_mel", "waveform_local")
+"""Encoders that were trained with `data.loudness_dbfs`."""
 WINDOW = 32_000
 FAST = ("waveform", "log_mel")
 """The others are tested with `--runslow`."""
@@ -87,7 +89,8 @@ def small_encoder(name: str, source: str = "") -> Encoder:
     for parameter in (*front_end.parameters(), *network.parameters()):
         parameter.data += 0.02 * torch.randn_like(parameter)
     source = source or f"/home/me/runs/{name}/checkpoints/last.ckpt, step 600"
-    return Encoder(front_end, network, WINDOW, settings=settings, source=source)
+    dbfs = -20.0 if name in LEVELLED else None
+    return Encoder(front_end, network, WINDOW, loudness_dbfs=dbfs, settings=settings, source=source)
 
 
 def clips(num_channels: int, lengths: tuple[int, ...]) -> list[torch.Tensor]:

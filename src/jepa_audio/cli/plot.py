@@ -10,6 +10,7 @@ import torch
 from jepa_audio.errors import UserError
 from jepa_audio.files import write_text
 from jepa_audio.inference.load import Which, load_encoder
+from jepa_audio.inference.windowed import scale_loudness
 from jepa_audio.report.attention import Kind, attention_maps, draw_attention, find_query
 from jepa_audio.report.clips import read_clip
 from jepa_audio.report.curves import draw_overlay
@@ -62,6 +63,7 @@ def attention(
             f"{audio}: the clip of {clip.shape[-1] / opened.sample_rate:.3g} s is shorter than one "
             f"token of the encoder ({opened.min_samples / opened.sample_rate:.3g} s)"
         )
+    clip = scale_loudness(clip[None], opened.loudness_dbfs)[0]
     front_end, transformer = opened.front_end, opened.encoder
     maps = attention_maps(
         front_end,

@@ -46,6 +46,8 @@ class Encoder(WindowedEncoder):
         windowing: "exact" for windows without padding (`exact_windows`), "wavjepa" for the windows
             of the published WavJEPA code (`windows_as_wavjepa`).
         max_windows: largest number of windows in one forward pass; it limits the memory.
+        loudness_dbfs: RMS level to which every clip is scaled, in dBFS: `data.loudness_dbfs` of the
+            training. `None` keeps the level. With "wavjepa" windows, the level is -14 dBFS.
         settings: class paths and arguments of `front_end` and `encoder`; `save_encoder` needs them.
         source: the run or the file of the weights, for messages.
         which: "context", "target" or "random": which encoder of a model it is.
@@ -60,6 +62,7 @@ class Encoder(WindowedEncoder):
         overlap: float = 0.0,
         windowing: Windowing = "exact",
         max_windows: int = 64,
+        loudness_dbfs: float | None = None,
         settings: Mapping[str, Any] | None = None,
         source: str = "",
         which: Literal["context", "target", "random"] = "context",
@@ -71,6 +74,7 @@ class Encoder(WindowedEncoder):
             overlap=overlap,
             windowing=windowing,
             max_windows=max_windows,
+            loudness_dbfs=loudness_dbfs,
         )
         self.settings, self.source, self.which = settings, source, which
         # Conversions of audio that were logged.
@@ -134,7 +138,10 @@ class Encoder(WindowedEncoder):
 
     @staticmethod
     def from_jepa(
-        jepa: Any, window_samples: int, which: Literal["context", "target"] = "context"
+        jepa: Any,
+        window_samples: int,
+        which: Literal["context", "target"] = "context",
+        loudness_dbfs: float | None = None,
     ) -> Encoder:
         """A copy of the context encoder or of the target encoder of a `JEPA`."""
         parts = jepa.front_end, jepa.encoder
@@ -144,7 +151,11 @@ class Encoder(WindowedEncoder):
         # Modules that were made without a configuration have no settings.
         settings = stored if all(isinstance(each, dict) for each in stored.values()) else None
         return Encoder(
-            *copy.deepcopy(parts), window_samples, settings=copy.deepcopy(settings), which=which
+            *copy.deepcopy(parts),
+            window_samples,
+            loudness_dbfs=loudness_dbfs,
+            settings=copy.deepcopy(settings),
+            which=which,
         )
 
     def random_twin(self, seed: int) -> Encoder:

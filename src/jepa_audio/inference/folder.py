@@ -42,6 +42,7 @@ def save_encoder(encoder: Encoder, directory: str | Path) -> Path:
     settings = {
         **encoder.settings,
         "window_samples": encoder.window_samples,
+        "loudness_dbfs": encoder.loudness_dbfs,
         "sample_rate": encoder.sample_rate,
         "num_channels": encoder.num_channels,
         "which": encoder.which,
@@ -88,6 +89,9 @@ def read_encoder(directory: str | Path, *, trust: Sequence[str] = (), **options:
     window_samples = settings.get("window_samples")
     if not isinstance(window_samples, int) or not 0 < window_samples < 1 << 40:
         raise UserError(f"{source}: `window_samples` ({window_samples!r}) must be a whole number")
+    loudness = settings.get("loudness_dbfs")
+    if loudness is not None and not isinstance(loudness, int | float):
+        raise UserError(f"{source}: `loudness_dbfs` ({loudness!r}) must be a number or null")
     parts = with_current_paths({name: settings.get(name) for name in ("front_end", "encoder")})
     check_class_paths(parts, source, trust)
     path = folder / WEIGHTS
@@ -103,6 +107,7 @@ def read_encoder(directory: str | Path, *, trust: Sequence[str] = (), **options:
         front_end,
         network,
         window_samples,
+        loudness_dbfs=None if loudness is None else float(loudness),
         settings=parts,
         source=f"{folder} ({origin})" if origin else str(folder),
         which=which if which in ("target", "random") else "context",

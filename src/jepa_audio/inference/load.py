@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,6 +98,7 @@ def _read_checkpoint(
         front_end,
         encoder,
         _crop_samples(path, content, front_end.sample_rate),
+        loudness_dbfs=_loudness(path, content),
         settings=stored,
         source=f"{path}, step {step}" if step is not None else str(path),
         which="target" if which == "target" else "context",
@@ -150,6 +152,15 @@ def find_encoder(what: str) -> Path:
     if hub_name and path.suffix != ".ckpt" and not path.parent.exists():
         return _download(hub_name[1], hub_name[2])
     raise _missing(path)
+
+
+def _loudness(checkpoint: Path, content: dict[str, Any]) -> float | None:
+    """The level of the clips in training, in dBFS; `None` without such a setting."""
+    settings = content.get("datamodule_hyper_parameters", {})
+    dbfs = settings.get("loudness_dbfs") if isinstance(settings, dict) else None
+    if dbfs is not None and not (isinstance(dbfs, int | float) and isfinite(dbfs)):
+        raise UserError(f"{checkpoint}: `loudness_dbfs` ({dbfs!r}) must be a finite number")
+    return dbfs if dbfs is None else float(dbfs)
 
 
 def _find_in_folder(folder: Path) -> Path:

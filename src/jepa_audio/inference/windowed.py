@@ -29,6 +29,8 @@ from jepa_audio.steps.front_ends import FrontEnd
 from jepa_audio.steps.grid import Grid, TokenSet
 
 Windowing = Literal["exact", "wavjepa"]
+# Clips below this RMS level are not scaled, as in training.
+_SILENCE_RMS = 1e-5
 # Windows of clips that are kept in memory: number of clips, and columns of a clip.
 _NUM_PLANS, _MAX_COLUMNS = 256, 100_000
 
@@ -48,6 +50,7 @@ class WindowedEncoder(nn.Module):
         overlap: float,
         windowing: Windowing,
         max_windows: int,
+        loudness_dbfs: float | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= overlap < 1 or max_windows < 1:
@@ -61,6 +64,7 @@ class WindowedEncoder(nn.Module):
             )
         self.front_end, self.encoder, self.window_samples = front_end, encoder, window_samples
         self.overlap, self.windowing, self.max_windows = overlap, windowing, max_windows
+        self.loudness_dbfs = loudness_dbfs
         # The windows of some lengths of clips: during `torch.export`, they cannot be computed.
         self._plans: dict[tuple[object, ...], Windows] = {}
 
@@ -146,7 +150,11 @@ class WindowedEncoder(nn.Module):
             batch_size: number of clips.
         """
         windows = self._windows(num_samples)
-        gain = None if windows.rms_dbfs is None else _gain(read, num_samples, windows.rms_dbfs)
+        gain = None
+        if windows.rms_dbfs is not None:
+            gain = _gain(_mean_square(read, num_samples), windows.rms_dbfs)
+        elif self.loudness_dbfs is not None:
+            gain = _gain(_mean_square(read, num_samples), self.loudness_dbfs, _SILENCE_RMS)
         size, done = max(1, self.max_windows // batch_size), 0
         for first in range(0, len(windows.starts), size):
             starts, kept = windows.starts[first : first + size], windows.kept[first : first + size]
@@ -205,6 +213,7 @@ class WindowedEncoder(nn.Module):
         self, clips: Sequence[Float[Tensor, "C _"]], layers: Sequence[int] | None
     ) -> Iterator[LayerFeatures]:
         """The features of each clip; every clip is longer than a window."""
+        clips = [scale_loudness(clip[None], self.loudness_dbfs)[0] for clip in clips]
         plans = [self._windows(clip.shape[-1]) for clip in clips]
         windows = (
             (clip[:, start : start + plan.num_samples], kept)
@@ -228,6 +237,7 @@ class WindowedEncoder(nn.Module):
         self, clips: Sequence[Float[Tensor, "C _"]], layers: Sequence[int] | None
     ) -> LayerFeatures:
         """The features of clips in the order of their lengths; each fits into one window."""
+        clips = [scale_loudness(clip[None], self.loudness_dbfs)[0] for clip in clips]
         times = [torch.from_numpy(self._windows(clip.shape[-1]).times).float() for clip in clips]
         with self._gradients(*clips):
             equal = [torch.stack(list(each)) for _, each in groupby(clips, lambda c: c.shape[-1])]
@@ -307,18 +317,36 @@ def _features(layers: Sequence[Float[Tensor, "B T F D"]], times: np.ndarray) -> 
     return LayerFeatures(tuple(layers), on_device, torch.ones_like(on_device, dtype=torch.bool))
 
 
-def _gain(
-    read: Callable[[int, int], Float[Tensor, "B C _"]], num_samples: int, dbfs: float
+def scale_loudness(clips: Float[Tensor, "B C S"], dbfs: float | None) -> Float[Tensor, "B C S"]:
+    """Scale each clip to an RMS level, as in training with `data.loudness_dbfs`.
+
+    Silence (an RMS below 1e-5) is not scaled; `None` scales nothing.
+    """
+    if dbfs is None:
+        return clips
+    mean_square = clips.square().mean(dim=(1, 2), keepdim=True)
+    return clips * _gain(mean_square, dbfs, _SILENCE_RMS)
+
+
+def _mean_square(
+    read: Callable[[int, int], Float[Tensor, "B C _"]], num_samples: int
 ) -> Float[Tensor, "B 1 1"]:
-    """The factor that scales each clip to a level, from all of its samples."""
+    """The mean square of all samples of each clip, read in parts."""
     step = 1 << 22
     if num_samples <= step:
-        mean = read(0, num_samples).square().mean(dim=(1, 2), keepdim=True)
-    else:
-        squares = [
-            read(start, min(start + step, num_samples)).square().sum(dim=(1, 2), keepdim=True)
-            / num_samples
-            for start in range(0, num_samples, step)
-        ]
-        mean = torch.stack(squares).sum(dim=0) / read(0, 1).shape[1]
-    return 10 ** (dbfs / 20) / mean.sqrt().clamp(min=1e-8)
+        return read(0, num_samples).square().mean(dim=(1, 2), keepdim=True)
+    squares = [
+        read(start, min(start + step, num_samples)).square().sum(dim=(1, 2), keepdim=True)
+        / num_samples
+        for start in range(0, num_samples, step)
+    ]
+    return torch.stack(squares).sum(dim=0) / read(0, 1).shape[1]
+
+
+def _gain(
+    mean_square: Float[Tensor, "B 1 1"], dbfs: float, silence_rms: float = 0.0
+) -> Float[Tensor, "B 1 1"]:
+    """The factor that scales each clip to a level; 1 for silence."""
+    rms = mean_square.sqrt()
+    gain = 10 ** (dbfs / 20) / rms.clamp(min=1e-8)
+    return torch.where(rms < silence_rms, torch.ones_like(gain), gain)

@@ -24,6 +24,7 @@ from typing_extensions import override
 from jepa_audio.errors import MAX_SECONDS, UserError
 from jepa_audio.files import atomic_path
 from jepa_audio.inference.encoder import Encoder
+from jepa_audio.inference.windowed import scale_loudness
 from jepa_audio.steps.encoder.positions import RotaryPositions
 from jepa_audio.steps.front_ends import FrontEnd
 from jepa_audio.steps.grid import Grid
@@ -85,6 +86,7 @@ class TokenGraph(nn.Module):
         super().__init__()
         self.front_end = copy.deepcopy(encoder.front_end)
         self.encoder = copy.deepcopy(encoder.encoder)
+        self.loudness_dbfs = encoder.loudness_dbfs
         self.num_freq = encoder.front_end.grid(encoder.window_samples).num_freq
         positions = self.encoder.positions
         if isinstance(positions, RotaryPositions):
@@ -93,7 +95,7 @@ class TokenGraph(nn.Module):
 
     @override
     def forward(self, waveform: Float[Tensor, "B C S"]) -> Float[Tensor, "B N D"]:
-        tokens = self.front_end(waveform)
+        tokens = self.front_end(scale_loudness(waveform, self.loudness_dbfs))
         # The number of columns as the tokens have it: a second formula would be a second symbol.
         return self.encoder(tokens, Grid(self.num_freq, tokens.shape[1] // self.num_freq))
 

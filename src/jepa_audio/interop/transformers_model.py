@@ -42,7 +42,8 @@ class JEPAAudioConfig(PreTrainedConfig):
 
     Args:
         jepa_audio: `front_end` and `encoder` (class paths and arguments), `window_samples` (the
-            length of a training crop), `sample_rate` in Hz, `num_channels`.
+            length of a training crop), `loudness_dbfs` (level to which clips are scaled, or
+            `None`), `sample_rate` in Hz, `num_channels`.
     """
 
     model_type = "jepa_audio"
@@ -168,6 +169,7 @@ class JEPAAudioModel(PreTrainedModel):
             overlap=0.0,
             windowing="exact",
             max_windows=MAX_WINDOWS,
+            loudness_dbfs=self.config.jepa_audio.get("loudness_dbfs"),
         )
         layers = None if output_hidden_states else [-1]
         features = windowed.encode_batch(waveform.float(), lengths, layers)

@@ -140,6 +140,8 @@ class JEPAEncoder(ProbeEncoder):
         self.frozen, self.encoder_hash = frozen, state_hash(frozen)
         self.min_samples = frozen.min_samples
         self.settings = f"{frozen.window_samples} {frozen.overlap} {frozen.windowing}"
+        if frozen.loudness_dbfs is not None:
+            self.settings += f" {frozen.loudness_dbfs}"
 
     @override
     def to(self, device: torch.device | str) -> ProbeEncoder:

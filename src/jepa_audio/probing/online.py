@@ -119,7 +119,7 @@ class OnlineProbe(Callback):
         """Score the baseline before the first step, and the encoder if the run starts here."""
         if trainer.is_global_zero and self._baseline is None:
             assert isinstance(pl_module, JEPA)
-            frozen = Encoder.from_jepa(pl_module, batch.waveform.shape[-1])
+            frozen = self._frozen(trainer, pl_module, batch, "context")
             baseline = frozen.random_twin(pl_module.seed)
             self._baseline_hash = state_hash(baseline)
             self._baseline = self._score(baseline.to(pl_module.device))
@@ -141,11 +141,19 @@ class OnlineProbe(Callback):
             self._probe(trainer, pl_module, batch)
         self._last_step = step
 
+    @staticmethod
+    def _frozen(
+        trainer: Trainer, jepa: JEPA, batch: AudioBatch, which: Literal["context", "target"]
+    ) -> Encoder:
+        data = getattr(trainer, "datamodule", None)
+        dbfs = None if data is None else data.hparams.get("loudness_dbfs")
+        return Encoder.from_jepa(jepa, batch.waveform.shape[-1], which, dbfs)
+
     def _probe(self, trainer: Trainer, pl_module: LightningModule, batch: AudioBatch) -> None:
         """Score the encoder, and log and print the comparison."""
         assert isinstance(pl_module, JEPA)
         assert self._baseline is not None
-        frozen = Encoder.from_jepa(pl_module, batch.waveform.shape[-1], self.which)
+        frozen = self._frozen(trainer, pl_module, batch, self.which)
         is_baseline = state_hash(frozen) == self._baseline_hash
         value, draws = self._baseline if is_baseline else self._score(frozen)
         baseline, baseline_draws = self._baseline

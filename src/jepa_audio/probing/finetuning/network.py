@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from jepa_audio.inference.encoder import Encoder
 from jepa_audio.inference.features import Frequency
+from jepa_audio.inference.windowed import scale_loudness
 from jepa_audio.inference.windows import exact_windows, padded_window
 from jepa_audio.probing.feature_store import interpolate
 from jepa_audio.probing.finetuning.augmentations import SpecAugment
@@ -34,6 +35,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.front_end, self.encoder = encoder.front_end, encoder.encoder
         self.window_samples, self.min_samples = encoder.window_samples, encoder.min_samples
+        self.loudness_dbfs = encoder.loudness_dbfs
         self.requires_grad_(True)
 
     def forward(
@@ -54,6 +56,7 @@ class Backbone(nn.Module):
             windows = padded_window(num_samples, self.front_end, self.min_samples)
         else:
             windows = exact_windows(num_samples, self.front_end, self.window_samples, 0.0)
+        clips = scale_loudness(clips, self.loudness_dbfs)
         clips = F.pad(clips, (0, windows.end - num_samples))
         number = len(windows.starts)
         size = number if torch.is_grad_enabled() else max(1, _MAX_WINDOWS // len(clips))
