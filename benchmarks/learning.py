@@ -10,7 +10,7 @@ with two baselines on the same test clips:
 - table: the rows of an output folder as Markdown
 
     python -m benchmarks.learning queue benchmarks/experiments/NAME.yaml --corpora DIR --output DIR
-    python -m benchmarks.learning speedrun --recipe demo/wavjepa --corpora DIR --output DIR
+    python -m benchmarks.learning speedrun --recipe small/waveform --corpora DIR --output DIR
     python -m benchmarks.learning table DIR
 
 A trial of a YAML file has one or more recipes, options of `jepa-audio fit`, a pretraining set and
@@ -337,7 +337,7 @@ def main() -> None:
     queue = commands.add_parser("queue", help="run the trials of a YAML file")
     queue.add_argument("file", type=Path)
     speedrun = commands.add_parser("speedrun", help="seconds until ahead of both baselines")
-    speedrun.add_argument("--recipe", nargs="+", default=["demo/wavjepa", "demo/pupujepa"])
+    speedrun.add_argument("--recipe", nargs="+", default=["small/waveform", "small/spectrogram"])
     speedrun.add_argument("--set", default="mixed", help="pretraining set")
     speedrun.add_argument("--tasks", nargs="+", default=TASKS)
     speedrun.add_argument("--minutes", type=float, default=30)
