@@ -28,12 +28,12 @@ def centres_hz() -> np.ndarray:
 @pytest.mark.parametrize("per_hop", [1, 4])
 def test_energies_equal_complex_filters(per_hop: int):
     filterbank = LearnedFilterbank(**SIZES, energies_per_hop=per_hop, floor=1e-7)
-    torch.nn.init.normal_(filterbank.kernels, generator=torch.Generator().manual_seed(1))
+    torch.nn.init.normal_(filterbank.weight, generator=torch.Generator().manual_seed(1))
     waveform = clips(2, 1, 1000)
     stride = 80 // per_hop
     padding = (200 + 2 * (80 - stride) - 80) // 2
     padded = np.pad(waveform[:, 0].double().numpy(), ((0, 0), (padding, padding)), mode="reflect")
-    kernels = (filterbank.kernels * filterbank.scale).detach().double().numpy()
+    kernels = (filterbank.weight * filterbank.scale).detach().double().numpy()
     filters = kernels[0] + 1j * kernels[1]
     frames = np.lib.stride_tricks.sliding_window_view(padded, 200, axis=1)[:, ::stride]
     energies = np.abs(np.einsum("btw,fw->bft", frames, filters)) ** 2
@@ -76,13 +76,13 @@ def test_only_trained_kernels_get_a_gradient_and_a_reset_restores_the_first_ones
             filterbank, 16, patch_frames=2, patch_bands=12, mean=0.0, std=1.0
         )
         front_end(clips(1, 1, 2000)).square().sum().backward()
-        assert (filterbank.kernels.grad is not None) == trained
-        first = filterbank.kernels.detach().clone()
+        assert (filterbank.weight.grad is not None) == trained
+        first = filterbank.weight.detach().clone()
         with torch.no_grad():
-            filterbank.kernels.mul_(2)
+            filterbank.weight.mul_(2)
         front_end.reset_parameters()
-        assert torch.equal(filterbank.kernels, first)
-        assert "spectrogram.kernels" in front_end.state_dict()
+        assert torch.equal(filterbank.weight, first)
+        assert "spectrogram.weight" in front_end.state_dict()
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,11 @@ from typing_extensions import override
 from jepa_audio.errors import UserError
 from jepa_audio.steps.front_ends.base import Spectrogram
 
+# Height of the first kernels. Adam moves every weight by about the learning rate, in a direction
+# of its own: this adds noise to the kernels, and noise lets all frequencies into all bands. With
+# height 1, low frequencies were attenuated by only 45 dB in the high bands after 1,500 steps.
+_HEIGHT = 32.0
+
 
 class LearnedFilterbank(Spectrogram):
     """Log energies of trained band-pass filters (Zeghidour et al., 2018, arXiv:1711.01161).
@@ -85,10 +90,9 @@ class LearnedFilterbank(Spectrogram):
         self.kernel_length = window_length
         self.f_min_hz, self.f_max_hz, self.floor = f_min_hz, f_max_hz, floor
         gabor = self._gabor_kernels()
-        self.kernels = nn.Parameter(gabor, requires_grad=trained)
+        self.weight = nn.Parameter(_HEIGHT * gabor, requires_grad=trained)
         # With this factor, a sine of amplitude 1 at the centre of a first kernel has energy 1/4.
-        # The kernels have height 1, so that a learning rate means the same for every length.
-        scale = 1 / gabor.square().sum(0).sqrt().sum(-1, keepdim=True)
+        scale = 1 / (_HEIGHT * gabor.square().sum(0).sqrt().sum(-1, keepdim=True))
         self.register_buffer("scale", scale, persistent=False)
         hann = torch.hann_window(2 * energies_per_hop)[1:] / energies_per_hop
         self.register_buffer("weights", hann[None, None], persistent=False)
@@ -109,12 +113,12 @@ class LearnedFilterbank(Spectrogram):
     @override
     def reset_parameters(self) -> None:
         with torch.no_grad():
-            self.kernels.copy_(self._gabor_kernels())
+            self.weight.copy_(_HEIGHT * self._gabor_kernels())
 
     @override
     def log_magnitude(self, waveform: Float[Tensor, "R S"]) -> Float[Tensor, "R F T"]:
         padded = F.pad(waveform, (self.padding, self.padding), mode="reflect")
-        kernels = (self.kernels * self.scale).flatten(0, 1)[:, None]
+        kernels = (self.weight * self.scale).flatten(0, 1)[:, None]
         filtered = F.conv1d(padded[:, None], kernels, stride=self.stride).unflatten(1, (2, -1))
         energies = filtered.square().sum(1).flatten(0, 1)[:, None]  # [R * F, 1, T']
         means = F.conv1d(energies, self.weights, stride=self.hop_length // self.stride)
