@@ -57,6 +57,20 @@ def test_a_sine_at_the_centre_of_a_first_kernel_has_energy_one_quarter_in_its_ba
     assert float(energies[band]) == pytest.approx(0.25, rel=0.02)
 
 
+def test_steps_of_adam_in_random_directions_do_not_let_low_frequencies_into_high_bands():
+    filterbank = LearnedFilterbank(**SIZES)
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW([filterbank.weight], lr=5e-4, betas=(0.9, 0.98))
+    for _ in range(300):
+        filterbank.weight.grad = torch.randn(filterbank.weight.shape, generator=generator)
+        optimizer.step()
+    time = torch.arange(RATE) / RATE
+    low = 0.5 * torch.sin(2 * torch.pi * 200 * time)[None, None]
+    log_energies = filterbank(low).detach()[0, 0, :, 50]
+    decibels = (log_energies - log_energies.max()) * 10 / np.log(10)
+    assert (decibels[-4:] < -55).all()
+
+
 @pytest.mark.parametrize("side", [-1, 1])
 def test_first_kernels_are_as_wide_as_mel_filters_at_half_of_their_height(side: int):
     edges = np.concatenate([[60.0], centres_hz(), [RATE / 2]])
