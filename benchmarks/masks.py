@@ -3,23 +3,32 @@
     python benchmarks/masks.py
 
 Each line is a masker on a grid. The literal column is the loop over clips, rectangles and tokens in
-`tests/oracles/masks_literal.py`. The last column is what remains on the training thread: the time
-in which the training step takes the masks from a batch.
+`tests/oracles/masks_literal.py`. Two further tables have the milliseconds for the masks of a step:
+on the training thread, which takes the masks from its micro-batches of 32 rows (if the loader has
+no worker process, this thread also draws them), and the share of the time in which the loader reads
+the crops of wav files and draws their masks.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
+import soundfile as sf
 import torch
 
+from jepa_audio.data.datamodule import AudioDataModule
+from jepa_audio.data.loading.order import SampleIndex
 from jepa_audio.steps.grid import AudioBatch, Grid
 from jepa_audio.steps.masking import (
     BlockMasker,
     Masker,
+    MixtureMasker,
     MultiBlockMasker,
     RandomMasker,
     SpanMasker,
@@ -38,7 +47,12 @@ CASES: list[tuple[Masker, Grid]] = [
         for masker in (RandomMasker(), StripeMasker(), BlockMasker(), MultiBlockMasker())
         for grid in (WAVJEPA, PUPUJEPA)
     ],
+    (MixtureMasker([RandomMasker(), BlockMasker(), StripeMasker()], [0.4, 0.3, 0.3]), PUPUJEPA),
 ]
+# Rows of a micro-batch, and of the two sizes of a step.
+MICRO_BATCH, STEP_ROWS = 32, (32, 2048)
+# How the recipes read: sample rate, seconds of a crop, of a clip, crops per clip.
+READING = {WAVJEPA: (16000, 2.01, 10.0, 8), PUPUJEPA: (24000, 10.24, None, 1)}
 
 
 class StepOnly(MaskingModule):
@@ -86,9 +100,52 @@ def draw_micros(masker: Masker, grid: Grid, rows: int, seconds: float) -> float:
 
 def training_thread_micros(masker: Masker, grid: Grid) -> float:
     """Time of a crop in the training step, for a batch that has its masks."""
-    module, batch = StepOnly(), AudioBatch(torch.zeros(32, 1, 1), torch.arange(32))
+    rows = torch.arange(MICRO_BATCH)
+    module, batch = StepOnly(), AudioBatch(torch.zeros(MICRO_BATCH, 1, 1), rows)
     batch = batch._replace(masks=masker(grid, batch.row, 0, 0))
-    return median_micros(lambda _: module.masks_of(batch), repeats=100) / 32
+    return median_micros(lambda _: module.masks_of(batch), repeats=100) / MICRO_BATCH
+
+
+def read_micros(grid: Grid) -> float:
+    """Time in which the loader reads and collates a crop of a wav file, without masks."""
+    rate, crop, clip, crops = READING[grid]
+    noise = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(8):
+            sf.write(
+                f"{Path(folder) / str(number)}.wav", 0.1 * noise.standard_normal(12 * rate), rate
+            )
+        data = AudioDataModule(
+            folder, rate, crop, clip_seconds=clip, crops_per_clip=crops, valid_share=0.0
+        )
+        data.prepare_data()
+        data.setup("fit")
+        dataset = data.dataset("train", random_crops=True)
+        num_clips = MICRO_BATCH // crops
+
+        def read(number: int) -> object:
+            indices = [SampleIndex(number * num_clips + i, i % 8, 0) for i in range(num_clips)]
+            return dataset.collate([dataset[index] for index in indices])
+
+        return median_micros(read, repeats=10) / MICRO_BATCH
+
+
+def print_steps(seconds: float) -> None:
+    """The two tables of a step."""
+    columns = "".join(f"{f'{rows} rows':>12}" for rows in STEP_ROWS)
+    print(f"\n{'ms of the training thread':<34}{columns}{'without workers':>26}")
+    reading = {grid: read_micros(grid) for grid in READING}
+    shares = []
+    for masker, grid in CASES:
+        name = f"{type(masker).__name__} {grid.num_freq}x{grid.num_time}"
+        thread, drawn = training_thread_micros(masker, grid), draw_micros(masker, grid, 32, seconds)
+        cells = "".join(f"{1e-3 * thread * rows:>12.3f}" for rows in STEP_ROWS)
+        drawn_here = " / ".join(f"{1e-3 * (thread + drawn) * rows:.1f}" for rows in STEP_ROWS)
+        print(f"{name:<34}{cells}{drawn_here:>26}")
+        share = drawn / (drawn + reading[grid])
+        shares.append(f"{name:<34}{drawn:>10.1f}{reading[grid]:>12.0f}{share:>10.1%}")
+    print(f"\n{'us of a loader process for a crop':<34}{'masks':>10}{'reading':>12}{'share':>10}")
+    print("\n".join(shares))
 
 
 def main() -> None:
@@ -107,6 +164,7 @@ def main() -> None:
         cells = "".join(f"{micros:>12.1f}" for micros in drawn)
         literal, thread = literal_micros(masker, grid), training_thread_micros(masker, grid)
         print(f"{name:<18}{size:>8}{cells}{literal:>10}{thread:>18.2f}")
+    print_steps(args.seconds)
 
 
 if __name__ == "__main__":

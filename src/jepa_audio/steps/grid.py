@@ -82,26 +82,38 @@ class TokenSet:
         index: indices of the tokens on the grid, `[..., K]`. Shorter rows are padded with other
             tokens of the clip, so that every index can be gathered.
         valid: `[..., K]`, False at the padding; `None` if no row is padded.
+        num_valid: number of valid tokens of all rows, which is then known without waiting for a
+            GPU; `None` if it was not counted.
     """
 
     index: Int[Tensor, "*rows K"]
     valid: Bool[Tensor, "*rows K"] | None = None
+    num_valid: int | None = None
 
     @staticmethod
-    def from_mask(mask: Bool[Tensor, "*rows N"]) -> TokenSet:
+    def from_mask(mask: Bool[Tensor, "*rows N"], min_length: int = 0) -> TokenSet:
         """The tokens at which `mask` is True, in grid order, padded to the longest row.
 
-        The result is on the CPU, where masks are drawn.
+        Rows are padded to `min_length` tokens, at most N, if this is more. The result is on the
+        CPU, where masks are drawn.
         """
         from jepa_audio.steps import kernels  # noqa: PLC0415
 
         flat = np.ascontiguousarray(mask.cpu().numpy()).reshape(-1, mask.shape[-1])
-        index, count = kernels.token_indices(flat)
+        index, count = kernels.token_indices(flat, min_length)
         longest = index.shape[-1]
         valid = np.arange(longest) < count[:, None] if (count < longest).any() else None
         shape = (*mask.shape[:-1], longest)
-        tokens = torch.from_numpy(index).view(shape)
-        return TokenSet(tokens, None if valid is None else torch.from_numpy(valid).view(shape))
+        tokens, num_valid = torch.from_numpy(index).view(shape), int(count.sum())
+        padding = None if valid is None else torch.from_numpy(valid).view(shape)
+        return TokenSet(tokens, padding, num_valid)
+
+    def pad_rows(self, multiple: int, num_tokens: int) -> TokenSet:
+        """The set with rows of unequal length padded to a multiple of tokens, at most the grid."""
+        length = min(-(-self.index.shape[-1] // multiple) * multiple, num_tokens)
+        if self.valid is None or length == self.index.shape[-1]:
+            return self
+        return TokenSet.from_mask(self.to_mask(num_tokens), length)
 
     def to_mask(self, num_tokens: int) -> Bool[Tensor, "*rows N"]:
         """A mask that is True at the valid tokens of the set."""
@@ -130,12 +142,12 @@ class TokenSet:
     def to(self, device: torch.device) -> TokenSet:
         """Copy the set to a device."""
         valid = None if self.valid is None else self.valid.to(device, non_blocking=True)
-        return TokenSet(self.index.to(device, non_blocking=True), valid)
+        return TokenSet(self.index.to(device, non_blocking=True), valid, self.num_valid)
 
     def pin_memory(self) -> TokenSet:
         """Copy the set to pinned memory, from which a copy to a GPU does not block."""
         valid = None if self.valid is None else self.valid.pin_memory()
-        return TokenSet(self.index.pin_memory(), valid)
+        return TokenSet(self.index.pin_memory(), valid, self.num_valid)
 
 
 @dataclass(frozen=True)

@@ -264,16 +264,16 @@ def draw_spans(keys, probability, length, min_run, min_context, max_draws, conte
 
 @compiled
 @no_type_check
-def token_indices(mask):
+def token_indices(mask, min_length):
     """The tokens of a mask, bool `[R, N]`, in grid order, and their number in each row.
 
-    K is the largest number. The first other tokens of a row follow its tokens. Returns int64
-    `[R, K]` and `[R]`.
+    K is the largest number, or `min_length` (at most N). The first other tokens of a row follow
+    its tokens. Returns int64 `[R, K]` and `[R]`.
     """
     counts = np.empty(len(mask), np.int64)
     for row in range(len(mask)):
         counts[row] = mask[row].sum()
-    index = np.empty((len(mask), counts.max()), np.int64)
+    index = np.empty((len(mask), max(counts.max(), min_length)), np.int64)
     for row in range(len(mask)):
         place = 0
         for is_member in (True, False):

@@ -71,4 +71,7 @@ def _context_then_targets(masks: Masks) -> TokenSet:
     if context.valid is None and targets.valid is None:
         return TokenSet(index)
     context_valid = context.valid_or_true[:, None].expand(-1, num_groups, -1)
-    return TokenSet(index, torch.cat([context_valid, targets.valid_or_true], dim=-1).flatten(0, 1))
+    valid = torch.cat([context_valid, targets.valid_or_true], dim=-1).flatten(0, 1)
+    if context.num_valid is None or targets.num_valid is None:
+        return TokenSet(index, valid)
+    return TokenSet(index, valid, num_groups * context.num_valid + targets.num_valid)

@@ -178,7 +178,10 @@ class SIGReg(Regularizer):
     ) -> Float[Tensor, ""]:
         weight = valid.float()
         count = sum_over_processes(weight.sum())
-        projected = vectors @ self.directions(vectors.shape[-1], seed).to(vectors.device)
+        directions = self.directions(vectors.shape[-1], seed)
+        if vectors.is_cuda:  # without a wait for the device
+            directions = directions.pin_memory().to(vectors.device, non_blocking=True)
+        projected = vectors @ directions.to(vectors.device)
         t = torch.linspace(0, self.max_frequency, self.num_frequencies, device=vectors.device)
         step = self.max_frequency / (self.num_frequencies - 1)
         sums: Tensor = _WaveSums.apply(projected, weight, step, self.num_frequencies)

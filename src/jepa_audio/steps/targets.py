@@ -87,7 +87,7 @@ class Targets:
             sizes = by_clip.index.shape[1:3]
             return by_clip.gather(latents[:, None, None].expand(-1, *sizes, -1, -1)).flatten(0, 1)
         valid = None if where.valid is None else where.valid.flatten(0, 1)
-        keep = TokenSet(where.index.flatten(0, 1), valid)
+        keep = TokenSet(where.index.flatten(0, 1), valid, where.num_valid)
         num_groups = len(keep.index) // len(tokens)
         repeated = tokens[:, None].expand(-1, num_groups, -1, -1).flatten(0, 1)
         latents = self._encode(encoder, repeated, grid, keep)

@@ -67,7 +67,8 @@ class TargetEncoderEMA(Callback):
             return
         momentum = self.momentum(trainer.global_step - 1, trainer.max_steps)
         self.update(cast(HasMomentumCopies, pl_module), momentum)
-        pl_module.log("train/momentum", momentum)
+        # Lightning would copy a number to the device, and the copy would wait for the device.
+        pl_module.log("train/momentum", torch.tensor(momentum))
 
     @staticmethod
     @torch.no_grad()

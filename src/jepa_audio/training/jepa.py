@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from jepa_audio.errors import check_bounds
-from jepa_audio.steps.encoder.transformer import Block, Transformer
+from jepa_audio.steps.encoder.transformer import Transformer
 from jepa_audio.steps.front_ends import FrontEnd
 from jepa_audio.steps.front_ends.alignment import aligned_tokens
 from jepa_audio.steps.grid import AudioBatch, Grid, Masks, TokenSet
@@ -31,6 +31,7 @@ from jepa_audio.training.checks import (
     describe_collapse,
     match_widths,
 )
+from jepa_audio.training.device import prepare_modules, use_fused_kernel
 from jepa_audio.training.ema import TargetEncoderEMA
 from jepa_audio.training.initialization import draw_weights
 from jepa_audio.training.masks import MaskingModule
@@ -66,7 +67,8 @@ class JEPA(MaskingModule, ScalerAwareModule):
         target_gradient: True takes the targets from the encoder itself, with gradient (LeJEPA),
             instead of its momentum copy.
         decay_all: weight decay also for norms, biases and learned tokens (published WavJEPA code).
-        compile: compile the transformer blocks; state-dict keys do not change.
+        compile: compile the transformer blocks and the front ends; state-dict keys do not change.
+        packed: pack rows of unequal length in half precision on a GPU; False masks their padding.
         seed: seed of the initial weights and the masks.
     """
 
@@ -87,6 +89,7 @@ class JEPA(MaskingModule, ScalerAwareModule):
         target_gradient: bool = False,
         decay_all: bool = False,
         compile: bool = False,  # noqa: A002
+        packed: bool = True,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -108,10 +111,7 @@ class JEPA(MaskingModule, ScalerAwareModule):
         self.target_front_end: FrontEnd | None = None
         if target_front_end == "momentum":
             self.target_front_end = copy.deepcopy(front_end).requires_grad_(False)
-        if compile:
-            # Several methods call single blocks. The number of tokens varies.
-            for block in (module for module in self.modules() if isinstance(module, Block)):
-                block.compile(dynamic=True)
+        prepare_modules(self, packed, compile)
 
     def configure_model(self) -> None:
         """Shard the parameters if the strategy has a device mesh."""
@@ -196,4 +196,5 @@ class JEPA(MaskingModule, ScalerAwareModule):
     @override
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.optimizer(parameter_groups(self, self.decay_all))
+        use_fused_kernel(optimizer)
         return add_schedule(optimizer, self.lr_schedule, self.trainer.max_steps)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from jepa_audio.errors import UserError
+from jepa_audio.steps.encoder.packing import PackedRows, attend, can_pack
 from jepa_audio.steps.encoder.positions import Positions
 from jepa_audio.steps.grid import Grid, TokenSet
 
@@ -69,20 +70,33 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "B K D"],
-        rotary: Float[Tensor, "#B 1 P H"] | None,
-        key_mask: Bool[Tensor, "B 1 1 K"] | None,
-    ) -> Float[Tensor, "B K D"]:
+        x: Float[Tensor, "*B K D"],
+        rotary: Float[Tensor, "... H"] | None,
+        key_mask: Bool[Tensor, "*B 1 1 K"] | None,
+        rows: PackedRows | None = None,
+    ) -> Float[Tensor, "*B K D"]:
         """Apply the block; no token attends to the keys at which `key_mask` is False.
 
-        `rotary` has P = K - `num_prefix` positions with H = 2 * head_dim values each.
+        `rotary` `[B or 1, 1, P, H]` has P = K - `num_prefix` positions with H = 2 * head_dim
+        values each. With `rows`, `x` are the K tokens of packed rows, and `rotary` is `[K, 1, H]`.
         """
-        attend = partial(self.attn, rope=rotary, attn_mask=key_mask)
+        if rows is None:
+            attention = partial(self.attn, rope=rotary, attn_mask=key_mask)
+        else:
+            attention = partial(attend, self.attn, rotary=rotary, rows=rows)
         if self.pre_norm:
-            x = x + self.drop_path(self.scale1(attend(self.norm1(x))))
-            return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
-        x = self.norm1(x + self.drop_path(self.scale1(attend(x))))
-        return self.norm2(x + self.drop_path(self.scale2(self.mlp(x))))
+            x = x + self._drop(self.scale1(attention(self.norm1(x))), rows)
+            return x + self._drop(self.scale2(self.mlp(self.norm2(x))), rows)
+        x = self.norm1(x + self._drop(self.scale1(attention(x)), rows))
+        return self.norm2(x + self._drop(self.scale2(self.mlp(x)), rows))
+
+    def _drop(self, branch: Tensor, rows: PackedRows | None) -> Tensor:
+        """Skip the branch for random clips; packed or not, the same random numbers are drawn."""
+        if rows is None:
+            return self.drop_path(branch)
+        if not (self.training and self.drop_path.drop_prob):
+            return branch
+        return branch * self.drop_path(branch.new_ones(len(rows.ends) - 1, 1))[rows.row]
 
 
 class Transformer(nn.Module):
@@ -151,6 +165,8 @@ class Transformer(nn.Module):
         self.num_heads = num_heads
         self.head_dim = embed_dim // num_heads
         self.positions = positions
+        # `JEPA` sets it: rows of unequal length are packed where a kernel for them exists.
+        self.packs = False
         self.checkpoint_every = checkpoint_every
         self.init = init
         self.registers = (
@@ -200,9 +216,7 @@ class Transformer(nn.Module):
         self, tokens: Float[Tensor, "B K D"], grid: Grid, where: TokenSet | None
     ) -> Float[Tensor, "B K D"]:
         """As `forward`, for gathered tokens: token `k` has the grid index `where.index[:, k]`."""
-        latents = tokens
-        for block_output in self._run_blocks(tokens, grid, where):
-            latents = block_output
+        (latents,) = self._run_blocks(tokens, grid, where, first=self.depth - 1)
         return self.norm(latents)
 
     def forward_layers(
@@ -239,16 +253,34 @@ class Transformer(nn.Module):
                 key_mask = nn.functional.pad(key_mask, (len(self.registers), 0), value=True)
         return x, rotary, key_mask
 
-    def _run_blocks(self, tokens: Tensor, grid: Grid, where: TokenSet | None) -> Iterator[Tensor]:
-        """Yield the output of each block, without the registers."""
+    def _run_blocks(
+        self, tokens: Tensor, grid: Grid, where: TokenSet | None, first: int = 0
+    ) -> Iterator[Tensor]:
+        """Yield the output of each block from the index `first` on, without the registers."""
         x, rotary, key_mask = self.prepare(tokens, grid, where)
         num_prefix = 0 if self.registers is None else len(self.registers)
+        rows = self._packed_rows(x, where, key_mask)
+        if rows is not None:
+            x, key_mask = rows.pack(x), None
+            rotary = None if rotary is None else rows.pack_rotary(rotary, num_prefix)
         for i, block in enumerate(self.blocks):
             if self.checkpoint_every and torch.is_grad_enabled() and i % self.checkpoint_every == 0:
-                x = checkpoint(block, x, rotary, key_mask, use_reentrant=False)
+                x = checkpoint(block, x, rotary, key_mask, rows, use_reentrant=False)
             else:
-                x = block(x, rotary, key_mask)
-            yield x[:, num_prefix:]
+                x = block(x, rotary, key_mask, rows)
+            if i >= first:
+                yield (x if rows is None else rows.unpack(x))[:, num_prefix:]
+
+    def _packed_rows(
+        self, x: Tensor, where: TokenSet | None, key_mask: Tensor | None
+    ) -> PackedRows | None:
+        """The places of the tokens in packed rows; `None` if the rows are not packed."""
+        if not self.packs or key_mask is None or where is None or where.num_valid is None:
+            return None
+        if not can_pack(x, self.head_dim):
+            return None
+        num_registers = x.shape[1] - where.index.shape[1]
+        return PackedRows.of(key_mask[:, 0, 0], where.num_valid + len(x) * num_registers)
 
 
 def init_linear(linear: nn.Linear, init: str) -> None:

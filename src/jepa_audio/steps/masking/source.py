@@ -48,12 +48,14 @@ class HasMasker(ABC):
         masks_per_clip: number of masks of each clip.
         seed: seed of the model.
         front_end: the front end, of which masks need the grid.
+        row_multiple: rows of unequal length are padded to a multiple of so many tokens.
     """
 
     masker: Masker
     masks_per_clip: int
     seed: int
     front_end: HasGrid
+    row_multiple: int = 1
 
     @abstractmethod
     def columns(self, num_samples: int) -> Columns:
@@ -76,6 +78,8 @@ class MaskSource:
         seed: seed of the model.
         stream: what the masks are drawn for.
         masks_per_clip: number of masks of each clip.
+        row_multiple: rows of unequal length are padded to a multiple of so many tokens, so that
+            there are few lengths; the masks do not change.
     """
 
     masker: Masker
@@ -84,6 +88,7 @@ class MaskSource:
     seed: int = 0
     stream: MaskStream = MaskStream.TRAINING
     masks_per_clip: int = 1
+    row_multiple: int = 1
 
     @staticmethod
     def of(
@@ -96,7 +101,8 @@ class MaskSource:
         """
         grid = model.front_end.grid(num_samples)
         columns = model.columns(num_samples) if has_padding else None
-        return MaskSource(model.masker, grid, columns, model.seed, stream, model.masks_per_clip)
+        per_clip, multiple = model.masks_per_clip, model.row_multiple
+        return MaskSource(model.masker, grid, columns, model.seed, stream, per_clip, multiple)
 
     def draw(
         self, rows: Int[Tensor, " B"], step: int, num_samples: Int[Tensor, " B"] | None = None
@@ -129,7 +135,11 @@ class MaskSource:
             num_time = self.columns(num_samples)
             if bool((num_time < self.grid.num_time).any()):
                 masks = self._without_padding(masks, masker, rows, num_time, seed, draw_step)
-        return replace(masks, step=step, per_clip=per_clip)
+        context, targets = (
+            part.pad_rows(self.row_multiple, self.grid.num_tokens)
+            for part in (masks.context, masks.targets)
+        )
+        return replace(masks, context=context, targets=targets, step=step, per_clip=per_clip)
 
     def _without_padding(
         self,
@@ -159,4 +169,5 @@ class MaskSource:
             context[mask, :num_tokens] = redrawn.context.to_mask(num_tokens)[0]
             targets[mask, :, :num_tokens] = redrawn.targets.to_mask(num_tokens)[0]
         part = Masks.from_bool(context, targets, masks.targets_per_clip)
-        return replace(part, present=TokenSet(index.expand(len(present), -1), present))
+        everywhere = index.expand(len(present), -1)
+        return replace(part, present=TokenSet(everywhere, present, int(present.sum())))

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from jepa_audio.old_paths import with_current_paths
 from jepa_audio.steps.losses import CrossEntropy
+from jepa_audio.training.device import move_steps
 from jepa_audio.training.run.folder import RunFolderError
 
 log = logging.getLogger(__name__)
@@ -238,6 +239,8 @@ class ResumedSettings(Callback):
         for optimizer, groups in zip(trainer.optimizers, self._groups, strict=True):
             for group, settings in zip(optimizer.param_groups, groups, strict=True):
                 group.update(settings)
+                if group.get("fused"):
+                    move_steps(optimizer, group["params"])
         for scheduler in (config.scheduler for config in trainer.lr_scheduler_configs):
             assert isinstance(scheduler, LambdaLR)
             groups = scheduler.optimizer.param_groups

@@ -60,7 +60,9 @@ class LossLog(Callback):
         for logger in trainer.loggers if is_logged else []:
             logger.log_metrics(losses, step=self._step)
         trainer.callback_metrics.update({k: torch.tensor(v) for k, v in losses.items()})
-        pl_module.log("train/loss", losses["train/loss"], prog_bar=True, logger=False)
+        # Lightning would copy a number to the device, and read it there again in every step.
+        shown = torch.tensor(losses["train/loss"])
+        pl_module.log("train/loss", shown, prog_bar=True, logger=False)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the batches of an earlier evaluation."""
@@ -105,12 +107,11 @@ def mean_losses(
         per_batch: values of a batch that are averaged over batches, not over target tokens.
     """
     names = list(sums[0]) if sums else ["loss", "num_targets", *per_batch]
-    batches = [
-        torch.stack([batch[name].detach().double().cpu() for name in names]) for batch in sums
-    ]
-    empty = torch.zeros(len(names), dtype=torch.float64)
-    total = torch.stack(batches).sum(dim=0) if batches else empty
-    total = torch.cat([total, torch.tensor([len(batches)], dtype=torch.float64)])
+    total = torch.zeros(len(names), dtype=torch.float64)
+    if sums:  # one copy from the device for each name, not for each micro-batch
+        totals = [torch.stack([batch[name].detach() for batch in sums]).cpu() for name in names]
+        total = torch.stack([values.double().sum() for values in totals])
+    total = torch.cat([total, torch.tensor([len(sums)], dtype=torch.float64)])
     if trainer.world_size > 1:
         total = trainer.strategy.reduce(total.to(trainer.strategy.root_device), reduce_op="sum")
     *totals, num_batches = total.tolist()
