@@ -29,13 +29,13 @@ class PackedRows(NamedTuple):
     """The place of each token of rows `[R, P]` in a packed sequence of S tokens.
 
     Attributes:
-        index: its place in the flattened rows.
+        place: its place in the flattened rows.
         row: its row.
         ends: the first packed token of each row, and the end of the last row.
         longest: no row has more tokens.
     """
 
-    index: Int[Tensor, " S"]
+    place: Int[Tensor, " S"]
     row: Int[Tensor, " S"]
     ends: Int32[Tensor, " R1"]
     longest: int
@@ -43,9 +43,9 @@ class PackedRows(NamedTuple):
     @staticmethod
     def of(valid: Bool[Tensor, "R P"], num_valid: int) -> PackedRows:
         """The `num_valid` tokens at which `valid` is True; the host does not wait for a GPU."""
-        index = torch.nonzero_static(valid.flatten(), size=num_valid)[:, 0]
+        place = torch.nonzero_static(valid.flatten(), size=num_valid)[:, 0]
         ends = F.pad(valid.sum(dim=1).cumsum(dim=0), (1, 0)).int()
-        return PackedRows(index, index // valid.shape[1], ends, valid.shape[1])
+        return PackedRows(place, place // valid.shape[1], ends, valid.shape[1])
 
     @property
     def num_rows(self) -> int:
@@ -54,12 +54,12 @@ class PackedRows(NamedTuple):
 
     def pack(self, tokens: Float[Tensor, "R P D"]) -> Float[Tensor, "S D"]:
         """The tokens without padding."""
-        return tokens.flatten(0, 1).index_select(0, self.index)
+        return tokens.flatten(0, 1).index_select(0, self.place)
 
     def unpack(self, packed: Float[Tensor, "S D"]) -> Float[Tensor, "R P D"]:
         """The tokens in their rows, with zeros as padding."""
         rows = packed.new_zeros(self.num_rows * self.longest, packed.shape[-1])
-        return rows.index_copy(0, self.index, packed).unflatten(0, (self.num_rows, self.longest))
+        return rows.index_copy(0, self.place, packed).unflatten(0, (self.num_rows, self.longest))
 
     def pack_rotary(
         self, rotary: Float[Tensor, "#R 1 K H"], num_prefix: int
@@ -97,8 +97,8 @@ def attend(
     if rotary is not None:
         query, key = (apply_rot_embed_cat(part, rotary) for part in (query, key))
     # cuDNN, which torch takes for long rows on some GPUs, needs contiguous tensors.
-    parts = (part.type_as(value).contiguous() for part in (query, key, value))
-    return attention.proj(attend_rows(*parts, rows.ends, rows.longest).flatten(1))
+    query, key, value = (part.type_as(value).contiguous() for part in (query, key, value))
+    return attention.proj(attend_rows(query, key, value, rows.ends, rows.longest).flatten(1))
 
 
 def attend_rows(
@@ -109,7 +109,8 @@ def attend_rows(
     longest: int,
 ) -> Float[Tensor, "S heads d"]:
     """softmax(Q K^T / sqrt(d)) V within each row, by the kernel for rows of unequal length."""
-    varlen = torch.nn.attention.varlen  # `_kernel_works` has imported it
+    # `_kernel_works` has imported it.
+    varlen = torch.nn.attention.varlen  # type: ignore[attr-defined]
     return varlen.varlen_attn(query, key, value, ends, ends, longest, longest)
 
 
@@ -126,7 +127,8 @@ def _kernel_works(device: torch.device, dtype: torch.dtype, head_dim: int) -> bo
     try:
         # No import at the top: the file of `export hf` has this code, and runs on older torch.
         import_module("torch.nn.attention.varlen")
-        packed = attend_rows(*parts.unbind(), ends, 2 * max(_CHECKED_LENGTHS))
+        query, key, value = parts.unbind()
+        packed = attend_rows(query, key, value, ends, 2 * max(_CHECKED_LENGTHS))
         rows = [row.transpose(1, 2) for row in parts.split(_CHECKED_LENGTHS, dim=1)]
         outputs = [F.scaled_dot_product_attention(*row.unbind()) for row in rows]
         separate = torch.cat([output.transpose(0, 1) for output in outputs])

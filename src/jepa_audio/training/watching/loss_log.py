@@ -109,8 +109,8 @@ def mean_losses(
     names = list(sums[0]) if sums else ["loss", "num_targets", *per_batch]
     total = torch.zeros(len(names), dtype=torch.float64)
     if sums:  # one copy from the device for each name, not for each micro-batch
-        totals = [torch.stack([batch[name].detach() for batch in sums]).cpu() for name in names]
-        total = torch.stack([values.double().sum() for values in totals])
+        copies = [torch.stack([batch[name].detach() for batch in sums]).cpu() for name in names]
+        total = torch.stack([copy.double().sum() for copy in copies])
     total = torch.cat([total, torch.tensor([len(sums)], dtype=torch.float64)])
     if trainer.world_size > 1:
         total = trainer.strategy.reduce(total.to(trainer.strategy.root_device), reduce_op="sum")
