@@ -370,7 +370,8 @@ def measure_embedding(model: Model) -> str:
     """Hours of audio that are encoded in a minute, from tensors of 30 crops."""
     seconds = 30 * model.data.clips.crop_seconds
     encoder = Encoder.from_jepa(model.jepa, model.data.clips.crop_samples).to(model.device)
-    clips = 0.1 * torch.randn(16, round(seconds * encoder.sample_rate))
+    size = (16, encoder.num_channels, round(seconds * encoder.sample_rate))
+    clips = 0.1 * torch.randn(size)
     with autocast(model.device), torch.inference_mode():
         encoder.embed(clips, encoder.sample_rate)
         _wait(model.device)

@@ -8,6 +8,7 @@ from jepa_audio.steps.encoder import packing, transformer
 from tests.oracles import packed_literal
 
 
+@pytest.mark.slow
 def test_every_variant_is_measured_with_the_loss_of_float32(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
