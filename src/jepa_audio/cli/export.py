@@ -108,6 +108,29 @@ def torch(
     return f"{file}\n  {metadata.limits}\n  load: torch.export.load({str(file)!r}).module()"
 
 
+def marble(
+    run: str, task: Path, output: Path | None = None, layers: list[int] | None = None
+) -> str:
+    """Write the settings of a task of MARBLE v2, made for another encoder, for an encoder.
+
+    `python cli.py fit --config FILE` and `python cli.py test --config FILE` in MARBLE's folder then
+    probe the encoder. It stays frozen. All settings without relation to the encoder are kept.
+
+    Args:
+        run: folder of a run, a `.ckpt` file, or a folder of `export hf`.
+        task: a file of MARBLE's folder `configs`, such as probe.MERT-v1-95M.GTZANGenre.yaml.
+        output: the file to write (-o). The default is a file in the working directory, whose name
+            has the name of the run in place of the other encoder.
+        layers: layers for MARBLE's LayerSelector; 0 is the input of the first block. The default
+            is the last layer.
+    """
+    from jepa_audio.interop.adapters.marble import write_settings  # noqa: PLC0415
+
+    file = write_settings(run, task, output, layers)
+    command = f"python cli.py fit --config {file.absolute()}"
+    return f"{file}\n  in the folder of MARBLE: {command}"
+
+
 def push(folder: Path, name: str, private: bool = False) -> str:
     """Upload a folder of `jepa-audio export hf` to the Hugging Face Hub.
 

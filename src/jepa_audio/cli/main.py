@@ -86,6 +86,9 @@ COMMANDS = {
     ),
     "export onnx": Command(f"{_CLI}.export:onnx", "write an encoder as an ONNX model"),
     "export torch": Command(f"{_CLI}.export:torch", "write an encoder as a torch.export program"),
+    "export marble": Command(
+        f"{_CLI}.export:marble", "write the settings of a task of MARBLE v2 for an encoder"
+    ),
     "export push": Command(
         f"{_CLI}.export:push", "upload a folder of `export hf` to the Hugging Face Hub"
     ),

@@ -77,25 +77,41 @@ class LayerFeatures:
         mean = frequency == "mean"
         return [layer.mean(dim=2) if mean else layer.flatten(2) for layer in self.layers]
 
-    def at_regular_times(self, frame_seconds: float) -> LayerFeatures:
+    def at_regular_times(
+        self, frame_seconds: float, num_frames: Sequence[int] | None = None
+    ) -> LayerFeatures:
         """The nearest time column at regular times, for clients that need a regular grid.
 
-        The first time is that of the first column, the last is at most half a frame away from the
-        last column. A column may be repeated or left out.
+        A column may be repeated or left out.
 
         Args:
             frame_seconds: seconds from one time to the next; `Encoder.frame_seconds` keeps the rate
                 of the encoder.
+            num_frames: number of times of each clip, which are then the middle of each interval of
+                `frame_seconds` from the start of the clip. `None`: the first time is that of the
+                first column, the last is at most half a frame away from the last column.
 
         Raises:
-            UserError: if `frame_seconds` is not positive.
+            UserError: if `frame_seconds` is not positive, or a number of frames is below 1.
         """
         if not 0 < frame_seconds < float("inf"):
             raise UserError(f"`frame_seconds` ({frame_seconds}) must be positive")
         counts = self.valid.sum(dim=1).tolist()
+        if num_frames is not None and (min(num_frames) < 1 or len(num_frames) != len(counts)):
+            raise UserError(
+                f"`num_frames` ({list(num_frames)}) must be a number of at least 1 for each of "
+                f"{len(counts)} clips"
+            )
         groups = []
         for row, count in enumerate(counts):
-            index, times = _regular_columns(self.times[row, :count], frame_seconds)
+            seconds = self.times[row, :count].double()
+            if num_frames is None:
+                first = float(seconds[0])
+                number = int((float(seconds[-1]) - first) / frame_seconds + 0.5) + 1
+            else:
+                first, number = 0.5 * frame_seconds, num_frames[row]
+            grid = first + torch.arange(number, device=seconds.device).double() * frame_seconds
+            index, times = _nearest(seconds, grid), grid.to(self.times)
             layers = tuple(layer[row : row + 1, index] for layer in self.layers)
             valid = torch.ones_like(times, dtype=torch.bool)
             groups.append(([row], LayerFeatures(layers, times[None], valid[None])))
@@ -165,16 +181,9 @@ def pad_features(groups: Sequence[tuple[Sequence[int], LayerFeatures]]) -> Layer
     return LayerFeatures(layers, times, valid)
 
 
-def _regular_columns(
-    times: Float[Tensor, " T"], frame_seconds: float
-) -> tuple[Int[Tensor, " G"], Float[Tensor, " G"]]:
-    """Indices of the columns that are nearest to regular times, and these times."""
-    seconds = times.double()
-    count = int(float(seconds[-1] - seconds[0]) / frame_seconds + 0.5) + 1
-    grid = (
-        seconds[0] + torch.arange(count, dtype=torch.float64, device=times.device) * frame_seconds
-    )
+def _nearest(seconds: Float[Tensor, " T"], grid: Float[Tensor, " G"]) -> Int[Tensor, " G"]:
+    """Indices of the columns, which are in time order, that are nearest to the times of a grid."""
     right = torch.searchsorted(seconds, grid).clamp(0, len(seconds) - 1)
     left = (right - 1).clamp_min(0)
     is_left = grid - seconds[left] <= (seconds[right] - grid).abs()
-    return torch.where(is_left, left, right), grid.to(times)
+    return torch.where(is_left, left, right)
