@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -38,7 +39,7 @@ class UpstreamExpert(EncoderFeatures):
         model_config: str | os.PathLike[str] | None = None,
         refresh: bool = False,
     ) -> None:
-        settings = {"frequency": "mean", "which": "context", "trainable": False}
+        settings: dict[str, Any] = {"frequency": "mean", "which": "context", "trainable": False}
         if model_config is not None:
             path = Path(model_config)
             stored = parse_yaml(path.read_text(encoding="utf-8"), str(path))
