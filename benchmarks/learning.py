@@ -43,7 +43,7 @@ import yaml
 
 from jepa_audio.errors import UserError
 from jepa_audio.files import read_jsonl
-from jepa_audio.probing.encoders import run_name
+from jepa_audio.probing.encoders import LogMelStatistics, ProbeEncoder, run_name
 from jepa_audio.probing.intervals import Difference, difference
 from jepa_audio.probing.rows import STATISTICS, ProbeRow, load_evidence, read_rows
 
@@ -186,25 +186,67 @@ def probe(
 ) -> list[list[ProbeRow]]:
     """Run `jepa-audio probe` on the tasks of a trial; the rows of each checkpoint.
 
-    The rows of log-mel statistics, which have no checkpoint, are among the rows of all.
+    Each task is probed with its own pooling. The rows of log-mel statistics, which have no
+    checkpoint, are among the rows of all, with all poolings; trials share them.
+
+    Raises:
+        UserError: if the pooling of a task is not in `trial.poolings`.
     """
-    folder = output / "probes" / trial.folder
-    shutil.rmtree(folder, ignore_errors=True)
-    tasks = ",".join(str(corpora / f"{task}.csv") for task in trial.tasks)
-    command = [
-        *COMMAND, "probe", "--encoder", ",".join(map(str, checkpoints)), "--tasks", tasks,
-        "--output", str(folder), "--preset", "linear", "--pooling", ",".join(trial.poolings),
-        "--frequency", "concat", f"--variants={json.dumps(trial.variants)}",
-    ]  # fmt: skip
-    with (output / f"{trial.folder}.log").open("a") as printed:
-        subprocess.run(command, check=True, stdout=printed, stderr=subprocess.STDOUT)
-    shutil.rmtree(folder / "features", ignore_errors=True)
-    rows = [
+    by_pooling: dict[str, list[str]] = {}
+    for task in trial.tasks:
+        by_pooling.setdefault(POOLINGS[task.removesuffix("_select")], []).append(task)
+    if missing := sorted(set(by_pooling) - set(trial.poolings)):
+        raise UserError(f"{trial.name}: `poolings` has no {missing[0]}, the pooling of a task")
+    shutil.rmtree(output / "probes" / trial.folder, ignore_errors=True)
+    rows: list[ProbeRow] = []
+    encoders = ",".join(map(str, checkpoints))
+    log_file = output / f"{trial.folder}.log"
+    for pooling, tasks in by_pooling.items():
+        folder = output / "probes" / trial.folder / pooling
+        options = ["--pooling", pooling, f"--variants={json.dumps(trial.variants)}"]
+        rows += _run_probe(encoders, tasks, folder, options, corpora, log_file)
+    rows = [row for row in rows if row.variant != STATISTICS]
+    for task in trial.tasks:
+        folder = output / "probes" / "log-mel" / task / "-".join(trial.poolings)
+        options = ["--pooling", ",".join(trial.poolings)]
+        found = _run_probe(
+            "benchmarks.learning:log_mel", [task], folder, options, corpora, log_file
+        )
+        rows += [row for row in found if row.variant == STATISTICS]
+    names = [run_name(checkpoint) for checkpoint in checkpoints]
+    return [[row for row in rows if row.encoder in (name, "log-mel")] for name in names]
+
+
+def _run_probe(
+    encoder: str,
+    tasks: Sequence[str],
+    folder: Path,
+    options: Sequence[str],
+    corpora: Path,
+    log_file: Path,
+) -> list[ProbeRow]:
+    """The rows of one call of `jepa-audio probe`, or of the results that exist."""
+    done = folder / "done"
+    if not done.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        command = [
+            *COMMAND, "probe", "--encoder", encoder, "--output", str(folder), "--preset", "linear",
+            "--tasks", ",".join(str(corpora / f"{task}.csv") for task in tasks),
+            "--frequency", "concat", *options,
+        ]  # fmt: skip
+        with log_file.open("a") as printed:
+            subprocess.run(command, check=True, stdout=printed, stderr=subprocess.STDOUT)
+        shutil.rmtree(folder / "features", ignore_errors=True)
+        done.touch()
+    return [
         replace(row, evidence=str(folder / row.evidence))
         for row in read_rows(folder / "results.jsonl")
     ]
-    names = [run_name(checkpoint) for checkpoint in checkpoints]
-    return [[row for row in rows if row.encoder in (name, "log-mel")] for name in names]
+
+
+def log_mel() -> ProbeEncoder:
+    """Log-mel statistics of 16 kHz, as an encoder of `jepa-audio probe`."""
+    return LogMelStatistics(16_000)
 
 
 def compare(rows: Sequence[ProbeRow], seconds: float, step: int) -> list[Result]:
