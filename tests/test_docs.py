@@ -57,6 +57,7 @@ def test_options_exist(text: str, capsys: pytest.CaptureFixture[str]):
         "model.encoder.",
         "trainer.callbacks",
         "model.front_end.",
+        "model.masker.",
         "model.target_front_end.",
         "model.lr_schedule.",
         "model.regularizers.",
@@ -95,32 +96,3 @@ def test_make_help_lists_the_targets():
         "docs",
     }
     assert targets <= set(re.findall(r"^([a-z-]+):.*## ", makefile, re.MULTILINE))
-
-
-def test_the_commands_for_costs_and_runs_work(
-    wavs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    import shlex
-
-    from jepa_audio.cli.main import main
-    from tests.conftest import FLAVOURS
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("jepa_audio.training.trial._LOADER_SECONDS", 0.1)
-    (tmp_path / "audio").symlink_to(wavs)
-    settings = (
-        FLAVOURS["wave"].replace("  logger: false\n", "").replace("max_steps: 6", "max_steps: 2")
-    )
-    (tmp_path / "wave.yaml").write_text(settings.replace("valid_share: 0.0", "valid_share: 0.3"))
-    page = (ROOT / "docs" / "runs.md").read_text().partition("## What a run will cost")[2]
-    blocks = re.findall(r"```bash\n(.*?)```", page.partition("## What a resume")[0], re.DOTALL)
-    commands = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
-    assert len(commands) == 5
-    for name in ("a", "b", "default"):
-        main(["fit", "--config=wave.yaml", "--data.root=audio", f"--run_dir=runs/{name}"])
-    for command in commands:
-        # The recipes of the documents are too large for a test.
-        words = ["wave.yaml" if word == "demo/wavjepa" else word for word in command[1:]]
-        capsys.readouterr()
-        main(words)
-        assert len(capsys.readouterr().out.splitlines()) > 2, words
