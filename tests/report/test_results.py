@@ -217,6 +217,12 @@ def test_scores_that_are_not_finite_are_written_as_null(tmp_path: Path):
     assert replace(row, valid_grid=diverged.valid_grid) == diverged
 
 
+def test_the_table_of_one_result_has_a_title():
+    title = shown([a_row(task="mtt", metric="auroc")])
+    assert "mtt: auroc;" in title
+    assert "('" not in title
+
+
 def test_terminal_table_fits_80_columns_and_shows_both_verdicts():
     name = "a-run-whose-name-contains-every-setting-of-it/step-000100000"
     rows = [

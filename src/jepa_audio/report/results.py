@@ -167,7 +167,8 @@ def terminal_table(rows: Iterable[ProbeRow]) -> Table:
         + f"; {row.num_test} {row.unit}s"
         for row in table["row"]
     ]
-    for title, group in table.groupby(titles, sort=False):
+    # A list of one title would be a list of keys.
+    for title, group in table.groupby(pd.Series(titles, index=table.index), sort=False):
         columns = ("encoder", "layer", "test", "against random-init")
         section = Table(*columns, box=box.SIMPLE_HEAD, title_justify="left")
         section.title = Text(printable(title), style="bold")
