@@ -54,7 +54,7 @@ class LearnedFilterbank(Spectrogram):
         energies_per_hop: int = 2,
         f_min_hz: float = 60.0,
         f_max_hz: float | None = None,
-        floor: float = 1e-10,
+        floor: float = 1e-12,
         trained: bool = True,
     ) -> None:
         f_max_hz = sample_rate / 2 if f_max_hz is None else f_max_hz
