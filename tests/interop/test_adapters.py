@@ -239,3 +239,43 @@ def test_the_checker_of_xares(made: tuple[Encoder, Path]):
 def test_the_validator_of_hear(made: tuple[Encoder, Path]):
     validate = pytest.importorskip("hearvalidator.validate")
     validate.ValidateModel(hear.__name__, str(made[1]), device="cpu")()
+
+
+def test_a_task_of_mteb(made: tuple[Encoder, Path], tmp_path: Path):
+    mteb = pytest.importorskip("mteb")
+    from datasets import Audio, Dataset, DatasetDict
+    from mteb.abstasks.classification import AbsTaskClassification
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+    from jepa_audio.interop.adapters.maeb import JEPAModel
+
+    def split(name: str, count: int) -> Dataset:
+        paths, labels = [], [i % 2 for i in range(count)]
+        for i, label in enumerate(labels):
+            paths.append(str(tmp_path / f"{name}-{i}.wav"))
+            time = np.arange(12_000 + 100 * i) / 22_050
+            sf.write(paths[-1], 0.3 * np.sin(2 * np.pi * (220, 1760)[label] * time + i), 22_050)
+        return Dataset.from_dict({"audio": paths, "label": labels}).cast_column("audio", Audio())
+
+    class Tones(AbsTaskClassification):
+        metadata = TaskMetadata(
+            name="Tones",
+            description="Low and high tones.",
+            dataset={"path": "local/tones", "revision": "1"},
+            type="AudioClassification",
+            category="a2c",
+            modalities=["audio"],
+            eval_splits=["test"],
+            eval_langs=["zxx-Zxxx"],
+            main_score="accuracy",
+        )
+        input_column_name = "audio"
+        n_experiments = 2
+
+        def load_data(self, **options: object) -> None:
+            self.dataset = DatasetDict(train=split("train", 24), test=split("test", 10))
+            self.data_loaded = True
+
+    model = JEPAModel(made[1], pool="mean_std", device="cpu")
+    (result,) = mteb.evaluate(model, [Tones()], cache=None).task_results
+    assert result.scores["test"][0]["accuracy"] == 1.0
