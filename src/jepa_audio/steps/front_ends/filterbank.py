@@ -122,7 +122,8 @@ class LearnedFilterbank(Spectrogram):
         filtered = F.conv1d(padded[:, None], kernels, stride=self.stride).unflatten(1, (2, -1))
         energies = filtered.square().sum(1).flatten(0, 1)[:, None]  # [R * F, 1, T']
         means = F.conv1d(energies, self.weights, stride=self.hop_length // self.stride)
-        return (means[:, 0].unflatten(0, (len(waveform), -1)) + self.floor).log()
+        # `len(waveform)` would fix the number of clips of an exported program.
+        return (means[:, 0].unflatten(0, (-1, self.num_bands)) + self.floor).log()
 
 
 def _to_mel(frequency_hz: float) -> float:
