@@ -121,12 +121,7 @@ class AudioDataModule(LightningDataModule):
         # Loggers get the settings in `setup`, because Lightning would merge them with those of the
         # model, and both have a `seed`.
         self.save_hyperparameters(logger=False)
-        # Checkpoints must contain only plain Python data.
-        for name in ("root", "valid_root", "test_root"):
-            if isinstance(self.hparams[name], Path):
-                self.hparams[name] = str(self.hparams[name])
-        if isinstance(scenes, SceneSettings):
-            self.hparams["scenes"] = asdict(scenes)
+        self._make_settings_plain()
         self.sources = [*map(str, root)] if isinstance(root, list | dict) else [str(root)]
         self.weights = list(root.values()) if isinstance(root, dict) else None
         self.valid_root = None if valid_root is None else str(valid_root)
@@ -145,12 +140,9 @@ class AudioDataModule(LightningDataModule):
         )
         self.num_channels = num_channels
         self.scenes = scenes
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.valid_share = valid_share
-        self.num_valid_clips = num_valid_clips
-        self.min_seconds = min_seconds
-        self.max_seconds = max_seconds
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.valid_share, self.num_valid_clips = valid_share, num_valid_clips
+        self.min_seconds, self.max_seconds = min_seconds, max_seconds
         self.max_bad_share = max_bad_share
         self._validate_settings()
         # All nodes share the file system of audio and table, so one process of all nodes indexes.
@@ -160,6 +152,14 @@ class AudioDataModule(LightningDataModule):
         self.summary = ""
         self._bad_reads = BadReadCounter(max_bad_share)
         self._train_loader: ResumableLoader | None = None
+
+    def _make_settings_plain(self) -> None:
+        """Checkpoints must contain only plain Python data."""
+        for name in ("root", "valid_root", "test_root"):
+            if isinstance(self.hparams[name], Path):
+                self.hparams[name] = str(self.hparams[name])
+        if isinstance(self.hparams["scenes"], SceneSettings):
+            self.hparams["scenes"] = asdict(self.hparams["scenes"])
 
     def _validate_settings(self) -> None:
         """Check the settings that `ClipSettings` and `SceneSettings` do not check themselves."""

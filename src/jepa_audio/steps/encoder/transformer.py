@@ -144,22 +144,10 @@ class Transformer(nn.Module):
         init: Literal["trunc_normal", "xavier"] = "trunc_normal",
     ) -> None:
         super().__init__()
-        if mlp not in {"gelu", "swiglu"}:
-            raise UserError(f"`mlp` ({mlp!r}) must be 'gelu' or 'swiglu'")
-        if norm not in {"pre", "post"}:
-            raise UserError(f"`norm` ({norm!r}) must be 'pre' or 'post'")
-        if num_heads < 1 or embed_dim % num_heads:
-            raise UserError(f"`num_heads` ({num_heads}) must divide `embed_dim` ({embed_dim})")
-        if embed_dim > MAX_WIDTH or not 0 < mlp_ratio <= 100 or not 0 <= num_registers <= 10_000:
-            raise UserError(
-                f"`embed_dim` ({embed_dim}) must be at most {MAX_WIDTH}, `mlp_ratio` ({mlp_ratio}) "
-                f"in (0, 100] and `num_registers` ({num_registers}) in [0, 10000]"
-            )
-        if not 1 <= depth <= MAX_DEPTH or checkpoint_every < 0 or not 0 <= drop_path < 1:
-            raise UserError(
-                f"`depth` ({depth}) must be in [1, {MAX_DEPTH}], `checkpoint_every` "
-                f"({checkpoint_every}) at least 0 and `drop_path` ({drop_path}) in [0, 1)"
-            )
+        _check_settings(
+            embed_dim, depth, num_heads, mlp_ratio, mlp, norm, drop_path, num_registers,
+            checkpoint_every,
+        )  # fmt: skip
         positions.check_width(embed_dim, num_heads)
         self.embed_dim = embed_dim
         self.num_heads = num_heads
@@ -281,6 +269,36 @@ class Transformer(nn.Module):
             return None
         num_registers = x.shape[1] - where.index.shape[1]
         return PackedRows.of(key_mask[:, 0, 0], where.num_valid + len(x) * num_registers)
+
+
+def _check_settings(
+    embed_dim: int,
+    depth: int,
+    num_heads: int,
+    mlp_ratio: float,
+    mlp: str,
+    norm: str,
+    drop_path: float,
+    num_registers: int,
+    checkpoint_every: int,
+) -> None:
+    """Raise `UserError` if a setting of a `Transformer` is out of range."""
+    if mlp not in {"gelu", "swiglu"}:
+        raise UserError(f"`mlp` ({mlp!r}) must be 'gelu' or 'swiglu'")
+    if norm not in {"pre", "post"}:
+        raise UserError(f"`norm` ({norm!r}) must be 'pre' or 'post'")
+    if num_heads < 1 or embed_dim % num_heads:
+        raise UserError(f"`num_heads` ({num_heads}) must divide `embed_dim` ({embed_dim})")
+    if embed_dim > MAX_WIDTH or not 0 < mlp_ratio <= 100 or not 0 <= num_registers <= 10_000:
+        raise UserError(
+            f"`embed_dim` ({embed_dim}) must be at most {MAX_WIDTH}, `mlp_ratio` ({mlp_ratio}) "
+            f"in (0, 100] and `num_registers` ({num_registers}) in [0, 10000]"
+        )
+    if not 1 <= depth <= MAX_DEPTH or checkpoint_every < 0 or not 0 <= drop_path < 1:
+        raise UserError(
+            f"`depth` ({depth}) must be in [1, {MAX_DEPTH}], `checkpoint_every` "
+            f"({checkpoint_every}) at least 0 and `drop_path` ({drop_path}) in [0, 1)"
+        )
 
 
 def init_linear(linear: nn.Linear, init: str) -> None:
