@@ -123,7 +123,9 @@ class LearnedFilterbank(Spectrogram):
         energies = filtered.square().sum(1).flatten(0, 1)[:, None]  # [R * F, 1, T']
         means = F.conv1d(energies, self.weights, stride=self.hop_length // self.stride)
         # `len(waveform)` would fix the number of clips of an exported program.
-        return (means[:, 0].unflatten(0, (-1, self.num_bands)) + self.floor).log()
+        means = means[:, 0].unflatten(0, (-1, self.num_bands))
+        # log(means + floor), in a form in which the optimiser of ONNX does not remove the floor.
+        return (means / self.floor).log1p() + log(self.floor)
 
 
 def _to_mel(frequency_hz: float) -> float:
