@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -142,6 +142,22 @@ def probe(
     sweeps = _select_sweeps(robustness, noise)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def new_probe(one: ProbeEncoder, dataset: ProbeData) -> _Probe:
+        settings = (tuple(seeds), sweeps, batch_seconds, device, one.poolings(poolings))
+        return _Probe(one, dataset, chosen_preset, output, *settings)
+
+    return _probe_encoders(encoders, datasets, new_probe, device, output / "results.jsonl")
+
+
+def _probe_encoders(
+    encoders: Sequence[Iterator[ProbeEncoder]],
+    datasets: Sequence[ProbeData],
+    new_probe: Callable[[ProbeEncoder, ProbeData], _Probe],
+    device: str,
+    results: Path,
+) -> list[ProbeRow]:
+    """Probe the encoders of each source on all tasks; append rows to `results`, return them."""
     rows: list[ProbeRow] = []
     sample_rates: set[int] = set()
     # Checkpoints of one run have the same random-init baseline.
@@ -154,17 +170,16 @@ def probe(
             if one.variant == RANDOM_INIT and one.function_hash in known:
                 baseline, rows_of_twin = known[one.function_hash]
                 new_rows = [replace(row, encoder=one.name) for row in rows_of_twin]
-                append_rows(output / "results.jsonl", new_rows)
+                append_rows(results, new_rows)
                 rows += new_rows
                 continue
-            settings = (tuple(seeds), sweeps, batch_seconds, device, one.poolings(poolings))
-            probes = [_Probe(one, d, chosen_preset, output, *settings) for d in datasets]
+            probes = [new_probe(one, data) for data in datasets]
             for each in probes:
                 each.check()
             first = len(rows)
             for pooled in (pooled for each in probes for pooled in each.of_poolings()):
                 new_rows = list(pooled.rows(baseline))
-                append_rows(output / "results.jsonl", new_rows)
+                append_rows(results, new_rows)
                 rows += new_rows
             if one.variant == RANDOM_INIT:
                 known[one.function_hash] = baseline, rows[first:]

@@ -121,23 +121,8 @@ def embed(
             )
         if is_first:
             _prepare_parts(folder, metadata, len(data))
-        has_bar = sys.stderr.isatty()
-        trainer = Trainer(
-            accelerator=accelerator,
-            devices=devices,
-            num_nodes=num_nodes,
-            precision=precision,  # type: ignore[arg-type]
-            logger=False,
-            callbacks=[RichProgressBar()] if has_bar else [],
-            enable_progress_bar=has_bar,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
-        module = FileModule(
-            data, lambda chunk: model.part_path(chunk).exists(), num_workers, has_bar
-        )
-        trainer.predict(model, datamodule=module, return_predictions=False)
+        devices_of_run = {"accelerator": accelerator, "devices": devices, "num_nodes": num_nodes}
+        _predict(model, data, num_workers, {**devices_of_run, "precision": precision})
         if not is_first:
             return None
         summary = _finish(model, len(data), output, metadata)
@@ -182,6 +167,24 @@ def _prepare_model(
         "version": version("jepa-audio"),
     }
     return model, metadata
+
+
+def _predict(
+    model: FileEmbedder, data: ChunkDataset, num_workers: int | None, options: dict[str, Any]
+) -> None:
+    """Write the parts that do not exist yet, with these options of Lightning's Trainer."""
+    has_bar = sys.stderr.isatty()
+    trainer = Trainer(
+        **options,
+        logger=False,
+        callbacks=[RichProgressBar()] if has_bar else [],
+        enable_progress_bar=has_bar,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    module = FileModule(data, lambda chunk: model.part_path(chunk).exists(), num_workers, has_bar)
+    trainer.predict(model, datamodule=module, return_predictions=False)
 
 
 def _prepare_parts(folder: Path, metadata: dict[str, Any], num_chunks: int) -> None:
