@@ -63,6 +63,11 @@ def is_encoder_folder(folder: Path) -> bool:
     return isinstance(config, dict) and isinstance(config.get(KEY), dict)
 
 
+def stored_variant(folder: Path) -> str:
+    """Which encoder a folder of `save_encoder` holds: "context", "target" or "random"."""
+    return str(read_json(folder / CONFIG)[KEY].get("which", "context"))
+
+
 def read_encoder(directory: str | Path, *, trust: Sequence[str] = (), **options: Any) -> Encoder:
     """The encoder in a folder of `save_encoder`, on the CPU.
 

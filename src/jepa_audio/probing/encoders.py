@@ -23,7 +23,7 @@ from typing_extensions import override
 from jepa_audio.errors import UserError
 from jepa_audio.inference.encoder import Encoder, state_hash
 from jepa_audio.inference.features import LayerFeatures
-from jepa_audio.inference.folder import read_encoder
+from jepa_audio.inference.folder import stored_variant
 from jepa_audio.inference.load import Which, find_encoder, load_encoder
 from jepa_audio.inference.pooling import Pooling
 from jepa_audio.steps.front_ends.transforms import LogMel
@@ -304,7 +304,7 @@ def load_encoders(source: str, options: EncoderOptions) -> Iterator[ProbeEncoder
     path, name = find_encoder(source), source_name(source)
     variants: Sequence[str] = options.variants
     if path.is_dir():
-        variants = (read_encoder(path).which,)
+        variants = (stored_variant(path),)
         if variants[0] not in options.variants:
             log.warning("%s holds only the %s encoder, which is probed", source, variants[0])
     seeds = (None, *options.random_seeds)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -22,6 +23,11 @@ SAMPLE_RATES = (16_000, 22_050, 32_000, 44_100, 48_000)
 class HearModel(EncoderFeatures):
     """An encoder for HEAR.
 
+    Args:
+        encoder: see `EncoderFeatures`.
+        frame_seconds: see `load_model`.
+        options: `layers`, `pool` and `which` of `EncoderFeatures`.
+
     Attributes:
         sample_rate: rate of the waveforms in Hz: that of the encoder if HEAR accepts it, otherwise
             the next higher accepted rate. The waveforms are then resampled.
@@ -34,12 +40,10 @@ class HearModel(EncoderFeatures):
         self,
         encoder: str | os.PathLike[str] | None = None,
         *,
-        layers: int | Sequence[int] | None = -1,
-        pool: str = "mean",
-        which: Which = "context",
         frame_seconds: float | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(encoder, layers=layers, pool=pool, which=which)
+        super().__init__(encoder, **options)
         rate = self.encoder.sample_rate
         self.sample_rate = min((r for r in SAMPLE_RATES if r >= rate), default=SAMPLE_RATES[-1])
         self.frame_seconds = frame_seconds or self.encoder.frame_seconds
