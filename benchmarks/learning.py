@@ -3,23 +3,14 @@
 Trains recipes on the sets of `benchmarks/corpora.py`, probes the frozen encoders, and compares each
 with two baselines on the same test clips:
 
-- queue: run the experiments of a YAML file, one row each; a second call continues where the first
-  one stopped
 - speedrun: seconds of training until an encoder is ahead of both baselines, each with a paired
   bootstrap interval above zero, and stays ahead at all later checkpoints
 - table: the rows of an output folder as Markdown
 
-    python -m benchmarks.learning queue benchmarks/experiments/NAME.yaml --corpora DIR --output DIR
     python -m benchmarks.learning speedrun --recipe small/waveform --corpora DIR --output DIR
     python -m benchmarks.learning table DIR
 
-A trial of a YAML file has one or more recipes, options of `jepa-audio fit`, a pretraining set and
-tasks; `benchmarks/ablations.yaml` is an example:
-
-    defaults: {recipes: [small/waveform], corpus: speech, tasks: [fsdd_digit_select], minutes: 5}
-    trials:
-      default: {}
-      long spans: {options: [--model.masker.target_length=10]}
+A second call continues where the first one stopped. `benchmarks/ablations.py` compares settings.
 """
 
 from __future__ import annotations
@@ -33,13 +24,11 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from itertools import product
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import yaml
 
 from jepa_audio.errors import UserError
 from jepa_audio.files import read_jsonl
@@ -120,29 +109,6 @@ class Result:
     def is_ahead(self) -> bool:
         """Whether the encoder is ahead of all baselines."""
         return all(found.verdict == "ahead" for found in self.against.values())
-
-
-def read_trials(path: Path, seeds: Sequence[int] = ()) -> Iterator[Trial]:
-    """The trials of a YAML file, for each of their `recipes` and seeds.
-
-    Raises:
-        UserError: if a key is unknown.
-    """
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    known = {entry.name for entry in fields(Trial)} - {"name", "seed"} | {"seeds", "recipes"}
-    for name, own in settings["trials"].items():
-        values = {**settings.get("defaults", {}), **(own or {})}
-        if unknown := set(values) - known:
-            raise UserError(f"{path}: unknown key {min(unknown)!r} in the trial {name!r}")
-        kept = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in values.items()
-            if key not in ("seeds", "recipes", "recipe")
-        }
-        recipes = values.get("recipes") or [values["recipe"]]
-        for recipe, seed in product(recipes, seeds or values.get("seeds", [0])):
-            full_name = f"{recipe}, {name}" if len(recipes) > 1 else name
-            yield Trial(full_name, recipe, seed=seed, **kept)
 
 
 def train(trial: Trial, corpora: Path, output: Path) -> list[tuple[float, Path]]:
@@ -302,7 +268,7 @@ def run_trial(trial: Trial, corpora: Path, output: Path) -> None:
         for result in results[-len(trial.tasks) :]:
             log.info("  %s", result)
     line = {
-        "date": begun, "commit": _commit(), "hardware": _hardware(), "trial": asdict(trial),
+        "date": begun, "commit": commit(), "hardware": hardware(), "trial": asdict(trial),
         "results": [asdict(result) for result in results],
     }  # fmt: skip
     with (output / "results.jsonl").open("a") as file:
@@ -360,24 +326,24 @@ def table(output: Path) -> str:
     return "\n".join(lines)
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit of the working tree, with -dirty if it was changed."""
     command = ["git", "describe", "--always", "--dirty"]
     found = subprocess.run(command, check=False, capture_output=True, text=True)
     return found.stdout.strip() or "unknown"
 
 
-def _hardware() -> str:
+def hardware() -> str:
+    """The name of the GPU, or the number of cores."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{os.cpu_count()} cores, {platform.machine()}"
 
 
 def main() -> None:
-    """Parse the arguments and run one of the three commands."""
+    """Parse the arguments, run recipes or print their table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    queue = commands.add_parser("queue", help="run the trials of a YAML file")
-    queue.add_argument("file", type=Path)
     speedrun = commands.add_parser("speedrun", help="seconds until ahead of both baselines")
     speedrun.add_argument("--recipe", nargs="+", default=["small/waveform", "small/spectrogram"])
     speedrun.add_argument("--set", default="mixed", help="pretraining set")
@@ -385,22 +351,18 @@ def main() -> None:
     speedrun.add_argument("--minutes", type=float, default=30)
     speedrun.add_argument("--save_every", type=int, default=500)
     speedrun.add_argument("--option", action="append", default=[], help="--option=--model.seed=1")
-    for command, seeds in ((queue, []), (speedrun, [0, 1, 2])):
-        command.add_argument("--corpora", type=Path, required=True)
-        command.add_argument("--output", type=Path, required=True)
-        command.add_argument("--seeds", type=int, nargs="*", default=seeds)
+    speedrun.add_argument("--corpora", type=Path, required=True)
+    speedrun.add_argument("--output", type=Path, required=True)
+    speedrun.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     commands.add_parser("table", help="print results").add_argument("output", type=Path)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if args.command != "table":
-        if args.command == "queue":
-            trials = list(read_trials(args.file, args.seeds))
-        else:
-            trials = [
-                Trial(recipe, recipe, tuple(args.option), args.set, tuple(args.tasks), seed=seed,
-                      minutes=args.minutes, save_every=args.save_every)
-                for recipe in args.recipe for seed in args.seeds
-            ]  # fmt: skip
+    if args.command == "speedrun":
+        trials = [
+            Trial(recipe, recipe, tuple(args.option), args.set, tuple(args.tasks), seed=seed,
+                  minutes=args.minutes, save_every=args.save_every)
+            for recipe in args.recipe for seed in args.seeds
+        ]  # fmt: skip
         args.output.mkdir(parents=True, exist_ok=True)
         done = [trial for trial, _, _ in read_results(args.output)]
         for trial in trials:

@@ -13,7 +13,6 @@ from benchmarks.learning import (
     Trial,
     compare,
     read_results,
-    read_trials,
     seconds_until_ahead,
     table,
 )
@@ -23,46 +22,12 @@ from jepa_audio.probing.intervals import Difference
 from jepa_audio.probing.rows import read_rows
 from tests.probing.rows import add
 
-TRIALS = """
-defaults: {recipe: demo/wavjepa, corpus: speech, tasks: [digit], seeds: [0, 1]}
-trials:
-  default: {}
-  long spans: {options: [--model.masker.target_length=10], seeds: [2]}
-"""
-
 
 def result(seconds: float, *lows: float, task: str = "digit") -> Result:
     against = {f"baseline {i}": Difference(low + 0.1, low, 1.0) for i, low in enumerate(lows)}
     return Result(
         task, seconds, int(seconds), "context", "mean/concat", "2", 0.5, 0.4, 0.6, against
     )
-
-
-def test_trials_are_defaults_with_changes_for_every_seed(tmp_path: Path):
-    (tmp_path / "trials.yaml").write_text(TRIALS)
-    trials = list(read_trials(tmp_path / "trials.yaml"))
-    assert [(trial.name, trial.seed, trial.options) for trial in trials] == [
-        ("default", 0, ()),
-        ("default", 1, ()),
-        ("long spans", 2, ("--model.masker.target_length=10",)),
-    ]
-    assert {trial.tasks for trial in trials} == {("digit",)}
-    assert [trial.seed for trial in read_trials(tmp_path / "trials.yaml", [7])] == [7, 7]
-
-
-def test_a_trial_of_several_recipes_is_run_for_each(tmp_path: Path):
-    recipes = TRIALS.replace("recipe: demo/wavjepa", "recipes: [small/waveform, demo/wavjepa]")
-    (tmp_path / "trials.yaml").write_text(recipes)
-    trials = list(read_trials(tmp_path / "trials.yaml"))
-    assert len({trial.folder for trial in trials}) == len(trials) == 6
-    assert [trial.recipe for trial in trials[:3]] == [*["small/waveform"] * 2, "demo/wavjepa"]
-    assert trials[0].name == "small/waveform, default"
-
-
-def test_an_unknown_key_of_a_trial_is_refused(tmp_path: Path):
-    (tmp_path / "trials.yaml").write_text(TRIALS.replace("options", "option"))
-    with pytest.raises(UserError, match="unknown key 'option' in the trial 'long spans'"):
-        list(read_trials(tmp_path / "trials.yaml"))
 
 
 @pytest.mark.parametrize(
