@@ -1,6 +1,6 @@
 """HEAR 2021, the benchmark of audio representations (arXiv:2203.03022), through its common API.
 
-`hear-validator jepa_audio.interop.adapters.hear --model RUN`
+See `docs/adapters.md` for the command of the validator.
 """
 
 from __future__ import annotations
