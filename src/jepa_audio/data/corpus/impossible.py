@@ -46,7 +46,9 @@ def mark_impossible(table: pa.Table) -> pa.Table:
     if table.num_rows == 0:
         return table
     reasons = pa.nulls(table.num_rows, pa.string())
-    for mask, reason in _defects(table.combine_chunks()):
+    for mask, reason in _defects(table):
+        if not pc.any(mask).as_py():
+            continue
         is_first = pc.and_(pc.fill_null(mask, False), pc.is_null(reasons))
         reasons = pc.if_else(is_first, reason, reasons)
     if reasons.null_count == table.num_rows:
@@ -61,9 +63,9 @@ def mark_impossible(table: pa.Table) -> pa.Table:
     return table.combine_chunks()
 
 
-def _defects(table: pa.Table) -> Iterator[tuple[pa.Array, str]]:
+def _defects(table: pa.Table) -> Iterator[tuple[pa.ChunkedArray, str]]:
     """Pairs of (mask of the rows, reason)."""
-    columns = {name: table[name].chunk(0) for name in table.column_names}
+    columns = {name: table[name] for name in table.column_names}
     for name, column in columns.items():
         yield pc.is_null(column), f"damaged table: no `{name}`"
     is_ok = pc.equal(columns["status"], "ok")
