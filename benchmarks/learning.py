@@ -39,8 +39,9 @@ from jepa_audio.probing.rows import STATISTICS, ProbeRow, load_evidence, read_ro
 log = logging.getLogger(__name__)
 COMMAND = [sys.executable, "-m", "jepa_audio"]
 TASKS = ("fsdd_digit", "klettres_language", "gm_family", "gm_pitch")
-# The pooling of each task, chosen on the `_select` sets: the validation splits of the tasks have
-# one speaker, or one instrument of each family, too few to choose it.
+# The pooling and the layer of each task, chosen on the `_select` sets with both small recipes: the
+# validation splits of the tasks have one speaker, or one instrument of each family, too few for it.
+# `fsdd_speaker` has no such set: it has the settings of the languages.
 POOLINGS = {
     "fsdd_digit": "thirds_std",
     "fsdd_speaker": "mean_std_change",
@@ -48,6 +49,7 @@ POOLINGS = {
     "gm_family": "mean_std_change",
     "gm_pitch": "mean_std_change",
 }
+LAYERS = {"fsdd_digit": 1, "fsdd_speaker": 0, "klettres_language": 0, "gm_family": 4, "gm_pitch": 0}
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ class Trial:
         options: more options of `jepa-audio fit`.
         corpus: pretraining set of `benchmarks/corpora.py`: speech, music or mixed.
         tasks: labelled sets of `benchmarks/corpora.py`.
-        poolings: of all tasks; the encoder is reported with that of the task in `POOLINGS`, log-mel
-            statistics also with the best one on the test split.
+        poolings: of log-mel statistics, which are reported with that of the task in `POOLINGS`, as
+            the encoder is, and with the best one on the test split.
         seed: of the model and of the order of the clips.
         minutes: of training, with start and index; later checkpoints are not probed.
         save_every: optimizer steps between the probed checkpoints; 0 probes the last one alone.
@@ -72,7 +74,7 @@ class Trial:
     options: tuple[str, ...] = ()
     corpus: str = "speech"
     tasks: tuple[str, ...] = TASKS
-    poolings: tuple[str, ...] = tuple(sorted(set(POOLINGS.values())))
+    poolings: tuple[str, ...] = ("mean_std_change", "thirds_std", "thirds_std_change")
     seed: int = 0
     minutes: float = 30.0
     save_every: int = 0
@@ -152,40 +154,37 @@ def probe(
 ) -> list[list[ProbeRow]]:
     """Run `jepa-audio probe` on the tasks of a trial; the rows of each checkpoint.
 
-    Each task is probed with its own pooling. The rows of log-mel statistics, which have no
-    checkpoint, are among the rows of all, with all poolings; trials share them.
+    Each task is probed with its own pooling and layer. The rows of log-mel statistics, which have
+    no checkpoint, are among the rows of all, with all poolings; trials share them.
 
     Raises:
         UserError: if the pooling of a task is not in `trial.poolings`.
     """
-    by_pooling: dict[str, list[str]] = {}
-    for task in trial.tasks:
-        by_pooling.setdefault(POOLINGS[task.removesuffix("_select")], []).append(task)
-    if missing := sorted(set(by_pooling) - set(trial.poolings)):
+    names = {task: task.removesuffix("_select") for task in trial.tasks}
+    if missing := sorted({POOLINGS[name] for name in names.values()} - set(trial.poolings)):
         raise UserError(f"{trial.name}: `poolings` has no {missing[0]}, the pooling of a task")
     shutil.rmtree(output / "probes" / trial.folder, ignore_errors=True)
     rows: list[ProbeRow] = []
     encoders = ",".join(map(str, checkpoints))
     log_file = output / f"{trial.folder}.log"
-    for pooling, tasks in by_pooling.items():
-        folder = output / "probes" / trial.folder / pooling
-        options = ["--pooling", pooling, f"--variants={json.dumps(trial.variants)}"]
-        rows += _run_probe(encoders, tasks, folder, options, corpora, log_file)
+    for task, name in names.items():
+        options = ["--pooling", POOLINGS[name], f"--layers=[{LAYERS[name]}]"]
+        options += [f"--variants={json.dumps(trial.variants)}"]
+        folder = output / "probes" / trial.folder / task
+        rows += _run_probe(encoders, task, folder, options, corpora, log_file)
     rows = [row for row in rows if row.variant != STATISTICS]
     for task in trial.tasks:
         folder = output / "probes" / "log-mel" / task / "-".join(trial.poolings)
         options = ["--pooling", ",".join(trial.poolings)]
-        found = _run_probe(
-            "benchmarks.learning:log_mel", [task], folder, options, corpora, log_file
-        )
+        found = _run_probe("benchmarks.learning:log_mel", task, folder, options, corpora, log_file)
         rows += [row for row in found if row.variant == STATISTICS]
-    names = [run_name(checkpoint) for checkpoint in checkpoints]
-    return [[row for row in rows if row.encoder in (name, "log-mel")] for name in names]
+    runs = [run_name(checkpoint) for checkpoint in checkpoints]
+    return [[row for row in rows if row.encoder in (name, "log-mel")] for name in runs]
 
 
 def _run_probe(
     encoder: str,
-    tasks: Sequence[str],
+    task: str,
     folder: Path,
     options: Sequence[str],
     corpora: Path,
@@ -197,8 +196,7 @@ def _run_probe(
         shutil.rmtree(folder, ignore_errors=True)
         command = [
             *COMMAND, "probe", "--encoder", encoder, "--output", str(folder), "--preset", "linear",
-            "--tasks", ",".join(str(corpora / f"{task}.csv") for task in tasks),
-            "--frequency", "concat", *options,
+            "--tasks", str(corpora / f"{task}.csv"), "--frequency", "concat", *options,
         ]  # fmt: skip
         with log_file.open("a") as printed:
             subprocess.run(command, check=True, stdout=printed, stderr=subprocess.STDOUT)
