@@ -36,7 +36,7 @@ import pandas as pd
 import soundfile
 import torch
 import yaml
-from benchmarks.learning import POOLINGS, Trial, commit, hardware, log_mel, train
+from benchmarks.learning import Trial, commit, hardware, log_mel, pooling_of, train
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -148,9 +148,9 @@ def _read(path: Path, sample_rate: int) -> Float[Tensor, "1 S"]:
 
 
 def _pool(features: LayerFeatures, task: str) -> Iterator[tuple[str, Float[Tensor, "B _"]]]:
-    pooling = POOLINGS[task.removesuffix("_select")]
-    regions = 3 if pooling == "thirds_std" else 1
-    change = pooling == "mean_std_change"
+    pooling = pooling_of("", task)
+    regions = 3 if pooling.startswith("thirds") else 1
+    change = pooling.endswith("_change")
     layers = features.pool("concat", regions, deviation=True, change=change)
     for layer, vectors in enumerate(layers):
         yield f"layer {layer}, {pooling}", vectors

@@ -39,9 +39,9 @@ from jepa_audio.probing.rows import STATISTICS, ProbeRow, load_evidence, read_ro
 log = logging.getLogger(__name__)
 COMMAND = [sys.executable, "-m", "jepa_audio"]
 TASKS = ("fsdd_digit", "klettres_language", "gm_family", "gm_pitch")
-# The pooling and the layer of each task, chosen on the `_select` sets with both small recipes: the
-# validation splits of the tasks have one speaker, or one instrument of each family, too few for it.
-# `fsdd_speaker` has no such set: it has the settings of the languages.
+# The pooling and the layer of each task, chosen on the `_select` sets: the validation splits of the
+# tasks have one speaker, or one instrument of each family, too few for it. `fsdd_speaker` has no
+# such set.
 POOLINGS = {
     "fsdd_digit": "thirds_std",
     "fsdd_speaker": "mean_std_change",
@@ -49,7 +49,14 @@ POOLINGS = {
     "gm_family": "mean_std_change",
     "gm_pitch": "mean_std_change",
 }
+POOLINGS_OF_RECIPE = {"small/waveform": {"gm_family": "thirds_std_change"}}
 LAYERS = {"fsdd_digit": 1, "fsdd_speaker": 0, "klettres_language": 0, "gm_family": 4, "gm_pitch": 0}
+
+
+def pooling_of(recipe: str, task: str) -> str:
+    """The pooling of a task with the encoders of a recipe."""
+    task = Path(task).stem.removesuffix("_select")
+    return (POOLINGS | POOLINGS_OF_RECIPE.get(recipe, {}))[task]
 
 
 @dataclass(frozen=True)
@@ -61,8 +68,8 @@ class Trial:
         options: more options of `jepa-audio fit`.
         corpus: pretraining set of `benchmarks/corpora.py`: speech, music or mixed.
         tasks: labelled sets of `benchmarks/corpora.py`.
-        poolings: of log-mel statistics, which are reported with that of the task in `POOLINGS`, as
-            the encoder is, and with the best one on the test split.
+        poolings: of log-mel statistics, which are reported with the pooling of the encoder and with the
+            best one on the test split.
         seed: of the model and of the order of the clips.
         minutes: of training, with start and index; later checkpoints are not probed.
         save_every: optimizer steps between the probed checkpoints; 0 probes the last one alone.
@@ -160,15 +167,16 @@ def probe(
     Raises:
         UserError: if the pooling of a task is not in `trial.poolings`.
     """
-    names = {task: task.removesuffix("_select") for task in trial.tasks}
-    if missing := sorted({POOLINGS[name] for name in names.values()} - set(trial.poolings)):
+    poolings = {task: pooling_of(trial.recipe, task) for task in trial.tasks}
+    if missing := sorted(set(poolings.values()) - set(trial.poolings)):
         raise UserError(f"{trial.name}: `poolings` has no {missing[0]}, the pooling of a task")
     shutil.rmtree(output / "probes" / trial.folder, ignore_errors=True)
     rows: list[ProbeRow] = []
     encoders = ",".join(map(str, checkpoints))
     log_file = output / f"{trial.folder}.log"
-    for task, name in names.items():
-        options = ["--pooling", POOLINGS[name], f"--layers=[{LAYERS[name]}]"]
+    for task, pooling in poolings.items():
+        layer = LAYERS[task.removesuffix("_select")]
+        options = ["--pooling", pooling, f"--layers=[{layer}]"]
         options += [f"--variants={json.dumps(trial.variants)}"]
         folder = output / "probes" / trial.folder / task
         rows += _run_probe(encoders, task, folder, options, corpora, log_file)
@@ -213,7 +221,7 @@ def log_mel() -> ProbeEncoder:
     return LogMelStatistics(16_000)
 
 
-def compare(rows: Sequence[ProbeRow], seconds: float, step: int) -> list[Result]:
+def compare(rows: Sequence[ProbeRow], seconds: float, step: int, recipe: str = "") -> list[Result]:
     """For each task, the head with the best validation score against the baselines.
 
     Raises:
@@ -223,7 +231,7 @@ def compare(rows: Sequence[ProbeRow], seconds: float, step: int) -> list[Result]
     for task in dict.fromkeys(row.task for row in rows):
         # One kind of head: logistic regression.
         own = [row for row in rows if row.task == task and row.head != "knn"]
-        time_pooling = POOLINGS[Path(task).stem.removesuffix("_select")]
+        time_pooling = pooling_of(recipe, task)
         pooled = [row for row in own if row.pooling.partition("/")[0] == time_pooling]
         if not pooled:
             raise UserError(f"{task}: `poolings` has no {time_pooling}, the pooling of this task")
@@ -261,7 +269,7 @@ def run_trial(trial: Trial, corpora: Path, output: Path) -> None:
     by_checkpoint = probe(trial, [path for _, path in checkpoints], corpora, output)
     for (seconds, checkpoint), rows in zip(checkpoints, by_checkpoint, strict=True):
         step = torch.load(checkpoint, weights_only=True, map_location="cpu")["global_step"]
-        results += compare(rows, seconds, step)
+        results += compare(rows, seconds, step, trial.recipe)
         log.info("%s, seed %d, %.0f s, %d steps", trial.name, trial.seed, seconds, step)
         for result in results[-len(trial.tasks) :]:
             log.info("  %s", result)
