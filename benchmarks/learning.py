@@ -68,8 +68,8 @@ class Trial:
         options: more options of `jepa-audio fit`.
         corpus: pretraining set of `benchmarks/corpora.py`: speech, music or mixed.
         tasks: labelled sets of `benchmarks/corpora.py`.
-        poolings: of log-mel statistics, which are reported with the pooling of the encoder and with the
-            best one on the test split.
+        poolings: of log-mel statistics, which are reported with the pooling of the encoder and with
+            the best one on the test split.
         seed: of the model and of the order of the clips.
         minutes: of training, with start and index; later checkpoints are not probed.
         save_every: optimizer steps between the probed checkpoints; 0 probes the last one alone.
