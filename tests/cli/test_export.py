@@ -89,6 +89,9 @@ def test_the_other_formats_are_written(
     call(kind, run)
     assert Path("exported", kind, name).stat().st_size > 1000
     assert "clips of" in capsys.readouterr().out
+    file = Path("mine", "encoder").with_suffix(Path(name).suffix)
+    main(["export", kind, str(run), "-o", str(file)])
+    assert file.is_file()
 
 
 def test_the_old_command_of_published_layouts_works_and_others_name_it(

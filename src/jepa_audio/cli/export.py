@@ -71,14 +71,14 @@ def onnx(
 
     Args:
         run: folder of a run, a `.ckpt` file, or a folder of `export hf`.
-        output: output folder (-o). The default is `exported/NAME`.
+        output: output folder, or a file that ends in `.onnx` (-o). The default is `exported/NAME`.
         which: the context encoder or the target encoder.
         seconds: fixed length of the clips, for front ends that allow no other.
     """
     from jepa_audio.interop.graph import export_onnx  # noqa: PLC0415
 
     encoder = load_encoder(run, which)
-    file = (output or _default_folder(encoder)) / "model.onnx"
+    file = _file(output or _default_folder(encoder), "model.onnx")
     metadata = export_onnx(encoder, file, seconds)
     return f"{file}\n  {metadata.limits}\n  load: onnxruntime.InferenceSession({str(file)!r})"
 
@@ -96,14 +96,14 @@ def torch(
 
     Args:
         run: folder of a run, a `.ckpt` file, or a folder of `export hf`.
-        output: output folder (-o). The default is `exported/NAME`.
+        output: output folder, or a file that ends in `.pt2` (-o). The default is `exported/NAME`.
         which: the context encoder or the target encoder.
         seconds: fixed length of the clips, for front ends that allow no other.
     """
     from jepa_audio.interop.graph import export_torch  # noqa: PLC0415
 
     encoder = load_encoder(run, which)
-    file = (output or _default_folder(encoder)) / "model.pt2"
+    file = _file(output or _default_folder(encoder), "model.pt2")
     metadata = export_torch(encoder, file, seconds)
     return f"{file}\n  {metadata.limits}\n  load: torch.export.load({str(file)!r}).module()"
 
@@ -190,6 +190,11 @@ def probe_scores(encoder: Encoder, results: Path | None) -> list[str]:
         f"| {row.task} | {row.metric} | {row.score} | {row.layer} | {row.head} ({row.preset}) |"
         for row in latest.values()
     ]
+
+
+def _file(output: Path, name: str) -> Path:
+    """`output` if it has the suffix of a file, else the file of this name in it."""
+    return output if output.suffix == Path(name).suffix else output / name
 
 
 def _default_folder(encoder: Encoder) -> Path:
