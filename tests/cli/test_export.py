@@ -75,6 +75,7 @@ def test_results_of_other_weights_are_refused(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("symbolic_sizes")
 @pytest.mark.parametrize(("kind", "name"), [("onnx", "model.onnx"), ("torch", "model.pt2")])
 def test_the_other_formats_are_written(
     run: Path,

@@ -6,10 +6,8 @@ import gc
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
-import jaxtyping
 import pytest
 
 from tests.docs.commands import check_block, run_block
@@ -24,12 +22,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
     return Given(tmp_path_factory.mktemp("given"))
 
 
-@pytest.fixture(autouse=True)
-def without_checks_of_types() -> Iterator[None]:
-    """While torch.export follows the code, a number of samples is a symbol and no `int`."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+pytestmark = pytest.mark.usefixtures("symbolic_sizes")
 
 
 @pytest.fixture(autouse=True)

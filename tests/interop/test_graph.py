@@ -1,10 +1,8 @@
 """ONNX models and programs of torch.export give the tokens of the encoder at every length."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
-import jaxtyping
 import pytest
 import torch
 
@@ -20,12 +18,7 @@ from tests.interop.small_encoders import WINDOW, cases, clips, small_encoder
 LENGTHS = (12_345, 16_000, 20_011, WINDOW - 1, WINDOW)
 
 
-@pytest.fixture(autouse=True)
-def _without_checks_of_types() -> Iterator[None]:
-    """While torch.export follows the code, a number of samples is a symbol and no `int`."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+pytestmark = pytest.mark.usefixtures("symbolic_sizes")
 
 
 def batches(encoder: Encoder, shortest: int) -> list[torch.Tensor]:
