@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from jepa_audio.errors import UserError
 from jepa_audio.steps.grid import Grid, Masks, TokenSet
 
 SHAPES = [(5, 12), (4, 3, 12)]
@@ -85,3 +86,10 @@ def test_rows_of_masks_keep_targets_per_clip_of_the_whole_draw(rng: torch.Genera
     assert selected.targets_per_clip == masks.targets_per_clip
     assert torch.equal(selected.context.to_mask(9), context[3:])
     assert torch.equal(selected.targets.to_mask(9), targets[3:])
+
+
+@pytest.mark.usefixtures("symbolic_sizes")  # no checks of shapes, as in a user's program
+@pytest.mark.parametrize("shape", [(2, 12), (2, 1, 11), (3, 1, 12)])
+def test_masks_of_a_wrong_shape_are_refused(shape: tuple[int, ...]):
+    with pytest.raises(UserError, match=r"for one group, use `targets\[:, None\]`"):
+        Masks.from_bool(torch.ones(2, 12, dtype=torch.bool), torch.ones(shape, dtype=torch.bool))

@@ -185,7 +185,16 @@ class Masks:
         """Masks from boolean masks that are True at context and target tokens.
 
         Without `targets_per_clip`, it is the mean number of targets of these rows.
+
+        Raises:
+            UserError: if the shapes are not [B, N] and [B, M, N]: M groups of targets of each row.
         """
+        if context.ndim != 2 or targets.ndim != 3 or targets.shape[::2] != context.shape:
+            raise UserError(
+                f"a masker gave a context of shape {list(context.shape)} and targets of shape "
+                f"{list(targets.shape)}; they must be [B, N] and [B, M, N], with M groups of "
+                "targets of each row: for one group, use `targets[:, None]`"
+            )
         if targets_per_clip is None:
             targets_per_clip = float(targets.sum()) / len(targets)
         return Masks(TokenSet.from_mask(context), TokenSet.from_mask(targets), targets_per_clip)
