@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -246,11 +245,11 @@ class Corpus:
         if rows.dtype == bool and rows.all():
             return self
         chosen = self.table.filter(pa.array(rows)) if rows.dtype == bool else self.table.take(rows)
-        return replace(self, table=chosen)
+        return replace(self, table=chosen.combine_chunks())
 
     def shuffled(self) -> Corpus:
         """The files in the order of a hash of their names; the first n are a random sample."""
-        return self.take(np.argsort(_hashes(self.names)))
+        return self.take(np.argsort([_hash(name) for name in self.names.to_pylist()]))
 
     def split(self, valid_share: float) -> tuple[Corpus, Corpus, Corpus]:
         """Return (training files, validation files, test files).
@@ -304,7 +303,7 @@ class Corpus:
         if 0 < num_ungrouped < len(corpus):
             remedy = "define the groups of all files with `--group folder` or `--pattern`"
             raise CorpusError(f"{num_ungrouped} of {len(corpus)} files have no group; {remedy}")
-        group_names, splits = corpus._group_names().to_pylist(), corpus.table["split"].to_pylist()
+        group_names, splits = corpus._group_names(), corpus.table["split"].to_pylist()
         split_of_group: dict[str, str] = {}
         for group, split in zip(group_names, splits, strict=True):
             if split and split_of_group.setdefault(group, split) != split:
@@ -328,16 +327,16 @@ class Corpus:
             log.warning(
                 "all files are in one group; its files are divided into training and validation"
             )
-            hashes = _hashes(self.names)
+            hashes = np.array([_hash(name) for name in self.names.to_pylist()])
         # The lowest hash is always in the validation split, the highest hash never.
         return (hashes <= max(np.nextafter(share, 0), hashes.min())) & (hashes < hashes.max())
 
-    def _group_names(self) -> pa.ChunkedArray:
+    def _group_names(self) -> list[str]:
         group = self.table["group"]
-        return pc.if_else(pc.equal(group, ""), self.names, group)
+        return pc.if_else(pc.equal(group, ""), self.names, group).to_pylist()
 
     def _group_hashes(self) -> Float64[np.ndarray, " N"]:
-        return _hashes(self._group_names())
+        return np.array([_hash(name) for name in self._group_names()])
 
     def _with(self, **columns: pa.Array | pa.ChunkedArray) -> Corpus:
         return replace(self, table=set_columns(self.table, **columns))
@@ -390,10 +389,9 @@ def load_corpus(source: str | Path) -> Corpus:
     return Corpus.load(path)
 
 
-def _hashes(names: pa.ChunkedArray | pa.Array) -> Float64[np.ndarray, " N"]:
-    """A hash in [0, 1) of each name: SipHash, as in `pandas.util.hash_array`."""
-    hashed = pd.util.hash_array(names.to_numpy(zero_copy_only=False), categorize=False)
-    return (hashed >> np.uint64(11)) / 2.0**53
+def _hash(name: str) -> float:
+    """A hash in [0, 1)."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) / 2**64
 
 
 def _short_digest(text: str) -> str:
