@@ -1,9 +1,9 @@
-"""Recipes with one choice changed, compared with the recipe itself: about five minutes a trial.
+"""Recipes with one choice changed, compared with the recipe itself.
 
 Trains the trials of a YAML file, and scores the frozen encoders on the `_select` sets of
 `benchmarks/corpora.py`, whose speakers and instruments are not those of the records. The score is
 the accuracy of ridge regression that never sees the speaker or instrument of a clip: one group is
-left out at a time, in closed form, so a trial is scored in a minute and every clip counts. Layer,
+left out at a time, in closed form, so every clip counts and no fit is repeated. Layer,
 pooling and penalty are those with the best score, for all alike; `benchmarks/learning.py` has the
 strict protocol of the records.
 
