@@ -26,7 +26,7 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from itertools import product
 from pathlib import Path
@@ -40,11 +40,12 @@ from benchmarks.learning import Trial, commit, hardware, log_mel, pooling_of, tr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from jepa_audio import load_encoder
 from jepa_audio.data.audio.resample import resample
 from jepa_audio.errors import UserError
 from jepa_audio.files import read_jsonl
 from jepa_audio.inference.features import LayerFeatures
+from jepa_audio.inference.load import Which
+from jepa_audio.probing.encoders import EncoderOptions, ProbeEncoder, load_jepa_encoder
 from jepa_audio.probing.intervals import Difference, difference, draw_counts
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ LOG_MEL = "log-mel statistics"
 TASKS = ("fsdd_digit_select", "gm_family_select")
 # Of a kernel matrix with a mean diagonal of 100.
 PENALTIES = tuple(10.0 ** np.arange(-0.5, 4.1, 0.75))
-Encode = Callable[[Float[Tensor, "B 1 S"]], LayerFeatures]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def read_trials(path: Path, seeds: Sequence[int] = ()) -> Iterator[Trial]:
@@ -96,40 +97,40 @@ def held_out_correct(
         groups: speaker or instrument of each clip.
         penalty: λ, for a kernel matrix with a mean diagonal of 100.
     """
-    kernel = vectors.astype(np.float64) @ vectors.T.astype(np.float64)
-    kernel *= 100 * len(kernel) / np.trace(kernel)
-    inverse = np.linalg.inv(kernel + penalty * np.eye(len(kernel)))
+    kernel = torch.from_numpy(vectors).to(DEVICE, torch.float64)
+    kernel = kernel @ kernel.mT
+    kernel *= 100 * len(kernel) / kernel.trace()
+    inverse = torch.linalg.inv(kernel + penalty * torch.eye(len(kernel)).to(kernel))
     sums = inverse.sum(1)
-    inverse -= np.outer(sums, sums) / sums.sum()
-    targets = np.eye(labels.max() + 1)[labels]
+    inverse -= sums.outer(sums) / sums.sum()
+    targets = torch.eye(int(labels.max()) + 1).to(kernel)[torch.from_numpy(labels).to(DEVICE)]
     residuals = inverse @ targets
     correct = np.empty(len(labels), dtype=bool)
     for group in np.unique(groups):
         rows = np.flatnonzero(groups == group)
-        left_out = np.linalg.solve(inverse[np.ix_(rows, rows)], residuals[rows])
-        correct[rows] = (targets[rows] - left_out).argmax(1) == labels[rows]
+        held_out = torch.from_numpy(rows).to(DEVICE)
+        block = inverse[held_out[:, None], held_out]
+        left_out = targets[held_out] - torch.linalg.solve(block, residuals[held_out])
+        correct[rows] = left_out.argmax(1).cpu().numpy() == labels[rows]
     return correct
 
 
-def score(
-    encode: Encode, task: str, corpora: Path, sample_rate: int
-) -> tuple[str, Bool[np.ndarray, " n"]]:
+def score(encoder: ProbeEncoder, task: str, corpora: Path) -> tuple[str, Bool[np.ndarray, " n"]]:
     """(layer and pooling, correct clips) with the best layer, pooling and penalty on one task."""
     table = pd.read_csv(corpora / f"{task}.csv")
     labels, groups = (pd.factorize(table[key], sort=True)[0] for key in ("label", "group"))
-    by_length: dict[int, list[int]] = {}
-    clips = [_read(corpora / path, sample_rate) for path in table["path"]]
-    for row, clip in enumerate(clips):
-        by_length.setdefault(clip.shape[-1], []).append(row)
+    clips = [_read(corpora / path, encoder.sample_rate) for path in table["path"]]
+    by_length = sorted(range(len(clips)), key=lambda row: clips[row].shape[-1])
     pooled: dict[str, list[np.ndarray]] = {}
-    order = []
+    order: list[int] = []
     with torch.inference_mode():
-        for rows in by_length.values():
-            for start in range(0, len(rows), 64):
-                part = rows[start : start + 64]
-                order += part
-                for name, vectors in _pool(encode(torch.stack([clips[i] for i in part])), task):
-                    pooled.setdefault(name, []).append(vectors.numpy())
+        for start in range(0, len(clips), 64):
+            batch = by_length[start : start + 64]
+            groups_of_clips = encoder.encode_clips([clips[i] for i in batch], per_frame=False)
+            for rows, features in groups_of_clips:
+                order += [batch[row] for row in rows]
+                for name, vectors in _pool(features, task):
+                    pooled.setdefault(name, []).append(vectors.cpu().numpy())
     best: tuple[str, np.ndarray] = ("", np.zeros(len(labels), dtype=bool))
     for name, parts in pooled.items():
         vectors = np.concatenate(parts)
@@ -160,19 +161,22 @@ def run_trial(trial: Trial, corpora: Path, output: Path) -> None:
     """Train, score, and append a line to `scores.jsonl` in `output`."""
     begun = time.strftime("%Y-%m-%d %H:%M")
     seconds, checkpoint = train(trial, corpora, output)[-1]
-    encoder = load_encoder(checkpoint, variant="target")
-    scores = {"encoder": score_all(encoder.encode_batch, corpora, encoder.sample_rate)}
+    kinds: dict[str, Which] = {"encoder": "target"}
     if trial.name.endswith(", default"):
-        untrained = load_encoder(checkpoint, variant="random")
-        scores["random init"] = score_all(untrained.encode_batch, corpora, encoder.sample_rate)
+        kinds["random init"] = "random"
+    scores = {
+        kind: score_all(load_jepa_encoder(checkpoint, variant, EncoderOptions()), corpora)
+        for kind, variant in kinds.items()
+    }
     _append(output, begun, trial, seconds, scores)
 
 
-def score_all(encode: Encode, corpora: Path, sample_rate: int) -> dict[str, dict]:
+def score_all(encoder: ProbeEncoder, corpora: Path) -> dict[str, dict]:
     """For each task: the layer, and a string with 1 for each correct clip."""
     found = {}
+    encoder = encoder.to(DEVICE)
     for task in TASKS:
-        layer, correct = score(encode, task, corpora, sample_rate)
+        layer, correct = score(encoder, task, corpora)
         found[task] = {"layer": layer, "correct": "".join("01"[int(one)] for one in correct)}
         log.info("%s: %.3f (%s)", task, correct.mean(), layer)
     return found
@@ -250,7 +254,7 @@ def main() -> None:
                 run_trial(trial, corpora, output)
         names = [line["trial"]["name"] for line in _read_lines(output)]
         if part == 0 and LOG_MEL not in names:
-            scores = {"encoder": score_all(log_mel().encode_for_clips, corpora, 16_000)}
+            scores = {"encoder": score_all(log_mel(), corpora)}
             _append(output, time.strftime("%Y-%m-%d %H:%M"), Trial(LOG_MEL, ""), 0.0, scores)
     print(table(args.output))
 

@@ -335,7 +335,10 @@ def table(output: Path) -> str:
 def commit() -> str:
     """The commit of the working tree, with -dirty if it was changed."""
     command = ["git", "describe", "--always", "--dirty"]
-    found = subprocess.run(command, check=False, capture_output=True, text=True)
+    try:
+        found = subprocess.run(command, check=False, capture_output=True, text=True)
+    except OSError:  # no git on this machine
+        return "unknown"
     return found.stdout.strip() or "unknown"
 
 
