@@ -51,7 +51,7 @@ from tests.oracles.wavjepa_literal import LiteralWavJEPA
 CONFIGS = Path(__file__).parent.parent / "configs"
 # Largest relative differences of the loss: bfloat16 from float32, packed from masked rows.
 HALF_TOLERANCE, PACKED_TOLERANCE = 1e-2, 1e-3
-FIRST_BATCH = {"base": {"wavjepa": 64, "pupujepa": 16}, "tiny": {"wavjepa": 2, "pupujepa": 2}}
+FIRST_BATCH = {"base": {"wavjepa": 256, "pupujepa": 32}, "tiny": {"wavjepa": 2, "pupujepa": 2}}
 # Steps before and during a measurement, and its longest time in seconds.
 WARMUP, STEPS, STEP_SECONDS = 3, 10, 6.0
 # Factor of all limits of parts.

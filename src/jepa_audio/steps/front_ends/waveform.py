@@ -147,7 +147,7 @@ class WaveformFrontEnd(FrontEnd):
         # A single stack gets all channels; each of several stacks gets one channel.
         inputs = features.chunk(len(self.stacks), dim=1)
         rows = [stack(channels) for stack, channels in zip(self.stacks, inputs, strict=True)]
-        features = rearrange(rows, "f b d t -> b (t f) d")
+        features = rearrange(torch.stack(rows), "f b d t -> b (t f) d")
         return self.projection(self.norm(features)).float()
 
 
