@@ -67,6 +67,19 @@ def trusted_modules() -> list[str]:
     return list(_TRUSTED)
 
 
+def other_modules(settings: Any) -> list[str]:
+    """Modules of the classes in settings that a file may only name with `--trust`."""
+    found: dict[str, None] = {}
+    values = [settings]
+    while values:
+        value = values.pop()
+        values += nested_values(value)
+        path = value.get("class_path") if isinstance(value, dict) else None
+        if isinstance(path, str) and "." in path and not _is_inside(path, _KNOWN):
+            found[path.rpartition(".")[0]] = None
+    return sorted(found)
+
+
 def check_class_paths(settings: Any, source: str, modules: Sequence[str] = ()) -> None:
     """Check that settings of a file name only classes of jepa-audio, torch.optim and `modules`.
 

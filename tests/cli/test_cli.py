@@ -75,6 +75,57 @@ def test_a_missing_recipe_or_folder_is_named_with_its_option(
 
 
 @pytest.mark.parametrize(
+    ("text", "key", "sentence"),
+    [
+        ("encodr:\n    depth: 3", "encodr.depth", "did you mean 'model.encoder'?"),
+        ("encoder:\n    depth: many", "encoder.depth", "many, but must be an integer"),
+        ("masker:\n    class_path: SpanMaskr", "masker.class_path", "did you mean 'SpanMasker'?"),
+        ("masker:\n    SpanMaskr", "masker", "did you mean 'SpanMasker'?"),
+        (
+            "masker:\n    class_path: jepa_audio.steps.masking.SpanMaskr",
+            "masker.class_path",
+            "`jepa_audio.steps.masking.SpanMaskr` does not exist; did you mean 'SpanMasker'?",
+        ),
+        (
+            "optimizer:\n    class_path: torch.optim.AdmW\n    init_args: {lr: 1.0}",
+            "optimizer.class_path",
+            "`torch.optim.AdmW` does not exist; did you mean 'AdamW'?",
+        ),
+        ("masker:\n    class_path: no_package.Mine", "masker.class_path", "No module named"),
+        (
+            "masker:\n    init_args: {context_lenght: 5}",
+            "masker.init_args.context_lenght",
+            "did you mean 'context_length'?",
+        ),
+    ],
+)
+def test_a_mistake_in_a_file_is_reported_with_file_line_and_complete_key(
+    text: str, key: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    from jepa_audio.cli.main import main
+
+    file = tmp_path / "own.yaml"
+    file.write_text(f"model:\n  seed: 1\n  {text}\n")
+    with pytest.raises(SystemExit):
+        main(["fit", f"--config={DEMO}", "--config", str(file), "--data.root=unused"])
+    message = capsys.readouterr().err
+    assert f"{file}, line 4 (`model.{key}`): " in message
+    assert sentence in message
+
+
+def test_a_mistake_in_the_command_line_names_no_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    from jepa_audio.cli.main import main
+
+    (tmp_path / "own.yaml").write_text("model: {encoder: {depth: 3}}")
+    options = [f"--config={DEMO}", f"--config={tmp_path / 'own.yaml'}", "--data.root=unused"]
+    with pytest.raises(SystemExit):
+        main(["fit", *options, "--model.encoder.depth=many"])
+    assert capsys.readouterr().err.startswith("jepa-audio: `model.encoder.depth` is many, but")
+
+
+@pytest.mark.parametrize(
     ("text", "right"),
     [
         ("model: {encoder: {embd_dim: 192}}", "embed_dim"),

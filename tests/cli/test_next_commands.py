@@ -38,6 +38,24 @@ def test_the_end_of_a_run_prints_the_commands_that_continue(
     )
 
 
+def test_the_commands_trust_the_module_of_an_own_class(
+    run: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    from jepa_audio.cli.main import main
+
+    Path("own_masks.py").write_text(
+        "from jepa_audio.steps.masking import SpanMasker\nclass Own(SpanMasker): pass\n"
+    )
+    monkeypatch.syspath_prepend(".")
+    words = ["--config=wave.yaml", "--data.root=sounds", "--run_dir=run"]
+    main(["fit", *words, "--model.masker.class_path=own_masks.Own"])
+    found = commands_in(capsys.readouterr().out)
+    for name in ("report", "probe", "embeddings"):
+        assert found[name][-2:] == ["--trust", "own_masks"]
+    main(found["embeddings"][1:])
+    assert Path("run/embeddings.parquet").is_file()
+
+
 def test_a_run_that_writes_nothing_prints_no_commands(
     run: Callable, capsys: pytest.CaptureFixture[str]
 ):

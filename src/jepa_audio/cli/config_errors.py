@@ -5,11 +5,18 @@ from __future__ import annotations
 import pkgutil
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
 from types import TracebackType
+
+import yaml
+
+from jepa_audio.errors import did_you_mean
 
 _TYPE_NAMES = {"NoneType": "null", "str": "text", "bool": "true or false", "int": "an integer"}
 _TYPE_NAMES |= {"float": "a number", "list": "a list", "dict": "a mapping", "Iterable": "a list"}
 _TYPE_NAMES |= {"Sequence": "a list"}
+_VALUE = re.compile(r"(?:(?:Given|Got) value|path string): (.*)")
 
 
 def config_sentence(message: str, words: Sequence[str] = ()) -> str:
@@ -27,12 +34,54 @@ def config_sentence(message: str, words: Sequence[str] = ()) -> str:
         return _class_problem(problem[1], problem[2])
     if abstract := re.search(r"but ([\w.]+) is abstract", body):
         return f"{prefix}: {_abstract_class(abstract[1])}"
+    if missing := _missing_class(body):
+        return f"{prefix}: {missing}"
+    value = _VALUE.search(body)
     expected = list(dict.fromkeys(_expected(body)))
-    value = re.search(r"(?:Given|Got) value: (.*)", body) or re.search(r"path string: (.*)", body)
     if not expected or value is None:
         return " ".join(message.split())
     choices = " or ".join([", ".join(expected[:-1]), expected[-1]] if expected[1:] else expected)
     return f"{prefix} is {value[1].strip()}, but must be {choices}"
+
+
+def place_of(message: str, words: Sequence[str]) -> str:
+    """File, line and complete key of the setting that a message is about, or an empty text.
+
+    Args:
+        message: of an exception of jsonargparse.
+        words: the command line; its last `--config` with this setting counts.
+    """
+    unknown = re.search(r"Option '(\w+)' is not|does not accept option '([\w.]+)'", message)
+    named = re.search(r'Parser key "([^"]+)"', message)
+    found = re.search(r"given class_path '([^']+)'", message) or _VALUE.search(message)
+    value = None if unknown or not found else found[1].strip()
+    if value and (class_path := re.match(r"Namespace\(class_path='([^']+)'", value)):
+        value = class_path[1]
+    key = (unknown[1] or unknown[2]) if unknown else (named[1] if named else "")
+    if not (key or value) or any(value == word.rpartition("=")[2] for word in words if value):
+        return ""
+    files = [word for option, word in pairwise(words) if option == "--config"]
+    files += [word.partition("=")[2] for word in words if word.startswith("--config=")]
+    for file in reversed(files):
+        root = yaml.compose(Path(file).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        for path, node in _settings(root, ""):
+            names = (f".{path}", f".{path}".removesuffix(".class_path"))
+            is_key = any(name.endswith(f".{key}") for name in names) if key else True
+            if is_key and (value is None or node.value == value):
+                return f"{file}, line {node.start_mark.line + 1} (`{path}`): "
+    return ""
+
+
+def _settings(node: yaml.Node | None, path: str) -> Iterator[tuple[str, yaml.Node]]:
+    """(key, value) of all settings of a configuration, nested ones too."""
+    if isinstance(node, yaml.SequenceNode):
+        for child in node.value:
+            yield from _settings(child, path)
+    elif isinstance(node, yaml.MappingNode):
+        for key, child in node.value:
+            inner = f"{path}.{key.value}" if path else str(key.value)
+            yield inner, child
+            yield from _settings(child, inner)
 
 
 def attempts(error: BaseException) -> Iterator[BaseException]:
@@ -65,7 +114,17 @@ def _expected(body: str) -> Iterator[str]:
 def _class_problem(class_path: str, reason: str) -> str:
     if missing := re.search(r"Requirement '([^']+)' not met", reason):
         return f"{class_path} needs another package: run `pip install '{missing[1]}'`"
-    return f"{class_path}: {reason.strip()}"
+    return _missing_class(reason) or f"{class_path}: {reason.strip()}"
+
+
+def _missing_class(reason: str) -> str:
+    """The sentence for a class that its module does not have, or an empty text."""
+    match = re.search(r"module '([\w.]+)' has no attribute '(\w+)'", reason)
+    if match is None:
+        return ""
+    module, name = match.groups()
+    similar = did_you_mean(name, vars(pkgutil.resolve_name(module)))
+    return f"`{module}.{name}` does not exist{similar}"
 
 
 def _abstract_class(class_path: str) -> str:

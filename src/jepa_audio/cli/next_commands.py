@@ -12,22 +12,25 @@ from jepa_audio.errors import printable
 from jepa_audio.training.run.folder import LAST
 
 
-def next_commands(run_dir: Path, sources: Sequence[str]) -> str:
+def next_commands(run_dir: Path, sources: Sequence[str], modules: Sequence[str] = ()) -> str:
     """Commands for the files that a run has written; an empty text if it has written none.
 
     Args:
         run_dir: the folder of the run.
         sources: the sources of its corpus, as a first example of audio to encode.
+        modules: modules of the user's own classes in the run, which the commands must trust.
     """
-    lines = [
-        f"  {name:11}{printable(shlex.join(words))}" for name, words in _commands(run_dir, sources)
-    ]
+    trusted = dict.fromkeys([*trusted_modules(), *modules])
+    trust = [word for module in trusted for word in ("--trust", module)]
+    commands = _commands(run_dir, sources, trust)
+    lines = [f"  {name:11}{printable(shlex.join(words))}" for name, words in commands]
     return "\n".join(["next:", *lines]) if lines else ""
 
 
-def _commands(run_dir: Path, sources: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+def _commands(
+    run_dir: Path, sources: Sequence[str], trust: Sequence[str]
+) -> Iterator[tuple[str, list[str]]]:
     folder = _short(run_dir)
-    trust = [word for module in trusted_modules() for word in ("--trust", module)]
     if (run_dir / "tensorboard").is_dir():
         yield "curves", ["tensorboard", "--logdir", _short(run_dir / "tensorboard")]
     if (run_dir / "metrics").is_dir():

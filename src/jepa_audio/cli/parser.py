@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NoReturn
 from jsonargparse import ArgumentParser, get_loader, set_loader
 
 from jepa_audio.class_paths import TRUST_HELP, parse_yaml
-from jepa_audio.cli.config_errors import config_sentence
+from jepa_audio.cli.config_errors import config_sentence, place_of
 from jepa_audio.errors import UserError, did_you_mean, printable
 from jepa_audio.old_paths import with_current_paths
 from jepa_audio.recipes import recipes
@@ -76,7 +76,8 @@ class HelpfulParser(ArgumentParser):
         )
         sentence = _missing(message, options) or config_sentence(message, self._words)
         suggestion = _suggestion(message, options)
-        print(printable(f"jepa-audio: {sentence}{suggestion}"), file=sys.stderr)
+        place = place_of(message, self._words)
+        print(printable(f"jepa-audio: {place}{sentence}{suggestion}"), file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -138,7 +139,7 @@ def _suggestion(message: str, options: set[str]) -> str:
         known = {option for option in options if not option.endswith(".help")}
     elif match := re.search(r"Option '(\w+)' is not accepted", message):
         word, known = match[1], {name for cls in _classes() for name in _parameters(cls)}
-    elif match := re.search(r"import path string: (\w+)", message):
+    elif match := re.search(r"import path string: (?:jepa_audio[\w.]*\.)?(\w+)", message):
         word, known = match[1], {cls.__name__ for cls in _classes()}
         folders = tuple(RECIPE_FOLDERS.values())
         known |= {name.partition("/")[2] for name in recipes() if name.startswith(folders)}

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich import get_console
 
+from jepa_audio.class_paths import other_modules
 from jepa_audio.cli.choices import choices_help
 from jepa_audio.cli.estimate import Form, prepare_trial, print_estimate
 from jepa_audio.cli.models import stats
@@ -317,7 +318,8 @@ class JEPACLI(LightningCLI):
         wrote = not (self.trainer.fast_dev_run or self._get(self.config, "estimate"))  # type: ignore[attr-defined]
         folder = Path(self._get(self.config, "run_dir"))
         if wrote and self.trainer.is_global_zero:
-            print(next_commands(folder, self.datamodule.sources))
+            modules = other_modules(self.config_dump["model"])
+            print(next_commands(folder, self.datamodule.sources, modules))
         stopped_by = self._get(self.config_init, "checkpoint").stopped_by
         if stopped_by is not None and self.trainer.is_global_zero:
             raise SystemExit(128 + stopped_by)
