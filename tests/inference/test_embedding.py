@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -219,6 +220,33 @@ def test_a_killed_command_continues_with_an_equal_result(
     assert "holds other embeddings" in capsys.readouterr().err
     run(folder, "audio", "-o", "out.parquet", "--pooling", "mean_std", "--overwrite", "true")
     assert table(Path("out.parquet"))["vector"].shape == (6, 32)
+
+
+def test_sigterm_ends_the_command_at_once_and_it_continues_later(
+    folder: Path, audio: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run(folder, "audio", "-o", "whole.parquet")
+    original, steps = predict.FileEmbedder.predict_step, list[int]()
+
+    def stopped(self, batch, batch_idx):
+        steps.append(batch[0])
+        if len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(predict.FileEmbedder, "predict_step", stopped)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as raised:
+            run(folder, "audio", "-o", "out.parquet")
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert raised.value.code == 128 + signal.SIGTERM
+    assert len(steps) == 2
+    run(folder, "audio", "-o", "out.parquet")
+    assert len(steps) == 2 + 3  # the first of four parts was complete
+    assert Path("out.parquet").read_bytes() == Path("whole.parquet").read_bytes()
 
 
 def test_parts_of_other_settings_are_not_used(

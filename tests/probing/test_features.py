@@ -13,11 +13,10 @@ import soundfile as sf
 import torch
 from torch import Tensor
 
-from jepa_audio.data.audio.location import AudioReadError
 from jepa_audio.errors import UserError
 from jepa_audio.inference.features import LayerFeatures
 from jepa_audio.inference.pooling import Pooling, parse_poolings
-from jepa_audio.probing.clips import load_waveform
+from jepa_audio.probing.clips import UnusableClipsError, load_waveform
 from jepa_audio.probing.encoders import FunctionEncoder, LogMelStatistics, ProbeEncoder
 from jepa_audio.probing.feature_store import FeatureStore
 from jepa_audio.probing.features import Features, Preparation
@@ -280,11 +279,15 @@ def test_damaged_rows_are_computed_again_and_one_line_states_it(
     assert all("cached features are damaged" in message for message in caplog.messages)
 
 
-def test_a_bad_file_is_named_and_the_rows_before_it_are_kept(tmp_path: Path):
-    split, folder = split_of(tmp_path / "audio", (0.5,) * 40), tmp_path / "features"
-    split.items[37].path.write_bytes(b"no audio")
-    with pytest.raises(AudioReadError, match=r"37\.wav"):
+def test_all_bad_files_are_named_and_the_rows_before_them_are_kept(tmp_path: Path):
+    split, folder = split_of(tmp_path / "audio", (0.5,) * 110), tmp_path / "features"
+    for number in (37, 39, 105):
+        split.items[number].path.write_bytes(b"no audio")
+    with pytest.raises(UnusableClipsError, match=r"^3 clips .* remove their lines") as raised:
         features_of(split, folder, Preparation(Windows()))
+    for number in (37, 39, 105):
+        line = next(line for line in raised.value.problems if f"{number}.wav" in line)
+        assert line.startswith(split.items[number].where)
     (store,) = folder.iterdir()
     (block,) = map(json.loads, (store / "index.jsonl").read_text().splitlines())
     assert len(block["counts"]) == 32
@@ -318,10 +321,10 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path):
     store = FeatureStore(tmp_path / "features", Counting(), Preparation(Windows()), 4.0)
     load = store._load
 
-    def load_after_change(keyed: tuple[str, Item]) -> Tensor:
-        if keyed[1] is split.items[2]:
-            sf.write(keyed[1].path, np.zeros(800), RATE)
-        return load(keyed)
+    def load_after_change(item: Item, key: str) -> Tensor:
+        if item is split.items[2]:
+            sf.write(item.path, np.zeros(800), RATE)
+        return load(item, key)
 
     store._load = load_after_change
     with pytest.raises(UserError, match=r"record 2: .*2\.wav changed while it was read"):
@@ -343,8 +346,8 @@ def test_what_cannot_be_encoded_is_named_before_anything_is_encoded(tmp_path: Pa
         check(encoder, Split((split.items[2], after_end)))
     junk = tmp_path / "junk.wav"
     junk.write_bytes(b"no audio")
-    with pytest.raises(AudioReadError, match=r"junk\.wav"):
-        check(encoder, Split((replace(split.items[0], path=junk),)))
+    with pytest.raises(UnusableClipsError, match=r"2 clips.*\n.*junk\.wav.*\n.*after the end"):
+        check(encoder, Split((replace(split.items[0], path=junk), split.items[2], after_end)))
     assert not list((tmp_path / "features").rglob("rows"))
 
 

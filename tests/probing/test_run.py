@@ -17,6 +17,7 @@ from jepa_audio.errors import MissingFileError
 from jepa_audio.inference.encoder import Encoder
 from jepa_audio.inference.folder import save_encoder
 from jepa_audio.inference.load import load_encoder
+from jepa_audio.probing.clips import UnusableClipsError
 from jepa_audio.probing.encoders import (
     EncoderOptions,
     FunctionEncoder,
@@ -250,6 +251,20 @@ def test_a_function_is_probed_on_a_table(corpus: Path, tmp_path: Path):
     assert row.value == 1
     assert row.against_random is None
     assert row.chance == 0.5
+
+
+def test_truncated_files_of_all_splits_are_named_in_one_message(corpus: Path, tmp_path: Path):
+    shutil.copytree(corpus, tmp_path / "corpus")
+    table = table_of(tmp_path / "corpus", tmp_path)
+    bad = [tmp_path / f"corpus/nsynth-{split}/audio" for split in ("test", "train")]
+    bad = [sorted(folder.iterdir())[1] for folder in bad]
+    for file in bad:
+        file.write_bytes(file.read_bytes()[:-200])
+    with pytest.raises(UnusableClipsError, match=r"^2 clips cannot be used") as raised:
+        probe("tests.probing.test_run:spectrum", str(table), [], tmp_path, preset="linear")
+    text = str(raised.value)
+    assert all(str(file) in text for file in bad)
+    assert "mine.csv" in text
 
 
 def test_heads_trained_on_clean_clips_are_scored_on_degraded_ones(corpus: Path, tmp_path: Path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import soundfile as sf
 import torch
@@ -13,10 +15,63 @@ from torch import Tensor
 from jepa_audio.data.audio.read import read
 from jepa_audio.errors import UserError
 from jepa_audio.inference.audio import convert
+from jepa_audio.parallel import map_threads
 from jepa_audio.probing.tasks.records import Item
 
 # A FLAC file without a length has 2^63 - 1 frames.
 _UNKNOWN_FRAMES = 2**40
+# Threads decode and resample in parallel, because both release the interpreter's lock.
+_NUM_READERS = 4
+_MAX_SHOWN = 20
+
+T = TypeVar("T")
+
+
+class UnusableClipsError(UserError):
+    """Clips of a task that cannot be used, in one message; `problems` has a line for each."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(dict.fromkeys(problems))
+        count, shown = len(self.problems), self.problems[:_MAX_SHOWN]
+        clips = "1 clip" if count == 1 else f"{count} clips"
+        more = [f"and {count - len(shown)} more"] if count > len(shown) else []
+        super().__init__(
+            "\n  ".join(
+                [
+                    f"{clips} cannot be used: replace the files, or remove their lines",
+                    *shown,
+                    *more,
+                ]
+            )
+        )
+
+
+def try_items(function: Callable[[Item], T], items: Iterable[Item]) -> Iterable[T | str]:
+    """The results of a function in the order of the items, a text for an item it refuses.
+
+    The function is called in threads. A refusal is a `UserError`.
+    """
+
+    def result(item: Item) -> T | str:
+        try:
+            return function(item)
+        except UserError as error:
+            text = str(error)
+            return text if text.startswith(item.where) else f"{item.where}: {text}"
+
+    return map_threads(result, items, _NUM_READERS, num_submitted=64)
+
+
+def map_items(function: Callable[[Item], T], items: Iterable[Item]) -> list[T]:
+    """The results of a function for items, in their order.
+
+    Raises:
+        UnusableClipsError: if the function raises a `UserError`; names all such items.
+    """
+    results = list(try_items(function, items))
+    if problems := [result for result in results if isinstance(result, str)]:
+        raise UnusableClipsError(problems)
+    return results  # type: ignore[return-value]  # no texts
 
 
 def load_waveform(item: Item, sample_rate: int, num_channels: int) -> Float32[Tensor, "C S"]:

@@ -18,16 +18,21 @@ from torch import Tensor
 
 from jepa_audio.errors import UserError
 from jepa_audio.inference.pooling import Pooling
-from jepa_audio.parallel import file_lock, map_threads, track_progress
-from jepa_audio.probing.clips import item_segment, load_waveform, read_header
+from jepa_audio.parallel import file_lock, track_progress
+from jepa_audio.probing.clips import (
+    UnusableClipsError,
+    item_segment,
+    load_waveform,
+    map_items,
+    read_header,
+    try_items,
+)
 from jepa_audio.probing.encoders import ProbeEncoder
 from jepa_audio.probing.features import Features, FrameFeatures, Preparation
 from jepa_audio.probing.row_file import RowFile, layer_field, row_type
 from jepa_audio.probing.tasks.labels import Rows
 from jepa_audio.probing.tasks.records import Item, Split
 
-# Threads decode and resample in parallel, because both release the interpreter's lock.
-_NUM_READERS = 4
 # Items that are encoded between two writes to disk.
 _ITEMS_PER_WRITE = 32
 # Larger features stay on disk, and batches are read from there.
@@ -79,9 +84,9 @@ class FeatureStore:
             The number of time columns of the shortest window.
 
         Raises:
-            AudioReadError: if a file cannot be read.
-            UserError: if an item is not in its file, if a file has another number of channels than
-                the encoder, or if the shortest window cannot be encoded.
+            UnusableClipsError: if files cannot be read, if items are not in their files, or if
+                files have another number of channels than the encoder.
+            UserError: if the shortest window cannot be encoded.
         """
         encoder, windows = self.encoder, self.preparation.windows
 
@@ -92,7 +97,7 @@ class FeatureStore:
             spans = windows.spans(num_samples, encoder.sample_rate)
             return min(stop - start for start, stop in spans)
 
-        lengths = list(map_threads(shortest_window, split.items, _NUM_READERS))
+        lengths = map_items(shortest_window, split.items)
         num_samples = min(lengths)
         silence = torch.zeros(1, encoder.num_channels, num_samples)
         try:
@@ -112,7 +117,7 @@ class FeatureStore:
         text of the progress bar.
 
         Raises:
-            AudioReadError: if a file cannot be read.
+            UnusableClipsError: if files cannot be read; names all such items of the split.
             UserError: if the disk has not enough free space, if an item cannot be encoded, or if
                 its features are not finite. The last two messages name the item.
         """
@@ -160,15 +165,18 @@ class FeatureStore:
         self, missing: dict[str, Item], poolings: Sequence[Pooling], description: str
     ) -> None:
         """Encode items and append their rows to the file of each pooling, some items at a time."""
-        ahead = 2 * _ITEMS_PER_WRITE
-        waveforms = map_threads(self._load, missing.items(), _NUM_READERS, num_submitted=ahead)
+        key_of = {id(item): key for key, item in missing.items()}
+        waveforms = try_items(lambda item: self._load(item, key_of[id(item)]), missing.values())
         loaded = zip(missing, waveforms, strict=True)
         progress = track_progress(loaded, description, total=len(missing))
         is_first = True
         while chunk := list(islice(progress, _ITEMS_PER_WRITE)):
+            if any(isinstance(waveform, str) for _, waveform in chunk):
+                results = (waveform for _, waveform in [*chunk, *progress])
+                raise UnusableClipsError([text for text in results if isinstance(text, str)])
             keys = [key for key, _ in chunk]
             items = [missing[key] for key in keys]
-            waveforms_of_chunk = [waveform for _, waveform in chunk]
+            waveforms_of_chunk = [w for _, w in chunk if not isinstance(w, str)]
             tables, rows_per_item = self._encode(items, waveforms_of_chunk, poolings)
             if is_first:
                 num_bytes = sum(rows.nbytes for rows in tables)
@@ -177,12 +185,16 @@ class FeatureStore:
             for pooling, rows in zip(poolings, tables, strict=True):
                 self._files[pooling].append(rows, dict(zip(keys, rows_per_item, strict=True)))
 
-    def _load(self, keyed_item: tuple[str, Item]) -> Float32[Tensor, "C S"]:
+    def problems(self, split: Split) -> list[str]:
+        """A line for each item whose audio cannot be read; reads all files completely."""
+        results = try_items(lambda item: self._load(item, _item_key(item)), split.items)
+        return [text for text in results if isinstance(text, str)]
+
+    def _load(self, item: Item, key: str) -> Float32[Tensor, "C S"]:
         """The audio of an item, degraded by the condition.
 
         The random draws of the condition depend only on the `uid` of the item.
         """
-        key, item = keyed_item
         rate, condition = self.encoder.sample_rate, self.preparation.condition
         waveform = load_waveform(item, rate, self.encoder.num_channels)
         if _item_key(item) != key:

@@ -14,6 +14,7 @@ import torch
 
 from jepa_audio.errors import UserError, did_you_mean
 from jepa_audio.inference.pooling import Pooling, parse_poolings
+from jepa_audio.probing.clips import UnusableClipsError
 from jepa_audio.probing.encoders import (
     EncoderOptions,
     LogMelStatistics,
@@ -210,7 +211,7 @@ class _Probe:
         """Encode the shortest window; log where it has fewer columns than a pooling has regions.
 
         Raises:
-            AudioReadError, UserError: see `FeatureStore.check`.
+            UnusableClipsError, UserError: see `FeatureStore.check`.
         """
         store = self.store()
         num_columns = min(store.check(split) for split in self.data.splits.values())
@@ -238,7 +239,7 @@ class _Probe:
         a checkpoint are compared with it.
         """
         encoder, data, task, pooling = self.encoder, self.data, self.data.task, self.pooling
-        features = {split: self._features(split) for split in data.splits}
+        features = self._features_of_splits()
         test = features["test"]
         chance = chance_score(data, features["train"].rows, test.rows)
         num_padded = sum(each.num_padded for each in features.values())
@@ -270,6 +271,18 @@ class _Probe:
                     row = self._with_robustness(row, head)
                 save_evidence(self.output / row.evidence, evidence)
                 yield row
+
+    def _features_of_splits(self) -> dict[str, Features]:
+        """The features of all splits; an error names the unusable clips of all splits."""
+        features: dict[str, Features] = {}
+        try:
+            for split in self.data.splits:
+                features[split] = self._features(split)
+        except UnusableClipsError as error:
+            later = [split for split in self.data.splits if split not in features][1:]
+            found = [self.store().problems(self.data.splits[split]) for split in later]
+            raise UnusableClipsError(sum(found, error.problems)) from None
+        return features
 
     def _features(self, split: str, condition: Condition | None = None) -> Features:
         description = f"{self.encoder.name} {self.encoder.variant}: {self.data.task.name}, {split}"

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import signal
 import sys
+import threading
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
 from lightning.pytorch import Trainer
@@ -184,7 +188,29 @@ def _predict(
         use_distributed_sampler=False,
     )
     module = FileModule(data, lambda chunk: model.part_path(chunk).exists(), num_workers, has_bar)
-    trainer.predict(model, datamodule=module, return_predictions=False)
+    with _exit_at_sigterm():
+        trainer.predict(model, datamodule=module, return_predictions=False)
+
+
+@contextmanager
+def _exit_at_sigterm() -> Iterator[None]:
+    """End the process when it receives SIGTERM, which Lightning ignores in predictions.
+
+    A handler of the program is kept.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _prepare_parts(folder: Path, metadata: dict[str, Any], num_chunks: int) -> None:

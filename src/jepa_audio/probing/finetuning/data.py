@@ -19,8 +19,7 @@ from typing_extensions import override
 from jepa_audio.data.audio.resample import resampled_length
 from jepa_audio.errors import UserError, check_bounds
 from jepa_audio.inference.encoder import Encoder
-from jepa_audio.parallel import map_threads
-from jepa_audio.probing.clips import item_segment, read_header
+from jepa_audio.probing.clips import item_segment, map_items, read_header
 from jepa_audio.probing.finetuning.clips import (
     ClipFormat,
     CropSettings,
@@ -114,8 +113,8 @@ class LabelledClips(LightningDataModule):
         """Use a fold, and the format and the crops of an encoder.
 
         Raises:
-            UserError: if the labels cannot be learned, or an item cannot be used.
-            AudioReadError: if the header of a file cannot be read.
+            UserError: if the labels cannot be learned.
+            UnusableClipsError: if items cannot be used, or headers of files cannot be read.
         """
         data = self.loaded
         if self.fold_of_item is not None:
@@ -127,7 +126,7 @@ class LabelledClips(LightningDataModule):
         if self.crop_seconds is not None:
             self.crop_samples = max(1, round(self.crop_seconds * encoder.sample_rate))
         splits = self.data.splits.items()
-        self.spans = {name: list(map_threads(self._spans, s.items, 4)) for name, s in splits}
+        self.spans = {name: map_items(self._spans, s.items) for name, s in splits}
 
     def _spans(self, item: Item) -> list[tuple[int, int]]:
         """The windows of an item, from the header of its file."""
