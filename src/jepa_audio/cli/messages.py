@@ -53,9 +53,9 @@ def show_messages() -> None:
     handler = RichHandler(show_path=False) if sys.stderr.isatty() else logging.StreamHandler()
     handler.addFilter(_escape)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
-    # At the start of a run, Lightning advertises other products.
+    # At the start of a run, Lightning advertises other products, and names a device nobody has.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "💡" not in record.getMessage()
+        lambda record: not record.getMessage().startswith(("💡", "TPU available: False"))
     )
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)

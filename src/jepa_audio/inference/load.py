@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
@@ -163,6 +164,11 @@ def _loudness(checkpoint: Path, content: dict[str, Any]) -> float | None:
     return dbfs if dbfs is None else float(dbfs)
 
 
+@lru_cache(maxsize=100)
+def _log_once(message: str) -> None:
+    log.info("%s", message)
+
+
 def _find_in_folder(folder: Path) -> Path:
     if is_encoder_folder(folder):
         return folder
@@ -171,7 +177,7 @@ def _find_in_folder(folder: Path) -> Path:
     if found:
         last = checkpoints / "last.ckpt"
         chosen = last if last.is_file() else found[-1]
-        log.info("%s: the encoder of %s is used", folder, chosen.name)
+        _log_once(f"{folder}: the encoder of {chosen.name} is used")
         return chosen
     if any(folder.glob("*.safetensors")) or (folder / CONFIG).is_file():
         raise UserError(

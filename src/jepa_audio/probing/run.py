@@ -218,9 +218,9 @@ class _Probe:
         for pooling in store.preparation.poolings:
             if self.is_first_of_source and num_columns < pooling.regions:
                 log.warning(
-                    "%s: the shortest window has %d time columns, fewer than the %d regions of %s: "
+                    "%s: the shortest window has fewer time columns (%d) than %s has regions (%d): "
                     "a column of such a window is in several regions",
-                    *(self.data.task.name, num_columns, pooling.regions, pooling.name),
+                    *(self.data.task.name, num_columns, pooling.name, pooling.regions),
                 )
 
     @property

@@ -15,7 +15,9 @@ PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 BLUE, ORANGE, GREEN, PURPLE, RED, SKY = PALETTE
 INK, GREY, PALE, VEIL = "#222222", "#767676", "#EBEBEB", "#CFCFCF"
 DASHES = SOLID, DASHED, DOTTED, DASH_DOTTED = ("-", "--", ":", "-.")
-# Two categories of a figure never share both colour and marker: 6 and 7 have no common divisor.
+# Colours of categories: the palette, then five darker ones (Paul Tol's "muted" and "light").
+CATEGORY_COLORS = (*PALETTE, "#332288", "#882255", "#AAAA00", "#117733", "#7F4F24")
+# Two categories of a figure never share both colour and marker: 11 and 7 have no common divisor.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 MAX_CATEGORIES = 18
 # Font sizes in points, width of a figure in inches.
@@ -103,7 +105,8 @@ def title_figure(figure: Figure, title: str, handles: Sequence[Artist] = ()) -> 
 
 def category_style(number: int) -> dict[str, Any]:
     """Colour and marker of a category; markers distinguish it also without colours."""
-    return {"color": PALETTE[number % len(PALETTE)], "marker": MARKERS[number % len(MARKERS)]}
+    color = CATEGORY_COLORS[number % len(CATEGORY_COLORS)]
+    return {"color": color, "marker": MARKERS[number % len(MARKERS)]}
 
 
 def line_handle(
