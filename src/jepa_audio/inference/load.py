@@ -6,7 +6,6 @@ import logging
 import os
 import re
 from collections.abc import Sequence
-from functools import lru_cache
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
@@ -65,6 +64,7 @@ def load_encoder(
         "max_windows": max_windows,
     }
     path = find_encoder(os.fspath(what))
+    log_chosen(os.fspath(what), path)
     if path.is_dir():
         encoder, seed = read_encoder(path, trust=trust, **options), 0
         if which == "target" and encoder.which != "target":
@@ -155,6 +155,12 @@ def find_encoder(what: str) -> Path:
     raise _missing(path)
 
 
+def log_chosen(what: str, path: Path) -> None:
+    """Name the checkpoint that was chosen in the folder of a run."""
+    if path.suffix == ".ckpt" and not what.endswith(".ckpt"):
+        log.info("%s: the encoder of %s is used", what, path.name)
+
+
 def _loudness(checkpoint: Path, content: dict[str, Any]) -> float | None:
     """The level of the clips in training, in dBFS; `None` without such a setting."""
     settings = content.get("datamodule_hyper_parameters", {})
@@ -164,11 +170,6 @@ def _loudness(checkpoint: Path, content: dict[str, Any]) -> float | None:
     return dbfs if dbfs is None else float(dbfs)
 
 
-@lru_cache(maxsize=100)
-def _log_once(message: str) -> None:
-    log.info("%s", message)
-
-
 def _find_in_folder(folder: Path) -> Path:
     if is_encoder_folder(folder):
         return folder
@@ -176,9 +177,7 @@ def _find_in_folder(folder: Path) -> Path:
     found = sorted(checkpoints.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
     if found:
         last = checkpoints / "last.ckpt"
-        chosen = last if last.is_file() else found[-1]
-        _log_once(f"{folder}: the encoder of {chosen.name} is used")
-        return chosen
+        return last if last.is_file() else found[-1]
     if any(folder.glob("*.safetensors")) or (folder / CONFIG).is_file():
         raise UserError(
             f"{folder} holds weights of another layout, or none: `jepa-audio import LAYOUT "

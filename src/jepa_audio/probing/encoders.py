@@ -24,7 +24,7 @@ from jepa_audio.errors import UserError
 from jepa_audio.inference.encoder import Encoder, state_hash
 from jepa_audio.inference.features import LayerFeatures
 from jepa_audio.inference.folder import stored_variant
-from jepa_audio.inference.load import Which, find_encoder, load_encoder
+from jepa_audio.inference.load import Which, find_encoder, load_encoder, log_chosen
 from jepa_audio.inference.pooling import Pooling
 from jepa_audio.steps.front_ends.transforms import LogMel
 
@@ -302,6 +302,7 @@ def load_encoders(source: str, options: EncoderOptions) -> Iterator[ProbeEncoder
     if _is_function(source):
         return _function_encoders(source, options.layers)
     path, name = find_encoder(source), source_name(source)
+    log_chosen(source, path)
     variants: Sequence[str] = options.variants
     if path.is_dir():
         variants = (stored_variant(path),)
