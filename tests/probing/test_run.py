@@ -154,9 +154,9 @@ def test_poolings_are_compared_with_the_baseline_of_the_same_pooling(
         assert row.against_random is not None
         assert row.against_random.value == pytest.approx(row.value - twin.value)
     assert len({row.evidence for row in rows}) == len(rows)
-    lines = [message for message in caplog.messages if "fewer than the 40 regions" in message]
+    lines = [message for message in caplog.messages if "fewer time columns" in message]
     assert len(lines) == 1
-    assert "of regions_40_std/mean: a column of such a window is in several regions" in lines[0]
+    assert "than regions_40_std/mean has regions (40): a column of such a window" in lines[0]
     write_leaderboard(tmp_path / "results.jsonl")
     text = (tmp_path / "leaderboard.md").read_text()
     assert all(f"mel context, {pooling}" in text for pooling in poolings)
