@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -341,3 +343,29 @@ def test_compiled_versions_of_a_block_are_not_limited_to_eight(
     assert plain.encoder.packs
     assert not tiny_jepa("wave", "--model.packed=false").encoder.packs
     assert isinstance(plain.draw_masks(AudioBatch(torch.zeros(2, 1, 500), torch.arange(2))), Masks)
+
+
+COUNT_GRAPHS = """
+import torch
+from benchmarks import gpu
+compile_module = torch.nn.Module.compile
+# Without the slow last stage of the compiler, which does not change the number of graphs.
+torch.nn.Module.compile = lambda part, **options: compile_module(part, backend="eager", **options)
+model = gpu.Model.of("wavjepa", "tiny", torch.device("cpu"))
+gpu.prepare_modules(model.jepa, packed=False, compiled=True)
+for step in range(8):
+    batch = model.batch(3, step)
+    model.jepa.loss(batch.waveform, batch.masks).backward()
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    print("graphs", graphs, batch.masks.context.index.shape[-1])
+"""
+
+
+def test_rows_of_other_lengths_compile_nothing_again():
+    # A process of its own: the checks of shapes in tests divide the graphs.
+    command = [sys.executable, "-c", COUNT_GRAPHS]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    rows = [line.split()[1:] for line in printed.splitlines() if line.startswith("graphs")]
+    # Context encoder, target encoder, predictor and front end: one graph each.
+    assert [count for count, _ in rows] == ["4"] * 8
+    assert len({length for _, length in rows}) > 4
