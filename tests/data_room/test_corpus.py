@@ -1,5 +1,6 @@
 """The table of a corpus: its path, its validity, its splits, and sharing it between processes."""
 
+import hashlib
 import logging
 import math
 import multiprocessing
@@ -23,6 +24,7 @@ from jepa_audio.data.corpus.table import (
     SCHEMA,
     Corpus,
     CorpusError,
+    _hashes,
     default_table_path,
     load_corpus,
 )
@@ -420,3 +422,13 @@ def test_another_process_maps_the_same_table_without_a_copy():
     sent = ForkingPickler.dumps(files)  # through a queue
     assert len(sent) < 2000
     assert list(pickle.loads(sent)) == list(files)
+
+
+def test_the_hash_that_chooses_splits_is_the_one_of_all_versions():
+    names = ["a.wav", "", "Ünïcode/日本.flac", "x" * 300, "shard.tar:0001.wav"]
+    expected = [
+        int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) / 2**64
+        for name in names
+    ]
+    assert _hashes(pa.chunked_array([names[:2], names[2:]])).tolist() == expected
+    assert expected[0] == pytest.approx(0.4431731948)

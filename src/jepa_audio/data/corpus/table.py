@@ -239,6 +239,10 @@ class Corpus:
         """The files that can be used."""
         return self.take(self.is_usable)
 
+    def without(self, *columns: str) -> Corpus:
+        """The same files without columns of the table that are no longer needed."""
+        return replace(self, table=self.table.drop_columns(list(columns)))
+
     def take(self, rows: np.ndarray) -> Corpus:
         """The files at the given row numbers, or where a mask is true."""
         # Do not copy millions of rows if all are selected.
@@ -249,7 +253,7 @@ class Corpus:
 
     def shuffled(self) -> Corpus:
         """The files in the order of a hash of their names; the first n are a random sample."""
-        return self.take(np.argsort([_hash(name) for name in self.names.to_pylist()]))
+        return self.take(np.argsort(_hashes(self.names)))
 
     def split(self, valid_share: float) -> tuple[Corpus, Corpus, Corpus]:
         """Return (training files, validation files, test files).
@@ -303,7 +307,8 @@ class Corpus:
         if 0 < num_ungrouped < len(corpus):
             remedy = "define the groups of all files with `--group folder` or `--pattern`"
             raise CorpusError(f"{num_ungrouped} of {len(corpus)} files have no group; {remedy}")
-        group_names, splits = corpus._group_names(), corpus.table["split"].to_pylist()
+        group_names = corpus._group_names().to_pylist()
+        splits = corpus.table["split"].to_pylist()
         split_of_group: dict[str, str] = {}
         for group, split in zip(group_names, splits, strict=True):
             if split and split_of_group.setdefault(group, split) != split:
@@ -327,16 +332,16 @@ class Corpus:
             log.warning(
                 "all files are in one group; its files are divided into training and validation"
             )
-            hashes = np.array([_hash(name) for name in self.names.to_pylist()])
+            hashes = _hashes(self.names)
         # The lowest hash is always in the validation split, the highest hash never.
         return (hashes <= max(np.nextafter(share, 0), hashes.min())) & (hashes < hashes.max())
 
-    def _group_names(self) -> list[str]:
+    def _group_names(self) -> pa.ChunkedArray:
         group = self.table["group"]
-        return pc.if_else(pc.equal(group, ""), self.names, group).to_pylist()
+        return pc.if_else(pc.equal(group, ""), self.names, group)
 
     def _group_hashes(self) -> Float64[np.ndarray, " N"]:
-        return np.array([_hash(name) for name in self._group_names()])
+        return _hashes(self._group_names())
 
     def _with(self, **columns: pa.Array | pa.ChunkedArray) -> Corpus:
         return replace(self, table=set_columns(self.table, **columns))
@@ -389,9 +394,14 @@ def load_corpus(source: str | Path) -> Corpus:
     return Corpus.load(path)
 
 
-def _hash(name: str) -> float:
-    """A hash in [0, 1)."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) / 2**64
+def _hashes(names: pa.ChunkedArray) -> Float64[np.ndarray, " N"]:
+    """A hash in [0, 1) of each name: the first 8 bytes of BLAKE2b, divided by 2^64."""
+    empty, digests = hashlib.blake2b(digest_size=8), []
+    for name in names.cast(pa.binary()).to_pylist():
+        state = empty.copy()  # faster than a new one
+        state.update(name)
+        digests.append(state.digest())
+    return np.frombuffer(b"".join(digests), dtype=">u8") / 2.0**64
 
 
 def _short_digest(text: str) -> str:
