@@ -149,8 +149,8 @@ def train(trial: Trial, corpora: Path, output: Path) -> list[tuple[float, Path]]
         subprocess.run(command, check=True, stdout=printed, stderr=subprocess.STDOUT)
     pattern = "step=*.ckpt" if trial.save_every else "last.ckpt"
     saved = [(path.stat().st_mtime - start, path) for path in run.glob(f"checkpoints/{pattern}")]
-    # A run that `max_time` ended has a few seconds more than the limit: it saves a checkpoint.
-    within = sorted(pair for pair in saved if pair[0] <= trial.minutes * 60 + 15)
+    # A run that `max_time` ended needs seconds more: it ends its step, and saves a checkpoint.
+    within = sorted(pair for pair in saved if pair[0] <= trial.minutes * 60 + 60)
     if not within:
         raise UserError(f"{run}: no checkpoint was saved within {trial.minutes} minutes")
     return within

@@ -19,12 +19,12 @@ import pytest
 
 from jepa_audio.data.audio.location import TarMember
 from jepa_audio.data.audio.read import read
+from jepa_audio.data.corpus.hashes import name_hashes
 from jepa_audio.data.corpus.index import index_corpus
 from jepa_audio.data.corpus.table import (
     SCHEMA,
     Corpus,
     CorpusError,
-    _hashes,
     default_table_path,
     load_corpus,
 )
@@ -430,5 +430,5 @@ def test_the_hash_that_chooses_splits_is_the_one_of_all_versions():
         int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) / 2**64
         for name in names
     ]
-    assert _hashes(pa.chunked_array([names[:2], names[2:]])).tolist() == expected
+    assert name_hashes(pa.chunked_array([names[:2], names[2:]])).tolist() == expected
     assert expected[0] == pytest.approx(0.4431731948)

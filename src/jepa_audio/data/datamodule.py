@@ -48,9 +48,6 @@ from jepa_audio.steps.masking.source import HasMasker, MaskSource, MaskStream
 
 log = logging.getLogger(__name__)
 
-# Columns of a corpus table that training does not read.
-_UNUSED_COLUMNS = ("status", "reason", "peak", "rms", "mtime_ns", "source_bytes")
-
 
 class AudioDataModule(LightningDataModule):
     """Crops of all audio files of a corpus, of any sample rate, length and number of channels.
@@ -235,8 +232,7 @@ class AudioDataModule(LightningDataModule):
     def _split(self, corpora: list[Corpus]) -> dict[str, list[Corpus]]:
         """Training, validation and test files of each corpus."""
         share = 0.0 if self.valid_root else self.valid_share
-        # The split copies the table: fewer columns save time with millions of files.
-        splits = [corpus.without(*_UNUSED_COLUMNS).split(share) for corpus in corpora]
+        splits = [corpus.for_reading().split(share) for corpus in corpora]
         train, valid, test = (list(files) for files in zip(*splits, strict=True))
         for source, files in zip(self.sources, train, strict=True):
             if not len(files):

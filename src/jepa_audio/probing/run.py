@@ -274,15 +274,11 @@ class _Probe:
 
     def _features_of_splits(self) -> dict[str, Features]:
         """The features of all splits; an error names the unusable clips of all splits."""
-        features: dict[str, Features] = {}
         try:
-            for split in self.data.splits:
-                features[split] = self._features(split)
+            return {split: self._features(split) for split in self.data.splits}
         except UnusableClipsError as error:
-            later = [split for split in self.data.splits if split not in features][1:]
-            found = [self.store().problems(self.data.splits[split]) for split in later]
+            found = [self.store().problems(split) for split in self.data.splits.values()]
             raise UnusableClipsError(sum(found, error.problems)) from None
-        return features
 
     def _features(self, split: str, condition: Condition | None = None) -> Features:
         description = f"{self.encoder.name} {self.encoder.variant}: {self.data.task.name}, {split}"
@@ -324,15 +320,8 @@ class _Probe:
         encoder, data, task, preset = self.encoder, self.data, self.data.task, self.preset
         weights, names, pooling = encoder.encoder_hash, encoder.layer_names, self.pooling.name
         encoder_key = (encoder.name, encoder.variant, weights, pooling, names)
-        task_key = (
-            task.name,
-            data.checksum,
-            tuple(sizes),
-            preset.name,
-            preset.select,
-            kind,
-            head.seed,
-        )
+        head_key = (preset.name, preset.select, kind, head.seed)
+        task_key = (task.name, data.checksum, tuple(sizes), *head_key)
         name = hashlib.sha256(repr((encoder_key, task_key)).encode()).hexdigest()[:16]
         return ProbeRow(
             encoder=encoder.name,

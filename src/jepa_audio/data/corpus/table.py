@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from torch import Tensor
 from jepa_audio.data.audio.location import AudioLocation, AudioReadError, audio_location
 from jepa_audio.data.audio.read import read
 from jepa_audio.data.audio.resample import resample, source_slice
+from jepa_audio.data.corpus.hashes import name_hashes, short_digest
 from jepa_audio.data.corpus.impossible import SPLITS, cast_types, describe_types, mark_impossible
 from jepa_audio.errors import UserError
 from jepa_audio.files import atomic_path
@@ -47,6 +47,7 @@ SCHEMA = pa.schema(
         "decoder": pa.string(),  # libsndfile, repaired, torchcodec, unchecked or "", see `read`
     }
 )
+_CHOOSING = ["source_bytes", "mtime_ns", "peak", "rms", "status", "reason"]
 _VERSION_KEY, _ROOT_KEY = b"jepa_audio.index", b"jepa_audio.root"
 _CURRENT_VERSION = b"3"
 _VERSION_BEFORE_DECODERS = b"2"
@@ -239,9 +240,9 @@ class Corpus:
         """The files that can be used."""
         return self.take(self.is_usable)
 
-    def without(self, *columns: str) -> Corpus:
-        """The same files without columns of the table that are no longer needed."""
-        return replace(self, table=self.table.drop_columns(list(columns)))
+    def for_reading(self) -> Corpus:
+        """The same files without the columns that only choose files: faster to copy."""
+        return replace(self, table=self.table.drop_columns(_CHOOSING))
 
     def take(self, rows: np.ndarray) -> Corpus:
         """The files at the given row numbers, or where a mask is true."""
@@ -253,7 +254,7 @@ class Corpus:
 
     def shuffled(self) -> Corpus:
         """The files in the order of a hash of their names; the first n are a random sample."""
-        return self.take(np.argsort(_hashes(self.names)))
+        return self.take(np.argsort(name_hashes(self.names)))
 
     def split(self, valid_share: float) -> tuple[Corpus, Corpus, Corpus]:
         """Return (training files, validation files, test files).
@@ -332,7 +333,7 @@ class Corpus:
             log.warning(
                 "all files are in one group; its files are divided into training and validation"
             )
-            hashes = _hashes(self.names)
+            hashes = name_hashes(self.names)
         # The lowest hash is always in the validation split, the highest hash never.
         return (hashes <= max(np.nextafter(share, 0), hashes.min())) & (hashes < hashes.max())
 
@@ -341,7 +342,7 @@ class Corpus:
         return pc.if_else(pc.equal(group, ""), self.names, group)
 
     def _group_hashes(self) -> Float64[np.ndarray, " N"]:
-        return _hashes(self._group_names())
+        return name_hashes(self._group_names())
 
     def _with(self, **columns: pa.Array | pa.ChunkedArray) -> Corpus:
         return replace(self, table=set_columns(self.table, **columns))
@@ -364,12 +365,12 @@ def default_table_path(source: str | Path) -> Path:
         return source
     folder, name = source, "index"
     if not source.is_dir():  # a tar, a manifest, a pattern of tars
-        folder, name = source.parent, f"index-{_short_digest(source.name)}"
+        folder, name = source.parent, f"index-{short_digest(source.name)}"
     hidden = folder / ".jepa_audio"
     path = hidden / f"{name}.parquet"
     if path.exists() or os.access(hidden if hidden.exists() else folder, os.W_OK):
         return path
-    cache = Path.home() / ".cache" / "jepa_audio" / _short_digest(str(folder.resolve()))
+    cache = Path.home() / ".cache" / "jepa_audio" / short_digest(str(folder.resolve()))
     return cache / f"{name}.parquet"
 
 
@@ -392,17 +393,3 @@ def load_corpus(source: str | Path) -> Corpus:
         command = f"jepa-audio data index {source}"
         raise CorpusError(f"{source} is not indexed (no table {path}); run `{command}` first")
     return Corpus.load(path)
-
-
-def _hashes(names: pa.ChunkedArray) -> Float64[np.ndarray, " N"]:
-    """A hash in [0, 1) of each name: the first 8 bytes of BLAKE2b, divided by 2^64."""
-    empty, digests = hashlib.blake2b(digest_size=8), []
-    for name in names.cast(pa.binary()).to_pylist():
-        state = empty.copy()  # faster than a new one
-        state.update(name)
-        digests.append(state.digest())
-    return np.frombuffer(b"".join(digests), dtype=">u8") / 2.0**64
-
-
-def _short_digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
