@@ -69,14 +69,13 @@ def trusted_modules() -> list[str]:
 
 def other_modules(settings: Any) -> list[str]:
     """Modules of the classes in settings that a file may only name with `--trust`."""
-    found: dict[str, None] = {}
-    values = [settings]
+    found, values = set(), [settings]
     while values:
         value = values.pop()
         values += nested_values(value)
         path = value.get("class_path") if isinstance(value, dict) else None
         if isinstance(path, str) and "." in path and not _is_inside(path, _KNOWN):
-            found[path.rpartition(".")[0]] = None
+            found.add(path.rpartition(".")[0])
     return sorted(found)
 
 

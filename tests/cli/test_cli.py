@@ -113,6 +113,25 @@ def test_a_mistake_in_a_file_is_reported_with_file_line_and_complete_key(
     assert sentence in message
 
 
+@pytest.mark.parametrize("text", [None, "a: [", "a: &x [*x]", "\xff"])
+def test_a_place_is_looked_for_in_any_file(text: str | None, tmp_path: Path):
+    from jepa_audio.cli.config_errors import place_of
+
+    file = tmp_path / "own.yaml"
+    if text is not None:
+        file.write_bytes(text.encode("latin-1"))
+    assert not place_of("Option 'depht' is not accepted", ["fit", "--config", str(file)])
+
+
+def test_a_place_is_looked_for_in_a_file_that_grows_with_its_aliases(tmp_path: Path):
+    from jepa_audio.cli.config_errors import place_of
+
+    keys = [", ".join(f"k{j}: *a{i}" for j in range(9)) for i in range(29)]
+    levels = [f"a{i}: &a{i} {{{text}}}" for i, text in enumerate(keys, start=1)]
+    (tmp_path / "own.yaml").write_text("\n".join(["a0: &a0 {x: 1}", *levels]))
+    assert not place_of("Option 'y' is not accepted", [f"--config={tmp_path / 'own.yaml'}"])
+
+
 def test_a_mistake_in_the_command_line_names_no_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

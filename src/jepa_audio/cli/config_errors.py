@@ -5,12 +5,13 @@ from __future__ import annotations
 import pkgutil
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from types import TracebackType
 
 import yaml
 
+from jepa_audio.class_paths import MAX_VALUES
 from jepa_audio.errors import did_you_mean
 
 _TYPE_NAMES = {"NoneType": "null", "str": "text", "bool": "true or false", "int": "an integer"}
@@ -63,13 +64,21 @@ def place_of(message: str, words: Sequence[str]) -> str:
     files = [word for option, word in pairwise(words) if option == "--config"]
     files += [word.partition("=")[2] for word in words if word.startswith("--config=")]
     for file in reversed(files):
-        root = yaml.compose(Path(file).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        for path, node in _settings(root, ""):
+        for path, node in _settings_of(file):
             names = (f".{path}", f".{path}".removesuffix(".class_path"))
             is_key = any(name.endswith(f".{key}") for name in names) if key else True
             if is_key and (value is None or node.value == value):
                 return f"{file}, line {node.start_mark.line + 1} (`{path}`): "
     return ""
+
+
+def _settings_of(file: str) -> list[tuple[str, yaml.Node]]:
+    """The settings of a file, at most `MAX_VALUES`; none if it cannot be read as YAML."""
+    try:
+        root = yaml.compose(Path(file).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        return list(islice(_settings(root, ""), MAX_VALUES))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return []
 
 
 def _settings(node: yaml.Node | None, path: str) -> Iterator[tuple[str, yaml.Node]]:
