@@ -12,7 +12,7 @@ NOTES ?=
 FIT ?=
 STAMP := .venv/.installed
 DEMO_SETTINGS = --data.root "$(AUDIO)" --model.seed $(SEED) --data.seed $(SEED) \
-  --trainer.max_steps 800 --trainer.val_check_interval 400 \
+  --trainer.max_steps 600 --trainer.val_check_interval 300 \
   --trainer.callbacks+ OnlineProbe --trainer.callbacks.corpus $(DEMO)/corpus --trainer.callbacks.every_n_steps 300 $(FIT)
 
 .PHONY: help
@@ -31,12 +31,12 @@ $(STAMP): pyproject.toml requirements.lock
 
 .PHONY: demo
 demo: $(STAMP) ## Pretrain two small JEPAs, probe them, write demo/report.html; AUDIO=DIR pretrains on your own files.
-	$(BIN)/jepa-audio data synth $(DEMO)/corpus --seed $(SEED) $(NOTES)
+	$(BIN)/jepa-audio data synth $(DEMO)/corpus --num_test 3000 --seed $(SEED) $(NOTES)
 	$(BIN)/jepa-audio fit --config small/waveform --run_dir $(DEMO)/waveform --overwrite $(DEMO_SETTINGS)
 	$(BIN)/jepa-audio fit --config small/spectrogram --run_dir $(DEMO)/spectrogram --overwrite $(DEMO_SETTINGS)
 	$(BIN)/jepa-audio probe --encoder $(DEMO)/waveform,$(DEMO)/spectrogram --variants "[target]" \
 	  --tasks nsynth_pitch,nsynth_instrument --data $(DEMO)/corpus --output $(DEMO)/probe --max_train 2000 \
-	  --preset linear --pooling thirds_std --frequency concat
+	  --preset linear --pooling mean_std --frequency concat
 	$(BIN)/jepa-audio report $(DEMO)
 
 ON_ALL_CORES := --numprocesses auto --maxprocesses 8 --dist worksteal

@@ -50,9 +50,10 @@ def starts(crops: torch.Tensor) -> list[int]:
 
 def test_a_crop_is_a_slice_of_the_file(tmp_path: Path):
     write(tmp_path / "a.wav", ramp(4000))
-    crops, position, step, num_samples = read_crops(dataset(tmp_path), 7, 0)
+    sample = read_crops(dataset(tmp_path), 7, 0)
+    crops = sample.waveform
     (start,) = starts(crops)
-    assert (position, step, num_samples) == (7, 0, 100)
+    assert (sample.position, sample.step, sample.num_samples) == (7, 0, 100)
     assert crops.shape == (1, 1, 100)
     assert crops.dtype == torch.float32
     np.testing.assert_array_equal(crops[0].numpy(), ramp(4000)[:, start : start + 100])
@@ -261,7 +262,7 @@ def test_a_corpus_of_deleted_files_stops_the_run(tmp_path: Path):
 def test_rows_of_a_batch_are_numbered_by_position_and_crop(tmp_path: Path):
     write(tmp_path / "a.wav", ramp(100))
     samples = [
-        Crops(torch.full((3, 2, 5), float(position)), position, 0, position - 36)
+        Crops([torch.full((2, 5), float(position))] * 3, position, 0, position - 36)
         for position in (40, 41)
     ]
     batch = dataset(tmp_path).collate_samples(samples)

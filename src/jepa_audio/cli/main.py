@@ -186,10 +186,13 @@ def run(args: list[str]) -> None:
 
 
 def _call(name: str, args: list[str]) -> None:
+    # The first process of a run started this one, or a launcher did.
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if is_first and sys.stderr.isatty():
+        print(f"jepa-audio {name}: loading packages", file=sys.stderr, flush=True)
     from jepa_audio.cli.messages import show_messages  # noqa: PLC0415
 
-    # The first process of a run started this one, or a launcher did.
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if not is_first:
         from jepa_audio.parallel import end_with_parent  # noqa: PLC0415
 
         end_with_parent()

@@ -105,7 +105,9 @@ def read(
     if end > samples.shape[1] or start >= end:
         reason = f"frames {start} to {end} requested, the file has {samples.shape[1]}"
         raise AudioReadError(audio, f"too short: {reason}")
-    samples = np.array(samples[:, start:end], order="C")
+    samples = samples[:, start:end]
+    # What torchcodec has decoded is kept for the next slice: the caller gets a copy of it.
+    samples = samples.copy() if decoder == "torchcodec" else np.ascontiguousarray(samples)
     _check_peak(audio, samples)
     return samples, rate
 

@@ -212,8 +212,10 @@ class ClipDataset(Dataset[WithBadReads[Sample]], ABC, Generic[Sample, Batch]):
         starts = self.draw_starts(length, num_samples, count, rng)
         length = min(num_samples, length)
         segments = [file.read_slice(start, length, rate, channel) for start in starts]
+        if self.settings.loudness_dbfs is None:
+            return segments
         rms = float(torch.stack(segments).square().mean().sqrt())
-        if self.settings.loudness_dbfs is None or rms < _SILENCE_RMS:
+        if rms < _SILENCE_RMS:
             return segments
         gain = 10 ** (self.settings.loudness_dbfs / 20) / rms
         return [gain * segment for segment in segments]
@@ -236,12 +238,20 @@ class ClipDataset(Dataset[WithBadReads[Sample]], ABC, Generic[Sample, Batch]):
 
 
 class Crops(NamedTuple):
-    """The crops of one clip, their place in the order, and their samples without padding."""
+    """The crops of one clip, their place in the order, and their samples without padding.
 
-    waveform: Float32[Tensor, "crops C S"]
+    The crops share the memory of the clip: they are copied once, into the batch.
+    """
+
+    waveforms: list[Float32[Tensor, "C S"]]
     position: int
     step: int
     num_samples: int
+
+    @property
+    def waveform(self) -> Float32[Tensor, "crops C S"]:
+        """A copy of the crops in one tensor."""
+        return torch.stack(self.waveforms)
 
 
 class CropDataset(ClipDataset[Crops, AudioBatch]):
@@ -258,19 +268,20 @@ class CropDataset(ClipDataset[Crops, AudioBatch]):
             clip = self.read_clip(file, self.settings.clip_samples, rng)
             starts = self.draw_starts(clip.shape[-1], size, count, rng)
             segments = [clip[:, start : start + size] for start in starts]
-        crops = torch.stack([fit_length(segment, size) for segment in segments])
+        crops = [fit_length(segment, size) for segment in segments]
         return Crops(crops, index.position, index.step, segments[0].shape[-1])
 
     @override
     def collate_samples(self, samples: list[Crops]) -> AudioBatch:
         """A batch of all crops; row = position * crops per clip + number of the crop."""
-        waveform, position, step, lengths = default_collate(samples)
-        num_crops = waveform.shape[1]  # [B, crops, C, S]
+        waveform = torch.stack([crop for sample in samples for crop in sample.waveforms])
+        position, step, lengths = default_collate([sample[1:] for sample in samples])
+        num_crops = len(samples[0].waveforms)
         row = rows_of(position, num_crops)
         has_padding = self.settings.mask_padding
         num_samples = lengths.repeat_interleave(num_crops) if has_padding else None
         masks = self.draw_masks(row, step, num_samples)
-        return AudioBatch(waveform.flatten(0, 1), row, num_samples, masks)
+        return AudioBatch(waveform, row, num_samples, masks)
 
 
 def rows_of(position: Int[Tensor, " B"], num_crops: int) -> Int[Tensor, " R"]:

@@ -102,4 +102,7 @@ class FileTable:
         self._descriptor = descriptor
         content = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
         self._table = pa.ipc.open_file(pa.py_buffer(content)).read_all()
-        self._columns = {name: self._table[name] for name in self._table.column_names}
+        # One array for each column: the file has one record batch.
+        self._columns = {
+            name: self._table[name].combine_chunks() for name in self._table.column_names
+        }
