@@ -2,10 +2,12 @@
 
 For both recipes, the script prints clips per second, and the floating-point operations per second
 as a share of the peak of matrix multiplication on this machine. For WavJEPA, it also measures the
-literal, key-masked step of `tests/oracles` with the same weights, masks and loss.
+literal, key-masked step of `tests/oracles` with the same weights, masks and loss. `--profile` also
+prints the share of the front end, which is the time of its own forward and backward pass, and the
+operations that take most of the time of a step.
 
     python -m benchmarks.train_step [--size base|small] [--recipes wavjepa pupujepa] [--batch 8]
-    [--repeats 5]
+    [--repeats 5] [--profile]
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from jepa_audio.cli.trainer import JEPACLI
@@ -124,6 +127,7 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--profile", action="store_true", help="print where the time goes")
     args = parser.parse_args()
     sys.argv[1:] = []  # `JEPACLI`, which builds the models, must not read these arguments
     peak = peak_flops()
@@ -132,10 +136,12 @@ def main() -> None:
         f"matmul peak {peak / 1e9:.0f} GFLOP/s"
     )
     for recipe in args.recipes:
-        measure_recipe(recipe, args.size, args.batch, args.repeats, peak)
+        measure_recipe(recipe, args.size, args.batch, args.repeats, peak, args.profile)
 
 
-def measure_recipe(recipe: str, size: str, batch_size: int, repeats: int, peak: float) -> None:
+def measure_recipe(
+    recipe: str, size: str, batch_size: int, repeats: int, peak: float, with_profile: bool
+) -> None:
     """Time the training steps of a recipe and print a line for each."""
     torch.manual_seed(0)
     jepa, clip_seconds = build(recipe, size)
@@ -160,6 +166,22 @@ def measure_recipe(recipe: str, size: str, batch_size: int, repeats: int, peak: 
         ratio = seconds["literal key-masked"] / seconds[recipe]
         difference = abs(losses["literal key-masked"] / losses[recipe] - 1)
         print(f"{'':>20} time literal / fast: {ratio:.2f}; loss difference {difference:.1e}")
+    if with_profile:
+        front_end = make_step(jepa, lambda: jepa.front_end(waveform).square().mean())
+        alone = median_seconds({"front end": front_end}, repeats)["front end"]
+        print(f"{'':>20} front end alone: {alone / seconds[recipe]:.0%} of the step")
+        print_operations(steps[recipe])
+
+
+def print_operations(step: Callable[[], float], num_lines: int = 16) -> None:
+    """Print the operations of a step with the longest time, and their shares."""
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        step()
+    operations = sorted(recorded.key_averages(), key=lambda op: -op.self_cpu_time_total)
+    total = sum(operation.self_cpu_time_total for operation in operations)
+    for operation in operations[:num_lines]:
+        share = operation.self_cpu_time_total / total
+        print(f"{share:>20.1%} {operation.key}, {operation.count} calls")
 
 
 def literal_step(jepa: JEPA, waveform: torch.Tensor, masks: Masks) -> Callable[[], float]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -49,6 +51,22 @@ def test_help_and_versions_import_nothing_heavy(args: list[str]):
     imported = run_and_list_modules(args)
     light_enough = {"rich", "jsonargparse"} if args == ["configs"] else set()
     assert imported & set(HEAVY) <= light_enough
+
+
+@pytest.mark.parametrize(
+    ("rank", "expected"), [("0", b"jepa-audio configs: loading packages\r\n"), ("1", b"")]
+)
+def test_a_command_says_in_a_terminal_that_it_loads(rank: str, expected: bytes):
+    ours, theirs = os.openpty()
+    environment = {**os.environ, "LOCAL_RANK": rank}
+    command = [sys.executable, "-m", "jepa_audio", "configs"]
+    subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    with suppress(OSError):  # nothing was written
+        shown = os.read(ours, 1000)
+    os.close(ours)
+    assert shown == expected
 
 
 def test_importing_the_package_imports_nothing_heavy():

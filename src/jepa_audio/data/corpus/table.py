@@ -268,14 +268,14 @@ class Corpus:
         If `valid_share` is positive, the training and the validation split are never empty. With
         two files, one is a validation file. A single file is in both splits.
         """
-        split = self.table["split"].to_numpy(zero_copy_only=False)
-        test = self.take(split == "test")
-        if (split == "valid").any():
-            if num_unassigned := int((split == "").sum()):
+        is_in = {name: self._equals("split", name) for name in ("", *SPLITS)}
+        test = self.take(is_in["test"])
+        if is_in["valid"].any():
+            if num_unassigned := int(is_in[""].sum()):
                 remedy = "assign one with `jepa-audio data split`"
                 log.warning("%d files without a split are left out; %s", num_unassigned, remedy)
-            return self.take(split == "train"), self.take(split == "valid").shuffled(), test
-        rest = self.take(split != "test")
+            return self.take(is_in["train"]), self.take(is_in["valid"]).shuffled(), test
+        rest = self.take(~is_in["test"])
         if len(rest) == 0 or valid_share == 0:
             return rest, rest.take(np.arange(0)), test
         if len(rest) == 1:
@@ -336,6 +336,9 @@ class Corpus:
             hashes = name_hashes(self.names)
         # The lowest hash is always in the validation split, the highest hash never.
         return (hashes <= max(np.nextafter(share, 0), hashes.min())) & (hashes < hashes.max())
+
+    def _equals(self, column: str, value: str) -> Bool[np.ndarray, " N"]:
+        return pc.equal(self.table[column], value).to_numpy(zero_copy_only=False)
 
     def _group_names(self) -> pa.ChunkedArray:
         group = self.table["group"]
