@@ -7,12 +7,13 @@ prints the share of the front end, which is the time of its own forward and back
 operations that take most of the time of a step.
 
     python -m benchmarks.train_step [--size base|small] [--recipes wavjepa pupujepa] [--batch 8]
-    [--repeats 5] [--profile]
+    [--repeats 5] [--profile] [--default_malloc]
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
 import sys
 import time
@@ -23,10 +24,11 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from jepa_audio.cli.trainer import JEPACLI
+from jepa_audio.parallel import reuse_freed_memory
 from jepa_audio.steps.grid import AudioBatch, Masks
+from jepa_audio.training.cost import MaskSizes, crop_flops
 from jepa_audio.training.jepa import JEPA
 from tests.oracles.wavjepa_literal import LiteralWavJEPA
 
@@ -49,7 +51,7 @@ def build(recipe: str, size: str) -> tuple[JEPA, float]:
         ],
         run=False,
     )
-    return cli.model, cli.datamodule.num_samples / cli.model.front_end.sample_rate
+    return cli.model, cli.datamodule.clips.crop_samples / cli.model.front_end.sample_rate
 
 
 def peak_flops(size: int = 2048, repeats: int = 7) -> float:
@@ -88,35 +90,6 @@ def median_seconds(steps: dict[str, Callable[[], float]], repeats: int) -> dict[
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def attention_flops(
-    query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object
-) -> int:
-    """Operations of the fused CPU attention, which torch does not count."""
-    return sdpa_flop_count(query, key, value)
-
-
-def attention_backward_flops(
-    gradient: torch.Size,
-    query: torch.Size,
-    key: torch.Size,
-    value: torch.Size,
-    *_: object,
-    **__: object,
-) -> int:
-    """Operations of the backward pass of the fused CPU attention."""
-    return sdpa_backward_flop_count(gradient, query, key, value)
-
-
-def count_flops(step: Callable[[], float]) -> int:
-    """Operations of the forward and backward pass of one step, including attention."""
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    mapping = {fused: attention_flops, backward: attention_backward_flops}
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        step()
-    return counter.get_total_flops()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -127,9 +100,14 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--default_malloc", action="store_true", help="without `reuse_freed_memory`, which fit uses"
+    )
     parser.add_argument("--profile", action="store_true", help="print where the time goes")
     args = parser.parse_args()
     sys.argv[1:] = []  # `JEPACLI`, which builds the models, must not read these arguments
+    if not args.default_malloc:
+        reuse_freed_memory()
     peak = peak_flops()
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, "
@@ -137,6 +115,8 @@ def main() -> None:
     )
     for recipe in args.recipes:
         measure_recipe(recipe, args.size, args.batch, args.repeats, peak, args.profile)
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"peak memory of the process {kib / 2**20:.2f} GiB")
 
 
 def measure_recipe(
@@ -154,7 +134,8 @@ def measure_recipe(
     if recipe == "wavjepa":
         steps["literal key-masked"] = literal_step(jepa, waveform, masks)
     losses = {name: step() for name, step in steps.items()}
-    flops = count_flops(steps[recipe])
+    parts = crop_flops(jepa, waveform.shape[-1], MaskSizes.of([masks]))
+    flops = batch_size * sum(part.total for part in parts.values())
     seconds = median_seconds(steps, repeats)
     for name, value in seconds.items():
         print(
@@ -169,7 +150,12 @@ def measure_recipe(
     if with_profile:
         front_end = make_step(jepa, lambda: jepa.front_end(waveform).square().mean())
         alone = median_seconds({"front end": front_end}, repeats)["front end"]
-        print(f"{'':>20} front end alone: {alone / seconds[recipe]:.0%} of the step")
+        share = parts["front end"].total * batch_size / flops
+        rate = parts["front end"].total * batch_size / alone / peak
+        print(
+            f"{'':>20} front end alone: {alone / seconds[recipe]:.0%} of the time, {share:.0%} of "
+            f"the operations of the step, {rate:.0%} of the peak"
+        )
         print_operations(steps[recipe])
 
 

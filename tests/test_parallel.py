@@ -1,10 +1,13 @@
-"""Processes that end with their parent."""
+"""Processes that end with their parent; memory that a process keeps."""
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 import time
+
+import pytest
 
 # The interpreter of the child takes 30 s to end, as one with much memory does.
 CHILD = """
@@ -39,3 +42,26 @@ def test_a_process_whose_parent_was_killed_ends_before_its_interpreter_is_taken_
         output, error = parent.communicate(timeout=60)  # until the child closes its output
     assert time.monotonic() - start < 15, error
     assert not output
+
+
+# Page faults of a tensor of 64 MiB, after one of the same size was freed; it has 16,384 pages.
+FAULTS = """
+import resource, sys, torch
+from jepa_audio.parallel import reuse_freed_memory
+
+if sys.argv[1] == "reuse":
+    reuse_freed_memory()
+torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the option is one of glibc")
+def test_the_memory_of_a_freed_tensor_is_used_again():
+    fresh, reused = (
+        int(subprocess.check_output([sys.executable, "-c", FAULTS, mode]))
+        for mode in ("default", "reuse")
+    )
+    assert reused < 100 < fresh

@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -30,6 +31,7 @@ from jepa_audio.data.datamodule import AudioDataModule
 from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.interop.convert import load_weights
 from jepa_audio.old_paths import current_path
+from jepa_audio.parallel import reuse_freed_memory
 from jepa_audio.probing.online import OnlineProbe  # noqa: F401 (YAML can name the imported class)
 from jepa_audio.recipes import find_recipe
 from jepa_audio.report.picture_log import PictureLog
@@ -235,6 +237,8 @@ class JEPACLI(LightningCLI):
         folder = RunFolder(Path(self._get(self.config_init, "run_dir")))
         estimate = self._get(self.config, "estimate")
         writes = not (self.trainer.fast_dev_run or estimate)  # type: ignore[attr-defined]
+        if isinstance(self.trainer.accelerator, CPUAccelerator):
+            reuse_freed_memory()
         with ExitStack() as stack:
             if writes and self.trainer.is_global_zero:
                 wait = REQUEUE_WAIT if "SLURM_RESTART_COUNT" in os.environ else 0.0

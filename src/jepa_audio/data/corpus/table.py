@@ -341,8 +341,8 @@ class Corpus:
         return pc.equal(self.table[column], value).to_numpy(zero_copy_only=False)
 
     def _group_names(self) -> pa.ChunkedArray:
-        group = self.table["group"]
-        return pc.if_else(pc.equal(group, ""), self.names, group)
+        group, is_alone = self.table["group"], pc.equal(self.table["group"], "")
+        return self.names if pc.all(is_alone).as_py() else pc.if_else(is_alone, self.names, group)
 
     def _group_hashes(self) -> Float64[np.ndarray, " N"]:
         return name_hashes(self._group_names())
