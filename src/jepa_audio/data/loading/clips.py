@@ -274,7 +274,8 @@ class CropDataset(ClipDataset[Crops, AudioBatch]):
     @override
     def collate_samples(self, samples: list[Crops]) -> AudioBatch:
         """A batch of all crops; row = position * crops per clip + number of the crop."""
-        waveform = torch.stack([crop for sample in samples for crop in sample.waveforms])
+        # In a loader process, `default_collate` stacks in memory that it shares with training.
+        waveform = default_collate([crop for sample in samples for crop in sample.waveforms])
         position, step, lengths = default_collate([sample[1:] for sample in samples])
         num_crops = len(samples[0].waveforms)
         row = rows_of(position, num_crops)
