@@ -44,24 +44,27 @@ def test_a_process_whose_parent_was_killed_ends_before_its_interpreter_is_taken_
     assert not output
 
 
-# Page faults of a tensor of 64 MiB, after one of the same size was freed; it has 16,384 pages.
+# Page faults of each of 30 tensors of 64 MiB, which have 16,384 pages, one after the other.
 FAULTS = """
 import resource, sys, torch
 from jepa_audio.parallel import reuse_freed_memory
 
 if sys.argv[1] == "reuse":
     reuse_freed_memory()
-torch.ones(2**24)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.ones(2**24)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+for _ in range(30):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the option is one of glibc")
 def test_the_memory_of_a_freed_tensor_is_used_again():
     fresh, reused = (
-        int(subprocess.check_output([sys.executable, "-c", FAULTS, mode]))
+        list(map(int, subprocess.check_output([sys.executable, "-c", FAULTS, mode]).split()))
         for mode in ("default", "reuse")
     )
-    assert reused < 100 < fresh
+    assert min(fresh) > 16_000
+    # The first ones can leave gaps that are too small for the next one.
+    assert max(reused[-10:]) < 100
+    assert sum(reused) < sum(fresh) / 2
