@@ -53,7 +53,7 @@ def reuse_freed_memory() -> None:
     By default, glibc returns each block of more than 32 MiB to the system. Its pages are then
     mapped and cleared again for the next tensor of this size: in a step of PupuJEPA base on a CPU,
     this takes a tenth of the time (`benchmarks/RESULTS.md`). The process keeps the memory of its
-    largest step until it ends.
+    largest step, and some gaps between tensors, until it ends.
     """
     if sys.platform == "linux" and (set_option := getattr(ctypes.CDLL(None), "mallopt", None)):
         set_option(_M_MMAP_MAX, 0)

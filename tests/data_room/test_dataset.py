@@ -43,6 +43,11 @@ def read_crops(crops: CropDataset, position: int, file: int) -> Crops:
     return sample
 
 
+def read_waveform(crops: CropDataset, position: int, file: int) -> torch.Tensor:
+    """The samples of the crops of a readable file, `[crops, C, S]`."""
+    return torch.stack(read_crops(crops, position, file).waveforms)
+
+
 def starts(crops: torch.Tensor) -> list[int]:
     """Index of the first sample of crops of a ramp."""
     return (crops[:, 0, 0] * 2**15).round().int().tolist()
@@ -51,7 +56,7 @@ def starts(crops: torch.Tensor) -> list[int]:
 def test_a_crop_is_a_slice_of_the_file(tmp_path: Path):
     write(tmp_path / "a.wav", ramp(4000))
     sample = read_crops(dataset(tmp_path), 7, 0)
-    crops = sample.waveform
+    crops = torch.stack(sample.waveforms)
     (start,) = starts(crops)
     assert (sample.position, sample.step, sample.num_samples) == (7, 0, 100)
     assert crops.shape == (1, 1, 100)
@@ -62,7 +67,7 @@ def test_a_crop_is_a_slice_of_the_file(tmp_path: Path):
 def test_crops_depend_on_seed_and_position_and_reach_every_start(tmp_path: Path):
     write(tmp_path / "a.wav", ramp(103))
     first, same, other = (
-        [read_crops(crops, position, 0).waveform for position in order]
+        [read_waveform(crops, position, 0) for position in order]
         for crops, order in (
             (dataset(tmp_path, seed=0), range(60)),
             (dataset(tmp_path, seed=0), range(59, -1, -1)),
@@ -80,7 +85,7 @@ def test_a_crop_of_another_rate_is_a_slice_of_the_resampled_file(tmp_path: Path)
     resampled = resample(torch.from_numpy(noise), 44_100, RATE)[0]
     crops = dataset(tmp_path)
     for position in range(5):
-        crop = read_crops(crops, position, 0).waveform[0, 0]
+        crop = read_waveform(crops, position, 0)[0, 0]
         assert (resampled.unfold(0, 100, 1) - crop).abs().amax(-1).min() < 1e-6
 
 
@@ -90,7 +95,7 @@ def test_a_file_shorter_than_a_crop_is_padded_with_zeros(
 ):
     write(tmp_path / "a.wav", ramp(60) + 1)
     crops = read_crops(dataset(tmp_path, clip_seconds=clip_seconds), 0, 0)
-    crop = crops.waveform[0, 0]
+    crop = crops.waveforms[0][0]
     assert crops.num_samples == 60
     np.testing.assert_array_equal(crop[:60].numpy(), (ramp(60) + 1)[0])
     assert crop[60:].abs().max() == 0
@@ -101,7 +106,7 @@ def test_crops_of_a_position_come_from_one_clip(tmp_path: Path):
     crops = dataset(tmp_path, clip_seconds=500 / RATE, crops_per_clip=8)
     clip_starts = []
     for position in range(10):
-        waveform = read_crops(crops, position, 0).waveform
+        waveform = read_waveform(crops, position, 0)
         assert waveform.shape == (8, 1, 100)
         assert len(set(starts(waveform))) > 1
         assert max(starts(waveform)) - min(starts(waveform)) <= 400
@@ -111,30 +116,28 @@ def test_crops_of_a_position_come_from_one_clip(tmp_path: Path):
 
 def test_crops_of_a_file_shorter_than_its_clip_have_no_padding(tmp_path: Path):
     write(tmp_path / "a.wav", ramp(150) + 1)
-    crops = read_crops(dataset(tmp_path, clip_seconds=1.0, crops_per_clip=16), 0, 0).waveform
+    crops = read_waveform(dataset(tmp_path, clip_seconds=1.0, crops_per_clip=16), 0, 0)
     assert crops.min() >= 1
 
 
 def test_validation_crops_are_in_the_middle_or_evenly_spaced(tmp_path: Path):
     write(tmp_path / "a.wav", ramp(500))
     middle = dataset(tmp_path, random_crops=False)
-    assert [starts(read_crops(middle, position, 0).waveform) for position in (0, 99)] == [[200]] * 2
+    assert [starts(read_waveform(middle, position, 0)) for position in (0, 99)] == [[200]] * 2
     several = dataset(tmp_path, random_crops=False, crops_per_clip=4)
-    assert starts(read_crops(several, 0, 0).waveform) == [50, 150, 250, 350]
+    assert starts(read_waveform(several, 0, 0)) == [50, 150, 250, 350]
 
 
 def test_channels_are_averaged_or_chosen_or_kept(tmp_path: Path):
     write(tmp_path / "a.wav", ramp(100, num_channels=3))
-    mean, first = (
-        read_crops(dataset(tmp_path, mono=mono), 0, 0).waveform for mono in ("mean", "first")
-    )
-    kept = read_crops(dataset(tmp_path, num_channels=3, mono="keep"), 0, 0).waveform
+    mean, first = (read_waveform(dataset(tmp_path, mono=mono), 0, 0) for mono in ("mean", "first"))
+    kept = read_waveform(dataset(tmp_path, num_channels=3, mono="keep"), 0, 0)
     torch.testing.assert_close(mean[0, 0], torch.from_numpy(ramp(100)[0] + 1))
     np.testing.assert_array_equal(first[0].numpy(), ramp(100))
     np.testing.assert_array_equal(kept[0].numpy(), ramp(100, num_channels=3))
     random = dataset(tmp_path, mono="random")
     chosen, again = (
-        [round(float(read_crops(random, position, 0).waveform[0, 0, 0])) for position in range(30)]
+        [round(float(read_waveform(random, position, 0)[0, 0, 0])) for position in range(30)]
         for _ in range(2)
     )
     assert set(chosen) == {0, 1, 2}
@@ -147,7 +150,7 @@ def test_clips_are_scaled_to_the_loudness(tmp_path: Path, clip_seconds: float | 
     write(tmp_path / "loud.wav", noise / 3)
     write(tmp_path / "quiet.wav", noise / 1000)
     clips = dataset(tmp_path, num_samples=2000, loudness_dbfs=-14.0, clip_seconds=clip_seconds)
-    loud, quiet = (read_crops(clips, 0, file).waveform for file in (0, 1))
+    loud, quiet = (read_waveform(clips, 0, file) for file in (0, 1))
     assert 20 * torch.log10(loud.square().mean().sqrt()) == pytest.approx(-14, abs=1e-3)
     torch.testing.assert_close(loud, quiet, atol=1e-5, rtol=1e-3)
 
@@ -171,14 +174,14 @@ def test_the_loudness_is_that_of_the_samples_that_are_taken(
         clip_seconds=clip_seconds,
         **kept,
     )
-    levels = [float(read_crops(crops, position, 0).waveform.square().mean()) for position in (0, 1)]
+    levels = [float(read_waveform(crops, position, 0).square().mean()) for position in (0, 1)]
     assert 10 * np.log10(levels) == pytest.approx([-20, -20], abs=1e-3)
 
 
 def test_without_clip_seconds_all_crops_of_a_file_have_one_gain(tmp_path: Path):
     write(tmp_path / "a.wav", np.linspace(0.1, 1, 4000, dtype=np.float32)[None])
     crops, plain = (
-        read_crops(dataset(tmp_path, crops_per_clip=3, loudness_dbfs=level), 0, 0).waveform
+        read_waveform(dataset(tmp_path, crops_per_clip=3, loudness_dbfs=level), 0, 0)
         for level in (-14.0, None)
     )
     gain = crops / plain
@@ -191,7 +194,7 @@ def test_a_silent_clip_is_not_amplified(tmp_path: Path):
     samples[0, 0] = 0.5
     write(tmp_path / "a.wav", samples)
     clips = dataset(tmp_path, clip_seconds=0.0125, loudness_dbfs=-14.0)
-    crops = torch.stack([read_crops(clips, position, 0).waveform for position in range(10)])
+    crops = torch.stack([read_waveform(clips, position, 0) for position in range(10)])
     assert crops.isfinite().all()
     assert crops.abs().max() == 0
 
@@ -207,7 +210,7 @@ def damaged_dataset(root: Path) -> CropDataset:
 
 
 def level_of(crops: Crops) -> int:
-    return round(float(crops.waveform.mean()) * 10)
+    return round(float(torch.stack(crops.waveforms).mean()) * 10)
 
 
 def test_the_replacement_of_a_bad_file_is_always_the_same(tmp_path: Path):

@@ -248,11 +248,6 @@ class Crops(NamedTuple):
     step: int
     num_samples: int
 
-    @property
-    def waveform(self) -> Float32[Tensor, "crops C S"]:
-        """A copy of the crops in one tensor."""
-        return torch.stack(self.waveforms)
-
 
 class CropDataset(ClipDataset[Crops, AudioBatch]):
     """Crops of files; see `ClipDataset`."""

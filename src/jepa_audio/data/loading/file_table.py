@@ -102,9 +102,4 @@ class FileTable:
         self._descriptor = descriptor
         content = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
         self._table = pa.ipc.open_file(pa.py_buffer(content)).read_all()
-        # A row of an array is found faster than a row of a column of arrays.
-        columns = {name: self._table[name] for name in self._table.column_names}
-        is_one_array = all(column.num_chunks == 1 for column in columns.values())
-        self._columns = {
-            name: column.chunk(0) if is_one_array else column for name, column in columns.items()
-        }
+        self._columns = {name: self._table[name] for name in self._table.column_names}

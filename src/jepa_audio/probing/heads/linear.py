@@ -211,8 +211,9 @@ def _principal_axes(
     """The rows in their principal axes, and the axes, for fewer rows than features.
 
     They come from the eigenvectors of the products of the rows, in double precision: for 2,000 rows
-    of 3,072 features this takes a third of the time of a singular value decomposition. Axes whose
-    deviation is below 1e-6 of the largest one are left out: the penalty sets their weights to 0.
+    of 3,072 features, `_rotate` takes 60 % of the time that it takes with a singular value
+    decomposition. Axes whose deviation is below 1e-6 of the largest one are left out: their
+    contribution to the logits is negligible under the penalties.
     """
     x = train.double()
     variances, rows = torch.linalg.eigh(x @ x.T)
