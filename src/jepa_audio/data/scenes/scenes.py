@@ -303,7 +303,7 @@ class SceneDataset(ClipDataset[SceneSample, SceneBatch]):
         bad_reads += unread
         num_samples = sample.num_samples
         num_repeats = -(-self.clip_samples // num_samples)
-        noise = sample.waveform[0, 0, :num_samples].repeat(num_repeats)[: self.clip_samples]
+        noise = sample.waveforms[0][0, :num_samples].repeat(num_repeats)[: self.clip_samples]
         fade_samples = max(round(self._scenes.fade_seconds * self.settings.sample_rate), 1)
         start = int(rng.integers(self.clip_samples - num_samples, endpoint=True))
         age = torch.arange(self.clip_samples) - start  # samples since the start of the noise
