@@ -450,4 +450,4 @@ def test_crops_from_shards_equal_crops_from_the_files(tmp_path: Path, clip_secon
         loose_crop, loose_bad = loose[SampleIndex(file + 10, file)]
         packed_crop, packed_bad = packed[SampleIndex(file + 10, file)]
         assert loose_bad == packed_bad == []
-        assert torch.equal(loose_crop.waveform, packed_crop.waveform)
+        assert torch.equal(torch.stack(loose_crop.waveforms), torch.stack(packed_crop.waveforms))
