@@ -182,8 +182,12 @@ def test_a_wrong_form_is_refused_in_one_sentence_that_names_the_clip(
             list_forms(encoder, audio, rate)
     with pytest.raises(MissingFileError):
         encoder.encode(tmp_path / "none.wav")
-    with pytest.raises(UserError, match=r"`layers` is \[7\], must be indices in \[0, 2\]"):
+    with pytest.raises(UserError, match=r"`layers` is 7, must be indices in \[0, 2\]"):
         encoder.encode(samples, RATE, layers=7)
+    for layers in ("all", [1.5], []):
+        unchecked = getattr(Encoder.layer_indices, "__wrapped__", Encoder.layer_indices)
+        with pytest.raises(UserError, match="or None for all layers"):
+            unchecked(encoder, layers)
     with pytest.raises(UserError, match="'frames', which is no vector"):
         encoder.embed(samples, RATE, pool="frames")
     with pytest.raises(UserError, match="`pool"):
@@ -290,6 +294,9 @@ def test_an_encoder_has_a_short_text_and_can_be_pickled_and_moved(
     encoder: Encoder, samples: np.ndarray
 ):
     assert len(repr(encoder)) < 200
+    features = encoder.encode(torch.zeros(1000), RATE)
+    assert len(repr(features)) < 200
+    assert "layers: 3 of [B=1, " in repr(features)
     assert "context encoder, 3 layers of width 16, 1000 Hz, 1 channel" in repr(encoder)
     expected = last(encoder.encode(samples, RATE))
     copied = pickle.loads(pickle.dumps(encoder)).to("cpu")

@@ -245,14 +245,15 @@ class Encoder(WindowedEncoder):
         """
         if layers is None:
             return None
-        chosen = [layers] if isinstance(layers, int) else [int(layer) for layer in layers]
         count = self.num_layers
-        if not chosen or not all(-count <= layer < count for layer in chosen):
+        allowed = range(-count, count)
+        chosen = [layers] if isinstance(layers, int) else layers
+        if not chosen or not all(layer in allowed for layer in chosen):
             raise UserError(
-                f"`layers` is {chosen}, must be indices in [0, {count - 1}], or from the end in "
-                f"[{-count}, -1]"
+                f"`layers` is {layers!r}, must be indices in [0, {count - 1}], or from the end in "
+                f"[{-count}, -1], or None for all layers"
             )
-        return [layer % count for layer in chosen]
+        return [int(layer) % count for layer in chosen]
 
     def _encode_audio(
         self,

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from typing_extensions import override
 
 from jepa_audio.errors import UserError
 
@@ -31,6 +32,14 @@ class LayerFeatures:
     layers: tuple[Float[Tensor, "B T F _"], ...]
     times: Float[Tensor, "B T"]
     valid: Bool[Tensor, "B T"]
+
+    @override
+    def __repr__(self) -> str:
+        clips, columns, rows, width = self.layers[0].shape
+        return (
+            f"LayerFeatures(layers: {len(self.layers)} of [B={clips}, T={columns}, F={rows}, "
+            f"D={width}], times: {list(self.times.shape)}, valid: {list(self.valid.shape)})"
+        )
 
     def pool(
         self,
