@@ -93,8 +93,8 @@ def check_settings(block: Block, page: Page, folder: Path) -> None:
 
 
 def is_slow(page: Page) -> bool:
-    """Whether the page states it, or does not state its files: such a page is not prepared yet."""
-    return page.setting("slow") is not None or page.setting("given") is None
+    """Whether the page states it."""
+    return page.setting("slow") is not None
 
 
 @pytest.mark.parametrize(

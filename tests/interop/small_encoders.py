@@ -51,7 +51,7 @@ CASES = {
     ),
     "log_mel": (
         spectrogram("transforms.LogMel", **LOG_MEL),
-        transformer("RotaryPositions", mlp="swiglu"),
+        transformer("RotaryPositions", mlp="swiglu", num_registers=1),
     ),
     "filterbank": (
         spectrogram("filterbank.LearnedFilterbank"),
@@ -70,6 +70,8 @@ CASES = {
 }
 LEVELLED = ("log_mel", "waveform_local")
 """Encoders that were trained with `data.loudness_dbfs`."""
+BY_OCTAVES = ("cqt_by_octaves", "vqt")
+"""Encoders with low-pass filters before a logarithm, which amplifies the rounding of quiet bands."""
 WINDOW = 32_000
 FAST = ("waveform", "log_mel")
 """The others are tested with `--runslow`."""

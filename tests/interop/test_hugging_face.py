@@ -19,6 +19,7 @@ from jepa_audio.inference.encoder import Encoder
 from jepa_audio.inference.load import load_encoder
 from jepa_audio.interop.hugging_face import MODEL_FILE, export_hugging_face
 from tests.interop.small_encoders import (
+    BY_OCTAVES,
     CASES,
     FAST,
     WINDOW,
@@ -65,6 +66,10 @@ def results(
     return {name: load_file(f"{folder}.results") for name, (folder, _) in exported.items()}
 
 
+def rounding(name: str) -> float:
+    return 1e-4 if name in BY_OCTAVES else 1e-5
+
+
 @pytest.mark.parametrize("name", cases())
 def test_every_clip_of_a_padded_batch_has_the_tokens_of_the_encoder(
     exported: dict[str, tuple[Path, Encoder]], results: dict[str, dict[str, Tensor]], name: str
@@ -77,7 +82,8 @@ def test_every_clip_of_a_padded_batch_has_the_tokens_of_the_encoder(
         assert found["mask"][i, :count].all()
         for j, layer in enumerate(expected.layers):
             ours = layer[0].flatten(0, 1)
-            torch.testing.assert_close(found[f"layer/{j}"][i, :count], ours, rtol=1e-5, atol=1e-5)
+            theirs = found[f"layer/{j}"][i, :count]
+            torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=rounding(name))
             assert not found[f"layer/{j}"][i, count:].any()
         times = expected.times[0].repeat_interleave(num_freq)
         torch.testing.assert_close(found["times"][i, :count], times)
@@ -91,7 +97,8 @@ def test_padding_halves_and_saving_change_no_more_than_rounding(
     last = found["layer/2"]
     for i in range(len(LENGTHS)):
         alone = found[f"alone/{i}"]
-        torch.testing.assert_close(last[i, : len(alone)], alone, rtol=1e-5, atol=1e-5)
+        ours = last[i, : len(alone)]
+        torch.testing.assert_close(ours, alone, rtol=1e-5, atol=rounding(name))
     assert torch.equal(found["saved"], last)
     spread = last.std()
     assert (found["half/torch.float16"] - last).std() < 0.01 * spread

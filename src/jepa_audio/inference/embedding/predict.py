@@ -244,6 +244,8 @@ class FileModule(LightningDataModule):
         super().__init__()
         self.dataset, self.is_done, self.num_workers = dataset, is_done, num_workers
         self.has_bar, self.num_own_files = has_bar, 0
+        # A process has nothing to do if there are few files, or if its part was done before.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
 
     @override
     def transfer_batch_to_device(

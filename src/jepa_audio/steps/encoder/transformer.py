@@ -236,7 +236,8 @@ class Transformer(nn.Module):
         if where is not None and where.valid is not None:
             key_mask = where.valid[:, None, None]  # [B, 1, 1, K]
         if self.registers is not None:
-            x = torch.cat([self.registers.expand(len(x), -1, -1), x], dim=1)
+            # `len(x)` would fix the number of clips of an exported program.
+            x = torch.cat([self.registers.expand(x.shape[0], -1, -1), x], dim=1)
             if key_mask is not None:
                 key_mask = nn.functional.pad(key_mask, (len(self.registers), 0), value=True)
         return x, rotary, key_mask
