@@ -43,7 +43,11 @@ ON_ALL_CORES := --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .PHONY: test
 test: $(STAMP) ## Run the fast tests on all cores, with at most eight processes: no network, no GPU, a few minutes.
-	$(BIN)/pytest $(ON_ALL_CORES)
+	$(BIN)/pytest $(ON_ALL_CORES) --ignore tests/docs
+
+.PHONY: test-docs
+test-docs: $(STAMP) ## Run the commands and blocks of README, the pages and the notebook.
+	$(BIN)/pytest $(ON_ALL_CORES) tests/docs
 
 .PHONY: test-slow
 test-slow: $(STAMP) ## Run all tests, including those that train for minutes.

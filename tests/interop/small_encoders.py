@@ -71,7 +71,7 @@ CASES = {
 LEVELLED = ("log_mel", "waveform_local")
 """Encoders that were trained with `data.loudness_dbfs`."""
 BY_OCTAVES = ("cqt_by_octaves", "vqt")
-"""Encoders with low-pass filters before a logarithm, which amplifies the rounding of quiet bands."""
+"""The logarithm of their quiet bands amplifies the rounding of their low-pass filters."""
 WINDOW = 32_000
 FAST = ("waveform", "log_mel")
 """The others are tested with `--runslow`."""
