@@ -177,7 +177,10 @@ def test_errors_are_those_of_fit_and_a_run_in_the_folder_is_not_changed(
     code, message = run("fit", "--estimate", "--ckpt_path=last")
     assert code == 1
     assert "no optimizer step is left to measure" in message
-    assert run("fit", "--estimate", "--ckpt_path=last", "--trainer.max_steps=9")[0] == 0
+    code, message = run("fit", "--estimate", "--ckpt_path=last", "--trainer.max_steps=9")
+    assert code == 0
+    assert "trainer.max_steps` is 9, the checkpoint has 6" in message
+    assert message.count("in force from step 7") == 1, "only what the user changed"
     assert contents(tmp_path / "run") == before
     assert step_of(tmp_path / "run") == 6
 
@@ -192,6 +195,26 @@ def test_a_batch_that_is_too_large_for_the_device_ends_in_one_sentence(
     code, message = run("fit", "--estimate", "--data.batch_size=3")
     assert code == 1
     assert "a micro-batch of 3 crops does not fit into the memory of cpu" in message
+
+
+@pytest.mark.parametrize(("seconds", "timed"), [(0.0, 1), (1e-9, 1), (60.0, 10)])
+def test_a_trial_of_slow_steps_ends_after_a_minute(
+    estimated: Callable[..., dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+    timed: int,
+    caplog: pytest.LogCaptureFixture,
+):
+    monkeypatch.setattr("jepa_audio.training.trial.MAX_SECONDS", seconds)
+    monkeypatch.setattr("jepa_audio.cli.estimate.MAX_SECONDS", seconds)
+    monkeypatch.setattr(
+        "jepa_audio.cli.estimate.peak_flops", lambda *_: 1e6 if seconds == 1e-9 else 1e15
+    )
+    costs = estimated("wave", "--trainer.max_steps=40", "--data.batch_size=3")
+    assert costs["speed"]["timed_steps"] == timed
+    assert costs["speed"]["crops_per_step"] == 3
+    assert costs["speed"]["seconds_per_step"] > 0
+    assert ("a step of 3 crops needs at least" in caplog.text) == (seconds < 60)
 
 
 def test_a_loader_that_is_slower_than_the_step_is_named(

@@ -15,7 +15,7 @@ from jepa_audio.report.picture_log import PictureLog, encode_clips, singular_val
 from jepa_audio.training.watching.latent_statistics import rank_me
 
 OFTEN = ("--pictures.every_n_steps=2", "--pictures.num_clips=3", "--trainer.max_steps=4")
-NAMES = {"pictures/masks", "pictures/latents", "pictures/singular_values"}
+NAMES = {f"pictures/{name}" for name in ("masks", "attention", "latents", "singular_values")}
 
 
 class StubWandb(Logger):
@@ -68,6 +68,18 @@ def test_wandb_and_tensorboard_show_the_same_images_at_every_interval(
     assert (shown.height, shown.width) == stub.images["pictures/masks", 2].shape[:2]
     lines = [line for line in caplog.messages if "pictures drawn in" in line]
     assert [line.split(":")[0] for line in lines] == ["step 2", "step 4"]
+
+
+def test_pictures_of_a_learned_spectrogram_are_drawn(tiny_cli, fit):
+    learned = "jepa_audio.steps.front_ends.filterbank.LearnedFilterbank"
+    front_end = f"--model.front_end.spectrogram={learned}"
+    cli = tiny_cli("mel", *OFTEN, "--trainer.logger=true", front_end)
+    stub = StubWandb()
+    cli.trainer.loggers += [stub]
+    fit(cli)
+    assert {name for name, _ in stub.images} == NAMES
+    assert cli.model.encoder.training
+    assert any(p.requires_grad for p in cli.model.front_end.spectrogram.parameters())
 
 
 def test_training_is_the_same_with_and_without_pictures(tiny_cli, fit):

@@ -22,7 +22,7 @@ from jepa_audio.training.cost import crop_flops, expected_sizes
 from jepa_audio.training.jepa import JEPA
 from jepa_audio.training.normalization import MeasureNormalization
 from jepa_audio.training.run.resume import ResumedSettings
-from jepa_audio.training.trial import TIMED_STEPS, WARMUP_STEPS, Trial, measure_loader
+from jepa_audio.training.trial import MAX_SECONDS, TIMED_STEPS, WARMUP_STEPS, Trial, measure_loader
 from jepa_audio.training.watching.collapse_monitor import CollapseMonitor
 from jepa_audio.training.watching.finite_guard import FiniteGuard
 from jepa_audio.training.watching.speed import peak_flops
@@ -34,6 +34,10 @@ Form = Literal["table", "json"]
 _CALLBACKS = (FiniteGuard, ResumedSettings, MeasureNormalization, CollapseMonitor)
 # `last.ckpt`, `previous.ckpt`, and the file that replaces one of them while it is written.
 _NUM_CHECKPOINTS = 3
+
+# Settings of the Trainer that a trial replaces.
+SWITCHED_OFF: dict[str, bool | None] = {"callbacks": None, "logger": False, "profiler": None}
+SWITCHED_OFF |= {"enable_progress_bar": False, "enable_model_summary": False}
 
 
 def prepare_trial(config: Namespace) -> Iterator[str]:
@@ -49,8 +53,8 @@ def prepare_trial(config: Namespace) -> Iterator[str]:
         paths = [getattr(callback, "class_path", str(callback)) for callback in callbacks]
         names = ", ".join(path.rpartition(".")[2] for path in paths)
         yield f"`--estimate` measures without the callbacks of the run: {names}"
-    settings.callbacks, settings.logger, settings.profiler = None, False, None
-    settings.enable_progress_bar = settings.enable_model_summary = False
+    for name, value in SWITCHED_OFF.items():
+        settings[name] = value
 
 
 def print_estimate(
@@ -75,7 +79,7 @@ def print_estimate(
         UserError: if the run is finished, or its steps do not fit into the memory.
     """
     costs = _describe_model(jepa, data, trainer.max_steps)
-    trial = _try_steps(trainer, jepa, data, checkpoint)
+    trial = _try_steps(trainer, jepa, data, checkpoint, costs["operations"]["total"])
     costs |= _describe_trial(trainer, trial, data, costs["operations"]["total"])
     costs |= _describe_files(trainer, trial, data, config)
     if not trainer.is_global_zero:
@@ -90,15 +94,32 @@ def print_estimate(
 
 
 def _try_steps(
-    trainer: Trainer, jepa: JEPA, data: AudioDataModule, checkpoint: Path | None
+    trainer: Trainer,
+    jepa: JEPA,
+    data: AudioDataModule,
+    checkpoint: Path | None,
+    flops_per_crop: float,
 ) -> Trial:
     trial = Trial()
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     trainer.callbacks = [c for c in callbacks if isinstance(c, _CALLBACKS)] + [trial]  # type: ignore[attr-defined]
     trainer.limit_val_batches = 0
     rank_zero_only(log.info)(
-        "measuring %d optimizer steps after %d, then the loader", TIMED_STEPS, WARMUP_STEPS
+        "measuring at most %d optimizer steps after %d, for about %.0f s, then the loader",
+        TIMED_STEPS,
+        WARMUP_STEPS,
+        MAX_SECONDS,
     )
+    peak = peak_flops(trainer.strategy.root_device, str(trainer.precision))
+    crops = data.batch_size * data.clips.crops_per_clip * trainer.accumulate_grad_batches
+    if peak is not None and (least := crops * flops_per_crop / peak) > MAX_SECONDS:
+        rank_zero_only(log.warning)(
+            "a step of %d crops needs at least %s on this device: a smaller `data.batch_size` "
+            "(%d) gives an estimate sooner, for its own batch",
+            crops,
+            _duration(least / 3600),
+            data.batch_size,
+        )
     try:
         trainer.fit(jepa, data, ckpt_path=checkpoint)
     except torch.OutOfMemoryError as error:
@@ -178,6 +199,7 @@ def _describe_trial(
             "seconds_per_step": expected,
             "crops_per_step": crops_per_step,
             "crops_per_second": crops_per_step / expected,
+            "peak_flops_per_second": peak,
             "mfu": None
             if peak is None
             else flops * crops_per_step / expected / peak / num_processes,
@@ -246,7 +268,8 @@ def _lines(costs: dict[str, Any]) -> Iterator[tuple[str, str]]:
         f"{tokens['per_crop']} ({tokens['num_freq']} rows x {tokens['num_time']} columns); a mask "
         f"has {tokens['context']:.1f} context ({shares['context']:.0%}) and "
         f"{tokens['targets']:.1f} target tokens ({shares['targets']:.0%}) in "
-        f"{tokens['target_groups']:g} groups; {tokens['masks_per_clip']} masks per clip",
+        f"{_plural(tokens['target_groups'], 'group')}; "
+        f"{_plural(tokens['masks_per_clip'], 'mask')} per clip",
     )
     yield "operations", f"{costs['operations']['total'] / 1e9:.3g} GFLOP for a crop"
     for name, part in costs["operations"]["parts"].items():
@@ -259,11 +282,15 @@ def _lines(costs: dict[str, Any]) -> Iterator[tuple[str, str]]:
         f"{_bytes(memory['states_bytes'])}: weights {_bytes(memory['weights_bytes'])}, gradients "
         f"{_bytes(memory['gradients_bytes'])}, optimizer {_bytes(memory['optimizer_bytes'])}",
     )
-    mfu = "unknown for this device" if speed["mfu"] is None else f"{speed['mfu']:.1%}"
+    mfu = "unknown for this device"
+    if speed["mfu"] is not None:
+        peak = speed["peak_flops_per_second"] / 1e9
+        mfu = f"{speed['mfu']:.1%} of {peak:.4g} GFLOP/s on each device"
     yield (
         "speed",
         f"{speed['crops_per_second']:.4g} crops/s, {speed['seconds_per_step']:.3g} s for a step of "
-        f"{speed['crops_per_step']:g} crops ({speed['timed_steps']} timed steps); MFU {mfu}",
+        f"{speed['crops_per_step']:g} crops ({_plural(speed['timed_steps'], 'timed step')}); "
+        f"MFU {mfu}",
     )
     yield (
         "loader",
@@ -271,7 +298,8 @@ def _lines(costs: dict[str, Any]) -> Iterator[tuple[str, str]]:
         f"{loader['crops_per_second']:.4g} crops/s, the step needs "
         f"{loader['needed_crops_per_second']:.4g}",
     )
-    yield "time", f"{_duration(run['hours'])} for {run['steps_left']} steps, without validation"
+    steps = _plural(run["steps_left"], "step")
+    yield "time", f"{_duration(run['hours'])} for {steps}, without validation"
     total = disk["num_checkpoints"] * disk["checkpoint_bytes"]
     yield (
         "disk",
@@ -296,6 +324,10 @@ def _count(number: int) -> str:
 
 def _bytes(number: int) -> str:
     return f"{number / 1e9:.3g} GB" if number >= 1e9 else f"{number / 1e6:.3g} MB"
+
+
+def _plural(number: float, noun: str) -> str:
+    return f"{number:g} {noun}{'s' * (number != 1)}"
 
 
 def _duration(hours: float) -> str:

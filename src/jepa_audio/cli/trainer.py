@@ -12,7 +12,6 @@ from typing import Any
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -21,7 +20,7 @@ from rich import get_console
 
 from jepa_audio.class_paths import other_modules
 from jepa_audio.cli.choices import choices_help
-from jepa_audio.cli.estimate import Form, prepare_trial, print_estimate
+from jepa_audio.cli.estimate import SWITCHED_OFF, Form, prepare_trial, print_estimate
 from jepa_audio.cli.models import stats
 from jepa_audio.cli.next_commands import next_commands
 from jepa_audio.cli.parser import RECIPE_FOLDERS, HelpfulParser, recipe_path
@@ -195,8 +194,6 @@ class JEPACLI(LightningCLI):
                     TensorBoardLogger(folder, name="tensorboard", default_hp_metric=False),
                 ]
             kwargs["logger"] = loggers or False
-            if loggers:
-                callbacks.append(LearningRateMonitor(logging_interval="step"))
         if settings["enable_progress_bar"] is not False and get_console().is_terminal:
             callbacks.append(RunProgressBar())
             config["progress"].is_enabled = False
@@ -272,6 +269,9 @@ class JEPACLI(LightningCLI):
         config = {**self.config_dump, "num_processes": self.trainer.world_size}
         changes = find_changes(checkpoint, config)
         refuse_changes(changes)
+        if self._get(self.config, "estimate"):
+            replaced = {f"trainer.{name}" for name in SWITCHED_OFF}
+            changes = [change for change in changes if change.key not in replaced]
         for line in describe_changes(changes, checkpoint, config):
             rank_zero_only(log.info)(line)
 

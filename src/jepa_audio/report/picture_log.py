@@ -21,6 +21,7 @@ from typing_extensions import override
 from jepa_audio.data.datamodule import AudioDataModule
 from jepa_audio.data.loading.order import SampleIndex
 from jepa_audio.errors import UserError, check_bounds
+from jepa_audio.report.attention import attention_maps, draw_attention, find_query
 from jepa_audio.report.embeddings import Embeddings, folders
 from jepa_audio.report.latents import draw_latents, draw_singular_values
 from jepa_audio.report.masks import draw_model_masks
@@ -41,6 +42,7 @@ class PictureLog(Callback):
     At every multiple of `every_n_steps`, the process of rank zero draws:
 
     - `pictures/masks`: three masks over one validation clip;
+    - `pictures/attention`: the attention of the context encoder in the same clip, without masks;
     - `pictures/latents`: the PCA of validation clips (the mean of all tokens of the context encoder
       without masks), coloured by folder, with the explained variance;
     - `pictures/singular_values`: the spectrum of the same latents, of tokens and of clips, with
@@ -123,6 +125,7 @@ class PictureLog(Callback):
         self._first = self._first or (step, spectra)
         return {
             "masks": draw_model_masks(jepa, batch.waveform[0, :1].cpu(), step),
+            "attention": _draw_attention(jepa, batch.waveform[0], step),
             "latents": draw_latents(embeddings, f"Latents at step {step}"),
             "singular_values": draw_singular_values(spectra, step, self._first),
         }
@@ -143,6 +146,21 @@ class PictureLog(Callback):
         repeats = len(batch.waveform) // count
         paths = [str(dataset.files[index].audio) for index in range(count)]
         return batch, [path for path in paths for _ in range(repeats)]
+
+
+def _draw_attention(jepa: JEPA, clip: Float[Tensor, "C S"], step: int) -> Figure:
+    """Attention from the loudest token, and to every token."""
+    parts = [jepa.front_end, jepa.encoder]
+    modes = [part.training for part in parts]
+    for part in parts:
+        part.eval()
+    clip = clip.to(jepa.device)
+    query = find_query(jepa.front_end, clip)
+    maps = attention_maps(jepa.front_end, jepa.encoder, clip, query=query)
+    figure = draw_attention(jepa.front_end, clip, maps, f"Attention at step {step}")
+    for part, mode in zip(parts, modes, strict=True):
+        part.train(mode)
+    return figure
 
 
 @torch.no_grad()

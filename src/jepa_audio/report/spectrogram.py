@@ -33,6 +33,7 @@ class ClipSpectrogram:
 
 
 @torch.no_grad()
+@torch.no_grad()
 def clip_spectrogram(front_end: FrontEnd, waveform: Float[Tensor, "C S"]) -> ClipSpectrogram:
     """The front end's spectrogram up to the last token, or a log-mel one; of the first channel."""
     num_samples, sample_rate = waveform.shape[-1], front_end.sample_rate

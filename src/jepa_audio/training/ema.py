@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from jepa_audio.errors import UserError
 from jepa_audio.training.schedules import Schedule
+from jepa_audio.training.watching.loss_log import log_now
 
 
 @runtime_checkable
@@ -67,8 +68,10 @@ class TargetEncoderEMA(Callback):
             return
         momentum = self.momentum(trainer.global_step - 1, trainer.max_steps)
         self.update(cast(HasMomentumCopies, pl_module), momentum)
-        # Lightning would copy a number to the device, and the copy would wait for the device.
-        pl_module.log("train/momentum", torch.tensor(momentum))
+        trainer.callback_metrics["train/momentum"] = torch.tensor(momentum)
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every > 0 and trainer.global_step % every == 0:
+            log_now(trainer, {"train/momentum": momentum})
 
     @staticmethod
     @torch.no_grad()

@@ -66,9 +66,11 @@ class ScalerAwareModule(LightningModule):
 
     Attributes:
         weights_moved: whether the last optimizer step changed the weights.
+        gradient_norm: norm of the gradients of the last optimizer step before they were clipped.
     """
 
     weights_moved = True
+    gradient_norm: Tensor | None = None
 
     def configure_gradient_clipping(
         self,
@@ -76,12 +78,12 @@ class ScalerAwareModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradients and log their norm; unlike Lightning, also of a fused optimizer."""
+        """Clip the gradients and keep their norm; unlike Lightning, also of a fused optimizer."""
         # Lightning divides the gradients by the factor, except those of a fused optimizer.
         if self._scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             self._scaler.unscale_(optimizer)
-        norm = clip_gradients(self, gradient_clip_val, gradient_clip_algorithm)
-        self.log("train/gradient_norm", norm)
+        self.gradient_norm = clip_gradients(self, gradient_clip_val, gradient_clip_algorithm)
+        self.log("train/gradient_norm", self.gradient_norm, logger=False)
 
     def optimizer_step(
         self,

@@ -21,6 +21,8 @@ from jepa_audio.data.datamodule import AudioDataModule
 from jepa_audio.steps.grid import AudioBatch
 
 WARMUP_STEPS, TIMED_STEPS = 2, 10
+# A trial ends with the step in which this time is over, even if it is the first one.
+MAX_SECONDS = 60.0
 # The loader alone is measured for at most so long, after a start of at most the same time.
 _LOADER_SECONDS = 5.0
 _PROC = Path("/proc/self")
@@ -79,7 +81,9 @@ def _local_bytes(tensor: Tensor) -> int:
 class Trial(Callback):
     """Times optimizer steps after a warm-up, measures memory, and then ends the training.
 
-    A shorter run is measured until its end; a run of few steps has no warm-up. On CUDA, the memory
+    A trial has at most 10 timed steps and ends after the step in which a minute is over; a step of
+    a minute is timed without a warm-up. A shorter run is measured until its end; a run of few steps
+    has no warm-up. On CUDA, the memory
     is the largest that tensors took at once. On a CPU, it is the growth of the resident memory of
     the process during the steps, and the weights, which were there before; it is not exact.
 
@@ -99,7 +103,7 @@ class Trial(Callback):
         self.seconds = self.seconds_waiting = 0.0
         self.peak_bytes, self.states, self.checkpoint_bytes = 0, StateBytes(0, 0, 0), 0
         self._start_bytes = self._step = self._num_warmup = 0
-        self._last_end = 0.0
+        self._started = self._last_end = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Become the last callback, so that the time of all others belongs to the step."""
@@ -112,14 +116,13 @@ class Trial(Callback):
         num_steps = trainer.max_steps - self.first_step
         self._num_warmup = WARMUP_STEPS if num_steps > WARMUP_STEPS else 0
         self._start_bytes = _reset_peak(trainer.strategy.root_device)
-        self._last_end = time.perf_counter()
+        self._started = self._last_end = time.perf_counter()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: AudioBatch, batch_idx: int
     ) -> None:
         """Count the time since the last batch as time spent waiting."""
-        if self._is_timed:
-            self.seconds_waiting += time.perf_counter() - self._last_end
+        self.seconds_waiting += time.perf_counter() - self._last_end
 
     def on_train_batch_end(
         self,
@@ -132,15 +135,20 @@ class Trial(Callback):
         """Add the time of a micro-batch; end the training after the last timed step."""
         _wait_for(trainer.strategy.root_device)
         now = time.perf_counter()
-        if self._is_timed:
-            self.seconds += now - self._last_end
-            self.num_crops += len(batch.waveform)
+        self.seconds += now - self._last_end
+        self.num_crops += len(batch.waveform)
         self._last_end = now
         if trainer.global_step == self._step:
             return
-        self.num_timed += self._is_timed
         self._step = trainer.global_step
-        if self.num_timed == TIMED_STEPS:
+        is_late = trainer.strategy.reduce_boolean_decision(
+            now - self._started >= MAX_SECONDS, all=False
+        )
+        if self._step - self.first_step <= self._num_warmup and not is_late:
+            self.seconds, self.seconds_waiting, self.num_crops = 0.0, 0.0, 0
+            return
+        self.num_timed += 1
+        if is_late or self.num_timed == TIMED_STEPS:
             trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -150,10 +158,6 @@ class Trial(Callback):
         device = trainer.strategy.root_device
         growth = max(_peak(device) - self._start_bytes, 0)
         self.peak_bytes = growth if device.type == "cuda" else growth + self.states.weights
-
-    @property
-    def _is_timed(self) -> bool:
-        return self._step - self.first_step >= self._num_warmup
 
 
 def measure_loader(data: AudioDataModule) -> float:

@@ -2,12 +2,14 @@
 
 import io
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import rich
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 
 from jepa_audio.training.watching.progress import ProgressLines, RunProgressBar
 
@@ -115,3 +117,56 @@ def test_the_bar_counts_optimizer_steps_also_after_a_resume(
     assert shown == [(step // 2, 6) for step in range(12)]
     _, shown = run(checkpoint)
     assert shown == [(step // 2, 6) for step in range(8, 12)]
+
+
+def test_speed_and_waiting_of_a_line_are_those_since_the_last_line(
+    tiny_cli: Callable, fit: Callable, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO")
+
+    class SlowStart(Callback):
+        """Waits before the first batch as for worker processes, and in the validation."""
+
+        def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
+            if trainer.global_step == 0:
+                time.sleep(2.0)
+
+        def on_validation_start(self, *_: object) -> None:
+            time.sleep(2.0)
+
+    cli = tiny_cli(
+        "wave",
+        "--trainer.log_every_n_steps=3",
+        "--data.valid_share=0.3",
+        "--trainer.val_check_interval=4",
+    )
+    cli.trainer.callbacks.insert(0, SlowStart())
+    fit(cli)
+    lines = [text for text in caplog.messages if LINE.fullmatch(text)]
+    waits = [int(re.search(r"data wait (\d+) %", text)[1]) for text in lines]
+    assert len(waits) == 2
+    # Two seconds would be nearly all of the time of such small steps.
+    assert max(waits) < 90, lines
+    assert float(LINE.fullmatch(lines[0])[5]) > 4, "16 clips in two steps, without the two seconds"
+
+
+def test_all_numbers_of_a_step_have_its_number(tiny_cli: Callable, fit: Callable, tmp_path: Path):
+    cli = tiny_cli(
+        "wave",
+        "--trainer.logger=true",
+        "--trainer.log_every_n_steps=2",
+        "--data.valid_share=0.3",
+        "--trainer.val_check_interval=4",
+    )
+    fit(cli)
+    (path,) = Path(cli.trainer.default_root_dir).rglob("metrics.csv")
+    metrics = pd.read_csv(path)
+    for name in ("train/loss", "train/gradient_norm", "train/momentum", "lr-AdamW/pg1"):
+        steps = set(metrics["step"][metrics[name].notna()])
+        assert {2, 4, 6} <= steps <= {1, 2, 4, 6}, name
+    assert metrics["step"][metrics["valid/loss"].notna()].tolist()[0] == 4
+    rates = metrics.dropna(subset="lr-AdamW/pg1").set_index("step")["lr-AdamW/pg1"]
+    schedule = cli.trainer.lr_scheduler_configs[0].scheduler
+    for step, rate in rates.items():
+        expected = schedule.base_lrs[0] * schedule.lr_lambdas[0](int(step) - 1)
+        assert rate == pytest.approx(expected), step

@@ -24,6 +24,7 @@ from jepa_audio.training.watching.latent_statistics import (
     mean_std,
     rank_me,
 )
+from jepa_audio.training.watching.loss_log import log_now
 from jepa_audio.training.watching.simple_predictors import baseline_sums
 from jepa_audio.training.watching.speed import SpeedMeter
 
@@ -91,6 +92,8 @@ class CollapseMonitor(Callback):
         self._latents: dict[str, float] = {}
         self._step_before = 0
         self._speed = SpeedMeter()
+        # The first step of a start, which waits for the worker processes, has no speed.
+        self._has_speed = False
 
     @override
     def state_dict(self) -> dict[str, object]:
@@ -106,13 +109,13 @@ class CollapseMonitor(Callback):
         """Compute the operations of a crop, before parameters are sharded."""
         if stage == "fit":
             assert isinstance(pl_module, JEPA)
-            self._speed.prepare(trainer, pl_module)
+            if missing := self._speed.prepare(trainer, pl_module):
+                log.info("`speed/mfu` is not logged: %s", missing)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, JEPA)
-        self._latents = {}
-        self._speed.restart()
+        self._latents, self._has_speed = {}, False
         distance, accumulated = pl_module.distance, trainer.accumulate_grad_batches
         if (
             isinstance(distance, CrossEntropy)
@@ -154,15 +157,17 @@ class CollapseMonitor(Callback):
         assert isinstance(pl_module, JEPA)
         self._speed.count(batch, pl_module.front_end.sample_rate, trainer.world_size)
         if self._latents and trainer.global_step != self._step_before:
-            metrics = self._speed.read() | self._latents
+            metrics = (self._speed.read() if self._has_speed else {}) | self._latents
             metrics["collapse/ema_distance"] = ema_distance(pl_module)
             if isinstance(pl_module.distance, CrossEntropy):
                 metrics |= class_metrics(pl_module.distance.codebook)
             self._latents = {}
             self._check(metrics, trainer)
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=trainer.global_step)
+            log_now(trainer, metrics)
             trainer.callback_metrics.update({k: torch.tensor(v) for k, v in metrics.items()})
+            self._speed.restart()
+        if not self._has_speed and trainer.global_step != self._step_before:
+            self._has_speed = True
             self._speed.restart()
         self._speed.end_batch()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 
@@ -23,7 +24,9 @@ class LossLog(Callback):
     `train/loss_mean_target` and `train/loss_nearest_context` are logged with it: the losses of the
     simple predictors (see `simple_predictors`) on the same batches.
 
-    A regularizer is logged as the mean over micro-batches and processes, without its weight.
+    A regularizer is logged as the mean over micro-batches and processes, without its weight. The
+    norm of the gradients and the learning rates of a step are logged with its loss. The step of all
+    of them, and of the losses of an evaluation, is the number of optimizer steps so far.
 
     Args:
         regularizers: names of the regularizers in the sums of each batch.
@@ -34,11 +37,18 @@ class LossLog(Callback):
         self._step, self._is_first = 0, True
         # Of each micro-batch of a step: sums of the distances, number of target tokens.
         self._trained: list[dict[str, Tensor]] = []
+        self._learning_rates: dict[str, float] = {}
         self._evaluated: list[dict[str, Tensor]] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget earlier batches; the progress bar shows the loss from the first step on."""
         self._step, self._trained, self._is_first = trainer.global_step, [], True
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the learning rates: at the end of a batch, they are those of the next step."""
+        self._learning_rates = learning_rates(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -57,8 +67,10 @@ class LossLog(Callback):
             f"train/{name}": loss
             for name, loss in mean_losses(trainer, sums, self.regularizers).items()
         }
-        for logger in trainer.loggers if is_logged else []:
-            logger.log_metrics(losses, step=self._step)
+        if is_logged and trainer.loggers:
+            norm = getattr(pl_module, "gradient_norm", None)
+            others = {} if norm is None else {"train/gradient_norm": float(norm)}
+            log_now(trainer, losses | others | self._learning_rates)
         trainer.callback_metrics.update({k: torch.tensor(v) for k, v in losses.items()})
         # Lightning would copy a number to the device, and read it there again in every step.
         shown = torch.tensor(losses["train/loss"])
@@ -86,12 +98,34 @@ class LossLog(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the loss of the evaluation."""
         stage = "test" if trainer.testing else "valid"
-        for name, loss in mean_losses(trainer, self._evaluated, self.regularizers).items():
-            pl_module.log(f"{stage}/{name}", loss, prog_bar=name == "loss")
+        losses = mean_losses(trainer, self._evaluated, self.regularizers)
+        # `Trainer.validate` and `test` return what Lightning logs.
+        is_training = trainer.state.fn == TrainerFn.FITTING
+        for name, loss in losses.items():
+            shown = name == "loss"
+            pl_module.log(f"{stage}/{name}", loss, prog_bar=shown, logger=not is_training)
+        if is_training and not trainer.sanity_checking:
+            log_now(trainer, {f"{stage}/{name}": loss for name, loss in losses.items()})
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
+
+
+def log_now(trainer: Trainer, metrics: dict[str, float]) -> None:
+    """Log metrics with the number of optimizer steps so far; Lightning's own step is one less."""
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=trainer.global_step)
+
+
+def learning_rates(trainer: Trainer) -> dict[str, float]:
+    """The learning rate of every group of parameters, with the names of `LearningRateMonitor`."""
+    rates: dict[str, float] = {}
+    for optimizer in trainer.optimizers:
+        name, groups = f"lr-{type(optimizer).__name__}", optimizer.param_groups
+        for number, group in enumerate(groups, start=1):
+            rates[f"{name}/pg{number}" if len(groups) > 1 else name] = group["lr"]
+    return rates
 
 
 def mean_losses(

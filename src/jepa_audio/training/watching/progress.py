@@ -13,7 +13,8 @@ from typing_extensions import override
 
 from jepa_audio.errors import UserError
 from jepa_audio.steps.grid import AudioBatch
-from jepa_audio.training.watching.speed import speed_texts
+from jepa_audio.training.jepa import JEPA
+from jepa_audio.training.watching.speed import SpeedMeter, speed_texts
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +56,10 @@ class ProgressLines(Callback):
     """Log a line every `every_n_steps` optimizer steps, if the output is not a terminal.
 
     A line has the step, the last logged training and validation loss, the last RankMe of the
-    context, the clips of all processes per second since the last line, the last share of time spent
-    waiting for data, the last MFU (`SpeedMeter`), and the time left at the mean speed of this start
-    of the run. Only the process of rank zero logs lines.
+    context, the clips of all processes per second, the share of time spent waiting for data and the
+    MFU since the last line (`SpeedMeter`), and the time left at the mean speed of this start of the
+    run. The first step of a start, which waits for the worker processes, does not count. Only the
+    process of rank zero logs lines.
 
     Args:
         every_n_steps: optimizer steps between two lines; `None` for `trainer.log_every_n_steps`, 0
@@ -70,16 +72,21 @@ class ProgressLines(Callback):
         self.every_n_steps = every_n_steps
         # `JEPACLI` sets it if a progress bar is shown.
         self.is_enabled = True
-        self._is_due = False
-        self._num_rows = 0
-        self._started = self._last_line = time.perf_counter()
+        self._is_due, self._is_start = False, True
+        self._speed = SpeedMeter()
+        self._started = time.perf_counter()
         self._first_step = self._step = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Compute the operations of a crop, before parameters are sharded."""
+        if stage == "fit" and self.is_enabled and isinstance(pl_module, JEPA):
+            self._speed.prepare(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clocks."""
         self._first_step = self._step = trainer.global_step
-        self._started = self._last_line = time.perf_counter()
-        self._num_rows, self._is_due = 0, False
+        self._started, self._is_due, self._is_start = time.perf_counter(), False, True
+        self._speed.restart()
 
     def on_train_batch_end(
         self,
@@ -90,7 +97,9 @@ class ProgressLines(Callback):
         batch_idx: int,
     ) -> None:
         """Count the clips; a line is due after some optimizer steps and after the last one."""
-        self._num_rows += len(batch.row)
+        assert isinstance(pl_module, JEPA)
+        self._speed.count(batch, pl_module.front_end.sample_rate, trainer.world_size)
+        self._speed.end_batch()
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
@@ -105,10 +114,19 @@ class ProgressLines(Callback):
     ) -> None:
         """Log the line of the last step, when all other callbacks have logged its metrics."""
         self._log_if_due(trainer)
+        if self._is_start and self._step > self._first_step:
+            self._is_start = False
+            self._first_step, self._started = self._step, time.perf_counter()
+            self._speed.restart()
+        self._speed.start_batch()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the line of the last step before a validation."""
         self._log_if_due(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restart the measurement of the speed, so that the time of validation is not counted."""
+        self._speed.restart()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the last line."""
@@ -117,10 +135,11 @@ class ProgressLines(Callback):
     def _log_if_due(self, trainer: Trainer) -> None:
         if not self._is_due:
             return
-        now = time.perf_counter()
         crops_per_clip = getattr(trainer.datamodule, "hparams", {}).get("crops_per_clip", 1)  # type: ignore[attr-defined]
-        num_clips = self._num_rows * trainer.world_size / crops_per_clip
-        steps_per_second = (self._step - self._first_step) / (now - self._started)
+        speed = self._speed.read()
+        num_clips = speed.pop("speed/crops_per_second") / crops_per_clip
+        elapsed = time.perf_counter() - self._started
+        steps_per_second = (self._step - self._first_step) / elapsed
         left = timedelta(seconds=round((trainer.max_steps - self._step) / steps_per_second))
         logged = {
             label: trainer.callback_metrics[key].item()
@@ -134,10 +153,11 @@ class ProgressLines(Callback):
         parts = [
             f"step {self._step}/{trainer.max_steps}",
             *(f"{label} {value:.4g}" for label, value in logged.items()),
-            f"{num_clips / (now - self._last_line):.3g} clips/s",
-            *(f"{label} {text}" for label, text in speed_texts(trainer.callback_metrics).items()),
+            f"{num_clips:.3g} clips/s",
+            *(f"{label} {text}" for label, text in speed_texts(speed).items()),
             f"{left} left",
         ]
         if trainer.is_global_zero:
             log.info(", ".join(parts))
-        self._is_due, self._num_rows, self._last_line = False, 0, now
+        self._is_due = False
+        self._speed.restart()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 import time
@@ -16,8 +15,6 @@ from jepa_audio.data.datamodule import AudioDataModule
 from jepa_audio.steps.grid import AudioBatch
 from jepa_audio.training.cost import crop_flops, expected_sizes
 from jepa_audio.training.jepa import JEPA
-
-log = logging.getLogger(__name__)
 
 # Peak of matrix products in 10^12 operations per second: half precision (bfloat16 and float16 with
 # float32 sums), TF32, float32. From the data sheets and architecture papers of NVIDIA, always the
@@ -104,26 +101,23 @@ class SpeedMeter:
         self._peak_seconds = 0.0
         self.restart()
 
-    def prepare(self, trainer: Trainer, jepa: JEPA) -> None:
-        """Compute the operations of a crop on rank zero; log a line if there will be no MFU.
+    def prepare(self, trainer: Trainer, jepa: JEPA) -> str:
+        """Compute the operations of a crop on rank zero; return why there is no MFU, or "".
 
         Parameters must not be sharded yet: call it in `setup`.
         """
         if not trainer.is_global_zero:
-            return
+            return ""
         device, data = trainer.strategy.root_device, trainer.datamodule  # type: ignore[attr-defined]
         peak = peak_flops(device, str(trainer.precision))
         if peak is None or not isinstance(data, AudioDataModule):
             name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-            reason = (
-                f"the peak of this device ({name}) is not known" if peak is None else "no crops"
-            )
-            log.info("`speed/mfu` is not logged: %s", reason)
-            return
+            return f"the peak of this device ({name}) is not known" if peak is None else "no crops"
         num_samples = data.clips.crop_samples
         sizes = expected_sizes(jepa, num_samples, 0, trainer.max_steps)
         flops = sum(part.total for part in crop_flops(jepa, num_samples, sizes).values())
         self._peak_seconds = flops / peak / trainer.world_size
+        return ""
 
     def restart(self) -> None:
         """Forget what was measured, for example because a validation took time."""
@@ -146,8 +140,9 @@ class SpeedMeter:
 
     def read(self) -> dict[str, float]:
         """The metrics since the last restart."""
-        elapsed = time.perf_counter() - self._started
+        elapsed = max(time.perf_counter() - self._started, 1e-9)
         metrics = {
+            "speed/crops_per_second": self._num_crops / elapsed,
             "speed/audio_seconds_per_second": self._seconds_of_audio / elapsed,
             "speed/data_wait": self._seconds_waiting / elapsed,
         }
