@@ -326,8 +326,8 @@ def _bytes(number: int) -> str:
     return f"{number / 1e9:.3g} GB" if number >= 1e9 else f"{number / 1e6:.3g} MB"
 
 
-def _plural(number: float, noun: str) -> str:
-    return f"{number:g} {noun}{'s' * (number != 1)}"
+def _plural(number: float | int, noun: str) -> str:
+    return f"{number:.10g} {noun}{'s' * (number != 1)}"
 
 
 def _duration(hours: float) -> str:
