@@ -57,6 +57,19 @@ def step_of(folder: Path) -> int:
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
 
 
+def test_a_run_states_the_size_of_its_parts_in_one_line(
+    run: Callable, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO")
+    assert run("fit", "--trainer.enable_model_summary=null")[0] == 0
+    (line,) = (text for text in caplog.messages if "M parameters, " in text)
+    for name in ("front_end", "encoder", "predictor", "target_encoder"):
+        assert f"{name} 0.0" in line
+    assert "M trained" in line
+    assert run("fit", "--overwrite", "--trainer.enable_model_summary=true")[0] == 0
+    assert sum("M parameters, " in text for text in caplog.messages) == 1
+
+
 def test_a_second_run_is_refused_resumed_or_replaces_the_first_one(
     run: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):

@@ -36,6 +36,7 @@ from jepa_audio.recipes import find_recipe
 from jepa_audio.report.picture_log import PictureLog
 from jepa_audio.steps.front_ends import filterbank  # noqa: F401 (YAML can name its class)
 from jepa_audio.training.checks import check_crop
+from jepa_audio.training.cost import describe_parameters
 from jepa_audio.training.jepa import JEPA
 from jepa_audio.training.normalization import MeasureNormalization
 from jepa_audio.training.run.checkpointing import AtomicCheckpointIO, RunCheckpoint
@@ -194,6 +195,8 @@ class JEPACLI(LightningCLI):
                     TensorBoardLogger(folder, name="tensorboard", default_hp_metric=False),
                 ]
             kwargs["logger"] = loggers or False
+        # Lightning's table has zero operations for every part; `fit` logs a line instead.
+        kwargs["enable_model_summary"] = settings["enable_model_summary"] or False
         if settings["enable_progress_bar"] is not False and get_console().is_terminal:
             callbacks.append(RunProgressBar())
             config["progress"].is_enabled = False
@@ -253,6 +256,8 @@ class JEPACLI(LightningCLI):
                 parts = self.trainer, self.model, self.datamodule, config
                 print_estimate(*parts, checkpoint, estimate)
                 return
+            if self._get(self.config_init, "trainer")["enable_model_summary"] is None:
+                rank_zero_only(log.info)(describe_parameters(self.model))
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, SaveRunConfig):
                     callback.folder = folder

@@ -89,6 +89,16 @@ class MaskSizes:
         return MaskSizes(*map(Sequences.mean, zip(*parts, strict=True)))
 
 
+def describe_parameters(jepa: JEPA) -> str:
+    """One line: the number of parameters of each part, and how many are trained."""
+    sizes = {
+        name: sum(p.numel() for p in part.parameters()) for name, part in jepa.named_children()
+    }
+    trained = sum(p.numel() for p in jepa.parameters() if p.requires_grad)
+    parts = ", ".join(f"{name} {size / 1e6:.3g} M" for name, size in sizes.items() if size)
+    return f"{sum(sizes.values()) / 1e6:.3g} M parameters, {trained / 1e6:.3g} M trained: {parts}"
+
+
 def expected_sizes(jepa: JEPA, num_samples: int, first_step: int, last_step: int) -> MaskSizes:
     """The expected sizes of the masks of complete crops, from a sample of the masker's draws.
 
