@@ -42,7 +42,7 @@ def test_ls_lists_all_runs_and_names_damage(
     assert lines.keys() == {"damaged", "low", "mel"}
     assert "6/6" in lines["mel"]
     assert "finished" in lines["mel"]
-    assert "nsynth_pitch 0.350" in lines["mel"]
+    assert "nsynth_pitch 0.350 (+0.100 to random-init)" in lines["mel"]
     assert "stopped" in lines["low"]
     assert "6/?" in lines["damaged"]
     assert "config.yaml is not YAML" in caplog.text
@@ -100,6 +100,11 @@ def test_best_ranks_by_a_metric_or_a_task(
     assert ranking("--order", "highest") == ["damaged", "mel", "low"]
     assert ranking("--by", "nsynth_pitch", "--results", "[probe/results.jsonl]") == ["mel"]
     assert "without nsynth_pitch: damaged, low" in caplog.text
+    task = ("--by", "nsynth_pitch", "--results", "[probe/results.jsonl]")
+    (found,) = json.loads(answer(capsys, "best", "runs", *task, "--json"))
+    assert found["scores"] == {"nsynth_pitch": 0.35}
+    assert found["against_random"]["nsynth_pitch"]["verdict"] == "ahead"
+    assert "0.350 (+0.100 to random-init)" in answer(capsys, "best", "runs", *task)
     assert "valid/loss (lowest)" in answer(capsys, "best", "runs")
     with pytest.raises(SystemExit):
         main(["runs", "best", "runs", "--by", "valid/los"])

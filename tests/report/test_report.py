@@ -260,13 +260,13 @@ def test_start_without_steps_keeps_the_logs_of_the_previous_start(tmp_path):
     assert (run.name, run.label, run.last_step) == ("mel", "mel", 3)
 
 
-def test_runs_of_one_name_are_named_because_their_results_cannot_be_distinguished(tmp_path):
+def test_runs_of_one_name_without_weights_have_no_verdict_on_probes(tmp_path):
     for folder in ("a", "b"):
         write_metrics(tmp_path / folder / "mel", [{"step": 1}])
     probed(tmp_path, a_row("mel", "pitch", AHEAD))
     text = text_of(write_report(tmp_path))
-    assert "These results may be of a run with the same name: b/mel." in text
-    assert "These results may be of a run with the same name: a/mel." in text
+    assert text.count("`mel` is the name of 2 runs: their probe scores are left out") == 2
+    assert "Ahead of its random-init baseline" not in text
 
 
 def test_folder_can_be_a_single_run(tmp_path):

@@ -59,7 +59,7 @@ COMMANDS = {
         "write one HTML page about the runs of a folder: curves, masks, probe results",
     ),
     "runs ls": Command(
-        f"{_CLI}.runs:ls", "list runs: recipe, steps, state, last loss and rank, best probe score"
+        f"{_CLI}.runs:ls", "list runs: recipe, steps, state, last loss and rank, probe score"
     ),
     "runs show": Command(f"{_CLI}.runs:show", "show one run: settings, metrics, files"),
     "runs compare": Command(

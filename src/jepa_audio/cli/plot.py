@@ -20,6 +20,7 @@ from jepa_audio.report.latents import draw_latents, umap_layout
 from jepa_audio.report.neighbours import AudioPlayers, build_page, choose_queries
 from jepa_audio.report.page import render
 from jepa_audio.report.results import current, read_results
+from jepa_audio.report.run_scores import results_of_runs
 from jepa_audio.report.runs import find_several
 
 log = logging.getLogger(__name__)
@@ -185,11 +186,16 @@ def runs(
     found, files = find_several(list(map(Path, folders)))
     title = ", ".join(folders) if len(folders) < 4 else f"{len(found)} runs"
     try:
-        results = current(read_results(files))
+        table = read_results(files)
     except UserError as error:
         log.warning("no scores of probes: %s", error)
-        results = current(read_results([]))
-    write_picture(draw_overlay(found, results, keys, title), output, title)
+        table = read_results([])
+    results = results_of_runs(found, table)
+    problems = [line for run in found for line in (*run.damage, results[run.folder].problem)]
+    for problem in dict.fromkeys(filter(None, problems)):
+        log.warning("%s", problem)
+    lines = {folder: current(own.table) for folder, own in results.items()}
+    write_picture(draw_overlay(found, lines, keys, title), output, title)
 
 
 def find_embeddings(

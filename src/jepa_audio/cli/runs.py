@@ -6,6 +6,7 @@ import logging
 import math
 import shlex
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from json import dumps
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +36,10 @@ _LOW_IS_BETTER = ("loss", "data_wait", "alarm", "ema_distance", "gradient_norm")
 
 
 def ls(folders: list[str], results: list[Path] | None = None, json: bool = False) -> str | None:
-    """List runs, one line for each: recipe, steps, state, last losses and rank, best probe score.
+    """List runs, one line for each: recipe, steps, state, last losses and rank, probe score.
+
+    The probe score is the test score of the head with the best validation score, with the
+    difference to the random-init baseline.
 
     Args:
         folders: folders of runs; `run_function` defines the help.
@@ -48,7 +52,7 @@ def ls(folders: list[str], results: list[Path] | None = None, json: bool = False
     names = ("run", "recipe", "steps", "state", "loss", "valid", "rank", "probe", "when")
     rows = []
     for run in runs:
-        best = run.best_score
+        score = next((f"{task} {score}" for task, score in run.scores.items()), "-")
         more = f", {len(run.scores) - 1} more" if len(run.scores) > 1 else ""
         rows.append(
             (
@@ -57,7 +61,7 @@ def ls(folders: list[str], results: list[Path] | None = None, json: bool = False
                 _steps(run),
                 run.state,
                 *(_number(run.metrics.get(key)) for key in list(_COMPARED.values())[:3]),
-                "-" if best is None else f"{best[0]} {best[1]:.3f}{more}",
+                f"{score}{more}",
                 _time(run),
             )
         )
@@ -83,7 +87,7 @@ def show(folders: list[str], results: list[Path] | None = None, json: bool = Fal
         state = run.state if run.holder is None else f"{run.state} ({run.holder})"
         rows += [("state", state), ("steps", _steps(run)), ("written", _time(run))]
         rows += [(key, _number(value)) for key, value in sorted(run.metrics.items())]
-        rows += [(f"probe {task}", f"{value:.3f}") for task, value in run.scores.items()]
+        rows += [(f"probe {task}", str(score)) for task, score in run.scores.items()]
         rows += [(path.name, _size(path)) for path in sorted(run.folder.glob("checkpoints/*.ckpt"))]
         _print_table((run.label, ""), rows)
         if run.state == "stopped" and (run.folder / "config.yaml").is_file():
@@ -129,7 +133,9 @@ def compare(
         if any(key in run.metrics for run in runs)
     ]
     tasks = sorted({task for run in runs for task in run.scores})
-    rows += [(f"probe {task}", *(_number(run.scores.get(task)) for run in runs)) for task in tasks]
+    rows += [
+        (f"probe {task}", *(str(run.scores.get(task, "-")) for run in runs)) for task in tasks
+    ]
     _print_table(names, rows)
     return None
 
@@ -143,6 +149,9 @@ def best(
 ) -> str | None:
     """Rank runs by the last value of a metric, or by the test score of a probing task.
 
+    The test score is that of the head with the best validation score, with the difference to the
+    random-init baseline.
+
     Args:
         folders: folders of runs; `run_function` defines the help.
         by: key of a metric of the logs, such as `valid/loss`, or name of a probing task.
@@ -155,7 +164,9 @@ def best(
         UserError: if no run has the metric.
     """
     runs = _read(folders, results)
-    values = {run.label: run.scores.get(by, run.metrics.get(by)) for run in runs}
+    scores = {run.label: run.scores[by] for run in runs if by in run.scores}
+    values = {run.label: run.metrics.get(by) for run in runs}
+    values |= {label: score.value for label, score in scores.items()}
     known = {label: value for label, value in values.items() if value is not None}
     if not known:
         keys = {key for run in runs for key in (*run.metrics, *run.scores)}
@@ -163,8 +174,7 @@ def best(
             f"`by` ({by}) is neither a metric nor a probing task of these runs; known: "
             f"{', '.join(sorted(keys)) or 'none'}{did_you_mean(by, keys)}"
         )
-    is_task = any(by in run.scores for run in runs)
-    is_low = not is_task and any(word in by for word in _LOW_IS_BETTER)
+    is_low = not scores and any(word in by for word in _LOW_IS_BETTER)
     is_low = is_low if order == "auto" else order == "lowest"
     ranked = sorted(known.items(), key=lambda item: item[1], reverse=not is_low)
     if missing := sorted(values.keys() - known.keys()):
@@ -173,7 +183,11 @@ def best(
     if json:
         return _json([_as_dict(by_label[label]) | {"by": by, "value": v} for label, v in ranked])
     rows = [
-        (str(place), label, _number(value), _steps(by_label[label]), by_label[label].state)
+        (
+            *(str(place), label),
+            str(scores[label]) if label in scores else _number(value),
+            *(_steps(by_label[label]), by_label[label].state),
+        )
         for place, (label, value) in enumerate(ranked, start=1)
     ]
     _print_table(("", "run", f"{by} ({'lowest' if is_low else 'highest'})", "steps", "state"), rows)
@@ -201,7 +215,13 @@ def _as_dict(run: RunFacts) -> dict[str, Any]:
         "written": run.written.isoformat(timespec="seconds") if run.written else None,
         "metrics": dict(run.metrics),
         "scores": {
-            task: value if math.isfinite(value) else None for task, value in run.scores.items()
+            task: score.value if math.isfinite(score.value) else None
+            for task, score in run.scores.items()
+        },
+        "against_random": {
+            task: asdict(score.against_random) | {"verdict": score.against_random.verdict}
+            for task, score in run.scores.items()
+            if score.against_random is not None
         },
         "problems": run.problems,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullLocator
 
 from jepa_audio.errors import UserError
+from jepa_audio.probing.rows import Score
 from jepa_audio.report import style
 from jepa_audio.report.runs import Curve, Curves, Run, is_online_score
 
@@ -177,13 +179,16 @@ def _draw_curve(ax: Axes, curve: Curve, color: str, marker: str, dash: str) -> N
 
 
 def draw_overlay(
-    runs: Sequence[Run], results: pd.DataFrame, keys: Sequence[str] | None = None, title: str = ""
+    runs: Sequence[Run],
+    results: Mapping[Path, pd.DataFrame],
+    keys: Sequence[str] | None = None,
+    title: str = "",
 ) -> Figure:
     """Draw the curves of several runs over each other, and their probe scores.
 
     Args:
         runs: the runs; their labels must differ.
-        results: lines of `current`; encoders have the names of their runs.
+        results: lines of `current` of each run, by its folder.
         keys: patterns of metric keys; `None` for `OVERLAY` and the scores of `jepa-audio probe`.
         title: of the figure.
 
@@ -208,25 +213,27 @@ def draw_overlay(
     return draw_curves(curves, title, scores[:MAX_TASKS])
 
 
-def probe_scores(runs: Sequence[Run], results: pd.DataFrame) -> list[dict[str, Any]]:
+def probe_scores(
+    runs: Sequence[Run], results: Mapping[Path, pd.DataFrame]
+) -> list[dict[str, Any]]:
     """For each task, protocol and metric: the scores of the runs and of their baselines.
 
     Of several results of a run, that with the best validation score is taken, as for heads.
     """
-    panels = []
-    of_runs = results[~results["is_baseline"] & results["encoder"].isin({run.name for run in runs})]
-    for (task, protocol, metric), group in of_runs.groupby(
-        ["task", "protocol", "metric"], sort=True
-    ):
-        best = group.sort_values("valid", ascending=False, kind="stable")
-        lines = {line.encoder: line for line in best[::-1].itertuples()}
-        shown = {
-            run.label: (lines[run.name].row.score, lines[run.name].baselines.get("random-init"))
-            for run in runs
-            if run.name in lines
-        }
-        panels.append({"title": f"{task}: test {metric}, {protocol}", "scores": shown})
-    return panels
+    shown: dict[tuple[str, ...], dict[str, tuple[Score, float | None]]] = {}
+    for run in runs:
+        lines = results[run.folder]
+        lines = lines[~lines["is_baseline"].astype(bool)].astype({"valid": float})
+        ranked = lines.sort_values("valid", ascending=False, kind="stable")
+        for line in ranked.drop_duplicates(["task", "protocol", "metric"]).itertuples():
+            gap = line.against_random
+            baseline = None if gap is None else line.row.value - gap.value
+            key = line.task, line.protocol, line.metric
+            shown.setdefault(key, {})[run.label] = line.row.score, baseline
+    return [
+        {"title": f"{task}: test {metric}, {protocol}", "scores": scores}
+        for (task, protocol, metric), scores in sorted(shown.items())
+    ]
 
 
 def _draw_scores(ax: Axes, panel: Mapping[str, Any], looks: Mapping[str, dict[str, Any]]) -> None:
@@ -235,7 +242,7 @@ def _draw_scores(ax: Axes, panel: Mapping[str, Any], looks: Mapping[str, dict[st
         ends = [[score.value - score.low], [score.high - score.value]]
         ax.errorbar(place, score.value, yerr=ends, ls="", ms=5, capsize=2.5, **looks[label])
         if baseline is not None:
-            ax.plot(place, baseline.value, "_", ms=13, mew=1.6, color=style.GREY)
+            ax.plot(place, baseline, "_", ms=13, mew=1.6, color=style.GREY)
     ax.set_xticks(range(len(scores)), [style.shorten(label, 14) for label in scores])
     ax.tick_params(axis="x", rotation=20 if len(scores) > 3 else 0)
     ax.set_xlim(-0.6, len(scores) - 0.4)

@@ -34,6 +34,7 @@ from jepa_audio.report.probe_figures import draw_layers, draw_probe, variant_sty
 from jepa_audio.report.published import build_elsewhere
 from jepa_audio.report.results import current, read_results
 from jepa_audio.report.run_pictures import draw_run, is_damage
+from jepa_audio.report.run_scores import RunResults, results_of_runs
 from jepa_audio.report.runs import Run, find_several, judge_run
 
 log = logging.getLogger(__name__)
@@ -94,10 +95,11 @@ def write_report(folders: Sequence[Path | str] | Path, output: Path | None = Non
     except UserError as error:
         # Evidence is missing: the page shows the results without comparisons.
         content = compare_results(table, str(error)) | {"close_ups": {}}
+    results = results_of_runs(found, table)
     content |= {
         **_draw_results(table, content["overviews"], folder),
         "title": f"jepa-audio report: {name}",
-        "runs": [_run_section(run, content["results"], folder, found) for run in found],
+        "runs": [_run_section(run, results[run.folder], folder) for run in found],
         "overlay": _save_curves(found, folder / "curves.png", "All runs")
         if len(found) > 1
         else None,
@@ -177,11 +179,12 @@ def _save_curves(runs: Sequence[Run], path: Path, title: str = "") -> FigureFile
     return save_figure(figure, path, f"curves of {title.lower() or runs[0].label}")
 
 
-def _run_section(
-    run: Run, results: pd.DataFrame, folder: Path, runs: Sequence[Run]
-) -> dict[str, Any]:
+def _run_section(run: Run, results: RunResults, folder: Path) -> dict[str, Any]:
     """A run with its figures; `missing` has the reasons why pictures are not drawn."""
-    badges, verdict = judge_run(run, results, runs)
+    badges, verdict = judge_run(run, current(results.table))
+    if results.problem:
+        log.warning("%s", results.problem)
+        verdict = f"{verdict} {results.problem[0].upper()}{results.problem[1:]}."
     damage = list(run.damage)
     name = run.label.replace("/", "-")
     curves = _save_curves([run], folder / f"{name}-curves.png")

@@ -17,8 +17,9 @@ from jepa_audio.class_paths import parse_yaml
 from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.old_paths import with_current_paths
 from jepa_audio.recipes import recipes
-from jepa_audio.report.results import latest, read_results
-from jepa_audio.report.runs import read_run
+from jepa_audio.report.results import read_results
+from jepa_audio.report.run_scores import RunResults, RunScore, best_scores, results_of_runs
+from jepa_audio.report.runs import Run, read_run
 from jepa_audio.training.run.folder import CONFIG_HEADER, LAST, RunFolder
 from jepa_audio.training.run.load import read_checkpoint
 from jepa_audio.training.run.resume import LINKED, OF_A_START
@@ -53,7 +54,7 @@ class RunFacts:
         holder: the process of a running run.
         step: optimizer steps of the newest checkpoint or, if more, of the logs.
         metrics: the last finite value of each metric key.
-        scores: for each probing task, the best test score of the run's encoders.
+        scores: for each probing task, see `RunScore`; tasks in the order of their names.
         settings: see `flatten`.
         problems: what is damaged or missing, each with its file.
     """
@@ -67,14 +68,9 @@ class RunFacts:
     max_steps: int | None
     written: datetime | None
     metrics: Mapping[str, float]
-    scores: Mapping[str, float]
+    scores: Mapping[str, RunScore]
     settings: Mapping[str, Any]
     problems: list[str] = field(default_factory=list)
-
-    @property
-    def best_score(self) -> tuple[str, float] | None:
-        """Task and value of the highest probe score."""
-        return max(self.scores.items(), key=lambda item: item[1], default=None)
 
 
 def read_facts(
@@ -101,8 +97,10 @@ def read_facts(
             f"no run in {', '.join(map(str, directories))}: give the folder above the `--run_dir` "
             "of `jepa-audio fit`"
         )
-    scores, problems = _read_scores(list(dict.fromkeys(result_files)))
-    facts = [_read(folder, directory, scores) for folder, directory in sorted(runs.items())]
+    table, problems = _read_results(list(dict.fromkeys(result_files)))
+    found = [read_run(folder, directory) for folder, directory in sorted(runs.items())]
+    results = results_of_runs(found, table)
+    facts = [_read(run, results[run.folder]) for run in found]
     if len({run.label for run in facts}) < len(facts):
         facts = [replace(run, label=str(run.folder)) for run in facts]
     return facts, problems
@@ -133,9 +131,10 @@ def _is_run(folder: Path, files: Sequence[str]) -> bool:
         return file.read(len(CONFIG_HEADER)) == CONFIG_HEADER.encode()
 
 
-def _read(folder: Path, directory: Path, scores: pd.DataFrame) -> RunFacts:
-    run = read_run(folder, directory)
-    problems = list(run.damage)
+def _read(run: Run, results: RunResults) -> RunFacts:
+    folder, problems = run.folder, list(run.damage)
+    if results.problem:
+        problems.append(results.problem)
     settings, recipe = _read_settings(folder / "config.yaml", problems)
     saved = _read_step(folder / "checkpoints" / LAST, problems)
     step = max(saved or 0, run.last_step)
@@ -148,7 +147,6 @@ def _read(folder: Path, directory: Path, scores: pd.DataFrame) -> RunFacts:
         state = "finished"
     else:
         state = "not started" if saved is None and not run.curves else "stopped"
-    own = scores[scores["encoder"] == run.name]
     paths = [*run.metric_files, folder / "config.yaml", folder / "checkpoints" / LAST]
     times = [path.stat().st_mtime for path in paths if path.exists()]
     return RunFacts(
@@ -161,7 +159,7 @@ def _read(folder: Path, directory: Path, scores: pd.DataFrame) -> RunFacts:
         max_steps=max_steps,
         written=datetime.fromtimestamp(max(times)) if times else None,
         metrics={key: value for key in run.curves if math.isfinite(value := run.last(key))},
-        scores=own.groupby("task")["value"].max().to_dict(),
+        scores=best_scores(results.table),
         settings=settings,
         problems=problems,
     )
@@ -195,8 +193,8 @@ def _read_step(path: Path, problems: list[str]) -> int | None:
         return None
 
 
-def _read_scores(paths: Sequence[Path]) -> tuple[pd.DataFrame, list[str]]:
-    """The last probe results of all encoders except baselines; files that cannot be read."""
+def _read_results(paths: Sequence[Path]) -> tuple[pd.DataFrame, list[str]]:
+    """All probe results; files that cannot be read."""
     tables, problems = [read_results([])], []
     for path in paths:
         try:
@@ -204,8 +202,7 @@ def _read_scores(paths: Sequence[Path]) -> tuple[pd.DataFrame, list[str]]:
         except UserError as error:
             problems.append(str(error))
     tables = [table for table in tables if len(table)] or tables[:1]
-    table = latest(pd.concat(tables))
-    return table[~table["is_baseline"].astype(bool)].astype({"value": float}), problems
+    return pd.concat(tables, ignore_index=True), problems
 
 
 def flatten(settings: Any, key: str = "") -> dict[str, Any]:

@@ -184,21 +184,18 @@ def _points(line: Mapping[str, str | None]) -> list[tuple[int, str, float]]:
     ]
 
 
-def judge_run(
-    run: Run, results: pd.DataFrame, runs: Sequence[Run] = ()
-) -> tuple[list[tuple[str, str]], str]:
+def judge_run(run: Run, results: pd.DataFrame) -> tuple[list[tuple[str, str]], str]:
     """Whether the run learned, collapsed and predicts better than trivial predictors.
 
     Args:
         run: the run.
-        results: lines of `current`.
-        runs: all runs; results of runs with the same name cannot be distinguished.
+        results: lines of `current` of this run.
 
     Returns:
         Badges, each a text and a CSS class ("ahead", "behind" or ""), and sentences on probes, the
         collapse monitor and losses.
     """
-    compared = results[(results["encoder"] == run.name) & results["against_random"].notna()]
+    compared = results[results["against_random"].notna()]
     # The verdict uses trained heads. It uses nearest neighbours only if there are no trained heads.
     if (compared["head"] != "knn").any():
         compared = compared[compared["head"] != "knn"]
@@ -217,10 +214,6 @@ def judge_run(
     ]
     if not found:
         sentences = ["It was not probed; only a probe shows whether it learned.", *_online(run)]
-    namesakes = [other.label for other in runs if other.name == run.name and other != run]
-    if namesakes and found:
-        names = ", ".join(namesakes)
-        sentences.append(f"These results may be of a run with the same name: {names}.")
     undecided = "no significant difference to untrained" if found else "not probed"
     badges = [BADGES.get(("ahead" in found, "behind" in found), (undecided, ""))]
     if num_below := sum("below log-mel" in labels for labels in compared["below"]):
