@@ -100,7 +100,7 @@ def test_the_old_command_of_published_layouts_works_and_others_name_it(
 ):
     with pytest.raises(SystemExit):
         main(["export", "pytorch", "runs/a"])
-    assert "did you mean 'torch'?" in capsys.readouterr().err
+    assert "did you mean 'export torch'?" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["export", "wavjepa", "--help"])
     assert "published layout of WavJEPA" in " ".join(capsys.readouterr().out.split())

@@ -105,8 +105,8 @@ def test_the_version_names_the_packages_that_matter(capsys: pytest.CaptureFixtur
         (["reprot"], "'report'"),
         (["tset"], "'test'"),
         (["valdate"], "'validate'"),
-        (["data", "indx"], "'index'"),
-        (["data", "pakc", "x"], "'pack'"),
+        (["data", "indx"], "'data index'"),
+        (["data", "pakc", "x"], "'data pack'"),
     ],
 )
 def test_an_unknown_command_is_answered_by_the_nearest_one_and_the_list(

@@ -74,6 +74,27 @@ def test_latents_and_neighbours_of_a_run_and_a_corpus(place, monkeypatch):
     assert "Precision at 2 of folder (3 values)" in html
 
 
+def test_more_neighbours_than_clips_are_limited_in_one_line(place, monkeypatch, caplog):
+    monkeypatch.chdir(place)
+    common = ["runs/wave", "--corpus", "corpus", "--num_queries", "1"]
+    main(["plot", "neighbours", *common, "--k", "500", "-o", "all.html"])
+    html = " ".join((place / "all.html").read_text().split())
+    assert "its 8 nearest clips" in html
+    assert html.count("<audio") == 9
+    assert "Mean over the 9 clips that share their folder with another file." in html
+    assert "`k` (500) is limited to the 8 other clips" in caplog.text
+
+
+def test_damaged_metrics_are_named(place, tmp_path, caplog):
+    broken = {"empty": b"", "binary": b"step,train/loss\n1,0.5\n\xff\xfe\n"}
+    for name, content in broken.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.csv").write_bytes(content)
+    main(["plot", "runs", str(tmp_path), "-o", str(tmp_path / "a.png")])
+    assert "empty/metrics.csv is empty" in caplog.text
+    assert "binary/metrics.csv is not UTF-8" in caplog.text
+
+
 def test_several_runs_are_one_figure(place):
     output = place / "overlay.png"
     main(["plot", "runs", str(place / "runs"), str(place / "runs" / "mel"), "-o", str(output)])
@@ -98,6 +119,24 @@ def test_mistakes_are_named(place, capsys):
         capsys, "runs", run, "--keys", "[nonsense]"
     )
     assert "holds no runs" in fails(capsys, "runs", place / "corpus")
+    sound = fails(capsys, "attention", place / "runs" / "wave", audio, "--query_hz", "100")
+    assert "no known frequency" in sound
+    for hz in ("100000", "-5"):
+        message = fails(capsys, "attention", run, audio, f"--query_hz={hz}")
+        assert "must be in [0, 4000], up to half the sample rate" in message
+    (place / "empty").mkdir()
+    for command, source in (
+        ("latents", "labels.csv"),
+        ("neighbours", "labels.csv"),
+        ("latents", "empty"),
+    ):
+        message = fails(capsys, command, place / source)
+        what = "is neither a file of `jepa-audio embed` (.parquet, .npz, .h5) nor an encoder"
+        assert f"`{place / source}` {what}" in message
+        assert "give the audio" not in message
+    assert "nor an encoder" in fails(
+        capsys, "latents", place / "labels.csv", "--corpus", place / "corpus"
+    )
     assert "no embeddings at" in fails(capsys, "latents", place / "e.parquet")
     both = fails(capsys, "latents", place / "e.parquet", "--corpus", place / "corpus")
     assert "is for an encoder" in both

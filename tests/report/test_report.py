@@ -11,13 +11,14 @@ import torch
 
 from jepa_audio.cli.main import main
 from jepa_audio.cli.trainer import JEPACLI
-from jepa_audio.errors import MissingFileError
+from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.probing.intervals import Difference
 from jepa_audio.probing.rows import ProbeRow, Score, append_rows
 from jepa_audio.report.masks import draw_model_masks
 from jepa_audio.report.page import write_report
-from jepa_audio.report.run_pictures import draw_run
+from jepa_audio.report.run_pictures import draw_run, typical_clip
 from jepa_audio.report.runs import _losses, find_runs
+from jepa_audio.training.run.models import load_jepa
 from tests.probing import rows
 
 AHEAD, BEHIND, UNDECIDED = (
@@ -274,6 +275,26 @@ def test_folder_can_be_a_single_run(tmp_path):
     assert "1 run," in write_report(tmp_path / "mel").read_text()
 
 
+@pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe: 1"])
+def test_damaged_configuration_and_empty_metrics_are_named(tmp_path, content, empty_figures):
+    a_run(tmp_path / "mel")
+    (tmp_path / "mel" / "config.yaml").write_bytes(content)
+    (tmp_path / "mel" / "metrics" / "version_0").mkdir(parents=True)
+    (tmp_path / "mel" / "metrics" / "version_0" / "metrics.csv").touch()
+    text = text_of(write_report(tmp_path))
+    assert re.search(r"mel/config.yaml (is not YAML|cannot be read)", text)
+    assert "version_0/metrics.csv is empty" in text
+    assert "Command for the same run" not in text
+
+
+@pytest.mark.parametrize("name", ["dam.html", "dam.HTML"])
+def test_the_name_of_a_page_is_refused_as_the_folder_of_the_page(tmp_path, name):
+    a_run(tmp_path / "mel")
+    with pytest.raises(UserError, match=r"`output` .* is a folder.*give the folder, `-o .*dam`"):
+        write_report(tmp_path, tmp_path / name)
+    assert not (tmp_path / name).exists()
+
+
 def test_names_are_escaped(tmp_path):
     name = "<script>alert('&')"
     a_run(tmp_path / name)
@@ -343,6 +364,24 @@ def test_masks_attention_and_latents_of_a_run_are_drawn_on_its_corpus(tmp_path):
     (tmp_path / "corpus").rename(tmp_path / "moved")
     text = text_of(write_report(tmp_path / "runs"))
     assert "No figure of the masks, attention and latents" in text
+
+
+def test_a_corpus_of_files_shorter_than_a_crop_has_pictures_of_the_longest_padded(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    noise = 0.1 * np.random.default_rng(0).normal(size=3_000)
+    for number in range(4):
+        sf.write(tmp_path / "corpus" / f"{number}.wav", noise[: 2_500 + 100 * number], 8_000)
+    config, run = tmp_path / "run.yaml", tmp_path / "runs" / "it"
+    config.write_text(FIT.format(folder=tmp_path, front_end=WAVE, masker="SpanMasker"))
+    JEPACLI(["fit", "--config", str(config)])
+    figures, missing = draw_run(run)
+    assert figures.keys() == {"masks", "attention", "latents"}
+    assert not missing
+    path = run / "checkpoints" / "last.ckpt"
+    clip = typical_clip(path, load_jepa(path), str(tmp_path / "corpus"))
+    assert clip.shape == (1, 4_000)
+    np.testing.assert_allclose(clip[0, :2_800], noise[:2_800], atol=1e-4)
+    assert not clip[0, 2_800:].any()
 
 
 def test_latents_are_missing_alone_if_the_corpus_has_too_few_files(tmp_path):

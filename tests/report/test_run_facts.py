@@ -117,6 +117,9 @@ def test_damaged_files_are_named_and_the_other_files_are_read(make_run: Callable
     assert (run.recipe, run.max_steps, run.state) == (None, None, "stopped")
     (folder / "metrics" / "version_0" / "metrics.csv").write_bytes(b"step,train/loss\n1,x\n2,0.5\n")
     assert "without numbers" in " ".join(only(folder).problems)
+    for text in ("", "step,train/loss\n"):
+        (folder / "metrics" / "version_0" / "metrics.csv").write_text(text)
+        assert "metrics.csv is empty" in " ".join(only(folder).problems)
 
 
 def test_runs_of_several_folders_with_equal_names_have_their_paths_as_labels(

@@ -179,7 +179,8 @@ def run(args: list[str]) -> None:
         if second not in ("", "-h", "--help"):
             known = [command.split()[1] for command in group]
             raise UserError(
-                f"'{name} {second}' is not a command; did you mean '{nearest(second, known)}'?\n\n"
+                f"'{name} {second}' is not a command; did you mean "
+                f"'{name} {nearest(second, known)}'?\n\n"
                 f"{_help(group)}"
             )
         print(_help(group))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import zipfile
 from pathlib import Path
 
 import torch
 
 from jepa_audio.errors import UserError
 from jepa_audio.files import write_text
-from jepa_audio.inference.load import Which, load_encoder
+from jepa_audio.inference.load import Which, find_encoder, load_encoder
 from jepa_audio.inference.windowed import scale_loudness
 from jepa_audio.report.attention import Kind, attention_maps, draw_attention, find_query
 from jepa_audio.report.clips import read_clip
@@ -162,6 +163,10 @@ def neighbours(
     if k < 1 or num_queries < 1:
         raise UserError(f"`k` ({k}) and `num_queries` ({num_queries}) must be at least 1")
     embeddings = find_embeddings(source, corpus, labels, label_column, max_clips, layer, which)
+    num_others = len(embeddings) - 1
+    if k > num_others:
+        log.warning("`k` (%d) is limited to the %d other clips", k, num_others)
+        k = max(1, num_others)
     rows = choose_queries(embeddings, num_queries, queries or (), seed)
     players = AudioPlayers(output, link, max_megabytes, max_seconds)
     content = build_page(embeddings, rows, k, players) | {"source": encoder_name(source)}
@@ -213,6 +218,8 @@ def find_embeddings(
     is_file = source.endswith((".parquet", ".npz", ".h5"))
     if is_file and corpus is not None:
         raise UserError(f"`corpus` ({corpus}) is for an encoder: {source} has embeddings already")
+    if not is_file:
+        _check_encoder(source)
     if is_file:
         embeddings = read_embeddings(Path(source))
     elif corpus is None:
@@ -227,6 +234,28 @@ def find_embeddings(
     if labels is not None:
         embeddings = embeddings.labelled(labels, label_column)
     return embeddings.sample(max_clips)
+
+
+def _check_encoder(source: str) -> None:
+    """Refuse a file or folder that is no encoder; names of models on the Hub are not checked."""
+    path = Path(source).expanduser()
+    detail = ""
+    if path.is_file():
+        if path.suffix in (".ckpt", ".safetensors") or zipfile.is_zipfile(path):
+            return
+    elif path.parent.exists():
+        try:
+            find_encoder(source)
+        except UserError as error:
+            detail = f": {error}"
+        else:
+            return
+    else:
+        return
+    raise UserError(
+        f"`{source}` is neither a file of `jepa-audio embed` (.parquet, .npz, .h5) nor an encoder"
+        f"{detail}"
+    )
 
 
 def encoder_name(name: str) -> str:

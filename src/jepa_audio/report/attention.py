@@ -136,8 +136,8 @@ def find_query(
     """Row and column of the token at a time and a frequency; without them, of the loudest token.
 
     Raises:
-        UserError: if the time is outside the clip, or a frequency is given and the rows of the grid
-            have none.
+        UserError: if the time is outside the clip, or the frequency above half the sample rate or
+            negative, or a frequency is given and the rows of the grid have none.
     """
     num_samples = waveform.shape[-1]
     grid, times = front_end.grid(num_samples), front_end.times(num_samples)
@@ -157,6 +157,11 @@ def find_query(
         raise UserError(
             f"`query_hz` ({hz:g}): the tokens of this front end have no known frequency; leave it "
             "out"
+        )
+    if hz is not None and not 0 <= hz <= front_end.sample_rate / 2:
+        raise UserError(
+            f"`query_hz` ({hz:g}) must be in [0, {front_end.sample_rate / 2:g}], up to half the "
+            "sample rate of the encoder"
         )
     if hz is not None and shown.band_hz is not None:
         band = int(np.abs(shown.band_hz - hz).argmin())

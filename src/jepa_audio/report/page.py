@@ -75,15 +75,21 @@ def write_report(folders: Sequence[Path | str] | Path, output: Path | None = Non
     Args:
         folders: runs, or folders with runs and with the outputs of `jepa-audio probe` and
             `jepa-audio embed`; `run_function` defines the help.
-        output: folder of the page (-o). The default is the folder itself, or the working directory
-            if there are several.
+        output: folder of the page (-o), which is `report.html` in it. The default is the folder
+            itself, or the working directory if there are several.
 
     Returns:
         The page; it contains its figures and can be opened without other files.
 
     Raises:
-        UserError: if a folder is missing, or holds neither a run nor probe results.
+        UserError: if a folder is missing, or holds neither a run nor probe results; or if `output`
+            is the name of a page.
     """
+    if output is not None and output.suffix.lower() in (".html", ".htm"):
+        raise UserError(
+            f"`output` ({output}) is a folder, in which the page is report.html: give the folder, "
+            f"`-o {output.with_suffix('')}`"
+        )
     paths = [folders] if isinstance(folders, Path) else list(map(Path, folders))
     found, files = find_several(paths)
     if output is None:
@@ -190,6 +196,12 @@ def _run_section(run: Run, results: RunResults, folder: Path) -> dict[str, Any]:
     curves = _save_curves([run], folder / f"{name}-curves.png")
     pictures, missing = draw_run(run.folder)
     damage += [str(reason) for reason in missing.values() if is_damage(reason)]
+    config_text = ""
+    if run.config is not None:
+        try:
+            config_text = run.config_text
+        except UserError as error:
+            damage.append(str(error))
     if damage:
         badges = [("damaged", "behind"), *badges]
         for sentence in dict.fromkeys(damage):
@@ -199,6 +211,7 @@ def _run_section(run: Run, results: RunResults, folder: Path) -> dict[str, Any]:
         "badges": badges,
         "verdict": verdict,
         "curves": curves,
+        "config_text": config_text,
         "damage": list(dict.fromkeys(damage)),
         "pictures": [
             save_figure(figure, folder / f"{name}-{kind}.png", f"{kind} of {run.label}")

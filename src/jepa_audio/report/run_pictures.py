@@ -17,6 +17,7 @@ from torch import Tensor
 from jepa_audio.data.audio.read import read
 from jepa_audio.data.audio.resample import resample
 from jepa_audio.data.corpus.table import load_corpus
+from jepa_audio.data.loading.clips import fit_length
 from jepa_audio.data.loading.file_table import FileTable
 from jepa_audio.errors import UserError
 from jepa_audio.inference.encoder import Encoder
@@ -115,24 +116,33 @@ def _draw_latents(path: Path, jepa: JEPA, data: dict[str, Any]) -> Figure:
 def typical_clip(path: Path, jepa: JEPA, root: Any) -> Float[Tensor, "1 S"]:
     """A training crop, mono, from the middle of the file with the median level of a run's corpus.
 
+    If all files are shorter than a crop, the longest is padded with zeros, as in training.
+
     Args:
         path: the checkpoint.
         jepa: its model.
         root: `data.root` of the run; of a list or a mixture, the first source is used.
 
     Raises:
-        UserError: if the corpus is missing, or has no file that is as long as a crop.
+        UserError: if the corpus is missing, or has no usable file.
     """
     source = root if isinstance(root, str) else next(iter(root))
     sample_rate = jepa.front_end.sample_rate
     num_samples = num_crop_samples(path, sample_rate)
     seconds = num_samples / sample_rate
-    corpus = load_corpus(source).mark_unfit(min_seconds=seconds).usable()
-    if not len(corpus):
-        raise UserError(f"no file under {source} is {seconds:g} s long")
-    # The median among the files that are long enough.
-    file = FileTable([corpus])[int(np.argsort(corpus.table["rms"].to_numpy())[len(corpus) // 2])]
+    usable = load_corpus(source).usable()
+    corpus = usable.mark_unfit(min_seconds=seconds).usable()
+    if not len(usable):
+        raise UserError(f"{source} has no usable audio file")
+    if len(corpus):
+        # The median among the files that are long enough.
+        row = int(np.argsort(corpus.table["rms"].to_numpy())[len(corpus) // 2])
+    else:
+        corpus = usable
+        lengths = corpus.table["num_frames"].to_numpy() / corpus.table["sample_rate"].to_numpy()
+        row = int(lengths.argmax())
+    file = FileTable([corpus])[row]
     num_frames = min(math.ceil(seconds * file.sample_rate) + 1, file.num_frames)
     samples, rate = read(file.audio, (file.num_frames - num_frames) // 2, num_frames, file.decoder)
     mono = torch.from_numpy(samples).mean(dim=0, keepdim=True)
-    return resample(mono, rate, sample_rate)[:, :num_samples]
+    return fit_length(resample(mono, rate, sample_rate), num_samples)

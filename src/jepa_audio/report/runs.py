@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from jepa_audio.class_paths import parse_yaml
 from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.files import read_csv
 from jepa_audio.report.probe_figures import variant_style
@@ -85,6 +86,23 @@ class Run:
         """The configuration of the run."""
         paths = (self.folder / "config.yaml", self.metric_files[-1].with_name("config.yaml"))
         return next((path for path in paths if path.is_file()), None)
+
+    @property
+    def config_text(self) -> str:
+        """The text of `config`.
+
+        Raises:
+            UserError: if there is none, or if it cannot be read or is not YAML.
+        """
+        path = self.config
+        if path is None:
+            raise MissingFileError(f"{self.folder / 'config.yaml'} is missing")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
+        parse_yaml(text, str(path))
+        return text
 
 
 def find_runs(directory: Path) -> list[Run]:
@@ -160,17 +178,22 @@ def _read_metrics(path: Path, damage: list[str]) -> pd.DataFrame:
     """
     points: list[tuple[int, str, float]] = []
     wrong: list[int] = []
+    num_lines, is_csv = 0, True
     try:
         for number, line in read_csv(path)[1]:
+            num_lines += 1
             try:
                 points += _points(line)
             except (ValueError, TypeError, OverflowError):
                 wrong.append(number)
     except UserError as error:
+        is_csv = False
         damage.append(str(error))
     if wrong:
         lines = f"{len(wrong)} lines (the first is line {wrong[0]})"
         damage.append(f"{path} is damaged: {lines} without numbers are left out")
+    elif not num_lines and is_csv:
+        damage.append(f"{path} is empty: no metrics were logged, or the file was cut off")
     return pd.DataFrame(points, columns=["step", "key", "value"])
 
 
