@@ -57,7 +57,7 @@ def test_suffix_decides_the_format(place):
         assert output.read_bytes().startswith(first)
     title = re.search("<title>(.*)</title>", output.read_text())
     assert title is not None
-    assert title[1] == "Attention of mel, context: 1.wav, 0.20 to 0.70 s"
+    assert title[1] == "Attention of mel, context: 1.wav, 0.20 to 0.68 s"
 
 
 def test_latents_and_neighbours_of_a_run_and_a_corpus(place, monkeypatch):
@@ -82,7 +82,7 @@ def test_more_neighbours_than_clips_are_limited_in_one_line(place, monkeypatch, 
     assert "its 8 nearest clips" in html
     assert html.count("<audio") == 9
     assert "Mean over the 9 clips that share their folder with another file." in html
-    assert "`k` (500) is limited to the 8 other clips" in caplog.text
+    assert "`k` (500) is limited to the 8 clips of other files" in caplog.text
 
 
 def test_damaged_metrics_are_named(place, tmp_path, caplog):

@@ -78,6 +78,9 @@ def test_impossible_choices_are_refused(tiny_jepa, clip):
         find_query(jepa.front_end, clip, seconds=0.6)
     with pytest.raises(UserError, match=r"`query_hz` .* no known frequency"):
         find_query(jepa.front_end, clip, hz=100.0)
+    for hz in (-5.0, 501.0):
+        with pytest.raises(UserError, match=r"`query_hz` .* must be in \[0, 500\]"):
+            find_query(tiny_jepa("mel").front_end, clip, hz=hz)
 
 
 @pytest.mark.parametrize("flavour", ["wave", "mel"])
@@ -96,6 +99,14 @@ def test_figure_has_a_panel_for_each_map_with_units(tiny_jepa, clip, flavour):
         "attention / uniform",
     }
     assert len(units) == 1
+    if flavour == "mel":
+        band, lines = panels[0].collections
+        assert not lines.get_clip_on(), "edges at the border of the panel are drawn"
+        inside = band.get_clip_path()
+        assert inside is not None
+        cells = inside.get_fully_transformed_path().get_extents()
+        covered = panels[0].transData.transform_bbox(lines.get_datalim(panels[0].transData))
+        np.testing.assert_allclose(cells.bounds, covered.bounds, rtol=1e-6)
     if flavour == "wave":
         curve = next(ax for ax in figure.axes if ax.lines and not ax.images)
         np.testing.assert_allclose(curve.lines[0].get_ydata(), maps[0].relative[0])

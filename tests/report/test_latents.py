@@ -2,10 +2,12 @@
 
 import sys
 import types
-from itertools import pairwise
+from dataclasses import replace
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from sklearn.decomposition import PCA
 
 from jepa_audio.report.embeddings import Embeddings
@@ -62,6 +64,51 @@ def test_labels_have_different_colours_and_markers_and_axes_have_shares():
     assert "% of the variance" in figure.axes[0].get_xlabel()
     assert figure.axes[1].get_ylabel() == "variance explained (%)"
     assert "5 nearest neighbours with the same folder" in figure.legends[0].get_title().get_text()
+
+
+def texts(ax) -> list[str]:
+    return [text.get_text() for text in ax.texts]
+
+
+def test_goals_that_one_component_reaches_have_one_label():
+    long = clips(["a"] * 30, dim=12)
+    one = np.random.default_rng(0).normal(size=(30, 12)) * ([50] + [1] * 11)
+    assert texts(draw_latents(replace(long, vectors=one)).axes[1]) == ["50%, 90%: 1"]
+    assert len(texts(draw_latents(long).axes[1])) == 2
+
+
+def test_axes_of_two_clips_have_plain_numbers():
+    figure = draw_latents(clips(["a", "b"]))
+    figure.canvas.draw()
+    points, variance = figure.axes
+    assert points.yaxis.get_offset_text().get_text() == ""
+    assert np.ptp(points.get_ylim()) == pytest.approx(np.ptp(points.get_xlim()), rel=0.2)
+    assert variance.get_xscale() == "linear"
+    ticks = [text.get_text() for text in variance.get_xticklabels(which="both")]
+    assert all(tick.isdigit() for tick in ticks)
+
+
+def lab(color: str) -> np.ndarray:
+    """CIELAB of a colour, D65."""
+    rgb = np.array(to_rgb(color))
+    linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    f = np.cbrt(xyz @ linear / [0.9505, 1.0, 1.089])
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+def test_categories_with_one_marker_have_very_different_colours():
+    looks = [tuple(category_style(i).values()) for i in range(MAX_CATEGORIES)]
+    for (color, marker), (other, same) in combinations(looks, 2):
+        distance = np.linalg.norm(lab(color) - lab(other))
+        assert color == other or distance > 20
+        assert marker != same or distance > 30, (color, other)
+
+
+def test_legend_of_many_short_labels_is_inside_the_figure():
+    figure = draw_latents(clips([chr(97 + i) * 2 for i in range(18) for _ in range(12)]))
+    figure.canvas.draw()
+    assert figure.legends[0].get_window_extent().x1 <= figure.bbox.width
 
 
 def test_categories_share_neither_colour_nor_marker_with_their_neighbours():

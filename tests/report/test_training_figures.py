@@ -206,6 +206,30 @@ def test_several_runs_share_panels_and_have_a_colour_and_a_marker_each():
     assert len({line.get_marker() for line in lines[:7]}) == 7
 
 
+def test_four_panels_are_two_rows_of_two_with_whole_steps():
+    steps = np.arange(1, 11)
+    keys = ("train/loss", "collapse/context_rank", "train/gradient_norm", "lr-Adam")
+    figure = draw_curves({name: dict.fromkeys(keys, (steps, 1.0 / steps)) for name in "ab"})
+    places = [ax.get_subplotspec() for ax in figure.axes]
+    assert [(place.rowspan.start, place.colspan.start) for place in places] == [
+        (0, 0),
+        (0, 1),
+        (1, 0),
+        (1, 1),
+    ]
+    assert [bool(ax.get_xlabel()) for ax in figure.axes] == [False, False, True, True]
+    assert all(float(tick).is_integer() for ax in figure.axes for tick in ax.get_xticks())
+
+
+def test_the_axis_of_a_share_ends_at_one():
+    steps = np.arange(10)
+    shares = {"collapse/clip_share": (steps, np.minimum(1, steps / 5))}
+    (panel,) = draw_curves({"": shares}).axes
+    assert panel.get_ylim() == (0, 1)
+    (panel,) = draw_curves({"": {"speed/data_wait": (steps, steps / 100)}}).axes
+    assert panel.get_ylim()[1] < 0.2
+
+
 def test_alarms_are_marked_at_their_steps():
     run = a_run()
     run["collapse/alarm"][1][[3, 9]] = 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from jepa_audio.report.page import render
 from jepa_audio.report.results import current, read_results
 from jepa_audio.report.run_scores import results_of_runs
 from jepa_audio.report.runs import find_several
+from jepa_audio.report.spectrogram import clip_spectrogram
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +78,10 @@ def attention(
         kind=kind,
         query=find_query(front_end, clip, query_seconds, query_hz),
     )
-    end = start + clip.shape[-1] / opened.sample_rate
+    covered = clip_spectrogram(front_end, clip).seconds
+    if (rest := clip.shape[-1] / opened.sample_rate - covered) > 5e-3:
+        log.info("the last %.3g s of the clip fill no token and are not drawn", rest)
+    end = start + covered
     title = (
         f"Attention of {encoder_name(encoder)}, {which}: {audio.name}, {start:.2f} to {end:.2f} s"
     )
@@ -163,9 +168,9 @@ def neighbours(
     if k < 1 or num_queries < 1:
         raise UserError(f"`k` ({k}) and `num_queries` ({num_queries}) must be at least 1")
     embeddings = find_embeddings(source, corpus, labels, label_column, max_clips, layer, which)
-    num_others = len(embeddings) - 1
+    num_others = len(embeddings) - min(Counter(embeddings.paths).values())
     if k > num_others:
-        log.warning("`k` (%d) is limited to the %d other clips", k, num_others)
+        log.warning("`k` (%d) is limited to the %d clips of other files", k, num_others)
         k = max(1, num_others)
     rows = choose_queries(embeddings, num_queries, queries or (), seed)
     players = AudioPlayers(output, link, max_megabytes, max_seconds)

@@ -133,9 +133,7 @@ def compare(
         if any(key in run.metrics for run in runs)
     ]
     tasks = sorted({task for run in runs for task in run.scores})
-    rows += [
-        (f"probe {task}", *(str(run.scores.get(task, "-")) for run in runs)) for task in tasks
-    ]
+    rows += [(f"probe {task}", *(str(run.scores.get(task, "-")) for run in runs)) for task in tasks]
     _print_table(names, rows)
     return None
 

@@ -19,6 +19,8 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.path import Path
+from matplotlib.transforms import Affine2D
 from torch import Tensor
 
 from jepa_audio.errors import UserError
@@ -241,8 +243,20 @@ def _paint_tokens(
     ax.imshow(painted, interpolation="nearest", origin="lower", extent=extent, aspect="auto")
     rows, columns = found.relative.shape
     scale = np.array([seconds / columns, num_bands / rows])
-    segments = outline(half_of(found.relative)) * scale
-    ax.add_collection(LineCollection(list(segments), colors=style.INK, linewidths=0.7))
+    mask = half_of(found.relative)
+    segments = list(outline(mask) * scale)
+    # A band along the outline, cut to the cells, shows which side is inside.
+    cells = [
+        Path.unit_rectangle().transformed(Affine2D().translate(column, row).scale(*scale))
+        for row, column in np.argwhere(mask)
+    ]
+    band = LineCollection(segments, colors=to_rgba(style.INK, 0.25), linewidths=4.0, zorder=3)
+    ax.add_collection(band)
+    band.set_clip_path(Path.make_compound_path(*cells), ax.transData)
+    # Without clipping, the edges at the border of the panel close the outline.
+    lines = LineCollection(segments, colors=style.INK, linewidths=0.9, zorder=4)
+    ax.add_collection(lines)
+    lines.set_clip_on(False)
     if found.query is not None:
         row, column = found.query
         x, y = (np.array([column, row]) + 0.5) * scale
@@ -281,7 +295,7 @@ def _handles(maps: Sequence[AttentionMap], has_bands: bool) -> list[Artist]:
         marker.set_label("query token")
         handles.append(marker)
     if has_bands:
-        label = "fewest tokens with half of the attention"
+        label = "fewest tokens with half of the attention (inside: shaded)"
         return [*handles, Line2D([], [], color=style.INK, linewidth=0.9, label=label)]
     num_rows = len(maps[0].relative)
     names = ["attention"] if num_rows == 1 else [f"channel {i}" for i in range(1, num_rows + 1)]

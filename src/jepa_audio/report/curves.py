@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from jepa_audio.errors import UserError
 from jepa_audio.probing.rows import Score
@@ -39,12 +39,14 @@ class Panel:
         series: metric key → label, in drawing order; `*` in a key matches any text.
         log_scale: logarithmic axis of values.
         from_zero: start the axis of values at zero.
+        is_share: values are at most 1, and so is the axis; it starts at zero.
     """
 
     title: str
     series: dict[str, Any]
     log_scale: bool = False
     from_zero: bool = False
+    is_share: bool = False
 
 
 def _list_panels(keys: set[str]) -> list[Panel]:
@@ -77,15 +79,15 @@ def _list_panels(keys: set[str]) -> list[Panel]:
         Panel("RankMe (effective rank)", rank),
         Panel("Standard deviation", std),
         Panel("Mean cosine between clips", {"collapse/clip_cosine": ""}),
-        Panel("Share of variance between clips", {"collapse/clip_share": ""}, from_zero=True),
+        Panel("Share of variance between clips", {"collapse/clip_share": ""}, is_share=True),
         Panel("Classes that targets distinguish", {"collapse/class_perplexity": ""}),
         Panel("Distance of target encoder to encoder", {"collapse/ema_distance": ""}),
         Panel("Gradient norm", {"train/gradient_norm": ""}, log_scale=True),
         Panel("Learning rate", {"lr-*": ""}),
         Panel("Momentum of the target encoder", {"train/momentum": ""}),
         Panel("Seconds of audio per second", speed, from_zero=True),
-        Panel("Fraction of time waiting for data", {"speed/data_wait": ""}, from_zero=True),
-        Panel("MFU: share of the devices' peak", {"speed/mfu": ""}, from_zero=True),
+        Panel("Fraction of time waiting for data", {"speed/data_wait": ""}, is_share=True),
+        Panel("MFU: share of the devices' peak", {"speed/mfu": ""}, is_share=True),
     ]
 
 
@@ -111,12 +113,13 @@ def draw_curves(
     if not panels and not scores:
         return style.note_figure("nothing was logged", title)
     num_panels = len(panels) + len(scores)
-    figure, axes = style.small_multiples(num_panels, 3, height=2.2, extra=0.5)
-    # More than 42 runs share colour and marker.
+    columns = 2 if num_panels == 4 else 3
+    figure, axes = style.small_multiples(num_panels, columns, height=2.2, extra=0.5)
+    # From the 78th run on, runs share colour and marker.
     looks = {name: style.category_style(number) for number, name in enumerate(runs)}
     for ax, panel in zip(axes, panels, strict=False):
         _draw_panel(ax, panel, runs, looks if len(runs) > 1 else {})
-    for ax in axes[: len(panels)][-3:]:
+    for ax in axes[: len(panels)][-columns:]:
         ax.set_xlabel("optimizer step")
     for ax, found in zip(axes[len(panels) :], scores, strict=True):
         _draw_scores(ax, found, looks)
@@ -151,7 +154,10 @@ def _draw_panel(
         ax.set_yscale("log")
         ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    ax.set_ylim(bottom=0 if panel.from_zero else None)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_ylim(bottom=0 if panel.from_zero or panel.is_share else None)
+    if panel.is_share and max(ax.dataLim.y1, 0) <= 1 < ax.get_ylim()[1]:
+        ax.set_ylim(top=1)
 
 
 def _find_curve(run: Curves, pattern: str) -> Curve | None:
@@ -213,9 +219,7 @@ def draw_overlay(
     return draw_curves(curves, title, scores[:MAX_TASKS])
 
 
-def probe_scores(
-    runs: Sequence[Run], results: Mapping[Path, pd.DataFrame]
-) -> list[dict[str, Any]]:
+def probe_scores(runs: Sequence[Run], results: Mapping[Path, pd.DataFrame]) -> list[dict[str, Any]]:
     """For each task, protocol and metric: the scores of the runs and of their baselines.
 
     Of several results of a run, that with the best validation score is taken, as for heads.

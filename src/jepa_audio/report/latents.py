@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from jepa_audio.report import style
 from jepa_audio.report.embeddings import Embeddings
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 OTHER = "other"
 NUM_NEIGHBOURS = 5
+# From this number of components on, the axis of their number is logarithmic.
+MIN_LOG = 10
 
 
 def principal_components(
@@ -84,6 +87,7 @@ def draw_latents(
             shown = ax.scatter(
                 layout[:, 0], layout[:, 1], c=numbers, cmap="cividis", s=_size(len(layout)), lw=0
             )
+        _limit_axes(ax, layout)
     label = [f"PC {i + 1} ({share:.0%} of the variance)" for i, share in enumerate(shares[:2])]
     axes[0].set(xlabel=label[0], ylabel=label[1] if len(label) > 1 else "")
     style.title_panel(axes[0], f"PCA, {len(embeddings):,} clips")
@@ -147,23 +151,43 @@ def _agreement(embeddings: Embeddings) -> str:
 def _draw_variance(ax: Axes, shares: Float[np.ndarray, " R"]) -> None:
     total = shares.cumsum()
     ax.plot(np.arange(1, len(shares) + 1), 100 * total, color=style.BLUE, linewidth=1.4)
-    for goal, marker in ((0.5, "o"), (0.9, "s")):
-        count = int(np.searchsorted(total, goal)) + 1
+    goals: dict[int, list[float]] = {}
+    for goal in (0.5, 0.9):
+        goals.setdefault(int(np.searchsorted(total, goal)) + 1, []).append(goal)
+    for count, reached in goals.items():
         if count <= len(total):
-            ax.plot(count, 100 * total[count - 1], marker, color=style.INK, markersize=4.5)
+            height = 100 * total[count - 1]
+            marker = "o" if reached == [0.5] else "s"
+            ax.plot(count, height, marker, color=style.INK, markersize=4.5)
             ax.annotate(
-                f"{goal:.0%}: {count}",
-                (count, 100 * total[count - 1]),
+                f"{', '.join(f'{goal:.0%}' for goal in reached)}: {count}",
+                (count, height),
                 xytext=(6, -9),
                 textcoords="offset points",
                 fontsize=style.SMALL,
                 color=style.INK,
             )
-    if len(shares) > 1:
+    if len(shares) < MIN_LOG:
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    else:
         ax.set_xscale("log")
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set(xlabel="number of components", ylabel="variance explained (%)", ylim=(0, 103))
     style.title_panel(ax, "Cumulative variance")
+
+
+def _limit_axes(ax: Axes, layout: Float[np.ndarray, "N 2"]) -> None:
+    """Give an axis whose values differ only by rounding the scale of the other axis."""
+    ax.ticklabel_format(useOffset=False)
+    ranges = np.ptp(layout, axis=0)
+    half = 0.5 * float(ranges.max()) or 1.0
+    middle = layout.mean(axis=0).round(6)
+    is_flat = ranges <= 1e-5 * half
+    if is_flat[0]:
+        ax.set_xlim(middle[0] - half, middle[0] + half)
+    if is_flat[1]:
+        ax.set_ylim(middle[1] - half, middle[1] + half)
 
 
 def _scatter_names(

@@ -98,9 +98,9 @@ def read_facts(
             "of `jepa-audio fit`"
         )
     table, problems = _read_results(list(dict.fromkeys(result_files)))
-    found = [read_run(folder, directory) for folder, directory in sorted(runs.items())]
-    results = results_of_runs(found, table)
-    facts = [_read(run, results[run.folder]) for run in found]
+    read = [read_run(folder, directory) for folder, directory in sorted(runs.items())]
+    own = results_of_runs(read, table)
+    facts = [_read(run, own[run.folder]) for run in read]
     if len({run.label for run in facts}) < len(facts):
         facts = [replace(run, label=str(run.folder)) for run in facts]
     return facts, problems

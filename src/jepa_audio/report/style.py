@@ -15,8 +15,9 @@ PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 BLUE, ORANGE, GREEN, PURPLE, RED, SKY = PALETTE
 INK, GREY, PALE, VEIL = "#222222", "#767676", "#EBEBEB", "#CFCFCF"
 DASHES = SOLID, DASHED, DOTTED, DASH_DOTTED = ("-", "--", ":", "-.")
-# Colours of categories: the palette, then five darker ones (Paul Tol's "muted" and "light").
-CATEGORY_COLORS = (*PALETTE, "#332288", "#882255", "#AAAA00", "#117733", "#7F4F24")
+# Colours of categories: the palette, then five others (four are of Paul Tol's "muted" and "light").
+# Their order gives categories with the same marker, which are 7 or 14 apart, unlike colours.
+CATEGORY_COLORS = (*PALETTE, "#332288", "#AAAA00", "#222222", "#882255", "#7F4F24")
 # Two categories of a figure never share both colour and marker: 11 and 7 have no common divisor.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 MAX_CATEGORIES = 18
@@ -85,7 +86,7 @@ def title_panel(ax: Axes, text: str, handles: Sequence[Line2D] = ()) -> None:
 
 def title_figure(figure: Figure, title: str, handles: Sequence[Artist] = ()) -> None:
     """Set the title at the left and the legend below it; long legends make the figure higher."""
-    widths = [0.45 + 0.062 * len(str(handle.get_label())) for handle in handles]
+    widths = [0.58 + 0.062 * len(str(handle.get_label())) for handle in handles]
     width = figure.get_figwidth()
     columns = max(1, len(handles) if sum(widths) <= width else int(width / max(widths)))
     rows = -(-len(handles) // columns)
