@@ -124,6 +124,24 @@ def test_segments_are_rows(folder: Path, audio: Path):
     )
 
 
+def test_audio_between_segments_is_named(
+    folder: Path, audio: Path, caplog: pytest.LogCaptureFixture
+):
+    run(folder, "audio/sub/0.wav", "-o", "out.npz", "--segment_seconds", 0.2, "--hop_seconds", 1)
+    assert "0.8 s between segments are not embedded" in caplog.text
+
+
+def test_rows_are_in_the_order_of_the_paths_where_a_long_file_shares_a_chunk(
+    folder: Path, audio: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for module in (files_module, predict):
+        monkeypatch.setattr(module, "LONG_SECONDS", 1)
+    run(folder, "audio/sub/0.wav", "audio/sub/3.wav", "-o", "out.parquet")
+    found = table(Path("out.parquet"))
+    assert found["path"].tolist() == ["audio/sub/0.wav", "audio/sub/3.wav"]
+    np.testing.assert_allclose(found["end"], [1.111, 0.25])
+
+
 @pytest.mark.parametrize("pooling", ["mean", "regions_7_std_change", "frames"])
 def test_a_long_file_is_encoded_in_parts_with_the_same_result(
     folder: Path, audio: Path, pooling: str, monkeypatch: pytest.MonkeyPatch
@@ -249,16 +267,55 @@ def test_sigterm_ends_the_command_at_once_and_it_continues_later(
     assert Path("out.parquet").read_bytes() == Path("whole.parquet").read_bytes()
 
 
-def test_parts_of_other_settings_are_not_used(
-    folder: Path, audio: Path, caplog: pytest.LogCaptureFixture
+def interrupt(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    """Run `embed`, and let it fail after the first part."""
+    original, steps = predict.FileEmbedder.predict_step, list[int]()
+
+    def killed(self, batch, batch_idx):
+        steps.append(batch[0])
+        if len(steps) == 2:
+            raise RuntimeError("killed")
+        return original(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict.FileEmbedder, "predict_step", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            run(*words)
+
+
+def test_parts_of_other_settings_are_kept_until_the_user_removes_them(
+    folder: Path,
+    audio: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ):
+    words = ("audio", "-o", "out.parquet")
+    interrupt(monkeypatch, folder, *words)
     parts = Path("out.parquet.parts")
+    with pytest.raises(SystemExit):
+        run(folder, "audio/sub", "-o", "out.parquet", "--pooling", "mean_std")
+    err = capsys.readouterr().err
+    assert "has 1 finished parts of an interrupted command with other settings" in err
+    assert "(`pooling` 'mean/mean' instead of 'mean_std/mean', " in err
+    assert "other files): repeat that command" in err
+    assert "`--overwrite true`" in err
+    assert (parts / "0000000.parquet").is_file()
+    # The vectors depend on neither of these.
+    with caplog.at_level(logging.INFO):
+        run(os.path.relpath(folder), *words, "--max_windows", "2")
+    assert "has 1 of 4 parts: the work continues" in caplog.text
+    run(folder, *words)
+    assert "out.parquet is complete" in capsys.readouterr().out
     parts.mkdir()
     (parts / "0000000.parquet").write_text("of another command")
-    (parts / "settings.json").write_text('{"pooling": "other"}')
-    run(folder, "audio", "-o", "out.parquet")
-    assert "is of other files, options or weights, and is removed" in caplog.text
+    with pytest.raises(SystemExit):
+        run(folder, "audio", "-o", "out.parquet", "--which", "random", "--overwrite", "false")
+    assert "holds other embeddings (`which` 'context'" in capsys.readouterr().err
+    run(folder, *words, "--overwrite", "true")
+    assert "settings.json is missing or damaged" in caplog.text
     assert len(table(Path("out.parquet"))["path"]) == 6
+    assert not parts.exists()
 
 
 @pytest.mark.parametrize("num_files", [7, pytest.param(40, marks=pytest.mark.slow)])

@@ -79,11 +79,12 @@ class FileEmbedder(LightningModule):
             for file in files:
                 if file.reason:
                     part.bad[file.name] = file.reason
-            whole = [file for file in files if file.waveform is not None]
-            self._embed_whole(whole, part)
+            rows = self._embed_whole([file for file in files if file.waveform is not None])
             for file in files:
                 if file.long is not None:
                     self._embed_long(file, part)
+                elif file.waveform is not None:
+                    self._add(file, part, next(rows))
         self._log_line(len(files))
         return number
 
@@ -91,8 +92,8 @@ class FileEmbedder(LightningModule):
         """Path of the part of a chunk."""
         return self.folder / f"{chunk:07d}.parquet"
 
-    def _embed_whole(self, files: Sequence[LoadedFile], part: PartWriter) -> None:
-        """Embed files that are in memory, in the order of the files."""
+    def _embed_whole(self, files: Sequence[LoadedFile]) -> Iterator[Rows]:
+        """The rows of each file that is in memory; all files are embedded before the first."""
         segments = [
             (number, start, file.waveform[:, start:stop])
             for number, file in enumerate(files)
@@ -105,9 +106,9 @@ class FileEmbedder(LightningModule):
         for (number, first, _), (start, end, vectors) in zip(segments, rows, strict=True):
             offset = first / self.encoder.sample_rate
             collected[number].append((start + offset, end + offset, vectors))
-        for file, rows_of_file in zip(files, collected, strict=True):
+        for rows_of_file in collected:
             start, end, vectors = map(np.concatenate, zip(*rows_of_file, strict=True))
-            self._add(file, part, (start, end, vectors))
+            yield start, end, vectors
 
     def _in_batches(self, clips: Iterator[Tensor]) -> Iterator[list[Tensor]]:
         """Lists of clips with as many samples as one forward pass takes, or of one clip."""

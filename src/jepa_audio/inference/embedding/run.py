@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -40,6 +41,8 @@ from jepa_audio.parallel import file_lock
 log = logging.getLogger(__name__)
 
 _NUM_LOGGED = 20
+# Settings on which the vectors do not depend; `weights` and `network` stand for the encoder.
+_NOT_COMPARED = ("encoder", "max_windows", "version")
 
 
 def embed(
@@ -115,16 +118,18 @@ def embed(
     lock = output.with_name(f".{output.name}.lock")
     with file_lock(lock) if is_first else nullcontext():
         if is_first and output.exists() and not overwrite:
-            if read_metadata(output) == metadata:
+            stored = read_metadata(output)
+            if not (other := _differences(stored, metadata)):
                 shutil.rmtree(folder, ignore_errors=True)
                 lock.unlink(missing_ok=True)
                 return f"{output} is complete: it holds the embeddings of these files"
+            found = f"other embeddings ({other})" if stored else "another kind of data"
             raise UserError(
-                f"{output} exists and holds other embeddings, or another kind of data: choose "
-                "another name, or replace it with `--overwrite true`"
+                f"{output} exists and holds {found}: choose another name, or replace it with "
+                "`--overwrite true`"
             )
         if is_first:
-            _prepare_parts(folder, metadata, len(data))
+            _prepare_parts(folder, metadata, len(data), overwrite)
         devices_of_run = {"accelerator": accelerator, "devices": devices, "num_nodes": num_nodes}
         _predict(model, data, num_workers, {**devices_of_run, "precision": precision})
         if not is_first:
@@ -155,11 +160,16 @@ def _prepare_model(
     for name, length in zip(("segment_seconds", "hop_seconds"), lengths, strict=True):
         if length is not None and length < 1:
             raise UserError(f"`{name}` must be at least one sample at {rate} Hz")
+    if hop_seconds is not None and segment_seconds is not None and hop_seconds > segment_seconds:
+        gap = hop_seconds - segment_seconds
+        log.warning("%g s between segments are not embedded: `hop_seconds` is the longer one", gap)
     model = FileEmbedder(encoder, indices, parsed, lengths[0], lengths[1], folder)
+    network = encoder.settings, encoder.window_samples, encoder.loudness_dbfs
     metadata = {
         "encoder": encoder.source,
         "which": which,
         "weights": state_hash(encoder),
+        "network": hashlib.sha256(json.dumps(network, sort_keys=True).encode()).hexdigest(),
         "layers": indices,
         "pooling": parsed.name,
         "width": model.width,
@@ -213,17 +223,60 @@ def _exit_at_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _prepare_parts(folder: Path, metadata: dict[str, Any], num_chunks: int) -> None:
-    """Keep the parts of an interrupted command with the same settings; remove others."""
+def _prepare_parts(
+    folder: Path, metadata: dict[str, Any], num_chunks: int, overwrite: bool
+) -> None:
+    """Keep the parts of an interrupted command with the same settings.
+
+    Raises:
+        UserError: if the folder has parts with other settings, unless `overwrite`.
+    """
     stated = folder / "settings.json"
-    if stated.is_file() and read_json(stated) == metadata:
-        done = len(list(folder.glob("[0-9]*.parquet")))
+    done = len(list(folder.glob("[0-9]*.parquet")))
+    stored = _stored_settings(stated)
+    other = _differences(stored, metadata) if stored else f"{stated.name} is missing or damaged"
+    if not other:
         log.info("%s has %d of %d parts: the work continues", folder, done, num_chunks)
         return
+    if done and not overwrite:
+        raise UserError(
+            f"{folder} has {done} finished parts of an interrupted command with other settings "
+            f"({other}): repeat that command to complete it, choose another output, or remove "
+            "the parts with `--overwrite true`"
+        )
     if folder.exists():
-        log.warning("%s is of other files, options or weights, and is removed", folder)
+        if done:
+            log.warning("%s is of a command with other settings (%s) and is removed", folder, other)
         shutil.rmtree(folder)
     write_text(stated, json.dumps(metadata, indent=2))
+
+
+def _stored_settings(path: Path) -> dict[str, Any]:
+    """The settings of an interrupted command; empty if they are missing or damaged."""
+    try:
+        stored = read_json(path)
+    except UserError:
+        return {}
+    return stored if isinstance(stored, dict) else {}
+
+
+def _differences(stored: dict[str, Any], metadata: dict[str, Any]) -> str:
+    """The settings that change the vectors and differ; empty if none does."""
+    # The settings of the file are JSON: without tuples.
+    new = json.loads(json.dumps(metadata))
+    keys = [key for key in {**new, **stored} if key not in _NOT_COMPARED]
+    differing = [key for key in keys if stored.get(key) != new.get(key)]
+    texts = {
+        "weights": "other weights of the encoder",
+        "network": "other settings of the encoder"
+        if "network" in stored
+        else "an earlier version of jepa-audio",
+        "files": "other files",
+    }
+    return ", ".join(
+        texts.get(key, f"`{key}` {stored.get(key)!r} instead of {new.get(key)!r}")
+        for key in differing
+    )
 
 
 def _finish(model: FileEmbedder, num_chunks: int, output: Path, metadata: dict[str, Any]) -> str:
