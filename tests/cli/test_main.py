@@ -213,6 +213,17 @@ def test_a_bug_in_a_loader_process_is_not_a_message_for_the_user():
     assert user_message(raised_in_a_loader_process(IndexError("list index"))) == (None, False)
 
 
+def test_a_folder_that_cannot_be_made_is_a_mistake_of_the_user(tmp_path: Path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "sub", Path("/proc/new")):
+        with pytest.raises(OSError) as raised:
+            path.mkdir(parents=True, exist_ok=True)
+        assert "check the path" in str(user_message(raised.value)[0])
+    with pytest.raises(FileNotFoundError) as missing:
+        (tmp_path / "none").read_bytes()
+    assert user_message(missing.value) == (None, False)
+
+
 def test_the_first_error_of_a_run_counts_if_closing_the_loggers_fails_too():
     def failing_twice() -> None:
         try:

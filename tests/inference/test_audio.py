@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -182,28 +183,41 @@ def test_a_wrong_form_is_refused_in_one_sentence_that_names_the_clip(
             list_forms(encoder, audio, rate)
     with pytest.raises(MissingFileError):
         encoder.encode(tmp_path / "none.wav")
-    with pytest.raises(UserError, match=r"`layers` is 7, must be indices in \[0, 2\]"):
-        encoder.encode(samples, RATE, layers=7)
-    for layers in ("all", [1.5], []):
-        unchecked = getattr(Encoder.layer_indices, "__wrapped__", Encoder.layer_indices)
-        with pytest.raises(UserError, match="or None for all layers"):
-            unchecked(encoder, layers)
+    for layers in (7, "all", [1.5], 1.5, [], True, [True, 1]):
+        with pytest.raises(UserError, match=r"`layers` is .*list of indices in \[0, 2\], or from"):
+            unchecked(Encoder.layer_indices)(encoder, layers)
     with pytest.raises(UserError, match="'frames', which is no vector"):
         encoder.embed(samples, RATE, pool="frames")
-    with pytest.raises(UserError, match="`pool"):
-        encoder.embed(samples, RATE, pool="meen")
+    for pool in ("meen", None, "mean/max"):
+        with pytest.raises(UserError, match="`pool` is ") as raised:
+            unchecked(Encoder.embed)(encoder, samples, RATE, pool=pool)
+        assert "frames" not in str(raised.value)
+    with pytest.raises(UserError, match=r"`frame_seconds` .'a'. must be a positive number"):
+        features = encoder.encode(samples, RATE)
+        unchecked(LayerFeatures.at_regular_times)(features, "a")
+
+
+@pytest.mark.parametrize("layers", [np.int64(2), np.array([0, -1]), torch.tensor([0, 2]), range(3)])
+def test_an_index_of_a_layer_can_be_any_whole_number(encoder: Encoder, layers: object):
+    found = unchecked(Encoder.layer_indices)(encoder, layers)
+    assert found == [layer % 3 for layer in np.atleast_1d(np.asarray(layers)).tolist()]
+    assert all(type(layer) is int for layer in found)
+
+
+def unchecked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function without the check of types in the tests."""
+    return getattr(function, "__wrapped__", function)
 
 
 def list_forms(encoder: Encoder, audio: object, rate: object) -> None:
     """As `encode`, without the check of types in the tests."""
-    unchecked = getattr(list_clips, "__wrapped__", list_clips)
-    for clip in unchecked(audio, rate, 1):
+    for clip in unchecked(list_clips)(audio, rate, 1):
         clip.convert(RATE, 1)
 
 
 @pytest.mark.parametrize("rate", [np.int64(RATE), torch.tensor(RATE), float(RATE)])
 def test_a_rate_can_be_any_whole_number(samples: np.ndarray, rate: object):
-    (clip,) = getattr(list_clips, "__wrapped__", list_clips)(samples, rate, 1)
+    (clip,) = unchecked(list_clips)(samples, rate, 1)
     assert clip.rate == RATE
 
 

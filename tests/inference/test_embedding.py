@@ -349,17 +349,30 @@ def test_what_cannot_be_embedded_is_refused_in_one_sentence(
     cases = {
         ("audio", "-o", "out.csv"): "must end in one of .parquet, .npz, .h5",
         ("audio", "-o", "out.npz", "--layers", "[9]"): "`layers` is [9]",
-        ("audio", "-o", "out.npz", "--pooling", "meen"): "`pooling` is 'meen'",
+        ("audio", "-o", "out.npz", "--pooling", "meen"): "_std_change, or frames",
         ("audio", "-o", "out.npz", "--hop_seconds", "1"): "needs `segment_seconds`",
         ("audio", "-o", "out.npz", "--segment_seconds", "0"): "at least one sample",
         ("none", "-o", "out.npz"): "none does not exist",
+        ("audio", "-o", "out.npz", "--precision", "8"): "precision",
+        ("audio", "-o", "out.npz", "--num_workers", "-1"): "`num_workers` (-1) must be at least 0",
+        ("audio", "-o", "out.npz", "--devices", "0"): "these devices cannot be used (`accelerator`",
+        ("audio", "-o", "out.npz", "--accelerator", "foo"): "`--accelerator cpu --devices 1` works",
+        ("audio", "-o", "audio/bad.wav/x.npz"): "bad.wav is a file, not a folder",
+        ("audio", "-o", "/proc/x.npz"): "cannot be written",
+        ("audio", "-o", "folder.npz", "--overwrite", "true"): "(folder.npz) is a folder",
         ("audio/bad.wav", "-o", "out.npz"): "none of the 1 files could be embedded",
     }
+    Path("folder.npz").mkdir()
     for words, message in cases.items():
         with pytest.raises(SystemExit):
-            run(folder, *words)
-        assert message in capsys.readouterr().err
+            # `run` without its last words, which are among the cases.
+            defaults = ["--accelerator", "cpu", "--num_workers", "0"]
+            main(["embed", str(folder), *defaults, *words])
+        err = capsys.readouterr().err
+        assert message in err
+        assert "this is a bug" not in err
         assert not Path("out.npz").exists()
+        assert Path("out.npz.parts").exists() == ("could be embedded" in message)
         shutil.rmtree("out.npz.parts", ignore_errors=True)
 
 

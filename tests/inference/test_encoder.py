@@ -14,6 +14,7 @@ from jepa_audio.inference.encoder import Encoder
 from jepa_audio.inference.features import LayerFeatures
 from jepa_audio.inference.folder import save_encoder
 from jepa_audio.inference.load import load_encoder
+from jepa_audio.inference.windowed import WindowedEncoder
 from jepa_audio.steps.encoder.positions import RotaryPositions, SinCosPositions
 from jepa_audio.steps.encoder.transformer import Transformer
 from jepa_audio.steps.front_ends import FrontEnd, SpectrogramFrontEnd, WaveformFrontEnd
@@ -430,6 +431,12 @@ def test_settings_out_of_range_are_refused(
     jepa = tiny_jepa("wave")
     with pytest.raises(ValueError, match=r"`overlap` .* `max_windows`"):
         Encoder(jepa.front_end, jepa.encoder, WINDOW, overlap=overlap, max_windows=max_windows)
+    # Without the check of types in the tests.
+    init = getattr(WindowedEncoder.__init__, "__wrapped__", WindowedEncoder.__init__)
+    options = {"windowing": "exact", "overlap": 0.5, "max_windows": 1}
+    for wrong in ({"overlap": "a"}, {"max_windows": 2.5}, {"max_windows": None}):
+        with pytest.raises(UserError, match=r"`overlap` .* `max_windows`"):
+            init(object.__new__(WindowedEncoder), None, None, WINDOW, **{**options, **wrong})
 
 
 def wavjepa_geometry(windowing: str = "wavjepa") -> Encoder:

@@ -110,6 +110,8 @@ def test_what_is_no_encoder_is_refused_with_the_nearest_names(
         load_encoder(tmp_path / "runs")
     (tmp_path / "published").mkdir()
     (tmp_path / "published" / "model.safetensors").touch()
+    with pytest.raises(UserError, match=r"`what` \(None\) must be the path of a run"):
+        getattr(load_encoder, "__wrapped__", load_encoder)(None)
     with pytest.raises(UserError, match=r"`jepa-audio import LAYOUT .*published` converts"):
         load_encoder(tmp_path / "published")
     with pytest.raises(UserError, match="neither the folder of a run"):

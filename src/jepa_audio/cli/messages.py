@@ -7,6 +7,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
+from types import FrameType
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -125,13 +126,21 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def _disk_message(error: BaseException) -> str | None:
     """The message of an error of the file system that no program can prevent, or `None`."""
     for link in _chain(error):
-        if isinstance(link, OSError) and link.errno in _DISK_ERRORS:
+        if isinstance(link, OSError) and (link.errno in _DISK_ERRORS or _is_of_mkdir(link)):
             name = f"{link.filename}: " if link.filename else ""
             remedy = "free disk space, then repeat the command"
             if link.errno not in _DISK_FULL:
                 remedy = "check the path, its permissions and the disk"
             return f"{name}{link.strerror}; {remedy}. Files that were complete before remain valid"
     return None
+
+
+def _is_of_mkdir(error: OSError) -> bool:
+    """Whether a folder cannot be made: a file has its name, or its parent takes no folders."""
+    frame = _last_frame(error)
+    # In Python 3.13 and newer, the module is in the package `pathlib`.
+    is_pathlib = _origin(error) == "pathlib"
+    return frame is not None and is_pathlib and frame.f_code.co_name == "mkdir"
 
 
 def _settings_message(error: BaseException) -> str | None:
@@ -173,10 +182,16 @@ def _origin(error: BaseException) -> str:
 
 
 def _module(error: BaseException) -> str:
+    frame = _last_frame(error)
+    return "" if frame is None else str(frame.f_globals.get("__name__", ""))
+
+
+def _last_frame(error: BaseException) -> FrameType | None:
+    """The frame that raised an error."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
+    return None if trace is None else trace.tb_frame
 
 
 def _without_traceback(error: BaseException) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -229,7 +231,7 @@ class Encoder(WindowedEncoder):
         Raises:
             UserError: see `encode`; also if `pool` is another word.
         """
-        pooling = parse_pooling(pool)
+        pooling = parse_pooling(pool, "pool")
         if pooling.regions == 0:
             raise UserError("`pool` is 'frames', which is no vector of a clip: use `encode`")
         vectors: dict[int, Tensor] = {}
@@ -246,14 +248,17 @@ class Encoder(WindowedEncoder):
         if layers is None:
             return None
         count = self.num_layers
-        allowed = range(-count, count)
-        chosen = [layers] if isinstance(layers, int) else layers
-        if not chosen or not all(layer in allowed for layer in chosen):
+        try:
+            several = [layers] if np.ndim(layers) == 0 else layers
+            chosen = [_index(layer) for layer in several]
+        except (TypeError, ValueError):
+            chosen = []
+        if not chosen or not all(-count <= layer < count for layer in chosen):
             raise UserError(
-                f"`layers` is {layers!r}, must be indices in [0, {count - 1}], or from the end in "
-                f"[{-count}, -1], or None for all layers"
+                f"`layers` is {layers!r}, must be one index or a list of indices in "
+                f"[0, {count - 1}], or from the end in [{-count}, -1]"
             )
-        return [int(layer) % count for layer in chosen]
+        return [layer % count for layer in chosen]
 
     def _encode_audio(
         self,
@@ -288,6 +293,13 @@ class Encoder(WindowedEncoder):
             if note not in self._logged:
                 self._logged.add(note)
                 log.warning("%d %s: %s", count, "clip" if count == 1 else "clips", note)
+
+
+def _index(value: Any) -> int:
+    """A whole number of any library; `TypeError` for others, and for true and false."""
+    if isinstance(value, bool | np.bool_):
+        raise TypeError
+    return operator.index(value)
 
 
 def state_hash(module: nn.Module) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -103,8 +104,8 @@ class LayerFeatures:
         Raises:
             UserError: if `frame_seconds` is not positive, or a number of frames is below 1.
         """
-        if not 0 < frame_seconds < float("inf"):
-            raise UserError(f"`frame_seconds` ({frame_seconds}) must be positive")
+        if not isinstance(frame_seconds, Real) or not 0 < frame_seconds < float("inf"):
+            raise UserError(f"`frame_seconds` ({frame_seconds!r}) must be a positive number")
         counts = self.valid.sum(dim=1).tolist()
         if num_frames is not None and (min(num_frames) < 1 or len(num_frames) != len(counts)):
             raise UserError(

@@ -58,6 +58,11 @@ def load_encoder(
     """
     if which not in ("context", "target", "random"):
         raise UserError(f"`which` ({which!r}) must be 'context', 'target' or 'random'")
+    if not isinstance(what, str | os.PathLike):
+        raise UserError(
+            f"`what` ({what!r}) must be the path of a run, a checkpoint or an exported folder, or "
+            "a name on the Hugging Face Hub"
+        )
     options: dict[str, Any] = {
         "overlap": overlap,
         "windowing": windowing,

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from jaxtyping import Float
@@ -81,28 +81,39 @@ def parse_poolings(times: Sequence[str], frequencies: Sequence[str]) -> tuple[Po
     return tuple(poolings)
 
 
-def parse_pooling(name: str) -> Pooling:
+def parse_pooling(name: Any, argument: Literal["pooling", "pool"] = "pooling") -> Pooling:
     """The pooling of a name such as "mean_std" or "frames", with "/concat" for the frequency rows.
+
+    Args:
+        name: the name.
+        argument: where it comes from, for messages: `pooling` of `embed`, which also takes
+            "frames", or `pool` in Python.
 
     Raises:
         UserError: for a name that does not exist.
     """
-    time, _, frequency = name.partition("/")
+    time, slash, frequency = name.partition("/") if isinstance(name, str) else (name, "", "")
+    if slash and frequency not in get_args(Frequency):
+        raise UserError(f"`{argument}` is {name!r}: after the slash, write mean or concat")
+    chosen = cast(Frequency, frequency or "mean")
     if time == "frames":
-        (pooling,) = parse_poolings(["mean"], [frequency or "mean"])
-        return pooling.frames
-    return parse_poolings([time], [frequency or "mean"])[0]
+        return Pooling(0, frequency=chosen)
+    others = ", or frames" if argument == "pooling" else ""
+    return replace(_parse(time, argument, others), frequency=chosen)
 
 
-def _parse(name: str) -> Pooling:
-    found = _PATTERN.fullmatch(name)
+def _parse(name: Any, argument: str = "pooling", others: str = "") -> Pooling:
+    found = _PATTERN.fullmatch(name) if isinstance(name, str) else None
     if found is None:
+        hint = did_you_mean(str(name), ("mean_std", "thirds", "thirds_std"))
         raise UserError(
-            f"`pooling` is {name!r}, must be one of {', '.join(_NAMES)}, and may end in _std, "
-            f"_change or _std_change{did_you_mean(name, ('mean_std', 'thirds', 'thirds_std'))}"
+            f"`{argument}` is {name!r}, must be one of {', '.join(_NAMES)}, which may end in "
+            f"_std, _change or _std_change{others}{hint}"
         )
     mean, thirds, number, deviation, change = found.groups()
     regions = 1 if mean else 3 if thirds else int(number)
     if not 1 <= regions <= MAX_REGIONS:
-        raise UserError(f"`pooling` is {name!r}: the number of regions must be in 1-{MAX_REGIONS}")
+        raise UserError(
+            f"`{argument}` is {name!r}: the number of regions must be in 1-{MAX_REGIONS}"
+        )
     return Pooling(regions, bool(deviation), bool(change))

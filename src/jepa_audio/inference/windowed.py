@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from itertools import groupby, islice
+from numbers import Integral, Real
 from typing import Literal
 
 import numpy as np
@@ -53,10 +54,11 @@ class WindowedEncoder(nn.Module):
         loudness_dbfs: float | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= overlap < 1 or max_windows < 1:
+        is_number = isinstance(overlap, Real) and isinstance(max_windows, Integral)
+        if not is_number or not 0 <= overlap < 1 or max_windows < 1:
             raise UserError(
-                f"`overlap` ({overlap}) must be in [0, 1) and `max_windows` ({max_windows}) at "
-                "least 1"
+                f"`overlap` ({overlap!r}) must be a number in [0, 1) and `max_windows` "
+                f"({max_windows!r}) a whole number of at least 1"
             )
         if windowing not in ("exact", "wavjepa") or (windowing == "wavjepa" and overlap):
             raise UserError(

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from jepa_audio.errors import UserError, printable
@@ -40,6 +41,7 @@ from jepa_audio.parallel import file_lock
 
 log = logging.getLogger(__name__)
 
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 _NUM_LOGGED = 20
 # Settings on which the vectors do not depend; `weights` and `network` stand for the encoder.
 _NOT_COMPARED = ("encoder", "max_windows", "version")
@@ -62,7 +64,7 @@ def embed(
     accelerator: str = "auto",
     devices: int | str = "auto",
     num_nodes: int = 1,
-    precision: str = "32-true",
+    precision: Precision = "32-true",
     overwrite: bool = False,
 ) -> str | None:
     """Embed all files of a corpus; write one row for each clip with path, start, end and vector.
@@ -99,6 +101,9 @@ def embed(
         UserError: if nothing can be embedded, or if an option is wrong.
     """
     check_output(output)
+    if num_workers is not None and num_workers < 0:
+        raise UserError(f"`num_workers` ({num_workers}) must be at least 0")
+    trainer = _trainer(accelerator, devices, num_nodes, precision)
     model, metadata = _prepare_model(
         encoder,
         which,
@@ -130,8 +135,7 @@ def embed(
             )
         if is_first:
             _prepare_parts(folder, metadata, len(data), overwrite)
-        devices_of_run = {"accelerator": accelerator, "devices": devices, "num_nodes": num_nodes}
-        _predict(model, data, num_workers, {**devices_of_run, "precision": precision})
+        _predict(trainer, model, data, num_workers)
         if not is_first:
             return None
         summary = _finish(model, len(data), output, metadata)
@@ -183,20 +187,43 @@ def _prepare_model(
     return model, metadata
 
 
-def _predict(
-    model: FileEmbedder, data: ChunkDataset, num_workers: int | None, options: dict[str, Any]
-) -> None:
-    """Write the parts that do not exist yet, with these options of Lightning's Trainer."""
+def _trainer(accelerator: str, devices: int | str, num_nodes: int, precision: Precision) -> Trainer:
+    """Lightning's Trainer for predictions.
+
+    Raises:
+        UserError: if this machine has no such devices.
+    """
+    options = {
+        "accelerator": accelerator,
+        "devices": devices,
+        "num_nodes": num_nodes,
+        "precision": precision,
+    }
     has_bar = sys.stderr.isatty()
-    trainer = Trainer(
-        **options,
-        logger=False,
-        callbacks=[RichProgressBar()] if has_bar else [],
-        enable_progress_bar=has_bar,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
+    try:
+        return Trainer(
+            **options,
+            logger=False,
+            callbacks=[RichProgressBar()] if has_bar else [],
+            enable_progress_bar=has_bar,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+    except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+        stated = ", ".join(f"`{name}` {value}" for name, value in options.items())
+        reason = " ".join(str(error).split()).rstrip(".!")
+        raise UserError(
+            f"these devices cannot be used ({stated}): {reason}; `--accelerator cpu --devices 1` "
+            "works on every machine"
+        ) from error
+
+
+def _predict(
+    trainer: Trainer, model: FileEmbedder, data: ChunkDataset, num_workers: int | None
+) -> None:
+    """Write the parts that do not exist yet."""
+    has_bar = trainer.progress_bar_callback is not None
     module = FileModule(data, lambda chunk: model.part_path(chunk).exists(), num_workers, has_bar)
     with _exit_at_sigterm():
         trainer.predict(model, datamodule=module, return_predictions=False)
@@ -236,7 +263,8 @@ def _prepare_parts(
     stored = _stored_settings(stated)
     other = _differences(stored, metadata) if stored else f"{stated.name} is missing or damaged"
     if not other:
-        log.info("%s has %d of %d parts: the work continues", folder, done, num_chunks)
+        if done:
+            log.info("%s has %d of %d parts: the work continues", folder, done, num_chunks)
         return
     if done and not overwrite:
         raise UserError(

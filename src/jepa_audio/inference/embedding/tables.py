@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -109,13 +110,27 @@ def check_output(output: Path) -> None:
     """Check that a file of this name can be written.
 
     Raises:
-        UserError: if its suffix is unknown, or if a library is missing.
+        UserError: if its suffix is unknown, if a library is missing, if it is a folder, or if its
+            folder is a file or cannot be written.
     """
     if output.suffix not in _WRITERS:
         known = ", ".join(_WRITERS)
         raise UserError(f"`output` ({output}) must end in one of {known}")
     if output.suffix == ".h5" and find_spec("h5py") is None:
         raise UserError(f"{output} needs h5py: install it with `pip install 'jepa-audio[h5]'`")
+    if output.is_dir():
+        raise UserError(f"`output` ({output}) is a folder: give the name of a file")
+    folder = next(parent for parent in output.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise UserError(f"`output` ({output}): {folder} is a file, not a folder")
+    try:
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"`output` ({output}): {folder} cannot be written: {error.strerror}; choose another "
+            "folder"
+        ) from error
 
 
 def read_metadata(output: Path) -> dict[str, Any]:
