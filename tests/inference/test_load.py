@@ -3,6 +3,8 @@
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,6 +64,15 @@ def test_the_last_checkpoint_of_a_run_is_used_and_named(
     assert "the encoder of last.ckpt is used" in caplog.text
     assert encoder.source.endswith("last.ckpt, step 2")
     assert_equal(encoder, Encoder.from_jepa(run[1], 500), clip)
+
+
+def test_the_first_load_of_a_run_does_not_import_lightning(run: tuple[Path, JEPA]):
+    code = (
+        "import sys; from jepa_audio import load_encoder; "
+        f"load_encoder({str(run[0])!r}); print('lightning' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_the_random_twin_of_a_folder_needs_no_run(run: tuple[Path, JEPA], clip, tmp_path: Path):

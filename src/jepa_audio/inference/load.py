@@ -88,7 +88,7 @@ def _read_checkpoint(
 ) -> tuple[Encoder, int]:
     """An encoder of a checkpoint, and the seed of the run."""
     content = read_checkpoint(path, trust)
-    settings, source = read_settings(path, content, trust)
+    settings, source = read_settings(path, content, trust, ("front_end", "encoder"))
     tensors = checked_tensors(path, content["state_dict"])
     with limited_parameters(path, sum(tensor.numel() for tensor in tensors.values())):
         front_end, encoder = build_parts(settings, source)

@@ -122,9 +122,19 @@ def _whole_checkpoints(folder: Path) -> Iterator[tuple[int, float, Path]]:
 
 
 def read_settings(
-    checkpoint: Path, content: dict[str, Any], trust: Sequence[str] = ()
+    checkpoint: Path,
+    content: dict[str, Any],
+    trust: Sequence[str] = (),
+    built: Sequence[str] | None = None,
 ) -> tuple[dict[str, Any], str]:
     """The hyper-parameters in the content of a checkpoint, and their name in messages.
+
+    Args:
+        checkpoint: the file.
+        content: its content.
+        trust: modules whose classes it may name.
+        built: the parts of a model that will be built; `None` for all. The classes of this package
+            in other parts are not imported: those of training import Lightning.
 
     Raises:
         UserError: if they name classes of other modules, see `check_class_paths`.
@@ -134,7 +144,10 @@ def read_settings(
     settings = with_current_paths(content["hyper_parameters"])
     # Lightning stores the function that builds the model; it is always `build_jepa`.
     settings.pop("_instantiator", None)
-    check_class_paths(settings, source, trust)
+    used = settings.keys() if built is None else set(built)
+    check_class_paths({k: v for k, v in settings.items() if k in used}, source, trust)
+    others = {k: v for k, v in settings.items() if k not in used}
+    check_class_paths(others, source, (*trust, "jepa_audio", "torch.optim"))
     return settings, source
 
 
