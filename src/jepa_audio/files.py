@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jepa_audio.errors import MissingFileError, UserError
+from jepa_audio.errors import MissingFileError, UserError, did_you_mean
 
 _MAX_JSON_DEPTH = 100
 
@@ -89,6 +89,16 @@ def write_text(path: Path, text: str) -> None:
     """Replace the content of a file with UTF-8 text, atomically."""
     with atomic_path(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
+
+
+def similar_name(path: Path) -> str:
+    """The end of a message about a path that does not exist: the nearest name, or some names."""
+    existing = next((parent for parent in path.parents if parent.exists()), Path())
+    wrong = path.relative_to(existing).parts[0] if path.is_relative_to(existing) else path.name
+    names = [child.name for child in existing.iterdir()] if existing.is_dir() else []
+    shown = sorted(name for name in names if not name.startswith("."))
+    listed = f"; {existing} has {', '.join(shown[:5])}" if shown else ""
+    return did_you_mean(wrong, shown) or listed
 
 
 def csv_cell(text: str) -> str:

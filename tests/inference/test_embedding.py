@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,9 +21,11 @@ import soundfile as sf
 import torch
 
 from jepa_audio.cli.main import main
+from jepa_audio.errors import UserError
 from jepa_audio.inference.embedding import files as files_module
 from jepa_audio.inference.embedding import predict
 from jepa_audio.inference.embedding.files import chunk_files, list_files, spans
+from jepa_audio.inference.embedding.run import _output_lock
 from jepa_audio.inference.embedding.running import RunningPool
 from jepa_audio.inference.encoder import Encoder
 from jepa_audio.inference.features import LayerFeatures
@@ -351,8 +355,10 @@ def test_what_cannot_be_embedded_is_refused_in_one_sentence(
         ("audio", "-o", "out.npz", "--layers", "[9]"): "`layers` is [9]",
         ("audio", "-o", "out.npz", "--pooling", "meen"): "_std_change, or frames",
         ("audio", "-o", "out.npz", "--hop_seconds", "1"): "needs `segment_seconds`",
-        ("audio", "-o", "out.npz", "--segment_seconds", "0"): "at least one sample",
-        ("none", "-o", "out.npz"): "none does not exist",
+        ("audio", "-o", "out.npz", "--segment_seconds", "0"): "(0) must be at least one sample",
+        ("none", "-o", "out.npz"): "none does not exist; . has audio, ",
+        ("audo", "-o", "out.npz"): "audo does not exist; did you mean 'audio'?",
+        ("list.parquet", "-o", "out.npz"): "; did you mean 'lists.parquet'?",
         ("audio", "-o", "out.npz", "--precision", "8"): "precision",
         ("audio", "-o", "out.npz", "--num_workers", "-1"): "`num_workers` (-1) must be at least 0",
         ("audio", "-o", "out.npz", "--devices", "0"): "these devices cannot be used (`accelerator`",
@@ -363,6 +369,7 @@ def test_what_cannot_be_embedded_is_refused_in_one_sentence(
         ("audio/bad.wav", "-o", "out.npz"): "none of the 1 files could be embedded",
     }
     Path("folder.npz").mkdir()
+    Path("lists.parquet").touch()
     for words, message in cases.items():
         with pytest.raises(SystemExit):
             # `run` without its last words, which are among the cases.
@@ -372,8 +379,32 @@ def test_what_cannot_be_embedded_is_refused_in_one_sentence(
         assert message in err
         assert "this is a bug" not in err
         assert not Path("out.npz").exists()
+        assert not list(Path().glob(".*"))
         assert Path("out.npz.parts").exists() == ("could be embedded" in message)
         shutil.rmtree("out.npz.parts", ignore_errors=True)
+
+
+def test_commands_wait_for_the_lock_and_only_its_holder_removes_it(tmp_path: Path):
+    """Three threads, each of which waits for a lock whose file is removed meanwhile."""
+    path, inside, seen = tmp_path / ".out.lock", list[int](), list[int]()
+
+    def hold(number: int) -> None:
+        with _output_lock(path):
+            inside.append(number)
+            seen.append(len(inside))
+            time.sleep(0.05)
+            inside.remove(number)
+
+    threads = [threading.Thread(target=hold, args=[number]) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert seen == [1, 1, 1]
+    assert not path.exists()
+    with pytest.raises(UserError), _output_lock(path):
+        raise UserError("refused")
+    assert not path.exists()
 
 
 def test_chunks_are_limited_in_files_and_bytes(monkeypatch: pytest.MonkeyPatch, audio: Path):

@@ -102,7 +102,9 @@ def test_a_name_of_the_hub_is_read_from_its_cache(
     monkeypatch.setattr(settings, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     assert_equal(load_encoder("user/tiny.wave"), load_encoder(run[0]), clip)
-    with pytest.raises(MissingFileError, match="there is no folder user/other, and the Hugging"):
+    with pytest.raises(
+        MissingFileError, match="and the Hugging Face Hub cannot be reached, nor does"
+    ):
         load_encoder("user/other")
 
 
@@ -121,6 +123,13 @@ def test_what_is_no_encoder_is_refused_with_the_nearest_names(
         load_encoder(tmp_path / "runs")
     (tmp_path / "published").mkdir()
     (tmp_path / "published" / "model.safetensors").touch()
+    for name in ("config.yaml", "clip.wav"):
+        (tmp_path / "runs" / "wavjepa" / name).write_text("model:")
+        with pytest.raises(UserError, match=r"is not a checkpoint .*: give the folder .*wavjepa$"):
+            load_encoder(tmp_path / "runs" / "wavjepa" / name)
+    (tmp_path / "names" / ".x.lock").mkdir(parents=True)
+    with pytest.raises(MissingFileError, match=r"no encoder at .*names/nowhere$"):
+        load_encoder(tmp_path / "names" / "nowhere")
     with pytest.raises(UserError, match=r"`what` \(None\) must be the path of a run"):
         getattr(load_encoder, "__wrapped__", load_encoder)(None)
     with pytest.raises(UserError, match=r"`jepa-audio import LAYOUT .*published` converts"):

@@ -118,7 +118,8 @@ def read_file(path: Path, stated_rate: int | None) -> tuple[Float32[Tensor, "1 C
         raise UserError(f"{error}: repair or remove the file") from error
     if stated_rate not in (None, rate):
         raise UserError(
-            f"{path} has {rate} Hz, but `sample_rate` is {stated_rate}: leave it out for files"
+            f"{path} has {rate} Hz, but `sample_rate` is {stated_rate}: leave it out for files, or "
+            "give a list of rates with None for files"
         )
     return torch.from_numpy(samples)[None], rate
 

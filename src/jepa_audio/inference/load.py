@@ -6,11 +6,14 @@ import logging
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import is_zipfile
 
-from jepa_audio.errors import MAX_SECONDS, MissingFileError, UserError, did_you_mean
+from jepa_audio.errors import MAX_SECONDS, MissingFileError, UserError
+from jepa_audio.files import similar_name
 from jepa_audio.inference.encoder import Encoder
 from jepa_audio.inference.folder import (
     CONFIG,
@@ -151,6 +154,7 @@ def find_encoder(what: str) -> Path:
     if path.suffix == ".safetensors" and path.is_file():
         path = path.parent
     if path.is_file():
+        _check_kind(path)
         return path
     if path.is_dir():
         return _find_in_folder(path)
@@ -158,6 +162,17 @@ def find_encoder(what: str) -> Path:
     if hub_name and path.suffix != ".ckpt" and not path.parent.exists():
         return _download(hub_name[1], hub_name[2])
     raise _missing(path)
+
+
+def _check_kind(file: Path) -> None:
+    """Refuse a file of another kind, such as the `config.yaml` of a run; others may be damaged."""
+    if file.suffix == ".ckpt" or is_zipfile(file):
+        return
+    remedy = "the folder of a run, a checkpoint or an exported folder"
+    with suppress(UserError):
+        _find_in_folder(file.parent)
+        remedy = f"the folder {file.parent}"
+    raise UserError(f"{file} is not a checkpoint (.ckpt): give {remedy}")
 
 
 def log_chosen(what: str, path: Path) -> None:
@@ -198,23 +213,29 @@ def _find_in_folder(folder: Path) -> Path:
 
 def _missing(path: Path) -> MissingFileError:
     """The error for a path that does not exist, with the nearest name that exists."""
-    existing = next((parent for parent in path.parents if parent.exists()), Path())
-    wrong = path.relative_to(existing).parts[0] if path.is_relative_to(existing) else path.name
-    names = sorted(child.name for child in existing.iterdir()) if existing.is_dir() else []
-    hint = did_you_mean(wrong, names)
+    hint = similar_name(path)
     if path.suffix == ".ckpt":
         return MissingFileError(f"{missing_checkpoint(path)}{hint}")
-    shown = f"; {existing} has {', '.join(names[:5])}" if names and not hint else hint
-    return MissingFileError(f"there is no encoder at {path}{shown}")
+    return MissingFileError(f"there is no encoder at {path}{hint}")
 
 
 def _download(name: str, revision: str | None) -> Path:
     """The files of a model of the Hub, in the cache of `huggingface_hub`."""
     from huggingface_hub import snapshot_download  # noqa: PLC0415
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError  # noqa: PLC0415
+    from huggingface_hub.errors import (  # noqa: PLC0415
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         folder = snapshot_download(name, revision=revision, allow_patterns=[CONFIG, WEIGHTS])
+    except (LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise MissingFileError(
+            f"there is no folder {name}, and the Hugging Face Hub cannot be reached, nor does its "
+            f"cache hold this model: check the connection and HF_HUB_OFFLINE ({reason[:200]})"
+        ) from error
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise MissingFileError(

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from glob import has_magic
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -20,9 +21,10 @@ from jepa_audio.data.audio.location import AudioLocation, AudioReadError, TarMem
 from jepa_audio.data.audio.read import inspect, read
 from jepa_audio.data.audio.resample import resampled_length
 from jepa_audio.data.corpus.sources import DiscoveredFile, discover_files
-from jepa_audio.data.corpus.table import Corpus, IndexedFile
+from jepa_audio.data.corpus.table import Corpus, CorpusError, IndexedFile
 from jepa_audio.data.corpus.tars import list_tar_members
 from jepa_audio.errors import UserError
+from jepa_audio.files import similar_name
 from jepa_audio.inference.audio import convert
 
 LONG_SECONDS = 600
@@ -62,15 +64,25 @@ def list_files(sources: Sequence[str]) -> list[EmbedFile]:
     """
     root = Path.cwd()
     found: dict[AudioLocation, EmbedFile] = {}
-    for source in sources:
-        for file in _discover(source, root):
-            path = root / file.source
-            audio = audio_location(path, file.member, file.offset, file.num_bytes)
-            name = f"{file.source}:{file.member}" if file.member else file.source
-            found.setdefault(
-                audio, EmbedFile(name, audio, file.num_bytes, file.mtime_ns, file.reason)
-            )
+    for file in _discover_all(sources, root):
+        path = root / file.source
+        audio = audio_location(path, file.member, file.offset, file.num_bytes)
+        name = f"{file.source}:{file.member}" if file.member else file.source
+        found.setdefault(audio, EmbedFile(name, audio, file.num_bytes, file.mtime_ns, file.reason))
     return sorted(found.values(), key=lambda file: file.name)
+
+
+def _discover_all(sources: Sequence[str], root: Path) -> Iterator[DiscoveredFile]:
+    for source in sources:
+        try:
+            yield from _discover(source, root)
+        except CorpusError as error:
+            is_pattern = "{" in source or has_magic(source)
+            # `Path.exists` raises an error for names that are too long.
+            is_there = os.path.exists(source)  # noqa: PTH110
+            if is_pattern or is_there or "does not exist" not in str(error):
+                raise
+            raise CorpusError(f"{error}{similar_name(Path(source))}") from error
 
 
 def _discover(source: str, root: Path) -> Iterator[DiscoveredFile]:

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -121,12 +121,11 @@ def embed(
     is_first = not getattr(rank_zero_only, "rank", None)
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = output.with_name(f".{output.name}.lock")
-    with file_lock(lock) if is_first else nullcontext():
+    with _output_lock(lock) if is_first else nullcontext():
         if is_first and output.exists() and not overwrite:
             stored = read_metadata(output)
             if not (other := _differences(stored, metadata)):
                 shutil.rmtree(folder, ignore_errors=True)
-                lock.unlink(missing_ok=True)
                 return f"{output} is complete: it holds the embeddings of these files"
             found = f"other embeddings ({other})" if stored else "another kind of data"
             raise UserError(
@@ -138,9 +137,34 @@ def embed(
         _predict(trainer, model, data, num_workers)
         if not is_first:
             return None
-        summary = _finish(model, len(data), output, metadata)
-        lock.unlink(missing_ok=True)
-        return summary
+        return _finish(model, len(data), output, metadata)
+
+
+@contextmanager
+def _output_lock(path: Path) -> Iterator[None]:
+    """One command at a time for an output; its file is removed at the end.
+
+    Only the command that holds the lock removes the file. Another one that waited for it then holds
+    a lock of a file without a name, and starts again.
+    """
+    while True:
+        path.touch()
+        before = _file_number(path)
+        with file_lock(path):
+            if before is not None and _file_number(path) == before:
+                try:
+                    yield
+                finally:
+                    with suppress(OSError):
+                        path.unlink()
+                return
+
+
+def _file_number(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None
 
 
 def _prepare_model(
@@ -160,10 +184,11 @@ def _prepare_model(
     if hop_seconds is not None and segment_seconds is None:
         raise UserError(f"`hop_seconds` ({hop_seconds}) needs `segment_seconds`")
     rate = encoder.sample_rate
-    lengths = [None if s is None else round(s * rate) for s in (segment_seconds, hop_seconds)]
-    for name, length in zip(("segment_seconds", "hop_seconds"), lengths, strict=True):
-        if length is not None and length < 1:
-            raise UserError(f"`{name}` must be at least one sample at {rate} Hz")
+    lengths: list[int | None] = []
+    for name, value in {"segment_seconds": segment_seconds, "hop_seconds": hop_seconds}.items():
+        if value is not None and not 1 <= value * rate < float("inf"):
+            raise UserError(f"`{name}` ({value:g}) must be at least one sample at {rate} Hz")
+        lengths.append(None if value is None else round(value * rate))
     if hop_seconds is not None and segment_seconds is not None and hop_seconds > segment_seconds:
         gap = hop_seconds - segment_seconds
         log.warning("%g s between segments are not embedded: `hop_seconds` is the longer one", gap)
@@ -193,7 +218,7 @@ def _trainer(accelerator: str, devices: int | str, num_nodes: int, precision: Pr
     Raises:
         UserError: if this machine has no such devices.
     """
-    options = {
+    options: dict[str, Any] = {
         "accelerator": accelerator,
         "devices": devices,
         "num_nodes": num_nodes,
