@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor
@@ -41,6 +43,17 @@ log = logging.getLogger(__name__)
 
 class FineTuneParser(HelpfulParser, LightningArgumentParser):
     """The parser of `finetune`."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Name all missing arguments; a link to an argument without a value fails first."""
+        match = re.match(r'Parser key "(encoder|task)":.*Got value: None', message, re.DOTALL)
+        if match is not None:
+            given = {word.partition("=")[0] for word in self._words}
+            # A file can have the other one.
+            names = ("encoder", "task") if "--config" not in given else (match[1],)
+            missing = [name for name in names if name == match[1] or f"--{name}" not in given]
+            message = f"the following arguments are required: {', '.join(missing)}"
+        super().error(message, ex)
 
 
 class FineTuneCLI(LightningCLI):
@@ -110,14 +123,18 @@ class FineTuneCLI(LightningCLI):
         config = self.config
         if config.patience < 0:
             raise UserError(f"`patience` ({config.patience}) must be at least 0")
+        for key in ("max_epochs", "max_steps"):
+            if config.trainer[key] == 0:
+                raise UserError(f"`trainer.{key}` (0) must be at least 1, or -1 for no limit")
         name, task = run_name(Path(config.encoder)), Path(config.task.replace(":", "-")).stem
         default = Path("runs/finetune") / f"{name.replace('/', '-')}-{task}-{config.mode}"
         folder = FineTuneFolder(config.run_dir or default)
         results = config.output / "results.jsonl"
+        settings = config.clone()
+        settings.resume = False
+        self._folder, self._config_text = folder, self.parser.dump(settings, skip_none=False)
         if _is_first_process():
-            settings = config.clone()
-            settings.resume = False
-            folder.begin(self.parser.dump(settings, skip_none=False), config.resume)
+            folder.check(self._config_text, config.resume)
             prepare_results(results)
         variant = config.model.variant
         variants = [variant] if config.baseline is None else [RANDOM_INIT, variant]
@@ -138,8 +155,18 @@ class FineTuneCLI(LightningCLI):
         if _is_first_process():
             write_leaderboard(results)
             Console().print(terminal_table(rows))
-            print(printable(f"{folder.path}: predictions of the test split, and the encoder"))
+            print(printable(self._written(folder.path)))
         return rows
+
+    def _written(self, folder: Path) -> str:
+        """The last line of the command."""
+        if self.config.folds is None:
+            return f"{folder}: predictions of the test split, and the encoder"
+        encoders = sorted(folder.glob("fold-*/encoder"))
+        return (
+            f"{folder}: predictions of all folds; {len(encoders)} encoders, one of each fold: "
+            f"{folder}/fold-N/encoder, from {encoders[0]} to {encoders[-1]}"
+        )
 
     def _fit_variant(
         self, variant: str, folder: FineTuneFolder, data: LabelledClips | None
@@ -159,6 +186,9 @@ class FineTuneCLI(LightningCLI):
             number = data.num_runs
             data.select(fold, self.model.pretrained)
             self.model.set_task(data)
+            # Not earlier: a start that fails does not occupy the folder.
+            if not tests and _is_first_process():
+                self._folder.begin(self._config_text)
             if number > 1:
                 rank_zero_only(log.info)("%s encoder, fold %d of %d", variant, fold + 1, number)
             tests.append(self._fit_and_test(place, data))
@@ -183,7 +213,10 @@ class FineTuneCLI(LightningCLI):
         if not folder.is_finished:
             model.results_file = folder.results
             last = folder.last if folder.last.is_file() else None
-            trainer.fit(model, data, ckpt_path=last)
+            with warnings.catch_warnings():
+                # Frozen modules are in evaluation mode, see `freeze_statistics`.
+                warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
+                trainer.fit(model, data, ckpt_path=last)
             trainer.test(model, data, ckpt_path=folder.best, verbose=False)
             if trainer.is_global_zero:
                 folder.finish(model)

@@ -82,7 +82,12 @@ def test_tokens_of_raw_waveforms_are_masked_in_time(checkpoints: dict[str, Path]
 
 
 def test_bands_of_raw_waveforms_cannot_be_masked(make: Callable):
-    with pytest.raises(ValueError, match=r"`freq_mask` .* WaveformFrontEnd has no spectrogram"):
+    for group, settings in (("model", {"time_mask": 2.0}), ("data", {"data": {"mixup": -1.0}})):
+        with pytest.raises(ValueError, match=rf"`{group}\.(time_mask|mixup)` .* must be in"):
+            make("mel", "full", **settings)
+    with pytest.raises(
+        ValueError, match=r"`model.freq_mask` .* WaveformFrontEnd has no spectrogram"
+    ):
         make("wave", "full", freq_mask=0.2)
 
 

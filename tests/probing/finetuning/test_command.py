@@ -11,9 +11,13 @@ import pytest
 import torch
 
 from jepa_audio.cli.finetune import FineTuneCLI, finetune
+from jepa_audio.errors import UserError
 from jepa_audio.inference.load import load_encoder
+from jepa_audio.probing.finetuning.clips import ClipFormat
 from jepa_audio.probing.rows import load_evidence, read_rows
 from jepa_audio.probing.tasks import load_task
+from jepa_audio.probing.tasks.base import Windows
+from jepa_audio.probing.tasks.records import Item
 from tests.probing.finetuning.conftest import write_tones
 
 SHORT = ("--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--data.num_workers=0")
@@ -64,8 +68,13 @@ def test_one_command_trains_selects_tests_and_compares_with_the_random_init_base
     assert read_rows(tmp_path / "probe" / "results.jsonl")[-1].scores == row.scores
 
 
+@pytest.mark.filterwarnings("error:Found .* in eval mode")
 def test_folds_by_group_score_every_clip_once(
-    checkpoints: dict[str, Path], tones: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    checkpoints: dict[str, Path],
+    tones: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ):
     caplog.set_level("INFO")
     more = "--folds=group", "--num_folds=3", "--mode=head", "--trainer.max_epochs=1"
@@ -76,6 +85,8 @@ def test_folds_by_group_score_every_clip_once(
     evidence = load_evidence(tmp_path / "probe" / row.evidence)
     assert len(set(evidence.uids)) == len(evidence.predictions) == 40
     assert len(list((tmp_path / "run").glob("fold-*/encoder/model.safetensors"))) == 3
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith(f"from {tmp_path}/run/fold-0/encoder to {tmp_path}/run/fold-2/encoder")
 
 
 def test_labels_in_time_are_fine_tuned(
@@ -175,6 +186,47 @@ def test_wrong_tables_and_damaged_files_are_named_before_training(
     (tmp_path / "01.wav").write_bytes((tmp_path / "01.wav").read_bytes()[:60])
     with pytest.raises(ValueError, match=r"01\.wav"):
         run(good)
+
+
+def test_a_file_that_cannot_be_decoded_is_named_with_its_row(tmp_path: Path):
+    (tmp_path / "a.wav").write_bytes(b"RIFF")
+    item = Item(tmp_path / "a.wav", "x", "a", "tones.csv, line 3")
+    message = r"^tones\.csv, line 3: .*a\.wav.*; repair the file, or remove its row$"
+    with pytest.raises(UserError, match=message):
+        ClipFormat(1000, 1, 10, Windows(), None).load(item)
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [([], "missing: `--encoder`, `--task`"), (["--encoder=x"], "missing: `--task`")],
+)
+def test_missing_arguments_are_named(
+    given: list[str], missing: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit):
+        finetune(["finetune", *given])
+    assert missing in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "--task=nope.csv",
+        "--trainer.max_epochs=0",
+        "--mode=last_9",
+        "--model.lora_rank=0",
+        "--folds=group --num_folds=9",
+    ],
+)
+def test_a_start_that_fails_does_not_occupy_the_folder(
+    checkpoints: dict[str, Path], tones: Path, tmp_path: Path, wrong: str
+):
+    cli = FineTuneCLI(options(checkpoints["wave"], tones, tmp_path, *wrong.split())[1:])
+    with pytest.raises(
+        ValueError, match=r"nope\.csv|trainer\.max_epochs|last_9|lora_rank|num_folds"
+    ):
+        cli.run()
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_settings_of_a_run_are_saved(checkpoints: dict[str, Path], tones: Path, tmp_path: Path):

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from jepa_audio.probing.finetuning.folds import all_items, assign_folds, fold_data
@@ -52,9 +51,16 @@ def test_folds_have_similar_shares_of_the_classes_and_equal_names():
         assert of_fold.labels.names == ("a", "b")
 
 
-def test_a_clip_without_a_group_is_its_own_group():
-    folds = assign_folds(data_of(items_of([""] * 9)), "group", 3)
-    assert np.bincount(folds).tolist() == [3, 3, 3]
+def test_a_clip_without_a_group_is_its_own_group(caplog: pytest.LogCaptureFixture):
+    data = data_of(items_of(["a", "a", "b"] + [""] * 6))
+    folds = assign_folds(data, "group", 3)
+    of_a = [
+        fold for fold, item in zip(folds, all_items(data).items, strict=True) if item.group == "a"
+    ]
+    assert of_a[0] == of_a[1]
+    assert set(folds) == {0, 1, 2}
+    assert "6 of 9 clips have no `group`" in caplog.text
+    assert len(caplog.records) == 1
 
 
 def test_the_records_can_give_the_folds():
@@ -69,6 +75,7 @@ def test_the_records_can_give_the_folds():
     ("groups", "folds", "by", "message"),
     [
         (["a"] * 3 + ["b"] * 3, None, "group", r"`num_folds` \(5\) must be .* groups, 2"),
+        ([""] * 6, None, "group", "row 0 has no column `group`.* but `folds` is group: add it"),
         (["a"] * 6, ["1", "2"] * 3, "fold", "3 folds are needed, there are"),
         (["a"] * 6, ["1", "2", "3", "", "1", "2"], "fold", "row 3: no `fold`"),
     ],

@@ -115,5 +115,5 @@ def test_logits_that_are_not_finite_end_the_run(make: Callable):
 
 
 def test_a_learning_rate_without_effect_is_refused(make: Callable):
-    with pytest.raises(ValueError, match=r"`lr` \(0.1\) has no effect in the mode head"):
+    with pytest.raises(ValueError, match=r"`model.lr` \(0.1\) has no effect in the mode head"):
         make("wave", "head", lr=0.1)

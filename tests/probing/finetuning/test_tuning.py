@@ -112,9 +112,9 @@ def test_adapters_move_alone_and_merge_to_the_same_output(
     [
         (("ful",), r"`mode` \('ful'\) must be one of .*; did you mean 'full'"),
         (("last_0",), "must be one of"),
-        (("lora", 0.5), r"`layer_decay` \(0.5\) .* only the modes full and last_N use it"),
-        (("full", 1.5), r"`layer_decay` \(1.5\) must be in"),
-        (("full", None, 4), r"`lora_rank` \(4\) .* only the mode lora uses it"),
+        (("lora", 0.5), r"`model.layer_decay` \(0.5\) .* only the modes full and last_N use it"),
+        (("full", 1.5), r"`model.layer_decay` \(1.5\) must be in"),
+        (("full", None, 4), r"`model.lora_rank` \(4\) .* only the mode lora uses it"),
     ],
 )
 def test_settings_without_effect_are_refused(settings: tuple, message: str):

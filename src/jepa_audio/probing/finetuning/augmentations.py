@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from jaxtyping import Float, Shaped
@@ -18,6 +19,14 @@ from torchaudio.functional import mask_along_axis
 from jepa_audio.errors import UserError, check_bounds
 from jepa_audio.probing.tasks.labels import UNKNOWN, Labels
 from jepa_audio.steps.front_ends import FrontEnd, SpectrogramFrontEnd
+
+
+def check_options(
+    group: str, settings: object, low: int | float, high: int | float, *names: str
+) -> None:
+    """`check_bounds`, whose message has the keys of the options, such as `data.mixup`."""
+    keys = {f"{group}.{name}": getattr(settings, name) for name in names}
+    check_bounds(SimpleNamespace(**keys), low, high, *keys)
 
 
 @dataclass(frozen=True)
@@ -37,14 +46,15 @@ class SpecAugment:
     frequency: float
 
     def __post_init__(self) -> None:
-        check_bounds(self, 0, 1, "time", "frequency")
+        keys = {"time_mask": self.time, "freq_mask": self.frequency}
+        check_options("model", SimpleNamespace(**keys), 0, 1, *keys)
 
     def check(self, front_end: FrontEnd) -> None:
         """Raise `UserError` if the front end has no frequencies to mask."""
         if self.frequency and not isinstance(front_end, SpectrogramFrontEnd):
             raise UserError(
-                f"`freq_mask` ({self.frequency}) must be 0: {type(front_end).__name__} has no "
-                "spectrogram whose bands could be masked; use `time_mask`"
+                f"`model.freq_mask` ({self.frequency}) must be 0: {type(front_end).__name__} has "
+                "no spectrogram whose bands could be masked; use `model.time_mask`"
             )
 
     def tokens(

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from typing_extensions import override
 
+from jepa_audio.errors import UserError
 from jepa_audio.inference.encoder import Encoder
 from jepa_audio.probing.clips import load_waveform
 from jepa_audio.probing.finetuning.augmentations import soft_targets
@@ -78,8 +79,16 @@ class ClipFormat:
         return ClipFormat(*sizes, protocol.windows, data.task.grid_hz)
 
     def load(self, item: Item) -> Float32[Tensor, "C S"]:
-        """The audio of an item."""
-        return load_waveform(item, self.sample_rate, self.num_channels)
+        """The audio of an item.
+
+        Raises:
+            UserError: if it cannot be read; names the record and the remedy.
+        """
+        try:
+            return load_waveform(item, self.sample_rate, self.num_channels)
+        except UserError as error:
+            place = "" if str(error).startswith(item.where) else f"{item.where}: "
+            raise UserError(f"{place}{error}; repair the file, or remove its row") from error
 
     def row_seconds(self, start: int, num_samples: int) -> Float[np.ndarray, " rows"]:
         """Centres of the rows of a clip that starts at a sample of an item."""

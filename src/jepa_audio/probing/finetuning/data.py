@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from jepa_audio.data.audio.resample import resampled_length
-from jepa_audio.errors import UserError, check_bounds
+from jepa_audio.errors import UserError
 from jepa_audio.inference.encoder import Encoder
 from jepa_audio.probing.clips import item_segment, map_items, read_header
+from jepa_audio.probing.finetuning.augmentations import check_options
 from jepa_audio.probing.finetuning.clips import (
     ClipFormat,
     CropSettings,
@@ -89,9 +90,9 @@ class LabelledClips(LightningDataModule):
         self.mixup, self.gain_db, self.time_shift = mixup, gain_db, time_shift
         self.seed, self.folds, self.num_folds = seed, folds, num_folds
         self._has_logged = False
-        check_bounds(self, 1, 1_000_000, "batch_size")
-        check_bounds(self, 0, 1000, "num_workers", "mixup", "gain_db", "time_shift")
-        check_bounds(self, 1e-3, 86_400, "crop_seconds")
+        check_options("data", self, 1, 1_000_000, "batch_size")
+        check_options("data", self, 0, 1000, "num_workers", "mixup", "gain_db", "time_shift")
+        check_options("data", self, 1e-3, 86_400, "crop_seconds")
 
     @cached_property
     def loaded(self) -> ProbeData:
@@ -165,7 +166,7 @@ class LabelledClips(LightningDataModule):
             pass  # Lightning calls this method more than once.
         elif batch < self.batch_size:
             rank_zero_only(log.warning)(
-                "`batch_size` is %d instead of %d: there are %d training clips",
+                "`data.batch_size` is %d instead of %d: there are %d training clips",
                 *(batch, self.batch_size, len(crops)),
             )
         elif rest:

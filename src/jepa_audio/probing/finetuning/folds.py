@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Int64
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
 from jepa_audio.errors import UserError
 from jepa_audio.probing.tasks.base import ProbeData
 from jepa_audio.probing.tasks.labels import Multiclass
 from jepa_audio.probing.tasks.records import SPLITS, Item, Split, split_checksum
+
+log = logging.getLogger(__name__)
 
 FoldBy = Literal["group", "fold"]
 """The column that divides the clips: groups that stay together, or the number of the fold."""
@@ -32,10 +36,12 @@ def assign_folds(data: ProbeData, by: FoldBy, num_folds: int) -> Int64[np.ndarra
     give the fold.
 
     Raises:
-        UserError: if there are fewer than three folds, or fewer groups than folds, if a clip has no
-            fold, or if the clips of one unit are in several groups or folds.
+        UserError: if there are fewer than three folds, or fewer groups than folds, if no clip has a
+            group or one has no fold, or if the clips of one unit are in several groups or folds.
     """
     split = all_items(data)
+    if by == "group":
+        _check_groups(split)
     keys = [getattr(item, by) or ("" if by == "fold" else item.uid) for item in split.items]
     _check_units(split, keys, by)
     if by == "fold":
@@ -58,6 +64,23 @@ def assign_folds(data: ProbeData, by: FoldBy, num_folds: int) -> Int64[np.ndarra
     for fold, (_, test) in enumerate(kind(num_folds).split(keys, classes, keys)):
         folds[test] = fold
     return folds
+
+
+def _check_groups(split: Split) -> None:
+    """Refuse a split without groups; warn if some clips have none."""
+    alone = [item for item in split.items if not item.group]
+    if not alone:
+        return
+    file = alone[0].where.partition(", line ")[0]
+    if len(alone) == len(split):
+        raise UserError(
+            f"{file} has no column `group`, or the column is empty, but `folds` is group: add it, "
+            "or choose another value of `folds`"
+        )
+    rank_zero_only(log.warning)(
+        f"{file}: {len(alone)} of {len(split)} clips have no `group`, the first one in "
+        f"{alone[0].where}: each of them is its own group"
+    )
 
 
 def _check_units(split: Split, keys: Sequence[str], by: str) -> None:

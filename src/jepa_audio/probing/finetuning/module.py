@@ -13,12 +13,12 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from typing_extensions import override
 
-from jepa_audio.errors import UserError, check_bounds
+from jepa_audio.errors import UserError
 from jepa_audio.inference.encoder import Encoder
 from jepa_audio.inference.features import Frequency
 from jepa_audio.inference.load import load_encoder
 from jepa_audio.probing.encoders import state_hash
-from jepa_audio.probing.finetuning.augmentations import SpecAugment, loss_of
+from jepa_audio.probing.finetuning.augmentations import SpecAugment, check_options, loss_of
 from jepa_audio.probing.finetuning.clips import CropBatch, WindowBatch
 from jepa_audio.probing.finetuning.data import LabelledClips
 from jepa_audio.probing.finetuning.evaluation import WindowLogits, measure_scale, save_logits
@@ -84,12 +84,14 @@ class FineTuning(ScalerAwareModule):
         self.save_hyperparameters()
         self.tuning = Tuning(mode, layer_decay, lora_rank)
         if lr is not None and mode == "head":
-            raise UserError(f"`lr` ({lr}) has no effect in the mode head: set `head_lr`")
+            raise UserError(
+                f"`model.lr` ({lr}) has no effect in the mode head: set `model.head_lr`"
+            )
         default = 1e-3 if mode == "lora" else 1e-4
         self.lr = default if lr is None else lr
         self.head_lr, self.weight_decay, self.warmup = head_lr, weight_decay, warmup
-        check_bounds(self, 0, math.inf, "lr", "head_lr", "weight_decay")
-        check_bounds(self, 0, 0.99, "warmup")
+        check_options("model", self, 0, math.inf, "lr", "head_lr", "weight_decay")
+        check_options("model", self, 0, 0.99, "warmup")
         self.kind, self.frequency, self.seed = head, frequency, seed
         self.pretrained: Encoder = load_encoder(encoder, variant)
         self.encoder_hash = state_hash(self.pretrained)
@@ -104,11 +106,11 @@ class FineTuning(ScalerAwareModule):
 
     def set_task(self, data: LabelledClips) -> None:
         """Make the network for the labels of a task."""
-        grid_hz = data.data.task.grid_hz
+        grid_hz, self._task = data.data.task.grid_hz, data.data.task.name
         if self.kind == "attentive" and grid_hz is not None:
             raise UserError(
-                f"`head` is attentive, which labels clips, but {data.data.task.name} has labels in "
-                "time: use linear"
+                f"`model.head` is attentive, for clips, but {data.data.task.name} has labels"
+                " in time: use linear"
             )
         backbone = Backbone(self.pretrained)
         self.tuning.apply(backbone, self.seed)
@@ -124,7 +126,8 @@ class FineTuning(ScalerAwareModule):
         """The fine-tuned encoder, with merged adapters; the network cannot be trained any more."""
         merge_adapters(self.network.backbone)
         (encoder,) = self._pretrained
-        encoder.source = f"{encoder.source}, fine-tuned in the mode {self.tuning.mode}"
+        how = f"in the mode {self.tuning.mode} on {self._task}"
+        encoder.source = f"{encoder.source}, fine-tuned {how}"
         return encoder.freeze()
 
     @property

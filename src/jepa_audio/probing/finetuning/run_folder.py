@@ -37,8 +37,8 @@ class FineTuneFolder:
         """The folder of a fold or of the baseline."""
         return FineTuneFolder(self.path / name)
 
-    def begin(self, config: str, resume: bool) -> None:
-        """Write the settings of the run.
+    def check(self, config: str, resume: bool) -> None:
+        """Check that a run with these settings can begin or continue here.
 
         Raises:
             UserError: if the folder holds another run, or if a run is resumed with other settings.
@@ -47,7 +47,6 @@ class FineTuneFolder:
         if not file.is_file():
             if resume:
                 log.info("%s has no run: a new run starts", self.path)
-            write_text(file, config)
             return
         if not resume:
             raise UserError(
@@ -60,6 +59,12 @@ class FineTuneFolder:
                 f"`--resume`: the run in {self.path} has other settings ({', '.join(changed)}): "
                 "use the same ones, or choose another `--run_dir`"
             )
+
+    def begin(self, config: str) -> None:
+        """Write the settings of a new run; from now on, the folder holds this run."""
+        file = self.path / "config.yaml"
+        if not file.is_file():
+            write_text(file, config)
 
     def checkpoint_callbacks(self) -> list[ModelCheckpoint]:
         """Save the weights of the best epoch, and all that continues a run after each epoch."""

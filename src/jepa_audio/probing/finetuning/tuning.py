@@ -48,13 +48,13 @@ class Tuning:
         trains_blocks = self.mode == "full" or self.num_blocks is not None
         if self.layer_decay is not None and not (trains_blocks and 0 < self.layer_decay <= 1):
             raise UserError(
-                f"`layer_decay` ({self.layer_decay}) must be in (0, 1], and only the modes full "
-                f"and last_N use it; the mode is {self.mode}"
+                f"`model.layer_decay` ({self.layer_decay}) must be in (0, 1], and only the modes "
+                f"full and last_N use it; the mode is {self.mode}"
             )
         if self.lora_rank is not None and (self.mode != "lora" or self.lora_rank < 1):
             raise UserError(
-                f"`lora_rank` ({self.lora_rank}) must be at least 1, and only the mode lora uses "
-                f"it; the mode is {self.mode}"
+                f"`model.lora_rank` ({self.lora_rank}) must be at least 1, and only the mode lora "
+                f"uses it; the mode is {self.mode}"
             )
 
     @property
