@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from jepa_audio.cli import export
 from jepa_audio.cli.main import main
+from jepa_audio.errors import UserError
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "export.md"
 
@@ -72,6 +74,36 @@ def test_results_of_other_weights_are_refused(
         main(["export", "hf", str(run), "-o", str(tmp_path / "out"), "--results", results])
     assert "has no result of the weights of" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_name_is_refused_before_the_folder_is_written(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    command = ["export", "hf", str(run), "-o", str(tmp_path / "out"), "--push"]
+    with pytest.raises(SystemExit):
+        main([*command, "badname"])
+    assert "must be USER/NAME" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+    def fail(*_: object, **__: object) -> str:
+        raise UserError("no network")
+
+    monkeypatch.setattr(export, "push_folder", fail)
+    with pytest.raises(SystemExit):
+        main([*command, "user/name"])
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"the folder is written: `jepa-audio export push {tmp_path / 'out'} user/name`" in error
+
+
+@pytest.mark.parametrize(("kind", "name"), [("onnx", "m.pt2"), ("torch", "m.onnx")])
+def test_a_file_of_the_other_format_is_refused(
+    run: Path, tmp_path: Path, kind: str, name: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit):
+        main(["export", kind, str(run), "-o", str(tmp_path / name)])
+    error = " ".join(capsys.readouterr().err.split())
+    assert "must be a folder, or a file that ends in" in error
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -47,11 +47,15 @@ def test_a_program_of_torch_export_gives_the_tokens_of_the_encoder(name: str, tm
 
 
 @pytest.mark.parametrize("name", cases("log_mel"))
-def test_an_onnx_model_gives_the_tokens_of_the_encoder(name: str, tmp_path: Path):
+def test_an_onnx_model_gives_the_tokens_of_the_encoder(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO")
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     encoder = small_encoder(name)
     metadata = export_onnx(encoder, tmp_path / "model.onnx")
+    assert len(caplog.records) < 5
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     for batch in batches(encoder, metadata.min_samples):
         expected = encoder.encode_batch(batch).layers[-1].flatten(1, 2)
@@ -113,6 +117,18 @@ def test_a_front_end_that_cannot_be_exported_is_named_with_a_remedy(
         export_torch(small_encoder("log_mel"), tmp_path / "model.pt2")
     with pytest.raises(UserError, match=r"WaveformFrontEnd .* fixed length .*export hf"):
         export_torch(small_encoder("waveform"), tmp_path / "model.pt2", 1.0)
+
+
+def test_a_file_is_not_replaced(tmp_path: Path):
+    file = tmp_path / "model.onnx"
+    file.write_text("mine")
+    pytest.importorskip("onnxscript")
+    for export in (export_onnx, export_torch):
+        with pytest.raises(UserError, match=r"model\.onnx exists: give another .* with `-o`"):
+            export(small_encoder("waveform"), file)
+        with pytest.raises(UserError, match=r"model\.onnx is a file, not a folder"):
+            export(small_encoder("waveform"), file / "new" / "model.pt2")
+    assert file.read_text() == "mine"
 
 
 def test_missing_packages_are_named_with_the_command_that_installs_them(

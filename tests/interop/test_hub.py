@@ -100,10 +100,19 @@ def test_a_refusal_of_the_hub_is_one_sentence(hub: str, tmp_path: Path):
     assert "Traceback" not in process.stderr
 
 
+def test_a_hub_that_cannot_be_reached_is_one_sentence(tmp_path: Path):
+    folder = export_hugging_face(small_encoder("waveform"), tmp_path / "out", licence="mit")
+    process = push("http://127.0.0.1:9", folder, tmp_path)
+    assert process.returncode == 1
+    assert "the Hub could not be reached: " in process.stderr
+    assert "check the network, or `HF_ENDPOINT`" in process.stderr
+    assert "Traceback" not in process.stderr
+
+
 def test_other_folders_and_names_are_refused_before_anything_is_sent(tmp_path: Path):
     with pytest.raises(UserError, match="is not a folder of `jepa-audio export hf`"):
         push_folder(tmp_path, "user/name")
     folder = export_hugging_face(small_encoder("waveform"), tmp_path / "out")
-    for name in ("name", "a/b/c", "/name"):
-        with pytest.raises(UserError, match="must be USER/NAME"):
+    for name in ("name", "a/b/c", "/name", "a b/c"):
+        with pytest.raises(UserError, match=r"must be USER/NAME|cannot have this name"):
             push_folder(folder, name)

@@ -7,9 +7,10 @@ from typing import Literal
 
 from jepa_audio.errors import UserError
 from jepa_audio.inference.encoder import Encoder
+from jepa_audio.inference.folder import find_origin
 from jepa_audio.inference.load import load_encoder
-from jepa_audio.interop.hub import push_folder
-from jepa_audio.interop.hugging_face import export_hugging_face, find_origin
+from jepa_audio.interop.hub import check_name, push_folder
+from jepa_audio.interop.hugging_face import export_hugging_face
 
 Which = Literal["context", "target"]
 
@@ -39,6 +40,8 @@ def hf(
         push: also upload the folder to this repository of the Hub, "USER/NAME".
         private: create a private repository.
     """
+    if push is not None:
+        check_name(push)
     encoder = load_encoder(run, which)
     folder = export_hugging_face(
         encoder,
@@ -51,7 +54,11 @@ def hf(
         f"  load:   AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True)",
     ]
     if push is not None:
-        lines.append(f"  pushed: {push_folder(folder, push, private=private)}")
+        try:
+            lines.append(f"  pushed: {push_folder(folder, push, private=private)}")
+        except UserError as error:
+            command = f"jepa-audio export push {folder} {push}{' --private' if private else ''}"
+            raise UserError(f"{error}\nthe folder is written: `{command}` uploads it") from error
     else:
         lines.append(f"  push:   jepa-audio export push {folder} USER/NAME")
     return "\n".join(lines)
@@ -193,9 +200,16 @@ def probe_scores(encoder: Encoder, results: Path | None) -> list[str]:
 
 
 def _file(output: Path, name: str) -> Path:
-    """`output` if it has the suffix of a file, else the file of this name in it."""
+    """`output` if it has the suffix of a file, else the file of this name in it.
+
+    Raises:
+        UserError: if `output` has the suffix of the other format.
+    """
+    suffix = Path(name).suffix
+    if output.suffix in {".onnx", ".pt2"} - {suffix} and not output.is_dir():
+        raise UserError(f"`-o` ({output}) must be a folder, or a file that ends in {suffix}")
     return output if output.suffix == Path(name).suffix else output / name
 
 
 def _default_folder(encoder: Encoder) -> Path:
-    return Path("exported") / find_origin(encoder).name
+    return Path("exported") / find_origin(encoder).short_name

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from jepa_audio.class_paths import check_class_paths
+from jepa_audio.class_paths import check_class_paths, parse_yaml
 from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.files import atomic_path, read_json, write_text
 from jepa_audio.inference.encoder import Encoder
@@ -23,6 +25,117 @@ from jepa_audio.training.run.weights import WeightsError, limited_parameters, lo
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 KEY = "jepa_audio"
 """The key of `config.json` with all that `read_encoder` reads; other keys are for others."""
+
+
+_MODEL_SETTINGS = ("masker", "targets", "distance", "ema")
+_FINE_TUNED = re.compile(r"(.*), fine-tuned in the mode (\S+) on (.+)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the weights of an encoder come from.
+
+    Attributes:
+        name: name of the run, or of the folder.
+        steps: number of optimizer steps of the pretraining; `None` if it is unknown.
+        corpus: the training files, as the configuration of the run names them.
+        model: settings of the pretraining, such as the masker.
+        fine_tuned: mode and task of a fine-tuning; `None` for pretrained weights.
+        folder: the folder of the run; `None` if the encoder is from another folder.
+    """
+
+    name: str
+    steps: int | None = None
+    corpus: tuple[str, ...] = ()
+    model: Mapping[str, Any] = field(default_factory=dict)
+    fine_tuned: tuple[str, str] | None = None
+    folder: Path | None = None
+
+    def __str__(self) -> str:
+        text = self.name + (f", step {self.steps}" if self.steps is not None else "")
+        if self.fine_tuned is None:
+            return text
+        return text + ", fine-tuned in the mode {} on {}".format(*self.fine_tuned)
+
+    @property
+    def short_name(self) -> str:
+        """A name for a folder."""
+        return "-".join([self.name, *reversed(self.fine_tuned or ())]).replace("/", "-")
+
+    def stored(self) -> dict[str, Any]:
+        """The values for a file of JSON, without a path of this machine."""
+        tuned = None
+        if self.fine_tuned is not None:
+            tuned = dict(zip(("mode", "task"), self.fine_tuned, strict=True))
+        return {
+            "name": self.name,
+            "steps": self.steps,
+            "corpus": list(self.corpus),
+            "model": dict(self.model),
+            "fine_tuned": tuned,
+        }
+
+
+def find_origin(encoder: Encoder) -> Origin:
+    """Run, steps and corpus of an encoder, from the source of `load_encoder`."""
+    return _origin_of(encoder.source)
+
+
+def _origin_of(source: str) -> Origin:
+    # A folder and the source that it states, see `read_encoder`.
+    for match in re.finditer(r" \(|$", source):
+        folder = Path(source[: match.start()])
+        if source and is_encoder_folder(folder):
+            stated = read_json(folder / CONFIG)[KEY].get("source")
+            if source in (str(folder), f"{folder} ({stated})"):
+                return _stored_origin(folder)
+    if (match := _FINE_TUNED.fullmatch(source)) is not None:
+        return replace(_origin_of(match[1]), fine_tuned=(match[2], match[3]))
+    if (match := re.fullmatch(r"(.*?\.ckpt)(?:, step (\d+))?", source)) is not None:
+        return _origin_of_checkpoint(Path(match[1]), match[2] and int(match[2]))
+    return Origin(Path(source.partition(" (")[0]).name or "encoder")
+
+
+def _origin_of_checkpoint(path: Path, steps: int | None) -> Origin:
+    checkpoint = path.absolute()
+    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    config = run / "config.yaml"
+    settings = None
+    if config.is_file():
+        settings = parse_yaml(config.read_text(encoding="utf-8"), str(config))
+    data, model = (_mapping(_mapping(settings).get(key)) for key in ("data", "model"))
+    roots = data.get("root")
+    roots = roots if isinstance(roots, list) else [roots] if roots else []
+    corpus = tuple(Path(str(root)).name or str(root) for root in roots)
+    chosen = {name: model[name] for name in _MODEL_SETTINGS if name in model}
+    return Origin(run.name, steps, corpus, chosen, folder=run)
+
+
+def _stored_origin(folder: Path) -> Origin:
+    """The origin in a folder of `save_encoder`; earlier versions wrote only the source."""
+    settings = read_json(folder / CONFIG)[KEY]
+    stored, source = settings.get("origin"), str(settings.get("source") or "")
+    if not isinstance(stored, dict):
+        is_known = _FINE_TUNED.fullmatch(source) or ".ckpt" in source
+        return replace(_origin_of(source), folder=None) if is_known else Origin(folder.name)
+    steps, corpus, tuned = (stored.get(key) for key in ("steps", "corpus", "fine_tuned"))
+    return Origin(
+        " ".join(str(stored.get("name") or folder.name).split()),
+        steps if isinstance(steps, int) else None,
+        tuple(map(str, corpus)) if isinstance(corpus, list) else (),
+        _mapping(stored.get("model")),
+        (str(tuned.get("mode")), str(tuned.get("task"))) if isinstance(tuned, dict) else None,
+    )
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def check_parents(path: Path) -> None:
+    """Raise `UserError` if a folder that would hold `path` is a file."""
+    if wrong := [parent for parent in path.parents if parent.exists() and not parent.is_dir()]:
+        raise UserError(f"{wrong[0]} is a file, not a folder: give another place than {path}")
 
 
 def save_encoder(encoder: Encoder, directory: str | Path) -> Path:
@@ -39,6 +152,7 @@ def save_encoder(encoder: Encoder, directory: str | Path) -> Path:
             "known: load it with `load_encoder`, or give its `settings`"
         )
     folder = Path(directory)
+    check_parents(folder / CONFIG)
     settings = {
         **encoder.settings,
         "window_samples": encoder.window_samples,
@@ -47,6 +161,7 @@ def save_encoder(encoder: Encoder, directory: str | Path) -> Path:
         "num_channels": encoder.num_channels,
         "which": encoder.which,
         "source": encoder.source,
+        "origin": find_origin(encoder).stored(),
     }
     state = {name: value.cpu().contiguous() for name, value in encoder.state_dict().items()}
     with atomic_path(folder / WEIGHTS) as unfinished:

@@ -24,6 +24,7 @@ from typing_extensions import override
 from jepa_audio.errors import MAX_SECONDS, UserError
 from jepa_audio.files import atomic_path
 from jepa_audio.inference.encoder import Encoder
+from jepa_audio.inference.folder import check_parents, find_origin
 from jepa_audio.inference.windowed import scale_loudness
 from jepa_audio.steps.encoder.positions import RotaryPositions
 from jepa_audio.steps.front_ends import FrontEnd
@@ -138,12 +139,14 @@ def export_torch(encoder: Encoder, file: Path, seconds: float | None = None) -> 
 
     Args:
         encoder: the encoder.
-        file: the `.pt2` file.
+        file: the `.pt2` file, which must not exist.
         seconds: fixed length of the clips; `None` for any length up to a training crop.
 
     Raises:
-        UserError: if the front end cannot be exported; the message names the remedy.
+        UserError: if the file exists, or if the front end cannot be exported; the message names the
+            remedy.
     """
+    _check_file(file)
     program, metadata = trace(encoder, seconds)
     # torch warns about file names that do not end with .pt2.
     with atomic_path(file) as unfinished, unfinished.open("wb") as opened:
@@ -159,11 +162,11 @@ def export_onnx(encoder: Encoder, file: Path, seconds: float | None = None) -> G
 
     Args:
         encoder: the encoder.
-        file: the `.onnx` file.
+        file: the `.onnx` file, which must not exist.
         seconds: fixed length of the clips; `None` for any length up to a training crop.
 
     Raises:
-        UserError: if a package is missing, or if the front end cannot be exported.
+        UserError: if the file exists, a package is missing, or the front end cannot be exported.
     """
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
@@ -172,6 +175,7 @@ def export_onnx(encoder: Encoder, file: Path, seconds: float | None = None) -> G
         )
     import onnx  # noqa: PLC0415
 
+    _check_file(file)
     program, metadata = trace(encoder, seconds)
     with _errors(encoder, seconds), _quiet():
         made = torch.onnx.export(
@@ -201,6 +205,12 @@ def export_onnx(encoder: Encoder, file: Path, seconds: float | None = None) -> G
     return metadata
 
 
+def _check_file(file: Path) -> None:
+    if file.exists():
+        raise UserError(f"{file} exists: give another file or folder with `-o`")
+    check_parents(file)
+
+
 def trace(encoder: Encoder, seconds: float | None = None) -> tuple[ExportedProgram, GraphMetadata]:
     """The program of an encoder, with a dynamic batch, and a dynamic length without `seconds`.
 
@@ -228,7 +238,6 @@ def trace(encoder: Encoder, seconds: float | None = None) -> tuple[ExportedProgr
     times = front_end.times(max_samples).double()
     step = float(times[1] - times[0]) if len(times) > 1 else 0.0
     grid = front_end.grid(max_samples)
-    source = Path(encoder.source.partition(", step")[0]).parent.parent.name
     metadata = GraphMetadata(
         encoder.sample_rate,
         encoder.num_channels,
@@ -238,7 +247,7 @@ def trace(encoder: Encoder, seconds: float | None = None) -> tuple[ExportedProgr
         grid.num_freq,
         float(times[0]),
         step,
-        source,
+        str(find_origin(encoder)),
     )
     shapes: dict[int, Any] = {0: Dim("batch", min=1, max=_MAX_CLIPS)}
     if seconds is None:
@@ -344,7 +353,8 @@ def _errors(encoder: Encoder, seconds: float | None) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the progress and the warnings of the exporters, which no user can act on."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
+    names = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

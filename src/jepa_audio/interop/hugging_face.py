@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -14,11 +13,17 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from jepa_audio.class_paths import parse_yaml
 from jepa_audio.errors import UserError
 from jepa_audio.files import atomic_path, read_json, write_text
 from jepa_audio.inference.encoder import Encoder
-from jepa_audio.inference.folder import CONFIG, KEY, WEIGHTS, save_encoder
+from jepa_audio.inference.folder import (
+    CONFIG,
+    KEY,
+    WEIGHTS,
+    check_parents,
+    find_origin,
+    save_encoder,
+)
 from jepa_audio.interop.model_card import model_card
 from jepa_audio.interop.one_file import PACKAGE, OneFile
 
@@ -29,25 +34,6 @@ _AUTO_CLASSES = {
     "AutoModel": "JEPAAudioModel",
     "AutoFeatureExtractor": "JEPAAudioFeatureExtractor",
 }
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where the weights of an encoder come from, for its model card.
-
-    Attributes:
-        name: name of the run, or of the folder.
-        steps: number of optimizer steps; `None` if it is unknown.
-        corpus: the training files, as the configuration of the run names them.
-        settings: the saved configuration of the run; `None` if there is none.
-        folder: the folder of the run; `None` if the encoder is from another folder.
-    """
-
-    name: str
-    steps: int | None = None
-    corpus: tuple[str, ...] = ()
-    settings: Mapping[str, Any] | None = None
-    folder: Path | None = None
 
 
 def export_hugging_face(
@@ -72,6 +58,7 @@ def export_hugging_face(
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists and is not empty: give another folder with `-o`")
+    check_parents(output)
     if encoder.windowing != "exact":
         raise UserError(
             f"an exported model has `windowing` 'exact', not {encoder.windowing!r}: load the "
@@ -96,7 +83,7 @@ def _write_folder(
     origin = find_origin(encoder)
     config = read_json(folder / CONFIG)
     # Without the path on this machine.
-    config[KEY]["source"] = _described(origin)
+    config[KEY]["source"] = str(origin)
     _write_json(folder / CONFIG, {**_auto_settings(), **config})
     extractor = {
         "feature_extractor_type": _AUTO_CLASSES["AutoFeatureExtractor"],
@@ -131,29 +118,6 @@ def model_code(encoder: Encoder) -> str:
         "An encoder of audio, for `AutoModel.from_pretrained(..., trust_remote_code=True)`.\n\n"
         f"Written by jepa-audio {version('jepa-audio')} from its own code (Apache-2.0).\n"
     )
-
-
-def find_origin(encoder: Encoder) -> Origin:
-    """Run, steps and corpus of an encoder, from the source of `load_encoder`."""
-    match = re.fullmatch(r"(.*?\.ckpt)(?:, step (\d+))?", encoder.source)
-    if match is None:
-        return Origin(Path(encoder.source.partition(" (")[0]).name or "encoder")
-    checkpoint = Path(match[1]).absolute()
-    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
-    config = run / "config.yaml"
-    settings = None
-    if config.is_file():
-        settings = parse_yaml(config.read_text(encoding="utf-8"), str(config))
-    data = settings.get("data", {}) if isinstance(settings, dict) else {}
-    roots = data.get("root") if isinstance(data, dict) else None
-    roots = roots if isinstance(roots, list) else [roots] if roots else []
-    steps = None if match[2] is None else int(match[2])
-    corpus = tuple(Path(str(root)).name or str(root) for root in roots)
-    return Origin(run.name, steps, corpus, settings if isinstance(settings, dict) else None, run)
-
-
-def _described(origin: Origin) -> str:
-    return origin.name + (f", step {origin.steps}" if origin.steps is not None else "")
 
 
 def _auto_map() -> dict[str, str]:

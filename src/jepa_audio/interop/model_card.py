@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jepa_audio.inference.encoder import Encoder
-
-if TYPE_CHECKING:
-    from jepa_audio.interop.hugging_face import Origin
+from jepa_audio.inference.folder import Origin
 
 _CARD = """---
 {front_matter}
@@ -17,7 +15,8 @@ _CARD = """---
 # {name}
 
 An encoder of audio, pretrained without labels as a joint-embedding predictive architecture (JEPA)
-with jepa-audio. It turns a waveform at {sample_rate:,} Hz{channels} into tokens of width {width}.
+with jepa-audio{fine_tuned}.
+It turns a waveform at {sample_rate:,} Hz{channels} into tokens of width {width}.
 
 ## Use
 
@@ -90,7 +89,12 @@ def model_card(
     rows = grid.num_freq
     return _CARD.format(
         front_matter="\n".join(front_matter),
-        name=origin.name,
+        name=origin.name + (f", fine-tuned on {origin.fine_tuned[1]}" if origin.fine_tuned else ""),
+        fine_tuned=(
+            ", then fine-tuned with labels in the mode {} on {}".format(*origin.fine_tuned)
+            if origin.fine_tuned
+            else ""
+        ),
         sample_rate=encoder.sample_rate,
         channels="" if channels == 1 else f" with {channels} channels",
         width=encoder.encoder.embed_dim,
@@ -127,12 +131,15 @@ def _training(encoder: Encoder, origin: Origin) -> list[tuple[str, Any]]:
     kind = type(front_end).__name__
     kind += f" ({type(spectrogram).__name__})" if spectrogram is not None else ""
     parameters = sum(parameter.numel() for parameter in encoder.parameters())
-    stored = (origin.settings or {}).get("model")
-    model = stored if isinstance(stored, dict) else {}
     lines = [
         ("corpus", ", ".join(origin.corpus) or "unknown"),
         ("optimizer steps", "unknown" if origin.steps is None else f"{origin.steps:,}"),
         ("encoder", f"{encoder.which} encoder of the run {origin.name}"),
+        *(
+            [("fine-tuning", "on {1}, mode {0}".format(*origin.fine_tuned))]
+            if origin.fine_tuned
+            else []
+        ),
         ("front end", kind),
         (
             "network",
@@ -140,8 +147,7 @@ def _training(encoder: Encoder, origin: Origin) -> list[tuple[str, Any]]:
             f"{type(network.positions).__name__}, {parameters:,} parameters with the front end",
         ),
     ]
-    chosen = ("masker", "targets", "distance", "ema")
-    return lines + [(name, f"`{_short(model[name])}`") for name in chosen if name in model]
+    return lines + [(name, f"`{_short(value)}`") for name, value in origin.model.items()]
 
 
 def _short(value: Any) -> str:
