@@ -225,6 +225,20 @@ def test_scikit_learn(made: tuple[Encoder, Path], tmp_path: Path, monkeypatch: p
     )
 
 
+def test_wrong_arguments_of_adapters_are_refused(made: tuple[Encoder, Path], tmp_path: Path):
+    folder = made[1]
+    with pytest.raises(UserError, match=r"`model_config`: .*nofile\.yaml cannot be read"):
+        s3prl.UpstreamExpert(folder, str(tmp_path / "nofile.yaml"))
+    for seconds in (0.0, -1.0, float("nan")):
+        with pytest.raises(UserError, match=r"`frame_seconds` .* must be a positive number"):
+            hear.load_model(str(folder), frame_seconds=seconds)
+    features = JEPAFeatures(folder)
+    with pytest.raises(UserError, match=r"give a list of paths, \['a\.wav'\]"):
+        features.fit_transform("a.wav")
+    with pytest.raises(UserError, match="give one column of paths, not 2"):
+        features.transform(np.array([["a.wav", "b.wav"]], dtype=object))
+
+
 def test_an_encoder_must_be_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(VARIABLE, raising=False)
     with pytest.raises(UserError, match=VARIABLE):

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,7 @@ from torch import Tensor
 from jepa_audio.cli.main import main
 from jepa_audio.errors import UserError
 from jepa_audio.inference.encoder import Encoder
+from jepa_audio.inference.folder import save_encoder
 from jepa_audio.inference.load import load_encoder
 from jepa_audio.interop.hugging_face import MODEL_FILE, export_hugging_face
 from tests.interop.small_encoders import (
@@ -153,6 +155,28 @@ def test_no_file_has_a_path_of_this_machine(exported: dict[str, tuple[Path, Enco
     assert "optimizer steps | 600" in card
 
 
+def test_the_extractor_refuses_what_is_no_clip():
+    pytest.importorskip("transformers")
+    from jepa_audio.interop.transformers_model import JEPAAudioFeatureExtractor
+
+    extractor, good = JEPAAudioFeatureExtractor(), np.zeros(100, np.float32)
+    wrong: list[tuple[object, str]] = [
+        ("a.wav", "is a text, not a clip"),
+        (["a.wav"], "is a text, not a clip"),
+        ({"array": good}, "dict with the keys array"),
+        ([good, {"array": good}], "dict with the keys array"),
+        ([], "has no clip"),
+        ([good, good[:0]], "clip 1 has 0 samples"),
+        ([good, good * np.nan], "clip 1 has samples that are not finite"),
+        (good + 20_000, "clip 0 has the peak 20000"),
+        ([[None, 1.0]], "must be numbers"),
+    ]
+    for audio, message in wrong:
+        with pytest.raises(UserError, match=message):
+            extractor(audio, sampling_rate=16_000)
+    assert extractor([good, [0.5, -0.5]], sampling_rate=16_000)["input_values"][1].shape == (100,)
+
+
 def test_a_folder_with_files_is_not_overwritten(tmp_path: Path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="exists and is not empty"):
@@ -160,6 +184,30 @@ def test_a_folder_with_files_is_not_overwritten(tmp_path: Path):
     with pytest.raises(UserError, match="must be an identifier"):
         export_hugging_face(small_encoder("waveform"), tmp_path / "out", licence="a: b")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_of_a_fine_tuned_encoder_keeps_its_origin(tmp_path: Path):
+    run = tmp_path / "runs" / "mine"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("{data: {root: /home/me/notes}, model: {ema: {start: 0.9}}}")
+    source = f"{run}/checkpoints/last.ckpt, step 600, fine-tuned in the mode last_2 on tones"
+    folder = tmp_path / "a (b)" / "encoder"
+    save_encoder(small_encoder("waveform", source), folder)
+    (run / "config.yaml").unlink()
+    first = export_hugging_face(load_encoder(folder), tmp_path / "first")
+    again = export_hugging_face(load_encoder(first), tmp_path / "again")
+    for exported in (first, again):
+        card = (exported / "README.md").read_text()
+        assert "# mine, fine-tuned on tones\n" in card
+        assert "| corpus | notes |" in card
+        assert "| optimizer steps | 600 |" in card
+        assert "| fine-tuning | on tones, mode last_2 |" in card
+        assert "| ema | `{start: 0.9}` |" in card
+        stored = json.loads((exported / "config.json").read_text())["jepa_audio"]
+        assert stored["source"] == "mine, step 600, fine-tuned in the mode last_2 on tones"
+        assert "/home" not in json.dumps(stored)
+    with pytest.raises(UserError, match="is a file, not a folder"):
+        export_hugging_face(load_encoder(folder), first / "README.md" / "out")
 
 
 def test_a_front_end_of_the_user_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

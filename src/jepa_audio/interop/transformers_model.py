@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 # Windows in one forward pass; it limits the memory for long clips.
 MAX_WINDOWS = 64
+# A larger sample is no float in [-1, 1], however loud, but a whole number of another format.
+MAX_PEAK = 1e3
 
 
 def build(settings: Any) -> Any:
@@ -210,6 +212,31 @@ def clip_lengths(
     return lengths
 
 
+def _refuse_names(audio: Any) -> None:
+    """Refuse the name of a file, and an item of a data set, in place of samples."""
+    if isinstance(audio, str | bytes):
+        raise UserError(f"{audio!r} is a text, not a clip: read the file, and give its samples")
+    if isinstance(audio, dict):
+        keys = ", ".join(map(str, audio))
+        raise UserError(
+            f"a clip is a dict with the keys {keys}: give its samples, such as `audio['array']`"
+        )
+
+
+def _check_samples(clip: np.ndarray, name: str) -> None:
+    """Refuse samples that are no audio in [-1, 1]."""
+    if not clip.size:
+        raise UserError(f"{name} has 0 samples and cannot be encoded: remove it")
+    if not np.isfinite(clip).all():
+        raise UserError(f"{name} has samples that are not finite: repair or remove it")
+    peak = float(np.abs(clip).max())
+    if peak > MAX_PEAK:
+        raise UserError(
+            f"{name} has the peak {peak:g}, but samples are in [-1, 1]: divide those of 16 bits by "
+            "32768"
+        )
+
+
 class JEPAAudioFeatureExtractor(SequenceFeatureExtractor):
     """Pads clips to one length, and gives the attention mask of their samples.
 
@@ -259,7 +286,8 @@ class JEPAAudioFeatureExtractor(SequenceFeatureExtractor):
             sampling_rate: sample rate of `raw_speech` in Hz.
 
         Raises:
-            UserError: if the sample rate, the number of channels or the type is another one.
+            UserError: if the sample rate, the number of channels or the type is another one, if
+                there is no clip, or if samples are not finite or far outside of [-1, 1].
         """
         if sampling_rate is None:
             logger.warning("give `sampling_rate`: a wrong sample rate cannot be found without it")
@@ -269,6 +297,8 @@ class JEPAAudioFeatureExtractor(SequenceFeatureExtractor):
                 f"of the model: resample the audio to {self.sampling_rate} Hz"
             )
         clips = [self._checked(clip) for clip in self._split(raw_speech)]
+        for i, clip in enumerate(clips):
+            _check_samples(clip, f"clip {i}")
         padded = self.pad(
             BatchFeature({"input_values": clips}),
             padding=padding,
@@ -283,16 +313,23 @@ class JEPAAudioFeatureExtractor(SequenceFeatureExtractor):
 
     def _split(self, audio: Any) -> list[Any]:
         """The clips of a batch; one clip is a batch of one."""
+        _refuse_names(audio)
+        if not hasattr(audio, "__len__") or (len(audio) == 0 and not hasattr(audio, "ndim")):
+            raise UserError(f"`raw_speech` ({audio!r}) has no clip: give a clip or a list of clips")
         num_axes = 1 if self.feature_size == 1 else 2
         if hasattr(audio, "ndim"):
             return [audio] if audio.ndim == num_axes else list(audio)
-        first = audio[0] if len(audio) else 0.0
+        first = audio[0]
+        _refuse_names(first)
         is_clip = np.ndim(first.cpu() if isinstance(first, Tensor) else first) == num_axes - 1
         return [audio] if is_clip else list(audio)
 
     def _checked(self, audio: Any) -> np.ndarray:
         """A clip as float32: `[S]`, or `[S, C]` for several channels."""
+        _refuse_names(audio)
         clip = audio.detach().cpu().numpy() if isinstance(audio, Tensor) else np.asarray(audio)
+        if clip.dtype.kind not in "fiub":
+            raise UserError(f"samples of type {clip.dtype} must be numbers in [-1, 1], as float32")
         if np.issubdtype(clip.dtype, np.integer) and np.abs(clip).max(initial=0) > 1:
             raise UserError(f"samples of type {clip.dtype} must be scaled to [-1, 1], as float32")
         if self.feature_size == 1 and clip.ndim == 2 and len(clip) == 1:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from math import inf
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from jepa_audio.errors import UserError
 from jepa_audio.inference.load import Which
 from jepa_audio.interop.adapters.features import EncoderFeatures, as_clips
 
@@ -43,10 +45,12 @@ class HearModel(EncoderFeatures):
         frame_seconds: float | None = None,
         **options: Any,
     ) -> None:
+        if frame_seconds is not None and not 0 < frame_seconds < inf:
+            raise UserError(f"`frame_seconds` ({frame_seconds}) must be a positive number, or None")
         super().__init__(encoder, **options)
         rate = self.encoder.sample_rate
         self.sample_rate = min((r for r in SAMPLE_RATES if r >= rate), default=SAMPLE_RATES[-1])
-        self.frame_seconds = frame_seconds or self.encoder.frame_seconds
+        self.frame_seconds = self.encoder.frame_seconds if frame_seconds is None else frame_seconds
         self.scene_embedding_size = self.num_features
         self.timestamp_embedding_size = self.num_frame_features
 
@@ -68,7 +72,7 @@ def load_model(
         frame_seconds: time from one timestamp to the next; `None` for that of the encoder.
 
     Raises:
-        UserError: see `EncoderFeatures`.
+        UserError: if `frame_seconds` is not positive; see also `EncoderFeatures`.
     """
     return HearModel(
         model_file_path, layers=layers, pool=pool, which=which, frame_seconds=frame_seconds

@@ -42,7 +42,13 @@ class UpstreamExpert(EncoderFeatures):
         settings: dict[str, Any] = {"frequency": "mean", "which": "context", "trainable": False}
         if model_config is not None:
             path = Path(model_config)
-            stored = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(
+                    f"`model_config`: {path} cannot be read ({error}): give a YAML file, or none"
+                ) from error
+            stored = parse_yaml(text, str(path))
             if not isinstance(stored, dict) or stored.keys() - settings:
                 raise UserError(f"{path} may contain {', '.join(settings)}, and nothing else")
             settings |= stored

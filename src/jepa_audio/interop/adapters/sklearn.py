@@ -12,6 +12,7 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
 
+from jepa_audio.errors import UserError
 from jepa_audio.inference.load import Which
 from jepa_audio.interop.adapters.features import EncoderFeatures
 
@@ -63,11 +64,15 @@ class JEPAFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
                 `Encoder.encode`: arrays `[S]` or `[C, S]`.
 
         Raises:
-            UserError: see `Encoder.encode`.
+            UserError: if `X` is one path or has several columns; see also `Encoder.encode`.
         """
         check_is_fitted(self)
+        if isinstance(X, str | bytes | os.PathLike):
+            raise UserError(f"`X` is one path, {X!r}: give a list of paths, [{X!r}]")
         values = np.asarray(X) if hasattr(X, "iloc") else X
         if isinstance(values, np.ndarray) and values.dtype.kind in "UO":
+            if values.ndim == 2 and values.shape[1] != 1:
+                raise UserError(f"`X`: give one column of paths, not {values.shape[1]}")
             values = values.reshape(len(values)) if values.size == len(values) else values
         clips = [str(clip) if isinstance(clip, str) else clip for clip in values]
         return self.features_.vectors(clips, self.sample_rate).cpu().numpy()
