@@ -7,13 +7,15 @@
 # No image was built so far: no base image could be pulled. Instead, the installation below was run
 # for the GPU (DEVICE=gpu, without --compile-bytecode) in a clean virtual environment of Python 3.11, from
 # a folder with only the copied files; `jepa-audio configs` ran there. The wheels for DEVICE=cpu could not be
-# reached, so that variant was not run.
+# reached, so that variant was not run. The step that installs the compilers was not run either.
 FROM python:3.12-slim
 
 ARG DEVICE=gpu
 # Optional dependencies, for example onnx,hf,finetune,scenes.
 ARG EXTRAS=hf
 
+# `--model.compile true` builds kernels with a C and a C++ compiler, on GPUs and CPUs; the base image has none.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc g++ && rm -rf /var/lib/apt/lists/*
 RUN pip install --no-cache-dir uv
 WORKDIR /opt/jepa-audio
 COPY pyproject.toml setup.py MANIFEST.in README.md LICENSE requirements.lock ./

@@ -13,6 +13,23 @@ import soundfile
 from tests.docs.commands import run_command
 from tests.docs.pages import ROOT
 
+# A task of MARBLE v2 for another encoder, shortened.
+MARBLE_TASK = """
+trainer: {logger: {save_dir: ./output/probe.Task.MERT-v1-95M/}}
+model:
+  init_args:
+    sample_rate: 24000
+    encoder: {class_path: marble.encoders.MERT_v1_95M.model.Encoder}
+    emb_transforms:
+    - {class_path: LayerSelector, init_args: {layers: [7]}}
+    - {class_path: MLPReduce, init_args: {num_layers: 13, hidden_size: 768}}
+    decoders: [{init_args: {in_dim: 768, hidden_layers: [512]}}]
+data:
+  init_args:
+    audio_transforms: {train: [{class_path: marble.encoders.MERT_v1_95M.model.X}]}
+    train: {init_args: {sample_rate: 24000, channels: 1}}
+"""
+
 Kinds = dict[str, Callable[[Path], None]]
 
 
@@ -33,7 +50,7 @@ class Given:
         `tars` (the same as four tars), `wav`, `mp3`, `flac` (one file), `labels` (a table of 48
         notes, and their folder `notes/`), `run:RECIPE` (a run of two steps on the notes),
         `wavjepa_hub` (a small model in the published layout), `layer` (a YAML file that changes
-        nothing).
+        nothing), `marble` (a task of MARBLE v2).
         """
         target = page / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -52,6 +69,8 @@ class Given:
             self.tars(target)
         elif what == "layer":
             target.write_text("seed_everything: 0\n")
+        elif what == "marble":
+            target.write_text(MARBLE_TASK)
         elif what == "wavjepa_hub":
             shutil.copytree(ROOT / "tests" / "data" / "wavjepa_hub", target)
         elif what == "labels":

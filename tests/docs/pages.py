@@ -1,4 +1,4 @@
-"""The fenced blocks of a page of the documents, and what comments of the page say about them.
+"""The fenced blocks and the tables of commands of a page, and what its comments say about them.
 
 A page is Markdown. These comments are not visible on the site:
 
@@ -14,6 +14,9 @@ A page is Markdown. These comments are not visible on the site:
     <!-- fails: text -->
         before a block of commands: the last command ends with an error that contains the text
 
+Code in a table that begins as a command (`COMMANDS`) is a block, too. The last two comments can be
+in a row, and then concern its commands; before the table, they concern all of its rows.
+
 A block with `title="FILE"` is the content of this file.
 """
 
@@ -27,6 +30,8 @@ ROOT = Path(__file__).parents[2]
 LANGUAGES = {"bash", "python", "yaml", "toml", "text"}
 # The files that exist on a page without the comment `given`.
 USUAL = "audio=audio labels.csv=labels runs/first=run:small/spectrogram"
+# How code in a table begins if it is a command.
+COMMANDS = re.compile(r"(?:[A-Z_]+=\S+ )?(?:jepa-audio|make|python) ")
 REASONS = (
     "needs a GPU",
     "needs several",
@@ -40,7 +45,7 @@ REASONS = (
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block.
+    """One fenced block, or the commands of one row of a table.
 
     Attributes:
         place: "docs/data.md:17", the line of its first line of content.
@@ -91,6 +96,28 @@ class Page:
         return dict(word.split("=") for word in (USUAL if words is None else words).split())
 
     def blocks(self) -> list[Block]:
+        """All fenced blocks and rows of tables with commands, in order."""
+        return sorted([*self.fenced(), *self.rows()], key=lambda block: block.line)
+
+    def rows(self) -> list[Block]:
+        """The commands in the rows of tables; those of one row are one block."""
+        found, before = [], {}
+        text = re.sub(r"^ *```.*?^ *```$", _blank, self.text, flags=re.MULTILINE | re.DOTALL)
+        for number, line in enumerate(text.split("\n"), 1):
+            if not line.startswith("|"):
+                before = _comments(line) if line.strip() else before
+                continue
+            spans = [span.replace("\\|", "|") for span in re.findall(r"`([^`]+)`", line)]
+            commands = [span for span in spans if COMMANDS.match(span)]
+            if not commands:
+                continue
+            comments = {**before, **_comments(line)}
+            settings = (comments.get("not run", ""), comments.get("fails", ""))
+            content = "\n".join(commands) + "\n"
+            found.append(Block(f"{self.name}:{number}", "bash", "", content, *settings))
+        return found
+
+    def fenced(self) -> list[Block]:
         """All fenced blocks, in order."""
         found, lines = [], self.text.splitlines()
         start, info, indent = None, "", ""
@@ -103,7 +130,7 @@ class Page:
                 continue
             content = [text.removeprefix(indent) for text in lines[start + 1 : number]]
             before = next((text for text in reversed(lines[:start]) if text.strip()), "")
-            comments = dict(re.findall(r"<!-- (not run|fails): (.*?) -->", before))
+            comments = _comments(before)
             title = re.search(r'title="(.*?)"', info)
             found.append(
                 Block(
@@ -120,6 +147,16 @@ class Page:
         return found
 
 
+def _comments(line: str) -> dict[str, str]:
+    return dict(re.findall(r"<!-- (not run|fails): (.*?) -->", line))
+
+
+def _blank(match: re.Match[str]) -> str:
+    """As many empty lines."""
+    return "\n" * match[0].count("\n")
+
+
 def pages() -> list[Page]:
-    """README and all pages of the site."""
-    return [Page(path) for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))]
+    """README and all pages of the site. The page of a notebook is left out: the notebook runs."""
+    paths = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+    return [Page(path) for path in paths if not path.with_suffix(".ipynb").exists()]

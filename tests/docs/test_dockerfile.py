@@ -36,3 +36,9 @@ def test_a_shell_can_read_every_step():
     for step in steps:
         subprocess.run(["sh", "-nc", step], check=True)
     assert re.search(r'".\[\$EXTRAS\]"', steps[-1])
+
+
+def test_the_image_has_compilers():
+    """`--model.compile true` needs them."""
+    steps = " ".join(text for name, text in instructions() if name == "RUN")
+    assert re.search(r"apt-get install .* gcc g\+\+ ", steps)

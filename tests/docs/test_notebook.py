@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.pages import ROOT
+from tests.docs.notebook import NOTEBOOKS, page_of
 
-NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 # What is shorter here than for a reader.
 SHORTER = {
     "STEPS = 100": "STEPS = 2",
@@ -43,3 +42,9 @@ def test_a_notebook_is_stored_without_results(path: Path):
 
     cells = json.loads(path.read_text())["cells"]
     assert all(not cell.get("outputs") and not cell.get("execution_count") for cell in cells)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_the_page_of_a_notebook_shows_its_cells(path: Path):
+    page = path.with_suffix(".md").read_text()
+    assert page == page_of(path), "run `python -m tests.docs.notebook`"

@@ -107,6 +107,20 @@ def test_every_block_of_a_page_runs(
     run_page(page, given, tmp_path, monkeypatch)
 
 
+def test_commands_in_tables_have_valid_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The real parser reads them, also on pages that run with `--runslow` only."""
+    monkeypatch.chdir(tmp_path)
+    rows = [block for page in PAGES for block in page.rows()]
+    assert len(rows) > 30
+    for block in rows:
+        try:
+            if not block.fails:
+                check_block(block)
+        except (Exception, SystemExit) as error:
+            error.add_note(f"in the table at {block.place}")
+            raise
+
+
 FAILURE = pytest.fail.Exception
 # Name → comment, language, text, and the error that a test of the page ends with.
 WRONG = {
@@ -127,6 +141,17 @@ WRONG = {
     "a missing target of make": ("", "bash", "make tea", AssertionError),
     "an error that does not come": ("fails: no recipe", "bash", "jepa-audio configs", FAILURE),
 }
+# Name → row of a table, and the error that a test of the page ends with.
+WRONG_ROWS = {
+    "an unknown command": ("| a | `jepa-audio embd runs/a audio` |", SystemExit),
+    "a wrong option behind a bar": (r"| `jepa-audio configs --a 'x\|y'` | b |", SystemExit),
+    "a wrong option of what is not run": (
+        "| a | `jepa-audio fit --x 2` <!-- not run: needs a GPU --> |",
+        AssertionError,
+    ),
+    "an error that does not come": ("| `jepa-audio configs` <!-- fails: no --> |", FAILURE),
+    "a missing target of make": ("| a | `make`, `make tea` |", AssertionError),
+}
 
 
 @pytest.mark.parametrize(("comment", "language", "text", "error"), WRONG.values(), ids=WRONG.keys())
@@ -144,6 +169,41 @@ def test_a_wrong_block_is_found(
     monkeypatch.setattr("tests.docs.pages.ROOT", tmp_path)
     with pytest.raises(error):
         run_page(Page(path), given, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(("row", "error"), WRONG_ROWS.values(), ids=WRONG_ROWS.keys())
+def test_a_wrong_command_in_a_table_is_found(
+    row: str,
+    error: type[BaseException],
+    given: Given,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    path = tmp_path / "page.md"
+    path.write_text(f"<!-- given -->\n\n| a | b |\n|---|---|\n{row}\n")
+    monkeypatch.setattr("tests.docs.pages.ROOT", tmp_path)
+    with pytest.raises(error):
+        run_page(Page(path), given, tmp_path, monkeypatch)
+
+
+def test_blocks_and_rows_of_a_page_are_in_its_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "page.md"
+    monkeypatch.setattr("tests.docs.pages.ROOT", tmp_path)
+    table = "| `A=1 python -m a` and `b` | `make c` |\n| d | e |"
+    fence = "```bash\n| `make no` |\n```"
+    path.write_text(
+        f"{fence}\n\n<!-- not run: needs a GPU -->\n\n{table}\n\ntext\n\n| `make f` |\n"
+    )
+    fenced, first, last = Page(path).blocks()
+    assert fenced.commands == ["| `make no` |"]
+    assert (first.commands, first.not_run, first.line) == (
+        ["A=1 python -m a", "make c"],
+        "needs a GPU",
+        7,
+    )
+    assert (last.commands, last.not_run) == (["make f"], "")
 
 
 def test_pages_of_the_site_state_what_they_do_not_run():
