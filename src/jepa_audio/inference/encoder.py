@@ -249,7 +249,7 @@ class Encoder(WindowedEncoder):
             return None
         count = self.num_layers
         try:
-            several = [layers] if np.ndim(layers) == 0 else layers
+            several: Any = layers if np.ndim(layers) else [layers]
             chosen = [_index(layer) for layer in several]
         except (TypeError, ValueError):
             chosen = []
