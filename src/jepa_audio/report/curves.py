@@ -154,7 +154,7 @@ def _draw_panel(
         ax.set_yscale("log")
         ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
     ax.set_ylim(bottom=0 if panel.from_zero or panel.is_share else None)
     if panel.is_share and max(ax.dataLim.y1, 0) <= 1 < ax.get_ylim()[1]:
         ax.set_ylim(top=1)
