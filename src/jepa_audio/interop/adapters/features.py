@@ -57,7 +57,7 @@ class EncoderFeatures(nn.Module):
                 "no encoder is given: name a run, a checkpoint or an exported folder, or set the "
                 f"environment variable {VARIABLE}"
             )
-        self.pooling = parse_pooling(pool)
+        self.pooling = parse_pooling(pool, "pool")
         if self.pooling.regions == 0:
             raise UserError("`pool` is 'frames', which is no vector of a clip: use 'mean'")
         self.encoder = load_encoder(what, which)
