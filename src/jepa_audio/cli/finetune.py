@@ -162,10 +162,10 @@ class FineTuneCLI(LightningCLI):
         """The last line of the command."""
         if self.config.folds is None:
             return f"{folder}: predictions of the test split, and the encoder"
-        encoders = sorted(folder.glob("fold-*/encoder"))
+        encoders = sorted(folder.glob("fold-*/encoder"), key=lambda path: int(path.parent.name[5:]))
         return (
-            f"{folder}: predictions of all folds; {len(encoders)} encoders, one of each fold: "
-            f"{folder}/fold-N/encoder, from {encoders[0]} to {encoders[-1]}"
+            f"{folder}: predictions of all folds; the encoders of the {len(encoders)} folds are in "
+            f"{encoders[0]} to {encoders[-1]}"
         )
 
     def _fit_variant(

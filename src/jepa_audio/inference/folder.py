@@ -89,10 +89,11 @@ def _origin_of(source: str) -> Origin:
             stated = read_json(folder / CONFIG)[KEY].get("source")
             if source in (str(folder), f"{folder} ({stated})"):
                 return _stored_origin(folder)
-    if (match := _FINE_TUNED.fullmatch(source)) is not None:
-        return replace(_origin_of(match[1]), fine_tuned=(match[2], match[3]))
-    if (match := re.fullmatch(r"(.*?\.ckpt)(?:, step (\d+))?", source)) is not None:
-        return _origin_of_checkpoint(Path(match[1]), match[2] and int(match[2]))
+    if (tuned := _FINE_TUNED.fullmatch(source)) is not None:
+        return replace(_origin_of(tuned[1]), fine_tuned=(tuned[2], tuned[3]))
+    if (of_run := re.fullmatch(r"(.*?\.ckpt)(?:, step (\d+))?", source)) is not None:
+        steps = None if of_run[2] is None else int(of_run[2])
+        return _origin_of_checkpoint(Path(of_run[1]), steps)
     return Origin(Path(source.partition(" (")[0]).name or "encoder")
 
 

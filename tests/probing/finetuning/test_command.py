@@ -12,6 +12,7 @@ import torch
 
 from jepa_audio.cli.finetune import FineTuneCLI, finetune
 from jepa_audio.errors import UserError
+from jepa_audio.inference.folder import find_origin
 from jepa_audio.inference.load import load_encoder
 from jepa_audio.probing.finetuning.clips import ClipFormat
 from jepa_audio.probing.rows import load_evidence, read_rows
@@ -51,6 +52,7 @@ def test_one_command_trains_selects_tests_and_compares_with_the_random_init_base
     assert "finetune-full" in capsys.readouterr().out
     # The encoder can be loaded; it differs from the pretrained one.
     tuned, start = load_encoder(tmp_path / "run" / "encoder"), load_encoder(checkpoints["mel"])
+    assert find_origin(tuned).fine_tuned == ("full", "tones")
     stored = torch.load(tmp_path / "run" / "checkpoints" / "best.ckpt", weights_only=True)
     for name, value in tuned.encoder.state_dict().items():
         assert torch.equal(value, stored["state_dict"][f"network.backbone.encoder.{name}"])
@@ -86,7 +88,7 @@ def test_folds_by_group_score_every_clip_once(
     assert len(set(evidence.uids)) == len(evidence.predictions) == 40
     assert len(list((tmp_path / "run").glob("fold-*/encoder/model.safetensors"))) == 3
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.endswith(f"from {tmp_path}/run/fold-0/encoder to {tmp_path}/run/fold-2/encoder")
+    assert last.endswith(f"in {tmp_path}/run/fold-0/encoder to {tmp_path}/run/fold-2/encoder")
 
 
 def test_labels_in_time_are_fine_tuned(
@@ -234,3 +236,5 @@ def test_the_settings_of_a_run_are_saved(checkpoints: dict[str, Path], tones: Pa
     assert "mode: head" in (tmp_path / "run" / "config.yaml").read_text()
     row = json.loads((tmp_path / "probe" / "results.jsonl").read_text())
     assert (row["head"], row["setting"]) == ("finetune-head", 1e-3)
+    # The encoder is the pretrained one.
+    assert find_origin(load_encoder(tmp_path / "run" / "encoder")).fine_tuned is None

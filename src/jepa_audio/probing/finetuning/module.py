@@ -126,8 +126,9 @@ class FineTuning(ScalerAwareModule):
         """The fine-tuned encoder, with merged adapters; the network cannot be trained any more."""
         merge_adapters(self.network.backbone)
         (encoder,) = self._pretrained
-        how = f"in the mode {self.tuning.mode} on {self._task}"
-        encoder.source = f"{encoder.source}, fine-tuned {how}"
+        if self.tuning.mode != "head":  # in this mode, the encoder is the pretrained one
+            how = f"in the mode {self.tuning.mode} on {self._task}"
+            encoder.source = f"{encoder.source}, fine-tuned {how}"
         return encoder.freeze()
 
     @property
