@@ -282,16 +282,7 @@ def _lines(costs: dict[str, Any]) -> Iterator[tuple[str, str]]:
         f"{_bytes(memory['states_bytes'])}: weights {_bytes(memory['weights_bytes'])}, gradients "
         f"{_bytes(memory['gradients_bytes'])}, optimizer {_bytes(memory['optimizer_bytes'])}",
     )
-    mfu = "unknown for this device"
-    if speed["mfu"] is not None:
-        peak = speed["peak_flops_per_second"] / 1e9
-        mfu = f"{speed['mfu']:.1%} of {peak:.4g} GFLOP/s on each device"
-    yield (
-        "speed",
-        f"{speed['crops_per_second']:.4g} crops/s, {speed['seconds_per_step']:.3g} s for a step of "
-        f"{speed['crops_per_step']:g} crops ({_plural(speed['timed_steps'], 'timed step')}); "
-        f"MFU {mfu}",
-    )
+    yield "speed", _speed(speed)
     yield (
         "loader",
         f"{'keeps up' if loader['keeps_up'] else 'is too slow'}: alone it gives "
@@ -310,6 +301,18 @@ def _lines(costs: dict[str, Any]) -> Iterator[tuple[str, str]]:
         "corpus",
         f"{corpus['files']} training files, {corpus['hours']:.4g} hours; the run uses each file "
         f"{corpus['epochs']:.3g} times, {corpus['crop_hours']:.4g} hours of crops",
+    )
+
+
+def _speed(speed: dict[str, Any]) -> str:
+    mfu = "unknown for this device"
+    if speed["mfu"] is not None:
+        peak = speed["peak_flops_per_second"] / 1e9
+        mfu = f"{speed['mfu']:.1%} of {peak:.4g} GFLOP/s on each device"
+    return (
+        f"{speed['crops_per_second']:.4g} crops/s, {speed['seconds_per_step']:.3g} s for a step of "
+        f"{speed['crops_per_step']:g} crops ({_plural(speed['timed_steps'], 'timed step')}); "
+        f"MFU {mfu}"
     )
 
 

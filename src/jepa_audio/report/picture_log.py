@@ -28,7 +28,11 @@ from jepa_audio.report.masks import draw_model_masks
 from jepa_audio.steps.grid import AudioBatch
 from jepa_audio.training.jepa import JEPA
 from jepa_audio.training.sharding import is_sharded
-from jepa_audio.training.watching.collapse_monitor import MAX_CLIPS, encode_all_tokens
+from jepa_audio.training.watching.collapse_monitor import (
+    MAX_CLIPS,
+    encode_all_tokens,
+    evaluation_mode,
+)
 from jepa_audio.training.watching.latent_statistics import MAX_LATENTS
 
 log = logging.getLogger(__name__)
@@ -150,17 +154,11 @@ class PictureLog(Callback):
 
 def _draw_attention(jepa: JEPA, clip: Float[Tensor, "C S"], step: int) -> Figure:
     """Attention from the loudest token, and to every token."""
-    parts = [jepa.front_end, jepa.encoder]
-    modes = [part.training for part in parts]
-    for part in parts:
-        part.eval()
     clip = clip.to(jepa.device)
-    query = find_query(jepa.front_end, clip)
-    maps = attention_maps(jepa.front_end, jepa.encoder, clip, query=query)
-    figure = draw_attention(jepa.front_end, clip, maps, f"Attention at step {step}")
-    for part, mode in zip(parts, modes, strict=True):
-        part.train(mode)
-    return figure
+    with evaluation_mode(jepa.front_end, jepa.encoder):
+        query = find_query(jepa.front_end, clip)
+        maps = attention_maps(jepa.front_end, jepa.encoder, clip, query=query)
+        return draw_attention(jepa.front_end, clip, maps, f"Attention at step {step}")
 
 
 @torch.no_grad()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Bool, Float
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from jepa_audio.errors import UserError
@@ -271,14 +273,22 @@ def encode_complete_clips(
 
 
 def encode_all_tokens(jepa: JEPA, waveform: Float[Tensor, "B C S"]) -> Float[Tensor, "B N D"]:
-    """Latents of the encoder without masks and in evaluation mode; the modes are then restored."""
-    modes = {module: module.training for module in (jepa.front_end, jepa.encoder)}
-    for module in modes:
+    """Latents of the encoder without masks and in evaluation mode."""
+    with evaluation_mode(jepa.front_end, jepa.encoder):
+        return jepa.encoder(jepa.front_end(waveform), jepa.front_end.grid(waveform.shape[-1]))
+
+
+@contextmanager
+def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
+    """Modules in evaluation mode; their modes are then restored."""
+    modes = [module.training for module in modules]
+    for module in modules:
         module.eval()
-    latents = jepa.encoder(jepa.front_end(waveform), jepa.front_end.grid(waveform.shape[-1]))
-    for module, mode in modes.items():
-        module.train(mode)
-    return latents
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.train(mode)
 
 
 @torch.no_grad()
