@@ -12,23 +12,7 @@ import soundfile
 
 from tests.docs.commands import run_command
 from tests.docs.pages import ROOT
-
-# A task of MARBLE v2 for another encoder, shortened.
-MARBLE_TASK = """
-trainer: {logger: {save_dir: ./output/probe.Task.MERT-v1-95M/}}
-model:
-  init_args:
-    sample_rate: 24000
-    encoder: {class_path: marble.encoders.MERT_v1_95M.model.Encoder}
-    emb_transforms:
-    - {class_path: LayerSelector, init_args: {layers: [7]}}
-    - {class_path: MLPReduce, init_args: {num_layers: 13, hidden_size: 768}}
-    decoders: [{init_args: {in_dim: 768, hidden_layers: [512]}}]
-data:
-  init_args:
-    audio_transforms: {train: [{class_path: marble.encoders.MERT_v1_95M.model.X}]}
-    train: {init_args: {sample_rate: 24000, channels: 1}}
-"""
+from tests.interop.marble_task import MARBLE_TASK
 
 Kinds = dict[str, Callable[[Path], None]]
 

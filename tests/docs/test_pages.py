@@ -121,6 +121,14 @@ def test_commands_in_tables_have_valid_arguments(tmp_path: Path, monkeypatch: py
             raise
 
 
+def run_text(text: str, given: Given, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run all blocks of a page with this text."""
+    path = folder / "page.md"
+    path.write_text(text)
+    monkeypatch.setattr("tests.docs.pages.ROOT", folder)
+    run_page(Page(path), given, folder, monkeypatch)
+
+
 FAILURE = pytest.fail.Exception
 # Name → comment, language, text, and the error that a test of the page ends with.
 WRONG = {
@@ -164,11 +172,9 @@ def test_a_wrong_block_is_found(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    path = tmp_path / "page.md"
-    path.write_text(f"<!-- given -->\n\n<!-- {comment} -->\n```{language}\n{text}\n```\n")
-    monkeypatch.setattr("tests.docs.pages.ROOT", tmp_path)
+    page = f"<!-- given -->\n\n<!-- {comment} -->\n```{language}\n{text}\n```\n"
     with pytest.raises(error):
-        run_page(Page(path), given, tmp_path, monkeypatch)
+        run_text(page, given, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(("row", "error"), WRONG_ROWS.values(), ids=WRONG_ROWS.keys())
@@ -179,11 +185,9 @@ def test_a_wrong_command_in_a_table_is_found(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    path = tmp_path / "page.md"
-    path.write_text(f"<!-- given -->\n\n| a | b |\n|---|---|\n{row}\n")
-    monkeypatch.setattr("tests.docs.pages.ROOT", tmp_path)
+    page = f"<!-- given -->\n\n| a | b |\n|---|---|\n{row}\n"
     with pytest.raises(error):
-        run_page(Page(path), given, tmp_path, monkeypatch)
+        run_text(page, given, tmp_path, monkeypatch)
 
 
 def test_blocks_and_rows_of_a_page_are_in_its_order(

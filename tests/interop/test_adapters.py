@@ -19,6 +19,7 @@ from jepa_audio.inference.folder import save_encoder
 from jepa_audio.interop.adapters import hear, marble, s3prl, xares
 from jepa_audio.interop.adapters.features import VARIABLE, EncoderFeatures
 from jepa_audio.interop.adapters.sklearn import JEPAFeatures
+from tests.interop.marble_task import MARBLE_TASK
 from tests.interop.small_encoders import FAST, WINDOW, clips, small_encoder
 
 # More than two training crops.
@@ -127,23 +128,6 @@ def test_marble_gets_frames_at_the_rate_of_labels(made: tuple[Encoder, Path]):
     assert layers[1].shape == (2, 120, 16)
     expected = nearest(encoder, audio[0], (torch.arange(120) + 0.5) / 30, 1)
     assert ((layers[1][0] - expected).abs().amax(dim=1) < 1e-5).float().mean() > 0.9
-
-
-MARBLE_TASK = """
-trainer: {logger: {save_dir: ./output/probe.Task.OTHER-v1/}}
-model:
-  init_args:
-    sample_rate: 24000
-    encoder: {class_path: marble.encoders.OTHER.model.Encoder}
-    emb_transforms:
-    - {class_path: LayerSelector, init_args: {layers: [7]}}
-    - {class_path: MLPReduce, init_args: {num_layers: 13, hidden_size: 768}}
-    decoders: [{init_args: {in_dim: 768, hidden_layers: [512]}}]
-data:
-  init_args:
-    audio_transforms: {train: [{class_path: marble.encoders.OTHER.model.X}, {class_path: own.Y}]}
-    train: {init_args: {sample_rate: 24000, channels: 1, label_freq: 75}}
-"""
 
 
 def test_settings_of_a_task_of_marble(made: tuple[Encoder, Path], tmp_path: Path):
