@@ -69,6 +69,22 @@ def test_a_command_says_in_a_terminal_that_it_loads(rank: str, expected: bytes):
     assert shown == expected
 
 
+def test_a_command_collects_garbage_again_after_its_imports():
+    code = (
+        "import gc\n"
+        "from jepa_audio.cli import main as cli\n"
+        "during, load = [], cli.load_function\n"
+        "cli.load_function = lambda name: (during.append(gc.isenabled()), load(name))[1]\n"
+        "counts = []\n"
+        "for _ in range(2):\n"
+        "    cli.main(['configs'])\n"
+        "    counts.append(gc.get_freeze_count())\n"
+        "print(during, gc.isenabled(), counts[0] > 10_000, counts[1] <= counts[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[False, True] True True True"
+
+
 def test_importing_the_package_imports_nothing_heavy():
     code = "import sys, jepa_audio; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

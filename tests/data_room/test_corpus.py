@@ -1,15 +1,10 @@
 """The table of a corpus: its path, its validity, its splits, and sharing it between processes."""
 
-import hashlib
 import logging
 import math
-import multiprocessing
 import os
-import pickle
 import shutil
 from collections.abc import Callable
-from multiprocessing.connection import Connection
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jepa_audio.data.audio.location import TarMember
 from jepa_audio.data.audio.read import read
-from jepa_audio.data.corpus.hashes import name_hashes
 from jepa_audio.data.corpus.index import index_corpus
 from jepa_audio.data.corpus.table import (
     SCHEMA,
@@ -28,7 +21,6 @@ from jepa_audio.data.corpus.table import (
     default_table_path,
     load_corpus,
 )
-from jepa_audio.data.loading.file_table import FileTable
 from tests.sounds import audio, make_corpus, noise, pairs, tar, write
 
 
@@ -379,56 +371,3 @@ def test_the_existing_table_of_a_read_only_folder_is_used_without_an_update(
 def test_invalid_shares_are_refused(shares: dict[str, float]):
     with pytest.raises(ValueError, match="their sum must be 1"):
         make_corpus(["a"]).assign_splits(shares)
-
-
-def test_files_of_several_corpora_are_concatenated(tmp_path: Path):
-    loose = index_corpus(sounds(tmp_path / "loose", 3))
-    packed = index_corpus(tar(tmp_path / "t.tar", pairs(2)))
-    files = FileTable([loose.usable(), loose.take(np.arange(0)), packed.usable()])
-    assert (len(files), files.sizes) == (5, [3, 0, 2])
-    assert files.num_channels.tolist() == [1] * 5
-    assert [isinstance(file.audio, TarMember) for file in files] == [False] * 3 + [True] * 2
-    for file, number in zip(files, (0, 2, 1, 0, 1), strict=True):
-        assert (file.num_frames, file.sample_rate, file.num_channels) == (
-            len(noise(number)),
-            8000,
-            1,
-        )
-        np.testing.assert_array_equal(read(file.audio)[0][0] * 2**15, noise(number))
-    with pytest.raises(IndexError):
-        files[5]
-    with pytest.raises(CorpusError, match=f"no usable audio file under {loose.root}"):
-        FileTable([loose.take(np.arange(0))])
-
-
-def send_table(files: FileTable, connection: Connection) -> None:
-    """Send what another process reads from the table."""
-    connection.send((len(files), files.sizes, files[777], os.fstat(files._descriptor).st_ino))
-
-
-def test_another_process_maps_the_same_table_without_a_copy():
-    names = [f"{number:05}.wav" for number in range(5000)]
-    files = FileTable([make_corpus(names, num_frames=list(range(5000)))])
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe()
-    process = context.Process(target=send_table, args=(files, sender))
-    process.start()
-    try:
-        assert receiver.poll(60)
-        assert receiver.recv() == (5000, [5000], files[777], os.fstat(files._descriptor).st_ino)
-    finally:
-        process.join(60)
-    assert process.exitcode == 0
-    sent = ForkingPickler.dumps(files)  # through a queue
-    assert len(sent) < 2000
-    assert list(pickle.loads(sent)) == list(files)
-
-
-def test_the_hash_that_chooses_splits_is_the_one_of_all_versions():
-    names = ["a.wav", "", "Ünïcode/日本.flac", "x" * 300, "shard.tar:0001.wav"]
-    expected = [
-        int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) / 2**64
-        for name in names
-    ]
-    assert name_hashes(pa.chunked_array([names[:2], names[2:]])).tolist() == expected
-    assert expected[0] == pytest.approx(0.4431731948)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -200,7 +202,8 @@ def _call(name: str, args: list[str]) -> None:
     # Python looks for modules of the user in the working directory, as it does for `python -m`.
     if (folder := os.getcwd()) not in sys.path:  # noqa: PTH109 (`pathlib` is not needed otherwise)
         sys.path.append(folder)
-    command, function = COMMANDS[name], load_function(name)
+    with _without_garbage_collection():
+        command, function = COMMANDS[name], load_function(name)
     # Lightning must be imported first: otherwise its loggers print every message twice.
     show_messages()
     if command.has_parser:
@@ -209,6 +212,24 @@ def _call(name: str, args: list[str]) -> None:
         from jepa_audio.cli.parser import run_function  # noqa: PLC0415
 
         run_function(name, function, args[len(name.split()) :], command.as_positional)
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Imports make a million objects that all stay: collections between them take 1 s of 10.
+
+    Later collections leave these objects out. Only the first call of a process has an effect: what
+    a second call would leave out may be garbage.
+    """
+    if not gc.isenabled() or gc.get_freeze_count():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def load_function(name: str) -> Callable[..., object]:

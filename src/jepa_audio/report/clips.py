@@ -10,7 +10,7 @@ import soundfile as sf
 from jaxtyping import Float32
 from torch import Tensor
 
-from jepa_audio.data.corpus.table import IndexedFile
+from jepa_audio.data.corpus.indexed_file import IndexedFile
 from jepa_audio.errors import MissingFileError, UserError
 from jepa_audio.probing.clips import read_header
 

@@ -23,12 +23,12 @@ import soundfile as sf
 from jepa_audio.data.audio.location import AudioReadError, read_bytes
 from jepa_audio.data.audio.resample import resampled_length
 from jepa_audio.data.corpus.index import index_file
+from jepa_audio.data.corpus.indexed_file import IndexedFile
 from jepa_audio.data.corpus.sources import DiscoveredFile
 from jepa_audio.data.corpus.table import (
     SCHEMA,
     Corpus,
     CorpusError,
-    IndexedFile,
     default_table_path,
 )
 from jepa_audio.data.corpus.tars import list_tar_members

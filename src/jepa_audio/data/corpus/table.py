@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
-from jaxtyping import Bool, Float32, Float64
-from torch import Tensor
+from jaxtyping import Bool, Float64
 
-from jepa_audio.data.audio.location import AudioLocation, AudioReadError, audio_location
-from jepa_audio.data.audio.read import read
-from jepa_audio.data.audio.resample import resample, source_slice
 from jepa_audio.data.corpus.hashes import name_hashes, short_digest
 from jepa_audio.data.corpus.impossible import SPLITS, cast_types, describe_types, mark_impossible
+from jepa_audio.data.corpus.indexed_file import IndexedFile
 from jepa_audio.errors import UserError
 from jepa_audio.files import atomic_path
 
@@ -47,6 +42,8 @@ SCHEMA = pa.schema(
         "decoder": pa.string(),  # libsndfile, repaired, torchcodec, unchecked or "", see `read`
     }
 )
+# In files only: computing the hashes of millions of names takes seconds.
+_HASH = pa.field("name_hash", pa.float64())
 _CHOOSING = ["source_bytes", "mtime_ns", "peak", "rms", "status", "reason"]
 _VERSION_KEY, _ROOT_KEY = b"jepa_audio.index", b"jepa_audio.root"
 _CURRENT_VERSION = b"3"
@@ -60,66 +57,13 @@ class CorpusError(UserError):
     """A corpus cannot be used, or cannot be written."""
 
 
-class IndexedFile(NamedTuple):
-    """The columns of a table row that are needed to read the file; see `SCHEMA`."""
-
-    audio: AudioLocation
-    num_bytes: int
-    num_frames: int
-    sample_rate: int
-    num_channels: int
-    decoder: str
-
-    @classmethod
-    def from_row(cls, root: Path, row: Mapping[str, Any]) -> IndexedFile:
-        """The file in a row of a table whose sources are relative to `root`."""
-        path = root / row["source"]
-        audio = audio_location(path, row["member"], row["offset"], row["num_bytes"])
-        return cls(audio, *(row[name] for name in cls._fields[1:]))
-
-    def read_slice(
-        self,
-        start: int,
-        num_samples: int,
-        sample_rate: int,
-        channel: int | Literal["mean"] | None = None,
-    ) -> Float32[Tensor, "C S"]:
-        """Read a slice of the file at another sample rate.
-
-        Args:
-            start: first sample of the slice, at `sample_rate`.
-            num_samples: length of the slice, at `sample_rate`; the slice must end within the file.
-            sample_rate: sample rate of the slice in Hz.
-            channel: index of a channel, or "mean" for the average of all; `None` for all channels.
-
-        Raises:
-            AudioReadError: if the file cannot be read, or has another size, sample rate or number
-                of channels than in the table.
-        """
-        begin, num_frames, skip = source_slice(
-            start, num_samples, self.num_frames, self.sample_rate, sample_rate
-        )
-        samples, rate = read(self.audio, begin, num_frames, self.decoder)
-        # For a tar member, `read` has already compared this size with the header in the tar.
-        if isinstance(self.audio, Path) and self.audio.stat().st_size != self.num_bytes:
-            raise AudioReadError(self.audio, "changed since it was indexed: other size")
-        if (rate, len(samples)) != (self.sample_rate, self.num_channels):
-            reason = "changed since it was indexed: other sample rate or channels"
-            raise AudioReadError(self.audio, reason)
-        waveform = torch.from_numpy(samples)
-        if channel == "mean" and len(waveform) > 1:
-            waveform = waveform.mean(0, keepdim=True)
-        elif isinstance(channel, int):
-            waveform = waveform[channel : channel + 1]
-        return resample(waveform, rate, sample_rate)[:, skip : skip + num_samples]
-
-
 @dataclass(frozen=True)
 class Corpus:
     """A table of audio files, see `SCHEMA`; relative paths in it start at the folder `root`."""
 
     root: Path
     table: pa.Table
+    _hashes: Float64[np.ndarray, " N"] | None = field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -150,11 +94,13 @@ class Corpus:
         problem = f"{path} is not a corpus table of this version of jepa-audio"
         if version != _CURRENT_VERSION or _ROOT_KEY not in metadata:
             raise CorpusError(f"{problem}; index the corpus again")
+        hashes, table = _split_hashes(table)
         table = cast_types(table, SCHEMA)
         if difference := describe_types(table, SCHEMA):
             raise CorpusError(f"{problem}: {difference}; index the corpus again")
         root = Path(os.path.normpath(path.absolute().parent / metadata[_ROOT_KEY].decode()))
-        return cls(root, mark_impossible(table.replace_schema_metadata()))
+        corpus = cls(root, mark_impossible(table.replace_schema_metadata()), hashes)
+        return corpus if corpus._are_hashes_valid() else replace(corpus, _hashes=None)
 
     def save(self, path: Path) -> None:
         """Write the table atomically.
@@ -169,7 +115,8 @@ class Corpus:
         is_relative = folder.is_relative_to(self.root) or self.root.is_relative_to(folder)
         root = os.path.relpath(self.root, folder) if is_relative else str(self.root)
         metadata = {_VERSION_KEY: _CURRENT_VERSION, _ROOT_KEY: root.encode()}
-        table = self.table.replace_schema_metadata(metadata)
+        table = self.table.append_column(_HASH, pa.array(name_hashes(self.names)))
+        table = table.replace_schema_metadata(metadata)
         try:
             with atomic_path(path) as unfinished:
                 pq.write_table(table, unfinished)
@@ -192,6 +139,11 @@ class Corpus:
         if not pc.any(in_tar).as_py():
             return source
         return pc.if_else(in_tar, pc.binary_join_element_wise(source, member, ":"), source)
+
+    @property
+    def name_hashes(self) -> Float64[np.ndarray, " N"]:
+        """A hash in [0, 1) of every file's name."""
+        return name_hashes(self.names) if self._hashes is None else self._hashes
 
     @property
     def absolute_names(self) -> pa.ChunkedArray:
@@ -250,11 +202,12 @@ class Corpus:
         if rows.dtype == bool and rows.all():
             return self
         chosen = self.table.filter(pa.array(rows)) if rows.dtype == bool else self.table.take(rows)
-        return replace(self, table=chosen.combine_chunks())
+        hashes = None if self._hashes is None else self._hashes[rows]
+        return replace(self, table=chosen, _hashes=hashes)
 
     def shuffled(self) -> Corpus:
         """The files in the order of a hash of their names; the first n are a random sample."""
-        return self.take(np.argsort(name_hashes(self.names)))
+        return self.take(np.argsort(self.name_hashes))
 
     def split(self, valid_share: float) -> tuple[Corpus, Corpus, Corpus]:
         """Return (training files, validation files, test files).
@@ -333,7 +286,7 @@ class Corpus:
             log.warning(
                 "all files are in one group; its files are divided into training and validation"
             )
-            hashes = name_hashes(self.names)
+            hashes = self.name_hashes
         # The lowest hash is always in the validation split, the highest hash never.
         return (hashes <= max(np.nextafter(share, 0), hashes.min())) & (hashes < hashes.max())
 
@@ -345,10 +298,37 @@ class Corpus:
         return self.names if pc.all(is_alone).as_py() else pc.if_else(is_alone, self.names, group)
 
     def _group_hashes(self) -> Float64[np.ndarray, " N"]:
-        return name_hashes(self._group_names())
+        group = self.table["group"]
+        is_alone = pc.equal(group, "").to_numpy()
+        if is_alone.all():
+            return self.name_hashes
+        groups = group.combine_chunks().dictionary_encode()
+        hashes = name_hashes(pa.chunked_array([groups.dictionary]))[groups.indices.to_numpy()]
+        return np.where(is_alone, self.name_hashes, hashes)
+
+    def _are_hashes_valid(self) -> bool:
+        """Whether the hashes are those of the names, checked for about 1,000 rows.
+
+        Another program may have changed the table.
+        """
+        if self._hashes is None:
+            return True
+        is_checked = np.zeros(len(self), dtype=bool)
+        is_checked[:: max(1, len(self) // 1000)] = True
+        expected = name_hashes(self.names.filter(pa.array(is_checked)))
+        return np.array_equal(expected, self._hashes[is_checked])
 
     def _with(self, **columns: pa.Array | pa.ChunkedArray) -> Corpus:
         return replace(self, table=set_columns(self.table, **columns))
+
+
+def _split_hashes(table: pa.Table) -> tuple[np.ndarray | None, pa.Table]:
+    """The hashes of the names, and the table without them; `None` for a table of old versions."""
+    if _HASH.name not in table.column_names:
+        return None, table
+    hashes, table = table[_HASH.name], table.drop_columns(_HASH.name)
+    is_complete = hashes.type == _HASH.type and hashes.null_count == 0
+    return hashes.to_numpy() if is_complete else None, table
 
 
 def set_columns(table: pa.Table, **columns: pa.Array | pa.ChunkedArray) -> pa.Table:

@@ -16,7 +16,8 @@ from typing_extensions import override
 
 from jepa_audio.data.audio.location import AudioReadError
 from jepa_audio.data.audio.resample import resampled_length
-from jepa_audio.data.corpus.table import CorpusError, IndexedFile
+from jepa_audio.data.corpus.indexed_file import IndexedFile
+from jepa_audio.data.corpus.table import CorpusError
 from jepa_audio.data.loading.file_table import FileTable
 from jepa_audio.data.loading.order import SampleIndex
 from jepa_audio.errors import MAX_RATE, MAX_SECONDS, UserError, check_bounds

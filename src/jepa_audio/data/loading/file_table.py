@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Float64, Int64
 
-from jepa_audio.data.corpus.table import Corpus, CorpusError, IndexedFile
+from jepa_audio.data.corpus.indexed_file import IndexedFile
+from jepa_audio.data.corpus.table import Corpus, CorpusError
 
 
 class FileTable:
@@ -43,7 +45,7 @@ class FileTable:
         columns = ["source", "member", "offset", *IndexedFile._fields[1:]]
         table = pa.concat_tables([corpus.table.select(columns) for corpus in corpora])
         numbers = np.repeat(np.arange(len(corpora), dtype=np.int16), self.sizes)
-        table = table.append_column("corpus", pa.array(numbers)).combine_chunks()
+        table = table.append_column("corpus", pa.array(numbers))
         self._roots = [corpus.root for corpus in corpora]
         # The system deletes an unnamed file when the last process ends, also after a crash.
         with tempfile.TemporaryFile() as file:
@@ -62,12 +64,18 @@ class FileTable:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the names and the order of the files."""
+        """Hash of the names and the order of the files; it does not depend on the chunks."""
         digest = hashlib.blake2b(digest_size=16)
-        for name in ("source", "member", "offset", "corpus"):
+        for name in ("source", "member"):
+            lengths = pc.binary_length(self._table[name]).to_numpy()
+            digest.update(np.append(0, lengths.cumsum()).astype(np.int32).data)
             for chunk in self._table[name].chunks:
-                for buffer in chunk.buffers()[1:]:
-                    digest.update(buffer if buffer is not None else b"")
+                _, offsets, text = chunk.buffers()
+                if text is not None:
+                    ends = np.frombuffer(offsets, np.int32)[chunk.offset :]
+                    digest.update(text[ends[0] : ends[len(chunk)]])
+        for name in ("offset", "corpus"):
+            digest.update(self._table[name].to_numpy())
         return digest.hexdigest()
 
     def corpus_of(self, index: int) -> range:

@@ -19,7 +19,8 @@ from jepa_audio.data.audio.location import AudioLocation, AudioReadError, TarMem
 from jepa_audio.data.audio.read import read
 from jepa_audio.data.audio.resample import resample
 from jepa_audio.data.corpus.index import index_corpus
-from jepa_audio.data.corpus.table import CorpusError, IndexedFile, load_corpus
+from jepa_audio.data.corpus.indexed_file import IndexedFile
+from jepa_audio.data.corpus.table import CorpusError, load_corpus
 from jepa_audio.data.loading.clips import (
     BadRead,
     ClipDataset,

@@ -20,8 +20,9 @@ from torch.utils.data import Dataset
 from jepa_audio.data.audio.location import AudioLocation, AudioReadError, TarMember, audio_location
 from jepa_audio.data.audio.read import inspect, read
 from jepa_audio.data.audio.resample import resampled_length
+from jepa_audio.data.corpus.indexed_file import IndexedFile
 from jepa_audio.data.corpus.sources import DiscoveredFile, discover_files
-from jepa_audio.data.corpus.table import Corpus, CorpusError, IndexedFile
+from jepa_audio.data.corpus.table import Corpus, CorpusError
 from jepa_audio.data.corpus.tars import list_tar_members
 from jepa_audio.errors import UserError
 from jepa_audio.files import similar_name
