@@ -279,7 +279,7 @@ class AudioDataModule(LightningDataModule):
         )
         num_batches = limit_order(sampler, self.trainer)
         self._train_loader = ResumableLoader(
-            self._loader(dataset, sampler), self._bad_reads, num_batches, dataset.files.fingerprint
+            self._loader(dataset, sampler), self._bad_reads, num_batches, dataset.files
         )
         return self._train_loader
 

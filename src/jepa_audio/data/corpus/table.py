@@ -175,6 +175,8 @@ class Corpus:
         is_long = seconds > (np.inf if max_seconds is None else max_seconds)
         has_other_channels = channels != (channels if num_channels is None else num_channels)
         is_unfit = self.is_usable & (is_short | is_long | has_other_channels)
+        if not is_unfit.any():
+            return self
 
         def reason(row: int) -> str:
             if is_short[row]:

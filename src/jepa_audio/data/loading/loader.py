@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from itertools import chain, islice
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from jepa_audio.data.corpus.table import CorpusError
 from jepa_audio.data.loading.clips import BadRead, Batch, ClipDataset, WithBadReads
+from jepa_audio.data.loading.file_table import FileTable
 from jepa_audio.data.loading.order import GlobalOrderSampler, Progress
 from jepa_audio.parallel import map_threads, num_cores
 from jepa_audio.steps.grid import AudioBatch
@@ -80,7 +82,7 @@ class ResumableLoader:
         loader: batches of the order; its `batch_sampler` is a `GlobalOrderSampler`.
         bad_reads: counter of failed reads.
         batches_per_epoch: micro-batches in an epoch.
-        fingerprint: fingerprint of the files, see `FileTable`.
+        files: the files, whose fingerprint is part of the state; `None` for no fingerprint.
     """
 
     def __init__(
@@ -88,7 +90,7 @@ class ResumableLoader:
         loader: DataLoader[WithBadReads[Any]],
         bad_reads: BadReadCounter,
         batches_per_epoch: int,
-        fingerprint: str = "",
+        files: FileTable | None = None,
     ) -> None:
         sampler = loader.batch_sampler
         if not isinstance(sampler, GlobalOrderSampler):
@@ -97,7 +99,7 @@ class ResumableLoader:
             )
         self.order = sampler
         self._loader = loader
-        self._fingerprint = fingerprint
+        self._files = files
         self._bad_reads = bad_reads
         self._batches_per_epoch = batches_per_epoch
         self._progress = sampler.progress
@@ -135,6 +137,11 @@ class ResumableLoader:
         step = state.get("step", micro_batches // self.order.accumulated)
         self._progress = Progress(samples, micro_batches, step)
         self.close()
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Computed for the first state: hashing the names of millions of files takes 0.2 s."""
+        return self._files.fingerprint if self._files else ""
 
     def close(self) -> None:
         """Stop the workers; the next iteration reads their prefetched samples again."""
