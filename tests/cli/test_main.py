@@ -91,6 +91,12 @@ def test_importing_the_package_imports_nothing_heavy():
     assert not set(done.stdout.split()) & set(HEAVY)
 
 
+def test_training_imports_no_package_that_it_does_not_use():
+    code = "import sys, jepa_audio.cli.trainer; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not set(done.stdout.split()) & {"numba", "pandas", "sklearn", "umap"}
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_of_the_table_exists(name: str):
     assert callable(cli.load_function(name))

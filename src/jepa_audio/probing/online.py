@@ -10,9 +10,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule, Trainer
-from sklearn.linear_model import RidgeClassifierCV, RidgeCV
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import override
 
@@ -170,6 +167,11 @@ class OnlineProbe(Callback):
 
     def _score(self, frozen: Encoder) -> tuple[float, Float[np.ndarray, " draws"]]:
         """Metric of the best layer's head on the validation clips, and on their resamples."""
+        # Every `fit` imports this module, and scikit-learn takes a tenth of its imports.
+        from sklearn.linear_model import RidgeClassifierCV, RidgeCV  # noqa: PLC0415
+        from sklearn.pipeline import make_pipeline  # noqa: PLC0415
+        from sklearn.preprocessing import StandardScaler  # noqa: PLC0415
+
         targets, truth = self._targets
         is_class = self._labels.kind == "class"
         ridge = RidgeClassifierCV if is_class else RidgeCV
