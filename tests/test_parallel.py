@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
 import time
 
+import pyarrow as pa
 import pytest
 
 # The interpreter of the child takes 30 s to end, as one with much memory does.
@@ -68,3 +70,31 @@ def test_the_memory_of_a_freed_tensor_is_used_again():
     # The first ones can leave gaps that are too small for the next one.
     assert max(reused[-10:]) < 100
     assert sum(reused) < sum(fresh) / 2
+
+
+@pytest.mark.parametrize("chosen", [None, "system"])
+def test_arrow_keeps_freed_memory_in_the_block_only(chosen: str | None):
+    code = (
+        "import pyarrow as pa\n"
+        "from jepa_audio.parallel import reusing_arrow_memory\n"
+        "usual = pa.default_memory_pool().backend_name\n"
+        "try:\n"
+        "    with reusing_arrow_memory():\n"
+        "        pool = pa.default_memory_pool()\n"
+        "        table = pa.array([0] * 2**20)\n"
+        "        used = pool.bytes_allocated()\n"
+        "        del table\n"
+        "        raise ValueError\n"
+        "except ValueError:\n"
+        "    print(pool.backend_name, used >= 2**23, pool.bytes_allocated())\n"
+        "print(pa.default_memory_pool().backend_name == usual)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "ARROW_DEFAULT_MEMORY_POOL"}
+    if chosen:
+        environment["ARROW_DEFAULT_MEMORY_POOL"] = chosen
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    backends = pa.supported_memory_backends()
+    expected = chosen or ("jemalloc" if "jemalloc" in backends else backends[0])
+    assert done.stdout.splitlines() == [f"{expected} True 0", "True"]

@@ -60,6 +60,29 @@ def reuse_freed_memory() -> None:
         set_option(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+@contextmanager
+def reusing_arrow_memory() -> Iterator[None]:
+    """Let Arrow keep the memory of freed tables for its next tables in the block, where it can.
+
+    Its usual pool, mimalloc, returns freed memory to the system at once. Mapping and clearing the
+    pages again then takes half of the time of reading and dividing a table of two million files
+    (`benchmarks/RESULTS.md`). jemalloc returns it at the end of the block. A pool that the user
+    has chosen (`ARROW_DEFAULT_MEMORY_POOL`) is not replaced.
+    """
+    import pyarrow as pa  # noqa: PLC0415 (every command imports this module)
+
+    pool = usual = pa.default_memory_pool()
+    is_chosen = "ARROW_DEFAULT_MEMORY_POOL" in os.environ
+    if not is_chosen and "jemalloc" in pa.supported_memory_backends():
+        pool = pa.jemalloc_memory_pool()
+    pa.set_memory_pool(pool)
+    try:
+        yield
+    finally:
+        pa.set_memory_pool(usual)
+        pool.release_unused()
+
+
 def end_with_parent() -> None:
     """End this process soon after its parent process has ended, also if the parent was killed.
 

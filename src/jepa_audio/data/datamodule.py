@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from lightning.pytorch import LightningDataModule
@@ -42,7 +41,7 @@ from jepa_audio.data.loading.order import (
 from jepa_audio.data.loading.workers import worker_arguments
 from jepa_audio.data.scenes.scenes import SceneBatch, SceneDataset, SceneSettings, prepare_scenes
 from jepa_audio.errors import UserError, check_bounds
-from jepa_audio.parallel import num_cores
+from jepa_audio.parallel import num_cores, reusing_arrow_memory
 from jepa_audio.steps.grid import AudioBatch
 from jepa_audio.steps.masking.source import HasMasker, MaskSource, MaskStream
 
@@ -202,25 +201,26 @@ class AudioDataModule(LightningDataModule):
     @override
     def setup(self, stage: str) -> None:
         """Read the tables and split the files; all processes compute the same split."""
-        indexed = [self._load(source) for source in self.sources]
-        usable = [corpus.usable() for corpus in indexed]
-        _validate_disjoint(self.sources, usable)
-        parts = self._split(usable)
-        self._files = {
-            name: FileTable(corpora) for name, corpora in parts.items() if _num_files(corpora)
-        }
-        num_usable = _num_files(usable)
-        skipped, crop = _num_files(indexed) - num_usable, self.clips.crop_seconds
-        self.summary = _summarize(self.sources, parts, skipped, crop)
-        # Release the tables: about 1 GB for millions of files that the run does not use again.
-        del indexed, usable, parts
-        pa.default_memory_pool().release_unused()
+        # The tables, about 1 GB for millions of files, are released at the end of the block.
+        with reusing_arrow_memory():
+            num_usable = self._read_tables()
         if self._rank == 0:
             for logger in self.trainer.loggers if self.trainer else ():
                 logger.log_hyperparams({"data": dict(self.hparams)})
             log.info(self.summary)
             if num_usable == 1 and self.valid_root is None and self.valid_share > 0:
                 log.warning("%s: its 1 file is used for training and validation", self.sources[0])
+
+    def _read_tables(self) -> int:
+        """Make the list of files of each split; return the number of usable files."""
+        indexed = [self._load(source) for source in self.sources]
+        usable = [corpus.usable() for corpus in indexed]
+        _validate_disjoint(self.sources, usable)
+        parts = self._split(usable)
+        self._files = {name: FileTable(files) for name, files in parts.items() if _num_files(files)}
+        skipped = _num_files(indexed) - _num_files(usable)
+        self.summary = _summarize(self.sources, parts, skipped, self.clips.crop_seconds)
+        return _num_files(usable)
 
     def _load(self, source: str) -> Corpus:
         """The table of a source; files that do not meet the requirements are marked as bad."""
