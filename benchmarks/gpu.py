@@ -46,7 +46,7 @@ from jepa_audio.training.optimizer import clip_gradients, parameter_groups
 from jepa_audio.training.trial import measure_loader
 from jepa_audio.training.watching.speed import peak_flops
 from tests.oracles import packed_literal
-from tests.oracles.wavjepa_literal import LiteralWavJEPA
+from tests.oracles.literal import literal_of
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # Largest relative differences of the loss: bfloat16 from float32, packed from masked rows.
@@ -285,8 +285,7 @@ def measure_recipe(
             masked = masked if packed else result.loss
             rates[variant] = result.crops_per_second
     with clock.part(f"{model.recipe}, literal", 30.0):
-        if model.recipe == "wavjepa":
-            measure_literal(model, size, table)
+        measure_literal(model, size, table)
     best = max(rates, key=rates.__getitem__, default="")
     if best != variants[-1][0]:
         _set_compiled(jepa, {})
@@ -306,7 +305,7 @@ def measure_recipe(
 def measure_literal(model: Model, size: int, table: Table) -> None:
     """The literal step, whose loss is a mean over the targets that the batch has."""
     compiled = _set_compiled(model.jepa, {})
-    literal = LiteralWavJEPA(model.jepa).to(model.device)
+    literal = literal_of(model.jepa, model.data.clips.crop_samples).to(model.device)
     loss_of, batch = _literal_loss(model, literal), model.batch(size, 0)
     result = measure(model, size, loss_of, literal)
     assert batch.masks is not None

@@ -1,10 +1,10 @@
 """How fast is a training step, and how much time is saved by computing only the selected tokens?
 
 For both recipes, the script prints clips per second, and the floating-point operations per second
-as a share of the peak of matrix multiplication on this machine. For WavJEPA, it also measures the
-literal, key-masked step of `tests/oracles` with the same weights, masks and loss. `--profile` also
-prints the share of the front end, which is the time of its own forward and backward pass, and the
-operations that take most of the time of a step.
+as a share of the peak of matrix multiplication on this machine. It also measures the literal,
+key-masked steps of `tests/oracles` with the same weights, masks and losses. `--profile` prints the
+share of the front end, which is the time of its own forward and backward pass, and the operations
+that take most of the time of a step.
 
     python -m benchmarks.train_step [--size base|small] [--recipes wavjepa pupujepa] [--batch 8]
     [--repeats 5] [--profile] [--default_malloc]
@@ -30,7 +30,7 @@ from jepa_audio.parallel import reuse_freed_memory
 from jepa_audio.steps.grid import AudioBatch, Masks
 from jepa_audio.training.cost import MaskSizes, crop_flops
 from jepa_audio.training.jepa import JEPA
-from tests.oracles.wavjepa_literal import LiteralWavJEPA
+from tests.oracles.literal import literal_of
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 WIDTHS = {"base": (768, 384, 512), "small": (384, 192, 256)}
@@ -130,9 +130,10 @@ def measure_recipe(
     # The literal loss is the mean over the targets.
     num_targets = float(masks.targets.counts.sum())
     masks = replace(masks, targets_per_clip=num_targets / batch_size)
-    steps = {recipe: make_step(jepa, lambda: jepa.loss(waveform, masks))}
-    if recipe == "wavjepa":
-        steps["literal key-masked"] = literal_step(jepa, waveform, masks)
+    steps = {
+        recipe: make_step(jepa, lambda: jepa.loss(waveform, masks)),
+        "literal key-masked": literal_step(jepa, waveform, masks),
+    }
     losses = {name: step() for name, step in steps.items()}
     parts = crop_flops(jepa, waveform.shape[-1], MaskSizes.of([masks]))
     flops = batch_size * sum(part.total for part in parts.values())
@@ -143,10 +144,9 @@ def measure_recipe(
             f"step, {batch_size / value:.2f} clips/s, {flops / value / peak:.0%} of the peak "
             f"({flops / 1e9:.0f} GFLOP of the fast path), loss {losses[name]:.7f}"
         )
-    if len(seconds) == 2:
-        ratio = seconds["literal key-masked"] / seconds[recipe]
-        difference = abs(losses["literal key-masked"] / losses[recipe] - 1)
-        print(f"{'':>20} time literal / fast: {ratio:.2f}; loss difference {difference:.1e}")
+    ratio = seconds["literal key-masked"] / seconds[recipe]
+    difference = abs(losses["literal key-masked"] / losses[recipe] - 1)
+    print(f"{'':>20} time literal / fast: {ratio:.2f}; loss difference {difference:.1e}")
     if with_profile:
         front_end = make_step(jepa, lambda: jepa.front_end(waveform).square().mean())
         alone = median_seconds({"front end": front_end}, repeats)["front end"]
@@ -172,7 +172,7 @@ def print_operations(step: Callable[[], float], num_lines: int = 16) -> None:
 
 def literal_step(jepa: JEPA, waveform: torch.Tensor, masks: Masks) -> Callable[[], float]:
     """The literal step with the same weights and masks."""
-    literal = LiteralWavJEPA(jepa)
+    literal = literal_of(jepa, waveform.shape[-1])
     num_tokens = jepa.front_end.grid(waveform.shape[-1]).num_tokens
     context, targets = masks.context.to_mask(num_tokens), masks.targets.to_mask(num_tokens)
     return make_step(literal, lambda: literal(waveform, context, targets))
