@@ -24,11 +24,12 @@ def rotary_angles(grid: Grid, head_dim: int, max_resolution: int) -> Tensor:
     """The angle of every pair of features of a head at every token: `[N, head_dim / 2]`.
 
     The first half of the pairs rotates with time, the second with frequency; both axes go from -1
-    to 1. The frequencies are equally spaced from half a turn to `max_resolution / 4` turns.
+    to 1. The frequencies are a geometric series from half a turn to `max_resolution / 4` turns.
     """
     index = torch.arange(grid.num_tokens)
     time, freq = index // grid.num_freq, index % grid.num_freq
-    turns = torch.linspace(0.5, max_resolution / 4, head_dim // 4) * 2 * math.pi
+    octaves = math.log2(max_resolution / 2)
+    turns = 0.5 * 2 ** torch.linspace(0, octaves, head_dim // 4) * 2 * math.pi
     scaled = [
         torch.linspace(-1, 1, size)[place]
         for size, place in ((grid.num_time, time), (grid.num_freq, freq))
