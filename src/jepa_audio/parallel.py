@@ -65,9 +65,9 @@ def reusing_arrow_memory() -> Iterator[None]:
     """Let Arrow keep the memory of freed tables for its next tables in the block, where it can.
 
     Its usual pool, mimalloc, returns freed memory to the system at once. Mapping and clearing the
-    pages again then takes half of the time of reading and dividing a table of two million files
-    (`benchmarks/RESULTS.md`). jemalloc returns it at the end of the block. A pool that the user
-    has chosen (`ARROW_DEFAULT_MEMORY_POOL`) is not replaced.
+    pages again then takes two fifths of the time until a run has read its table of two million
+    files (`benchmarks/RESULTS.md`). jemalloc returns it at the end of the block. A pool that the
+    user has chosen (`ARROW_DEFAULT_MEMORY_POOL`) is not replaced.
     """
     import pyarrow as pa  # noqa: PLC0415 (every command imports this module)
 
